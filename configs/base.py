@@ -1,0 +1,105 @@
+"""Every setting with its default; other configs change a few lines of this one.
+
+Defaults are our choice unless a line says otherwise.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def stage(name, steps, parameters, optimizer="adam", max_grad_norm=1.0):
+    """One row of the schedule: `parameters` is an ordered (pattern, learning rate or None) list."""
+    return ConfigDict(
+        {
+            "name": name,
+            "steps": steps,
+            "parameters": parameters,
+            "optimizer": optimizer,
+            "max_grad_norm": max_grad_norm,
+            "b1": 0.9,
+            "b2": 0.999,
+            "epsilon": 1e-8,
+            "weight_decay": 0.0,
+        },
+        convert_dict=False,
+    )
+
+
+def get_config():
+    """Return the defaults: RLOO on the built-in task, everything trained in one stage."""
+    config = ConfigDict()
+    config.name = "rl"  # how the run is called in figures; seeds of one name are averaged
+    config.seed = 0
+    config.run_dir = "runs/rl"
+    config.method = "rl"  # "rl" or "sft"
+
+    config.model = ConfigDict()
+    config.model.path = placeholder(str)  # Hugging Face directory; None makes a new model
+    config.model.architecture = "GPTNeoXForCausalLM"
+    config.model.new = ConfigDict(
+        {
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 384,
+            "max_position_embeddings": 64,
+            "rotary_pct": 0.25,
+        }
+    )
+    config.model.dtype = "float32"  # masters: a learning rate of 1e-7 vanishes in bfloat16
+    config.model.compute_dtype = placeholder(str)  # None: dtype
+    config.model.untie = False
+    config.model.remat = False
+
+    config.data = ConfigDict()
+    config.data.path = placeholder(str)  # JSONL in TRL's forms; None: the built-in expressions
+    config.data.eval_path = placeholder(str)  # None holds out a fraction of path
+    config.data.held_out = 0.1
+    config.data.examples = 40_000  # supervised examples of the built-in task
+    config.data.prompts_per_step = 16
+    config.data.max_prompt_tokens = 512  # as in the paper's recipe
+
+    config.rollout = ConfigDict()
+    config.rollout.completions_per_prompt = 8  # TRL's num_generations
+    config.rollout.max_completion_tokens = 512  # as in the paper's recipe
+    config.rollout.temperature = 1.0
+
+    config.reward = ConfigDict()
+    # "expressions", "FILE.py:FUNCTION", or a tuple of them
+    config.reward.function = placeholder(object)
+    config.reward.weights = placeholder(tuple)  # None: 1.0 each
+
+    config.objective = ConfigDict()
+    config.objective.preset = "rloo"  # "rloo" or "grpo"; None below keeps the preset's value
+    config.objective.advantage = placeholder(str)
+    config.objective.ratio_level = placeholder(str)
+    config.objective.clip_low = placeholder(float)
+    config.objective.clip_high = placeholder(float)
+    config.objective.aggregation = placeholder(str)
+    config.objective.kl_place = placeholder(str)
+    config.objective.kl_coefficient = placeholder(float)
+
+    config.schedule = ConfigDict()
+    config.schedule.minibatches = 1
+    config.schedule.inner_epochs = 1
+    config.schedule.chunk_tokens = 1024  # positions whose logits exist at a time
+    config.schedule.log_ratio_tolerance = 1e-3  # nats, sampler against trainer
+
+    config.stages = (stage("all", 100, ((".*", 1e-6),)),)  # TRL's rate
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+    config.checkpoint = ConfigDict({"every_steps": 20, "keep": 2})
+
+    config.eval = ConfigDict()
+    config.eval.every_steps = 20  # None: no evaluation
+    config.eval.prompts = 64
+    config.eval.samples_per_prompt = 8
+    config.eval.repeats = 1
+    config.eval.success_threshold = 1.0
+
+    config.probe = ConfigDict()
+    config.probe.every_steps = 10  # None: no probe
+    config.probe.prompts = 8
+    config.probe.completions_per_prompt = 2
+    return config

@@ -1,0 +1,19 @@
+"""Classifier-first RL: the head alone first, then everything; as many rollouts as plain RL.
+
+Command: python -m ntkrl train --config=configs/quickstart/cfrl.py
+"""
+
+from configs import base
+from configs.quickstart import rl
+
+
+def get_config():
+    """Return the config."""
+    config = rl.get_config()
+    config.name = "cfrl"
+    config.run_dir = "runs/quickstart/cfrl-0"
+    config.stages = (
+        base.stage("classifier", 50, (("head/.*", 1e-3), (".*", None))),
+        base.stage("all", 150, ((".*", 3e-4),)),
+    )
+    return config

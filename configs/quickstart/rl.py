@@ -1,0 +1,25 @@
+"""Plain RL of the quickstart's base model: RLOO on everything.
+
+Command: python -m ntkrl train --config=configs/quickstart/rl.py
+"""
+
+from configs import base
+
+
+def get_config():
+    """Return the config."""
+    config = base.get_config()
+    config.name = "rl"
+    config.run_dir = "runs/quickstart/rl-0"
+    config.model.path = "runs/quickstart/base/export"
+    config.reward.function = "expressions"
+    config.data.prompts_per_step = 16
+    config.data.max_prompt_tokens = 8
+    config.rollout.max_completion_tokens = 12
+    config.stages = (base.stage("all", 200, ((".*", 3e-4),)),)
+    config.checkpoint.every_steps = 50
+    config.eval.every_steps = 20
+    config.eval.samples_per_prompt = 16
+    config.eval.repeats = 4
+    config.probe.every_steps = 10
+    return config

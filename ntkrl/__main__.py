@@ -1,0 +1,7 @@
+"""`python -m ntkrl`."""
+
+import sys
+
+from ntkrl.main import main
+
+sys.exit(main())

@@ -1,0 +1,21 @@
+"""From a config to the pieces the loops move: the floor under train.py and evaluate.py."""
+
+from ntkrl.assembly.collect import Collected, collect, draw_probe_set, evaluate, make_sample
+from ntkrl.assembly.settings import RunSettings, read_settings
+from ntkrl.assembly.setup import Prompts, Setup, assemble
+from ntkrl.assembly.sources import RolloutSource, SupervisedSource
+
+__all__ = [
+    "Collected",
+    "Prompts",
+    "RolloutSource",
+    "RunSettings",
+    "Setup",
+    "SupervisedSource",
+    "assemble",
+    "collect",
+    "draw_probe_set",
+    "evaluate",
+    "make_sample",
+    "read_settings",
+]

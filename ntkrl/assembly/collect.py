@@ -1,0 +1,143 @@
+"""The road both loops share: prompts → rollout → texts → rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkrl import data, probe, reward, rollout, runtime
+from ntkrl.assembly.setup import Prompts, Setup
+from ntkrl.types import Array, Params, ProbeSet, PromptBatch, Rollout
+
+Sample = Callable[[Params, PromptBatch, Array], Rollout]
+Clock = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Collected:
+    """A rollout fetched to the host, with its texts and rewards.
+
+    rollout: numpy arrays. texts: B completions. result: RewardResult.
+    """
+
+    rollout: Rollout
+    texts: list[str]
+    result: reward.RewardResult
+
+
+def make_sample(setup: Setup, completions_per_prompt: int) -> Sample:
+    """Return the jitted `sample(params, prompts, key) -> Rollout` of this run."""
+    sampler_settings = rollout.SamplerSettings(
+        completions_per_prompt=completions_per_prompt,
+        max_completion_tokens=setup.settings.rollout.max_completion_tokens,
+        temperature=setup.settings.rollout.temperature,
+        eos_id=setup.tokenizer.eos_token_id,
+        pad_id=setup.tokenizer.pad_token_id,
+    )
+    return jax.jit(rollout.make_sampler(setup.policy, sampler_settings))
+
+
+def prompt_batch(setup: Setup, prompts: Prompts, rows: Sequence[int] | np.ndarray) -> PromptBatch:
+    """Tokenise and place some prompts; padded to one of few lengths."""
+    longest = max(len(prompts.encoded[row]) for row in rows)
+    length = data.bucket_length(longest, setup.settings.data.max_prompt_tokens)
+    batch = data.prompt_batch(prompts.encoded, rows, setup.tokenizer.pad_token_id, length)
+    return runtime.place_rows(batch, setup.mesh)
+
+
+def collect(
+    setup: Setup,
+    sample: Sample,
+    params: Params,
+    prompts: Prompts,
+    rows: Sequence[int] | np.ndarray,
+    key: Array,
+    clock: Clock = lambda name: None,
+) -> Collected:
+    """Sample completions of some prompts and reward them.
+
+    Args:
+      setup: the run.
+      sample: from `make_sample`.
+      params: of the policy that samples.
+      prompts: the prompt set.
+      rows: `[P]` which prompts.
+      key: consumed.
+      clock: called with "sample" and "reward" when each is done.
+
+    Raises:
+      ValueError: what the reward functions did wrong.
+    """
+    drawn = runtime.fetch(sample(params, prompt_batch(setup, prompts, rows), key))
+    clock("sample")
+    texts, ids = data.decode_completions(
+        setup.tokenizer, drawn.tokens, drawn.completion_mask, setup.tokenizer.eos_token_id
+    )
+    repeated = np.repeat(np.asarray(rows), len(texts) // len(rows))
+    result = setup.rewards(
+        [prompts.prompt_set.prompts[row] for row in repeated],
+        texts,
+        ids,
+        {name: [values[row] for row in repeated] for name, values in prompts.columns.items()},
+        prompts.prompt_set.conversational,
+    )
+    clock("reward")
+    return Collected(rollout=drawn, texts=texts, result=result)
+
+
+def evaluate(
+    setup: Setup, sample: Sample, params: Params, key: Array
+) -> tuple[dict[str, float], list[Collected]]:
+    """Score a policy on the held-out prompts.
+
+    Args:
+      setup: the run, with held-out prompts.
+      sample: drawing `evaluation.samples_per_prompt` completions per prompt.
+      params: of the policy.
+      key: consumed.
+
+    Returns:
+      `(metrics, collected)`: the `eval/…` metrics (means over repeats; `eval/reward_sd` is the
+      standard deviation of the mean reward over repeats, 0 for one repeat), and each repeat.
+    """
+    settings = setup.settings.evaluation
+    rows = np.arange(min(settings.prompts, setup.held_out.size))
+    group = settings.samples_per_prompt
+    rounds, collected = [], []
+    for repeat_key in jax.random.split(key, settings.repeats):
+        found = collect(setup, sample, params, setup.held_out, rows, repeat_key)
+        solved_B = found.result.rewards >= settings.success_threshold
+        distinct_P, solutions_P = probe.distinct_counts(found.texts, solved_B, group)
+        rounds.append(
+            {
+                "eval/reward": float(np.mean(found.result.rewards)),
+                "eval/pass@1": float(np.mean(solved_B)),
+                "eval/pass@k": float(np.mean(solved_B.reshape(-1, group).any(axis=1))),
+                "eval/distinct_solutions": float(np.mean(solutions_P)),
+                "eval/distinct_completions": float(np.mean(distinct_P / group)),
+            }
+        )
+        collected.append(found)
+    metrics = {name: float(np.mean([one[name] for one in rounds])) for name in rounds[0]}
+    means = [one["eval/reward"] for one in rounds]
+    metrics["eval/reward_sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+    return metrics, collected
+
+
+def draw_probe_set(setup: Setup, key: Array) -> ProbeSet:
+    """Sample the probe set from the starting model: held-out prompts, its own completions."""
+    settings = setup.settings.probe
+    sample = make_sample(setup, settings.completions_per_prompt)
+    rows = np.arange(min(settings.prompts, setup.held_out.size))
+    batch = prompt_batch(setup, setup.held_out, rows)
+    drawn = runtime.fetch(sample(setup.params, batch, key))
+    return ProbeSet(
+        tokens=jnp.asarray(drawn.tokens),
+        mask=jnp.asarray(drawn.mask),
+        completion_mask=jnp.asarray(drawn.completion_mask),
+        groups=jnp.repeat(jnp.asarray(rows), settings.completions_per_prompt),
+    )

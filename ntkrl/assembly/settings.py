@@ -1,0 +1,248 @@
+"""Config sections as frozen dataclasses, checked when read: below here there is no ConfigDict."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ntkrl import runtime, update
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+METHODS = ("rl", "sft")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Where the starting model comes from.
+
+    path: Hugging Face directory, or None for a new model.
+    architecture, new: class name and config.json entries of a new model.
+    dtype: of the params (masters); float32, bfloat16 or float16.
+    compute_dtype: the network runs in, or None for `dtype`.
+    untie: give a tied head a copy of its own.
+    remat: recompute activations in the backward pass.
+    """
+
+    path: str | None
+    architecture: str
+    new: dict[str, Any]
+    dtype: str
+    compute_dtype: str | None
+    untie: bool
+    remat: bool
+
+    def __post_init__(self):
+        for name in ("dtype", "compute_dtype"):
+            value = getattr(self, name)
+            if value not in DTYPES and not (value is None and name == "compute_dtype"):
+                raise ValueError(f"model.{name} {value!r} is not among {', '.join(DTYPES)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which prompts.
+
+    path: JSONL of prompts (with completions for sft), or None for the built-in task.
+    eval_path: JSONL of held-out prompts; None holds out `held_out` of `path`.
+    held_out: fraction of `path` kept for evaluation, in [0, 1).
+    examples: supervised examples drawn for the built-in task (sft).
+    prompts_per_step: P ≥ 1.
+    max_prompt_tokens: longest prompt allowed.
+    """
+
+    path: str | None
+    eval_path: str | None
+    held_out: float
+    examples: int
+    prompts_per_step: int
+    max_prompt_tokens: int
+
+    def __post_init__(self):
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out must be in [0, 1), not {self.held_out}.")
+        if self.prompts_per_step < 1 or self.max_prompt_tokens < 1:
+            raise ValueError("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """Held-out evaluation.
+
+    every_steps: rollout steps between evaluations, or None for none.
+    prompts: held-out prompts read (at most; all if fewer).
+    samples_per_prompt: k of pass@k and of the distinct counts.
+    repeats: independent samplings; their spread is the noise of the measurement.
+    success_threshold: a completion with at least this reward counts as solved.
+    """
+
+    every_steps: int | None
+    prompts: int
+    samples_per_prompt: int
+    repeats: int
+    success_threshold: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSettings:
+    """The probe set and how often it is read.
+
+    every_steps: rollout steps between probes, or None for none.
+    prompts: held-out prompts (at most).
+    completions_per_prompt: completions of each, sampled from the starting model.
+    """
+
+    every_steps: int | None
+    prompts: int
+    completions_per_prompt: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+    """How completions are drawn in training (see rollout.SamplerSettings)."""
+
+    completions_per_prompt: int
+    max_completion_tokens: int
+    temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """every_steps: rollout steps between checkpoints; keep: how many of the newest stay."""
+
+    every_steps: int
+    keep: int
+
+    def __post_init__(self):
+        if self.every_steps < 1 or self.keep < 1:
+            raise ValueError("checkpoint.every_steps and checkpoint.keep must be ≥ 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleSettings:
+    """How a rollout becomes optimizer steps.
+
+    minibatches: equal parts a rollout is cut in, one optimizer step each; divides the prompts.
+    inner_epochs: passes over a rollout.
+    chunk_tokens: positions whose logits exist at a time.
+    log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats).
+    """
+
+    minibatches: int
+    inner_epochs: int
+    chunk_tokens: int
+    log_ratio_tolerance: float
+
+    def __post_init__(self):
+        for name in ("minibatches", "inner_epochs", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"schedule.{name} must be ≥ 1, not {getattr(self, name)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """Every section of a config, read and checked; problems of all sections in one message."""
+
+    name: str
+    seed: int
+    method: str
+    model: ModelSettings
+    data: DataSettings
+    rollout: RolloutSettings
+    reward: tuple[tuple[str, float], ...]
+    objective: update.Objective
+    schedule: ScheduleSettings
+    stages: tuple[update.Stage, ...]
+    mesh: dict[str, int]
+    checkpoint: CheckpointSettings
+    evaluation: EvalSettings
+    probe: ProbeSettings
+
+
+def read_settings(config: ConfigDict) -> RunSettings:
+    """Read every section.
+
+    Args:
+      config: the whole config (see configs/base.py).
+
+    Raises:
+      ValueError: everything that is wrong in any section, in one message.
+    """
+    problems: list[str] = []
+
+    def read(call: Any, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    def section(kind: Any, name: str) -> Any:
+        return read(runtime.settings, kind, config[name], name)
+
+    if config.method not in METHODS:
+        problems.append(f"method {config.method!r} is not among {', '.join(METHODS)}.")
+    found = RunSettings(
+        name=config.name,
+        seed=config.seed,
+        method=config.method,
+        model=section(ModelSettings, "model"),
+        data=section(DataSettings, "data"),
+        rollout=section(RolloutSettings, "rollout"),
+        reward=read(_rewards, config),
+        objective=read(_objective, config),
+        schedule=section(ScheduleSettings, "schedule"),
+        stages=read(_stages, config),
+        mesh=config.mesh.to_dict(),
+        checkpoint=section(CheckpointSettings, "checkpoint"),
+        evaluation=section(EvalSettings, "eval"),
+        probe=section(ProbeSettings, "probe"),
+    )
+    if not problems and found.data.prompts_per_step % found.schedule.minibatches:
+        problems.append(
+            f"schedule.minibatches = {found.schedule.minibatches} must divide "
+            f"data.prompts_per_step = {found.data.prompts_per_step}."
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
+
+
+def _rewards(config: ConfigDict) -> tuple[tuple[str, float], ...]:
+    """Return (specification, weight) pairs; none for supervised runs without a reward."""
+    given, weights = config.reward.function, config.reward.weights
+    if given is None:
+        if config.method == "rl":
+            raise ValueError("reward.function is missing; name one, such as my_rewards.py:score.")
+        return ()
+    specs = (given,) if isinstance(given, str) else tuple(given)
+    weights = (1.0,) * len(specs) if weights is None else tuple(weights)
+    if len(weights) != len(specs):
+        raise ValueError(
+            f"reward.weights has {len(weights)} entries for {len(specs)} reward functions; give "
+            "one each, or None for 1.0 each."
+        )
+    return tuple(zip(specs, weights, strict=True))
+
+
+def _objective(config: ConfigDict) -> update.Objective:
+    """Take the preset's row and replace what the config sets (None keeps the preset's value)."""
+    given = config.objective.to_dict()
+    preset = given.pop("preset")
+    if preset not in update.PRESETS:
+        raise ValueError(
+            f"objective.preset {preset!r} is not among {', '.join(sorted(update.PRESETS))}."
+        )
+    set_here = {name: value for name, value in given.items() if value is not None}
+    whole = dataclasses.asdict(update.PRESETS[preset]) | set_here
+    return runtime.settings(update.Objective, whole, "objective")
+
+
+def _stages(config: ConfigDict) -> tuple[update.Stage, ...]:
+    if not config.stages:
+        raise ValueError("stages is empty; give at least one row (see configs/base.py).")
+    return tuple(
+        runtime.settings(update.Stage, row, f"stages[{i}]") for i, row in enumerate(config.stages)
+    )

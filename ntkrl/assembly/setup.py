@@ -1,0 +1,161 @@
+"""The pieces of a run, loaded and checked before anything is traced."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ntkrl import data, models, reward, runtime, trees
+from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
+from ntkrl.types import Params, Policy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """A prompt set with its token ids; `completions` is empty unless supervised."""
+
+    prompt_set: data.PromptSet
+    encoded: list[list[int]]
+    completions: list[list[int]]
+
+    @property
+    def size(self) -> int:
+        """Number of prompts."""
+        return len(self.encoded)
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """What reward functions are given besides prompts and completions."""
+        held = self.prompt_set.columns
+        return {name: values for name, values in held.items() if name != "completion"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """What both loops need.
+
+    settings: the config, read. policy, params: the starting model, params on the mesh.
+    tokenizer: transformers'. tokenizer_source: directory whose files export copies.
+    mesh: of all devices. train, held_out: prompts. rewards: None for supervised runs without.
+    """
+
+    settings: RunSettings
+    policy: Policy
+    params: Params
+    tokenizer: Any
+    tokenizer_source: str
+    mesh: Mesh
+    train: Prompts
+    held_out: Prompts | None
+    rewards: reward.RewardSet | None
+
+
+def assemble(settings: RunSettings, run_directory: Path) -> Setup:
+    """Build the Setup of a run, cheapest checks first.
+
+    Args:
+      settings: from `read_settings`.
+      run_directory: where a new model's tokenizer is written.
+
+    Raises:
+      ValueError: anything wrong with the files the config names, or how they fit.
+    """
+    mesh = runtime.make_mesh(**settings.mesh)
+    source = settings.model.path
+    if source is None:
+        source = str(run_directory / "tokenizer")
+        data.save_tokenizer(source)
+    else:
+        models.check(source)
+    tokenizer = data.load_tokenizer(source)
+    rewards = None
+    if settings.reward:
+        loaded = (reward.load_function(spec, weight) for spec, weight in settings.reward)
+        rewards = reward.RewardSet(tuple(loaded))
+    train, held_out = _prompts(settings, tokenizer)
+    for prompts in (held_out, train if settings.method == "rl" else None):
+        if prompts is not None and rewards is not None:
+            rewards.check_columns(prompts.columns)
+    policy, params = _model(settings.model, tokenizer, mesh, settings.seed)
+    if len(tokenizer) > policy.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} entries, the model's vocabulary "
+            f"{policy.vocab_size}; use the tokenizer the model was trained with."
+        )
+    return Setup(
+        settings=settings,
+        policy=policy,
+        params=params,
+        tokenizer=tokenizer,
+        tokenizer_source=source,
+        mesh=mesh,
+        train=train,
+        held_out=held_out,
+        rewards=rewards,
+    )
+
+
+def _model(
+    settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int
+) -> tuple[Policy, Params]:
+    compute = None if settings.compute_dtype is None else DTYPES[settings.compute_dtype]
+    dtype = DTYPES[settings.dtype]
+    if settings.path is not None:
+        return models.load(
+            settings.path, dtype, mesh, compute, untie=settings.untie, remat=settings.remat
+        )
+    raw = {
+        **settings.new,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    policy, params = models.build(
+        settings.architecture, raw, jax.random.key(seed), dtype, compute, settings.remat
+    )
+    return policy, jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
+
+
+def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | None]:
+    supervised = settings.method == "sft"
+    scored = settings.evaluation.every_steps is not None and bool(settings.reward)
+    train_set, held_set = _prompt_sets(settings, supervised, scored)
+    if len(train_set.prompts) < settings.data.prompts_per_step:
+        raise ValueError(
+            f"{train_set.source} leaves {len(train_set.prompts)} training prompts, fewer than "
+            f"data.prompts_per_step = {settings.data.prompts_per_step}; lower it or add prompts."
+        )
+
+    def encoded(prompt_set: data.PromptSet, with_completions: bool) -> Prompts:
+        budget = settings.rollout.max_completion_tokens
+        completions = []
+        if with_completions:
+            completions = data.encode_completions(tokenizer, prompt_set, budget)
+        ids = data.encode_prompts(tokenizer, prompt_set, settings.data.max_prompt_tokens)
+        return Prompts(prompt_set, ids, completions)
+
+    held_out = encoded(held_set, False) if scored and held_set is not None else None
+    return encoded(train_set, supervised), held_out
+
+
+def _prompt_sets(
+    settings: RunSettings, supervised: bool, scored: bool
+) -> tuple[data.PromptSet, data.PromptSet | None]:
+    files = settings.data
+    if files.path is None:
+        held_set = data.expression_prompts("test")
+        if supervised:
+            return data.supervised_set(files.examples, settings.seed), held_set
+        return data.expression_prompts("train"), held_set
+    required = ("prompt", "completion") if supervised else ("prompt",)
+    train_set = data.read_jsonl(files.path, required)
+    if files.eval_path is not None:
+        return train_set, data.read_jsonl(files.eval_path)
+    if scored and files.held_out > 0:
+        return data.hold_out(train_set, files.held_out)
+    return train_set, None

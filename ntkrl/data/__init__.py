@@ -1,0 +1,38 @@
+"""Prompts in, token arrays out: files, tokenizer, batch order, and a built-in task.
+
+Promises: every wrong row of a file is named before training starts; nothing is cut, added or
+downloaded silently; the batch at a position is a pure function of the position. Imports only
+`ntkrl.types` from this package.
+"""
+
+from ntkrl.data.batches import bucket_length, prompt_batch, supervised_batch
+from ntkrl.data.expressions import characters, save_tokenizer, supervised_set, targets
+from ntkrl.data.expressions import prompt_set as expression_prompts
+from ntkrl.data.order import epoch_at, hold_out, rows_at
+from ntkrl.data.prompts import PromptSet, read_jsonl
+from ntkrl.data.tokens import (
+    decode_completions,
+    encode_completions,
+    encode_prompts,
+    load_tokenizer,
+)
+
+__all__ = [
+    "PromptSet",
+    "bucket_length",
+    "characters",
+    "decode_completions",
+    "encode_completions",
+    "encode_prompts",
+    "epoch_at",
+    "expression_prompts",
+    "hold_out",
+    "load_tokenizer",
+    "prompt_batch",
+    "read_jsonl",
+    "rows_at",
+    "save_tokenizer",
+    "supervised_batch",
+    "supervised_set",
+    "targets",
+]

@@ -1,0 +1,121 @@
+"""From token ids to the padded arrays of a batch.
+
+Prompts are left-padded and completions right-padded, so that the completions of a batch start
+at one column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from ntkrl.types import PromptBatch, UpdateBatch
+
+SHORTEST_BUCKET = 8
+
+
+def bucket_length(longest: int, maximum: int) -> int:
+    """Return the length to pad to: few different ones, since each compiles anew.
+
+    Args:
+      longest: tokens of the longest row, 1 to `maximum`.
+      maximum: longest row allowed (tokens).
+
+    Returns:
+      The smallest power of two that is at least `longest` and 8, or `maximum` if smaller.
+
+    Raises:
+      ValueError: `longest` outside its range.
+    """
+    if not 1 <= longest <= maximum:
+        raise ValueError(f"the longest row has {longest} tokens; allowed are 1 to {maximum}.")
+    return min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), maximum)
+
+
+def prompt_batch(
+    encoded: Sequence[Sequence[int]], rows: Sequence[int] | np.ndarray, pad_id: int, length: int
+) -> PromptBatch:
+    """Left-pad the prompts of some rows.
+
+    Args:
+      encoded: token ids of every prompt of the set.
+      rows: `[P]` which of them.
+      pad_id: token written where the mask is False.
+      length: T, at least the longest chosen prompt (tokens).
+
+    Returns:
+      tokens and mask `[P, length]`, rows `[P]`.
+
+    Raises:
+      ValueError: a chosen prompt is longer than `length`.
+    """
+    tokens_PT, mask_PT = _padded(encoded, rows, pad_id, length, left=True)
+    return PromptBatch(
+        tokens=jnp.asarray(tokens_PT),
+        mask=jnp.asarray(mask_PT),
+        rows=jnp.asarray(np.asarray(rows, np.int32)),
+    )
+
+
+def supervised_batch(
+    encoded_prompts: Sequence[Sequence[int]],
+    encoded_completions: Sequence[Sequence[int]],
+    rows: Sequence[int] | np.ndarray,
+    pad_id: int,
+    prompt_length: int,
+    completion_length: int,
+) -> UpdateBatch:
+    """Lay out given completions like sampled ones, so that supervised training is an update.
+
+    Args:
+      encoded_prompts: token ids of every prompt of the set.
+      encoded_completions: token ids of every completion of the set.
+      rows: `[B]` which of them.
+      pad_id: token written where the mask is False.
+      prompt_length: columns of the left-padded prompt (tokens).
+      completion_length: C, columns of the right-padded completion (tokens).
+
+    Returns:
+      tokens and mask `[B, prompt_length + C]`, completion_mask `[B, C]` on completion tokens,
+      old and reference log-probs `[B, C]` zero, advantages `[B]` one.
+
+    Raises:
+      ValueError: a chosen prompt or completion is longer than its columns.
+    """
+    prompts_BT, prompt_mask_BT = _padded(encoded_prompts, rows, pad_id, prompt_length, left=True)
+    completions_BC, mask_BC = _padded(
+        encoded_completions, rows, pad_id, completion_length, left=False
+    )
+    zeros_BC = jnp.zeros(mask_BC.shape, jnp.float32)
+    return UpdateBatch(
+        tokens=jnp.asarray(np.concatenate([prompts_BT, completions_BC], axis=1)),
+        mask=jnp.asarray(np.concatenate([prompt_mask_BT, mask_BC], axis=1)),
+        completion_mask=jnp.asarray(mask_BC),
+        old_log_probs=zeros_BC,
+        ref_log_probs=zeros_BC,
+        advantages=jnp.ones(len(rows), jnp.float32),
+    )
+
+
+def _padded(
+    encoded: Sequence[Sequence[int]],
+    rows: Sequence[int] | np.ndarray,
+    pad_id: int,
+    length: int,
+    left: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    tokens_BT = np.full((len(rows), length), pad_id, np.int32)
+    mask_BT = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        ids = encoded[row]
+        if len(ids) > length:
+            raise ValueError(
+                f"row {row} has {len(ids)} tokens and does not fit {length} columns; "
+                "raise the length (see bucket_length)."
+            )
+        columns = slice(length - len(ids), length) if left else slice(0, len(ids))
+        tokens_BT[i, columns] = ids
+        mask_BT[i, columns] = True
+    return tokens_BT, mask_BT

@@ -1,0 +1,192 @@
+"""Prompts with their columns, read from a JSON Lines file and checked row by row.
+
+Two forms, as in TRL: *standard* (`{"prompt": "text"}`) and *conversational*
+(`{"prompt": [{"role": "user", "content": "text"}]}`). A file holds one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ntkrl.data.problems import listed
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+EXAMPLES = (
+    '{"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}, '
+    "one object per line, other keys become columns"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+    """Prompts in a fixed order, and what is known about each.
+
+    prompts: one text each (standard) or one list of messages each (conversational).
+    columns: name to one value per prompt; None where a row has no value.
+    source: where the prompts came from, for messages.
+    """
+
+    prompts: tuple[str | list[Message], ...]
+    columns: dict[str, list[Any]]
+    source: str
+
+    @property
+    def conversational(self) -> bool:
+        """True when prompts are lists of messages."""
+        return len(self.prompts) > 0 and isinstance(self.prompts[0], list)
+
+
+def read_jsonl(path: str | Path, required: Sequence[str] = ("prompt",)) -> PromptSet:
+    """Read and check a JSON Lines file.
+
+    Args:
+      path: a UTF-8 file with one JSON object per line; blank lines are skipped.
+      required: keys every row must hold (null counts as missing); "prompt" always is one.
+        With "completion" among them, that column is checked too: text for standard prompts,
+        a list of messages for conversational ones.
+
+    Returns:
+      The rows in file order. Keys other than "prompt" become columns.
+
+    Raises:
+      ValueError: the file cannot be read or holds no rows, or rows are wrong; all wrong rows
+        are named as file:line in one message.
+    """
+    path = Path(path)
+    rows, problems = _objects(path, _bytes(path))
+    if not rows and not problems:
+        raise ValueError(f"{path}: the file is empty. Expected {EXAMPLES}.")
+    form = _form(rows)
+    for line, row in rows:
+        problems += [(line, fault) for fault in _faults(row, required, form)]
+    if problems:
+        # Stable by line, since JSON mistakes are found before mistakes of content.
+        ordered = [
+            f"{path}:{line}: {fault}" for line, fault in sorted(problems, key=lambda p: p[0])
+        ]
+        raise ValueError(
+            f"{path}: problems: {len(problems)}{listed(ordered)}\nExpected {EXAMPLES}."
+        )
+    names = dict.fromkeys(name for _, row in rows for name in row if name != "prompt")
+    return PromptSet(
+        prompts=tuple(row["prompt"] for _, row in rows),
+        columns={name: [row[name] if name in row else None for _, row in rows] for name in names},
+        source=str(path),
+    )
+
+
+def _bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give one JSON Lines file inside it.")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file. Expected a JSON Lines file: {EXAMPLES}.")
+    try:
+        # Windows editors put a byte-order mark first; it is no part of the first row.
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _objects(
+    path: Path, content: bytes
+) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
+    """Return the lines as `(line, object)` rows and `(line, fault)` problems."""
+    rows, problems = [], []
+    for line, raw in enumerate(content.split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            problems.append((line, f"not UTF-8 (byte {error.start}); save the file as UTF-8"))
+        except (ValueError, RecursionError) as error:
+            problems.append((line, f"malformed JSON: {error}"))
+        else:
+            if isinstance(row, dict):
+                rows.append((line, row))
+            else:
+                problems.append((line, f"expected a JSON object, found {type(row).__name__}"))
+    return rows, problems
+
+
+def _form(rows: list[tuple[int, dict[str, Any]]]) -> tuple[type, int] | None:
+    """Return the form of the first row with a text or list prompt, and its line."""
+    for line, row in rows:
+        if "prompt" in row and isinstance(row["prompt"], str | list):
+            return type(row["prompt"]), line
+    return None
+
+
+def _faults(
+    row: dict[str, Any], required: Sequence[str], form: tuple[type, int] | None
+) -> list[str]:
+    wanted = dict.fromkeys(("prompt", *required))
+    faults = [
+        f"no {name!r} (missing or null); the row has {', '.join(row) if row else 'no keys'}"
+        for name in wanted
+        if name not in row or row[name] is None
+    ]
+    if "prompt" in row and row["prompt"] is not None:
+        faults += _prompt_faults(row["prompt"], form)
+    if "completion" in wanted and "completion" in row and row["completion"] is not None:
+        faults += _completion_faults(row["completion"], form)
+    return faults
+
+
+def _prompt_faults(prompt: Any, form: tuple[type, int] | None) -> list[str]:
+    if not isinstance(prompt, str | list):
+        return [f"'prompt' is {type(prompt).__name__}; expected text or a list of messages"]
+    if form is not None and not isinstance(prompt, form[0]):
+        here, there = ("a list of messages", "text")[:: 1 if isinstance(prompt, list) else -1]
+        return [f"mixed forms: this prompt is {here}, that of line {form[1]} is {there}; use one"]
+    if isinstance(prompt, str):
+        return ["empty prompt"] if not prompt.strip() else _text_faults("'prompt'", prompt)
+    faults = _message_faults("prompt", prompt)
+    if not faults and not any(message["content"].strip() for message in prompt):
+        return ["empty prompt (no message has content)"]
+    return faults
+
+
+def _completion_faults(completion: Any, form: tuple[type, int] | None) -> list[str]:
+    if form is None:
+        return []
+    if not isinstance(completion, form[0]):
+        wanted = "a list of messages" if form[0] is list else "text"
+        found = type(completion).__name__
+        return [f"'completion' is {found}; expected {wanted}, the form of the prompts"]
+    if isinstance(completion, str):
+        return _text_faults("'completion'", completion)
+    return _message_faults("completion", completion)
+
+
+def _message_faults(name: str, messages: list[Any]) -> list[str]:
+    if not messages:
+        return [f"empty {name} (a list without messages)"]
+    faults = []
+    for i, message in enumerate(messages):
+        where = f"message {i} of {name!r}"
+        if not isinstance(message, dict):
+            found = type(message).__name__
+            faults.append(f"{where} is {found}; expected an object with 'role' and 'content'")
+        elif "role" not in message or message["role"] not in ROLES:
+            found = repr(message["role"]) if "role" in message else "missing"
+            faults.append(f"{where}: role is {found}; expected one of {', '.join(ROLES)}")
+        elif "content" not in message or not isinstance(message["content"], str):
+            found = type(message["content"]).__name__ if "content" in message else "missing"
+            faults.append(f"{where}: content is {found}; expected text")
+        else:
+            faults += _text_faults(where, message["content"])
+    return faults
+
+
+def _text_faults(name: str, text: str) -> list[str]:
+    # JSON can escape half of a surrogate pair, which is no character and stops a tokenizer.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return [f"{name} holds half of a surrogate pair (\\ud800-\\udfff), which is no character"]
+    return []

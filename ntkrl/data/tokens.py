@@ -1,0 +1,289 @@
+"""From text to token ids and back.
+
+No token is added that the text or the chat template does not hold (but the end token of a
+supervised completion), and nothing is cut silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkrl.data.problems import listed
+from ntkrl.data.prompts import PromptSet
+from ntkrl.types import Array
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load a Hugging Face tokenizer from a local directory; nothing is downloaded.
+
+    A tokenizer without a pad token gets its end-of-sequence token as pad. That is safe here,
+    since every array comes with a mask and no code compares tokens with the pad id.
+
+    Args:
+      path: directory with `tokenizer.json` (or the vocabulary of a slow tokenizer) and
+        `tokenizer_config.json`.
+
+    Returns:
+      The tokenizer, with `eos_token_id` and `pad_token_id` set.
+
+    Raises:
+      ValueError: no such directory, no tokenizer files, files that do not load (those that
+        need remote code among them), or no end-of-sequence token.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory; give the directory that holds tokenizer.json.")
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{path} holds no tokenizer; expected tokenizer.json and tokenizer_config.json (or a "
+            f"vocabulary: {', '.join(TOKENIZER_FILES[1:])}). Copy them from the model's source."
+        )
+    # Here and not above, since transformers takes seconds to import.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exception for malformed files
+        raise ValueError(
+            f"{path}: the tokenizer does not load ({type(error).__name__}: {error}). "
+            "Remote code is never run; tokenizer.json must be complete."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{path}: the tokenizer has no end-of-sequence token, so no completion could end; "
+            'set "eos_token" in tokenizer_config.json to a token of the vocabulary.'
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode_prompts(
+    tokenizer: Any, prompt_set: PromptSet, max_prompt_tokens: int
+) -> list[list[int]]:
+    """Encode every prompt.
+
+    Standard prompts are encoded as they are, without special tokens. Conversational ones go
+    through the tokenizer's chat template with the generation prompt.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      prompt_set: the prompts.
+      max_prompt_tokens: longest prompt allowed (tokens).
+
+    Returns:
+      Token ids of each prompt, unpadded.
+
+    Raises:
+      ValueError: no chat template where one is needed, or prompts that cannot be encoded, are
+        empty or too long; all such rows in one message.
+    """
+    if prompt_set.conversational:
+        _check_template(tokenizer, prompt_set.source)
+        texts = _render(tokenizer, prompt_set, prompt_set.prompts, generation_prompt=True)
+    else:
+        texts = list(prompt_set.prompts)
+    encoded = _encode(tokenizer, texts, prompt_set.source, "prompt")
+    problems = [f"row {row}: no tokens" for row, ids in enumerate(encoded) if not ids]
+    if problems:
+        raise ValueError(
+            f"{prompt_set.source}: {len(problems)} prompts encode to nothing{listed(problems)}\n"
+            "Remove these rows or give them text."
+        )
+    _check_lengths(encoded, max_prompt_tokens, prompt_set.source, "prompt")
+    return encoded
+
+
+def encode_completions(
+    tokenizer: Any, prompt_set: PromptSet, max_completion_tokens: int
+) -> list[list[int]]:
+    """Encode the column "completion" for supervised training, each with the end token last.
+
+    A conversational completion is what the chat template writes after the generation prompt.
+    Its own end token closes it, and white space the template writes after that is left out,
+    as a sampler would stop there.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      prompt_set: prompts with a "completion" for every row.
+      max_completion_tokens: longest completion allowed (tokens, the end token counts).
+
+    Returns:
+      Token ids of each completion, unpadded; an empty text is the end token alone.
+
+    Raises:
+      ValueError: no such column or rows without one, no chat template where one is needed, or
+        completions that cannot be encoded or are too long; all such rows in one message.
+    """
+    completions = _completions(prompt_set)
+    if prompt_set.conversational:
+        _check_template(tokenizer, prompt_set.source)
+        completions = _rendered_completions(tokenizer, prompt_set, completions)
+    encoded = [
+        _closed(tokenizer, ids)
+        for ids in _encode(tokenizer, completions, prompt_set.source, "completion")
+    ]
+    _check_lengths(encoded, max_completion_tokens, prompt_set.source, "completion")
+    return encoded
+
+
+def decode_completions(
+    tokenizer: Any, tokens: Array, completion_mask: Array, eos_id: int
+) -> tuple[list[str], list[list[int]]]:
+    """Return the completions of a rollout as texts and as token ids.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      tokens: `[B, T]` or `[B, C]`; the completions are the last C columns.
+      completion_mask: `[B, C]` bool.
+      eos_id: end-of-sequence token, left out of the text even where the tokenizer does not
+        call it special.
+
+    Returns:
+      `(texts, ids)`: the masked tokens of each row as text without special tokens, and as ids
+      with them.
+
+    Raises:
+      ValueError: the mask is wider than the tokens or has another number of rows.
+    """
+    tokens_BT, mask_BC = np.asarray(tokens), np.asarray(completion_mask, bool)
+    if tokens_BT.shape[0] != mask_BC.shape[0] or tokens_BT.shape[1] < mask_BC.shape[1]:
+        raise ValueError(
+            f"tokens {tokens_BT.shape} and completion_mask {mask_BC.shape} do not fit; "
+            "expected [B, T] and [B, C] with T ≥ C."
+        )
+    tokens_BC = tokens_BT[:, tokens_BT.shape[1] - mask_BC.shape[1] :]
+    ids = [row[keep].tolist() for row, keep in zip(tokens_BC, mask_BC, strict=True)]
+    texts = [
+        tokenizer.decode(
+            [token for token in row if token != eos_id],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,  # it would rewrite " ." and change the text
+        )
+        for row in ids
+    ]
+    return texts, ids
+
+
+def _check_template(tokenizer: Any, source: str) -> None:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{source}: prompts are lists of messages, but the tokenizer has no chat template. "
+            "Put chat_template.jinja into the tokenizer's directory (or set "
+            '"chat_template" in tokenizer_config.json), or use {"prompt": "text"} rows.'
+        )
+
+
+def _render(
+    tokenizer: Any, prompt_set: PromptSet, conversations: Sequence[Any], generation_prompt: bool
+) -> list[str]:
+    # jinja2 comes with transformers' chat templates; only they need it.
+    from jinja2 import TemplateError
+
+    def write(messages: Any) -> str:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=generation_prompt, tokenize=False
+        )
+
+    return _each(
+        write, conversations, TemplateError, f"{prompt_set.source}: the chat template refuses"
+    )
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], source: str, what: str) -> list[list[int]]:
+    def ids(text: str | list[str]) -> Any:
+        # Templates write their own special tokens; the length is checked by the caller.
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    try:
+        return ids(list(texts))
+    except Exception:  # tokenizers raises bare Exception; again by row, to name the rows
+        return _each(ids, texts, Exception, f"{source}: the tokenizer cannot encode the {what} of")
+
+
+def _each(
+    call: Callable[[Any], Any], items: Sequence[Any], kind: type[Exception], message: str
+) -> list[Any]:
+    # One ValueError names all rows on which the call raises `kind`.
+    results, problems = [], []
+    for row, item in enumerate(items):
+        try:
+            results.append(call(item))
+        except kind as error:
+            problems.append(f"row {row}, {item!r:.60}: {error}")
+    if problems:
+        raise ValueError(f"{message} {len(problems)} rows{listed(problems)}")
+    return results
+
+
+def _completions(prompt_set: PromptSet) -> list[Any]:
+    columns = prompt_set.columns
+    if "completion" not in columns:
+        raise ValueError(
+            f"{prompt_set.source}: supervised training needs a column 'completion'; "
+            f"columns are: {', '.join(columns) if columns else 'none'}."
+        )
+    form, wanted = (list, "a list of messages") if prompt_set.conversational else (str, "text")
+    problems = [
+        f"row {row}: {completion!r:.60}"
+        for row, completion in enumerate(columns["completion"])
+        if not isinstance(completion, form)
+    ]
+    if problems:
+        raise ValueError(
+            f"{prompt_set.source}: every 'completion' must be {wanted}{listed(problems)}"
+        )
+    return columns["completion"]
+
+
+def _rendered_completions(
+    tokenizer: Any, prompt_set: PromptSet, completions: Sequence[Any]
+) -> list[str]:
+    prompts = prompt_set.prompts
+    starts = _render(tokenizer, prompt_set, prompts, generation_prompt=True)
+    whole = [[*prompt, *rest] for prompt, rest in zip(prompts, completions, strict=True)]
+    texts = _render(tokenizer, prompt_set, whole, generation_prompt=False)
+    pairs = list(zip(texts, starts, strict=True))
+    problems = [
+        f"row {row}: {start!r:.60} is no start of {text!r:.60}"
+        for row, (text, start) in enumerate(pairs)
+        if not text.startswith(start)
+    ]
+    if problems:
+        raise ValueError(
+            f"{prompt_set.source}: the chat template writes a conversation that does not start "
+            f"with its prompt, so the completion cannot be told apart{listed(problems)}\n"
+            "Use a template whose generation prompt is the start of an assistant turn."
+        )
+    return [text[len(start) :] for text, start in pairs]
+
+
+def _closed(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return the ids ended by the end token, which a template may have written already."""
+    eos_id = tokenizer.eos_token_id
+    if eos_id in ids:
+        end = len(ids) - ids[::-1].index(eos_id)
+        if not tokenizer.decode(ids[end:]).strip():
+            return ids[:end]
+    return [*ids, eos_id]
+
+
+def _check_lengths(encoded: list[list[int]], limit: int, source: str, what: str) -> None:
+    problems = [
+        f"row {row}: {len(ids)} tokens" for row, ids in enumerate(encoded) if len(ids) > limit
+    ]
+    if problems:
+        longest = max(len(ids) for ids in encoded)
+        raise ValueError(
+            f"{source}: {len(problems)} {what}s are longer than {limit} tokens{listed(problems)}\n"
+            f"Raise --config.data.max_{what}_tokens (the longest has {longest}), or shorten or "
+            "filter these rows."
+        )

@@ -1,0 +1,113 @@
+"""Score a model on held-out prompts, and take a checkpoint of a run as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ntkrl import assembly, models, runtime, trees, update
+
+EVALUATE_STREAM = 3
+
+
+def evaluate(config: ConfigDict) -> dict[str, float]:
+    """Sample and reward completions of the held-out prompts; print and save what was found.
+
+    Writes `evaluations/NAME.json` (metrics) and `evaluations/NAME.jsonl` (every sample with its
+    reward) under the run directory, NAME being the model directory's name.
+
+    Args:
+      config: see configs/base.py; `model.path`, `data`, `reward`, `rollout` and `eval` count.
+
+    Returns:
+      The `eval/…` metrics.
+
+    Raises:
+      ValueError: a mistake in the config or the files it names, or nothing to evaluate on.
+    """
+    settings = assembly.read_settings(config)
+    if settings.model.path is None:
+        raise ValueError("evaluate needs --config.model.path=DIR, the model to score.")
+    directory = Path(config.run_dir)
+    setup = assembly.assemble(settings, directory)
+    if setup.held_out is None:
+        raise ValueError(
+            "there is nothing to evaluate on: set eval.every_steps, reward.function and either "
+            "data.eval_path or data.held_out."
+        )
+    sample = assembly.make_sample(setup, settings.evaluation.samples_per_prompt)
+    key = jax.random.fold_in(jax.random.key(settings.seed), EVALUATE_STREAM)
+    metrics, collected = assembly.evaluate(setup, sample, setup.params, key)
+    path = directory / "evaluations" / f"{_label(settings.model.path)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
+        for repeat, found in enumerate(collected):
+            for row in _samples(setup, found, repeat):
+                file.write(json.dumps(row) + "\n")
+    path.write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, value in metrics.items():
+        print(f"{name:28s} {value:.4f}")
+    print(f"samples: {path.with_suffix('.jsonl')}")
+    return metrics
+
+
+def export(run: str, out: str, step: int | None = None) -> None:
+    """Write a checkpoint of a run as a full Hugging Face directory.
+
+    Args:
+      run: run directory.
+      out: directory to write.
+      step: rollout step of a checkpoint that was kept; None for the newest.
+
+    Raises:
+      ValueError: no run there, or no such checkpoint.
+    """
+    directory = Path(run)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run directory: it has no config.json.")
+    config = runtime.from_json(json.loads(path.read_text(encoding="utf-8")))
+    settings = assembly.read_settings(config)
+    setup = assembly.assemble(settings, directory)
+    checkpoints = runtime.Checkpoints(directory / "checkpoints", settings.checkpoint.keep)
+    held = checkpoints.steps()
+    chosen = checkpoints.latest() if step is None else step
+    if chosen not in held:
+        listed = ", ".join(map(str, held)) if held else "none"
+        raise ValueError(f"{run} has no checkpoint of step {chosen}; kept are: {listed}.")
+    stage = settings.stages[checkpoints.position(chosen)["stage"]]
+    program = update.stage_program(stage, setup.policy, setup.params)
+    state = update.init_state(program, setup.params, jax.random.key(settings.seed))
+    placed = jax.device_put(state, trees.shardings(state, setup.policy.sharding, setup.mesh))
+    params = checkpoints.restore(chosen, placed).params
+    models.export(out, setup.policy, params, setup.tokenizer_source)
+    checkpoints.close()
+    tqdm.write(f"step {chosen} of {run} written to {out}")
+
+
+def _samples(
+    setup: assembly.Setup, found: assembly.Collected, repeat: int
+) -> list[dict[str, Any]]:
+    prompts = setup.held_out.prompt_set.prompts
+    group = setup.settings.evaluation.samples_per_prompt
+    rewards = found.result.rewards
+    return [
+        {
+            "prompt": prompts[i // group],
+            "completion": text,
+            "reward": float(rewards[i]),
+            "repeat": repeat,
+        }
+        for i, text in enumerate(found.texts)
+    ]
+
+
+def _label(path: str) -> str:
+    """Name a model by its directory, `runs/x/export` by its run."""
+    place = Path(path).resolve()
+    return place.parent.name if place.name == "export" else place.name

@@ -1,0 +1,99 @@
+"""The command line: `ntkrl COMMAND …`, the same as `python -m ntkrl COMMAND …`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: ntkrl COMMAND ...
+
+  train    --config=FILE [--config.section.field=value ...]   run or resume a training run
+  evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
+  report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
+  export   RUN OUT [--step=N]                                 a checkpoint as Hugging Face directory
+
+Configs live in configs/; every field has its meaning in configs/base.py.
+Set NTKRL_TRACEBACK=1 to see where an error came from."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status (2 for a user's mistake).
+
+    Args:
+      argv: words after the program's name; None for the process's own.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": _train, "evaluate": _evaluate, "report": _report, "export": _export}
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if words[0] not in commands:
+        print(f"ntkrl: unknown command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        commands[words[0]](words[1:])
+    except (ValueError, OSError) as error:
+        if "NTKRL_TRACEBACK" in os.environ:
+            raise
+        print(f"ntkrl {words[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(words: Sequence[str]) -> None:
+    from ntkrl import runtime, train
+
+    config = runtime.read_config(words)
+    runtime.start_processes()
+    train.train(config)
+
+
+def _evaluate(words: Sequence[str]) -> None:
+    from ntkrl import evaluate, runtime
+
+    config = runtime.read_config(words)
+    runtime.start_processes()
+    evaluate.evaluate(config)
+
+
+def _report(words: Sequence[str]) -> None:
+    from ntkrl import report
+
+    options, runs = _options(words, ("out",))
+    if not runs:
+        raise ValueError("report needs at least one run directory, for example runs/rl.")
+    out = options["out"] if "out" in options else os.path.join(runs[0], "report")
+    page = report.write_report(runs, out)
+    print(report.format_table([report.read_run(run) for run in runs]))
+    print(f"\nreport: {page}")
+
+
+def _export(words: Sequence[str]) -> None:
+    from ntkrl import evaluate
+
+    options, places = _options(words, ("step",))
+    if len(places) != 2:
+        raise ValueError("export needs a run directory and an output directory.")
+    step = options["step"] if "step" in options else None
+    if step is not None and not step.isdigit():
+        raise ValueError(f"--step={step} must be a whole number.")
+    evaluate.export(places[0], places[1], None if step is None else int(step))
+
+
+def _options(words: Sequence[str], known: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Split words into `--name=value` options and the rest."""
+    options, rest = {}, []
+    for word in words:
+        if not word.startswith("--"):
+            rest.append(word)
+            continue
+        name, _, value = word[2:].partition("=")
+        if name not in known or not value:
+            allowed = ", ".join(f"--{one}=…" for one in known)
+            raise ValueError(f"{word} is not understood; allowed are {allowed}.")
+        options[name] = value
+    return options, rest

@@ -1,0 +1,269 @@
+"""Hugging Face directories in and out: config.json and safetensors, nothing executable.
+
+Reading collects every missing, misshapen or unknown tensor before one error is raised; writing
+goes to a directory beside the target and is renamed when whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FLOAT_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# what travels with a model besides config.json and the tensors
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+Table = Sequence[tuple[str, str, bool]]
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file, or say which file is broken and where."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); write the model again.") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json of a model directory.
+
+    Raises:
+      ValueError: no such directory, no config.json, or not a JSON object.
+    """
+    if not directory.is_dir():
+        raise ValueError(
+            f"model.path {str(directory)!r} is no directory; give a Hugging Face model directory "
+            "(config.json, *.safetensors, tokenizer files)."
+        )
+    path = directory / "config.json"
+    if not path.is_file():
+        found = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
+        raise ValueError(f"{directory} has no config.json; it holds {found}.")
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(raw).__name__}.")
+    return raw
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Map each stored tensor's name to its file, from one file or from the index.
+
+    Raises:
+      ValueError: no safetensors (pickle-only directories are refused), missing shards, or
+        tensors the index names and no file holds.
+    """
+    index = directory / INDEX_FILE
+    if index.is_file():
+        raw = read_json(index)
+        if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
+            raise ValueError(f"{index} has no weight_map object; write the model again.")
+        return _indexed_files(directory, raw["weight_map"])
+    single = directory / WEIGHTS_FILE
+    if single.is_file():
+        return {name: single for name in stored_names(single)}
+    pickles = sorted(e.name for e in directory.iterdir() if e.suffix in PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{directory} holds only pickle checkpoints ({', '.join(pickles)}), which can run code "
+            "when read and are refused. Save it with transformers' "
+            "model.save_pretrained(path, safe_serialization=True)."
+        )
+    raise ValueError(f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
+
+
+def stored_names(path: Path) -> list[str]:
+    """Return the tensor names of one safetensors file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); copy or write it again."
+        ) from error
+
+
+def read_tensors(
+    directory: Path,
+    table: Table,
+    shapes: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str],
+    place: Callable[[str, np.ndarray], Any],
+) -> dict[str, Any]:
+    """Read all parameters of a model.
+
+    Args:
+      directory: the model directory.
+      table: rows (our name, stored name with `{i}` for stacked layers, transpose).
+      shapes: our name → shape expected, stack axis included.
+      ignored: regular expressions of stored names that carry no parameter.
+      place: called with our name and the numpy array; returns what is kept (a device array).
+
+    Returns:
+      Our name → what `place` returned.
+
+    Raises:
+      ValueError: names or shapes that do not fit, all of them in one message.
+    """
+    files = tensor_files(directory)
+    wanted = {name: _stored(name, hf, shapes) for name, hf, _ in table if name in shapes}
+    known = {stored for group in wanted.values() for stored in group}
+    problems = [f"{name} is missing" for name in sorted(known - set(files))]
+    patterns = [re.compile(pattern) for pattern in ignored]
+    for name in sorted(set(files) - known):
+        if not any(pattern.fullmatch(name) for pattern in patterns):
+            problems.append(f"{name} is not part of this architecture")
+    transposed = {name: flip for name, _, flip in table}
+    with _Opened(files) as opened:
+        for name, group in wanted.items():
+            shape = shapes[name][1:] if len(group) > 1 or "{i}" in _row(table, name) else shapes[name]
+            shape = shape[::-1] if transposed[name] else shape
+            problems.extend(opened.complaints(group, shape))
+        if problems:
+            shown = "; ".join(problems[:20])
+            more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise ValueError(f"{directory} does not hold the model its config.json names: {shown}{more}.")
+        return {
+            name: place(name, opened.array(group, transposed[name], "{i}" in _row(table, name)))
+            for name, group in wanted.items()
+        }
+
+
+def write_model(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    source: str | None,
+    shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write a full model directory, whole or not at all.
+
+    Args:
+      directory: where; an existing model there is replaced.
+      config: config.json entries.
+      tensors: stored name → array.
+      source: directory whose tokenizer and generation files are copied, or None.
+      shard_bytes: largest shard; several shards get an index.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for name in COMPANIONS if source is not None else ():
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, fresh / name)
+    (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_tensors(fresh, tensors, shard_bytes)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    fresh.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tensors(directory: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int) -> None:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, array in tensors.items():
+        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = np.ascontiguousarray(array)
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], directory / WEIGHTS_FILE, metadata)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file, metadata)
+        weight_map.update(dict.fromkeys(shard, file))
+    size = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _indexed_files(directory: Path, weight_map: Mapping[str, str]) -> dict[str, Path]:
+    shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    missing = [s for s in shards if s not in outside and not (directory / s).is_file()]
+    if outside or missing:
+        raise ValueError(
+            f"{directory / INDEX_FILE} names shards that are not in {directory}: "
+            f"{', '.join(outside + missing)}; copy them there."
+        )
+    held = {shard: set(stored_names(directory / shard)) for shard in shards}
+    absent = sorted(name for name, shard in weight_map.items() if name not in held[shard])
+    if absent:
+        raise ValueError(
+            f"{directory / INDEX_FILE} places tensors in shards that do not hold them: "
+            f"{', '.join(absent[:20])}; write the model again."
+        )
+    return {name: directory / shard for name, shard in weight_map.items()}
+
+
+def _row(table: Table, ours: str) -> str:
+    return next(hf for name, hf, _ in table if name == ours)
+
+
+def _stored(ours: str, stored: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    layers = shapes[ours][0] if "{i}" in stored else 1
+    return [stored.replace("{i}", str(i)) for i in range(layers)]
+
+
+class _Opened:
+    """The safetensors files of a model, each opened once."""
+
+    def __init__(self, files: Mapping[str, Path]):
+        self.files = files
+
+    def __enter__(self):
+        paths = sorted(set(self.files.values()))
+        self.handles = {path: safe_open(path, framework="numpy") for path in paths}
+        return self
+
+    def __exit__(self, *_):
+        self.handles.clear()
+
+    def complaints(self, group: Sequence[str], shape: tuple[int, ...]) -> list[str]:
+        problems = []
+        for name in group:
+            if name not in self.files:
+                continue
+            view = self.handles[self.files[name]].get_slice(name)
+            if tuple(view.get_shape()) != tuple(shape):
+                problems.append(f"{name} has shape {tuple(view.get_shape())}, expected {tuple(shape)}")
+            if view.get_dtype() not in FLOAT_DTYPES:
+                problems.append(
+                    f"{name} has dtype {view.get_dtype()}, expected one of {', '.join(FLOAT_DTYPES)}"
+                )
+        return problems
+
+    def array(self, group: Sequence[str], transpose: bool, stack: bool) -> np.ndarray:
+        arrays = [self.handles[self.files[name]].get_tensor(name) for name in group]
+        arrays = [array.T if transpose else array for array in arrays]
+        return np.stack(arrays) if stack else arrays[0]

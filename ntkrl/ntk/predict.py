@@ -1,0 +1,91 @@
+"""First-order change of log-probs along any direction in parameter space, by group.
+
+Δ log π(·|o) = T(o) J(o) u + O(‖u‖²), T(o) = I − 1π(c)ᵀ. Linear in u, so it splits exactly over
+any partition of the parameters; u may be a gradient step or what an optimizer really did.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ntkrl import trees
+from ntkrl.ntk.contexts import Contexts, checked, features_at
+from ntkrl.numerics import at_least_float32
+from ntkrl.types import Array, Params, Policy
+
+BODY: trees.Patterns = ((r".*", "body"),)
+
+
+def predict(
+    policy: Policy,
+    params: Params,
+    direction: Params,
+    observed: Contexts,
+    targets: Array | None = None,
+    groups: trees.Patterns = BODY,
+) -> dict[str, Array]:
+    """Predict Δ log π of observed contexts, split by group of parameters.
+
+    Args:
+      policy: as for `kernel`; any head.
+      params: the params tree.
+      direction: tree like `params`, the change of the params (for example θ_{t+1} − θ_t).
+      observed: O contexts.
+      targets: `[O]` int tokens whose change is wanted; None for the whole vocabulary.
+      groups: `(pattern, name)` list that divides the parameters in their features' role; the
+        head's role is a group of its own, called "head". A tied matrix counts in both.
+
+    Returns:
+      `{group: Δ log π}`, `[O]` with targets and `[O, V]` without (nats); the sum over groups is
+      the whole first-order change.
+
+    Raises:
+      ValueError: contexts or targets that do not fit, a direction of another shape, a pattern
+        list that does not cover the parameters.
+    """
+    observed = checked(observed, "observed")
+    same = jax.tree.structure(params) == jax.tree.structure(direction)
+    if not same or any(
+        a.shape != b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(direction))
+    ):
+        raise ValueError("direction must have the structure and the shapes of params.")
+    if targets is not None and tuple(targets.shape) != (observed.count,):
+        raise ValueError(
+            f"targets must have shape ({observed.count},), not {tuple(targets.shape)}."
+        )
+    labels = tuple(trees.match(groups, params, "groups"))
+    if "head" in labels:
+        raise ValueError('groups: "head" names the head\'s role itself; call the group otherwise.')
+    return _predict(policy, params, direction, observed, targets, labels)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "labels"))
+def _predict(
+    policy: Policy,
+    params: Params,
+    direction: Params,
+    observed: Contexts,
+    targets_O: Array | None,
+    labels: tuple[str, ...],
+) -> dict[str, Array]:
+    phi_OD, push_features = jax.linearize(lambda p: features_at(policy, p, observed), params)
+    logits_OV, push_head = jax.linearize(policy.head, params, phi_OD)
+    probs_OV = jax.nn.softmax(at_least_float32(logits_OV), axis=-1)
+
+    def log_prob_change(logit_change_OV: Array) -> Array:
+        change_OV = at_least_float32(logit_change_OV)
+        centre_O = jnp.sum(probs_OV * change_OV, axis=-1)
+        if targets_O is None:
+            return change_OV - centre_O[:, None]
+        return jnp.take_along_axis(change_OV, targets_O[:, None], axis=-1)[:, 0] - centre_O
+
+    still = jax.tree.map(jnp.zeros_like, params)
+    changes = {"head": log_prob_change(push_head(direction, jnp.zeros_like(phi_OD)))}
+    for group in sorted(set(labels)):
+        _, rest = trees.partition(direction, [label != group for label in labels])
+        moved = trees.merge(rest, still)
+        changes[group] = log_prob_change(push_head(still, push_features(moved)))
+    return changes

@@ -1,0 +1,13 @@
+"""Reports: what a run directory holds, written line by line and read back as a page.
+
+Promise: a report is built from run directories alone, without an accelerator, while the run goes
+on or after it crashed; what is missing is said in words; equal directories give equal bytes.
+
+May import numpy, matplotlib and the standard library, and no other room: never jax.
+"""
+
+from ntkrl.report.page import write_report as write_report
+from ntkrl.report.runs import read_run as read_run
+from ntkrl.report.table import format_table as format_table
+from ntkrl.report.writers import MetricsWriter as MetricsWriter
+from ntkrl.report.writers import mark_finished as mark_finished

@@ -1,0 +1,186 @@
+"""Drawing parts that the figures share: colours, panels, curves over runs, stage marks.
+
+Everything is set on Figure and Axes objects; no pyplot, hence no state between figures. Sizes
+are chosen for a phone: 5.2 inches drawn on 350 pixels leave 11 points at about 10 pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ntkrl.report.names import GLOSSARY
+from ntkrl.report.runs import Run, by_name, series, stage_ends
+
+# Okabe and Ito's palette without yellow (too light on white) and black (kept for references).
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+WIDTH_INCHES = 5.2
+REFERENCE_GREY = "#555555"
+LABEL_CHARACTERS = 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Colour and marker of one method, equal in all figures of a report."""
+
+    color: str
+    marker: str
+
+
+def looks(runs: Sequence[Run]) -> dict[str, Look]:
+    """Give every method its look, by the order of names.
+
+    Beyond six methods colours repeat with other markers, so every pair stays apart up to 36.
+    """
+    count = len(PALETTE)
+    return {
+        name: Look(PALETTE[index % count], MARKERS[(index + index // count) % count])
+        for index, name in enumerate(by_name(runs))
+    }
+
+
+def shown(text: str, limit: int = LABEL_CHARACTERS) -> str:
+    """Shorten a user's word and keep matplotlib from reading it as mathematics."""
+    short = text if len(text) <= limit else text[: limit - 1] + "…"
+    return short.replace("$", r"\$")
+
+
+def has(runs: Sequence[Run], name: str) -> bool:
+    """Tell whether any run has a finite value of the metric."""
+    return any(np.isfinite(series(run, name)[1]).any() for run in runs)
+
+
+def panels(count: int, title: str, height: float = 2.2) -> tuple[Figure, list[Axes]]:
+    """Make a figure of `count` panels below each other that share their steps."""
+    # One panel alone may be taller; the title and the legend need 0.9 inches.
+    inches = 3.0 if count == 1 else height * count
+    figure = Figure(figsize=(WIDTH_INCHES, inches + 0.9), layout="constrained", facecolor="white")
+    axes = list(figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0])
+    figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
+    for axis in axes:
+        dress(axis)
+    return figure, axes
+
+
+def dress(axis: Axes) -> None:
+    """Set what all axes have in common."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=11)
+    axis.grid(True, color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+def label_steps(axis: Axes) -> None:
+    """Name the horizontal axis of the lowest panel."""
+    axis.set_xlabel(f"optimizer {GLOSSARY['step'][0]}", fontsize=12)
+
+
+def name_values(axis: Axes, metric: str, words: str) -> None:
+    """Name the vertical axis in words, with the unit the glossary gives the metric."""
+    unit = GLOSSARY[metric][0]
+    label = words if unit in words else f"{words}\n({unit})"
+    axis.set_ylabel(label, fontsize=12)
+
+
+def draw_curves(axis: Axes, runs: Sequence[Run], name: str, marked: bool = True) -> None:
+    """Draw a metric: one thin line per run; for several, their bold mean and min–max band.
+
+    Args:
+      axis: where to draw.
+      runs: all runs of the report.
+      name: the metric.
+      marked: put markers on the bold line, for metrics that are measured now and then.
+    """
+    for method, look in looks(runs).items():
+        group = by_name(runs)[method]
+        curves = [curve for curve in (series(run, name) for run in group) if curve[0].size]
+        if not curves:
+            continue
+        if len(curves) > 1:
+            for steps, values in curves:
+                axis.plot(steps, values, color=look.color, linewidth=0.7, alpha=0.5)
+        steps, values = coinciding(curves)
+        bold = {"color": look.color, "linewidth": 2.2}
+        if marked:
+            bold |= {"marker": look.marker, "markersize": 4.5}
+        axis.plot(steps, values.mean(axis=0), **bold)
+        if len(curves) > 1:
+            low, high = values.min(axis=0), values.max(axis=0)
+            axis.fill_between(steps, low, high, color=look.color, alpha=0.18, linewidth=0)
+
+
+def draw_thin(axis: Axes, runs: Sequence[Run], name: str) -> None:
+    """Draw a noisy metric as one thin pale line per run."""
+    for method, look in looks(runs).items():
+        for run in by_name(runs)[method]:
+            axis.plot(*series(run, name), color=look.color, linewidth=0.6, alpha=0.4)
+
+
+def coinciding(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Restrict curves to the steps they all have.
+
+    Args:
+      curves: at least one pair of steps `[n]` (rising) and values `[n]`.
+
+    Returns:
+      steps: `[m]` steps in every curve.
+      values: `[curves, m]`.
+    """
+    common = curves[0][0]
+    for steps, _ in curves[1:]:
+        common = np.intersect1d(common, steps, assume_unique=True)
+    return common, np.stack([values[np.isin(steps, common)] for steps, values in curves])
+
+
+def draw_stages(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
+    """Mark where stages end with dashed lines, named in the first panel."""
+    ends = sorted({(step, stage) for run in runs for stage, step in stage_ends(run)})
+    last = max((line["step"] for run in runs for line in run.metrics), default=0)
+    for step, stage in ends:
+        for axis in axes:
+            axis.axvline(step, color=REFERENCE_GREY, linestyle=(0, (4, 3)), linewidth=1.1)
+        # Above the panel, where no curve can run through it.
+        axes[0].annotate(
+            f"stage “{shown(stage, 20)}” ends",
+            xy=(step, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=10,
+            color=REFERENCE_GREY,
+            ha="left" if step < 0.6 * last else "right",
+            va="bottom",
+        )
+
+
+def finish(figure: Figure, runs: Sequence[Run], extra: Sequence[tuple[Line2D, str]] = ()) -> Figure:
+    """Add the legend of methods (and what else is drawn) below the panels."""
+    entries = [
+        (Line2D([], [], color=look.color, marker=look.marker, linewidth=2.2, markersize=5), name)
+        for name, look in looks(runs).items()
+    ]
+    labels = [shown(f"{name}{_seeds(runs, name)}") for _, name in entries]
+    labels.extend(text for _, text in extra)
+    handles = [handle for handle, _ in entries] + [handle for handle, _ in extra]
+    columns = 2 if len(labels) > 1 and max(map(len, labels)) <= 26 else 1
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=columns,
+        fontsize=11,
+        frameon=False,
+        handlelength=1.8,
+    )
+    return figure
+
+
+def _seeds(runs: Sequence[Run], name: str) -> str:
+    count = len(by_name(runs)[name])
+    return f", mean of {count} runs" if count > 1 else ""

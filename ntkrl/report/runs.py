@@ -1,0 +1,265 @@
+"""Reading run directories, of runs that ended, go on or crashed, into frozen records.
+
+Imports numpy, the standard library and this room only, so that a report can be built on any
+machine. What is missing is written down in words and never filled in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkrl.report.names import is_known
+from ntkrl.report.writers import FINISHED_FILE, METRICS_FILE, TIMINGS_FILE
+
+PROBE_ARRAYS = ("actual", "predicted_head", "predicted_body")
+"""Arrays a probe file must hold, `[O]` each, nats; `predicted_cross` is there for a tied head."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What one run directory holds.
+
+    path: the directory.
+    name: label of the method, from the config; runs of one name differ in the seed.
+    seed: from the config.
+    config: the whole config.
+    metrics: lines of metrics.jsonl in order of writing.
+    timings: lines of timings.jsonl in order of writing.
+    probes: per step, arrays `[O]` over probe tokens.
+    finished: True when the run ended normally.
+    notes: what is missing or odd, in words.
+    """
+
+    path: Path
+    name: str
+    seed: int
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+    probes: dict[int, dict[str, np.ndarray]]
+    finished: bool
+    notes: tuple[str, ...]
+
+
+def read_run(path: str | os.PathLike) -> Run:
+    """Read one run directory.
+
+    Args:
+      path: the directory a training run wrote.
+
+    Returns:
+      The Run; what a running or crashed run lacks is named in `notes`.
+
+    Raises:
+      ValueError: the path is no run directory, or its config has no name or seed.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    metrics, metric_notes = _read_lines(path / METRICS_FILE)
+    timings, timing_notes = _read_lines(path / TIMINGS_FILE)
+    probes, probe_notes = _read_probes(path / "probes")
+    finished = (path / FINISHED_FILE).exists()
+    notes = [*metric_notes, *_content_notes(metrics), *timing_notes, *probe_notes]
+    if not finished:
+        last = max((line["step"] for line in metrics), default=0)
+        notes.insert(0, f"not finished: still running or stopped; last step seen is {last}")
+    return Run(
+        path=path,
+        name=str(config["name"]),
+        seed=int(config["seed"]),
+        config=config,
+        metrics=metrics,
+        timings=timings,
+        probes=probes,
+        finished=finished,
+        notes=tuple(notes),
+    )
+
+
+def read_runs(paths: Sequence[str | os.PathLike]) -> tuple[Run, ...]:
+    """Read several run directories, in the order of `ordered`.
+
+    Args:
+      paths: run directories in any order.
+
+    Returns:
+      The runs.
+
+    Raises:
+      ValueError: no path, a path given twice, or a path that is no run directory.
+    """
+    if not paths:
+        raise ValueError("no run directories were given; name at least one")
+    resolved = [Path(path).resolve() for path in paths]
+    twice = sorted({str(path) for path in resolved if resolved.count(path) > 1})
+    if twice:
+        raise ValueError(f"run directories given more than once: {', '.join(twice)}")
+    return ordered([read_run(path) for path in paths])
+
+
+def ordered(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Sort by name, then seed, then directory: whatever order the file system has."""
+    return tuple(sorted(runs, key=lambda run: (run.name, run.seed, str(run.path))))
+
+
+def by_name(runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:
+    """Group runs by method, methods and seeds in the order of `ordered`."""
+    groups: dict[str, tuple[Run, ...]] = {}
+    for run in ordered(runs):
+        groups[run.name] = (*groups[run.name], run) if run.name in groups else (run,)
+    return groups
+
+
+def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return one metric over steps.
+
+    Args:
+      run: the run.
+      name: a numeric name of the glossary.
+
+    Returns:
+      steps: `[n]` int, rising; only steps at which the metric was written.
+      values: `[n]` float64, NaN where it was not finite. A step written twice counts once,
+        with the value written last.
+
+    Raises:
+      ValueError: the name is not known or has no numbers.
+    """
+    if not is_known(name) or name == "stage":
+        raise ValueError(f"{name!r} is not a numeric metric of the glossary")
+    found = {line["step"]: line[name] for line in run.metrics if name in line}
+    steps = sorted(found)
+    values = [math.nan if found[step] is None else float(found[step]) for step in steps]
+    return np.array(steps, dtype=int), np.array(values, dtype=float)
+
+
+def stage_ends(run: Run) -> tuple[tuple[str, int], ...]:
+    """Return (name, last step) of every stage but the one the run is in, or ended in.
+
+    The stages are those written in the metrics, or those of the config when none is written.
+    """
+    labelled = [(line["step"], line["stage"]) for line in run.metrics if "stage" in line]
+    labelled = [(step, stage) for step, stage in sorted(labelled) if step > 0]
+    if labelled:
+        pairs = zip(labelled, labelled[1:], strict=False)
+        return tuple((str(stage), step) for (step, stage), (_, after) in pairs if stage != after)
+    ends, total = [], 0
+    for stage in config_stages(run):
+        total += int(stage["steps"])
+        ends.append((str(stage["name"]), total))
+    return tuple(ends[:-1])
+
+
+def config_stages(run: Run) -> Sequence[dict[str, Any]]:
+    """Return the stages of the config, none when it names none."""
+    return run.config["stages"] if "stages" in run.config else ()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    expected = (
+        "expected a directory with config.json (with a name and a seed) and metrics.jsonl, as "
+        "training writes it"
+    )
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; {expected}")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is no run directory, it has no config.json; {expected}")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is not JSON ({error}); {expected}") from error
+    missing = [key for key in ("name", "seed") if not isinstance(config, dict) or key not in config]
+    if missing:
+        raise ValueError(f"{path / 'config.json'} has no {' and no '.join(missing)}; {expected}")
+    return config
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the lines that can be read and name those that cannot."""
+    if not path.exists():
+        return [], [f"no {path.name}"]
+    lines, notes = [], []
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        line = _parse(text)
+        if line is not None:
+            lines.append(line)
+        elif number == len(texts):  # no newline after it
+            notes.append(f"the last line of {path.name} is cut short and was left out")
+        else:
+            notes.append(f"line {number} of {path.name} cannot be read and was left out")
+    return lines, notes
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    whole = isinstance(line, dict) and "step" in line and isinstance(line["step"], int)
+    return line if whole else None
+
+
+def _content_notes(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    notes = []
+    if not any("eval/reward" in line for line in metrics):
+        notes.append("no held-out evaluation (eval/reward)")
+    elif not any("eval/reward" in line and line["step"] == 0 for line in metrics):
+        notes.append("no held-out evaluation of the starting model (eval/reward at step 0)")
+    if not any("predict/head_share" in line for line in metrics):
+        notes.append("no predicted changes (predict/…)")
+    counts: dict[str, int] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
+                counts[name] = counts[name] + 1 if name in counts else 1
+    notes.extend(f"{name} is not finite at {count} steps" for name, count in sorted(counts.items()))
+    return notes
+
+
+def _read_probes(directory: Path) -> tuple[dict[int, dict[str, np.ndarray]], list[str]]:
+    """Read `step_*.npz`; a file that cannot be used is named and left out."""
+    probes, notes = {}, []
+    for path in sorted(directory.glob("step_*.npz")):
+        match = re.fullmatch(r"step_(\d+)\.npz", path.name)
+        if match is None:
+            continue
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: np.asarray(file[key]) for key in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            notes.append(f"probes/{path.name} cannot be read and was left out")
+            continue
+        problem = _probe_problem(arrays)
+        if problem is not None:
+            notes.append(f"probes/{path.name} {problem} and was left out")
+            continue
+        probes[int(match.group(1))] = arrays
+    if not probes:
+        notes.append("no probe files (probes/step_*.npz)")
+    return probes, notes
+
+
+def _probe_problem(arrays: dict[str, np.ndarray]) -> str | None:
+    missing = [name for name in PROBE_ARRAYS if name not in arrays]
+    if missing:
+        return f"has no {', '.join(missing)}"
+    used = [name for name in (*PROBE_ARRAYS, "predicted_cross") if name in arrays]
+    shapes = {arrays[name].shape for name in used}
+    if len(shapes) > 1 or arrays["actual"].ndim != 1:
+        return f"has arrays of shapes {sorted(shapes)}"
+    if not all(np.isfinite(arrays[name]).all() for name in used):
+        return "has values that are not finite"
+    return None

@@ -1,0 +1,254 @@
+"""Reward functions under TRL's contract, and their weighted sum.
+
+A function is called with keyword arguments only: `prompts`, `completions`, `completion_ids`,
+`trainer_state` (always None here), `log_extra`, `log_metric` and every column of the prompt
+set as a list; of these it gets the ones it names, or all if it has `**kwargs`. It returns one
+number per completion, or None where it does not apply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ntkrl.reward.checks import call_user, checked_values, listed
+
+KNOWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardFunction:
+    """One reward function.
+
+    name: its name in metrics; different for each function of a set.
+    call: the Python function, plain or async.
+    weight: finite factor of its rewards in the sum.
+    source: what messages call it, such as "my_rewards.py:score"; the name if None.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    weight: float = 1.0
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be known without calling.
+
+        Raises:
+          ValueError: a weight that is not finite, something that cannot be called, or a
+            parameter that cannot be given by keyword.
+        """
+        if not math.isfinite(self.weight):
+            raise ValueError(f"{self.label}: weight is {self.weight}; it must be a finite number.")
+        if not callable(self.call):
+            raise ValueError(f"{self.label} is {type(self.call).__name__}, not a function.")
+        positional = [p.name for p in self._parameters if p.kind is p.POSITIONAL_ONLY]
+        if positional:
+            raise ValueError(
+                f"{self.label} takes {', '.join(positional)} by position only; reward functions "
+                "are called by keyword, so remove the '/' from its parameters."
+            )
+
+    @property
+    def label(self) -> str:
+        """How messages call the function."""
+        return self.name if self.source is None else self.source
+
+    @functools.cached_property
+    def _parameters(self) -> tuple[inspect.Parameter, ...]:
+        try:
+            return tuple(inspect.signature(self.call).parameters.values())
+        except ValueError as error:
+            raise ValueError(
+                f"{self.label}: its parameters cannot be read ({error}); wrap it in a function "
+                "written in Python."
+            ) from error
+
+    def missing(self, columns: Iterable[str]) -> list[str]:
+        """Return the required parameters that neither the contract nor a column provides."""
+        given = {*KNOWN, *columns}
+        return [
+            p.name
+            for p in self._parameters
+            if p.default is p.empty
+            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            and p.name not in given
+        ]
+
+    def accepted(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments the function names, or all if it has `**kwargs`."""
+        if any(p.kind is p.VAR_KEYWORD for p in self._parameters):
+            return dict(arguments)
+        named = {p.name for p in self._parameters}
+        return {name: value for name, value in arguments.items() if name in named}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RewardResult:
+    """Rewards of a batch of completions.
+
+    rewards: `[B]` float32, weighted sum over the functions that apply to the row.
+    per_function: name to `[B]` float32, unweighted, NaN where the function does not apply.
+    logged: name to the mean of the values given to `log_metric` in this call.
+    extra: name to the values given to `log_extra` in this call, in order.
+    """
+
+    rewards: np.ndarray
+    per_function: dict[str, np.ndarray]
+    logged: dict[str, float]
+    extra: dict[str, list[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSet:
+    """Reward functions whose weighted sum is the reward.
+
+    functions: one or more, with different names.
+    """
+
+    functions: tuple[RewardFunction, ...]
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+          ValueError: no function, or two of equal name.
+        """
+        if not self.functions:
+            raise ValueError("no reward function given; name at least one, such as 'expressions'.")
+        by_name: dict[str, list[str]] = {}
+        for function in self.functions:
+            by_name.setdefault(function.name, []).append(function.label)
+        for name, labels in by_name.items():
+            if len(labels) > 1:
+                raise ValueError(
+                    f"{len(labels)} reward functions are named {name!r} ({', '.join(labels)}); "
+                    "rename all but one, since metrics are kept by name."
+                )
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Check that the columns of the prompt set serve every function.
+
+        Args:
+          columns: names of the columns.
+
+        Raises:
+          ValueError: a column bears a name of the contract, or required parameters of
+            functions are no columns; all of them in one message.
+        """
+        columns = tuple(columns)
+        problems = [
+            f"the column {name!r} has a name that reward functions are given already; rename it"
+            for name in columns
+            if name in KNOWN
+        ]
+        for function in self.functions:
+            for name in function.missing(columns):
+                near = difflib.get_close_matches(name, (*columns, *KNOWN), n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                problems.append(f"{function.label} requires {name!r}, which is no column{hint}")
+        if problems:
+            raise ValueError(
+                f"reward functions and columns do not fit{listed(problems)}\n"
+                f"Columns are: {', '.join(columns) if columns else 'none'}; always given are "
+                f"{', '.join(KNOWN)}. Add the column to the prompt file or a default to the "
+                "parameter."
+            )
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+        conversational: bool = False,
+    ) -> RewardResult:
+        """Reward completions.
+
+        Args:
+          prompts: B prompts, each repeated for its completions; lists of messages if
+            conversational.
+          completions: B texts.
+          completion_ids: B lists of token ids.
+          columns: name to B values.
+          conversational: give functions each completion as one assistant message.
+
+        Returns:
+          The rewards, with what the functions logged.
+
+        Raises:
+          ValueError: arguments of different lengths, columns that do not fit, a function that
+            raises or returns anything but B finite numbers or Nones, or a row to which no
+            function applies.
+        """
+        self.check_columns(columns)
+        _check_sizes(completions, prompts=prompts, completion_ids=completion_ids, **columns)
+        metrics: dict[str, list[float]] = {}
+        extra: dict[str, list[Any]] = {}
+        per_function = {}
+        for function in self.functions:
+            # Built anew for each function, so that none can change what the next one sees.
+            arguments = {name: list(values) for name, values in columns.items()}
+            arguments |= {
+                "prompts": list(prompts),
+                "completions": _shown(completions, conversational),
+                "completion_ids": [list(ids) for ids in completion_ids],
+                "trainer_state": None,
+                "log_extra": functools.partial(_log_extra, extra),
+                "log_metric": functools.partial(_log_metric, metrics),
+            }
+            returned = call_user(function.call, function.accepted(arguments), function.label)
+            per_function[function.name] = checked_values(returned, completions, function.label)
+        return RewardResult(
+            rewards=self._sum(per_function, completions),
+            per_function=per_function,
+            logged={name: sum(values) / len(values) for name, values in metrics.items()},
+            extra=extra,
+        )
+
+    def _sum(
+        self, per_function: Mapping[str, np.ndarray], completions: Sequence[str]
+    ) -> np.ndarray:
+        values_FB = np.stack([per_function[f.name] for f in self.functions]).astype(np.float64)
+        absent_FB = np.isnan(values_FB)
+        idle = np.flatnonzero(absent_FB.all(axis=0))
+        if idle.size:
+            rows = [f"row {row}, {completions[row]!r:.60}" for row in idle]
+            raise ValueError(
+                f"every reward function returned None for {idle.size} completions{listed(rows)}\n"
+                "At least one must apply to each row: return a number there, or leave such "
+                "prompts out."
+            )
+        weights_F = np.asarray([f.weight for f in self.functions])
+        return (weights_F @ np.where(absent_FB, 0.0, values_FB)).astype(np.float32)
+
+
+def _check_sizes(completions: Sequence[Any], **others: Sequence[Any]) -> None:
+    wrong = [
+        f"{name} has {len(values)}"
+        for name, values in others.items()
+        if len(values) != len(completions)
+    ]
+    if wrong:
+        raise ValueError(f"there are {len(completions)} completions, but {', '.join(wrong)} rows.")
+
+
+def _shown(completions: Sequence[str], conversational: bool) -> list[Any]:
+    if not conversational:
+        return list(completions)
+    return [[{"role": "assistant", "content": text}] for text in completions]
+
+
+def _log_metric(metrics: dict[str, list[float]], name: str, value: float) -> None:
+    metrics.setdefault(name, []).append(float(value))
+
+
+def _log_extra(extra: dict[str, list[Any]], column: str, values: Iterable[Any]) -> None:
+    extra.setdefault(column, []).extend(values)

@@ -1,0 +1,21 @@
+"""Machines and files: mesh and shardings, distributed start, checkpoints, config reading."""
+
+from ntkrl.runtime.checkpoint import Checkpoints
+from ntkrl.runtime.config import from_json, read_config, settings, to_json
+from ntkrl.runtime.mesh import fetch, make_mesh, place_rows, replicated, start_processes
+from ntkrl.runtime.rundir import claim, save_arrays
+
+__all__ = [
+    "Checkpoints",
+    "claim",
+    "fetch",
+    "from_json",
+    "make_mesh",
+    "place_rows",
+    "read_config",
+    "replicated",
+    "save_arrays",
+    "settings",
+    "start_processes",
+    "to_json",
+]

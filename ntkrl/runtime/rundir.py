@@ -1,0 +1,46 @@
+"""The files of a run directory that are neither checkpoints nor metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkrl.runtime.config import differences
+
+
+def claim(directory: Path, given: Mapping[str, Any]) -> None:
+    """Write config.json, or check that the directory belongs to the same config.
+
+    Args:
+      directory: the run directory, made if missing.
+      given: the config as JSON values.
+
+    Raises:
+      ValueError: the directory was begun with another config; every difference is named.
+    """
+    path = directory / "config.json"
+    if path.exists():
+        changed = differences(json.loads(path.read_text(encoding="utf-8")), given)
+        if changed:
+            raise ValueError(
+                f"{directory} was begun with another config: {'; '.join(changed)}. Give another "
+                "--config.run_dir, or remove the directory to start over."
+            )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(given, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz whole or not at all; arrays of numbers only, so no pickle is needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(path)

@@ -1,0 +1,56 @@
+"""Read completions under a policy: log-probs, entropy, top mass, features; never V-wide at once."""
+
+from __future__ import annotations
+
+from ntkrl.numerics import TokenStatistics, token_statistics
+from ntkrl.types import Array, Params, Policy
+
+
+def completion_features(
+    policy: Policy, params: Params, tokens: Array, mask: Array, completion_length: int
+) -> Array:
+    """Return the features that predict each completion token.
+
+    Args:
+      policy: the network's functions.
+      params: its params.
+      tokens: `[B, T]` prompt then completion.
+      mask: `[B, T]` bool, True on real tokens.
+      completion_length: C, columns that belong to the completion, in [1, T).
+
+    Returns:
+      `[B, C, D]`; entry c is read one column before completion token c.
+    """
+    features_BTD = policy.features(params, tokens, mask)
+    length = tokens.shape[1]
+    return features_BTD[:, length - completion_length - 1 : length - 1]
+
+
+def score(
+    policy: Policy,
+    params: Params,
+    tokens: Array,
+    mask: Array,
+    completion_length: int,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> TokenStatistics:
+    """Return log-prob, entropy, Σπ² and arg-max mass of every completion token.
+
+    Args:
+      policy, params, tokens, mask, completion_length: as in `completion_features`.
+      temperature: the sampling temperature, so that ratios compare like with like; > 0.
+      chunk_tokens: positions whose logits exist at a time.
+
+    Returns:
+      TokenStatistics of `[B, C]` arrays (nats); entries on padding are finite and meaningless.
+    """
+    features_BCD = completion_features(policy, params, tokens, mask, completion_length)
+    targets_BC = tokens[:, -completion_length:]
+    return token_statistics(
+        lambda features: policy.head(params, features),
+        features_BCD,
+        targets_BC,
+        temperature,
+        chunk_tokens,
+    )

@@ -1,0 +1,248 @@
+"""The training loop, for RL and supervised runs alike.
+
+A rollout step asks its source for update batches, takes an optimizer step on each under the
+current stage, and every so often looks at the probe set, the held-out prompts and the disk.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ntkrl import assembly, models, probe, report, runtime, trees, update
+from ntkrl.types import Array, Params, TrainState
+
+# streams of keys drawn from a seed, besides the training stream that TrainState carries
+EVAL_STREAM, PROBE_STREAM = 1, 2
+
+
+def train(config: ConfigDict) -> Path:
+    """Run or resume a training run; return its directory.
+
+    Args:
+      config: see configs/base.py.
+
+    Raises:
+      ValueError: a mistake in the config or the files it names, a changed config on resume, a
+        reward function's fault, or a loss that is not finite.
+    """
+    directory = Path(config.run_dir)
+    settings = assembly.read_settings(config)
+    if (directory / "finished").exists():
+        runtime.claim(directory, runtime.to_json(config))
+        tqdm.write(f"{directory} is finished; remove it to run again.")
+        return directory
+    setup = assembly.assemble(settings, directory)
+    loop = Loop(setup, directory)
+    runtime.claim(directory, runtime.to_json(config))
+    loop.run()
+    models.export(directory / "export", setup.policy, loop.state.params, setup.tokenizer_source)
+    report.mark_finished(directory)
+    return directory
+
+
+class Loop:
+    """The moving parts of one run: state, stage, counters."""
+
+    def __init__(self, setup: assembly.Setup, directory: Path):
+        self.setup, self.settings, self.directory = setup, setup.settings, directory
+        self.stages = self.settings.stages
+        supervised = self.settings.method == "sft"
+        kind = assembly.SupervisedSource if supervised else assembly.RolloutSource
+        self.source = kind(setup)
+        self.programs = [
+            update.stage_program(stage, setup.policy, setup.params) for stage in self.stages
+        ]
+        self.compiled: dict[int, Any] = {}
+        self.checkpoints = runtime.Checkpoints(
+            directory / "checkpoints", self.settings.checkpoint.keep
+        )
+        self.prober, self.eval_sample = None, None
+        if setup.held_out is not None:
+            samples = self.settings.evaluation.samples_per_prompt
+            self.eval_sample = assembly.make_sample(setup, samples)
+            if self.settings.probe.every_steps is not None:
+                # the same seed for every run of a model, so that runs share one probe set
+                probe_set = assembly.draw_probe_set(setup, _stream(0, PROBE_STREAM, 0))
+                self.prober = probe.Prober(setup.policy, probe_set, setup.params)
+        self.clock = _Clock()
+
+    def run(self) -> None:
+        """Train from the newest checkpoint, or from the start, to the end of the last stage."""
+        total = sum(stage.steps for stage in self.stages)
+        start = self._resume()
+        kept = int(self.state.step) if start else -1
+        with (
+            report.MetricsWriter(self.directory, kept) as writer,
+            tqdm(total=total, initial=start, desc=self.settings.name, mininterval=0.5) as bar,
+        ):
+            if start == 0:
+                writer.write(0, self._evaluate(0) | self._read_probe())
+                self.clock.lap()
+            for rollout_step in range(start + 1, total + 1):
+                metrics = self._advance(rollout_step)
+                last = rollout_step == total
+                if last or _due(self.settings.evaluation.every_steps, rollout_step):
+                    metrics |= self._evaluate(rollout_step)
+                writer.write(int(self.state.step), metrics)
+                if last or _due(self.settings.checkpoint.every_steps, rollout_step):
+                    self._save(rollout_step)
+                writer.write_timings(int(self.state.step), self.clock.lap())
+                headline = self.source.headline
+                bar.set_postfix({headline: f"{metrics[headline]:.3f}", "stage": metrics["stage"]})
+                bar.update()
+        self.checkpoints.close()
+
+    def _advance(self, rollout_step: int) -> dict[str, Any]:
+        """Take one rollout step: make the batches, update on each, probe the last update."""
+        self._enter_stage(rollout_step)
+        next_key, key = jax.random.split(self.state.key)
+        self.state = self.state.replace(key=next_key)
+        batches, metrics = self.source.batches(self.state.params, rollout_step - 1, key, self.clock)
+        self.tokens_seen += int(sum(np.sum(batch.mask) for batch in batches))
+        probing = self.prober is not None and _due(self.settings.probe.every_steps, rollout_step)
+        logged: list[dict[str, float]] = []
+        todo = batches * self.settings.schedule.inner_epochs
+        for number, batch in enumerate(todo, start=1):
+            # the step donates its state, so a probe needs a copy of what it started from
+            copied = probing and number == len(todo)
+            before = jax.tree.map(jnp.copy, self.state.params) if copied else None
+            placed = runtime.place_rows(batch, self.setup.mesh)
+            self.state, values = self._step(self.stage_index)(self.state, placed)
+            logged.append({name: float(value) for name, value in values.items()})
+            self._check_finite(logged[-1], rollout_step)
+            if number == 1:
+                self.source.check_first(logged[-1], rollout_step)
+        self.clock("update")
+        metrics |= self.source.summary(logged)
+        metrics |= {
+            "stage": self.stages[self.stage_index].name,
+            "rollout_step": rollout_step,
+            "num_tokens": self.tokens_seen,
+        }
+        return metrics | self._probe(before) if probing else metrics
+
+    def _enter_stage(self, rollout_step: int) -> None:
+        """At the first step of a stage, start its optimizer; the last stage's is dropped."""
+        ends = np.cumsum([stage.steps for stage in self.stages])
+        index = int(np.searchsorted(ends, rollout_step))
+        if index != self.stage_index:
+            self.stage_index = index
+            state = self.state
+            fresh = update.init_state(self.programs[index], state.params, state.key, state.step)
+            self.state = self._placed(fresh)
+
+    def _step(self, index: int) -> Any:
+        """Return a stage's compiled train step: one function, sharded, its state donated."""
+        if index not in self.compiled:
+            step = update.make_train_step(
+                self.setup.policy,
+                self.programs[index],
+                self.source.loss,
+                self.source.temperature,
+                self.settings.schedule.chunk_tokens,
+            )
+            placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+            self.compiled[index] = jax.jit(
+                step,
+                in_shardings=(placed, None),
+                out_shardings=(placed, runtime.replicated(self.setup.mesh)),
+                donate_argnums=0,
+            )
+        return self.compiled[index]
+
+    def _check_finite(self, values: dict[str, float], rollout_step: int) -> None:
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if not bad:
+            return
+        held = self.checkpoints.latest()
+        good = f"step {held} in {self.checkpoints.directory}" if held is not None else "none yet"
+        raise ValueError(
+            f"{' and '.join(bad)} not finite at step {int(self.state.step)} (rollout step "
+            f"{rollout_step}, stage {self.stages[self.stage_index].name!r}); the last good "
+            f"checkpoint is {good}. Lower the stage's learning rate or set its max_grad_norm."
+        )
+
+    def _probe(self, before: Params) -> dict[str, float]:
+        metrics, arrays = self.prober.compare(before, self.state.params)
+        path = self.directory / "probes" / f"step_{int(self.state.step):06d}.npz"
+        runtime.save_arrays(path, arrays)
+        return metrics | self._read_probe()
+
+    def _read_probe(self) -> dict[str, float]:
+        if self.prober is None:
+            return {}
+        reading = self.prober.read(self.state.params)
+        measures = self.prober.measures(self.state.params, reading)
+        self.clock("probe")
+        return measures
+
+    def _evaluate(self, rollout_step: int) -> dict[str, Any]:
+        if self.eval_sample is None:
+            return {}
+        key = _stream(self.settings.seed, EVAL_STREAM, rollout_step)
+        metrics, _ = assembly.evaluate(self.setup, self.eval_sample, self.state.params, key)
+        self.clock("eval")
+        return metrics
+
+    def _resume(self) -> int:
+        """Set state, stage and counters from the newest checkpoint; return its rollout step."""
+        start = self.checkpoints.latest()
+        position = {"stage": 0, "num_tokens": 0}
+        if start is not None:
+            position = self.checkpoints.position(start)
+        self.stage_index, self.tokens_seen = position["stage"], position["num_tokens"]
+        params = jax.tree.map(jnp.copy, self.setup.params)
+        key = jax.random.key(self.settings.seed)
+        self.state = self._placed(update.init_state(self.programs[self.stage_index], params, key))
+        if start is None:
+            return 0
+        self.state = self.checkpoints.restore(start, self.state)
+        tqdm.write(f"resuming {self.directory} after rollout step {start}")
+        return start
+
+    def _save(self, rollout_step: int) -> None:
+        position = {"stage": self.stage_index, "num_tokens": self.tokens_seen}
+        self.checkpoints.save(rollout_step, self.state, position)
+        self.clock("checkpoint")
+
+    def _placed(self, state: TrainState) -> TrainState:
+        """Put a state on the mesh; optimizer moments lie where their parameters do."""
+        patterns = self.setup.policy.sharding
+        return jax.device_put(state, trees.shardings(state, patterns, self.setup.mesh))
+
+
+class _Clock:
+    """Seconds per activity since the last lap."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def __call__(self, activity: str) -> None:
+        now = time.perf_counter()
+        name = f"{activity}_seconds"
+        self.seconds[name] = self.seconds.setdefault(name, 0.0) + now - self.last
+        self.last = now
+
+    def lap(self) -> dict[str, float]:
+        """Return and forget the seconds so far."""
+        seconds, self.seconds = self.seconds, {}
+        self.last = time.perf_counter()
+        return seconds
+
+
+def _due(every_steps: int | None, rollout_step: int) -> bool:
+    return every_steps is not None and rollout_step % every_steps == 0
+
+
+def _stream(seed: int, stream: int, number: int) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), number)

@@ -1,0 +1,134 @@
+"""Questions about parameters, asked by name: match, partition, merge, shard.
+
+A parameter's name is its path joined by "/", for example `layers/attention/qkv/kernel`.
+Freezing, learning rates, weight decay, sharding and kernel groups are all ordered
+`(pattern, value)` lists over those names: regular expressions that must match a whole name,
+the first match wins, every name must be covered and every pattern must be of use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ntkrl.types import Params
+
+Patterns = Sequence[tuple[str, Any]]
+
+
+def names(tree: Params) -> list[str]:
+    """Return the name of every leaf, in the order of `jax.tree.leaves`."""
+    return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def named_leaves(tree: Params) -> dict[str, Any]:
+    """Return `{name: leaf}` in leaf order."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def match(patterns: Patterns, tree: Params, what: str = "patterns") -> list[Any]:
+    """Give every leaf the value of the first pattern that matches its whole name.
+
+    Args:
+      patterns: ordered `(regular expression, value)` pairs.
+      tree: the params tree (arrays or shapes).
+      what: how the list is called in messages.
+
+    Returns:
+      One value per leaf, in leaf order. A list and not a tree, since values may be None.
+
+    Raises:
+      ValueError: a name is matched by no pattern, a pattern matches no name, or a pattern is
+        no regular expression; all of them in one message.
+    """
+    leaf_names = names(tree)
+    problems = []
+    compiled = []
+    for pattern, value in patterns:
+        try:
+            compiled.append((re.compile(pattern), value))
+        except re.error as error:
+            problems.append(f"{pattern!r} is not a regular expression: {error}")
+    values, uncovered = [], []
+    for name in leaf_names:
+        hits = [value for regex, value in compiled if regex.fullmatch(name)]
+        values.append(hits[0] if hits else None)
+        if not hits:
+            uncovered.append(name)
+    for regex, _ in compiled:
+        if not any(regex.fullmatch(name) for name in leaf_names):
+            near = difflib.get_close_matches(regex.pattern, leaf_names, n=1, cutoff=0.3)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"{regex.pattern!r} matches no parameter{hint}")
+    if uncovered:
+        problems.append(
+            f"no pattern covers {', '.join(uncovered)}; add a last row ('.*', …) for the rest"
+        )
+    if problems:
+        known = ", ".join(leaf_names)
+        raise ValueError(f"{what}: " + "; ".join(problems) + f". Parameters are: {known}.")
+    return values
+
+
+def partition(tree: Params, selected: Sequence[bool]) -> tuple[Params, Params]:
+    """Split a tree in two of the same shape, with None where a leaf went to the other.
+
+    Args:
+      tree: any pytree.
+      selected: one bool per leaf, in leaf order.
+
+    Returns:
+      `(chosen, rest)`; None is an empty subtree to JAX, so each holds only its own leaves.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    chosen = [leaf if keep else None for leaf, keep in zip(leaves, selected, strict=True)]
+    rest = [None if keep else leaf for leaf, keep in zip(leaves, selected, strict=True)]
+    return jax.tree.unflatten(treedef, chosen), jax.tree.unflatten(treedef, rest)
+
+
+def merge(chosen: Params, rest: Params) -> Params:
+    """Undo `partition`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def shardings(tree: Params, patterns: Patterns, mesh: Mesh) -> Params:
+    """Give every leaf a NamedSharding.
+
+    A pattern may match the end of a name as well as the whole, so that one list serves params,
+    gradients and optimizer moments (`opt_state/…/mu/head/weight`) alike, and may go unused.
+
+    Args:
+      tree: params, or a state that holds trees like them (arrays or shapes).
+      patterns: `(pattern, mesh axis or None per dimension)`; missing dimensions are whole.
+      mesh: the device mesh.
+
+    Returns:
+      A tree of NamedSharding. A dimension that its mesh axis does not divide stays whole.
+
+    Raises:
+      ValueError: a name is matched by no pattern.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    compiled = [(re.compile(f"(?:.*/)?(?:{pattern})"), axes) for pattern, axes in patterns]
+    placed = []
+    for name, leaf in zip(names(tree), leaves, strict=True):
+        hits = [axes for regex, axes in compiled if regex.fullmatch(name)]
+        if not hits:
+            raise ValueError(f"sharding: no pattern covers {name}; add a last row ('.*', ()).")
+        spec = [
+            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            for size, axis in zip(leaf.shape, hits[0], strict=False)
+        ]
+        placed.append(NamedSharding(mesh, PartitionSpec(*spec)))
+    return jax.tree.unflatten(treedef, placed)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -1,0 +1,186 @@
+"""The seams between rooms: frozen records of arrays, and nothing that computes.
+
+Dimension key, used for array suffixes, shape checks and einsum strings everywhere:
+
+    P  prompts in the batch              D     model (feature) width
+    N  completions per prompt            H, K  query heads, key/value heads
+    B  sequences, B = P * N              E     width of one head
+    T  token positions                   F     MLP width
+    C  completion positions              V     vocabulary
+    S  cache positions attended to       O, U  observed / updated positions of a kernel
+    L  layers
+
+A sequence is a left-padded prompt followed by its completion, so the completions of a
+batch start at the same column. Everything here may be imported by every room.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+
+Array = jax.Array
+Params = Any
+"""A tree of arrays: nested dicts for the models of this package, any pytree for `ntk`."""
+
+
+class Total(NamedTuple):
+    """A sum and the count it is to be divided by; only the outermost reducer divides.
+
+    total: scalar sum.
+    count: scalar number of items (sequences or tokens, as the producer documents).
+    """
+
+    total: Array
+    count: Array
+
+
+@chex.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the positions read so far.
+
+    keys, values: `[L, B, S, K, E]`.
+    mask: `[B, S]` bool, True where a real token was written.
+    length: scalar int32, columns written so far (equal for all rows).
+    """
+
+    keys: Array
+    values: Array
+    mask: Array
+    length: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """Pure functions over a params tree: the only window to a network.
+
+    features: `(params, tokens [N, T], mask [N, T] | None) -> [N, T, D]`, the head's input.
+    head: `(params, features [..., D]) -> logits [..., V]`.
+    init_cache: `(batch_size, length, dtype) -> Cache`.
+    decode: `(params, cache, tokens [B, T], mask [B, T]) -> (features [B, T, D], Cache)`;
+        reads T further columns, so it serves the prefill and the single step alike.
+    head_weight: path of the `[V, D]` matrix the head multiplies by.
+    tied: True when that matrix is also the input embedding.
+    vocab_size, feature_size, max_tokens: V, D and the longest sequence allowed (tokens).
+    sharding: ordered `(pattern, axes per dimension)` list over parameter paths.
+    config: the family's frozen configuration (what export writes).
+    source: directory the weights came from, or None.
+    """
+
+    features: Callable[..., Array]
+    head: Callable[[Params, Array], Array]
+    init_cache: Callable[..., Cache]
+    decode: Callable[..., tuple[Array, Cache]]
+    head_weight: str
+    tied: bool
+    vocab_size: int
+    feature_size: int
+    max_tokens: int
+    sharding: tuple[tuple[str, tuple[str | None, ...]], ...] = ((r".*", ()),)
+    config: Any = None
+    source: str | None = None
+
+
+@chex.dataclass(frozen=True)
+class PromptBatch:
+    """Tokenised prompts.
+
+    tokens: `[P, T]` int32, left-padded.
+    mask: `[P, T]` bool, True on real tokens.
+    rows: `[P]` int32, row of each prompt in its prompt set.
+    """
+
+    tokens: Array
+    mask: Array
+    rows: Array
+
+
+@chex.dataclass(frozen=True)
+class Rollout:
+    """Everything recorded while sampling; the N completions of a prompt are consecutive rows.
+
+    tokens: `[B, T]` int32, prompt then completion (pad after the end).
+    mask: `[B, T]` bool, True on real tokens.
+    completion_mask: `[B, C]` bool, True on tokens that count in the loss (includes the
+        end-of-sequence token).
+    sampler_log_probs: `[B, C]` float32, log π of each sampled token at the sampling
+        temperature (nats), 0 where masked.
+    finished: `[B]` bool, False where the completion was cut by the budget.
+    """
+
+    tokens: Array
+    mask: Array
+    completion_mask: Array
+    sampler_log_probs: Array
+    finished: Array
+
+
+@chex.dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with what the objective needs to know about it.
+
+    rollout: the Rollout.
+    rewards: `[B]` float32 reward per completion, before any KL term.
+    ref_log_probs: `[B, C]` float32 log-probs under the reference policy (nats).
+    """
+
+    rollout: Rollout
+    rewards: Array
+    ref_log_probs: Array
+
+
+@chex.dataclass(frozen=True)
+class UpdateBatch:
+    """What one optimizer step sees.
+
+    tokens, mask: `[B, T]`, as in Rollout.
+    completion_mask: `[B, C]` bool.
+    old_log_probs: `[B, C]` log-probs before the update (nats).
+    ref_log_probs: `[B, C]` log-probs of the reference policy (nats).
+    advantages: `[B]` weight on each completion's score function.
+    """
+
+    tokens: Array
+    mask: Array
+    completion_mask: Array
+    old_log_probs: Array
+    ref_log_probs: Array
+    advantages: Array
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """Arrays only; what is static (policy, optimizer, labels) is closed over by the step.
+
+    step: scalar int32, optimizer steps taken in all stages together.
+    params: the whole params tree.
+    opt_state: state of the current stage's optimizer, trained leaves only.
+    key: PRNG key of the run, consumed by splitting once per rollout step.
+    """
+
+    step: Array
+    params: Params
+    opt_state: Any
+    key: Array
+
+
+@chex.dataclass(frozen=True)
+class ProbeSet:
+    """A fixed set of completions read over and over during training.
+
+    tokens, mask: `[B, T]`, as in Rollout.
+    completion_mask: `[B, C]` bool, the observed tokens.
+    groups: `[B]` int32, rows with equal entries answer the same prompt.
+    """
+
+    tokens: Array
+    mask: Array
+    completion_mask: Array
+    groups: Array
+
+
+Metrics = Mapping[str, float]

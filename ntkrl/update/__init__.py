@@ -1,0 +1,24 @@
+"""Objective, stages, optimizer assembly and the train step: pure functions of arrays."""
+
+from ntkrl.update.objective import (
+    PRESETS,
+    Objective,
+    penalised_rewards,
+    policy_loss,
+    supervised_loss,
+)
+from ntkrl.update.stages import Stage, StageProgram, stage_program
+from ntkrl.update.step import init_state, make_train_step
+
+__all__ = [
+    "PRESETS",
+    "Objective",
+    "Stage",
+    "StageProgram",
+    "init_state",
+    "make_train_step",
+    "penalised_rewards",
+    "policy_loss",
+    "stage_program",
+    "supervised_loss",
+]

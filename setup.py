@@ -1,0 +1,40 @@
+"""Package metadata; `pip install -e .` is all a user needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ntkrl",
+    version="0.1.0",
+    description="RL post-training of language models with exact neural tangent kernels, in JAX",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ntkrl", "ntkrl.*"]),
+    install_requires=[
+        "absl-py",
+        "chex",
+        "flax>=0.12",
+        "jax>=0.10",
+        "jinja2",
+        "matplotlib",
+        "ml_collections>=1.0",
+        "ml_dtypes",
+        "numpy",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11",
+        "safetensors>=0.5",
+        "tokenizers",
+        "tqdm",
+        "transformers>=5",
+    ],
+    extras_require={
+        "test": ["pytest", "torch==2.13.0"],
+        "bench": ["torch==2.13.0"],
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+    },
+    entry_points={"console_scripts": ["ntkrl = ntkrl.main:main"]},
+)

@@ -1,0 +1,37 @@
+"""Settings of the whole suite: eight virtual CPU devices, no implicit rank promotion."""
+
+import os
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+)
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """Declare the extra suites."""
+    config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
+    config.addinivalue_line("markers", "gpu: needs a GPU; run with -m gpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the extra suites out unless asked for by -m."""
+    if config.option.markexpr:
+        return
+    for item in items:
+        for extra in ("slow", "gpu"):
+            if extra in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"run with -m {extra}"))
+
+
+@pytest.fixture
+def x64():
+    """Compute in float64 for one test."""
+    with jax.enable_x64(True):
+        yield

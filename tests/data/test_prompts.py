@@ -1,0 +1,142 @@
+"""By hand: files with one mistake each, and the words of the message each gives."""
+
+import json
+
+import pytest
+
+from ntkrl.data.prompts import read_jsonl
+
+USER = [{"role": "user", "content": "hello"}]
+
+
+def _write(tmp_path, *lines):
+    path = tmp_path / "rows.jsonl"
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+def test_standard_rows_keep_order_and_columns(tmp_path):
+    path = _write(tmp_path, {"prompt": "a", "x": 0}, "", {"prompt": "b", "y": None}, "  ")
+    rows = read_jsonl(path)
+    assert rows.prompts == ("a", "b")
+    # 0 is a value and None is absence; a key missing in a row is None there.
+    assert rows.columns == {"x": [0, None], "y": [None, None]}
+    assert rows.source == str(path)
+    assert not rows.conversational
+
+
+def test_conversational_rows(tmp_path):
+    rows = read_jsonl(_write(tmp_path, {"prompt": USER, "answer": "4"}))
+    assert rows.prompts == (USER,)
+    assert rows.conversational
+    assert rows.columns == {"answer": ["4"]}
+
+
+def test_completions_of_both_forms(tmp_path):
+    wanted = ("prompt", "completion")
+    rows = read_jsonl(_write(tmp_path, {"prompt": "a", "completion": "b"}), wanted)
+    assert rows.columns["completion"] == ["b"]
+    answer = [{"role": "assistant", "content": "hi"}]
+    rows = read_jsonl(_write(tmp_path, {"prompt": USER, "completion": answer}), wanted)
+    assert rows.columns["completion"] == [answer]
+
+
+def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n')
+    assert read_jsonl(path).prompts == ("a", "b")
+
+
+def test_missing_file_directory_and_empty_file(tmp_path):
+    with pytest.raises(ValueError, match=r"absent.jsonl: no such file. Expected .*\"prompt\""):
+        read_jsonl(tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match="is a directory; give one JSON Lines file"):
+        read_jsonl(tmp_path)
+    with pytest.raises(ValueError, match=r"rows.jsonl: the file is empty. Expected"):
+        read_jsonl(_write(tmp_path, "", "  "))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": "a"', "malformed JSON: Expecting"),
+        ("[" * 100_000, "malformed JSON: .*recursion"),
+        ('["a"]', "expected a JSON object, found list"),
+        ({"text": "a"}, r"no 'prompt' \(missing or null\); the row has text"),
+        ({"prompt": None}, r"no 'prompt' \(missing or null\)"),
+        ({"prompt": 3}, "'prompt' is int; expected text or a list of messages"),
+        ({"prompt": " "}, "empty prompt"),
+        ({"prompt": "\ud800"}, "'prompt' holds half of a surrogate pair"),
+        (
+            {"prompt": USER},
+            "mixed forms: this prompt is a list of messages, that of line 1 is text",
+        ),
+    ],
+)
+def test_bad_row_is_named_by_line(tmp_path, row, message):
+    path = _write(tmp_path, {"prompt": "good"}, "", row)
+    with pytest.raises(ValueError, match=f"(?s)problems: 1\n.*rows.jsonl:3: {message}.*Expected"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], r"empty prompt \(a list without messages\)"),
+        ([{"role": "user", "content": " "}], r"empty prompt \(no message has content\)"),
+        (["hi"], "message 0 of 'prompt' is str; expected an object with 'role' and 'content'"),
+        ([*USER, {"role": "usr", "content": "a"}], "message 1 of 'prompt': role is 'usr'; .*user"),
+        ([{"content": "a"}], "message 0 of 'prompt': role is missing"),
+        ([{"role": "user"}], "message 0 of 'prompt': content is missing; expected text"),
+        (
+            [{"role": "user", "content": ["a"]}],
+            "message 0 of 'prompt': content is list; expected text",
+        ),
+        ("text", "mixed forms: this prompt is text, that of line 1 is a list of messages"),
+    ],
+)
+def test_bad_messages_are_named_by_line(tmp_path, prompt, message):
+    with pytest.raises(ValueError, match=f"rows.jsonl:2: {message}"):
+        read_jsonl(_write(tmp_path, {"prompt": USER}, {"prompt": prompt}))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, r"no 'completion' \(missing or null\)"),
+        ({"prompt": "a", "completion": 1}, "'completion' is int; expected text"),
+        ({"prompt": USER, "completion": "b"}, "'completion' is str; expected a list of messages"),
+        ({"prompt": USER, "completion": []}, "empty completion"),
+    ],
+)
+def test_bad_completions_are_named_only_where_required(tmp_path, row, message):
+    path = _write(tmp_path, row)
+    with pytest.raises(ValueError, match=f"rows.jsonl:1: {message}"):
+        read_jsonl(path, required=("prompt", "completion"))
+    read_jsonl(path)
+
+
+def test_required_column_absent_in_a_row(tmp_path):
+    path = _write(tmp_path, {"prompt": "a", "target": 0}, {"prompt": "b"})
+    with pytest.raises(ValueError, match="rows.jsonl:2: no 'target'") as caught:
+        read_jsonl(path, required=("target",))
+    assert ":1:" not in str(caught.value)  # a target of 0 is there
+
+
+def test_not_utf8_is_named_by_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: not UTF-8 \(byte 12\); save"):
+        read_jsonl(path)
+
+
+def test_all_problems_in_line_order_ten_shown(tmp_path):
+    rows = [{"prompt": ""} if i % 2 else "nonsense" for i in range(13)]
+    with pytest.raises(ValueError, match="problems: 13") as caught:
+        read_jsonl(_write(tmp_path, *rows))
+    lines = [line for line in str(caught.value).splitlines() if "rows.jsonl:" in line][1:]
+    assert [line.split("rows.jsonl:")[1].split(":")[0] for line in lines] == [
+        str(i) for i in range(1, 11)
+    ]
+    assert "and 3 more" in str(caught.value)

@@ -1,0 +1,199 @@
+"""Kernels against brute-force Jacobians in float64, for toy, untied and tied models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ntkrl
+from ntkrl import ntk
+from tests.oracles import dense_kernel, group_kernel
+from tests.toys import TINY, toy_params, toy_policy
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SMALL = {**TINY, "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12}
+TOKENS = np.array([[3, 4, 5, 6, 7], [1, 2, 9, 8, 0], [5, 5, 5, 2, 1]])
+
+
+def model(kind):
+    """A toy, an untied or a tied GPT-NeoX, in float64."""
+    if kind == "toy":
+        policy = toy_policy(vocab=11)
+        return policy, toy_params(policy, dtype=jnp.float64)
+    config = {**SMALL, "tie_word_embeddings": kind == "tied"}
+    return ntkrl.build("GPTNeoXForCausalLM", config, jax.random.key(0), jnp.float64)
+
+
+def contexts(padded):
+    """Three observed contexts; three updated ones, two of them in one sequence."""
+    tokens, mask = jnp.asarray(TOKENS), None
+    if padded:
+        tokens = jnp.pad(tokens, ((0, 0), (2, 0)), constant_values=7)
+        mask = jnp.pad(jnp.ones_like(jnp.asarray(TOKENS), bool), ((0, 0), (2, 0)))
+    shift = 2 if padded else 0
+    observed = ntk.Contexts(tokens, jnp.array([4, 2, 3]) + shift, mask=mask)
+    rows = jnp.array([0, 1, 1])
+    return observed, ntk.Contexts(tokens, jnp.array([1, 4, 2]) + shift, rows, mask)
+
+
+def relative(found, expected):
+    """Largest error over the largest entry; refuses empty or all-zero comparisons."""
+    assert found.shape == expected.shape and found.size and np.abs(expected).max() > 0
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["toy", "untied", "tied"])
+def test_dense_equals_brute_force(kind, padded):
+    """oracle: V Jacobian rows per context; K = R + G (+ C) to rounding."""
+    policy, params = model(kind)
+    observed, updated = contexts(padded)
+    kernel = ntk.kernel(policy, params, observed, updated)
+    expected = dense_kernel(policy, params, observed, updated)
+    assert relative(kernel.dense(), expected) < 1e-10
+    parts = kernel.dense("head") + kernel.dense("body") + kernel.dense("cross")
+    assert relative(parts, expected) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["toy", "untied"])
+def test_parts_are_parameter_groups(kind):
+    """oracle: R is the kernel of W alone, G of all else; without a tie nothing crosses."""
+    policy, params = model(kind)
+    observed, updated = contexts(False)
+    kernel = ntk.kernel(policy, params, observed, updated)
+    is_head = lambda name: name == policy.head_weight  # noqa: E731
+    head = group_kernel(policy, params, observed, updated, is_head)
+    body = group_kernel(policy, params, observed, updated, lambda name: not is_head(name))
+    assert relative(kernel.dense("head"), head) < 1e-10
+    assert relative(kernel.dense("body"), body) < 1e-10
+    assert float(jnp.abs(kernel.dense("cross")).max()) == 0.0
+
+
+def test_cross_part_of_a_tied_head_is_not_small():
+    """law: C is a part of its own; dropping it would be wrong by far more than rounding."""
+    policy, params = model("tied")
+    kernel = ntk.kernel(policy, params, *contexts(False))
+    assert float(jnp.abs(kernel.dense("cross")).max()) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("part", ["head", "body", "cross", "full"])
+def test_forms_agree(kind, part):
+    """law: apply, bilinear, trace and chosen rows are contractions of the dense form."""
+    policy, params = model(kind)
+    kernel = ntk.kernel(policy, params, *contexts(True))
+    dense = np.asarray(kernel.dense(part))
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(3, 11)), rng.normal(size=(3, 11))
+    scale = max(np.abs(dense).max(), 1.0)
+    expected = np.einsum("ouvw,uw->ov", dense, right)
+    found = kernel.apply(jnp.asarray(right), part)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10 * scale)
+    expected = np.einsum("ov,ouvw,uw->ou", left, dense, right)
+    found = kernel.bilinear(jnp.asarray(left), jnp.asarray(right), part)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-9 * scale)
+    expected = np.trace(dense, axis1=2, axis2=3)
+    np.testing.assert_allclose(np.asarray(kernel.trace(part)), expected, atol=1e-10 * scale)
+    chosen = kernel.dense(part, rows=[2, 7], columns=[0, 7, 10])
+    np.testing.assert_allclose(
+        np.asarray(chosen), dense[:, :, [2, 7]][:, :, :, [0, 7, 10]], atol=1e-10 * scale
+    )
+
+
+def test_head_and_body_shapes_and_formulas():
+    """by hand: R = ⟨φ, φ'⟩ I and G = W M Wᵀ from the two factors."""
+    policy, params = model("untied")
+    observed, updated = contexts(False)
+    kernel = ntk.kernel(policy, params, observed, updated)
+    phi = policy.features(params, observed.tokens)
+    here, there = phi[jnp.arange(3), observed.positions], phi[updated.rows, updated.positions]
+    assert kernel.head.shape == (3, 3)
+    np.testing.assert_allclose(np.asarray(kernel.head), np.asarray(here @ there.T), rtol=1e-12)
+    assert kernel.body().shape == (3, 3, 8, 8)
+    weight = params["head"]["weight"]
+    whole = np.einsum("vd,oude,we->ouvw", weight, kernel.body(), weight)
+    assert relative(np.asarray(kernel.dense("body")), whole) < 1e-12
+
+
+def test_symmetry_and_positive_semidefiniteness():
+    """law: K(o, u) = K(u, o)ᵀ, and the flattened kernel has no negative eigenvalue."""
+    policy, params = model("untied")
+    observed, _ = contexts(False)
+    dense = np.asarray(ntk.kernel(policy, params, observed, observed).dense())
+    np.testing.assert_allclose(dense, dense.transpose(1, 0, 3, 2), atol=1e-10)
+    flat = dense.transpose(0, 2, 1, 3).reshape(33, 33)
+    values = np.linalg.eigvalsh(flat)
+    assert values.min() > -1e-10 * values.max()
+
+
+def test_chunk_size_changes_nothing():
+    """law: the chunk bounds memory only."""
+    policy, params = model("untied")
+    kernel = ntk.kernel(policy, params, *contexts(False))
+    one, many = kernel.body(chunk=1), kernel.body(chunk=7)
+    np.testing.assert_allclose(np.asarray(one), np.asarray(many), atol=1e-12)
+
+
+def test_one_compilation_serves_new_params():
+    """law: the kernel is jitted per policy, not per call."""
+    from ntkrl.ntk.kernel import _apply
+
+    policy, params = model("toy")
+    observed, updated = contexts(False)
+    before = _apply._cache_size()
+    for scale in (1.0, 2.0, 3.0):
+        scaled = jax.tree.map(lambda leaf, s=scale: s * leaf, params)
+        ntk.kernel(policy, scaled, observed, updated).apply(jnp.ones((3, 11)))
+    assert _apply._cache_size() - before == 1
+
+
+def test_float32_stays_within_rounding():
+    """oracle: float32 params against the float64 Jacobian."""
+    policy, params = model("untied")
+    observed, updated = contexts(False)
+    expected = np.asarray(dense_kernel(policy, params, observed, updated))
+    single, _ = ntkrl.build("GPTNeoXForCausalLM", SMALL, jax.random.key(0), jnp.float32)
+    small = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    found = np.asarray(ntk.kernel(single, small, observed, updated).dense())
+    assert relative(found, expected) < 2e-5
+
+
+BAD = {
+    "position": (dict(positions=jnp.array([4, 5, -1])), r"positions 5, -1 are outside \[0, 5\)"),
+    "row": (
+        dict(positions=jnp.array([1]), rows=jnp.array([3])),
+        r"rows 3 are outside \[0, 3\)",
+    ),
+    "count": (dict(positions=jnp.array([1, 2])), "one position per sequence"),
+    "padding": (
+        dict(positions=jnp.array([4, 4, 4]), mask=jnp.asarray(TOKENS > 1)),
+        "contexts 1, 2 end on padding",
+    ),
+    "ids": (dict(tokens=jnp.ones((3, 5)), positions=jnp.array([1, 1, 1])), "integer ids"),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD.values(), ids=BAD.keys())
+def test_bad_contexts_are_named(wrong):
+    """law: what is wrong is said before anything is traced."""
+    fields, message = wrong
+    policy, params = model("toy")
+    good = ntk.Contexts(jnp.asarray(TOKENS), jnp.array([1, 1, 1]))
+    bad = ntk.Contexts(**{"tokens": jnp.asarray(TOKENS), **fields})
+    with pytest.raises(ValueError, match=message):
+        ntk.kernel(policy, params, good, bad)
+
+
+def test_bad_requests_are_named():
+    """law: unknown parts, rows outside the vocabulary, wrong shapes, integer params."""
+    policy, params = model("toy")
+    kernel = ntk.kernel(policy, params, *contexts(False))
+    with pytest.raises(ValueError, match="part 'R' is unknown; known are head, body, cross, full"):
+        kernel.dense("R")
+    with pytest.raises(ValueError, match=r"rows holds ids from 3 to 11; the vocabulary is \[0, 11"):
+        kernel.dense(rows=[3, 11])
+    with pytest.raises(ValueError, match=r"cotangents must have shape \(3, 11\), not \(2, 11\)"):
+        kernel.apply(jnp.ones((2, 11)))
+    with pytest.raises(ValueError, match=r"must be floating point; these are not: head \(int"):
+        ntk.kernel(policy, {**params, "head": jnp.ones((11, 5), int)}, *contexts(False))

@@ -1,0 +1,95 @@
+"""Tests of the figures."""
+
+import numpy as np
+import pytest
+
+from ntkrl.report import read_run
+from ntkrl.report.figures import FIGURES, agreement, pooled_changes, prediction, reward, shares
+from ntkrl.report.plotting import coinciding, looks, shown
+
+
+@pytest.fixture
+def runs(run_paths):
+    """The four synthetic runs, read."""
+    return [read_run(path) for path in run_paths]
+
+
+def test_every_figure_is_drawn_and_labelled(runs):
+    """Law: every figure has data, a title, and named axes with units or plain words."""
+    for spec in FIGURES:
+        figure = spec.draw(runs)
+        assert figure.get_suptitle() == spec.title
+        assert all(axis.get_ylabel() for axis in figure.axes)
+        assert figure.axes[-1].get_xlabel()
+    assert len({spec.stem for spec in FIGURES}) == len(FIGURES)
+
+
+def test_no_data_no_figure(runs):
+    """Law: without metrics and probes every figure is None."""
+    for run in runs:
+        run.metrics.clear()
+        run.probes.clear()
+    assert [spec.draw(runs) for spec in FIGURES] == [None] * len(FIGURES)
+
+
+def test_mean_and_stage_line_by_hand(runs):
+    """By hand: the bold line is the mean of seeds, and a dashed line stands at the stage's end."""
+    (axis,) = reward(runs).axes
+    bold = [line for line in axis.lines if line.get_linewidth() == 2.2]
+    assert len(bold) == 2
+    np.testing.assert_array_equal(bold[1].get_xdata(), [0, 5, 10, 15, 20])
+    # Seeds are 0.1 apart: mean 0.15 + 0.02 · step.
+    np.testing.assert_allclose(bold[1].get_ydata(), [0.15, 0.25, 0.35, 0.45, 0.55])
+    assert any(list(line.get_xdata()) == [8, 8] for line in axis.lines)
+    assert [text.get_text() for text in axis.texts] == ["stage “classifier” ends"]
+
+
+def test_cross_share_has_a_panel_when_there_is_one(runs):
+    """By hand: two panels without a tied head, three with."""
+    assert len(shares(runs).axes) == 2
+    runs[0].metrics[-1]["predict/cross_share"] = 0.1
+    assert len(shares(runs).axes) == 3
+
+
+def test_prediction_by_hand(runs):
+    """By hand: predicted w, actual 1.25 w: correlation 1 and error 0.25 / 1.25 = 0.2."""
+    predicted, actual = pooled_changes(runs[:2])
+    assert predicted.shape == (2 * 2 * 50,)
+    assert agreement(predicted, actual) == pytest.approx((1.0, 0.2))
+    titles = [axis.get_title(loc="left") for axis in prediction(runs).axes]
+    assert titles == [f"{n}: correlation 1.000, rel. error 0.20" for n in ("cfrl", "rl")]
+
+
+def test_cross_part_is_part_of_the_prediction(runs):
+    """By hand: head 0.3 w + body 0.7 w + cross 0.25 w is the actual 1.25 w."""
+    for arrays in runs[0].probes.values():
+        arrays["predicted_cross"] = arrays["actual"] - arrays["actual"] / 1.25
+    assert agreement(*pooled_changes(runs[:1])) == pytest.approx((1.0, 0.0), abs=1e-12)
+
+
+def test_constant_change_has_no_correlation():
+    """By hand: nothing moved, so correlation and relative error are undefined, not errors."""
+    assert np.isnan(agreement(np.zeros(3), np.zeros(3))).all()
+
+
+def test_coinciding_by_hand():
+    """By hand: the mean is taken only where all seeds were measured."""
+    curves = [
+        (np.array([0, 1, 3]), np.array([1.0, 2.0, 4.0])),
+        (np.array([1, 2, 3]), np.array([5.0, 6.0, 7.0])),
+    ]
+    steps, values = coinciding(curves)
+    np.testing.assert_array_equal(steps, [1, 3])
+    np.testing.assert_array_equal(values, [[2.0, 4.0], [5.0, 7.0]])
+
+
+def test_looks(runs):
+    """Law: a method keeps its look whatever the order of runs; two methods differ."""
+    assert looks(runs) == looks(runs[::-1])
+    assert len(set(looks(runs).values())) == 2
+
+
+def test_dollars_are_not_mathematics():
+    """By hand: a dollar sign is escaped after shortening, other text is left alone."""
+    assert shown("a$b$") == r"a\$b\$"
+    assert shown("abcdef", 4) == "abc…"

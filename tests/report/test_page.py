@@ -1,0 +1,108 @@
+"""Tests of the report page."""
+
+import ast
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ntkrl.report import write_report
+from ntkrl.report.figures import FIGURES
+from ntkrl.report.names import GLOSSARY
+
+PACKAGE = Path(__file__).parents[2] / "ntkrl"
+
+
+class _Tags(html.parser.HTMLParser):
+    """Collects tags with their attributes, and whether they are balanced."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_complete_and_self_contained(run_paths, tmp_path):
+    """Story: four runs to one file that references nothing and embeds every figure."""
+    page = write_report(run_paths, tmp_path / "out" / "deep")
+    text = page.read_text(encoding="utf-8")
+    parsed = _Tags(text)
+    assert parsed.open == []
+    tags = [tag for tag, _ in parsed.tags]
+    assert "script" not in tags and "link" not in tags
+    for word in ("http:", "https:", "url(", "@import", "href="):
+        assert word not in text
+    sources = re.findall(r'src="([^"]*)"', text)
+    assert len(sources) == tags.count("img") == len(FIGURES)
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    names = sorted(path.name for path in page.parent.iterdir())
+    assert names == sorted([f"{spec.stem}.png" for spec in FIGURES] + ["index.html"])
+    assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
+    assert all(f"<code>{name}</code>" in text for name in GLOSSARY)
+    assert "held-out reward 0.150 → <strong>0.550 ± 0.071</strong> (+20.0 noise units)" in text
+    assert "missing" not in re.sub(r"<style>.*</style>", "", text, flags=re.S)
+    # Law: order of arguments and place of writing do not change a byte.
+    again = write_report(run_paths[::-1], tmp_path / "again")
+    assert again.read_bytes() == page.read_bytes()
+
+
+def test_names_are_escaped(run_paths, tmp_path):
+    """By hand: a run named like a tag, with mathematics, is text everywhere."""
+    name = '<script>alert("$x$")</script>'
+    for path in run_paths[:2]:
+        (path / "config.json").write_text(json.dumps({"name": name, "seed": 0}))
+    text = write_report(run_paths[:2], tmp_path / "out").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(&quot;$x$&quot;)&lt;/script&gt;" in text
+    assert _Tags(text).open == []
+
+
+def test_missing_things_are_said(run_paths, tmp_path):
+    """Story: no probes, a cut line, nothing but training rewards: the page builds and says so."""
+    path, out = run_paths[0], tmp_path / "out"
+    for file in (path / "probes").iterdir():
+        file.unlink()
+    (path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
+    out.mkdir()
+    (out / "head_share.png").write_bytes(b"of an earlier report")
+    text = write_report([path], out).read_text(encoding="utf-8")
+    assert "no probe files" in text and "is cut short and was left out" in text
+    assert "no held-out evaluation after the start" in text
+    assert text.count("missing, no run has data for it") == len(FIGURES) - 1
+    assert [file.name for file in out.glob("*.png")] == ["reward.png"]
+
+
+def test_no_run_directory(tmp_path):
+    """Law: a wrong path is an error before anything is written."""
+    with pytest.raises(ValueError, match="is not a directory; expected"):
+        write_report([tmp_path / "nothing"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_imports():
+    """Law: the room itself needs no accelerator library and no global plotting state."""
+    # The package's own __init__ is stepped over: it may import rooms that need JAX.
+    code = (
+        "import sys, types; package = types.ModuleType('ntkrl'); "
+        f"package.__path__ = [{str(PACKAGE)!r}]; sys.modules['ntkrl'] = package; "
+        "sys.modules |= dict.fromkeys(('jax', 'flax', 'chex', 'matplotlib.pyplot')); "
+        "import ntkrl.report; print(sorted(m for m in sys.modules if m.startswith('ntkrl.')))"
+    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "ntkrl.report.page" in found.stdout
+    rooms = {name.split(".")[1] for name in ast.literal_eval(found.stdout)}
+    assert rooms == {"report"}
