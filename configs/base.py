@@ -65,8 +65,7 @@ def get_config():
     config.rollout.temperature = 1.0
 
     config.reward = ConfigDict()
-    # "expressions", "FILE.py:FUNCTION", or a tuple of them
-    config.reward.function = placeholder(object)
+    config.reward.function = placeholder(str)  # "expressions", "FILE.py:NAME", several by commas
     config.reward.weights = placeholder(tuple)  # None: 1.0 each
 
     config.objective = ConfigDict()

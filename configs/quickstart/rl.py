@@ -13,7 +13,7 @@ def get_config():
     config.run_dir = "runs/quickstart/rl-0"
     config.model.path = "runs/quickstart/base/export"
     config.reward.function = "expressions"
-    config.data.prompts_per_step = 16
+    config.data.prompts_per_step = 15
     config.data.max_prompt_tokens = 8
     config.rollout.max_completion_tokens = 12
     config.stages = (base.stage("all", 200, ((".*", 3e-4),)),)

@@ -217,7 +217,7 @@ def _rewards(config: ConfigDict) -> tuple[tuple[str, float], ...]:
         if config.method == "rl":
             raise ValueError("reward.function is missing; name one, such as my_rewards.py:score.")
         return ()
-    specs = (given,) if isinstance(given, str) else tuple(given)
+    specs = tuple(spec.strip() for spec in given.split(","))
     weights = (1.0,) * len(specs) if weights is None else tuple(weights)
     if len(weights) != len(specs):
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
 
 Settings = TypeVar("Settings")
 
@@ -28,27 +29,56 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
       ValueError: no config, a file that does not load, a key that does not exist, a value of the
         wrong type, or words that are no flags.
     """
-    found = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Path of a config file.", flag_values=found)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # config files import configs.base
-    named = [word for word in arguments if word.split("=")[0].lstrip("-") == "config"]
+    named = [word for word in arguments if word.startswith("--config=")]
     if not named:
-        raise ValueError("--config=FILE is missing, for example --config=configs/rl.py.")
-    path = named[-1].partition("=")[2].split(":")[0]
-    if "=" in named[-1] and not Path(path).is_file():
+        raise ValueError("--config=FILE is missing, for example --config=configs/base.py.")
+    path = named[-1].removeprefix("--config=").split(":")[0]
+    if not Path(path).is_file():
         raise ValueError(
             f"--config={path}: no such file; configs/ is read relative to {Path.cwd()}."
         )
-    try:
-        rest = found(["ntkrl", *arguments])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(_explain(str(error).strip("\"'"), arguments)) from error
-    except SyntaxError as error:
-        raise ValueError(f"{path} is not valid Python: {error}.") from error
+    plain, _ = _parse(named[-1:], path)
+    problems = [problem for word in arguments if (problem := _unknown_key(word, plain))]
+    if problems:
+        raise ValueError("\n".join(problems))
+    config, rest = _parse(arguments, path)
     if len(rest) > 1:
         raise ValueError(f"{' '.join(rest[1:])} is no flag; write --config.section.field=value.")
-    return found.config
+    return config
+
+
+def _parse(arguments: Sequence[str], path: str) -> tuple[ConfigDict, list[str]]:
+    found = flags.FlagValues()
+    words = ["ntkrl", *arguments]
+    config_flags.DEFINE_config_file(
+        "config", None, "Path of a config file.", flag_values=found, sys_argv=words
+    )
+    try:
+        rest = found(words)
+        return found.config, rest
+    except SyntaxError as error:
+        raise ValueError(f"{path} is not valid Python: {error}.") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(_text(error)) from error
+
+
+def _unknown_key(word: str, config: ConfigDict) -> str | None:
+    """Say that an override's key does not exist, with the nearest known one."""
+    name = word.split("=")[0].lstrip("-")
+    if not name.startswith("config."):
+        return None
+    try:
+        config_path.get_value(name.removeprefix("config."), config)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        return f"--{name} does not exist. {_text(error)}"
+    return None
+
+
+def _text(error: Exception) -> str:
+    # a KeyError prints its message quoted and escaped
+    return " ".join(str(error.args[0]).split()) if error.args else str(error)
 
 
 def settings(kind: type[Settings], section: ConfigDict, name: str) -> Settings:
@@ -118,11 +148,3 @@ def _json(value: Any) -> Any:
         return str(value)
     return value
 
-
-def _explain(message: str, arguments: Sequence[str]) -> str:
-    """Name the override a parser's message is about, when the message does not."""
-    for word in arguments:
-        name = word.split("=")[0].lstrip("-")
-        if name.startswith("config.") and name.split(".")[-1] in message:
-            return f"--{name}: {message}"
-    return message

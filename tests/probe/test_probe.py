@@ -1,0 +1,124 @@
+"""Probe measures by hand and by loops; a real step against its prediction."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntkrl import probe, update
+from ntkrl.probe.step import comparison
+from ntkrl.types import ProbeSet
+from tests.toys import toy_params, toy_policy
+from tests.update.test_step import make_batch, rloo
+
+
+def test_feature_measures_by_loops():
+    """oracle: cosines by double loop over pairs, rank and drift in numpy."""
+    rng = np.random.default_rng(0)
+    phi, start = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))
+    rows, groups = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 0, 1, 1])
+    found = probe.feature_measures(*map(jnp.asarray, (phi, start, rows, groups)))
+    kinds = {"within_response": [], "across_responses": [], "across_prompts": []}
+    positive = []
+    for i in range(6):
+        for j in range(6):
+            if i == j:
+                continue
+            cosine = phi[i] @ phi[j] / np.linalg.norm(phi[i]) / np.linalg.norm(phi[j])
+            positive.append(cosine > 0)
+            if rows[i] == rows[j]:
+                kinds["within_response"].append(cosine)
+            elif groups[i] == groups[j]:
+                kinds["across_responses"].append(cosine)
+            else:
+                kinds["across_prompts"].append(cosine)
+    for name, values in kinds.items():
+        assert len(values) > 0
+        np.testing.assert_allclose(found[f"cosine_{name}"], np.mean(values), rtol=1e-5)
+    np.testing.assert_allclose(found["positive_pairs"], np.mean(positive), rtol=1e-5)
+    values = np.linalg.eigvalsh(phi @ phi.T)
+    np.testing.assert_allclose(found["effective_rank"], values.sum() ** 2 / (values**2).sum(), rtol=1e-4)
+    drift = np.linalg.norm(phi - start, axis=1).mean()
+    np.testing.assert_allclose(found["feature_distortion"], drift, rtol=1e-5)
+
+
+def test_equal_features_have_cosine_one_and_rank_one():
+    """by hand: six copies of one vector."""
+    phi = jnp.ones((6, 4))
+    found = probe.feature_measures(phi, phi, jnp.arange(6) // 2, jnp.arange(6) // 4)
+    for name in ("cosine_within_response", "cosine_across_prompts", "effective_rank"):
+        np.testing.assert_allclose(found[name], 1.0, rtol=1e-5)
+    assert float(found["feature_distortion"]) == 0.0
+
+
+def test_distinct_counts_by_hand():
+    """by hand: a, a, b of which a solves; c, d, d of which both d do."""
+    everything, solved = probe.distinct_counts(
+        ["a", "a", "b", "c", "d", "d"], [True, True, False, False, True, True], 3
+    )
+    assert everything.tolist() == [2, 2] and solved.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("n,c,k", [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 4, 2), (60, 3, 30)])
+def test_pass_at_k(n, c, k):
+    """oracle: binomial coefficients."""
+    expected = 1 - math.comb(n - c, k) / math.comb(n, k)
+    np.testing.assert_allclose(probe.pass_at_k(c, n, k), expected, rtol=1e-12)
+
+
+def test_pass_at_k_refuses_impossible_k():
+    """law: k beyond n has no unbiased estimate."""
+    with pytest.raises(ValueError, match="1 ≤ k ≤ n, not k = 6, n = 5"):
+        probe.pass_at_k(2, 5, 6)
+
+
+def test_comparison_by_hand():
+    """by hand: parts (1, 0) and (1, 2): whole (2, 2), shares 2/8 and 6/8, error 0.1·√2/√8."""
+    found = comparison(
+        {
+            "predicted_head": np.array([1.0, 0.0]),
+            "predicted_body": np.array([1.0, 2.0]),
+            "actual": np.array([2.1, 1.9]),
+        }
+    )
+    np.testing.assert_allclose(found["predict/head_share"], 0.25)
+    np.testing.assert_allclose(found["predict/body_share"], 0.75)
+    expected = np.hypot(0.1, 0.1) / np.hypot(2.1, 1.9)
+    np.testing.assert_allclose(found["predict/relative_error"], expected)
+
+
+def probe_set(vocab):
+    """Four rows of two prompts, as a rollout would give them."""
+    batch = make_batch(vocab, rows=4)
+    return ProbeSet(
+        tokens=batch.tokens,
+        mask=batch.mask,
+        completion_mask=batch.completion_mask,
+        groups=jnp.array([0, 0, 1, 1]),
+    )
+
+
+@pytest.mark.parametrize("rows", [((".*", 1e-4),), (("head", 1e-4), (".*", None))], ids=["all", "head"])
+def test_prediction_of_a_real_adam_step(x64, rows):
+    """law: a small clipped Adam step is predicted to its size; a head-only one by R alone."""
+    policy = toy_policy()
+    params = toy_params(policy, dtype=jnp.float64)
+    prober = probe.Prober(policy, probe_set(policy.vocab_size), params)
+    stage = update.Stage(name="x", steps=1, parameters=rows, max_grad_norm=0.5)
+    program = update.stage_program(stage, policy, params)
+    state = update.init_state(program, params, jax.random.key(0))
+    after, _ = update.make_train_step(policy, program, rloo)(state, make_batch(policy.vocab_size))
+    metrics, arrays = prober.compare(params, after.params)
+    count = int(np.asarray(probe_set(policy.vocab_size).completion_mask).sum())
+    assert arrays["actual"].shape == (count,) and np.abs(arrays["actual"]).max() > 1e-5
+    assert metrics["predict/relative_error"] < 1e-2
+    assert metrics["predict/correlation"] > 0.999
+    total = metrics["predict/head_share"] + metrics["predict/body_share"]
+    np.testing.assert_allclose(total, 1.0, rtol=1e-9)
+    if len(rows) == 2:
+        assert metrics["predict/head_share"] == 1.0
+    measures = prober.measures(after.params, prober.read(after.params))
+    moved = float(jnp.linalg.norm(after.params["head"] - params["head"]))
+    np.testing.assert_allclose(measures["probe/head_distance"], moved, rtol=1e-6)

@@ -1,0 +1,110 @@
+"""Config files and overrides: what works, and what a mistake is told."""
+
+import pytest
+
+from ntkrl import runtime
+from ntkrl.assembly import read_settings
+from ntkrl.runtime.config import differences
+
+
+def read(*words):
+    """Read the default config with overrides and a reward."""
+    return runtime.read_config(
+        ["--config=configs/base.py", "--config.reward.function=expressions", *words]
+    )
+
+
+def test_overrides_reach_sections():
+    """story: dotted overrides, of stages too, arrive as typed settings."""
+    config = read(
+        "--config.seed=3",
+        "--config.data.prompts_per_step=4",
+        "--config.objective.preset=grpo",
+        "--config.objective.kl_coefficient=0.0",
+        "--config.stages[0].steps=7",
+    )
+    found = read_settings(config)
+    assert (found.seed, found.data.prompts_per_step, found.stages[0].steps) == (3, 4, 7)
+    # 0.0 is a value, not "unset": the preset's 0.04 must not come back
+    assert (found.objective.kl_coefficient, found.objective.kl_place) == (0.0, "loss")
+
+
+def test_round_trip_through_json():
+    """law: a config read back from config.json gives the same settings."""
+    config = read()
+    values = runtime.to_json(config)
+    assert runtime.to_json(runtime.from_json(values)) == values
+    again, first = read_settings(runtime.from_json(values)), read_settings(config)
+    assert again.model == first.model and again.objective == first.objective
+    assert again.stages[0].name == first.stages[0].name
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ([], "--config=FILE is missing"),
+        (["--config=configs/nope.py"], "configs/nope.py: no such file"),
+        (["--config=configs/base.py", "--config.modle.path=x"], 'Did you mean "model"'),
+        (["--config=configs/base.py", "--config.model.paht=x"], 'Did you mean "path"'),
+        (["--config=configs/base.py", "--config.seed=two"], "seed"),
+        (
+            ["--config=configs/base.py", "--config.sed=2", "--config.data.pth=x"],
+            'config.sed does not exist.*\n.*config.data.pth does not exist.*mean "path"',
+        ),
+        (["--config=configs/base.py", "--config.stages[3].steps=2"], r"stages\[3\].* out of range"),
+        (["--config=configs/base.py", "train"], "train is no flag"),
+        (["--config=configs/base.py", "--confg.seed=1"], "confg"),
+    ],
+)
+def test_mistakes_on_the_command_line(words, message):
+    """law: the message names the key or the file, with the nearest known one."""
+    with pytest.raises(ValueError, match=message):
+        runtime.read_config(words)
+
+
+def test_a_config_file_that_is_not_python(tmp_path):
+    """law: a syntax error in a config is a message, not a trace."""
+    path = tmp_path / "bad.py"
+    path.write_text("def get_config(:\n")
+    with pytest.raises(ValueError, match="bad.py is not valid Python"):
+        runtime.read_config([f"--config={path}"])
+
+
+def test_problems_of_all_sections_at_once():
+    """law: one message holds what is wrong in every section."""
+    config = read(
+        "--config.model.dtype=int8",
+        "--config.objective.preset=rlo",
+        "--config.schedule.minibatches=0",
+        "--config.stages[0].optimizer=lion",
+        "--config.method=rlhf",
+    )
+    with pytest.raises(ValueError) as caught:
+        read_settings(config)
+    text = str(caught.value)
+    for part in (
+        "model.dtype 'int8' is not among",
+        "objective.preset 'rlo' is not among grpo, rloo",
+        "schedule.minibatches must be ≥ 1",
+        "optimizer 'lion' is not among",
+        "method 'rlhf' is not among rl, sft",
+    ):
+        assert part in text, part
+
+
+def test_unknown_and_missing_fields():
+    """law: a section from a config file with a misspelt field says so."""
+    config = read()
+    with config.unlocked():
+        config.rollout.temprature = 1.0
+        del config.rollout["temperature"]
+    with pytest.raises(ValueError, match="rollout.temprature does not exist; did you mean 'temp"):
+        read_settings(config)
+    with pytest.raises(ValueError, match="rollout.temperature is missing"):
+        read_settings(config)
+
+
+def test_differences_names_fields():
+    """by hand: nested, changed, absent."""
+    saved, given = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
+    assert differences(saved, given) == ["a.c: 2 -> 5", "d: 3 -> '(absent)'", "e: '(absent)' -> 4"]
