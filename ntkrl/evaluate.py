@@ -90,9 +90,7 @@ def export(run: str, out: str, step: int | None = None) -> None:
     tqdm.write(f"step {chosen} of {run} written to {out}")
 
 
-def _samples(
-    setup: assembly.Setup, found: assembly.Collected, repeat: int
-) -> list[dict[str, Any]]:
+def _samples(setup: assembly.Setup, found: assembly.Collected, repeat: int) -> list[dict[str, Any]]:
     prompts = setup.held_out.prompt_set.prompts
     group = setup.settings.evaluation.samples_per_prompt
     rewards = found.result.rewards

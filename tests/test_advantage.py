@@ -16,7 +16,9 @@ def test_leave_one_out_by_hand():
 def test_group_normalised_by_hand():
     """by hand: group (0, 2): mean 1, unbiased std √2 (population std 1 would give ±1)."""
     found = advantage.group_normalised(jnp.array([0.0, 2.0]), 2)
-    np.testing.assert_allclose(found, [-1 / (np.sqrt(2) + 1e-4), 1 / (np.sqrt(2) + 1e-4)], rtol=1e-6)
+    np.testing.assert_allclose(
+        found, [-1 / (np.sqrt(2) + 1e-4), 1 / (np.sqrt(2) + 1e-4)], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("estimator", [advantage.leave_one_out, advantage.group_normalised])

@@ -8,7 +8,10 @@ from jax.sharding import PartitionSpec
 
 from ntkrl import runtime, trees
 
-TREE = {"head": {"weight": jnp.ones((4, 6))}, "layers": {"up": jnp.zeros((2, 6, 8)), "b": jnp.zeros(3)}}
+TREE = {
+    "head": {"weight": jnp.ones((4, 6))},
+    "layers": {"up": jnp.zeros((2, 6, 8)), "b": jnp.zeros(3)},
+}
 
 
 def test_names():
@@ -53,7 +56,11 @@ def test_partition_and_merge_are_inverse():
 def test_shardings_follow_names_into_optimizer_state():
     """by hand: moments lie where their parameter does; what does not divide stays whole."""
     mesh = runtime.make_mesh(1, 4, 2)
-    rows = ((r"head/weight", ("tensor", "fsdp")), (r"layers/up", (None, "fsdp", "tensor")), (".*", ()))
+    rows = (
+        (r"head/weight", ("tensor", "fsdp")),
+        (r"layers/up", (None, "fsdp", "tensor")),
+        (".*", ()),
+    )
     state = {"mu": TREE, "count": jnp.zeros(())}
     found = trees.named_leaves(trees.shardings(state, rows, mesh))
     assert found["mu/head/weight"].spec == PartitionSpec("tensor", None)  # 6 % 4 != 0
@@ -73,7 +80,10 @@ def test_mesh_sizes():
 def test_place_rows():
     """law: rows spread over data and fsdp when they divide, else stay whole."""
     mesh = runtime.make_mesh(2, 2, 2)
-    even, odd = runtime.place_rows((np.ones((8, 3)), np.ones(8)), mesh), runtime.place_rows(np.ones(6), mesh)
+    even, odd = (
+        runtime.place_rows((np.ones((8, 3)), np.ones(8)), mesh),
+        runtime.place_rows(np.ones(6), mesh),
+    )
     assert even[0].sharding.spec == PartitionSpec(("data", "fsdp"))
     assert odd.sharding.is_fully_replicated
     np.testing.assert_array_equal(runtime.fetch(even)[0], np.ones((8, 3)))

@@ -200,6 +200,8 @@ def read_settings(config: ConfigDict) -> RunSettings:
         evaluation=section(EvalSettings, "eval"),
         probe=section(ProbeSettings, "probe"),
     )
+    if config.method == "rl" and config.model.path is None:
+        problems.append("model.path is missing; name the Hugging Face directory to start from.")
     if not problems and found.data.prompts_per_step % found.schedule.minibatches:
         problems.append(
             f"schedule.minibatches = {found.schedule.minibatches} must divide "

@@ -99,9 +99,7 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
     )
 
 
-def _model(
-    settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int
-) -> tuple[Policy, Params]:
+def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tuple[Policy, Params]:
     compute = None if settings.compute_dtype is None else DTYPES[settings.compute_dtype]
     dtype = DTYPES[settings.dtype]
     if settings.path is not None:

@@ -36,7 +36,9 @@ class RolloutSource:
         self.temperature = settings.rollout.temperature
         self.group = settings.rollout.completions_per_prompt
         self.advantages = ADVANTAGES[self.objective.advantage]
-        self.advantages(jnp.zeros(self.group), self.group)  # a group too small fails here, not later
+        self.advantages(
+            jnp.zeros(self.group), self.group
+        )  # a group too small fails here, not later
         self.sample = make_sample(setup, self.group)
         self.ref_log_probs = jax.jit(self._log_probs, static_argnames="length")
 
@@ -83,9 +85,10 @@ class RolloutSource:
     def check_first(self, values: dict[str, float], rollout_step: int) -> None:
         """Stop a run whose sampler and trainer disagree before the first update of a rollout."""
         tolerance = self.setup.settings.schedule.log_ratio_tolerance
-        if values["log_ratio_max"] > tolerance:
+        gap = values["log_ratio_max"]
+        if gap > tolerance:
             raise ValueError(
-                f"the sampler's log-probs and the trainer's differ by {values['log_ratio_max']:.3g} "
+                f"the sampler's log-probs and the trainer's differ by {gap:.3g} "
                 f"nats at rollout step {rollout_step}, more than schedule.log_ratio_tolerance = "
                 f"{tolerance}: the importance ratio before the first update must be 1. Raise the "
                 "tolerance only for a compute_dtype below float32."

@@ -141,13 +141,17 @@ def read_tensors(
     transposed = {name: flip for name, _, flip in table}
     with _Opened(files) as opened:
         for name, group in wanted.items():
-            shape = shapes[name][1:] if len(group) > 1 or "{i}" in _row(table, name) else shapes[name]
+            shape = (
+                shapes[name][1:] if len(group) > 1 or "{i}" in _row(table, name) else shapes[name]
+            )
             shape = shape[::-1] if transposed[name] else shape
             problems.extend(opened.complaints(group, shape))
         if problems:
             shown = "; ".join(problems[:20])
             more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise ValueError(f"{directory} does not hold the model its config.json names: {shown}{more}.")
+            raise ValueError(
+                f"{directory} does not hold the model its config.json names: {shown}{more}."
+            )
         return {
             name: place(name, opened.array(group, transposed[name], "{i}" in _row(table, name)))
             for name, group in wanted.items()
@@ -256,10 +260,12 @@ class _Opened:
                 continue
             view = self.handles[self.files[name]].get_slice(name)
             if tuple(view.get_shape()) != tuple(shape):
-                problems.append(f"{name} has shape {tuple(view.get_shape())}, expected {tuple(shape)}")
+                problems.append(
+                    f"{name} has shape {tuple(view.get_shape())}, expected {tuple(shape)}"
+                )
             if view.get_dtype() not in FLOAT_DTYPES:
                 problems.append(
-                    f"{name} has dtype {view.get_dtype()}, expected one of {', '.join(FLOAT_DTYPES)}"
+                    f"{name} has dtype {view.get_dtype()}, expected {', '.join(FLOAT_DTYPES)}"
                 )
         return problems
 

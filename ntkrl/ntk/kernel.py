@@ -111,9 +111,7 @@ class Kernel:
         if part in ("body", "full"):
             weight_VD = trees.named_leaves(self.params)[self.policy.head_weight]
             blocks.append(
-                jnp.einsum(
-                    "vd,oude,we->ouvw", weight_VD[rows_V], self.body(), weight_VD[columns_V]
-                )
+                jnp.einsum("vd,oude,we->ouvw", weight_VD[rows_V], self.body(), weight_VD[columns_V])
             )
         if part == "cross" or (part == "full" and self.policy.tied):
             blocks.append(self._by_columns("cross", rows_V, columns_V))
@@ -308,7 +306,9 @@ def _indices(chosen: Sequence[int] | Array | None, vocab: int, name: str) -> Arr
         return jnp.arange(vocab)
     indices = np.asarray(chosen)
     if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(f"{name} must be a list of token ids, not {indices.dtype} {indices.shape}.")
+        raise ValueError(
+            f"{name} must be a list of token ids, not {indices.dtype} {indices.shape}."
+        )
     if indices.size and (indices.min() < 0 or indices.max() >= vocab):
         raise ValueError(
             f"{name} holds ids from {indices.min()} to {indices.max()}; the vocabulary is "

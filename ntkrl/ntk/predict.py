@@ -49,7 +49,8 @@ def predict(
     observed = checked(observed, "observed")
     same = jax.tree.structure(params) == jax.tree.structure(direction)
     if not same or any(
-        a.shape != b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(direction))
+        a.shape != b.shape
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(direction), strict=True)
     ):
         raise ValueError("direction must have the structure and the shapes of params.")
     if targets is not None and tuple(targets.shape) != (observed.count,):

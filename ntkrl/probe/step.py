@@ -117,9 +117,7 @@ def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
-def _read(
-    policy: Policy, params: Params, contexts: ntk.Contexts, targets_O: Array
-) -> ProbeReading:
+def _read(policy: Policy, params: Params, contexts: ntk.Contexts, targets_O: Array) -> ProbeReading:
     features_NTD = policy.features(params, contexts.tokens, contexts.mask)
     phi_OD = features_NTD[contexts.rows, contexts.positions]
     statistics = token_statistics(lambda phi: policy.head(params, phi), phi_OD, targets_O)

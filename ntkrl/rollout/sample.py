@@ -33,7 +33,9 @@ class SamplerSettings:
     def __post_init__(self):
         problems = []
         if self.completions_per_prompt < 1:
-            problems.append(f"completions_per_prompt must be ≥ 1, not {self.completions_per_prompt}")
+            problems.append(
+                f"completions_per_prompt must be ≥ 1, not {self.completions_per_prompt}"
+            )
         if self.max_completion_tokens < 1:
             problems.append(f"max_completion_tokens must be ≥ 1, not {self.max_completion_tokens}")
         if not self.temperature > 0:

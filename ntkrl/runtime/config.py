@@ -147,4 +147,3 @@ def _json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
-

@@ -52,8 +52,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
         sizes[sizes.index(-1)] = len(devices) // given
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         raise ValueError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices; the "
-            "sizes must multiply to that number, and one of them may be -1."
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices; "
+            "the sizes must multiply to that number, and one of them may be -1."
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 

@@ -53,7 +53,8 @@ class Objective:
         ]
         if not (0 < self.clip_low < 1 and self.clip_high > 0):
             problems.append(
-                f"clip_low must be in (0, 1) and clip_high > 0, not {self.clip_low}, {self.clip_high}"
+                "clip_low must be in (0, 1) and clip_high > 0, not "
+                f"{self.clip_low}, {self.clip_high}"
             )
         if self.kl_coefficient < 0:
             problems.append(f"kl_coefficient must be ≥ 0, not {self.kl_coefficient}")
@@ -165,7 +166,7 @@ def policy_loss(
 def supervised_loss(
     statistics: TokenStatistics, batch: UpdateBatch
 ) -> tuple[Total, dict[str, Total]]:
-    """Return −log π of the completion tokens as a Total over tokens, with entropy and confidence."""
+    """Return −log π of the completion tokens as a Total over tokens, and metrics."""
     mask = batch.completion_mask
     metrics = {
         "entropy": masked_total(statistics.entropy, mask),

@@ -100,7 +100,9 @@ def test_stored_dtypes_and_shards(tmp_path, dtype):
     _, many = ntkrl.load(tmp_path / "many")
     expected = model.get_output_embeddings().weight.detach().float().numpy()
     np.testing.assert_array_equal(np.asarray(one["head"]["weight"]), expected)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, many)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, many
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -101,7 +101,10 @@ def test_head_only_step_is_exact_in_logits():
         policy, params, updated, jnp.array([1, 5, 2]), jnp.array([1.0, -0.5, 2.0])
     )
     rate = 0.7  # a large step: exactness does not need a small one
-    after = {**params, "head": {"weight": params["head"]["weight"] + rate * gradient["head"]["weight"]}}
+    after = {
+        **params,
+        "head": {"weight": params["head"]["weight"] + rate * gradient["head"]["weight"]},
+    }
     phi = policy.features(params, observed.tokens)[jnp.arange(3), observed.positions]
     moved = policy.head(after, phi) - policy.head(params, phi)
     there = policy.features(params, updated.tokens)[updated.rows, updated.positions]
@@ -115,7 +118,9 @@ def test_targets_and_groups():
     """law: targets pick entries of the whole; finer groups add up to the body."""
     policy, params = ntkrl.build("GPTNeoXForCausalLM", SMALL, jax.random.key(3), jnp.float64)
     observed = ntk.Contexts(jnp.asarray(TOKENS), jnp.array([4, 2, 3]))
-    direction = jax.tree.map(lambda leaf: 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    direction = jax.tree.map(
+        lambda leaf: 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
+    )
     whole = ntk.predict(policy, params, direction, observed)
     targets = jnp.array([2, 9, 0])
     picked = ntk.predict(policy, params, direction, observed, targets)

@@ -39,7 +39,9 @@ def test_feature_measures_by_loops():
         np.testing.assert_allclose(found[f"cosine_{name}"], np.mean(values), rtol=1e-5)
     np.testing.assert_allclose(found["positive_pairs"], np.mean(positive), rtol=1e-5)
     values = np.linalg.eigvalsh(phi @ phi.T)
-    np.testing.assert_allclose(found["effective_rank"], values.sum() ** 2 / (values**2).sum(), rtol=1e-4)
+    np.testing.assert_allclose(
+        found["effective_rank"], values.sum() ** 2 / (values**2).sum(), rtol=1e-4
+    )
     drift = np.linalg.norm(phi - start, axis=1).mean()
     np.testing.assert_allclose(found["feature_distortion"], drift, rtol=1e-5)
 
@@ -100,7 +102,9 @@ def probe_set(vocab):
     )
 
 
-@pytest.mark.parametrize("rows", [((".*", 1e-4),), (("head", 1e-4), (".*", None))], ids=["all", "head"])
+@pytest.mark.parametrize(
+    "rows", [((".*", 1e-4),), (("head", 1e-4), (".*", None))], ids=["all", "head"]
+)
 def test_prediction_of_a_real_adam_step(x64, rows):
     """law: a small clipped Adam step is predicted to its size; a head-only one by R alone."""
     policy = toy_policy()

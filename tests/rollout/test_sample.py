@@ -17,7 +17,9 @@ EOS, PAD = 0, 1
 
 def settings(**overrides):
     """Settings of a small sampler."""
-    base = dict(completions_per_prompt=3, max_completion_tokens=6, temperature=1.0, eos_id=EOS, pad_id=PAD)
+    base = dict(
+        completions_per_prompt=3, max_completion_tokens=6, temperature=1.0, eos_id=EOS, pad_id=PAD
+    )
     return rollout.SamplerSettings(**base | overrides)
 
 
@@ -28,7 +30,9 @@ def prompts(lengths=(2, 5), width=5, vocab=7):
     for i, length in enumerate(lengths):
         tokens[i, width - length :] = rng.integers(2, vocab, length)
         mask[i, width - length :] = True
-    return PromptBatch(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), rows=jnp.arange(len(lengths)))
+    return PromptBatch(
+        tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), rows=jnp.arange(len(lengths))
+    )
 
 
 def toy():

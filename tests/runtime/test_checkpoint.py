@@ -37,7 +37,9 @@ def test_round_trip(tmp_path, stage):
     plain = lambda leaf: jax.random.key_data(leaf) if leaf.dtype == state.key.dtype else leaf  # noqa: E731
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(np.asarray(plain(a)), np.asarray(plain(b)))
-    for a, b in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(found.opt_state), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(state.opt_state), jax.tree.leaves(found.opt_state), strict=True
+    ):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 

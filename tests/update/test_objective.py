@@ -112,7 +112,9 @@ def test_k1_by_hand():
         jnp.array([[True, True, False]]),
     )
     np.testing.assert_allclose(found, [1 - 0.05 * 0.3], rtol=1e-6)
-    same = update.penalised_rewards(GRPO, jnp.array([1.0]), *[jnp.zeros((1, 2))] * 2, jnp.ones((1, 2)))
+    same = update.penalised_rewards(
+        GRPO, jnp.array([1.0]), *[jnp.zeros((1, 2))] * 2, jnp.ones((1, 2))
+    )
     assert float(same[0]) == 1.0
 
 

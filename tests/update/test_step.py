@@ -121,7 +121,9 @@ def test_each_group_has_its_own_rate():
     batch = make_batch(policy.vocab_size)
     sgd = {"name": "x", "steps": 1, "optimizer": "sgd", "max_grad_norm": None}
     one, _ = run(policy, params, sgd | {"parameters": ((".*", 0.1),)}, [batch])
-    two, _ = run(policy, params, sgd | {"parameters": (("head", 0.3), ("mix", None), (".*", 0.1))}, [batch])
+    two, _ = run(
+        policy, params, sgd | {"parameters": (("head", 0.3), ("mix", None), (".*", 0.1))}, [batch]
+    )
     moved = {n: np.asarray(one.params[n] - params[n]) for n in params}
     np.testing.assert_allclose(two.params["head"] - params["head"], 3 * moved["head"], atol=1e-6)
     np.testing.assert_allclose(two.params["embed"] - params["embed"], moved["embed"], atol=1e-6)
@@ -177,7 +179,11 @@ def test_sharded_equals_single_device(stage):
         for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(state.params), strict=True):
             np.testing.assert_allclose(np.asarray(b), np.asarray(a), atol=1e-5)
         np.testing.assert_allclose(float(metrics["loss"]), float(found[1][1]["loss"]), rtol=1e-5)
-    spread = [leaf for leaf in jax.tree.leaves(found[8][0].opt_state) if not leaf.sharding.is_fully_replicated]
+    spread = [
+        leaf
+        for leaf in jax.tree.leaves(found[8][0].opt_state)
+        if not leaf.sharding.is_fully_replicated
+    ]
     assert spread, "Adam's moments must be sharded like their parameters"
 
 

@@ -1,0 +1,18 @@
+r"""Plain RL of your own model on your own prompts: RLOO, everything trained.
+
+Command:
+    ntkrl train --config=configs/rl.py --config.model.path=DIR \
+        --config.data.path=prompts.jsonl --config.reward.function=my_rewards.py:score
+Hardware: one GPU, several, or a CPU for small models; the mesh takes all devices.
+"""
+
+from configs import base
+
+
+def get_config():
+    """Return the config."""
+    config = base.get_config()
+    config.name = "rl"
+    config.run_dir = "runs/rl"
+    config.stages = (base.stage("all", 200, ((".*", 1e-6),)),)  # TRL's default rate
+    return config

@@ -1,0 +1,21 @@
+"""Supervised training of your own model on prompts with completions.
+
+Command:
+    ntkrl train --config=configs/sft.py --config.model.path=DIR --config.data.path=pairs.jsonl
+Every row holds "prompt" and "completion", in TRL's standard or conversational form.
+"""
+
+from configs import base
+
+
+def get_config():
+    """Return the config."""
+    config = base.get_config()
+    config.name = "sft"
+    config.run_dir = "runs/sft"
+    config.method = "sft"
+    config.data.prompts_per_step = 32
+    config.stages = (base.stage("all", 200, ((".*", 1e-5),)),)
+    config.eval.every_steps = None
+    config.probe.every_steps = None
+    return config

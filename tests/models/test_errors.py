@@ -1,0 +1,181 @@
+"""Directories that are not what they should be: one clear message, and no partial model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import ntkrl
+from tests.toys import torch_neox
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A good model directory in one file, and one in shards."""
+    place = tmp_path_factory.mktemp("models")
+    model = torch_neox(place / "one")
+    model.save_pretrained(place / "many", max_shard_size="5KB")
+    return place
+
+
+@pytest.fixture
+def one(whole, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(whole / "one", tmp_path / "m")
+
+
+def edit_config(directory, **changes):
+    """Change entries of config.json; None removes one."""
+    path = directory / "config.json"
+    raw = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+
+
+def edit_tensors(directory, change):
+    """Rewrite the tensors through a function on the dict."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def fails(directory, *parts):
+    """Loading raises one ValueError that holds all the parts."""
+    with pytest.raises(ValueError) as caught:
+        ntkrl.load(directory)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_no_directory(tmp_path):
+    """law: a path that is no directory, or an empty one, says what belongs there."""
+    fails(tmp_path / "nope", "is no directory", "config.json, *.safetensors")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", "has no config.json; it holds nothing")
+
+
+def test_half_written(one):
+    """law: weights cut short, or a config that is not JSON, name the file."""
+    path = one / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    fails(one, "model.safetensors is not a whole safetensors file")
+    path.write_bytes(b"")
+    fails(one, "model.safetensors is not a whole safetensors file")
+    path.unlink()
+    fails(one, "holds neither model.safetensors nor model.safetensors.index.json")
+    (one / "config.json").write_text('{"architectures":')
+    fails(one, "config.json is not valid JSON")
+
+
+def test_pickle_is_refused(one):
+    """law: a pickle-only directory is refused with the way out, and never opened."""
+    (one / "model.safetensors").rename(one / "pytorch_model.bin")
+    fails(one, "only pickle checkpoints (pytorch_model.bin)", "safe_serialization=True")
+
+
+def test_unknown_architecture(one):
+    """law: the message says which are known."""
+    edit_config(one, architectures=["MambaForCausalLM"])
+    fails(one, "architecture ['MambaForCausalLM'] is unknown; known are GPTNeoXForCausalLM")
+
+
+def test_all_tensor_problems_at_once(one):
+    """law: missing, unknown, misshapen and wrongly typed tensors come in one message."""
+
+    def change(tensors):
+        tensors["stranger"] = np.ones(3, np.float32)
+        del tensors["gpt_neox.final_layer_norm.bias"]
+        tensors["embed_out.weight"] = np.ones((23, 15), np.float32)
+        name = "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"
+        tensors[name] = tensors[name].astype(np.int32)
+
+    edit_tensors(one, change)
+    fails(
+        one,
+        "gpt_neox.final_layer_norm.bias is missing",
+        "stranger is not part of this architecture",
+        "embed_out.weight has shape (23, 15), expected (23, 16)",
+        "gpt_neox.layers.1.mlp.dense_h_to_4h.bias has dtype I32",
+    )
+
+
+def test_old_buffers_are_ignored(one):
+    """law: buffers of older checkpoints are known by name and carry nothing."""
+
+    def change(tensors):
+        tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+        tensors["gpt_neox.layers.1.attention.masked_bias"] = np.ones((), np.float32)
+
+    edit_tensors(one, change)
+    ntkrl.load(one)
+
+
+def test_all_config_problems_at_once(one):
+    """law: missing, mistyped and impossible entries come in one message."""
+    edit_config(one, hidden_size=None, num_hidden_layers=2.5, hidden_act="cube", layer_norm_eps="x")
+    fails(
+        one,
+        "hidden_size must be a positive integer, not None",
+        "num_hidden_layers must be a positive integer, not 2.5",
+        "hidden_act 'cube' is not among",
+        "layer_norm_eps must be a number, not 'x'",
+    )
+
+
+def test_impossible_shapes(one):
+    """law: heads that do not divide the width, odd rotations, other rotary scalings."""
+    edit_config(one, num_attention_heads=3)
+    fails(one, "hidden_size 16 is not a multiple of num_attention_heads 3")
+    edit_config(one, num_attention_heads=2, rope_parameters=None, rotary_pct=0.4)
+    fails(one, "gives 3 rotated dimensions; it must be even")
+    edit_config(one, rope_scaling={"type": "linear", "factor": 2.0})
+    fails(one, "rotary scaling 'linear' is not supported")
+
+
+def test_shards(whole, tmp_path):
+    """law: a missing shard, an index that lies, a shard outside the directory."""
+    many = shutil.copytree(whole / "many", tmp_path / "m")
+    index = many / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    shards = sorted(set(raw["weight_map"].values()))
+    assert len(shards) > 1
+    lying = {**raw, "weight_map": {**raw["weight_map"], "embed_out.weight": shards[0]}}
+    if raw["weight_map"]["embed_out.weight"] == shards[0]:
+        lying["weight_map"]["embed_out.weight"] = shards[1]
+    index.write_text(json.dumps(lying))
+    fails(many, "places tensors in shards that do not hold them: embed_out.weight")
+    lying["weight_map"]["embed_out.weight"] = "../one/model.safetensors"
+    index.write_text(json.dumps(lying))
+    fails(many, "names shards that are not in", "../one/model.safetensors")
+    index.write_text(json.dumps(raw))
+    (many / shards[1]).unlink()
+    fails(many, "names shards that are not in", shards[1])
+
+
+def test_random_damage_never_crashes(whole, tmp_path):
+    """law: bytes flipped in the header give a ValueError or an intact model, nothing else."""
+    rng = np.random.default_rng(0)
+    original = (whole / "one" / "model.safetensors").read_bytes()
+    refused = 0
+    for trial in range(30):
+        place = shutil.copytree(whole / "one", tmp_path / str(trial))
+        damaged = bytearray(original)
+        for at in rng.integers(0, 2000, 3):
+            damaged[at] = rng.integers(0, 256)
+        (place / "model.safetensors").write_bytes(bytes(damaged))
+        try:
+            ntkrl.load(place)
+        except ValueError:
+            refused += 1
+    assert refused > 10
+
+
+def test_build_and_export_misuse(tmp_path):
+    """law: export wants a policy of this package."""
+    from tests.toys import toy_params, toy_policy
+
+    policy = toy_policy()
+    with pytest.raises(ValueError, match="a policy made by ntkrl.load or ntkrl.build"):
+        ntkrl.export(tmp_path / "x", policy, toy_params(policy))

@@ -1,0 +1,297 @@
+"""Whole runs through the command line: kill and resume, a user's own files, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from safetensors.numpy import load_file
+
+import ntkrl
+from ntkrl import data
+from ntkrl.main import main
+from tests.toys import TINY, torch_neox
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "--config.data.prompts_per_step=4",
+    "--config.data.max_prompt_tokens=8",
+    "--config.rollout.completions_per_prompt=2",
+    "--config.rollout.max_completion_tokens=5",
+    "--config.eval.prompts=4",
+    "--config.eval.samples_per_prompt=2",
+    "--config.eval.every_steps=3",
+    "--config.probe.prompts=2",
+    "--config.probe.every_steps=2",
+    "--config.checkpoint.every_steps=2",
+    "--config.mesh.data=1",
+]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A tiny GPT-NeoX written by transformers, with the built-in task's tokenizer."""
+    place = tmp_path_factory.mktemp("base")
+    torch_neox(place, vocab_size=18, initializer_range=0.05)
+    data.save_tokenizer(place)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Runs of this file use one device of the eight, as a user's laptop would."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+
+
+def words(base, run, *more, config="rl"):
+    """A train command."""
+    return [
+        "train",
+        f"--config=configs/{config}.py",
+        f"--config.model.path={base}",
+        f"--config.run_dir={run}",
+        "--config.reward.function=expressions",
+        *SMALL,
+        *more,
+    ]
+
+
+def lines(run):
+    """The metrics of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+STAGES = ["--config.stages[0].steps=4", "--config.stages[1].steps=6"]
+
+
+def command(arguments, cache):
+    """The command line of a child process on one device."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "ntkrl", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_killed_and_resumed_is_bit_identical(base, tmp_path):
+    """story: SIGKILL at three moments, in both stages; metrics and weights as if never killed."""
+    cache = tmp_path / "cache"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    child = command(words(base, whole, *STAGES, config="cfrl"), cache)
+    output, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, output
+    for kill_after in (3, 6, 9):  # metric lines: in stage 1, just after its end, in stage 2
+        child = command(words(base, broken, *STAGES, config="cfrl"), cache)
+        path = broken / "metrics.jsonl"
+        while child.poll() is None:
+            if path.exists() and path.read_text().count("\n") >= kill_after:
+                child.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        assert child.wait(60) == -signal.SIGKILL, child.stdout.read()
+        child.stdout.close()
+        assert not (broken / "finished").exists()
+    child = command(words(base, broken, *STAGES, config="cfrl"), cache)
+    output, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, output
+    assert "resuming" in output
+    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    exported = [run / "export" / "model.safetensors" for run in (whole, broken)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+    for path in sorted((whole / "probes").iterdir()):
+        for name, array in np.load(path).items():
+            np.testing.assert_array_equal(array, np.load(broken / "probes" / path.name)[name])
+    found = lines(whole)
+    assert [line["stage"] for line in found[1:]] == ["classifier"] * 4 + ["all"] * 6
+    # the first stage left the body alone: the features of the probe set have not moved
+    drift = {
+        line["step"]: line["probe/feature_distortion"] for line in found if "probe/entropy" in line
+    }
+    assert drift[4] == 0.0 and drift[6] > 0.0
+    shares = [line["predict/head_share"] for line in found if "predict/head_share" in line]
+    assert shares[:2] == [1.0, 1.0] and shares[2] < 1.0
+
+
+def test_a_users_own_model_prompts_and_rewards(tmp_path, capsys):
+    """story: conversational prompts with a column, two reward functions, None, an export."""
+    model = tmp_path / "model"
+    torch_neox(model, vocab_size=18)
+    data.save_tokenizer(model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}"
+    )
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    rows = [{"prompt": [{"role": "user", "content": str(n)}], "answer": n} for n in range(10, 22)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = tmp_path / "my_rewards.py"
+    rewards.write_text(
+        "def short(completions, completion_ids, **kwargs):\n"
+        "    assert completions[0][0]['role'] == 'assistant'\n"
+        "    return [-0.1 * len(ids) for ids in completion_ids]\n"
+        "def even(prompts, answer, log_metric, **kwargs):\n"
+        "    log_metric('answers', sum(answer) / len(answer))\n"
+        "    return [1.0 if a % 2 == 0 else None for a in answer]\n"
+    )
+    run = tmp_path / "run"
+    arguments = words(
+        model,
+        run,
+        f"--config.data.path={prompts}",
+        f"--config.reward.function={rewards}:short,{rewards}:even",
+        "--config.stages[0].steps=2",
+        "--config.objective.preset=grpo",
+        "--config.schedule.minibatches=2",
+    )
+    assert main(arguments) == 0, capsys.readouterr().err
+    last = lines(run)[-1]
+    assert last["step"] == 4 and last["rollout_step"] == 2  # two minibatches each
+    assert last["rewards/even/mean"] == 1.0 and last["rewards/short/mean"] < 0
+    assert 10 <= last["logged/answers"] <= 21
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(run / "export")
+    _, params = ntkrl.load(run / "export")
+    head = reloaded.get_output_embeddings().weight.detach().numpy()
+    np.testing.assert_array_equal(np.asarray(params["head"]["weight"]), head)
+    assert transformers.AutoTokenizer.from_pretrained(run / "export").eos_token_id == 0
+    assert main(["report", str(run)]) == 0
+    assert (run / "report" / "index.html").is_file()
+    assert main(["export", str(run), str(tmp_path / "again")]) == 0
+    for name, array in load_file(run / "export" / "model.safetensors").items():
+        np.testing.assert_array_equal(
+            load_file(tmp_path / "again" / "model.safetensors")[name], array
+        )
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "is finished" in "".join(capsys.readouterr())
+
+
+def test_first_ratio_is_one(base, tmp_path):
+    """law: the sampler's log-probs equal the trainer's before each rollout's first update."""
+    run = tmp_path / "run"
+    assert main(words(base, run, "--config.stages[0].steps=2")) == 0
+    gaps = [line["sampling/sampling_logp_difference/max"] for line in lines(run)[1:]]
+    assert len(gaps) == 2 and max(gaps) < 2e-5
+    assert lines(run)[1]["clip_ratio/region_mean"] == 0.0
+
+
+def test_supervised_training_learns(tmp_path):
+    """story: a new model from nothing lowers its loss and exports."""
+    run = tmp_path / "sft"
+    arguments = [
+        "train",
+        "--config=configs/sft.py",
+        f"--config.run_dir={run}",
+        "--config.model.new.hidden_size=32",
+        "--config.model.new.intermediate_size=32",
+        "--config.model.new.num_hidden_layers=1",
+        "--config.data.examples=200",
+        "--config.data.max_prompt_tokens=8",
+        "--config.rollout.max_completion_tokens=12",
+        "--config.stages[0].steps=25",
+        "--config.stages[0].parameters=(('.*', 1e-2),)",
+        "--config.mesh.data=1",
+    ]
+    assert main(arguments) == 0
+    losses = [line["loss"] for line in lines(run) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    assert ntkrl.load(run / "export")[0].vocab_size == 18
+
+
+MISTAKES = {
+    "no model": (["--config.model.path=/nowhere"], "'/nowhere' is no directory"),
+    "no reward": (["--config.reward.function=nope.py:score"], "nope.py"),
+    "group of one": (
+        ["--config.rollout.completions_per_prompt=1"],
+        "needs at least 2 of them, not 1; raise rollout.completions_per_prompt",
+    ),
+    "prompt too long": (["--config.data.max_prompt_tokens=2"], "max_prompt_tokens"),
+    "pattern": (
+        ["--config.stages[0].parameters=(('layers/.*', 1e-3),)"],
+        "no pattern covers embed/embedding",
+    ),
+    "key": (["--config.model.pth=x"], 'Did you mean "path"'),
+    "minibatches": (["--config.schedule.minibatches=3"], "must divide data.prompts_per_step = 4"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_one_message(base, tmp_path, capsys, mistake):
+    """law: exit status 2, the cause and the way out, no trace, and no run left behind."""
+    more, message = mistake
+    assert main(words(base, tmp_path / "run", *more)) == 2
+    text = capsys.readouterr().err
+    assert message in text and "Traceback" not in text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_reward_that_fails(base, tmp_path, capsys):
+    """law: a reward that raises names itself, and the same command resumes once it is mended."""
+    rewards = tmp_path / "my_rewards.py"
+    rewards.write_text("def score(completions, **kwargs):\n    return [1 / 0]\n")
+    arguments = words(base, tmp_path / "run", f"--config.reward.function={rewards}:score")
+    arguments += ["--config.stages[0].steps=1"]
+    assert main(arguments) == 2
+    text = capsys.readouterr().err
+    assert "my_rewards.py:score raised ZeroDivisionError" in text and "Traceback" not in text
+    rewards.write_text("def score(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
+    assert main(arguments) == 0
+
+
+def test_not_finite_stops(base, tmp_path, capsys):
+    """law: a loss that is not finite names the step and the last good checkpoint."""
+    more = [
+        "--config.stages[0].steps=6",
+        "--config.stages[0].optimizer=sgd",
+        "--config.stages[0].parameters=(('.*', 1e30),)",
+        "--config.stages[0].max_grad_norm=1e30",
+        "--config.checkpoint.every_steps=1",
+        "--config.schedule.log_ratio_tolerance=1e9",
+        "--config.reward.function=" + str(tmp_path / "r.py:score"),
+    ]
+    (tmp_path / "r.py").write_text(
+        "def score(completion_ids, **kwargs):\n    return [float(sum(i)) for i in completion_ids]\n"
+    )
+    assert main(words(base, tmp_path / "run", *more)) == 2
+    text = capsys.readouterr().err
+    assert "not finite at step" in text and "last good checkpoint is step" in text
+    assert "Lower the stage's learning rate" in text
+
+
+def test_another_config_in_the_same_directory(base, tmp_path, capsys):
+    """law: a run directory is not continued with other settings; the change is named."""
+    run = tmp_path / "run"
+    assert main(words(base, run, "--config.stages[0].steps=1")) == 0
+    assert main(words(base, run, "--config.stages[0].steps=2", "--config.seed=5")) == 2
+    assert "seed: 0 -> 5" in capsys.readouterr().err
+
+
+def test_command_line_itself(capsys):
+    """law: help lists the commands; an unknown one is status 2."""
+    assert main([]) == 0 and "usage: ntkrl" in capsys.readouterr().out
+    assert main(["trian"]) == 2 and "unknown command 'trian'" in capsys.readouterr().err
+    assert main(["report"]) == 2 and "at least one run directory" in capsys.readouterr().err
+    assert main(["report", "x", "--ot=y"]) == 2 and "--out=" in capsys.readouterr().err
+
+
+def test_tiny_config_is_a_pythia(base):
+    """law: what these runs train is what transformers wrote."""
+    assert ntkrl.load(base)[0].config.num_hidden_layers == TINY["num_hidden_layers"]
