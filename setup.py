@@ -31,7 +31,7 @@ setup(
         "transformers>=5",
     ],
     extras_require={
-        "test": ["pytest", "torch==2.13.0"],
+        "test": ["pytest", "pytest-xdist", "torch==2.13.0"],
         "bench": ["torch==2.13.0"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],

@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 prepare test
-exec .venv/bin/python -m pytest tests "$@"
+exec .venv/bin/python -m pytest tests -n 2 "$@"

@@ -17,7 +17,7 @@ def dense_kernel(policy, params, observed, updated):
             phi = policy.features(p, contexts.tokens, contexts.mask)
             return policy.head(p, phi[rows, contexts.positions])
 
-        leaves = jax.tree.leaves(jax.jacrev(logits)(params))
+        leaves = jax.tree.leaves(jax.jit(jax.jacrev(logits))(params))
         return jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=-1)
 
     return jnp.einsum("ovp,uwp->ouvw", jacobian(observed), jacobian(updated))

@@ -58,7 +58,7 @@ def words(base, run, *more, config="rl"):
         f"--config=configs/{config}.py",
         f"--config.model.path={base}",
         f"--config.run_dir={run}",
-        "--config.reward.function=expressions",
+        f"--config.reward.function={ROOT / 'tests' / 'toy_rewards.py'}:score",
         *SMALL,
         *more,
     ]
@@ -69,7 +69,12 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-STAGES = ["--config.stages[0].steps=4", "--config.stages[1].steps=6"]
+STAGES = [
+    "--config.stages[0].steps=4",
+    "--config.stages[1].steps=6",
+    "--config.stages[0].parameters=(('head/.*', 1e-2), ('.*', None))",
+    "--config.stages[1].parameters=(('.*', 1e-3),)",
+]
 
 
 def command(arguments, cache):
@@ -119,6 +124,7 @@ def test_killed_and_resumed_is_bit_identical(base, tmp_path):
         for name, array in np.load(path).items():
             np.testing.assert_array_equal(array, np.load(broken / "probes" / path.name)[name])
     found = lines(whole)
+    assert len({line["reward"] for line in found[1:]}) > 3  # something was learnt from
     assert [line["stage"] for line in found[1:]] == ["classifier"] * 4 + ["all"] * 6
     # the first stage left the body alone: the features of the probe set have not moved
     drift = {
@@ -191,6 +197,49 @@ def test_first_ratio_is_one(base, tmp_path):
     gaps = [line["sampling/sampling_logp_difference/max"] for line in lines(run)[1:]]
     assert len(gaps) == 2 and max(gaps) < 2e-5
     assert lines(run)[1]["clip_ratio/region_mean"] == 0.0
+
+
+def test_a_mesh_of_eight_trains_alike(base, tmp_path, monkeypatch):
+    """law: data 2 × fsdp 2 × tensor 2 samples the same tokens and learns the same weights."""
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    # SGD: Adam would turn rounding of gradients that are zero into steps of a full rate
+    more = [
+        "--config.stages[0].steps=3",
+        "--config.stages[0].optimizer=sgd",
+        "--config.stages[0].parameters=(('.*', 1e-1),)",
+    ]
+    assert main(words(base, alone, *more)) == 0
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices())
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    assert main(words(base, spread, *more, *mesh)) == 0
+    for one, eight in zip(lines(alone), lines(spread), strict=True):
+        assert one.keys() == eight.keys()
+        for name in set(one) - {"stage"}:
+            if not name.startswith(("predict/", "sampling/")):  # ratios of rounding
+                assert eight[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    first, second = (load_file(run / "export" / "model.safetensors") for run in (alone, spread))
+    start = load_file(base / "model.safetensors")
+    moved = max(np.abs(first[name] - start[name]).max() for name in first)
+    assert moved > 1e-3
+    for name in first:
+        np.testing.assert_allclose(second[name], first[name], atol=1e-5)
+
+
+def test_evaluate(base, tmp_path, capsys):
+    """story: scores of a directory are printed and saved with every sample."""
+    run = tmp_path / "run"
+    arguments = ["evaluate", *words(base, run, "--config.eval.repeats=2")[1:]]
+    assert main(arguments) == 0
+    assert "eval/pass@k" in capsys.readouterr().out
+    (saved,) = (run / "evaluations").glob("*.json")
+    assert 0 <= json.loads(saved.read_text())["eval/reward"] <= 1
+    rows = [json.loads(line) for line in saved.with_suffix(".jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 2 * 2  # prompts, samples, repeats
+    assert set(rows[0]) == {"prompt", "completion", "reward", "repeat"}
+    assert main(["evaluate", "--config=configs/rl.py", "--config.reward.function=expressions"]) == 2
+    assert "model.path is missing" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path / "x")]) == 2
+    assert "is no run directory" in capsys.readouterr().err
 
 
 def test_supervised_training_learns(tmp_path):

@@ -21,11 +21,11 @@ def get_config():
     config.data.prompts_per_step = 128
     config.data.max_prompt_tokens = 8
     config.rollout.max_completion_tokens = 12
-    row = base.stage("all", 900, ((".*", 3e-3),))
+    row = base.stage("all", 1800, ((".*", 3e-3),))
     row.b2 = 0.95
     config.stages = (row,)
     config.checkpoint.every_steps = 100
-    config.eval.every_steps = 300
+    config.eval.every_steps = 600
     config.eval.samples_per_prompt = 16
     config.eval.repeats = 4
     config.probe.every_steps = None

@@ -21,7 +21,7 @@ from ntkrl.data.prompts import PromptSet
 FIRST_TARGET, LAST_TARGET = 10, 49
 HELD_OUT = 10
 DIGITS = range(1, 10)
-MISTAKES, OFF_BY = 0.4, 3
+LAZY = 0.2
 FORMS: tuple[tuple[str, Callable[..., int]], ...] = (
     ("{}*{}", lambda a, b: a * b),
     ("{}*{}+{}", lambda a, b, c: a * b + c),
@@ -78,14 +78,15 @@ def prompt_set(split: str) -> PromptSet:
 
 
 def supervised_set(size: int, seed: int) -> PromptSet:
-    """Draw prompts of both splits with a completion each, four in ten of them wrong.
+    """Draw prompts of both splits with a completion each, two in ten of them lazy.
 
     A base model knows every number, as a pretrained one does; it is RL that sees the prompts of
-    the train split alone. Like a pretraining corpus, the data holds mistakes: a wrong
-    completion equals a number at most 3 away from the target. They leave RL something to mend.
+    the train split alone. Like a pretraining corpus, the data is not all to the point: a lazy
+    completion repeats the number, `24` for `24=`, and earns no reward. It leaves RL something
+    to unlearn besides wrong arithmetic.
 
-    Each row draws a target uniformly, then perhaps a mistake, then one of the FORMS that reach
-    it uniformly, then one of that form's expressions uniformly.
+    Each row draws a target uniformly; unless lazy, then one of the FORMS that reach it
+    uniformly, then one of that form's expressions uniformly.
 
     Args:
       size: rows, ≥ 1.
@@ -101,12 +102,11 @@ def supervised_set(size: int, seed: int) -> PromptSet:
         raise ValueError(f"size is {size} and seed is {seed}; size is 1 or more, seed 0 or more.")
     generator = np.random.default_rng(seed)
     chosen = [int(target) for target in generator.integers(FIRST_TARGET, LAST_TARGET + 1, size)]
-    reached = [_perhaps_wrong(target, generator) for target in chosen]
     return PromptSet(
         prompts=tuple(f"{target}=" for target in chosen),
         columns={
             "target": chosen,
-            "completion": [_expression(target, generator) for target in reached],
+            "completion": [_expression(target, generator) for target in chosen],
         },
         source=f"expressions (supervised, seed {seed})",
     )
@@ -169,15 +169,9 @@ def _table(form: int) -> dict[int, tuple[str, ...]]:
     return {target: tuple(texts) for target, texts in found.items()}
 
 
-def _perhaps_wrong(target: int, generator: np.random.Generator) -> int:
-    if generator.random() >= MISTAKES:
-        return target
-    near = [target + by for by in range(-OFF_BY, OFF_BY + 1) if by]
-    inside = [value for value in near if FIRST_TARGET <= value <= LAST_TARGET]
-    return inside[generator.integers(len(inside))]
-
-
 def _expression(target: int, generator: np.random.Generator) -> str:
+    if generator.random() < LAZY:
+        return str(target)
     forms = solutions(target)
     chosen = forms[generator.integers(len(forms))]
     return chosen[generator.integers(len(chosen))]

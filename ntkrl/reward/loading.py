@@ -60,7 +60,9 @@ def load_function(spec: str, weight: float = 1.0) -> RewardFunction:
 
 
 def _run(path: Path, spec: str) -> ModuleType:
-    name = f"ntkrl_reward_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    # named by its contents too: an edited file is run anew within one process
+    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()
+    name = f"ntkrl_reward_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)

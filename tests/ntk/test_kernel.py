@@ -1,5 +1,7 @@
 """Kernels against brute-force Jacobians in float64, for toy, untied and tied models."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ SMALL = {**TINY, "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12}
 TOKENS = np.array([[3, 4, 5, 6, 7], [1, 2, 9, 8, 0], [5, 5, 5, 2, 1]])
 
 
+@functools.cache  # one policy per kind: what is jitted for it serves every test
 def model(kind):
     """A toy, an untied or a tied GPT-NeoX, in float64."""
     if kind == "toy":
@@ -37,6 +40,12 @@ def contexts(padded):
     return observed, ntk.Contexts(tokens, jnp.array([1, 4, 2]) + shift, rows, mask)
 
 
+@functools.cache
+def oracle(kind, padded):
+    """The brute-force kernel of a model on the contexts."""
+    return dense_kernel(*model(kind), *contexts(padded))
+
+
 def relative(found, expected):
     """Largest error over the largest entry; refuses empty or all-zero comparisons."""
     assert found.shape == expected.shape and found.size and np.abs(expected).max() > 0
@@ -50,7 +59,7 @@ def test_dense_equals_brute_force(kind, padded):
     policy, params = model(kind)
     observed, updated = contexts(padded)
     kernel = ntk.kernel(policy, params, observed, updated)
-    expected = dense_kernel(policy, params, observed, updated)
+    expected = oracle(kind, padded)
     assert relative(kernel.dense(), expected) < 1e-10
     parts = kernel.dense("head") + kernel.dense("body") + kernel.dense("cross")
     assert relative(parts, expected) < 1e-10
@@ -152,7 +161,7 @@ def test_float32_stays_within_rounding():
     """oracle: float32 params against the float64 Jacobian."""
     policy, params = model("untied")
     observed, updated = contexts(False)
-    expected = np.asarray(dense_kernel(policy, params, observed, updated))
+    expected = np.asarray(oracle("untied", False))
     single, _ = ntkrl.build("GPTNeoXForCausalLM", SMALL, jax.random.key(0), jnp.float32)
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     found = np.asarray(ntk.kernel(single, small, observed, updated).dense())

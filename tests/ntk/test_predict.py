@@ -6,9 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-import ntkrl
 from ntkrl import ntk
-from tests.ntk.test_kernel import SMALL, TOKENS, contexts, model
+from tests.ntk.test_kernel import TOKENS, contexts, model
 from tests.toys import toy_params, toy_policy
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -116,7 +115,7 @@ def test_head_only_step_is_exact_in_logits():
 
 def test_targets_and_groups():
     """law: targets pick entries of the whole; finer groups add up to the body."""
-    policy, params = ntkrl.build("GPTNeoXForCausalLM", SMALL, jax.random.key(3), jnp.float64)
+    policy, params = model("untied")
     observed = ntk.Contexts(jnp.asarray(TOKENS), jnp.array([4, 2, 3]))
     direction = jax.tree.map(
         lambda leaf: 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
