@@ -12,12 +12,15 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# compile times rule this suite: the programs are tiny and run a few times each
 jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_configure(config):
     """Declare the extra suites."""
     config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
+    # ml_collections loads config files by an old import call
+    config.addinivalue_line("filterwarnings", "ignore:the load_module:DeprecationWarning")
     config.addinivalue_line("markers", "gpu: needs a GPU; run with -m gpu")
 
 

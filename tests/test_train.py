@@ -209,7 +209,7 @@ def test_a_mesh_of_eight_trains_alike(base, tmp_path, monkeypatch):
         "--config.stages[0].parameters=(('.*', 1e-1),)",
     ]
     assert main(words(base, alone, *more)) == 0
-    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices())
+    monkeypatch.setattr(jax, "devices", jax.local_devices)
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
     assert main(words(base, spread, *more, *mesh)) == 0
     for one, eight in zip(lines(alone), lines(spread), strict=True):

@@ -8,9 +8,14 @@ from ntkrl.runtime.config import differences
 
 
 def read(*words):
-    """Read the default config with overrides and a reward."""
+    """Read the default config with a model, a reward and overrides."""
     return runtime.read_config(
-        ["--config=configs/base.py", "--config.reward.function=expressions", *words]
+        [
+            "--config=configs/base.py",
+            "--config.reward.function=expressions",
+            "--config.model.path=somewhere",
+            *words,
+        ]
     )
 
 
