@@ -73,7 +73,7 @@ def export(run: str, out: str, step: int | None = None) -> None:
         raise ValueError(f"{run} is no run directory: it has no config.json.")
     config = runtime.from_json(json.loads(path.read_text(encoding="utf-8")))
     settings = assembly.read_settings(config)
-    setup = assembly.assemble(settings, directory)
+    start = assembly.assemble_model(settings, directory)
     checkpoints = runtime.Checkpoints(directory / "checkpoints", settings.checkpoint.keep)
     held = checkpoints.steps()
     chosen = checkpoints.latest() if step is None else step
@@ -81,11 +81,11 @@ def export(run: str, out: str, step: int | None = None) -> None:
         listed = ", ".join(map(str, held)) if held else "none"
         raise ValueError(f"{run} has no checkpoint of step {chosen}; kept are: {listed}.")
     stage = settings.stages[checkpoints.position(chosen)["stage"]]
-    program = update.stage_program(stage, setup.policy, setup.params)
-    state = update.init_state(program, setup.params, jax.random.key(settings.seed))
-    placed = jax.device_put(state, trees.shardings(state, setup.policy.sharding, setup.mesh))
+    program = update.stage_program(stage, start.policy, start.params)
+    state = update.init_state(program, start.params, jax.random.key(settings.seed))
+    placed = jax.device_put(state, trees.shardings(state, start.policy.sharding, start.mesh))
     params = checkpoints.restore(chosen, placed).params
-    models.export(out, setup.policy, params, setup.tokenizer_source)
+    models.export(out, start.policy, params, start.tokenizer_source)
     checkpoints.close()
     tqdm.write(f"step {chosen} of {run} written to {out}")
 

@@ -5,6 +5,7 @@ Log-probs, entropies and softmax statistics are float32 or better whatever the m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,47 +56,52 @@ def token_statistics(
 ) -> TokenStatistics:
     """Read log-prob, entropy, Σπ² and arg-max mass of every position from its features.
 
-    Logits exist for `chunk_tokens` positions at a time only, in the backward pass too.
+    Logits exist for about `chunk_tokens` positions at a time only, in the backward pass too.
+    Chunks run over the last axis of positions, so that rows spread over devices stay there.
 
     Args:
       head: `[..., D] -> [..., V]` logits.
-      features: `[..., D]`.
-      targets: `[...]` int token whose log-prob is wanted.
+      features: `[..., T, D]`.
+      targets: `[..., T]` int token whose log-prob is wanted.
       temperature: divides the logits; > 0.
-      chunk_tokens: positions per chunk, ≥ 1.
+      chunk_tokens: positions per chunk, ≥ 1; a chunk holds one column of all rows at least.
 
     Returns:
-      TokenStatistics with arrays of shape `[...]`.
+      TokenStatistics with arrays of the shape of `targets`.
     """
-    shape = targets.shape
-    features_TD = features.reshape(-1, features.shape[-1])
-    targets_T = targets.reshape(-1)
-    tokens = targets_T.shape[0]
+    *rows, columns = targets.shape
+    width = max(1, chunk_tokens // math.prod(rows))
 
     def chunk(pair: tuple[Array, Array]) -> TokenStatistics:
         return _statistics(head(pair[0]) / temperature, pair[1])
 
-    if tokens <= chunk_tokens:
-        flat = chunk((features_TD, targets_T))
-    else:
-        padding = -tokens % chunk_tokens
-        features_CTD = jnp.pad(features_TD, ((0, padding), (0, 0)))
-        features_CTD = features_CTD.reshape(-1, chunk_tokens, features_TD.shape[-1])
-        targets_CT = jnp.pad(targets_T, (0, padding)).reshape(-1, chunk_tokens)
-        stacked = jax.lax.map(jax.checkpoint(chunk), (features_CTD, targets_CT))
-        flat = TokenStatistics(*(leaf.reshape(-1)[:tokens] for leaf in stacked))
-    return TokenStatistics(*(leaf.reshape(shape) for leaf in flat))
+    if columns <= width:
+        return chunk((features, targets))
+    count = -(-columns // width)
+    axis = len(rows)
+
+    def split(values: Array) -> Array:
+        padding = [(0, 0)] * values.ndim
+        padding[axis] = (0, count * width - columns)
+        shape = (*values.shape[:axis], count, width, *values.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(values, padding).reshape(shape), axis, 0)
+
+    def join(values: Array) -> Array:
+        whole = jnp.moveaxis(values, 0, axis).reshape(*rows, count * width)
+        return whole[..., :columns]
+
+    stacked = jax.lax.map(jax.checkpoint(chunk), (split(features), split(targets)))
+    return TokenStatistics(*(join(leaf) for leaf in stacked))
 
 
-def _statistics(logits_TV: Array, targets_T: Array) -> TokenStatistics:
-    log_probs_TV = jax.nn.log_softmax(at_least_float32(logits_TV), axis=-1)
-    probs_TV = jnp.exp(log_probs_TV)
-    argmax_T = jnp.argmax(log_probs_TV, axis=-1).astype(jnp.int32)
+def _statistics(logits: Array, targets: Array) -> TokenStatistics:
+    log_probs = jax.nn.log_softmax(at_least_float32(logits), axis=-1)
+    probs = jnp.exp(log_probs)
     return TokenStatistics(
-        log_probs=jnp.take_along_axis(log_probs_TV, targets_T[:, None], axis=-1)[:, 0],
+        log_probs=jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0],
         # where: a logit of -inf has p = 0 and p log p = 0, not NaN
-        entropy=-jnp.sum(jnp.where(probs_TV > 0, probs_TV * log_probs_TV, 0), axis=-1),
-        sum_squares=jnp.sum(jnp.square(probs_TV), axis=-1),
-        max_prob=jnp.max(probs_TV, axis=-1),
-        argmax=argmax_T,
+        entropy=-jnp.sum(jnp.where(probs > 0, probs * log_probs, 0), axis=-1),
+        sum_squares=jnp.sum(jnp.square(probs), axis=-1),
+        max_prob=jnp.max(probs, axis=-1),
+        argmax=jnp.argmax(log_probs, axis=-1).astype(jnp.int32),
     )

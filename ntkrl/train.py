@@ -36,13 +36,14 @@ def train(config: ConfigDict) -> Path:
     """
     directory = Path(config.run_dir)
     settings = assembly.read_settings(config)
+    given = runtime.to_json(config)
+    runtime.check_claim(directory, given)
     if (directory / "finished").exists():
-        runtime.claim(directory, runtime.to_json(config))
         tqdm.write(f"{directory} is finished; remove it to run again.")
         return directory
     setup = assembly.assemble(settings, directory)
     loop = Loop(setup, directory)
-    runtime.claim(directory, runtime.to_json(config))
+    runtime.claim(directory, given)
     loop.run()
     models.export(directory / "export", setup.policy, loop.state.params, setup.tokenizer_source)
     report.mark_finished(directory)

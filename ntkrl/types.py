@@ -17,7 +17,7 @@ batch start at the same column. Everything here may be imported by every room.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -181,6 +181,3 @@ class ProbeSet:
     mask: Array
     completion_mask: Array
     groups: Array
-
-
-Metrics = Mapping[str, float]

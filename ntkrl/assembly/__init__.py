@@ -2,7 +2,7 @@
 
 from ntkrl.assembly.collect import Collected, collect, draw_probe_set, evaluate, make_sample
 from ntkrl.assembly.settings import RunSettings, read_settings
-from ntkrl.assembly.setup import Prompts, Setup, assemble
+from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model
 from ntkrl.assembly.sources import RolloutSource, SupervisedSource
 
 __all__ = [
@@ -11,8 +11,10 @@ __all__ = [
     "RolloutSource",
     "RunSettings",
     "Setup",
+    "Start",
     "SupervisedSource",
     "assemble",
+    "assemble_model",
     "collect",
     "draw_probe_set",
     "evaluate",

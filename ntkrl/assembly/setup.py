@@ -35,20 +35,29 @@ class Prompts:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Setup:
-    """What both loops need.
+class Start:
+    """The model a run starts from.
 
-    settings: the config, read. policy, params: the starting model, params on the mesh.
-    tokenizer: transformers'. tokenizer_source: directory whose files export copies.
-    mesh: of all devices. train, held_out: prompts. rewards: None for supervised runs without.
+    policy, params: params on the mesh. tokenizer: transformers'. tokenizer_source: directory
+    whose files export copies. mesh: of all devices.
     """
 
-    settings: RunSettings
     policy: Policy
     params: Params
     tokenizer: Any
     tokenizer_source: str
     mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup(Start):
+    """What both loops need.
+
+    settings: the config, read. train, held_out: prompts. rewards: None for supervised runs
+    without.
+    """
+
+    settings: RunSettings
     train: Prompts
     held_out: Prompts | None
     rewards: reward.RewardSet | None
@@ -64,14 +73,7 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
     Raises:
       ValueError: anything wrong with the files the config names, or how they fit.
     """
-    mesh = runtime.make_mesh(**settings.mesh)
-    source = settings.model.path
-    if source is None:
-        source = str(run_directory / "tokenizer")
-        data.save_tokenizer(source)
-    else:
-        models.check(source)
-    tokenizer = data.load_tokenizer(source)
+    mesh, source, tokenizer = _tokenizer(settings, run_directory)
     rewards = None
     if settings.reward:
         loaded = (reward.load_function(spec, weight) for spec, weight in settings.reward)
@@ -80,23 +82,42 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
     for prompts in (held_out, train if settings.method == "rl" else None):
         if prompts is not None and rewards is not None:
             rewards.check_columns(prompts.columns)
+    start = _start(settings, mesh, source, tokenizer)
+    return Setup(**vars(start), settings=settings, train=train, held_out=held_out, rewards=rewards)
+
+
+def assemble_model(settings: RunSettings, run_directory: Path) -> Start:
+    """Build the starting model of a run alone; its prompts and rewards may be gone by now.
+
+    Args:
+      settings: from `read_settings`.
+      run_directory: where a new model's tokenizer is written.
+
+    Raises:
+      ValueError: anything wrong with the model directory.
+    """
+    return _start(settings, *_tokenizer(settings, run_directory))
+
+
+def _tokenizer(settings: RunSettings, run_directory: Path) -> tuple[Mesh, str, Any]:
+    mesh = runtime.make_mesh(**settings.mesh)
+    source = settings.model.path
+    if source is None:
+        source = str(run_directory / "tokenizer")
+        data.save_tokenizer(source)
+    else:
+        models.check(source)
+    return mesh, source, data.load_tokenizer(source)
+
+
+def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> Start:
     policy, params = _model(settings.model, tokenizer, mesh, settings.seed)
     if len(tokenizer) > policy.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {len(tokenizer)} entries, the model's vocabulary "
             f"{policy.vocab_size}; use the tokenizer the model was trained with."
         )
-    return Setup(
-        settings=settings,
-        policy=policy,
-        params=params,
-        tokenizer=tokenizer,
-        tokenizer_source=source,
-        mesh=mesh,
-        train=train,
-        held_out=held_out,
-        rewards=rewards,
-    )
+    return Start(policy, params, tokenizer, source, mesh)
 
 
 def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tuple[Policy, Params]:

@@ -3,10 +3,11 @@
 from ntkrl.runtime.checkpoint import Checkpoints
 from ntkrl.runtime.config import from_json, read_config, settings, to_json
 from ntkrl.runtime.mesh import fetch, make_mesh, place_rows, replicated, start_processes
-from ntkrl.runtime.rundir import claim, save_arrays
+from ntkrl.runtime.rundir import check_claim, claim, save_arrays
 
 __all__ = [
     "Checkpoints",
+    "check_claim",
     "claim",
     "fetch",
     "from_json",

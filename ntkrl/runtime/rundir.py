@@ -12,26 +12,45 @@ import numpy as np
 from ntkrl.runtime.config import differences
 
 
+def check_claim(directory: Path, given: Mapping[str, Any]) -> bool:
+    """Check that a run directory, if it is one already, belongs to the same config.
+
+    Args:
+      directory: the run directory.
+      given: the config as JSON values.
+
+    Returns:
+      Whether it is one already.
+
+    Raises:
+      ValueError: it was begun with another config; every difference is named.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        return False
+    changed = differences(json.loads(path.read_text(encoding="utf-8")), given)
+    if changed:
+        raise ValueError(
+            f"{directory} was begun with another config: {'; '.join(changed)}. Give another "
+            "--config.run_dir, or remove the directory to start over."
+        )
+    return True
+
+
 def claim(directory: Path, given: Mapping[str, Any]) -> None:
-    """Write config.json, or check that the directory belongs to the same config.
+    """Write config.json, unless it is there with the same content.
 
     Args:
       directory: the run directory, made if missing.
       given: the config as JSON values.
 
     Raises:
-      ValueError: the directory was begun with another config; every difference is named.
+      ValueError: as `check_claim`.
     """
-    path = directory / "config.json"
-    if path.exists():
-        changed = differences(json.loads(path.read_text(encoding="utf-8")), given)
-        if changed:
-            raise ValueError(
-                f"{directory} was begun with another config: {'; '.join(changed)}. Give another "
-                "--config.run_dir, or remove the directory to start over."
-            )
+    if check_claim(directory, given):
         return
     directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(given, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(path)
