@@ -31,6 +31,10 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # config files import configs.base
+    arguments = list(arguments)
+    if "--config" in arguments[:-1]:  # the form with a blank
+        at = arguments.index("--config")
+        arguments[at : at + 2] = [f"--config={arguments[at + 1]}"]
     named = [word for word in arguments if word.startswith("--config=")]
     if not named:
         raise ValueError("--config=FILE is missing, for example --config=configs/base.py.")

@@ -34,6 +34,12 @@ def test_overrides_reach_sections():
     assert (found.objective.kl_coefficient, found.objective.kl_place) == (0.0, "loss")
 
 
+def test_config_after_a_blank():
+    """Law: `--config FILE` is `--config=FILE`."""
+    found = runtime.read_config(["--config", "configs/base.py", "--config.seed=4"])
+    assert found.seed == 4
+
+
 def test_round_trip_through_json():
     """law: a config read back from config.json gives the same settings."""
     config = read()
