@@ -15,7 +15,7 @@ import transformers
 from safetensors.numpy import load_file
 
 import ntkrl
-from ntkrl import data
+from ntkrl import assembly, data
 from ntkrl.main import main
 from tests.toys import TINY, torch_neox
 
@@ -190,13 +190,21 @@ def test_a_users_own_model_prompts_and_rewards(tmp_path, capsys):
     assert "is finished" in "".join(capsys.readouterr())
 
 
-def test_first_ratio_is_one(base, tmp_path):
-    """law: the sampler's log-probs equal the trainer's before each rollout's first update."""
+def test_first_ratio_is_one_and_keys_are_fresh(base, tmp_path, monkeypatch):
+    """law: sampler and trainer agree before each rollout's first update; no key is used twice."""
+    keys, original = [], assembly.RolloutSource.batches
+
+    def spy(self, params, rollout_step, key, clock):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return original(self, params, rollout_step, key, clock)
+
+    monkeypatch.setattr(assembly.RolloutSource, "batches", spy)
     run = tmp_path / "run"
-    assert main(words(base, run, "--config.stages[0].steps=2")) == 0
+    assert main(words(base, run, "--config.stages[0].steps=3")) == 0
     gaps = [line["sampling/sampling_logp_difference/max"] for line in lines(run)[1:]]
-    assert len(gaps) == 2 and max(gaps) < 2e-5
+    assert len(gaps) == 3 and max(gaps) < 2e-5
     assert lines(run)[1]["clip_ratio/region_mean"] == 0.0
+    assert len(set(keys)) == 3
 
 
 def test_a_mesh_of_eight_trains_alike(base, tmp_path, monkeypatch):
