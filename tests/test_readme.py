@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from ntkrl import data
 from ntkrl.main import USAGE
 from tests.toys import torch_neox
 
@@ -59,6 +58,5 @@ def test_files_exist():
 
 
 def test_no_private_paths():
-    """law: nothing of the machine it was written on, anywhere in what is committed."""
-    assert "/home/" not in TEXT and "/root/" not in TEXT
-    assert data.targets("test")
+    """law: every path in the README is relative to the checkout."""
+    assert re.findall(r"(?<![\w.])/\w+/\w+", TEXT) == []
