@@ -19,7 +19,7 @@ def get_config():
     config.stages = (base.stage("all", 200, ((".*", 3e-4),)),)
     config.checkpoint.every_steps = 50
     config.eval.every_steps = 20
-    config.eval.samples_per_prompt = 16
-    config.eval.repeats = 4
+    config.eval.samples_per_prompt = 32
+    config.eval.repeats = 8
     config.probe.every_steps = 10
     return config
