@@ -36,9 +36,8 @@ class RolloutSource:
         self.temperature = settings.rollout.temperature
         self.group = settings.rollout.completions_per_prompt
         self.advantages = ADVANTAGES[self.objective.advantage]
-        self.advantages(
-            jnp.zeros(self.group), self.group
-        )  # a group too small fails here, not later
+        # a group too small for the estimator fails here, before anything is sampled
+        self.advantages(jnp.zeros(self.group), self.group)
         self.sample = make_sample(setup, self.group)
         self.ref_log_probs = jax.jit(self._log_probs, static_argnames="length")
 

@@ -119,8 +119,8 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
         if ours not in leaves:
             continue
         array = np.asarray(jax.device_get(leaves[ours]))
-        for i, layer in enumerate(array) if "{i}" in stored else [(0, array)]:
-            tensors[stored.replace("{i}", str(i))] = layer.T if transpose else layer
+        for i, layer in enumerate(array) if files.LAYER in stored else [(0, array)]:
+            tensors[stored.replace(files.LAYER, str(i))] = layer.T if transpose else layer
     raw = family.unparse(config)
     raw["dtype"] = str(jax.tree.leaves(params)[0].dtype)
     raw.pop("torch_dtype", None)  # the older spelling would contradict it

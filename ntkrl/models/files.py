@@ -40,6 +40,7 @@ COMPANIONS = (
 )
 
 Table = Sequence[tuple[str, str, bool]]
+LAYER = "{i}"  # stands for the layer's number in the names of stacked tensors
 
 
 def read_json(path: Path) -> Any:
@@ -131,21 +132,18 @@ def read_tensors(
       ValueError: names or shapes that do not fit, all of them in one message.
     """
     files = tensor_files(directory)
-    wanted = {name: _stored(name, hf, shapes) for name, hf, _ in table if name in shapes}
-    known = {stored for group in wanted.values() for stored in group}
+    rows = [(ours, stored, flip) for ours, stored, flip in table if ours in shapes]
+    groups = {ours: _stored(stored, shapes[ours]) for ours, stored, _ in rows}
+    known = {name for group in groups.values() for name in group}
     problems = [f"{name} is missing" for name in sorted(known - set(files))]
     patterns = [re.compile(pattern) for pattern in ignored]
     for name in sorted(set(files) - known):
         if not any(pattern.fullmatch(name) for pattern in patterns):
             problems.append(f"{name} is not part of this architecture")
-    transposed = {name: flip for name, _, flip in table}
     with _Opened(files) as opened:
-        for name, group in wanted.items():
-            shape = (
-                shapes[name][1:] if len(group) > 1 or "{i}" in _row(table, name) else shapes[name]
-            )
-            shape = shape[::-1] if transposed[name] else shape
-            problems.extend(opened.complaints(group, shape))
+        for ours, stored, flip in rows:
+            shape = shapes[ours][1:] if LAYER in stored else shapes[ours]
+            problems.extend(opened.complaints(groups[ours], shape[::-1] if flip else shape))
         if problems:
             shown = "; ".join(problems[:20])
             more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -153,8 +151,8 @@ def read_tensors(
                 f"{directory} does not hold the model its config.json names: {shown}{more}."
             )
         return {
-            name: place(name, opened.array(group, transposed[name], "{i}" in _row(table, name)))
-            for name, group in wanted.items()
+            ours: place(ours, opened.array(groups[ours], flip, stack=LAYER in stored))
+            for ours, stored, flip in rows
         }
 
 
@@ -230,13 +228,9 @@ def _indexed_files(directory: Path, weight_map: Mapping[str, str]) -> dict[str, 
     return {name: directory / shard for name, shard in weight_map.items()}
 
 
-def _row(table: Table, ours: str) -> str:
-    return next(hf for name, hf, _ in table if name == ours)
-
-
-def _stored(ours: str, stored: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    layers = shapes[ours][0] if "{i}" in stored else 1
-    return [stored.replace("{i}", str(i)) for i in range(layers)]
+def _stored(template: str, shape: tuple[int, ...]) -> list[str]:
+    layers = shape[0] if LAYER in template else 1
+    return [template.replace(LAYER, str(i)) for i in range(layers)]
 
 
 class _Opened:
