@@ -46,7 +46,24 @@ def match(patterns: Patterns, tree: Params, what: str = "patterns") -> list[Any]
       ValueError: a name is matched by no pattern, a pattern matches no name, or a pattern is
         no regular expression; all of them in one message.
     """
-    leaf_names = names(tree)
+    return match_names(patterns, [(name,) for name in names(tree)], what)
+
+
+def match_names(
+    patterns: Patterns, spellings: Sequence[tuple[str, ...]], what: str = "patterns"
+) -> list[Any]:
+    """Do `match` for given names, each in one or several spellings of which one must match.
+
+    Args:
+      patterns, what: as in `match`.
+      spellings: per name the ways to write it, the one shown in messages first.
+
+    Returns:
+      One value per name.
+
+    Raises:
+      ValueError: as in `match`.
+    """
     problems = []
     compiled = []
     for pattern, value in patterns:
@@ -55,14 +72,15 @@ def match(patterns: Patterns, tree: Params, what: str = "patterns") -> list[Any]
         except re.error as error:
             problems.append(f"{pattern!r} is not a regular expression: {error}")
     values, uncovered = [], []
-    for name in leaf_names:
-        hits = [value for regex, value in compiled if regex.fullmatch(name)]
+    for written in spellings:
+        hits = [value for regex, value in compiled if any(map(regex.fullmatch, written))]
         values.append(hits[0] if hits else None)
         if not hits:
-            uncovered.append(name)
+            uncovered.append(written[0])
+    shown = [written[0] for written in spellings]
     for regex, _ in compiled:
-        if not any(regex.fullmatch(name) for name in leaf_names):
-            near = difflib.get_close_matches(regex.pattern, leaf_names, n=1, cutoff=0.3)
+        if not any(any(map(regex.fullmatch, written)) for written in spellings):
+            near = difflib.get_close_matches(regex.pattern, shown, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             problems.append(f"{regex.pattern!r} matches no parameter{hint}")
     if uncovered:
@@ -70,7 +88,7 @@ def match(patterns: Patterns, tree: Params, what: str = "patterns") -> list[Any]
             f"no pattern covers {', '.join(uncovered)}; add a last row ('.*', …) for the rest"
         )
     if problems:
-        known = ", ".join(leaf_names)
+        known = ", ".join(shown)
         raise ValueError(f"{what}: " + "; ".join(problems) + f". Parameters are: {known}.")
     return values
 

@@ -64,7 +64,11 @@ class Policy:
     decode: `(params, cache, tokens [B, T], mask [B, T]) -> (features [B, T, D], Cache)`;
         reads T further columns, so it serves the prefill and the single step alike.
     head_weight: path of the `[V, D]` matrix the head multiplies by.
-    tied: True when that matrix is also the input embedding.
+    head_bias: path of the `[V]` bias added to W φ, or None.
+    head_scale: factor s on W φ + b.
+    head_soft_cap: κ of κ tanh(s (W φ + b) / κ), or None for no cap.
+    tied: True when the head's matrix is also the input embedding.
+    stacked: prefixes of parameter paths whose leaves carry a leading layer axis.
     vocab_size, feature_size, max_tokens: V, D and the longest sequence allowed (tokens).
     sharding: ordered `(pattern, axes per dimension)` list over parameter paths.
     config: the family's frozen configuration (what export writes).
@@ -83,6 +87,10 @@ class Policy:
     sharding: tuple[tuple[str, tuple[str | None, ...]], ...] = ((r".*", ()),)
     config: Any = None
     source: str | None = None
+    head_bias: str | None = None
+    head_scale: float = 1.0
+    head_soft_cap: float | None = None
+    stacked: tuple[str, ...] = ()
 
 
 @chex.dataclass(frozen=True)

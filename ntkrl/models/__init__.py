@@ -211,5 +211,6 @@ def _assemble(
         sharding=family.SHARDING,
         config=config,
         source=source,
+        stacked=family.STACKED,
     )
     return policy, nnx.to_pure_dict(state)

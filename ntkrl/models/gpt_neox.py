@@ -44,6 +44,9 @@ IGNORED: tuple[str, ...] = (
     r"gpt_neox\.rotary_emb\.inv_freq",
 )
 
+# leaves below carry a leading layer axis
+STACKED: tuple[str, ...] = ("layers",)
+
 # axes per dimension; layers carry a leading stack axis
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding|head/weight", ("tensor", "fsdp")),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.types import Array, Params, Policy
+from ntkrl.ntk.network import Network
+from ntkrl.types import Array, Params
 
 
 @jax.tree_util.register_dataclass
@@ -17,13 +18,13 @@ from ntkrl.types import Array, Params, Policy
 class Contexts:
     """O positions in N sequences; the network is read at each, with all that precedes it.
 
-    tokens: `[N, T]` int ids.
+    tokens: `[N, T]` int ids; for an ntk.Network any inputs with N in front.
     positions: `[O]` int column of each context's last token, in [0, T).
     rows: `[O]` int sequence of each context; None means one position per sequence (O = N).
     mask: `[N, T]` bool, True on real tokens; None means all are.
     """
 
-    tokens: Array
+    tokens: Any
     positions: Array
     rows: Array | None = None
     mask: Array | None = None
@@ -34,51 +35,194 @@ class Contexts:
         return self.positions.shape[0]
 
 
-def checked(contexts: Contexts, what: str) -> Contexts:
-    """Return the contexts with rows and mask filled in, or say all that is wrong with them.
+def last_positions(tokens: Array, mask: Array | None = None) -> Contexts:
+    """Read every sequence at its last real token.
 
     Args:
-      contexts: concrete (not traced) contexts.
-      what: how they are called in messages.
+      tokens: `[N, T]` ids.
+      mask: `[N, T]` bool, True on real tokens; None means all are.
+
+    Returns:
+      N contexts.
 
     Raises:
-      ValueError: wrong ranks or lengths, positions or rows out of range, or on padding.
+      ValueError: a sequence without a real token.
     """
-    tokens = np.asarray(contexts.tokens)
-    positions = np.asarray(contexts.positions)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+    length = tokens.shape[1]
+    if mask is None:
+        return Contexts(tokens, jnp.full(tokens.shape[0], length - 1))
+    real = np.asarray(mask, bool)
+    if not real.any(axis=1).all():
+        raise ValueError(f"rows {_first(np.flatnonzero(~real.any(axis=1)))} are all padding.")
+    return Contexts(tokens, jnp.asarray(length - 1 - real[:, ::-1].argmax(axis=1)), mask=mask)
+
+
+def every_position(tokens: Array, mask: Array | None = None) -> Contexts:
+    """Read every sequence at each of its real tokens, row by row.
+
+    Args:
+      tokens, mask: as in `last_positions`.
+
+    Returns:
+      As many contexts as there are real tokens.
+    """
+    real = np.ones(tokens.shape[:2], bool) if mask is None else np.asarray(mask, bool)
+    rows, positions = np.nonzero(real)
+    return Contexts(tokens, jnp.asarray(positions), jnp.asarray(rows), mask)
+
+
+def checked(
+    contexts: Contexts, what: str, network: Network, params: Params, is_policy: bool
+) -> Contexts:
+    """Return the contexts with rows and mask filled in, or say all that is wrong with them.
+
+    Values are looked at only where they are concrete: under `jax.jit` with traced contexts, only
+    shapes are.
+
+    Args:
+      contexts: the contexts.
+      what: how they are called in messages.
+      network, params: what will read them.
+      is_policy: True where the inputs must be token ids.
+
+    Raises:
+      ValueError: wrong ranks or lengths, ids, positions or rows out of range, or on padding.
+    """
+    inputs, count = contexts.tokens, contexts.positions.shape[0] if contexts.positions.ndim else 0
+    vocab = network.weight(params).shape[0]
+    if is_policy:
+        _check_ids(inputs, vocab, what)
+    sequences = {leaf.shape[0] for leaf in jax.tree.leaves(inputs)}
+    if len(sequences) != 1:
         raise ValueError(
-            f"{what}.tokens must be integer ids of shape [N, T], not {tokens.dtype} {tokens.shape}."
+            f"{what}.tokens holds arrays of unequal batch sizes {sorted(sequences)}; all must have "
+            "the N sequences in front."
         )
-    count, length = tokens.shape
-    if contexts.rows is None and positions.shape != (count,):
+    (batch,) = sequences
+    if contexts.rows is None and contexts.positions.shape != (batch,):
         raise ValueError(
-            f"{what}.positions has shape {positions.shape}, but without rows there is one position "
-            f"per sequence, ({count},); give rows to choose several."
+            f"{what}.positions has shape {contexts.positions.shape}, but without rows there is one "
+            f"position per sequence, ({batch},); give rows to choose several."
         )
-    rows = np.arange(count) if contexts.rows is None else np.asarray(contexts.rows)
-    mask = np.ones_like(tokens, bool) if contexts.mask is None else np.asarray(contexts.mask)
+    rows = np.arange(count) if contexts.rows is None else contexts.rows
+    length = _length(network, params, inputs, what)
+    mask = np.ones((batch, length), bool) if contexts.mask is None else contexts.mask
     problems = []
-    if positions.ndim != 1 or rows.shape != positions.shape:
+    if contexts.positions.ndim != 1 or rows.shape != contexts.positions.shape:
         problems.append(
-            f"positions {positions.shape} and rows {rows.shape} must be one list each, equally long"
+            f"positions {contexts.positions.shape} and rows {rows.shape} must be one list each, "
+            "equally long"
         )
-    if mask.shape != tokens.shape:
-        problems.append(f"mask has shape {mask.shape}, tokens {tokens.shape}")
-    problems += _outside(positions, length, "positions") + _outside(rows, count, "rows")
-    if not problems and not (real := mask[rows, positions].astype(bool)).all():
-        problems.append(f"contexts {_first(np.flatnonzero(~real))} end on padding")
+    elif not count:
+        problems.append("there is no context: positions is empty")
+    if tuple(mask.shape) != (batch, length):
+        problems.append(f"mask has shape {mask.shape}, the sequences {(batch, length)}")
+    if not problems and not _traced(inputs, contexts.positions, rows, mask):
+        problems = _bad_values(contexts.positions, rows, mask, network.takes_mask)
     if problems:
         raise ValueError(f"{what}: " + "; ".join(problems) + ".")
     return Contexts(
-        jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(rows), jnp.asarray(mask, bool)
+        jax.tree.map(jnp.asarray, inputs),
+        jnp.asarray(contexts.positions),
+        jnp.asarray(rows),
+        jnp.asarray(mask, bool),
     )
 
 
-def features_at(policy: Policy, params: Params, contexts: Contexts) -> Array:
+class Grouped(NamedTuple):
+    """Contexts gathered by sequence, so that each sequence is read once.
+
+    tokens: inputs of S sequences, S in front.
+    mask: `[S, T]`.
+    positions: `[S, P]`, unused slots 0.
+    slots: `[O]` place s·P + p of each context.
+    """
+
+    tokens: Any
+    mask: Array
+    positions: Array
+    slots: Array
+
+
+def grouped(contexts: Contexts) -> Grouped:
+    """Gather checked contexts by sequence; traced ones stay one sequence each."""
+    tokens, mask = contexts.tokens, contexts.mask
+    if _traced(contexts.rows, contexts.positions):
+        rows_O, positions_O = contexts.rows, contexts.positions
+        used, slots = rows_O, np.arange(contexts.count)
+        positions_SP = positions_O[:, None]
+    else:
+        rows_O, positions_O = np.asarray(contexts.rows), np.asarray(contexts.positions)
+        used, sequence_O = np.unique(rows_O, return_inverse=True)
+        place_O = np.zeros_like(sequence_O)
+        for s in range(len(used)):
+            place_O[sequence_O == s] = np.arange((sequence_O == s).sum())
+        most = int(place_O.max()) + 1
+        positions_SP = np.zeros((len(used), most), np.int32)
+        positions_SP[sequence_O, place_O] = positions_O
+        slots = sequence_O * most + place_O
+    return Grouped(
+        jax.tree.map(lambda leaf: leaf[used], tokens),
+        mask[used],
+        jnp.asarray(positions_SP),
+        jnp.asarray(slots),
+    )
+
+
+def features_at(network: Network, params: Params, contexts: Contexts) -> Array:
     """Return the features φ of each context: `[O, D]`."""
-    features_NTD = policy.features(params, contexts.tokens, contexts.mask)
+    features_NTD = network.read(params, contexts.tokens, contexts.mask)
     return features_NTD[contexts.rows, contexts.positions]
+
+
+def _check_ids(tokens: Any, vocab: int, what: str) -> None:
+    array = isinstance(tokens, jax.Array | np.ndarray)
+    if not array or tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        shown = f"{tokens.dtype} {tokens.shape}" if array else type(tokens).__name__
+        raise ValueError(f"{what}.tokens must be integer ids of shape [N, T], not {shown}.")
+    if not _traced(tokens) and tokens.size:
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if lowest < 0 or highest >= vocab:
+            raise ValueError(
+                f"{what}.tokens holds ids from {lowest} to {highest}; the vocabulary is "
+                f"[0, {vocab})."
+            )
+
+
+def _length(network: Network, params: Params, inputs: Any, what: str) -> int:
+    """Return T, and refuse features that are not `[N, T, D]` with the head's D."""
+    leaf = jax.tree.leaves(inputs)[0]
+    seen = jnp.ones(leaf.shape[:2], bool)
+    shape = jax.eval_shape(network.read, params, inputs, seen).shape
+    width = network.weight(params).shape[1]
+    if len(shape) != 3 or shape[0] != leaf.shape[0] or shape[2] != width:
+        raise ValueError(
+            f"features of {what} have shape {shape}; the head's weight needs "
+            f"({leaf.shape[0]}, T, {width}). Is the head transposed?"
+        )
+    return shape[1]
+
+
+def _bad_values(positions: Any, rows: Any, mask: Any, takes_mask: bool) -> list[str]:
+    positions, rows, mask = np.asarray(positions), np.asarray(rows), np.asarray(mask, bool)
+    count, length = mask.shape
+    problems = _outside(positions, length, "positions") + _outside(rows, count, "rows")
+    if problems:
+        return problems
+    if not (real := mask[rows, positions]).all():
+        problems.append(f"contexts {_first(np.flatnonzero(~real))} end on padding")
+    before = np.arange(length)[None] <= positions[:, None]
+    hole = (before & ~mask[rows]).any(axis=1)
+    if hole.any() and not takes_mask:
+        problems.append(
+            f"contexts {_first(np.flatnonzero(hole))} have padding before them, which a network "
+            "without takes_mask cannot see; pad on the right, or let features take the mask"
+        )
+    return problems
+
+
+def _traced(*values: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def _outside(values: np.ndarray, limit: int, name: str) -> list[str]:

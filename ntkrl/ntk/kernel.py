@@ -1,85 +1,169 @@
 """The empirical NTK K(o, u) = ∂z(o)/∂θ (∂z(u)/∂θ)ᵀ of next-token logits, never formed unasked.
 
-The kernel is additive over any partition of θ. With z = h(θ_h, φ(θ_f)), where the same tree plays
-the head's role (θ_h) and the features' role (θ_f):
+Additive over any partition of θ (see parts.py). With φ the features, W the head and d its slopes:
 
-    head   J_h J_hᵀ                 ⟨φ, φ'⟩ I_V for a plain head       (R of the theory)
-    body   J_f J_fᵀ                 W M Wᵀ, M = J_φ J_φ'ᵀ              (G)
-    cross  J_h J_fᵀ + J_f J_hᵀ      zero unless one leaf plays both roles (tied embeddings)
+    head   diag(d_o) (⟨φ, φ'⟩ + [bias]) diag(d_u)           (R of the theory)
+    body   diag(d_o) W M Wᵀ diag(d_u), M = J_φ J_φ'ᵀ         (G)
+    cross  what a tied head's two roles add
     full   their sum
 
-A product with K is one VJP and one JVP; M takes D of each per updated context, not V.
+A product with K is one VJP and one JVP of the features; M takes D directions a context, not V.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ntkrl import trees
-from ntkrl.ntk.contexts import Contexts, checked, features_at
+from ntkrl.ntk import forms, heads, parts, roads
+from ntkrl.ntk.contexts import Contexts, checked
+from ntkrl.ntk.network import Network, as_network, check_params, check_policy_head
+from ntkrl.ntk.problem import GIB, Problem, is_traced, vocabulary_indices
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Params, Policy
 
-PARTS = ("head", "body", "cross", "full")
-BASIS_CHUNK = 16
 
-
-def kernel(policy: Policy, params: Params, observed: Contexts, updated: Contexts) -> Kernel:
+def kernel(
+    model: Policy | Network,
+    params: Params,
+    observed: Contexts,
+    updated: Contexts | None = None,
+    *,
+    groups: trees.Patterns = (),
+    precondition: Params | None = None,
+    road: str = "auto",
+    forward_mode: bool = True,
+    memory_gib: float = 8.0,
+) -> Kernel:
     """Return the kernel between observed and updated contexts, lazily.
 
     Args:
-      policy: a Policy with a plain head (logits = W φ); only `features`, `head`, `head_weight`
-        and `tied` are used.
-      params: the params tree, floating point.
+      model: a Policy, or an `ntk.Network` of your own.
+      params: its params tree, floating point, one dtype.
       observed: O contexts whose logits are watched.
-      updated: U contexts whose loss moves the params.
+      updated: U contexts whose loss moves the params; None for the observed ones, which makes the
+        kernel symmetric and halves the work.
+      groups: ordered `(pattern, name)` list that covers the parameters, for instance
+        `ntk.by_layer(model, params)`; each name is then a part. A stacked leaf is spelled once per
+        layer (`layers/3/mlp/up/kernel`) or for all layers at once (`layers/mlp/up/kernel`).
+      precondition: tree like params, the diagonal P of J P Jᵀ (for Adam 1 / (√ν + ε)).
+      road: how feature Jacobians are contracted: "auto", "products", "jacobians" or "layers", see
+        `ntkrl.ntk.roads`.
+      forward_mode: False for networks without forward-mode derivatives (fused attention): every
+        JVP becomes a VJP of a VJP.
+      memory_gib: what a call may use beyond the params (GiB); chunks are made to fit, and larger
+        results are refused.
 
     Returns:
-      A Kernel; nothing is computed yet.
+      A Kernel; nothing large is computed yet.
 
     Raises:
-      ValueError: contexts out of range or on padding, params that are not floating point.
+      ValueError: contexts out of range or on padding; params that are not floating point, not of
+        one dtype or not finite; a head that does not fit; unknown road; groups that do not cover.
     """
-    wrong = [
-        f"{name} ({leaf.dtype})"
-        for name, leaf in trees.named_leaves(params).items()
-        if not jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-    if wrong:
-        raise ValueError(f"params must be floating point; these are not: {', '.join(wrong)}.")
-    return Kernel(policy, params, checked(observed, "observed"), checked(updated, "updated"))
+    network = as_network(model)
+    check_params(network, params)
+    if isinstance(model, Policy) and not is_traced(params):
+        check_policy_head(model, network, params)
+    if road not in ("auto", *roads.ROADS):
+        raise ValueError(f"road {road!r} is unknown; known are auto, {', '.join(roads.ROADS)}.")
+    if not memory_gib > 0:
+        raise ValueError(f"memory_gib must be positive, not {memory_gib}.")
+    ids = isinstance(model, Policy)
+    here = checked(observed, "observed", network, params, ids)
+    same = updated is None or updated is observed
+    there = here if same else checked(updated, "updated", network, params, ids)
+    if precondition is not None:
+        precondition = parts.checked_precondition(precondition, params)
+    return Kernel(
+        network,
+        params,
+        here,
+        there,
+        groups=parts.check_groups(groups, network, params),
+        precondition=precondition,
+        road=road,
+        forward_mode=forward_mode,
+        budget=int(memory_gib * GIB),
+        symmetric=same,
+    )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Kernel:
-    """K(o, u) for O observed and U updated contexts, in forms that never hold V×V unasked."""
+class Factored(NamedTuple):
+    """K(o, u) = diag(left_o) (head[o, u] I + weight M[o, u] weightᵀ) diag(right_u).
 
-    policy: Policy
-    params: Params
-    observed: Contexts
-    updated: Contexts
+    head: `[O, U]`.
+    body: M `[O, U, D, D]`.
+    weight: `[V, D]`, W times the head's scale.
+    left, right: `[O, V]` and `[U, V]` derivatives of the cap, or None without a cap.
+    """
+
+    head: Array
+    body: Array
+    weight: Array
+    left: Array | None
+    right: Array | None
+
+
+class Kernel(Problem):
+    """K(o, u) for O observed and U updated contexts, in forms that never hold V×V unasked.
+
+    Made by `ntkrl.ntk.kernel`. Every `part` is a built-in name (see `ntkrl.ntk.parts`) or a group.
+    """
 
     @property
     def head(self) -> Array:
-        """`[O, U]` inner products ⟨φ(o), φ(u)⟩; the head kernel is this times I_V."""
-        return _gram(self.policy, self.params, self.observed, self.updated)
+        """`[O, U]` s² (⟨φ(o), φ(u)⟩ + 1 with a bias); the head kernel is this times I_V.
 
-    def body(self, chunk: int = BASIS_CHUNK) -> Array:
-        """Return M(o, u) = J_φ(o) J_φ(u)ᵀ; the body kernel is W M Wᵀ.
+        With a soft-cap it stands between the cap's derivatives (see `factored`).
+
+        Raises:
+          ValueError: with a preconditioner the head kernel is no multiple of I.
+        """
+        weights = self.operands("head").head
+        if not heads.is_scalar(weights):
+            raise ValueError(
+                "with a preconditioner the head kernel is diagonal but no multiple of I; "
+                "ask for diagonal('head')."
+            )
+        left, right = self.readings
+        roles = parts.BUILT_IN["head"]
+        inner = heads.inner_products(left, right, weights, roles, self.has_bias)
+        return self.network.head.scale**2 * inner
+
+    def body(self, part: str = "body", chunk: int | None = None) -> Array:
+        """Return M(o, u) = J_φ(o) P J_φ(u)ᵀ; the body kernel is W M Wᵀ up to slopes.
 
         Args:
-          chunk: feature directions taken at once; bounds memory at about `chunk` params trees.
+          part: "body", "input" or a group (its parameters as the features read them).
+          chunk: directions taken at a time; None for as many as memory allows.
 
         Returns:
           `[O, U, D, D]`.
+
+        Raises:
+          ValueError: unknown part, or a result above the memory budget.
         """
-        return _feature_kernel(self.policy, self.params, self.observed, self.updated, chunk)
+        size = self.observed.count * self.updated.count * self.feature_size**2
+        self.afford(size, "body()", "bilinear(), apply() or fewer contexts")
+        return jnp.swapaxes(self.gram(part, None, None, chunk), 1, 2)
+
+    def factored(self) -> Factored:
+        """Return the factors of R + G for every pair (untied heads: of the full kernel)."""
+        capped = self.network.head.soft_cap is not None
+        scale = self.network.head.scale
+        left, right = self.readings
+        return Factored(
+            self.head,
+            self.body(),
+            scale * at_least_float32(self.network.weight(self.params)),
+            left.slopes / scale if capped else None,
+            right.slopes / scale if capped else None,
+        )
 
     def dense(
         self,
@@ -90,7 +174,7 @@ class Kernel:
         """Write out blocks of the kernel.
 
         Args:
-          part: one of "head", "body", "cross", "full".
+          part: a part or group.
           rows: vocabulary rows wanted (observed side); None for all V.
           columns: vocabulary columns wanted (updated side); None for all V.
 
@@ -98,24 +182,31 @@ class Kernel:
           `[O, U, |rows|, |columns|]`.
 
         Raises:
-          ValueError: unknown part, or rows or columns outside the vocabulary.
+          ValueError: unknown part, rows or columns outside the vocabulary, or a result above the
+            memory budget.
         """
-        _check_part(part)
-        vocab = self.policy.vocab_size
-        rows_V, columns_V = _indices(rows, vocab, "rows"), _indices(columns, vocab, "columns")
+        rows_R = vocabulary_indices(rows, self.vocab_size, "rows")
+        columns_C = vocabulary_indices(columns, self.vocab_size, "columns")
+        size = self.observed.count * self.updated.count * rows_R.shape[0] * columns_C.shape[0]
+        self.afford(size, "dense()", "dense(rows=…, columns=…), factored() or apply()")
+        operands, roles = self.operands(part), self.roles(part)
         blocks = []
-        if part in ("head", "full"):
-            head_OU = self.head
-            same_VW = (rows_V[:, None] == columns_V[None, :]).astype(head_OU.dtype)
-            blocks.append(jnp.einsum("ou,vw->ouvw", head_OU, same_VW))
-        if part in ("body", "full"):
-            weight_VD = trees.named_leaves(self.params)[self.policy.head_weight]
-            blocks.append(
-                jnp.einsum("vd,oude,we->ouvw", weight_VD[rows_V], self.body(), weight_VD[columns_V])
+        if roles.output or (roles.bias and self.has_bias):
+            left, right = self.readings
+            diagonal_OUR = heads.head_diagonal(
+                left, right, operands.head, roles, self.has_bias, rows_R
             )
-        if part == "cross" or (part == "full" and self.policy.tied):
-            blocks.append(self._by_columns("cross", rows_V, columns_V))
-        return functools.reduce(jnp.add, blocks)
+            same_RC = (rows_R[:, None] == columns_C[None, :]).astype(diagonal_OUR.dtype)
+            blocks.append(diagonal_OUR[..., None] * same_RC[None, None])
+        if roles.body:
+            blocks.append(self._dense_body(part, rows_R, columns_C))
+        if roles.output_input:
+            blocks.append(forms.cross_dense(self.tied_body, operands, rows_R, columns_C))
+        if roles.input_output:
+            swapped = forms.cross_dense(self.tied_body, operands.swapped(), columns_C, rows_R)
+            blocks.append(jnp.transpose(swapped, (1, 0, 3, 2)))
+        shape = (self.observed.count, self.updated.count, rows_R.shape[0], columns_C.shape[0])
+        return functools.reduce(jnp.add, blocks) if blocks else self.zeros(shape)
 
     def apply(self, cotangents: Array, part: str = "full") -> Array:
         """Return Σ_u K(o, u) c_u: the logit change of each observed context.
@@ -123,7 +214,7 @@ class Kernel:
         Args:
           cotangents: `[U, V]` direction in logit space per updated context (for a policy
             gradient, the advantage times e_y − π).
-          part: one of "head", "body", "cross", "full".
+          part: a part or group.
 
         Returns:
           `[O, V]`.
@@ -131,31 +222,103 @@ class Kernel:
         Raises:
           ValueError: unknown part or wrong shape.
         """
-        _check_part(part)
-        self._check_shape(cotangents, self.updated.count, "cotangents")
-        return _apply(self.policy, self.params, self.observed, self.updated, cotangents, part)
+        cotangents = self.cotangents(cotangents, self.updated.count, "cotangents")
+        operands, roles = self.operands(part), self.roles(part)
+        left, right = self.readings
+        terms = []
+        if roles.output or (roles.bias and self.has_bias):
+            terms.append(
+                heads.head_apply(left, right, operands.head, roles, self.has_bias, cotangents)
+            )
+        if roles.body or roles.output_input or roles.input_output:
+            arguments = (self.body_function, operands, cotangents, roles, self.forward_mode)
+            terms.append(forms.body_apply(*arguments))
+        shape = (self.observed.count, self.vocab_size)
+        return functools.reduce(jnp.add, terms) if terms else self.zeros(shape)
 
-    def bilinear(self, left: Array, right: Array, part: str = "full") -> Array:
-        """Return left_oᵀ K(o, u) right_u.
+    def bilinear(
+        self,
+        left: Array,
+        right: Array,
+        part: str = "full",
+        by: str = "context",
+        chunk: int | None = None,
+    ) -> Array:
+        """Return left_oᵀ K(o, u) right_u, for contexts or summed over those of a sequence.
 
         Args:
-          left: `[O, V]`.
+          left: `[O, V]`; with weights of the contexts multiplied in where they are aggregated.
           right: `[U, V]`.
-          part: one of "head", "body", "cross", "full".
+          part: a part or group.
+          by: "context", or "sequence" for Σ over the contexts of each pair of sequences, at one
+            direction per sequence.
+          chunk: directions taken at a time; None for as many as memory allows.
 
         Returns:
-          `[O, U]`.
+          `[O, U]`, or `[N_o, N_u]` for the sequences that have contexts, in the order of rows.
 
         Raises:
-          ValueError: unknown part or wrong shapes.
+          ValueError: unknown part or `by`, or wrong shapes.
         """
-        _check_part(part)
-        self._check_shape(left, self.observed.count, "left")
-        self._check_shape(right, self.updated.count, "right")
-        return _bilinear(self.policy, self.params, self.observed, self.updated, left, right, part)
+        if by not in ("context", "sequence"):
+            raise ValueError(f"by must be 'context' or 'sequence', not {by!r}.")
+        alike = self.symmetric and left is right
+        left = self.cotangents(left, self.observed.count, "left")
+        right = left if alike else self.cotangents(right, self.updated.count, "right")
+        operands, roles = self.operands(part), self.roles(part)
+        here, there = self.readings
+        terms = []
+        if roles.output or (roles.bias and self.has_bias):
+            arguments = (here, there, operands.head, roles, self.has_bias, left, right)
+            terms.append(heads.head_bilinear(*arguments))
+        if roles.output_input:
+            terms.append(forms.cross_bilinear(self.tied_body, operands, left, right))
+        if roles.input_output:
+            swapped = operands.swapped()
+            terms.append(forms.cross_bilinear(self.tied_body, swapped, right, left).T)
+        if by == "sequence":
+            terms = [self.by_sequence(term) for term in terms]
+        if roles.body:
+            left_OD = forms.feature_cotangents(self.network, self.params, here, left)
+            right_UD = left_OD
+            if not alike:
+                right_UD = forms.feature_cotangents(self.network, self.params, there, right)
+            terms.append(self.scalar_gram(part, left_OD, right_UD, by == "sequence", chunk))
+        shape = (self.observed.count, self.updated.count)
+        zeros = self.zeros(shape)
+        return (
+            functools.reduce(jnp.add, terms)
+            if terms
+            else (self.by_sequence(zeros) if by == "sequence" else zeros)
+        )
+
+    def diagonal(self, part: str = "full") -> Array:
+        """Return the entries K_vv(o, u): `[O, U, V]`.
+
+        Raises:
+          ValueError: unknown part, or a result above the memory budget.
+        """
+        size = self.observed.count * self.updated.count * self.vocab_size
+        self.afford(size, "diagonal()", "trace(), or fewer contexts")
+        operands, roles = self.operands(part), self.roles(part)
+        left, right = self.readings
+        terms = []
+        if roles.output or (roles.bias and self.has_bias):
+            every = jnp.arange(self.vocab_size)
+            arguments = (left, right, operands.head, roles, self.has_bias, every)
+            terms.append(heads.head_diagonal(*arguments))
+        if roles.body:
+            terms.append(forms.body_diagonal(self.network, operands, self.body(part)))
+        if roles.output_input:
+            terms.append(forms.cross_diagonal(self.tied_body, operands))
+        if roles.input_output:
+            swapped = forms.cross_diagonal(self.tied_body, operands.swapped())
+            terms.append(jnp.swapaxes(swapped, 0, 1))
+        shape = (self.observed.count, self.updated.count, self.vocab_size)
+        return functools.reduce(jnp.add, terms) if terms else self.zeros(shape)
 
     def trace(self, part: str = "full") -> Array:
-        """Return tr K(o, u): V⟨φ, φ'⟩ for the head, ⟨WᵀW, M⟩ for the body.
+        """Return tr K(o, u): V⟨φ, φ'⟩ for a plain head, ⟨WᵀW, M⟩ for the body.
 
         Returns:
           `[O, U]`.
@@ -163,155 +326,36 @@ class Kernel:
         Raises:
           ValueError: unknown part.
         """
-        _check_part(part)
-        terms = []
-        if part in ("head", "full"):
-            terms.append(self.policy.vocab_size * self.head)
-        if part in ("body", "full"):
-            weight_VD = trees.named_leaves(self.params)[self.policy.head_weight]
-            terms.append(jnp.einsum("vd,ve,oude->ou", weight_VD, weight_VD, self.body()))
-        if part == "cross" or (part == "full" and self.policy.tied):
-            vocab = jnp.arange(self.policy.vocab_size)
-            terms.append(jnp.trace(self._by_columns("cross", vocab, vocab), axis1=2, axis2=3))
-        return functools.reduce(jnp.add, terms)
+        roles = self.roles(part)
+        if roles.output_input or self.network.head.soft_cap is not None:
+            return jnp.sum(self.diagonal(part), axis=-1)
+        operands = self.operands(part)
+        left, right = self.readings
+        total = self.zeros((self.observed.count, self.updated.count))
+        if roles.body:
+            total += forms.body_trace(self.network, operands, self.body(part))
+        if heads.is_scalar(operands.head):
+            inner = heads.inner_products(left, right, operands.head, roles, self.has_bias)
+            return total + self.network.head.scale**2 * self.vocab_size * inner
+        every = jnp.arange(self.vocab_size)
+        arguments = (left, right, operands.head, roles, self.has_bias, every)
+        return total + jnp.sum(heads.head_diagonal(*arguments), axis=-1)
 
-    def _by_columns(self, part: str, rows_V: Array, columns_V: Array) -> Array:
-        return _columns(
-            self.policy, self.params, self.observed, self.updated, rows_V, columns_V, part
-        )
+    def estimate(self, part: str = "body", chunk: int | None = None) -> roads.Estimate:
+        """Return road, chunk, FLOPs and memory of `body(part, chunk)` before it runs."""
+        found = self.estimates_of(part, *self.sides(None, None), chunk)
+        return roads.choose(found, self.road, self.budget)
 
-    def _check_shape(self, array: Array, count: int, name: str) -> None:
-        expected = (count, self.policy.vocab_size)
-        if tuple(array.shape) != expected:
-            raise ValueError(f"{name} must have shape {expected}, not {tuple(array.shape)}.")
+    def _dense_body(self, part: str, rows_R: Array, columns_C: Array) -> Array:
+        weight_VD = at_least_float32(self.network.weight(self.params))
+        width = weight_VD.shape[1]
 
+        def vectors(chosen: Array, count: int) -> Array | None:
+            if chosen.shape[0] >= width:
+                return None
+            return jnp.broadcast_to(weight_VD[chosen], (count, *chosen.shape, width))
 
-def pull_and_push(policy: Policy, params: Params, observed: Contexts, updated: Contexts, part: str):
-    """Return the linear map `cotangents [U, V] -> Σ_u K(o, u) c_u [O, V]` of one part.
-
-    For use inside a traced function; contexts must have been checked.
-    """
-    phi_UD, pull_features = jax.vjp(lambda p: features_at(policy, p, updated), params)
-    _, pull_head = jax.vjp(policy.head, params, phi_UD)
-    phi_OD, push_features = jax.linearize(lambda p: features_at(policy, p, observed), params)
-    _, push_head = jax.linearize(policy.head, params, phi_OD)
-    no_params, no_features = jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(phi_OD)
-
-    def through_head(direction: Params) -> Array:
-        return push_head(direction, no_features)
-
-    def through_body(direction: Params) -> Array:
-        return push_head(no_params, push_features(direction))
-
-    def product(cotangents_UV: Array) -> Array:
-        head_role, phi_cotangents_UD = pull_head(cotangents_UV.astype(phi_UD.dtype))
-        if part == "head":
-            return through_head(head_role)
-        (body_role,) = pull_features(phi_cotangents_UD)
-        if part == "body":
-            return through_body(body_role)
-        if part == "cross":
-            return through_body(head_role) + through_head(body_role)
-        both = jax.tree.map(jnp.add, head_role, body_role)
-        return through_head(both) + through_body(both)
-
-    return product
-
-
-@functools.partial(jax.jit, static_argnames=("policy",))
-def _gram(policy: Policy, params: Params, observed: Contexts, updated: Contexts) -> Array:
-    phi_OD = at_least_float32(features_at(policy, params, observed))
-    phi_UD = at_least_float32(features_at(policy, params, updated))
-    return phi_OD @ phi_UD.T
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "chunk"))
-def _feature_kernel(
-    policy: Policy, params: Params, observed: Contexts, updated: Contexts, chunk: int
-) -> Array:
-    phi_UD, pull = jax.vjp(lambda p: features_at(policy, p, updated), params)
-    _, push = jax.linearize(lambda p: features_at(policy, p, observed), params)
-    count, width = phi_UD.shape
-
-    def column(index: Array) -> Array:
-        basis_UD = jnp.zeros(count * width, phi_UD.dtype).at[index].set(1).reshape(count, width)
-        return push(pull(basis_UD)[0])
-
-    columns = jax.lax.map(column, jnp.arange(count * width), batch_size=chunk)
-    columns_UEOD = columns.reshape(count, width, *columns.shape[1:])
-    return jnp.transpose(columns_UEOD, (2, 0, 3, 1))
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "part"))
-def _apply(
-    policy: Policy,
-    params: Params,
-    observed: Contexts,
-    updated: Contexts,
-    cotangents_UV: Array,
-    part: str,
-) -> Array:
-    return pull_and_push(policy, params, observed, updated, part)(cotangents_UV)
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "part"))
-def _bilinear(
-    policy: Policy,
-    params: Params,
-    observed: Contexts,
-    updated: Contexts,
-    left_OV: Array,
-    right_UV: Array,
-    part: str,
-) -> Array:
-    product = pull_and_push(policy, params, observed, updated, part)
-
-    def one(u: Array) -> Array:
-        alone_UV = jnp.zeros_like(right_UV).at[u].set(right_UV[u])
-        return jnp.einsum("ov,ov->o", left_OV, product(alone_UV))
-
-    return jax.lax.map(one, jnp.arange(right_UV.shape[0])).T
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "part"))
-def _columns(
-    policy: Policy,
-    params: Params,
-    observed: Contexts,
-    updated: Contexts,
-    rows_V: Array,
-    columns_V: Array,
-    part: str,
-) -> Array:
-    product = pull_and_push(policy, params, observed, updated, part)
-    shape = (updated.count, policy.vocab_size)
-
-    def one(index: Array) -> Array:
-        u, column = index // columns_V.shape[0], columns_V[index % columns_V.shape[0]]
-        dtype = jax.tree.leaves(params)[0].dtype
-        return product(jnp.zeros(shape, dtype).at[u, column].set(1))[:, rows_V]
-
-    flat = jax.lax.map(one, jnp.arange(updated.count * columns_V.shape[0]))
-    blocks_UWOV = flat.reshape(updated.count, columns_V.shape[0], *flat.shape[1:])
-    return jnp.transpose(blocks_UWOV, (2, 0, 3, 1))
-
-
-def _check_part(part: str) -> None:
-    if part not in PARTS:
-        raise ValueError(f"part {part!r} is unknown; known are {', '.join(PARTS)}.")
-
-
-def _indices(chosen: Sequence[int] | Array | None, vocab: int, name: str) -> Array:
-    if chosen is None:
-        return jnp.arange(vocab)
-    indices = np.asarray(chosen)
-    if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(
-            f"{name} must be a list of token ids, not {indices.dtype} {indices.shape}."
-        )
-    if indices.size and (indices.min() < 0 or indices.max() >= vocab):
-        raise ValueError(
-            f"{name} holds ids from {indices.min()} to {indices.max()}; the vocabulary is "
-            f"[0, {vocab})."
-        )
-    return jnp.asarray(indices)
+        left = vectors(rows_R, self.observed.count)
+        right = vectors(columns_C, self.updated.count)
+        found = self.gram(part, left, right, None)
+        return forms.body_dense(self.network, self.operands(part), found, rows_R, columns_C)

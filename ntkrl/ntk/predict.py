@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from ntkrl import trees
 from ntkrl.ntk.contexts import Contexts, checked, features_at
+from ntkrl.ntk.network import Network, as_network
+from ntkrl.ntk.parts import group_weights
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Params, Policy
 
@@ -20,7 +22,7 @@ BODY: trees.Patterns = ((r".*", "body"),)
 
 
 def predict(
-    policy: Policy,
+    model: Policy | Network,
     params: Params,
     direction: Params,
     observed: Contexts,
@@ -30,13 +32,14 @@ def predict(
     """Predict Δ log π of observed contexts, split by group of parameters.
 
     Args:
-      policy: as for `kernel`; any head.
+      model: a Policy, or an `ntk.Network` of your own.
       params: the params tree.
       direction: tree like `params`, the change of the params (for example θ_{t+1} − θ_t).
       observed: O contexts.
       targets: `[O]` int tokens whose change is wanted; None for the whole vocabulary.
-      groups: `(pattern, name)` list that divides the parameters in their features' role; the
-        head's role is a group of its own, called "head". A tied matrix counts in both.
+      groups: `(pattern, name)` list that divides the parameters in their features' role, as for
+        `kernel`; the head's role is a group of its own, called "head". A tied matrix counts in
+        both.
 
     Returns:
       `{group: Δ log π}`, `[O]` with targets and `[O, V]` without (nats); the sum over groups is
@@ -46,7 +49,8 @@ def predict(
       ValueError: contexts or targets that do not fit, a direction of another shape, a pattern
         list that does not cover the parameters.
     """
-    observed = checked(observed, "observed")
+    network = as_network(model)
+    observed = checked(observed, "observed", network, params, isinstance(model, Policy))
     same = jax.tree.structure(params) == jax.tree.structure(direction)
     if not same or any(
         a.shape != b.shape
@@ -57,24 +61,24 @@ def predict(
         raise ValueError(
             f"targets must have shape ({observed.count},), not {tuple(targets.shape)}."
         )
-    labels = tuple(trees.match(groups, params, "groups"))
-    if "head" in labels:
+    weights = group_weights(groups, network, params)
+    if "head" in weights:
         raise ValueError('groups: "head" names the head\'s role itself; call the group otherwise.')
-    return _predict(policy, params, direction, observed, targets, labels)
+    return _predict(network, params, direction, observed, targets, weights)
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "labels"))
+@functools.partial(jax.jit, static_argnames=("network",))
 def _predict(
-    policy: Policy,
+    network: Network,
     params: Params,
     direction: Params,
     observed: Contexts,
     targets_O: Array | None,
-    labels: tuple[str, ...],
+    weights: dict[str, tuple[Array, ...]],
 ) -> dict[str, Array]:
-    phi_OD, push_features = jax.linearize(lambda p: features_at(policy, p, observed), params)
-    logits_OV, push_head = jax.linearize(policy.head, params, phi_OD)
-    probs_OV = jax.nn.softmax(at_least_float32(logits_OV), axis=-1)
+    phi_OD, push_features = jax.linearize(lambda p: features_at(network, p, observed), params)
+    logits_OV, push_head = jax.linearize(network.logits, params, phi_OD)
+    probs_OV = jax.nn.softmax(logits_OV, axis=-1)
 
     def log_prob_change(logit_change_OV: Array) -> Array:
         change_OV = at_least_float32(logit_change_OV)
@@ -85,8 +89,9 @@ def _predict(
 
     still = jax.tree.map(jnp.zeros_like, params)
     changes = {"head": log_prob_change(push_head(direction, jnp.zeros_like(phi_OD)))}
-    for group in sorted(set(labels)):
-        _, rest = trees.partition(direction, [label != group for label in labels])
-        moved = trees.merge(rest, still)
+    leaves, treedef = jax.tree.flatten(direction)
+    for group, factors in weights.items():
+        kept = [(leaf * w).astype(leaf.dtype) for leaf, w in zip(leaves, factors, strict=True)]
+        moved = jax.tree.unflatten(treedef, kept)
         changes[group] = log_prob_change(push_head(still, push_features(moved)))
     return changes

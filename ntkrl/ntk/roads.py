@@ -1,0 +1,208 @@
+"""Which road to take to Γ: estimated work and memory of each, and the choice between them.
+
+With F the FLOPs of one forward pass over a sequence, P the parameters that features depend on, A
+and B directions of the two sides, S their sequences, t and f a tapped product's positions and
+outputs:
+
+    products    B (2 F + 2 F S_o)                        chunk (P + S_o layer)
+    jacobians   (A + B blocks) 2 F + 2 A B P             2 chunk P
+    layers      (A + B) F + Σ 2 f (A B t + S_u A t²)     2 chunk (Σ t f + layer)
+
+The cheapest road whose smallest chunk fits the budget is taken. Estimates count matrix products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from ntkrl.ntk import gradients
+from ntkrl.ntk.body import Body
+from ntkrl.ntk.directions import Directions
+from ntkrl.ntk.layers import layers, plan_for
+from ntkrl.ntk.program import flatten, flops
+from ntkrl.ntk.taps import Plan
+from ntkrl.types import Array, Params
+
+ROADS = ("products", "jacobians", "layers")
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a call will cost.
+
+    road: "products", "jacobians" or "layers".
+    chunk: directions of a side taken at a time.
+    flops: of matrix products.
+    bytes: working memory beyond the params, outputs included.
+    output_bytes: of the result.
+    """
+
+    road: str
+    chunk: int
+    flops: float
+    bytes: int
+    output_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.road}, {self.chunk} directions at a time: {self.flops:.2e} FLOPs, "
+            f"{self.bytes / GIB:.3g} GiB ({self.output_bytes / GIB:.3g} GiB of it the result)"
+        )
+
+
+class Sizes(NamedTuple):
+    """Counts read off the traced features of one sequence.
+
+    forward: FLOPs.
+    params: parameters that features depend on.
+    values: numbers made on the way.
+    layer: numbers made within one layer, or all of them without a scan.
+    taps: `(t, f, times)` of every tapped product.
+    """
+
+    forward: int
+    params: int
+    values: int
+    layer: int
+    taps: tuple[tuple[int, int, int], ...]
+
+
+def sizes(plan: Plan, params: int) -> Sizes:
+    """Read the counts off a plan."""
+    program = plan.program
+    whole = sum(aval.size for aval in program.avals)
+    inner, times = [], []
+    for step in program.steps:
+        if step.eqn.primitive.name == "scan":
+            body = flatten(step.eqn.params["jaxpr"])
+            inner.append(sum(aval.size for aval in body.avals))
+            times.append(step.eqn.params["length"])
+    values = whole + sum(i * n for i, n in zip(inner, times, strict=True))
+    found = _tapped(plan, 1)
+    for index, scan in plan.scans.items():
+        found += _tapped(scan.inner, program.steps[index].eqn.params["length"])
+    return Sizes(flops(program), params, values, max(inner, default=whole), tuple(found))
+
+
+def _tapped(plan: Plan, times: int) -> list[tuple[int, int, int]]:
+    found = []
+    for index, tap in plan.taps.items():
+        step = plan.program.steps[index]
+        result = plan.program.avals[step.outputs[0]]
+        if tap.kind == "gather":
+            width = result.shape[-1]
+        else:
+            contracted = step.eqn.params["dimension_numbers"][0][tap.operand]
+            shape = step.eqn.invars[tap.operand].aval.shape
+            width = math.prod(n for axis, n in enumerate(shape) if axis not in contracted)
+        found.append((result.size // width, width, times))
+    return found
+
+
+def estimates(
+    body: Body,
+    params: Params,
+    observed: Directions,
+    updated: Directions | None,
+    weights: tuple[Array, ...] | None,
+    budget: int,
+    chunk: int | None,
+) -> dict[str, Estimate]:
+    """Return the Estimate of every road that can be taken.
+
+    Args:
+      body, params, observed, updated, weights: as for `gram`.
+      budget: bytes that the working memory should stay below.
+      chunk: directions at a time; None for as many as the budget allows.
+    """
+    leaves = body.leaves(params)
+    plan = plan_for(body, params, observed, weights)
+    s = sizes(plan, sum(leaf.size for leaf in leaves))
+    other = observed if updated is None else updated
+    alike = updated is None or plan.signature() == plan_for(body, params, other, None).signature()
+    a, b = (side.sequences * side.per_sequence for side in (observed, other))
+    item = max(leaf.dtype.itemsize for leaf in leaves)
+    output = a * b * max(item, 4)
+    sides = 1 if updated is None else 2
+    per_direction = {
+        "products": s.params * 2 + observed.sequences * 2 * s.layer,
+        "jacobians": sides * (s.params + s.layer),
+        "layers": sides * (2 * sum(t * f for t, f, _ in s.taps) + s.layer),
+    }
+    fixed = {
+        "products": (observed.sequences + 1) * s.values,
+        "jacobians": (observed.sequences + other.sequences) * s.values,
+        "layers": (observed.sequences + other.sequences) * s.layer,
+    }
+    mixing = sum(2 * t * t * f * n for t, f, n in s.taps) * a * other.sequences
+    inner = sum(2 * t * f * n for t, f, n in s.taps) * a * b
+    found = {}
+    for road in ROADS:
+        if road == "layers" and not (alike and _layered(weights, leaves)):
+            continue
+        left = budget - output - item * fixed[road]
+        most = max(1, min(max(a, b), left // max(1, item * per_direction[road])))
+        size = most if chunk is None else min(chunk, max(a, b))
+        blocks = -(-a // size)
+        work = {
+            "products": b * 2 * s.forward * (1 + observed.sequences),
+            "jacobians": (a + b * blocks) * 2 * s.forward + 2 * a * b * s.params,
+            "layers": (a * -(-b // size) + b * blocks) * s.forward + (mixing + inner) * sides / 2,
+        }[road]
+        memory = output + item * (fixed[road] + size * per_direction[road])
+        found[road] = Estimate(road, int(size), float(work), int(memory), int(output))
+    return found
+
+
+def choose(found: dict[str, Estimate], road: str, budget: int) -> Estimate:
+    """Return the estimate of the road to take.
+
+    Raises:
+      ValueError: a road was asked for that cannot be taken.
+    """
+    if road != "auto":
+        if road not in found:
+            raise ValueError(
+                f"road {road!r} cannot be taken with weights that differ within a matrix (a "
+                f"preconditioner); take {' or '.join(map(repr, found))}, or 'auto'."
+            )
+        return found[road]
+    fitting = [estimate for estimate in found.values() if estimate.bytes <= budget]
+    if fitting:
+        return min(fitting, key=lambda estimate: estimate.flops)
+    return min(found.values(), key=lambda estimate: estimate.bytes)
+
+
+def _layered(weights: tuple[Array, ...] | None, leaves: list[Array]) -> bool:
+    """Whether weights are one number per leaf or layer, for every leaf that could be tapped."""
+    return weights is None or all(
+        weight.size in (1, leaf.shape[0]) or leaf.ndim < 2
+        for weight, leaf in zip(weights, leaves, strict=True)
+        if leaf.ndim
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("body", "road", "chunk", "forward_mode"))
+def gram(
+    body: Body,
+    params: Params,
+    observed: Directions,
+    updated: Directions | None,
+    weights: Any,
+    road: str,
+    chunk: int,
+    forward_mode: bool,
+) -> Array:
+    """Return Γ `[S_o·A_o, S_u·A_u]` by the given road; `updated` None for a symmetric one."""
+    if road == "products":
+        arguments = (body, params, observed, updated, weights, chunk, forward_mode)
+        return gradients.products(*arguments)
+    if road == "jacobians":
+        return gradients.jacobians(body, params, observed, updated, weights, chunk)
+    return layers(body, params, observed, updated, weights, chunk)
