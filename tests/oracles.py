@@ -38,6 +38,45 @@ def group_kernel(policy, params, observed, updated, keep):
     return dense_kernel(Restricted, chosen, observed, updated)
 
 
+def role_jacobians(features, head, params, contexts):
+    """∂z/∂θ in the head's and in the features' role: two dicts `{name: [O, V, P]}`."""
+    from ntkrl import trees
+
+    rows = jnp.arange(len(contexts.positions)) if contexts.rows is None else contexts.rows
+
+    def logits(head_role, features_role):
+        phi = features(features_role, contexts.tokens, contexts.mask)
+        return head(head_role, phi[rows, contexts.positions])
+
+    found = jax.jit(jax.jacrev(logits, argnums=(0, 1)))(params, params)
+    return tuple(
+        {n: np.asarray(a).reshape(*a.shape[:2], -1) for n, a in trees.named_leaves(role).items()}
+        for role in found
+    )
+
+
+def part_kernel(part, observed, updated, weight, bias=None, keep=None, precondition=None):
+    """A part of K `[O, U, V, V]` from role Jacobians; `keep(name)` chooses leaves of a group."""
+    out, bias_only, inside = {weight}, {bias} - {None}, None
+    terms = {
+        "head": [(0, 0, out | bias_only)],
+        "output": [(0, 0, out)],
+        "body": [(1, 1, inside)],
+        "input": [(1, 1, out)],
+        "output_input": [(0, 1, out)],
+        "input_output": [(1, 0, out)],
+        "cross": [(0, 1, out), (1, 0, out)],
+        "full": [(0, 0, inside), (1, 1, inside), (0, 1, inside), (1, 0, inside)],
+    }
+    total = 0.0
+    for here, there, names in terms["full" if keep else part]:
+        for name, jacobian in observed[here].items():
+            if (names is None or name in names) and (keep is None or keep(name)):
+                scale = 1.0 if precondition is None else precondition[name].ravel()
+                total += np.einsum("ovp,uwp->ouvw", jacobian * scale, updated[there][name])
+    return total
+
+
 def log_softmax(logits):
     """log softmax of the last axis, in numpy float64."""
     shifted = logits - logits.max(axis=-1, keepdims=True)

@@ -1,7 +1,8 @@
 """Exact empirical kernels of language models and first-order predictions; no RL inside."""
 
 from ntkrl.ntk.contexts import Contexts, every_position, last_positions
-from ntkrl.ntk.kernel import Factored, Kernel, kernel
+from ntkrl.ntk.kernel import Factored, Kernel
+from ntkrl.ntk.make import kernel
 from ntkrl.ntk.network import Head, Network
 from ntkrl.ntk.parts import PARTS, by_layer, by_module
 from ntkrl.ntk.predict import predict

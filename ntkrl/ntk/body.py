@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from ntkrl import trees
-from ntkrl.ntk.network import Network
+from ntkrl.ntk.network import Head, Network
 from ntkrl.ntk.program import Program, trace
 from ntkrl.types import Array, Params
 
@@ -98,7 +98,10 @@ def make_body(network: Network, params: Params, tokens: Any, mask: Array) -> Bod
     several = named and any(one.mesh.size > 1 for one in spread)
     names = [name for name, keep in zip(trees.names(params), used, strict=True) if keep]
     tied = names.index(network.head.weight) if network.head.weight in names else None
-    return Body(network, used, tied, tuple(spread) if several else None)
+    # heads that differ in bias, scale or cap share the programs of one body
+    plain = Head(network.head.weight, transposed=network.head.transposed)
+    bare = dataclasses.replace(network, head=plain)
+    return Body(bare, used, tied, tuple(spread) if several else None)
 
 
 def traced(network: Network, params: Params, tokens: Any, mask: Array) -> Program:

@@ -122,10 +122,11 @@ def checked(
     if problems:
         raise ValueError(f"{what}: " + "; ".join(problems) + ".")
     return Contexts(
-        jax.tree.map(jnp.asarray, inputs),
-        jnp.asarray(contexts.positions),
-        jnp.asarray(rows),
-        jnp.asarray(mask, bool),
+        inputs,
+        # concrete indices stay numpy, so that jit around a kernel can still read them
+        contexts.positions if _traced(contexts.positions) else np.asarray(contexts.positions),
+        rows if _traced(rows) else np.asarray(rows),
+        mask if _traced(mask) else np.asarray(mask, bool),
     )
 
 
@@ -162,8 +163,8 @@ def grouped(contexts: Contexts) -> Grouped:
         positions_SP[sequence_O, place_O] = positions_O
         slots = sequence_O * most + place_O
     return Grouped(
-        jax.tree.map(lambda leaf: leaf[used], tokens),
-        mask[used],
+        jax.tree.map(lambda leaf: jnp.asarray(leaf)[used], tokens),
+        jnp.asarray(mask)[used],
         jnp.asarray(positions_SP),
         jnp.asarray(slots),
     )
@@ -181,7 +182,7 @@ def _check_ids(tokens: Any, vocab: int, what: str) -> None:
         shown = f"{tokens.dtype} {tokens.shape}" if array else type(tokens).__name__
         raise ValueError(f"{what}.tokens must be integer ids of shape [N, T], not {shown}.")
     if not _traced(tokens) and tokens.size:
-        lowest, highest = int(tokens.min()), int(tokens.max())
+        lowest, highest = int(np.min(np.asarray(tokens))), int(np.max(np.asarray(tokens)))
         if lowest < 0 or highest >= vocab:
             raise ValueError(
                 f"{what}.tokens holds ids from {lowest} to {highest}; the vocabulary is "

@@ -118,11 +118,12 @@ def jacobians(
     def pair(left: Block, right: Block | None) -> Array:
         here = gradients(left)
         there = here if right is None else gradients(right)
+        # leaf axes are contracted as they are: flattening would gather sharded ones
         terms = [
-            jnp.einsum(
-                "sap,tbp->satb",
-                a.reshape(*a.shape[:2], -1),
-                b.reshape(*b.shape[:2], -1),
+            jnp.tensordot(
+                a,
+                b,
+                (tuple(range(2, a.ndim)),) * 2,
                 precision=jax.lax.Precision.HIGHEST,
                 preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
             )

@@ -18,79 +18,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ntkrl import trees
 from ntkrl.ntk import forms, heads, parts, roads
-from ntkrl.ntk.contexts import Contexts, checked
-from ntkrl.ntk.network import Network, as_network, check_params, check_policy_head
-from ntkrl.ntk.problem import GIB, Problem, is_traced, vocabulary_indices
+from ntkrl.ntk.problem import Problem, vocabulary_indices
 from ntkrl.numerics import at_least_float32
-from ntkrl.types import Array, Params, Policy
-
-
-def kernel(
-    model: Policy | Network,
-    params: Params,
-    observed: Contexts,
-    updated: Contexts | None = None,
-    *,
-    groups: trees.Patterns = (),
-    precondition: Params | None = None,
-    road: str = "auto",
-    forward_mode: bool = True,
-    memory_gib: float = 8.0,
-) -> Kernel:
-    """Return the kernel between observed and updated contexts, lazily.
-
-    Args:
-      model: a Policy, or an `ntk.Network` of your own.
-      params: its params tree, floating point, one dtype.
-      observed: O contexts whose logits are watched.
-      updated: U contexts whose loss moves the params; None for the observed ones, which makes the
-        kernel symmetric and halves the work.
-      groups: ordered `(pattern, name)` list that covers the parameters, for instance
-        `ntk.by_layer(model, params)`; each name is then a part. A stacked leaf is spelled once per
-        layer (`layers/3/mlp/up/kernel`) or for all layers at once (`layers/mlp/up/kernel`).
-      precondition: tree like params, the diagonal P of J P Jᵀ (for Adam 1 / (√ν + ε)).
-      road: how feature Jacobians are contracted: "auto", "products", "jacobians" or "layers", see
-        `ntkrl.ntk.roads`.
-      forward_mode: False for networks without forward-mode derivatives (fused attention): every
-        JVP becomes a VJP of a VJP.
-      memory_gib: what a call may use beyond the params (GiB); chunks are made to fit, and larger
-        results are refused.
-
-    Returns:
-      A Kernel; nothing large is computed yet.
-
-    Raises:
-      ValueError: contexts out of range or on padding; params that are not floating point, not of
-        one dtype or not finite; a head that does not fit; unknown road; groups that do not cover.
-    """
-    network = as_network(model)
-    check_params(network, params)
-    if isinstance(model, Policy) and not is_traced(params):
-        check_policy_head(model, network, params)
-    if road not in ("auto", *roads.ROADS):
-        raise ValueError(f"road {road!r} is unknown; known are auto, {', '.join(roads.ROADS)}.")
-    if not memory_gib > 0:
-        raise ValueError(f"memory_gib must be positive, not {memory_gib}.")
-    ids = isinstance(model, Policy)
-    here = checked(observed, "observed", network, params, ids)
-    same = updated is None or updated is observed
-    there = here if same else checked(updated, "updated", network, params, ids)
-    if precondition is not None:
-        precondition = parts.checked_precondition(precondition, params)
-    return Kernel(
-        network,
-        params,
-        here,
-        there,
-        groups=parts.check_groups(groups, network, params),
-        precondition=precondition,
-        road=road,
-        forward_mode=forward_mode,
-        budget=int(memory_gib * GIB),
-        symmetric=same,
-    )
+from ntkrl.types import Array
 
 
 class Factored(NamedTuple):
@@ -327,7 +258,8 @@ class Kernel(Problem):
           ValueError: unknown part.
         """
         roles = self.roles(part)
-        if roles.output_input or self.network.head.soft_cap is not None:
+        crossed = roles.output_input or roles.input_output
+        if crossed or self.network.head.soft_cap is not None:
             return jnp.sum(self.diagonal(part), axis=-1)
         operands = self.operands(part)
         left, right = self.readings
@@ -345,6 +277,10 @@ class Kernel(Problem):
         """Return road, chunk, FLOPs and memory of `body(part, chunk)` before it runs."""
         found = self.estimates_of(part, *self.sides(None, None), chunk)
         return roads.choose(found, self.road, self.budget)
+
+    def estimates(self, part: str = "body") -> dict[str, roads.Estimate]:
+        """Return the Estimate of every road that can be taken to `body(part)`."""
+        return self.estimates_of(part, *self.sides(None, None), None)
 
     def _dense_body(self, part: str, rows_R: Array, columns_C: Array) -> Array:
         weight_VD = at_least_float32(self.network.weight(self.params))

@@ -72,7 +72,8 @@ def by_layer(model: Policy | Network, params: Params) -> trees.Patterns:
         name = spellings[0]
         prefix = next((p for p in network.stacked if name.startswith(f"{p}/")), None)
         if prefix is None:
-            groups[f"{_escaped(name.split('/')[0])}(/.*)?"] = _outside_layers(name, 1)
+            top = name.split("/")[0]
+            groups[f"{_escaped(top)}(/.*)?"] = CLASSIFIER if top in PARTS else top
         else:
             layer = name[len(prefix) + 1 :].split("/")[0]
             groups[f"{_escaped(prefix)}/{layer}/.*"] = f"layer {layer}"
@@ -84,10 +85,11 @@ def by_module(model: Policy | Network, params: Params) -> trees.Patterns:
     network, groups = as_network(model), {}
     for spellings in _spelled(network, params):
         plain = spellings[-1]
-        prefix = next((p for p in network.stacked if plain.startswith(f"{p}/")), None)
-        module = plain.rpartition("/")[0] if "/" in plain else plain
-        name = _outside_layers(module, None) if prefix is None else module[len(prefix) + 1 :]
-        groups[f"{_escaped(module)}(/[^/]*)?"] = name
+        prefix = next((f"{p}/" for p in network.stacked if plain.startswith(f"{p}/")), "")
+        leaf = plain[len(prefix) :]
+        module = leaf.rpartition("/")[0] if "/" in leaf else leaf
+        name = CLASSIFIER if module in PARTS else module
+        groups[f"{_escaped(prefix + module)}(/[^/]*)?"] = name
     return tuple(groups.items())
 
 
@@ -181,11 +183,6 @@ def _indicators(network: Network, params: Params, chosen: set[int]) -> tuple[Arr
         weights.append(flags.reshape(-1, *(1,) * (leaf.ndim - 1)) if stacked else flags[0])
         index += count
     return tuple(weights)
-
-
-def _outside_layers(name: str, depth: int | None) -> str:
-    top = "/".join(name.split("/")[:depth])
-    return CLASSIFIER if top in PARTS else top
 
 
 def _escaped(name: str) -> str:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkrl import trees
 from ntkrl.ntk import heads, parts, roads
 from ntkrl.ntk.body import Body, make_body
 from ntkrl.ntk.contexts import Contexts, Grouped, grouped
@@ -59,6 +60,11 @@ class Problem:
     def part_names(self) -> tuple[str, ...]:
         """Every part that can be asked for."""
         return (*parts.PARTS, *self.groups)
+
+    @property
+    def leaf_names(self) -> list[str]:
+        """Names of the parameters, in leaf order."""
+        return trees.names(self.params)
 
     @property
     def has_bias(self) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl.ntk.contexts import Contexts
-from ntkrl.ntk.kernel import kernel
+from ntkrl.ntk.make import kernel
 from ntkrl.ntk.network import Network
 from ntkrl.types import Array, Params, Policy
 

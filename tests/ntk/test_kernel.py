@@ -9,6 +9,7 @@ import pytest
 
 import ntkrl
 from ntkrl import ntk
+from ntkrl.ntk import forms
 from tests.oracles import dense_kernel, group_kernel
 from tests.toys import TINY, toy_params, toy_policy
 
@@ -146,15 +147,13 @@ def test_chunk_size_changes_nothing():
 
 def test_one_compilation_serves_new_params():
     """law: the kernel is jitted per policy, not per call."""
-    from ntkrl.ntk.kernel import _apply
-
     policy, params = model("toy")
     observed, updated = contexts(False)
-    before = _apply._cache_size()
+    before = forms.body_apply._cache_size()
     for scale in (1.0, 2.0, 3.0):
         scaled = jax.tree.map(lambda leaf, s=scale: s * leaf, params)
         ntk.kernel(policy, scaled, observed, updated).apply(jnp.ones((3, 11)))
-    assert _apply._cache_size() - before == 1
+    assert forms.body_apply._cache_size() - before == 1
 
 
 def test_float32_stays_within_rounding():
@@ -166,43 +165,3 @@ def test_float32_stays_within_rounding():
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     found = np.asarray(ntk.kernel(single, small, observed, updated).dense())
     assert relative(found, expected) < 2e-5
-
-
-BAD = {
-    "position": (dict(positions=jnp.array([4, 5, -1])), r"positions 5, -1 are outside \[0, 5\)"),
-    "row": (
-        dict(positions=jnp.array([1]), rows=jnp.array([3])),
-        r"rows 3 are outside \[0, 3\)",
-    ),
-    "count": (dict(positions=jnp.array([1, 2])), "one position per sequence"),
-    "padding": (
-        dict(positions=jnp.array([4, 4, 4]), mask=jnp.asarray(TOKENS > 1)),
-        "contexts 1, 2 end on padding",
-    ),
-    "ids": (dict(tokens=jnp.ones((3, 5)), positions=jnp.array([1, 1, 1])), "integer ids"),
-}
-
-
-@pytest.mark.parametrize("wrong", BAD.values(), ids=BAD.keys())
-def test_bad_contexts_are_named(wrong):
-    """law: what is wrong is said before anything is traced."""
-    fields, message = wrong
-    policy, params = model("toy")
-    good = ntk.Contexts(jnp.asarray(TOKENS), jnp.array([1, 1, 1]))
-    bad = ntk.Contexts(**{"tokens": jnp.asarray(TOKENS), **fields})
-    with pytest.raises(ValueError, match=message):
-        ntk.kernel(policy, params, good, bad)
-
-
-def test_bad_requests_are_named():
-    """law: unknown parts, rows outside the vocabulary, wrong shapes, integer params."""
-    policy, params = model("toy")
-    kernel = ntk.kernel(policy, params, *contexts(False))
-    with pytest.raises(ValueError, match="part 'R' is unknown; known are head, body, cross, full"):
-        kernel.dense("R")
-    with pytest.raises(ValueError, match=r"rows holds ids from 3 to 11; the vocabulary is \[0, 11"):
-        kernel.dense(rows=[3, 11])
-    with pytest.raises(ValueError, match=r"cotangents must have shape \(3, 11\), not \(2, 11\)"):
-        kernel.apply(jnp.ones((2, 11)))
-    with pytest.raises(ValueError, match=r"must be floating point; these are not: head \(int"):
-        ntk.kernel(policy, {**params, "head": jnp.ones((11, 5), int)}, *contexts(False))

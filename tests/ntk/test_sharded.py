@@ -1,0 +1,76 @@
+"""Kernels with params and contexts spread over eight devices equal those of one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import ntkrl
+from ntkrl import ntk, runtime, trees
+from ntkrl.ntk import roads
+from tests.ntk.networks import close
+from tests.toys import TINY
+
+WIDE = {**TINY, "vocab_size": 24, "hidden_size": 8, "intermediate_size": 32}
+MESHES = {"fsdp": (1, 8, 1), "all three": (2, 2, 2)}
+
+
+def spread(policy, params, contexts, sizes):
+    """Place params and contexts on a mesh; rows of contexts over (data, fsdp)."""
+    mesh = runtime.make_mesh(*sizes)
+    placed = jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    tokens, mask = (jax.device_put(x, rows) for x in (contexts.tokens, contexts.mask))
+    return placed, ntk.Contexts(tokens, contexts.positions, contexts.rows, mask)
+
+
+def model():
+    """A tied GPT-NeoX and eight left-padded sequences."""
+    config = {**WIDE, "tie_word_embeddings": True}
+    policy, params = ntkrl.build("GPTNeoXForCausalLM", config, jax.random.key(0), jnp.float64)
+    rng = np.random.default_rng(0)
+    mask = np.arange(6)[None] >= rng.integers(0, 4, (8, 1))
+    return policy, params, ntk.last_positions(jnp.asarray(rng.integers(0, 24, (8, 6))), mask)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
+def test_sharded_equals_one_device(sizes):
+    """law: every road and the products, float64 to 1e-10."""
+    policy, params, contexts = model()
+    placed, there = spread(policy, params, contexts, sizes)
+    right = np.random.default_rng(1).normal(size=(8, 24))
+    whole = ntk.kernel(policy, params, contexts)
+    for road in ntk.ROADS:
+        kernel = ntk.kernel(policy, placed, there, road=road)
+        assert kernel.body_function.shardings is not None
+        close(kernel.body(), whole.body())
+    kernel = ntk.kernel(policy, placed, there)
+    close(kernel.apply(right), whole.apply(right))
+    close(kernel.trace(), whole.trace())
+    direction = jax.tree.map(jnp.ones_like, placed)
+    found = ntk.predict(policy, placed, direction, there)
+    wanted = ntk.predict(policy, params, jax.tree.map(jnp.ones_like, params), contexts)
+    close(sum(found.values()), sum(wanted.values()))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("road", ["products", "jacobians"])
+def test_gradients_stay_sharded(road):
+    """law: with wide layers, gradients of all leaves are most of the memory, and each device has
+    less than a third of what one device alone needs (an eighth, and what is whole everywhere)."""
+    config = {**WIDE, "hidden_size": 64, "intermediate_size": 512}
+    policy, params = ntkrl.build("GPTNeoXForCausalLM", config, jax.random.key(0), jnp.float64)
+    contexts = ntk.Contexts(jnp.ones((1, 2), int), jnp.array([1]), mask=jnp.ones((1, 2), bool))
+    placed = jax.device_put(
+        params, trees.shardings(params, policy.sharding, runtime.make_mesh(1, 8, 1))
+    )
+    temporary = []
+    for one in (params, placed):
+        kernel = ntk.kernel(policy, one, contexts)
+        here, _ = kernel.sides(None, None)
+        arguments = (kernel.body_function, one, here, None, None, road, 16, True)
+        compiled = roads.gram.lower(*arguments).compile()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporary[1] < temporary[0] / 3
