@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ntkrl import trees
 from ntkrl.ntk.network import Head, Network
@@ -77,6 +77,16 @@ class Body:
             jax.lax.with_sharding_constraint(leaf, sharding)
             for leaf, sharding in zip(leaves, self.shardings, strict=True)
         ]
+
+    def spread(self, cotangents: Array) -> Array:
+        """Spread directions `[S, A, …]` over the devices that hold the params."""
+        if self.shardings is None:
+            return cotangents
+        mesh = self.shardings[0].mesh
+        if cotangents.shape[1] % mesh.size:
+            return cotangents
+        spec = PartitionSpec(None, mesh.axis_names)
+        return jax.lax.with_sharding_constraint(cotangents, NamedSharding(mesh, spec))
 
     def program(self, params: Params, tokens: Any, mask: Array) -> Program:
         """Return the features of one sequence, traced: inputs are all leaves, tokens and mask."""

@@ -1,4 +1,13 @@
-"""The front door of the kernels: check what was given, and return a lazy Kernel."""
+"""The front door of the kernels: check what was given, and return a lazy Kernel.
+
+>>> kernel = ntk.kernel(policy, params, ntk.last_positions(tokens))
+>>> kernel.trace("head").shape  # [O, U]
+(2, 2)
+>>> change = kernel.apply(jnp.ones((2, policy.vocab_size)))  # one VJP, one JVP
+>>> block = kernel.dense(rows=[5, 8], columns=[0, 1])  # [O, U, 2, 2]
+>>> print(kernel.estimate().road)  # what body() will do, before it runs
+layers
+"""
 
 from __future__ import annotations
 
@@ -52,14 +61,7 @@ def kernel(
       ValueError: contexts out of range or on padding; params that are not floating point, not of
         one dtype or not finite; a head that does not fit; unknown road; groups that do not cover.
     """
-    network = as_network(model)
-    check_params(network, params)
-    if isinstance(model, Policy) and not is_traced(params):
-        check_policy_head(model, network, params)
-    if road not in ("auto", "rows", *ROADS):
-        raise ValueError(f"road {road!r} is unknown; known are auto, {', '.join(ROADS)}, rows.")
-    if not memory_gib > 0:
-        raise ValueError(f"memory_gib must be positive, not {memory_gib}.")
+    network = _checked(model, params, road, memory_gib)
     ids = isinstance(model, Policy)
     here = checked(observed, "observed", network, params, ids)
     same = updated is None or updated is observed
@@ -79,3 +81,15 @@ def kernel(
         budget=int(memory_gib * GIB),
         symmetric=same,
     )
+
+
+def _checked(model: Policy | Network, params: Params, road: str, memory_gib: float) -> Network:
+    network = as_network(model)
+    check_params(network, params)
+    if isinstance(model, Policy) and not is_traced(params):
+        check_policy_head(model, network, params)
+    if road not in ("auto", "rows", *ROADS):
+        raise ValueError(f"road {road!r} is unknown; known are auto, {', '.join(ROADS)}, rows.")
+    if not memory_gib > 0:
+        raise ValueError(f"memory_gib must be positive, not {memory_gib}.")
+    return network

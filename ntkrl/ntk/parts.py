@@ -66,6 +66,14 @@ def by_layer(model: Policy | Network, params: Params) -> trees.Patterns:
     """Return groups `layer 0`, `layer 1`, …, and one per top-level module outside the layers.
 
     The head's own matrix is called "classifier", as "head" is a role.
+
+    >>> groups = ntk.by_layer(policy, params)
+    >>> [name for _, name in groups]
+    ['embed', 'final_norm', 'classifier', 'layer 0', 'layer 1']
+    >>> kernel = ntk.kernel(policy, params, ntk.last_positions(tokens), groups=groups)
+    >>> total = sum(kernel.trace(name) for _, name in groups)
+    >>> bool(jnp.allclose(total, kernel.trace(), rtol=1e-4))
+    True
     """
     network, groups = as_network(model), {}
     for spellings in _spelled(network, params):

@@ -31,6 +31,11 @@ def predict(
 ) -> dict[str, Array]:
     """Predict Δ log π of observed contexts, split by group of parameters.
 
+    >>> step = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
+    >>> change = ntk.predict(policy, params, step, ntk.last_positions(tokens))
+    >>> sorted(change), change["head"].shape[0]
+    (['body', 'head'], 2)
+
     Args:
       model: a Policy, or an `ntk.Network` of your own.
       params: the params tree.

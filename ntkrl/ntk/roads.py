@@ -5,10 +5,12 @@ and B directions of the two sides, S their sequences, t and f a tapped product's
 outputs:
 
     products    B (2 F + 2 F S_o)                        chunk (P + S_o layer)
-    jacobians   (A + B blocks) 2 F + 2 A B P             2 chunk P
-    layers      (A + B) F + Σ 2 f (A B t + S_u A t²)     2 chunk (Σ t f + layer)
+    jacobians   (A + B blocks) 2 F + 2 A B P             2 chunk (P + layer)
+    layers      (A + B) F + Σ 2 f (A B t + S_u A t²)     2 chunk 3 Σ t f
 
-The cheapest road whose smallest chunk fits the budget is taken. Estimates count matrix products.
+A "layer" is all numbers made within one; the second factor 2 is one where a symmetric Γ is made of
+a single block. The cheapest road whose smallest chunk fits the budget is taken. Work counts matrix
+products; memory agrees with the compiler's own count within a factor of three (tested).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ntkrl.ntk import gradients
 from ntkrl.ntk.body import Body
 from ntkrl.ntk.directions import Directions
 from ntkrl.ntk.layers import layers, plan_for
-from ntkrl.ntk.program import flatten, flops
+from ntkrl.ntk.program import Program, flatten, flops
 from ntkrl.ntk.taps import Plan
 from ntkrl.types import Array, Params
 
@@ -61,6 +63,7 @@ class Sizes(NamedTuple):
 
     forward: FLOPs.
     params: parameters that features depend on.
+    params_plain: those of them that are not tapped, of one layer where stacked.
     values: numbers made on the way.
     layer: numbers made within one layer, or all of them without a scan.
     taps: `(t, f, times)` of every tapped product.
@@ -68,26 +71,34 @@ class Sizes(NamedTuple):
 
     forward: int
     params: int
+    params_plain: int
     values: int
     layer: int
     taps: tuple[tuple[int, int, int], ...]
 
 
-def sizes(plan: Plan, params: int) -> Sizes:
+def sizes(plan: Plan, leaves: list[Array]) -> Sizes:
     """Read the counts off a plan."""
-    program = plan.program
-    whole = sum(aval.size for aval in program.avals)
+    program, plain = plan.program, sum(leaves[leaf].size for leaf in plan.plain)
+    for scan in plan.scans.values():
+        plain += sum(leaves[leaf].size // leaves[leaf].shape[0] for leaf in scan.inner.plain)
+    whole = _made(program)
     inner, times = [], []
     for step in program.steps:
         if step.eqn.primitive.name == "scan":
-            body = flatten(step.eqn.params["jaxpr"])
-            inner.append(sum(aval.size for aval in body.avals))
+            inner.append(_made(flatten(step.eqn.params["jaxpr"])))
             times.append(step.eqn.params["length"])
     values = whole + sum(i * n for i, n in zip(inner, times, strict=True))
     found = _tapped(plan, 1)
     for index, scan in plan.scans.items():
         found += _tapped(scan.inner, program.steps[index].eqn.params["length"])
-    return Sizes(flops(program), params, values, max(inner, default=whole), tuple(found))
+    size = sum(leaf.size for leaf in leaves)
+    return Sizes(flops(program), size, plain, values, max(inner, default=whole), tuple(found))
+
+
+def _made(program: Program) -> int:
+    """Count the numbers that steps make."""
+    return sum(program.avals[slot].size for step in program.steps for slot in step.outputs)
 
 
 def _tapped(plan: Plan, times: int) -> list[tuple[int, int, int]]:
@@ -123,20 +134,19 @@ def estimates(
     """
     leaves = body.leaves(params)
     plan = plan_for(body, params, observed, weights)
-    s = sizes(plan, sum(leaf.size for leaf in leaves))
+    s = sizes(plan, leaves)
     other = observed if updated is None else updated
     alike = updated is None or plan.signature() == plan_for(body, params, other, None).signature()
     a, b = (side.sequences * side.per_sequence for side in (observed, other))
     item = max(leaf.dtype.itemsize for leaf in leaves)
     output = a * b * max(item, 4)
-    sides = 1 if updated is None else 2
-    per_direction = {
-        "products": s.params * 2 + observed.sequences * 2 * s.layer,
-        "jacobians": sides * (s.params + s.layer),
-        "layers": sides * (2 * sum(t * f for t, f, _ in s.taps) + s.layer),
+    per_side = {
+        "products": s.params + observed.sequences * s.layer,
+        "jacobians": s.params + s.layer,
+        "layers": 3 * sum(t * f for t, f, _ in s.taps) + s.params_plain,
     }
     fixed = {
-        "products": (observed.sequences + 1) * s.values,
+        "products": (observed.sequences + 1) * s.values // 2,
         "jacobians": (observed.sequences + other.sequences) * s.values,
         "layers": (observed.sequences + other.sequences) * s.layer,
     }
@@ -146,17 +156,22 @@ def estimates(
     for road in ROADS:
         if road == "layers" and not (alike and _layered(weights, leaves)):
             continue
-        left = budget - output - item * fixed[road]
-        most = max(1, min(max(a, b), left // max(1, item * per_direction[road])))
+        left = (budget - output - item * fixed[road]) // item
+        one_block = updated is None and a * per_side[road] <= left
+        sides = 1 if one_block or road == "products" else 2
+        most = max(1, min(max(a, b), left // max(1, sides * per_side[road])))
         size = most if chunk is None else min(chunk, max(a, b))
+        if size < a and road != "products":
+            sides = 2
         blocks = -(-a // size)
         work = {
             "products": b * 2 * s.forward * (1 + observed.sequences),
             "jacobians": (a + b * blocks) * 2 * s.forward + 2 * a * b * s.params,
-            "layers": (a * -(-b // size) + b * blocks) * s.forward + (mixing + inner) * sides / 2,
+            "layers": (a * -(-b // size) + b * blocks) * s.forward + mixing + inner,
         }[road]
-        memory = output + item * (fixed[road] + size * per_direction[road])
-        found[road] = Estimate(road, int(size), float(work), int(memory), int(output))
+        halved = work / 2 if updated is None and road != "products" else work
+        memory = output + item * (fixed[road] + size * sides * per_side[road])
+        found[road] = Estimate(road, int(size), float(halved), int(memory), int(output))
     return found
 
 

@@ -32,6 +32,11 @@ def score_gram(
     Equal to g_oᵀ K(o, u) g_u with g = e_y − π, without any gradient per token in memory: at most
     `chunk` cotangents per layer are held at a time.
 
+    >>> every = ntk.every_position(tokens[:, :-1])
+    >>> gram = ntk.score_gram(policy, params, every, tokens[:, 1:].ravel())
+    >>> gram.shape
+    (6, 6)
+
     Args:
       model, params: as for `ntk.kernel`.
       contexts: O contexts, for instance `ntk.every_position(tokens, mask)`.

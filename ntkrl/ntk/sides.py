@@ -49,7 +49,8 @@ class Side:
             c_ATD = jax.vmap(lambda a: cotangent(positions, vectors, a, side, length))(indices)
             return c_ATD.astype(phi.dtype).reshape(block.count, *phi.shape[1:])
 
-        self.cotangents = {output: jax.vmap(start)(side.positions, side.vectors)}
+        starts = jax.vmap(start)(side.positions, side.vectors)
+        self.cotangents = {output: body.spread(starts)}
 
     def scan(self, number: int) -> taps.ScanPlan | None:
         """Return the scan over layers that a run is, or None."""

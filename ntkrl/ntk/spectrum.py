@@ -20,6 +20,11 @@ def eigenpairs(
     The matrix never exists; each iteration is one VJP and one JVP. Implicitly restarted Lanczos is
     scipy's (ARPACK); vectors of O·V numbers pass through the host.
 
+    >>> kernel = ntk.kernel(policy, params, ntk.last_positions(tokens))
+    >>> values, vectors = ntk.eigenpairs(kernel, count=3)
+    >>> bool(values[0] >= values[1]), vectors.shape[:2]
+    (True, (3, 2))
+
     Args:
       kernel: a symmetric kernel (`updated` left out).
       count: eigenpairs wanted, in [1, O·V).

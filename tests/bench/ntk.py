@@ -1,0 +1,212 @@
+"""Compare this library's kernels with the best that other tools do: `python -m tests.bench.ntk`.
+
+Four questions on random GPT-NeoX models in float32, each method in a process of its own, compiled
+before the clock starts; memory is what the process grew by during a call, result included:
+
+    small      K of N = 4 last positions, T = 16, V = 4096, D = 128, 4 layers: factored, written
+               out, and by each peer (NTK-vector products whole, Jacobian rows extrapolated)
+    large      factored at V = 50304, D = 512, 8 layers, four last positions, T = 16
+    vocabulary factored at V = 512 and V = 50304, all else as in small
+    scores     Gram matrix of ∇ log π of 16 × 32 tokens, against stacked gradients
+
+`--only=small,scores` chooses, `--json=FILE` keeps the rows, `--roads` times every road on small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkrl import ntk
+from tests.bench import measure, peers
+
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "rotary_pct": 0.25,
+}
+LARGE = {
+    **SMALL,
+    "vocab_size": 50304,
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+}
+CONTEXTS, LENGTH = 4, 16
+SEQUENCES, COMPLETION = 16, 32
+MINUTES = 20 * 60
+
+
+def ours(
+    form: str,
+    config: dict[str, Any],
+    road: str = "auto",
+    repeats: int = 5,
+    memory_gib: float = 8.0,
+) -> dict[str, Any]:
+    """Time a form of the kernel of last positions; `form` is "factored" or "dense"."""
+    peer, _ = _models(config)
+    tokens_NT = peers.random_tokens(CONTEXTS, LENGTH, peer.vocab)
+    where = ntk.last_positions(jnp.asarray(tokens_NT))
+
+    def make() -> ntk.Kernel:
+        return ntk.kernel(peer.policy, peer.params, where, road=road, memory_gib=memory_gib)
+
+    def call() -> Any:
+        kernel = make()
+        found = kernel.factored() if form == "factored" else kernel.dense()
+        return jax.block_until_ready(found)
+
+    note = str(make().estimate())
+    return {**_measured(call, repeats), "note": note}
+
+
+def peer_kernel(tool: str, way: str, config: dict[str, Any], chunk: int) -> dict[str, Any]:
+    """Time a peer's whole kernel; Jacobian rows are run in part and extrapolated."""
+    peer = _models(config)[0 if tool == "jax" else 1]
+    tokens_NT = peers.random_tokens(CONTEXTS, LENGTH, peer.vocab)
+    if way == "products":
+        peers.products(peer, tokens_NT, chunk, 2 * chunk)
+        return _measured(lambda: peers.products(peer, tokens_NT, chunk), 1, warm=False)
+    with measure.peak_memory() as peak:
+        timed = peers.time_rows(peer, tokens_NT, chunk, blocks=2)
+    note = f"extrapolated from {timed['units']} of {timed['whole_units']} blocks"
+    return {"seconds": timed["whole_seconds"], "MiB": round(peak.mib), "note": note}
+
+
+def our_scores(config: dict[str, Any], chunk: int | None, repeats: int = 3) -> dict[str, Any]:
+    """Time the Gram matrix of the score functions of completion tokens."""
+    peer, _ = _models(config)
+    tokens_NT = peers.random_tokens(SEQUENCES, COMPLETION + 1, peer.vocab)
+    where = ntk.every_position(jnp.asarray(tokens_NT[:, :-1]))
+    targets = tokens_NT[:, 1:].ravel()
+
+    def call() -> Any:
+        gram = ntk.score_gram(peer.policy, peer.params, where, targets, chunk=chunk)
+        return jax.block_until_ready(gram)
+
+    return _measured(call, repeats)
+
+
+def peer_scores(tool: str, config: dict[str, Any], repeats: int = 3) -> dict[str, Any]:
+    """Time a peer's stacked gradients and their Gram matrix."""
+    peer = _models(config)[0 if tool == "jax" else 1]
+    tokens_NT = peers.random_tokens(SEQUENCES, COMPLETION + 1, peer.vocab)
+    return _measured(lambda: peers.score_gram(peer, tokens_NT, COMPLETION), repeats)
+
+
+def agreement(config: dict[str, Any]) -> dict[str, Any]:
+    """Compare our dense blocks with a peer's on some columns, and the score Gram matrices."""
+    peer, _ = _models(config)
+    tokens_NT = peers.random_tokens(CONTEXTS, LENGTH, peer.vocab)
+    kernel = ntk.kernel(peer.policy, peer.params, ntk.last_positions(jnp.asarray(tokens_NT)))
+    theirs = peers.products(peer, tokens_NT, 16, 16)
+    dense = np.asarray(kernel.dense(columns=list(range(16))))
+    factored = kernel.factored()
+    weight = np.asarray(factored.weight)
+    written = np.einsum("vd,oude,we->ouvw", weight, factored.body, weight[:16])
+    written += np.asarray(factored.head)[..., None, None] * np.eye(len(weight))[:, :16]
+    scale = np.abs(theirs).max()
+    errors = (np.abs(found - theirs).max() / scale for found in (dense, written))
+    return dict(zip(("dense", "factored"), map(float, errors), strict=True))
+
+
+def _models(config: dict[str, Any]) -> tuple[peers.Jax, peers.Torch]:
+    with tempfile.TemporaryDirectory() as directory:
+        return peers.models(directory, **config)
+
+
+def _measured(call: Any, repeats: int, warm: bool = True) -> dict[str, Any]:
+    if warm:
+        call()
+    with measure.peak_memory() as peak:
+        first = measure.median_seconds(call, 1)
+    seconds = measure.median_seconds(call, repeats) if repeats > 1 else first
+    return {"seconds": seconds, "MiB": round(peak.mib)}
+
+
+def small(roads: bool) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name the methods of the first question: what, function, arguments."""
+    found = [
+        ("ours, factored (s, M)", "ours", {"form": "factored"}),
+        ("ours, factored, memory_gib=0.02", "ours", {"form": "factored", "memory_gib": 0.02}),
+        ("ours, V×V written out", "ours", {"form": "dense", "repeats": 3}),
+        (
+            "JAX, NTK-vector products",
+            "peer_kernel",
+            {"tool": "jax", "way": "products", "chunk": 16},
+        ),
+        ("JAX, V Jacobian rows", "peer_kernel", {"tool": "jax", "way": "rows", "chunk": 64}),
+        (
+            "torch.func, NTK-vector products",
+            "peer_kernel",
+            {"tool": "torch", "way": "products", "chunk": 16},
+        ),
+        ("torch.func, jacrev", "peer_kernel", {"tool": "torch", "way": "rows", "chunk": 64}),
+    ]
+    if roads:
+        for road in ntk.ROADS:
+            arguments = {"form": "factored", "road": road, "repeats": 1}
+            found.append((f"ours, factored, road {road}", "ours", arguments))
+    return [(what, name, {**arguments, "config": SMALL}) for what, name, arguments in found]
+
+
+def questions(roads: bool) -> dict[str, list[tuple[str, str, dict[str, Any]]]]:
+    """Return the methods of every question."""
+    return {
+        "small": small(roads),
+        "large": [("ours, factored", "ours", {"form": "factored", "config": LARGE, "repeats": 1})],
+        "vocabulary": [
+            (
+                f"ours, factored, V = {vocab}",
+                "ours",
+                {"form": "factored", "config": {**SMALL, "vocab_size": vocab}},
+            )
+            for vocab in (512, 50304)
+        ],
+        "scores": [
+            ("ours, score_gram", "our_scores", {"config": SMALL, "chunk": None}),
+            ("ours, chunk=256", "our_scores", {"config": SMALL, "chunk": 256}),
+            ("ours, chunk=64", "our_scores", {"config": SMALL, "chunk": 64}),
+            ("JAX, stacked gradients", "peer_scores", {"config": SMALL, "tool": "jax"}),
+            ("torch.func, stacked gradients", "peer_scores", {"config": SMALL, "tool": "torch"}),
+        ],
+    }
+
+
+def main() -> None:
+    """Run the questions asked for and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="small,large,vocabulary,scores")
+    parser.add_argument("--json")
+    parser.add_argument("--roads", action="store_true")
+    options = parser.parse_args()
+    asked, known = options.only.split(","), questions(options.roads)
+    if not set(asked) <= set(known):
+        parser.error(f"--only takes {', '.join(known)}, separated by commas")
+    errors = measure.run_isolated("tests.bench.ntk:agreement", {"config": SMALL}, MINUTES)
+    print(f"largest difference from NTK-vector products in JAX, relative: {errors}", flush=True)
+    kept = []
+    for question in asked:
+        rows = []
+        for what, name, arguments in known[question]:
+            found = measure.run_isolated(f"tests.bench.ntk:{name}", arguments, MINUTES)
+            rows.append({"question": question, "method": what, **found})
+            print(f"  {what}: {found}", flush=True)
+        print(f"\n{measure.table(rows, ('method', 'seconds', 'MiB', 'note', 'failed'))}\n")
+        kept += rows
+    if options.json is not None:
+        measure.write_json(options.json, kept)
+
+
+if __name__ == "__main__":
+    main()

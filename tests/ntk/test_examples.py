@@ -1,0 +1,32 @@
+"""The examples in the docstrings run and print what they say."""
+
+import doctest
+import importlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import ntkrl
+from ntkrl import ntk
+from tests.toys import TINY
+
+MODULES = ["ntkrl.ntk"] + [
+    f"ntkrl.ntk.{name}" for name in ("make", "parts", "scores", "spectrum", "predict")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    """story: with a policy, its params and four tokens in two rows, as every example assumes."""
+    policy, params = ntkrl.build("GPTNeoXForCausalLM", TINY, jax.random.key(0))
+    given = {
+        "jax": jax,
+        "jnp": jnp,
+        "ntk": ntk,
+        "params": params,
+        "policy": policy,
+        "tokens": jnp.array([[5, 3, 8, 2], [7, 7, 1, 4]]),
+    }
+    found = doctest.testmod(importlib.import_module(name), extraglobs=given)
+    assert found.attempted > 2 and not found.failed
