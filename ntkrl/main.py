@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,12 @@ USAGE = """usage: ntkrl COMMAND ...
 
   train    --config=FILE [--config.section.field=value ...]   run or resume a training run
   evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
+  kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
   report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
   export   RUN OUT [--step=N]                                 a checkpoint as Hugging Face directory
+
+kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=16 --layers
+--dtype=float32|float64|bfloat16 --memory_gib=8.
 
 Configs live in configs/; every field has its meaning in configs/base.py.
 Set NTKRL_TRACEBACK=1 to see where an error came from."""
@@ -24,7 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: words after the program's name; None for the process's own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "evaluate": _evaluate, "report": _report, "export": _export}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "kernel": _kernel,
+        "report": _report,
+        "export": _export,
+    }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -60,6 +71,17 @@ def _evaluate(words: Sequence[str]) -> None:
     evaluate.evaluate(config)
 
 
+def _kernel(words: Sequence[str]) -> None:
+    from ntkrl import inspect
+
+    names = [field.name for field in dataclasses.fields(inspect.KernelSettings)]
+    known = [name for name in names if name not in ("model", "layers")]
+    options, places = _options(words, known, ("layers",))
+    if len(places) != 1:
+        raise ValueError("kernel needs one model directory, and --prompts=FILE.")
+    inspect.inspect(inspect.read_settings(places[0], options))
+
+
 def _report(words: Sequence[str]) -> None:
     from ntkrl import report
 
@@ -84,16 +106,18 @@ def _export(words: Sequence[str]) -> None:
     evaluate.export(places[0], places[1], None if step is None else int(step))
 
 
-def _options(words: Sequence[str], known: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Split words into `--name=value` options and the rest."""
+def _options(
+    words: Sequence[str], known: Sequence[str], switches: Sequence[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Split words into `--name=value` options (and `--switch` ones, with no value) and the rest."""
     options, rest = {}, []
     for word in words:
         if not word.startswith("--"):
             rest.append(word)
             continue
         name, _, value = word[2:].partition("=")
-        if name not in known or not value:
-            allowed = ", ".join(f"--{one}=…" for one in known)
+        if word[2:] not in switches and (name not in known or not value):
+            allowed = ", ".join([f"--{one}=…" for one in known] + [f"--{one}" for one in switches])
             raise ValueError(f"{word} is not understood; allowed are {allowed}.")
         options[name] = value
     return options, rest

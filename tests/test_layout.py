@@ -12,7 +12,7 @@ FLOORS = [
     {"models", "scoring", "ntk", "runtime"},
     {"data", "rollout", "reward", "advantage", "update", "probe", "report"},
     {"assembly"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "inspect"},
     {"main"},
     {"__main__"},
 ]

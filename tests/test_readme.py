@@ -17,10 +17,11 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_kernel_example_runs(tmp_path):
-    """story: the example of the kernels section, on a tiny model in DIR's place."""
+def test_kernel_examples_run(tmp_path):
+    """story: the examples of the kernels section, the first on a tiny model in DIR's place."""
     torch_neox(tmp_path)
-    (example,) = [block for block in blocks("python") if "ntk.kernel" in block]
+    example, own = [block for block in blocks("python") if "ntk.kernel" in block]
+    exec(compile(own, "README", "exec"), {})
     names = {}
     exec(compile(example.replace('"DIR"', repr(str(tmp_path))), "README", "exec"), names)
     kernel = names["kernel"]
@@ -43,7 +44,7 @@ def test_stages_example_is_the_config():
     assert re.sub(r"\s+", "", example) in re.sub(r"\s+", "", source)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report", "export"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "kernel", "report", "export"])
 def test_commands_are_known(command):
     """law: every command of the table is one of the command line, and the other way round."""
     assert f"`ntkrl {command} " in TEXT and f"\n  {command} " in USAGE

@@ -2,7 +2,7 @@
 
 from ntkrl.assembly.collect import Collected, collect, draw_probe_set, evaluate, make_sample
 from ntkrl.assembly.settings import RunSettings, read_settings
-from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model
+from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model, check_vocabulary
 from ntkrl.assembly.sources import RolloutSource, SupervisedSource
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "SupervisedSource",
     "assemble",
     "assemble_model",
+    "check_vocabulary",
     "collect",
     "draw_probe_set",
     "evaluate",

@@ -99,6 +99,19 @@ def assemble_model(settings: RunSettings, run_directory: Path) -> Start:
     return _start(settings, *_tokenizer(settings, run_directory))
 
 
+def check_vocabulary(tokenizer: Any, policy: Policy, source: str) -> None:
+    """Refuse a tokenizer with tokens the model does not have.
+
+    Raises:
+      ValueError: it has more entries than the model's vocabulary.
+    """
+    if len(tokenizer) > policy.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} entries, the model's vocabulary "
+            f"{policy.vocab_size}; use the tokenizer the model was trained with."
+        )
+
+
 def _tokenizer(settings: RunSettings, run_directory: Path) -> tuple[Mesh, str, Any]:
     mesh = runtime.make_mesh(**settings.mesh)
     source = settings.model.path
@@ -112,11 +125,7 @@ def _tokenizer(settings: RunSettings, run_directory: Path) -> tuple[Mesh, str, A
 
 def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> Start:
     policy, params = _model(settings.model, tokenizer, mesh, settings.seed)
-    if len(tokenizer) > policy.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {source} has {len(tokenizer)} entries, the model's vocabulary "
-            f"{policy.vocab_size}; use the tokenizer the model was trained with."
-        )
+    check_vocabulary(tokenizer, policy, source)
     return Start(policy, params, tokenizer, source, mesh)
 
 

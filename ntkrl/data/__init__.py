@@ -9,7 +9,7 @@ from ntkrl.data.batches import bucket_length, prompt_batch, supervised_batch
 from ntkrl.data.expressions import characters, save_tokenizer, supervised_set, targets
 from ntkrl.data.expressions import prompt_set as expression_prompts
 from ntkrl.data.order import epoch_at, hold_out, rows_at
-from ntkrl.data.prompts import PromptSet, read_jsonl
+from ntkrl.data.prompts import PromptSet, read_jsonl, read_prompts
 from ntkrl.data.tokens import (
     decode_completions,
     encode_completions,
@@ -30,6 +30,7 @@ __all__ = [
     "load_tokenizer",
     "prompt_batch",
     "read_jsonl",
+    "read_prompts",
     "rows_at",
     "save_tokenizer",
     "supervised_batch",

@@ -1,7 +1,8 @@
 """Prompts with their columns, read from a JSON Lines file and checked row by row.
 
 Two forms, as in TRL: *standard* (`{"prompt": "text"}`) and *conversational*
-(`{"prompt": [{"role": "user", "content": "text"}]}`). A file holds one of them.
+(`{"prompt": [{"role": "user", "content": "text"}]}`). A file holds one of them. Where no columns
+are needed, a plain text file with one prompt per line will do.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ("prompt",)) -> Promp
         are named as file:line in one message.
     """
     path = Path(path)
-    rows, problems = _objects(path, _bytes(path))
+    rows, problems = _objects(path, _bytes(path, "JSON Lines file", EXAMPLES))
     if not rows and not problems:
         raise ValueError(f"{path}: the file is empty. Expected {EXAMPLES}.")
     form = _form(rows)
@@ -81,11 +82,39 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ("prompt",)) -> Promp
     )
 
 
-def _bytes(path: Path) -> bytes:
+def read_prompts(path: str | Path) -> PromptSet:
+    """Read a file of prompts alone: one per line if its name ends in `.txt`, else JSON Lines.
+
+    Args:
+      path: a UTF-8 file; blank lines are skipped, other white space of a text line is kept.
+
+    Returns:
+      The prompts in file order; a text file has no columns.
+
+    Raises:
+      ValueError: the file cannot be read or holds no prompts, or what `read_jsonl` raises.
+    """
+    path = Path(path)
+    if path.suffix != ".txt":
+        return read_jsonl(path)
+    try:
+        text = _bytes(path, "text file", "one prompt per line").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8."
+        ) from error
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"{path}: the file is empty. Expected one prompt per line.")
+    return PromptSet(prompts=prompts, columns={}, source=str(path))
+
+
+def _bytes(path: Path, kind: str, form: str) -> bytes:
     if path.is_dir():
-        raise ValueError(f"{path} is a directory; give one JSON Lines file inside it.")
+        raise ValueError(f"{path} is a directory; give one {kind} inside it.")
     if not path.exists():
-        raise ValueError(f"{path}: no such file. Expected a JSON Lines file: {EXAMPLES}.")
+        raise ValueError(f"{path}: no such file. Expected a {kind}: {form}.")
     try:
         # Windows editors put a byte-order mark first; it is no part of the first row.
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf")

@@ -1,7 +1,20 @@
-"""What changed on a fixed set of completions, and what first-order theory said would change."""
+"""What changed on a fixed set of completions, and what first-order theory said would change.
+
+Also what the kernel of given contexts is made of.
+"""
 
 from ntkrl.probe.diversity import distinct_counts, pass_at_k
 from ntkrl.probe.features import feature_measures
+from ntkrl.probe.kernels import KernelPlan, kernel_measures, plan_kernel
 from ntkrl.probe.step import Prober, ProbeReading
 
-__all__ = ["ProbeReading", "Prober", "distinct_counts", "feature_measures", "pass_at_k"]
+__all__ = [
+    "KernelPlan",
+    "ProbeReading",
+    "Prober",
+    "distinct_counts",
+    "feature_measures",
+    "kernel_measures",
+    "pass_at_k",
+    "plan_kernel",
+]

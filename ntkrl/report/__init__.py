@@ -1,11 +1,14 @@
 """Reports: what a run directory holds, written line by line and read back as a page.
 
 Promise: a report is built from run directories alone, without an accelerator, while the run goes
-on or after it crashed; what is missing is said in words; equal directories give equal bytes.
+on or after it crashed; what is missing is said in words; equal directories give equal bytes. The
+kernels of a model on prompts have a figure of their own.
 
 May import numpy, matplotlib and the standard library, and no other room: never jax.
 """
 
+from ntkrl.report.kernels import format_kernel as format_kernel
+from ntkrl.report.kernels import write_kernel as write_kernel
 from ntkrl.report.page import write_report as write_report
 from ntkrl.report.runs import read_run as read_run
 from ntkrl.report.table import format_table as format_table

@@ -14,6 +14,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from ntkrl.report.figures import FIGURES, FigureSpec
 from ntkrl.report.names import GLOSSARY
 from ntkrl.report.runs import Run, read_runs
@@ -57,10 +59,13 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
 def render(spec: FigureSpec, runs: Sequence[Run]) -> bytes | None:
     """Draw one figure as PNG, None when no run has data for it."""
     figure = spec.draw(runs)
-    if figure is None:
-        return None
+    return None if figure is None else as_png(figure)
+
+
+def as_png(figure: Figure) -> bytes:
+    """Return a figure as PNG; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    # Without the version of matplotlib in the file, equal drawings are equal bytes.
+    # without the version of matplotlib in the file
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()
 

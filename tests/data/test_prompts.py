@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ntkrl.data.prompts import read_jsonl
+from ntkrl.data.prompts import read_jsonl, read_prompts
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -140,3 +140,25 @@ def test_all_problems_in_line_order_ten_shown(tmp_path):
         str(i) for i in range(1, 11)
     ]
     assert "and 3 more" in str(caught.value)
+
+
+def test_text_files_hold_one_prompt_per_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbf a \r\n\r\n  \nb\xe2\x80\xa8c\n")
+    rows = read_prompts(path)
+    # white space of a line is kept; a Unicode line separator is no end of line
+    assert rows.prompts == (" a ", "b\u2028c")
+    assert rows.columns == {} and rows.source == str(path) and not rows.conversational
+    assert read_prompts(_write(tmp_path, {"prompt": USER})).prompts == (USER,)
+
+
+def test_text_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "prompts.txt"
+    with pytest.raises(ValueError, match="no such file. Expected a text file: one prompt per line"):
+        read_prompts(path)
+    path.write_bytes(b"a\n\xff\n")
+    with pytest.raises(ValueError, match=r"prompts.txt: not UTF-8 \(byte 2\); save the file"):
+        read_prompts(path)
+    path.write_text(" \n\n")
+    with pytest.raises(ValueError, match="the file is empty. Expected one prompt per line"):
+        read_prompts(path)
