@@ -57,7 +57,7 @@ def test_bad_contexts_are_named(wrong):
 def test_networks_that_cannot_see_padding_refuse_it():
     """law: left padding changes what a network without the mask computes, so it is an error."""
     found, params = network("plain", False)
-    blind = ntk.Network(lambda p, tokens: features(p, tokens), found.head)
+    blind = ntk.Network(features, found.head)
     mask = np.ones((3, 5), bool)
     mask[1, 0] = False
     with pytest.raises(ValueError, match="contexts 1 have padding before them"):
