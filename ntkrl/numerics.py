@@ -5,6 +5,7 @@ Log-probs, entropies and softmax statistics are float32 or better whatever the m
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +19,11 @@ from ntkrl.types import Array, Total
 def at_least_float32(values: Array) -> Array:
     """Cast to float32 unless the dtype is already wider."""
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+HIGHEST = jax.lax.Precision.HIGHEST
+einsum = functools.partial(jnp.einsum, precision=HIGHEST)
+"""Products in full precision: accelerators otherwise multiply float32 in fewer bits."""
 
 
 def masked_total(values: Array, mask: Array) -> Total:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.ntk.network import Network
+from ntkrl.ntk.network import Network, listed
+from ntkrl.ntk.program import is_traced
 from ntkrl.types import Array, Params
 
 
@@ -53,7 +54,7 @@ def last_positions(tokens: Array, mask: Array | None = None) -> Contexts:
         return Contexts(tokens, jnp.full(tokens.shape[0], length - 1))
     real = np.asarray(mask, bool)
     if not real.any(axis=1).all():
-        raise ValueError(f"rows {_first(np.flatnonzero(~real.any(axis=1)))} are all padding.")
+        raise ValueError(f"rows {listed(np.flatnonzero(~real.any(axis=1)))} are all padding.")
     return Contexts(tokens, jnp.asarray(length - 1 - real[:, ::-1].argmax(axis=1)), mask=mask)
 
 
@@ -117,16 +118,16 @@ def checked(
         problems.append("there is no context: positions is empty")
     if tuple(mask.shape) != (batch, length):
         problems.append(f"mask has shape {mask.shape}, the sequences {(batch, length)}")
-    if not problems and not _traced(inputs, contexts.positions, rows, mask):
+    if not problems and not is_traced((inputs, contexts.positions, rows, mask)):
         problems = _bad_values(contexts.positions, rows, mask, network.takes_mask)
     if problems:
         raise ValueError(f"{what}: " + "; ".join(problems) + ".")
     return Contexts(
         inputs,
         # concrete indices stay numpy, so that jit around a kernel can still read them
-        contexts.positions if _traced(contexts.positions) else np.asarray(contexts.positions),
-        rows if _traced(rows) else np.asarray(rows),
-        mask if _traced(mask) else np.asarray(mask, bool),
+        contexts.positions if is_traced(contexts.positions) else np.asarray(contexts.positions),
+        rows if is_traced(rows) else np.asarray(rows),
+        mask if is_traced(mask) else np.asarray(mask, bool),
     )
 
 
@@ -148,7 +149,7 @@ class Grouped(NamedTuple):
 def grouped(contexts: Contexts) -> Grouped:
     """Gather checked contexts by sequence; traced ones stay one sequence each."""
     tokens, mask = contexts.tokens, contexts.mask
-    if _traced(contexts.rows, contexts.positions):
+    if is_traced((contexts.rows, contexts.positions)):
         rows_O, positions_O = contexts.rows, contexts.positions
         used, slots = rows_O, np.arange(contexts.count)
         positions_SP = positions_O[:, None]
@@ -181,7 +182,7 @@ def _check_ids(tokens: Any, vocab: int, what: str) -> None:
     if not array or tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         shown = f"{tokens.dtype} {tokens.shape}" if array else type(tokens).__name__
         raise ValueError(f"{what}.tokens must be integer ids of shape [N, T], not {shown}.")
-    if not _traced(tokens) and tokens.size:
+    if not is_traced(tokens) and tokens.size:
         lowest, highest = int(np.min(np.asarray(tokens))), int(np.max(np.asarray(tokens)))
         if lowest < 0 or highest >= vocab:
             raise ValueError(
@@ -211,28 +212,19 @@ def _bad_values(positions: Any, rows: Any, mask: Any, takes_mask: bool) -> list[
     if problems:
         return problems
     if not (real := mask[rows, positions]).all():
-        problems.append(f"contexts {_first(np.flatnonzero(~real))} end on padding")
+        problems.append(f"contexts {listed(np.flatnonzero(~real))} end on padding")
     before = np.arange(length)[None] <= positions[:, None]
     hole = (before & ~mask[rows]).any(axis=1)
     if hole.any() and not takes_mask:
         problems.append(
-            f"contexts {_first(np.flatnonzero(hole))} have padding before them, which a network "
+            f"contexts {listed(np.flatnonzero(hole))} have padding before them, which a network "
             "without takes_mask cannot see; pad on the right, or let features take the mask"
         )
     return problems
-
-
-def _traced(*values: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def _outside(values: np.ndarray, limit: int, name: str) -> list[str]:
     bad = np.flatnonzero((values < 0) | (values >= limit))
     if not bad.size:
         return []
-    return [f"{name} {_first(values.ravel()[bad])} are outside [0, {limit})"]
-
-
-def _first(values: Any, most: int = 8) -> str:
-    shown = ", ".join(str(value) for value in values[:most])
-    return shown if len(values) <= most else f"{shown} and {len(values) - most} more"
+    return [f"{name} {listed(values.ravel()[bad])} are outside [0, {limit})"]

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkrl.numerics import einsum
 from ntkrl.types import Array
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Factors(NamedTuple):
@@ -103,9 +102,7 @@ def _concatenated(
 
 def _inner(here_AP: Array, there_BP: Array) -> Array:
     wide = jnp.promote_types(here_AP.dtype, jnp.float32)
-    return jnp.einsum(
-        "ap,bp->ab", here_AP, there_BP, precision=HIGHEST, preferred_element_type=wide
-    )
+    return einsum("ap,bp->ab", here_AP, there_BP, preferred_element_type=wide)
 
 
 def _tapped(x_TI: Array, x_SI: Array, here_AFT: Array, there_BFS: Array) -> Array:
@@ -113,11 +110,9 @@ def _tapped(x_TI: Array, x_SI: Array, here_AFT: Array, there_BFS: Array) -> Arra
     if x_TI.ndim == 1:
         alike_TS = (x_TI[:, None] == x_SI[None, :]).astype(wide)
     else:
-        alike_TS = jnp.einsum(
-            "ti,si->ts", x_TI, x_SI, precision=HIGHEST, preferred_element_type=wide
-        )
+        alike_TS = einsum("ti,si->ts", x_TI, x_SI, preferred_element_type=wide)
     # two plain matrix products, as the positions come last
-    mixed_AFS = jnp.einsum("aft,ts->afs", here_AFT.astype(wide), alike_TS, precision=HIGHEST)
+    mixed_AFS = einsum("aft,ts->afs", here_AFT.astype(wide), alike_TS)
     there_BFS = there_BFS.astype(wide)
     return _inner(
         mixed_AFS.reshape(mixed_AFS.shape[0], -1), there_BFS.reshape(there_BFS.shape[0], -1)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ntkrl.ntk.body import Body
 from ntkrl.ntk.contexts import Contexts
 from ntkrl.ntk.gradients import puller, pusher, weighted
-from ntkrl.ntk.heads import HeadWeights, Reading, einsum, slopes_at, through_input
+from ntkrl.ntk.heads import HeadWeights, Reading, slopes_at, through_input
 from ntkrl.ntk.network import Network
 from ntkrl.ntk.parts import Roles, leaf_weights
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params
 
 
@@ -53,7 +53,8 @@ def body_apply(
     directions = []
     if roles.body or roles.output_input:
         phi_NTD, pull = puller(body, params, updated.tokens, updated.mask)
-        vectors_UD = einsum("uv,vd->ud", pulled_UV, weight_VD).astype(phi_NTD.dtype)
+        vectors_UD = feature_cotangents(body.network, params, right, cotangents)
+        vectors_UD = vectors_UD.astype(phi_NTD.dtype)
         placed_NTD = jnp.zeros_like(phi_NTD).at[updated.rows, updated.positions].add(vectors_UD)
         gradient = weighted(pull(placed_NTD), leaf_weights(weights, body.used))
         if roles.body:
@@ -85,14 +86,13 @@ def feature_cotangents(
 @functools.partial(jax.jit, static_argnames=("tied",))
 def cross_bilinear(tied: Body, operands: Operands, left_OV: Array, right_UV: Array) -> Array:
     """Return left_oᵀ J_out(o) J_in(u)ᵀ right_u `[O, U]`; `tied` uses the tied matrix alone."""
-    weight_VD = at_least_float32(tied.network.weight(operands.params))
-    vectors_UBD = einsum("uv,vd->ud", right_UV * operands.right.slopes, weight_VD)[:, None]
+    vectors_UD = feature_cotangents(tied.network, operands.params, operands.right, right_UV)
     scaled_OV = left_OV * operands.left.slopes
 
     def reduce(moved_VO: Array, index: Array) -> Array:
         return einsum("ov,vo->o", scaled_OV, moved_VO)
 
-    found_UBO = _through(tied, operands, vectors_UBD, reduce)
+    found_UBO = _through(tied, operands, vectors_UD[:, None], reduce)
     return found_UBO[:, 0].T
 
 
@@ -106,10 +106,7 @@ def cross_dense(tied: Body, operands: Operands, rows: Array, columns: Array) -> 
     found_UBRO = _through(tied, operands, vectors, lambda moved_VO, index: moved_VO[rows])
     if not few:
         found_UBRO = einsum("uero,ce->ucro", found_UBRO, weight_CD)
-    dense_OURC = jnp.transpose(found_UBRO, (3, 0, 2, 1))
-    slopes_OR = slopes_at(operands.left.slopes, rows)
-    slopes_UC = slopes_at(operands.right.slopes, columns)
-    return dense_OURC * slopes_OR[:, None, :, None] * slopes_UC[None, :, None, :]
+    return _between_slopes(operands, jnp.transpose(found_UBRO, (3, 0, 2, 1)), rows, columns)
 
 
 @functools.partial(jax.jit, static_argnames=("tied",))
@@ -140,10 +137,7 @@ def body_dense(
         found = einsum("rd,odue->orue", weight_VD[rows], found)
     if columns.shape[0] >= width:
         found = einsum("orue,ce->oruc", found, weight_VD[columns])
-    slopes_OR = slopes_at(operands.left.slopes, rows)
-    slopes_UC = slopes_at(operands.right.slopes, columns)
-    blocks_OURC = jnp.transpose(found, (0, 2, 1, 3))
-    return blocks_OURC * slopes_OR[:, None, :, None] * slopes_UC[None, :, None, :]
+    return _between_slopes(operands, jnp.transpose(found, (0, 2, 1, 3)), rows, columns)
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
@@ -166,6 +160,13 @@ def body_trace(network: Network, operands: Operands, found: Array) -> Array:
     gram_DE = einsum("vd,ve->de", weight_VD, weight_VD)
     scale = operands.left.slopes[0, 0] * operands.right.slopes[0, 0]
     return scale * einsum("de,oude->ou", gram_DE, found)
+
+
+def _between_slopes(operands: Operands, blocks: Array, rows: Array, columns: Array) -> Array:
+    """Return diag(d_o) blocks diag(d_u) for `[O, U, |rows|, |columns|]`."""
+    slopes_OR = slopes_at(operands.left.slopes, rows)
+    slopes_UC = slopes_at(operands.right.slopes, columns)
+    return blocks * slopes_OR[:, None, :, None] * slopes_UC[None, :, None, :]
 
 
 def _through(tied: Body, operands: Operands, vectors, reduce, summed: bool = False) -> Array:

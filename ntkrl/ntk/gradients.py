@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ntkrl.ntk.blocks import Block, by_blocks
 from ntkrl.ntk.body import Body
 from ntkrl.ntk.directions import Directions, against, cotangent
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import HIGHEST, at_least_float32
 from ntkrl.types import Array, Params
 
 Leaves = list[Array]
@@ -124,7 +124,7 @@ def jacobians(
                 a,
                 b,
                 (tuple(range(2, a.ndim)),) * 2,
-                precision=jax.lax.Precision.HIGHEST,
+                precision=HIGHEST,
                 preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
             )
             for a, b in zip(weighted_rows(here, weights), there, strict=True)

@@ -21,11 +21,8 @@ from ntkrl.ntk.contexts import Contexts, features_at
 from ntkrl.ntk.gradients import puller
 from ntkrl.ntk.network import Network
 from ntkrl.ntk.parts import Roles
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params
-
-HIGHEST = jax.lax.Precision.HIGHEST
-einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 
 
 class Reading(NamedTuple):

@@ -16,7 +16,7 @@ from ntkrl.ntk import parts
 from ntkrl.ntk.contexts import Contexts, checked
 from ntkrl.ntk.kernel import Kernel
 from ntkrl.ntk.network import Network, as_network, check_params, check_policy_head
-from ntkrl.ntk.problem import is_traced
+from ntkrl.ntk.program import is_traced
 from ntkrl.ntk.roads import GIB, ROADS
 from ntkrl.ntk.rows import RowsKernel
 from ntkrl.types import Params, Policy

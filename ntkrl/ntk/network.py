@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -126,13 +126,13 @@ def check_params(network: Network, params: Params) -> None:
     bare = [name for name, leaf in leaves.items() if not hasattr(leaf, "dtype")]
     if bare:
         raise ValueError(
-            f"params hold leaves that are no arrays: {_listed(bare)}; split them off first "
+            f"params hold leaves that are no arrays: {listed(bare)}; split them off first "
             "(equinox.partition(model, equinox.is_inexact_array), nnx.split(model, nnx.Param))."
         )
     integers = [f"{n} ({leaf.dtype})" for n, leaf in leaves.items() if not program.is_inexact(leaf)]
     if integers:
         raise ValueError(
-            f"params must be floating point; these are not: {_listed(integers)}. Cast them, or "
+            f"params must be floating point; these are not: {listed(integers)}. Cast them, or "
             "close over what is not trained."
         )
     dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
@@ -142,11 +142,11 @@ def check_params(network: Network, params: Params) -> None:
             "jax.tree.map(lambda leaf: leaf.astype(...), params)."
         )
     _check_head(network.head, leaves)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
+    if not program.is_traced(leaves):
         finite = jax.device_get(_finite(tuple(leaves.values())))
         broken = [name for name, fine in zip(leaves, finite, strict=True) if not fine]
         if broken:
-            raise ValueError(f"params hold values that are not finite, in {_listed(broken)}.")
+            raise ValueError(f"params hold values that are not finite, in {listed(broken)}.")
 
 
 def _check_head(head: Head, leaves: dict[str, Any]) -> None:
@@ -200,5 +200,7 @@ def _finite(leaves: tuple[Array, ...]) -> list[Array]:
     return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
-def _listed(words: list[str], most: int = 8) -> str:
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if words[most:] else "")
+def listed(values: Sequence[Any], most: int = 8) -> str:
+    """Write the first values of a list out, and how many more there are."""
+    shown = ", ".join(map(str, values[:most]))
+    return shown if len(values) <= most else f"{shown} and {len(values) - most} more"

@@ -112,11 +112,7 @@ def check_groups(groups: trees.Patterns, network: Network, params: Params) -> di
         raise ValueError(
             f"groups: {', '.join(taken)} name built-in parts; call these groups otherwise."
         )
-    labels = trees.match_names(groups, _spelled(network, params), "groups") if groups else []
-    found: dict[str, list[int]] = {}
-    for index, label in enumerate(labels):
-        found.setdefault(label, []).append(index)
-    return found
+    return _members(groups, network, params) if groups else {}
 
 
 def group_weights(
@@ -127,9 +123,8 @@ def group_weights(
     Raises:
       ValueError: what `trees.match` raises.
     """
-    labels = trees.match_names(groups, _spelled(network, params), "groups")
-    chosen = {label: {i for i, one in enumerate(labels) if one == label} for label in labels}
-    return {label: _indicators(network, params, found) for label, found in chosen.items()}
+    found = _members(groups, network, params)
+    return {name: _indicators(network, params, set(chosen)) for name, chosen in found.items()}
 
 
 def resolve(
@@ -166,6 +161,14 @@ def resolve(
             leaves = [p * w for p, w in zip(leaves, weights, strict=True)]
         weights = tuple(leaves)
     return Part(roles, weights)
+
+
+def _members(groups: trees.Patterns, network: Network, params: Params) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    labels = trees.match_names(groups, _spelled(network, params), "groups")
+    for index, label in enumerate(labels):
+        found.setdefault(label, []).append(index)
+    return found
 
 
 def _spelled(network: Network, params: Params) -> list[tuple[str, ...]]:

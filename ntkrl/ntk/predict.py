@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ntkrl import trees
 from ntkrl.ntk.contexts import Contexts, checked, features_at
+from ntkrl.ntk.gradients import weighted
 from ntkrl.ntk.network import Network, as_network
 from ntkrl.ntk.parts import group_weights
 from ntkrl.numerics import at_least_float32
@@ -96,7 +97,6 @@ def _predict(
     changes = {"head": log_prob_change(push_head(direction, jnp.zeros_like(phi_OD)))}
     leaves, treedef = jax.tree.flatten(direction)
     for group, factors in weights.items():
-        kept = [(leaf * w).astype(leaf.dtype) for leaf, w in zip(leaves, factors, strict=True)]
-        moved = jax.tree.unflatten(treedef, kept)
+        moved = jax.tree.unflatten(treedef, weighted(leaves, factors))
         changes[group] = log_prob_change(push_head(still, push_features(moved)))
     return changes

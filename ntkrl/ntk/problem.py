@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -233,8 +232,3 @@ def vocabulary_indices(chosen: Sequence[int] | Array | None, vocab: int, name: s
             f"[0, {vocab})."
         )
     return jnp.asarray(indices)
-
-
-def is_traced(tree: Any) -> bool:
-    """Tell whether some leaf is being traced, so that values cannot be looked at."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))

@@ -132,6 +132,11 @@ def flops(program: Program) -> int:
     return total
 
 
+def is_traced(tree: Any) -> bool:
+    """Tell whether some leaf is being traced, so that values cannot be looked at."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def is_inexact(value: Any) -> bool:
     """Tell whether a value (or aval) can carry a derivative."""
     return jnp.issubdtype(value.dtype, jnp.inexact)

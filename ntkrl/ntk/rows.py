@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl.ntk.contexts import Contexts, features_at
-from ntkrl.ntk.heads import einsum
 from ntkrl.ntk.kernel import Kernel
 from ntkrl.ntk.network import Network
 from ntkrl.ntk.parts import Roles
 from ntkrl.ntk.problem import vocabulary_indices
+from ntkrl.numerics import einsum
 from ntkrl.types import Array, Params
 
 Gradients = list[Array]

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from ntkrl.ntk.heads import einsum, inner_products, is_scalar
+from ntkrl.ntk.heads import inner_products, is_scalar
 from ntkrl.ntk.kernel import Kernel
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array
 
 

@@ -21,7 +21,6 @@ eigenvalues_head are the n largest of the head kernel.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import ntk
+from ntkrl.numerics import einsum
 from ntkrl.types import Array, Params, Policy
 
 Progress = Callable[[int, str], None]
@@ -37,8 +37,6 @@ Progress = Callable[[int, str], None]
 
 BODY_FRACTION = 0.25
 """Of the memory, what a block of M `[O, U, D, D]` may take; it is held about three times."""
-
-einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
