@@ -26,6 +26,7 @@ Models of this package are passed as they come: `ntk.kernel(policy, params, cont
 """
 
 from ntkrl.ntk.contexts import Contexts, every_position, last_positions
+from ntkrl.ntk.eigen import eigenpairs
 from ntkrl.ntk.kernel import Factored, Kernel
 from ntkrl.ntk.make import kernel
 from ntkrl.ntk.network import Head, Network
@@ -33,7 +34,7 @@ from ntkrl.ntk.parts import PARTS, by_layer, by_module
 from ntkrl.ntk.predict import predict
 from ntkrl.ntk.roads import ROADS, Estimate
 from ntkrl.ntk.scores import score_gram
-from ntkrl.ntk.spectrum import alignment, cka, eigenpairs, frobenius
+from ntkrl.ntk.spectrum import alignment, cka, frobenius
 
 __all__ = [
     "PARTS",

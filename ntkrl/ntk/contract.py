@@ -5,13 +5,15 @@ For a tapped leaf ∇_a = Σ_t x_t δ_{a,t}ᵀ, hence ⟨∇_a, ∇_b⟩ = Σ_{t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.numerics import einsum
+from ntkrl.numerics import HIGHEST, einsum
 from ntkrl.types import Array
 
 
@@ -19,7 +21,7 @@ class Factors(NamedTuple):
     """Gradients of one leaf for A directions of each of S sequences.
 
     activations: x `[S, t, i]`, ids `[S, t]`, or None for gradients as they are.
-    deltas: δ `[S, A, f, t]`, or the gradients `[S, A, *leaf]`.
+    deltas: δ `[S, A, t, f]`, or the gradients `[S, A, *leaf]`.
     """
 
     activations: Array | None
@@ -50,25 +52,20 @@ def contracted(
     Returns:
       `[pairs, A_o, A_u]`, float32 or better.
     """
+    first, second = (jnp.asarray(side) for side in pairs)
 
-    def pair(indices: tuple[Array, Array]) -> Array:
-        i, j = indices
-        here, there = _concatenated(observed, i, weights), _concatenated(updated, j, {})
-        terms = [] if here is None else [_inner(here, there)]
-        for leaf, left in observed.items():
-            if left.activations is None:
-                continue
-            right = updated[leaf]
-            term = _tapped(
-                left.activations[i], right.activations[j], left.deltas[i], right.deltas[j]
-            )
+    def over_pairs(found: Callable[[Array, Array], Array]) -> Array:
+        return jax.lax.map(lambda ij: found(*ij), (first, second))
+
+    # a loop for every leaf, so that its δ can go before the next leaf's is made
+    terms = []
+    for leaf, left in observed.items():
+        if left.activations is not None:
+            term = over_pairs(functools.partial(_tapped, left, updated[leaf]))
             terms.append(term * weights[leaf].reshape(()) if leaf in weights else term)
-        return sum(terms)
-
-    first, second = pairs
-    if len(first) == 1:
-        return pair((first[0], second[0]))[None]
-    return jax.lax.map(pair, (jnp.asarray(first), jnp.asarray(second)))
+    if len(terms) < len(observed):
+        terms.append(over_pairs(functools.partial(_plain, observed, updated, weights)))
+    return sum(terms)
 
 
 def unpacked(filled: Array, observed: int, updated: int | None) -> Array:
@@ -84,10 +81,19 @@ def unpacked(filled: Array, observed: int, updated: int | None) -> Array:
     return jnp.transpose(square, (0, 2, 1, 3))
 
 
-def _concatenated(
-    factors: dict[int, Factors], sequence: Array, weights: dict[int, Array]
-) -> Array | None:
-    """Return the gradients `[A, P]` of all leaves that are not tapped, one product for them all."""
+def _plain(
+    observed: dict[int, Factors],
+    updated: dict[int, Factors],
+    weights: dict[int, Array],
+    i: Array,
+    j: Array,
+) -> Array:
+    """Contract the gradients of all leaves that are not tapped, in one product for them all."""
+    return _inner(_concatenated(observed, i, weights), _concatenated(updated, j, {}))
+
+
+def _concatenated(factors: dict[int, Factors], sequence: Array, weights: dict[int, Array]) -> Array:
+    """Return the gradients `[A, P]` of all leaves that are not tapped."""
     flat = []
     for leaf, found in factors.items():
         if found.activations is not None:
@@ -97,23 +103,24 @@ def _concatenated(
             weight = weights[leaf]
             deltas = deltas * (weight[None] if weight.ndim else weight)
         flat.append(deltas.reshape(deltas.shape[0], -1))
-    return jnp.concatenate(flat, axis=1) if flat else None
+    return jnp.concatenate(flat, axis=1)
+
+
+def _tapped(observed: Factors, updated: Factors, i: Array, j: Array) -> Array:
+    x_TI, x_SI = observed.activations[i], updated.activations[j]
+    here_ATF, there_BSF = observed.deltas[i], updated.deltas[j]
+    wide = jnp.promote_types(here_ATF.dtype, jnp.float32)
+    if x_TI.ndim == 1:
+        alike_ST = (x_SI[:, None] == x_TI[None, :]).astype(wide)
+    else:
+        alike_ST = einsum("si,ti->st", x_SI, x_TI, preferred_element_type=wide)
+    # one small product per direction: as a single large one, its operands would be transposed
+    each_AST = jnp.broadcast_to(alike_ST[None], (here_ATF.shape[0], *alike_ST.shape))
+    mixed_ASF = jnp.matmul(each_AST, here_ATF.astype(wide), precision=HIGHEST)
+    flat = [array.reshape(array.shape[0], -1) for array in (mixed_ASF, there_BSF.astype(wide))]
+    return _inner(*flat)
 
 
 def _inner(here_AP: Array, there_BP: Array) -> Array:
     wide = jnp.promote_types(here_AP.dtype, jnp.float32)
     return einsum("ap,bp->ab", here_AP, there_BP, preferred_element_type=wide)
-
-
-def _tapped(x_TI: Array, x_SI: Array, here_AFT: Array, there_BFS: Array) -> Array:
-    wide = jnp.promote_types(here_AFT.dtype, jnp.float32)
-    if x_TI.ndim == 1:
-        alike_TS = (x_TI[:, None] == x_SI[None, :]).astype(wide)
-    else:
-        alike_TS = einsum("ti,si->ts", x_TI, x_SI, preferred_element_type=wide)
-    # two plain matrix products, as the positions come last
-    mixed_AFS = einsum("aft,ts->afs", here_AFT.astype(wide), alike_TS)
-    there_BFS = there_BFS.astype(wide)
-    return _inner(
-        mixed_AFS.reshape(mixed_AFS.shape[0], -1), there_BFS.reshape(there_BFS.shape[0], -1)
-    )

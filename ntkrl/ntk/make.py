@@ -51,8 +51,8 @@ def kernel(
         oracle, V Jacobian rows per context.
       forward_mode: False for networks without forward-mode derivatives (fused attention): every
         JVP becomes a VJP of a VJP.
-      memory_gib: what a call may use beyond the params (GiB); chunks are made to fit, and larger
-        results are refused.
+      memory_gib: what a call may use beyond the params (GiB, all devices together); chunks are
+        made to fit, and larger results are refused.
 
     Returns:
       A Kernel; nothing large is computed yet.

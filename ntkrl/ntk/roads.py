@@ -6,7 +6,7 @@ outputs:
 
     products    B (2 F + 2 F S_o)                        chunk (P + S_o layer)
     jacobians   (A + B blocks) 2 F + 2 A B P             2 chunk (P + layer)
-    layers      (A + B) F + Σ 2 f (A B t + S_u A t²)     2 chunk 3 Σ t f
+    layers      (A + B) F + Σ 2 f (A B t + S_u A t²)     2 chunk (Σ t f + max t f)
 
 A "layer" is all numbers made within one; the second factor 2 is one where a symmetric Γ is made of
 a single block. The cheapest road whose smallest chunk fits the budget is taken. Work counts matrix
@@ -41,7 +41,7 @@ class Estimate:
     road: "products", "jacobians" or "layers".
     chunk: directions of a side taken at a time.
     flops: of matrix products.
-    bytes: working memory beyond the params, outputs included.
+    bytes: working memory beyond the params, outputs included, of all devices together.
     output_bytes: of the result.
     """
 
@@ -75,6 +75,12 @@ class Sizes(NamedTuple):
     values: int
     layer: int
     taps: tuple[tuple[int, int, int], ...]
+
+    @property
+    def tapped(self) -> int:
+        """Numbers held per direction: all δ, and the one that is being contracted."""
+        held = [t * f for t, f, _ in self.taps]
+        return sum(held) + max(held, default=0)
 
 
 def sizes(plan: Plan, leaves: list[Array]) -> Sizes:
@@ -143,7 +149,7 @@ def estimates(
     per_side = {
         "products": s.params + observed.sequences * s.layer,
         "jacobians": s.params + s.layer,
-        "layers": 3 * sum(t * f for t, f, _ in s.taps) + s.params_plain,
+        "layers": s.tapped + s.params_plain,
     }
     fixed = {
         "products": (observed.sequences + 1) * s.values // 2,

@@ -1,62 +1,14 @@
-"""A kernel as one (O·V) × (O·V) matrix: top eigenpairs, Frobenius norm, alignment, CKA."""
+"""A kernel as one (O·V) × (O·V) matrix: Frobenius norm, alignment, CKA."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.sparse.linalg import LinearOperator, eigsh
 
 from ntkrl.ntk.heads import inner_products, is_scalar
 from ntkrl.ntk.kernel import Kernel
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array
-
-
-def eigenpairs(
-    kernel: Kernel, count: int = 8, part: str = "full", tolerance: float = 0.0, seed: int = 0
-) -> tuple[Array, Array]:
-    """Return the largest eigenvalues and their eigenvectors, by Lanczos on `apply`.
-
-    The matrix never exists; each iteration is one VJP and one JVP. Implicitly restarted Lanczos is
-    scipy's (ARPACK); vectors of O·V numbers pass through the host.
-
-    >>> kernel = ntk.kernel(policy, params, ntk.last_positions(tokens))
-    >>> values, vectors = ntk.eigenpairs(kernel, count=3)
-    >>> bool(values[0] >= values[1]), vectors.shape[:2]
-    (True, (3, 2))
-
-    Args:
-      kernel: a symmetric kernel (`updated` left out).
-      count: eigenpairs wanted, in [1, O·V).
-      part: a symmetric part: not "output_input" or "input_output".
-      tolerance: relative accuracy of the eigenvalues; 0 for machine precision.
-      seed: of the start vector.
-
-    Returns:
-      Values `[count]`, largest first, and vectors `[count, O, V]` of norm 1.
-
-    Raises:
-      ValueError: a kernel between different contexts, a part that is not symmetric, or `count` out
-        of range.
-    """
-    if not kernel.symmetric:
-        raise ValueError("eigenpairs need ntk.kernel(model, params, observed) without updated.")
-    if part in ("output_input", "input_output"):
-        raise ValueError(f"part {part!r} is not symmetric; ask for 'cross', their sum.")
-    shape = (kernel.observed.count, kernel.vocab_size)
-    size = shape[0] * shape[1]
-    if not 1 <= count < size:
-        raise ValueError(f"count must be in [1, {size}) for {shape[0]} contexts, not {count}.")
-    dtype = np.dtype(kernel.readings[0].features.dtype)
-
-    def product(flat: np.ndarray) -> np.ndarray:
-        return np.asarray(kernel.apply(jnp.asarray(flat.reshape(shape), dtype), part)).ravel()
-
-    start = np.random.default_rng(seed).normal(size=size).astype(dtype)
-    operator = LinearOperator((size, size), matvec=product, dtype=dtype)
-    values, vectors = eigsh(operator, k=count, which="LA", tol=tolerance, v0=start)
-    order = np.argsort(values)[::-1]
-    return jnp.asarray(values[order]), jnp.asarray(vectors[:, order].T.reshape(count, *shape))
 
 
 def frobenius(kernel: Kernel, part: str = "full") -> Array:
@@ -117,11 +69,10 @@ def inner(first: Kernel, second: Kernel, part: str = "full", centred: bool = Fal
         raise ValueError(
             f"kernels differ in contexts or vocabulary: (O, U, V) is {sizes[0]} and {sizes[1]}."
         )
-    if not (_factors(first, part) and _factors(second, part)):
+    if not (factors(first, part) and factors(second, part)):
         return _inner_of_rows(first, second, part, centred)
-    (head_1, body_1, weight_1), (head_2, body_2, weight_2) = (
-        _pieces(kernel, part, centred) for kernel in (first, second)
-    )
+    head_1, body_1, weight_1 = found = pieces(first, part, centred)
+    head_2, body_2, weight_2 = found if second is first else pieces(second, part, centred)
     across_DE = einsum("vd,ve->de", weight_1, weight_2)
     gram_1, gram_2 = (einsum("vd,ve->de", w, w) for w in (weight_1, weight_2))
     body = einsum("oude,df,oufg,eg->", body_1, across_DE, body_2, across_DE)
@@ -136,7 +87,7 @@ def _cosine(first: Kernel, second: Kernel, part: str, centred: bool) -> Array:
     return across / jnp.sqrt(own[0] * own[1])
 
 
-def _factors(kernel: Kernel, part: str) -> bool:
+def factors(kernel: Kernel, part: str) -> bool:
     """Whether the part is a multiple of I plus W M Wᵀ."""
     plain = kernel.network.head.soft_cap is None
     scalar = is_scalar(kernel.operands(part).head)
@@ -144,7 +95,8 @@ def _factors(kernel: Kernel, part: str) -> bool:
     return plain and scalar and not (roles.output_input or roles.input_output)
 
 
-def _pieces(kernel: Kernel, part: str, centred: bool) -> tuple[Array, Array, Array]:
+def pieces(kernel: Kernel, part: str, centred: bool) -> tuple[Array, Array, Array]:
+    """Return H `[O, U]`, M `[O, U, D, D]` and the scaled W of a part that is H ⊗ I + W M Wᵀ."""
     roles, operands = kernel.roles(part), kernel.operands(part)
     scale = kernel.network.head.scale
     head_OU = scale**2 * inner_products(

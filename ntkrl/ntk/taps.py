@@ -47,7 +47,7 @@ class Tap(NamedTuple):
         return jnp.transpose(x, (*free, *contracted)).reshape(-1, width)
 
     def delta(self, step: Step, cotangent: Array) -> Array:
-        """Return δ `[A, f, t]` of cotangents `[A, *result]`."""
+        """Return δ `[A, t, f]` of cotangents `[A, *result]`."""
         params, axes = step.eqn.params, range(1, cotangent.ndim)
         if self.kind == "gather":
             columns = tuple(axis + 1 for axis in params["dimension_numbers"].offset_dims)
@@ -57,8 +57,8 @@ class Tap(NamedTuple):
             columns = tuple(axes[:width] if self.operand == 0 else axes[len(axes) - width :])
         rows = tuple(axis for axis in axes if axis not in columns)
         size = math.prod(cotangent.shape[axis] for axis in columns)
-        ordered = jnp.transpose(cotangent, (0, *columns, *rows))
-        return ordered.reshape(cotangent.shape[0], size, -1)
+        ordered = jnp.transpose(cotangent, (0, *rows, *columns))
+        return ordered.reshape(cotangent.shape[0], -1, size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

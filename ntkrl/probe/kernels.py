@@ -132,9 +132,7 @@ def kernel_measures(
         progress(plan.body_kernels + i, f"eigenvalues of {part}")
         found[f"eigenvalues_{part}"] = _largest(kernel, eigenpairs, part)
     if kernel.network.head.soft_cap is None:
-        values = np.linalg.eigvalsh(np.asarray(kernel.head))[::-1]
-        found["eigenvalues_full"] = _repeated(kernel, values[0], found["eigenvalues_full"])
-        found["eigenvalues_head"] = values
+        found["eigenvalues_head"] = np.linalg.eigvalsh(np.asarray(kernel.head))[::-1]
     else:
         found["eigenvalues_head"] = _largest(kernel, eigenpairs, "head")
     return {name: np.asarray(value) for name, value in found.items()}
@@ -227,17 +225,3 @@ def _largest(kernel: ntk.Kernel, count: int, part: str) -> np.ndarray:
     # errors of eigenvalues are quadratic in those of the vectors, which the tolerance is about
     tolerance = float(jnp.finfo(kernel.head.dtype).eps) ** 0.5
     return np.asarray(ntk.eigenpairs(kernel, count, part, tolerance)[0])
-
-
-def _repeated(kernel: ntk.Kernel, head_value: float, values: np.ndarray) -> np.ndarray:
-    """Lift eigenvalues of the full kernel that Lanczos, blind to repetitions, put too low.
-
-    Where the body does nothing (logits outside the range of W, and outside the tokens read if W
-    is tied) the full kernel is the head kernel, whose largest eigenvalue is V-fold; by Cauchy's
-    interlacing at least as many of its eigenvalues as that space has dimensions are no smaller.
-    """
-    untouched = kernel.vocab_size
-    if kernel.tied:
-        untouched -= kernel.feature_size + np.unique(np.asarray(kernel.observed.tokens)).size
-    index = np.arange(len(values))
-    return np.where(index < untouched, np.maximum(values, head_value), values)

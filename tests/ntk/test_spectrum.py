@@ -30,6 +30,30 @@ def test_eigenpairs_equal_dense_ones(part):
     close(stacked @ stacked.T, np.eye(5), 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("kind", "tied", "part", "count"),
+    [
+        ("plain", False, "full", 26),
+        ("bias", False, "full", 7),
+        ("plain", False, "head", 11),
+        ("plain", False, "body", 14),
+        ("cap", False, "full", 6),
+        ("plain", True, "full", 8),
+    ],
+)
+def test_repeated_eigenvalues_stand_as_often_as_they_occur(kind, tied, part, count):
+    """oracle: numpy's, where the head's eigenvalues are V − D-fold and a context is there twice."""
+    found, params = network(kind, tied)
+    where = ntk.Contexts(jnp.asarray(TOKENS), jnp.array([3, 4, 3]), jnp.array([1, 0, 1]))
+    kernel = ntk.kernel(found, params, where)
+    values, vectors = ntk.eigenpairs(kernel, count, part)
+    matrix = flat(kernel, part)
+    close(values, np.linalg.eigvalsh(matrix)[::-1][:count])
+    stacked = np.asarray(vectors).reshape(count, -1)
+    close(stacked @ matrix, np.asarray(values)[:, None] * stacked, 1e-9)
+    close(stacked @ stacked.T, np.eye(count), 1e-9)
+
+
 @pytest.mark.parametrize(("kind", "tied"), [("plain", False), ("bias", False), ("all", True)])
 def test_norms_and_alignments(kind, tied):
     """oracle: entries of both dense matrices; the second kernel is the network somewhere else."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ntkrl import ntk
-from ntkrl.probe.kernels import _repeated, kernel_measures, plan_kernel
+from ntkrl.probe.kernels import kernel_measures, plan_kernel
 from tests.ntk.networks import VOCAB, contexts, network
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -56,16 +56,6 @@ def test_blocks_and_groups_and_a_small_head():
     np.testing.assert_allclose(found["eigenvalues_full"], values, rtol=1e-8)
     head = np.linalg.eigvalsh(np.kron(found["head"], np.eye(VOCAB)))[::-1]
     np.testing.assert_allclose(np.repeat(found["eigenvalues_head"], VOCAB), head, rtol=1e-8)
-
-
-def test_repeated_eigenvalues_are_not_lost():
-    """by hand: V of the full kernel's eigenvalues are at least the head's largest, 4."""
-    values = np.array([9.0, *[2.0] * 9])
-    plain = ntk.kernel(*network("plain", False), HERE)
-    np.testing.assert_array_equal(_repeated(plain, 4.0, values), [9.0, *[4.0] * 8, 2.0])
-    # of a tied one V − D − tokens are: 9 − 4 − 9, none
-    tied = ntk.kernel(*network("plain", True), HERE)
-    np.testing.assert_array_equal(_repeated(tied, 4.0, values), values)
 
 
 def test_too_many_eigenvalues():
