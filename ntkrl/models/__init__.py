@@ -7,21 +7,27 @@ them into pure functions. Outside, params are nested dicts of arrays.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from ntkrl import trees
-from ntkrl.models import files, gpt_neox
+from ntkrl.models import files, gemma, gpt2, gpt_neox, hub, llama, qwen
+from ntkrl.models.family import Family
+from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Cache, Params, Policy
 
-FAMILIES: dict[str, ModuleType] = {gpt_neox.ARCHITECTURE: gpt_neox}
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for file in (gpt_neox, llama, qwen, gemma, gpt2)
+    for family in file.FAMILIES
+}
 HEAD_WEIGHT = "head/weight"
 EMBEDDING = "embed/embedding"
 
@@ -51,29 +57,41 @@ def load(
     Raises:
       ValueError: anything missing, misshapen or unknown, all of it in one message.
     """
-    directory = Path(path)
+    directory = hub.local_directory(path)
     raw = files.read_config(directory)
     family = family_of(raw, directory)
     stored_config = family.parse(raw)
     policy, shapes = _assemble(family, stored_config, dtype, compute_dtype, remat, str(directory))
-    named_shapes = trees.named_leaves(shapes)
-    placements: dict[str, Any] = dict.fromkeys(named_shapes)
-    if mesh is not None:
-        placements = trees.named_leaves(trees.shardings(shapes, family.SHARDING, mesh))
-
-    def place(name: str, array: np.ndarray) -> Array:
-        return jax.device_put(jnp.asarray(array.astype(dtype)), placements[name])
-
-    sizes = {name: leaf.shape for name, leaf in named_shapes.items()}
-    leaves = files.read_tensors(
-        directory, family.WEIGHTS, sizes, _ignored(family, stored_config), place
-    )
-    params = jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in named_shapes])
+    params = _read(directory, family, policy, shapes, dtype, mesh)
     if untie and policy.tied:
         config = dataclasses.replace(stored_config, tie_word_embeddings=False)
         policy, _ = _assemble(family, config, dtype, compute_dtype, remat, str(directory))
         params = {**params, "head": {"weight": jnp.copy(params["embed"]["embedding"])}}
     return policy, params
+
+
+def _read(
+    directory: Path, family: Family, policy: Policy, shapes: Params, dtype: Any, mesh: Mesh | None
+) -> Params:
+    """Read every leaf onto its devices: each host the blocks that its devices hold, and no more."""
+    named = trees.named_leaves(shapes)
+    sizes = {name: leaf.shape for name, leaf in named.items()}
+    stored = files.check_tensors(directory, family, sizes, policy.tied)
+    if mesh is None:
+        alone = SingleDeviceSharding(jax.devices()[0])
+        placed = dict.fromkeys(named, alone)
+    else:
+        placed = trees.named_leaves(trees.shardings(shapes, family.sharding, mesh))
+    leaves = []
+    for name, shape in sizes.items():
+        read = functools.lru_cache(lambda *ends, n=name: stored.read(n, ends, dtype))
+
+        def block(at: tuple[slice, ...], read=read, shape=shape) -> np.ndarray:
+            # devices that hold the same block get what was read once
+            return read(*(part.indices(size)[:2] for part, size in zip(at, shape, strict=True)))
+
+        leaves.append(jax.make_array_from_callback(shape, placed[name], block))
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def build(
@@ -99,7 +117,17 @@ def build(
     family = family_of(raw, Path("config"))
     parsed = family.parse(raw)
     policy, _ = _assemble(family, parsed, dtype, compute_dtype, remat, None)
-    return policy, family.init_params(parsed, key, dtype)
+    return policy, _init(family, parsed, key, dtype)
+
+
+def _init(family: Family, config: Any, key: Array, dtype: Any) -> Params:
+    """Draw fresh parameters: normal, `initializer_range`; biases zero."""
+    params = nnx.to_pure_dict(nnx.split(family.model(config, nnx.Rngs(key), dtype))[1])
+    if config.tie_word_embeddings:
+        return params
+    shape = (config.vocab_size, config.hidden_size)
+    draw = jax.random.normal(jax.random.fold_in(key, 1), shape, dtype)
+    return {**params, "head": {"weight": config.initializer_range * draw}}
 
 
 def export(path: str | Path, policy: Policy, params: Params, source: str | None = None) -> None:
@@ -115,7 +143,7 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
     config = policy.config
     leaves = trees.named_leaves(params)
     tensors: dict[str, np.ndarray] = {}
-    for ours, stored, transpose in family.WEIGHTS:
+    for ours, stored, transpose in family.weights:
         if ours not in leaves:
             continue
         array = np.asarray(jax.device_get(leaves[ours]))
@@ -133,13 +161,13 @@ def check(path: str | Path) -> None:
     Raises:
       ValueError: no directory, no or bad config.json, unknown architecture, missing files.
     """
-    directory = Path(path)
+    directory = hub.local_directory(path)
     raw = files.read_config(directory)
     family_of(raw, directory).parse(raw)
     files.tensor_files(directory)
 
 
-def family_of(raw: dict[str, Any], where: Path) -> ModuleType:
+def family_of(raw: dict[str, Any], where: Path) -> Family:
     """Return the family of a config.json, or say which architectures are known."""
     named = raw["architectures"] if "architectures" in raw else None
     if isinstance(named, list) and len(named) == 1 and named[0] in FAMILIES:
@@ -149,22 +177,14 @@ def family_of(raw: dict[str, Any], where: Path) -> ModuleType:
     )
 
 
-def _family_of_policy(policy: Policy) -> ModuleType:
-    for family in FAMILIES.values():
-        if isinstance(policy.config, family.Config):
-            return family
-    raise ValueError("export needs a policy made by ntkrl.load or ntkrl.build.")
-
-
-def _ignored(family: ModuleType, config: Any) -> tuple[str, ...]:
-    # a tied model may store its one matrix twice
-    if not config.tie_word_embeddings:
-        return family.IGNORED
-    return (*family.IGNORED, *(hf for ours, hf, _ in family.WEIGHTS if ours == HEAD_WEIGHT))
+def _family_of_policy(policy: Policy) -> Family:
+    if policy.config is None:
+        raise ValueError("export needs a policy made by ntkrl.load or ntkrl.build.")
+    return FAMILIES[policy.config.architecture]
 
 
 def _assemble(
-    family: ModuleType,
+    family: Family,
     config: Any,
     dtype: Any,
     compute_dtype: Any,
@@ -174,18 +194,29 @@ def _assemble(
     """Return the policy and the shapes of its params."""
     abstract = nnx.eval_shape(lambda: family.model(config, nnx.Rngs(0), dtype))
     graphdef, state = nnx.split(abstract)
+    shapes, tied = nnx.to_pure_dict(state), config.tie_word_embeddings
+    if not tied:
+        shape = (config.vocab_size, config.hidden_size)
+        shapes["head"] = {"weight": jax.ShapeDtypeStruct(shape, dtype)}
 
-    def module(params: Params) -> nnx.Module:
+    def trunk(params: Params) -> nnx.Module:
+        params = {name: leaves for name, leaves in params.items() if name != "head"}
         if compute_dtype is not None:
             params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
         return nnx.merge(graphdef, params)
 
     def features(params: Params, tokens: Array, mask: Array | None = None) -> Array:
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        return module(params).features(tokens, mask, None, remat)[0]
+        return trunk(params).features(tokens, mask, None, remat)[0]
 
     def decode(params: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
-        return module(params).features(tokens, mask, cache, False)
+        return trunk(params).features(tokens, mask, cache, False)
+
+    def head(params: Params, features: Array) -> Array:
+        weight_VD = params["embed"]["embedding"] if tied else params["head"]["weight"]
+        logits = jnp.einsum("...d,vd->...v", features, weight_VD.astype(features.dtype))
+        cap = config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(at_least_float32(logits) / cap)
 
     def init_cache(batch_size: int, length: int, cache_dtype: Any = None) -> Cache:
         kept = compute_dtype if compute_dtype is not None else dtype
@@ -200,17 +231,18 @@ def _assemble(
 
     policy = Policy(
         features=features,
-        head=lambda params, features: module(params).logits(features),
+        head=head,
         init_cache=init_cache,
         decode=decode,
-        head_weight=EMBEDDING if config.tie_word_embeddings else HEAD_WEIGHT,
-        tied=config.tie_word_embeddings,
+        head_weight=EMBEDDING if tied else HEAD_WEIGHT,
+        head_soft_cap=config.final_logit_softcapping,
+        tied=tied,
         vocab_size=config.vocab_size,
         feature_size=config.hidden_size,
         max_tokens=config.max_position_embeddings,
-        sharding=family.SHARDING,
+        sharding=family.sharding,
         config=config,
         source=source,
-        stacked=family.STACKED,
+        stacked=family.stacked,
     )
-    return policy, nnx.to_pure_dict(state)
+    return policy, shapes

@@ -6,10 +6,12 @@ goes to a directory beside the target and is renamed when whole.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from ntkrl.models.family import Family
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,7 +43,8 @@ COMPANIONS = (
     "generation_config.json",
 )
 
-Table = Sequence[tuple[str, str, bool]]
+Shape = tuple[int, ...]
+ALIGNMENT = 64  # bytes; what XLA wants of memory it takes over
 LAYER = "{i}"  # stands for the layer's number in the names of stacked tensors
 
 
@@ -109,51 +114,97 @@ def stored_names(path: Path) -> list[str]:
         ) from error
 
 
-def read_tensors(
-    directory: Path,
-    table: Table,
-    shapes: Mapping[str, tuple[int, ...]],
-    ignored: Iterable[str],
-    place: Callable[[str, np.ndarray], Any],
-) -> dict[str, Any]:
-    """Read all parameters of a model.
+def check_tensors(
+    directory: Path, family: Family, shapes: Mapping[str, tuple[int, ...]], tied: bool
+) -> Stored:
+    """Match the tensors of a directory with the params, reading headers alone.
 
     Args:
       directory: the model directory.
-      table: rows (our name, stored name with `{i}` for stacked layers, transpose).
+      family: says how tensors are called.
       shapes: our name → shape expected, stack axis included.
-      ignored: regular expressions of stored names that carry no parameter.
-      place: called with our name and the numpy array; returns what is kept (a device array).
-
-    Returns:
-      Our name → what `place` returned.
+      tied: whether a stored head is the embedding once more, and left out.
 
     Raises:
-      ValueError: names or shapes that do not fit, all of them in one message.
+      ValueError: names, shapes or dtypes that do not fit, all of them in one message.
     """
-    files = tensor_files(directory)
-    rows = [(ours, stored, flip) for ours, stored, flip in table if ours in shapes]
-    groups = {ours: _stored(stored, shapes[ours]) for ours, stored, _ in rows}
+    located = _with_prefix(tensor_files(directory), family)
+    rows = {ours: (name, flip) for ours, name, flip in family.weights if ours in shapes}
+    groups = {ours: _stored(name, shapes[ours]) for ours, (name, _) in rows.items()}
     known = {name for group in groups.values() for name in group}
-    problems = [f"{name} is missing" for name in sorted(known - set(files))]
+    problems = [f"{name} is missing" for name in sorted(known - set(located))]
+    ignored = [*family.ignored, *([re.escape(family.head_name)] if tied else [])]
     patterns = [re.compile(pattern) for pattern in ignored]
-    for name in sorted(set(files) - known):
+    for name in sorted(set(located) - known):
         if not any(pattern.fullmatch(name) for pattern in patterns):
             problems.append(f"{name} is not part of this architecture")
-    with _Opened(files) as opened:
-        for ours, stored, flip in rows:
-            shape = shapes[ours][1:] if LAYER in stored else shapes[ours]
+    with _Opened(located) as opened:
+        for ours, (name, flip) in rows.items():
+            shape = shapes[ours][1:] if LAYER in name else shapes[ours]
             problems.extend(opened.complaints(groups[ours], shape[::-1] if flip else shape))
-        if problems:
-            shown = "; ".join(problems[:20])
-            more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise ValueError(
-                f"{directory} does not hold the model its config.json names: {shown}{more}."
-            )
-        return {
-            ours: place(ours, opened.array(groups[ours], flip, stack=LAYER in stored))
-            for ours, stored, flip in rows
-        }
+    if problems:
+        shown = "; ".join(problems[:20])
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(
+            f"{directory} does not hold the model its config.json names: {shown}{more}."
+        )
+    return Stored(located, rows, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where the params of a model lie.
+
+    located: stored name → file and the name in it.
+    rows: our name → stored name (`{i}` for the layer), and whether it is transposed.
+    groups: our name → stored names, one per layer.
+    """
+
+    located: Mapping[str, tuple[Path, str]]
+    rows: Mapping[str, tuple[str, bool]]
+    groups: Mapping[str, Sequence[str]]
+
+    def read(self, ours: str, ends: Sequence[tuple[int, int]], dtype: Any) -> np.ndarray:
+        """Read a block of a leaf, and nothing else, layer by layer.
+
+        Args:
+          ours: name of the leaf.
+          ends: first and one past the last index of each dimension, stack axis included.
+          dtype: wanted.
+
+        Returns:
+          The block, aligned so that a CPU device takes it without a copy.
+        """
+        block = _aligned(tuple(last - first for first, last in ends), dtype)
+        name, flip = self.rows[ours]
+        stacked, index = LAYER in name, tuple(slice(*pair) for pair in ends)
+        inner = index[1:] if stacked else index
+        layers = self.groups[ours][index[0]] if stacked else self.groups[ours]
+        for stored, part in zip(layers, block if stacked else [block], strict=True):
+            path, key = self.located[stored]
+            # opened anew for each tensor: what a file has mapped counts as held
+            with safe_open(path, framework="numpy") as file:
+                view = file.get_slice(key)
+                part[...] = view[inner[::-1]].T if flip else view[inner]
+        return block
+
+
+def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _with_prefix(located: Mapping[str, Path], family: Family) -> dict[str, tuple[Path, str]]:
+    """Spell names of a trunk that was saved alone as in the whole model."""
+    stems = [name.split(LAYER)[0] for _, name, _ in family.weights]
+    trunk = tuple(s.removeprefix(family.prefix) for s in stems if s.startswith(family.prefix))
+    bare = not any(name.startswith(family.prefix) for name in located)
+    return {
+        family.prefix + name if bare and name.startswith(trunk) else name: (path, name)
+        for name, path in located.items()
+    }
 
 
 def write_model(
@@ -234,13 +285,13 @@ def _stored(template: str, shape: tuple[int, ...]) -> list[str]:
 
 
 class _Opened:
-    """The safetensors files of a model, each opened once."""
+    """The safetensors files of a model, each opened once to look at its header."""
 
-    def __init__(self, files: Mapping[str, Path]):
-        self.files = files
+    def __init__(self, located: Mapping[str, tuple[Path, str]]):
+        self.located = located
 
     def __enter__(self):
-        paths = sorted(set(self.files.values()))
+        paths = sorted({path for path, _ in self.located.values()})
         self.handles = {path: safe_open(path, framework="numpy") for path in paths}
         return self
 
@@ -250,9 +301,10 @@ class _Opened:
     def complaints(self, group: Sequence[str], shape: tuple[int, ...]) -> list[str]:
         problems = []
         for name in group:
-            if name not in self.files:
+            if name not in self.located:
                 continue
-            view = self.handles[self.files[name]].get_slice(name)
+            path, key = self.located[name]
+            view = self.handles[path].get_slice(key)
             if tuple(view.get_shape()) != tuple(shape):
                 problems.append(
                     f"{name} has shape {tuple(view.get_shape())}, expected {tuple(shape)}"
@@ -262,8 +314,3 @@ class _Opened:
                     f"{name} has dtype {view.get_dtype()}, expected {', '.join(FLOAT_DTYPES)}"
                 )
         return problems
-
-    def array(self, group: Sequence[str], transpose: bool, stack: bool) -> np.ndarray:
-        arrays = [self.handles[self.files[name]].get_tensor(name) for name in group]
-        arrays = [array.T if transpose else array for array in arrays]
-        return np.stack(arrays) if stack else arrays[0]

@@ -1,4 +1,4 @@
-"""Pieces every decoder family shares: attention over a cache, rotary positions, a layer scan.
+"""Pieces every decoder family shares: attention over a cache, norms, a layer scan.
 
 Attention is written out instead of calling `jax.nn.dot_product_attention`: that one casts the
 softmax to float32 (float64 kernels need float64 throughout) and its fused forms have no
@@ -7,8 +7,8 @@ forward-mode derivative, which the kernels need.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,23 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 """Hugging Face's activation names that the families here accept."""
 
 
-def attention(queries: Array, keys: Array, values: Array, allowed: Array) -> Array:
-    """Attend from each query to the allowed keys, with the usual 1/√E scale.
+def attention(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    allowed: Array,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Array:
+    """Attend from each query to the allowed keys.
 
     Args:
       queries: `[B, T, H, E]`.
       keys, values: `[B, S, K, E]`, H a multiple of K.
       allowed: `[B, T, S]` bool. A query with no allowed key (padding) gets the mean value:
         finite, and never read.
+      scale: factor on the scores; None for the usual 1/√E.
+      soft_cap: κ of κ tanh(score / κ), or None.
 
     Returns:
       `[B, T, H, E]`, in the dtype of `values`.
@@ -46,51 +55,88 @@ def attention(queries: Array, keys: Array, values: Array, allowed: Array) -> Arr
     grouped_BTKGE = queries.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores_BKGTS = at_least_float32(jnp.einsum("btkge,bske->bkgts", grouped_BTKGE, keys))
     lowest = jnp.finfo(scores_BKGTS.dtype).min
-    scores_BKGTS = jnp.where(allowed[:, None, None], scores_BKGTS * width**-0.5, lowest)
+    scores_BKGTS *= width**-0.5 if scale is None else scale
+    if soft_cap is not None:
+        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
+    scores_BKGTS = jnp.where(allowed[:, None, None], scores_BKGTS, lowest)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(values.dtype)
     mixed_BTKGE = jnp.einsum("bkgts,bske->btkge", probs_BKGTS, values)
     return mixed_BTKGE.reshape(batch, length, heads, width)
 
 
-def rotary_tables(positions: Array, size: int, theta: float) -> tuple[Array, Array]:
-    """Return cos and sin `[B, T, size]` of the half-rotation form (Su et al. 2104.09864).
+class RMSNorm(nnx.Module):
+    """x / √(mean x² + ε) · (offset + scale), in float32 or better; Zhang & Sennrich 1910.07467."""
 
-    Args:
-      positions: `[B, T]` int.
-      size: rotated dimensions of a head, even.
-      theta: base of the geometric frequencies.
+    def __init__(self, width: int, epsilon: float, dtype: Any, offset: float = 0.0):
+        self.epsilon, self.offset = epsilon, offset
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset, dtype))
+
+    def __call__(self, x: Array) -> Array:
+        wide = at_least_float32(x)
+        size = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        scale = self.offset + self.scale[...].astype(wide.dtype)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * jax.lax.rsqrt(size + self.epsilon) * scale).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """down(act(up x)), both with bias."""
+
+    def __init__(
+        self, width: int, inner: int, act: str, deviation: float, rngs: nnx.Rngs, dtype: Any
+    ):
+        make = linear(deviation, rngs, dtype)
+        self.activation = act
+        self.up, self.down = make(width, inner, True), make(inner, width, True)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs, dtype: Any) -> nnx.LayerNorm:
+    """Return a LayerNorm with bias that agrees with torch's to rounding."""
+    # the fast variance E[x²] − E[x]² loses digits that parity with the reference needs
+    kept = {"use_fast_variance": False, "param_dtype": dtype, "rngs": rngs}
+    return nnx.LayerNorm(width, epsilon=epsilon, **kept)
+
+
+def linear(deviation: float, rngs: nnx.Rngs, dtype: Any) -> Callable[..., nnx.Linear]:
+    """Return `(inputs, outputs, use_bias) -> nnx.Linear` with normal weights of that deviation."""
+    init = nnx.initializers.normal(deviation)
+
+    def make(inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
+        return nnx.Linear(
+            inputs, outputs, use_bias=use_bias, kernel_init=init, param_dtype=dtype, rngs=rngs
+        )
+
+    return make
+
+
+def embedding(rows: int, width: int, deviation: float, rngs: nnx.Rngs, dtype: Any) -> nnx.Embed:
+    """Return a table `[rows, width]` of normal numbers."""
+    init = nnx.initializers.normal(deviation)
+    return nnx.Embed(rows, width, embedding_init=init, param_dtype=dtype, rngs=rngs)
+
+
+class Sight(NamedTuple):
+    """What a kind of layer (local, global) makes of the tokens' places.
+
+    turns: rotary cos and sin `[B, T, R]`, or None without rotary positions.
+    allowed: `[B, T, S]` which keys each query may see.
     """
-    exponents = jnp.arange(0, size, 2).astype(float)  # float64 under x64, else float32
-    frequencies = theta ** (-exponents / size)
-    angles_BTF = jnp.einsum("bt,f->btf", positions.astype(frequencies.dtype), frequencies)
-    angles_BTE = jnp.concatenate([angles_BTF, angles_BTF], axis=-1)
-    return jnp.cos(angles_BTE), jnp.sin(angles_BTE)
 
-
-def rotate(heads: Array, tables: tuple[Array, Array]) -> Array:
-    """Rotate the first dimensions of each head, as many as the tables have; pass the rest.
-
-    Args:
-      heads: `[B, T, H, E]`.
-      tables: cos and sin, each `[B, T, R]`, R ≤ E.
-    """
-    cos, sin = (table[:, :, None, :] for table in tables)
-    size = cos.shape[-1]
-    turned, kept = heads[..., :size], heads[..., size:]
-    low, high = jnp.split(turned, 2, axis=-1)
-    turned = turned * cos + jnp.concatenate([-high, low], axis=-1) * sin
-    return jnp.concatenate([turned.astype(heads.dtype), kept], axis=-1)
+    turns: tuple[Array, Array] | None
+    allowed: Array
 
 
 class Reading(NamedTuple):
-    """What a layer needs to know about the tokens it reads, equal for all layers.
+    """What a layer needs to know about the tokens it reads.
 
-    tables: rotary cos and sin.
-    allowed: `[B, T, S]` which keys each query may see.
+    turns, allowed: of its Sight.
     start: column of the cache where the new keys go, or None without a cache.
     """
 
-    tables: tuple[Array, Array]
+    turns: tuple[Array, Array] | None
     allowed: Array
     start: Array | None
 
@@ -106,23 +152,37 @@ def stacked(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx
 def scan_layers(
     layers: nnx.Module,
     x_BTD: Array,
-    reading: Reading,
+    sights: Sequence[Sight],
+    kinds: Sequence[int] | None,
     cache: Cache | None,
     remat: bool,
 ) -> tuple[Array, Cache | None]:
-    """Run stacked layers in turn, writing the cache in place along the way."""
+    """Run stacked layers in turn, writing the cache in place along the way.
+
+    Args:
+      layers: a module whose leaves carry a leading layer axis.
+      x_BTD: what enters the first layer.
+      sights: one per kind of layer.
+      kinds: per layer the index of its Sight; None where there is one.
+      cache: keys and values read so far, mask and length as after these tokens; or None.
+      remat: recompute each layer in the backward pass.
+    """
     graphdef, state = nnx.split(layers)
+    start = None if cache is None else cache.length - x_BTD.shape[1]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sights)
 
     def body(carry, layer):
         x_BTD, keys, values = carry
-        layer_state, index = layer
+        layer_state, index, kind = layer
         module = nnx.merge(graphdef, layer_state)
+        sight = sights[0] if kind is None else jax.tree.map(lambda leaf: leaf[kind], together)
+        reading = Reading(*sight, start)
 
         def remember(new_keys: Array, new_values: Array) -> tuple[Array, Array]:
             nonlocal keys, values
             if keys is None:
                 return new_keys, new_values
-            at = (index, 0, reading.start, 0, 0)
+            at = (index, 0, start, 0, 0)
             keys = jax.lax.dynamic_update_slice(keys, new_keys[None].astype(keys.dtype), at)
             values = jax.lax.dynamic_update_slice(values, new_values[None].astype(values.dtype), at)
             return keys[index].astype(x_BTD.dtype), values[index].astype(x_BTD.dtype)
@@ -133,24 +193,41 @@ def scan_layers(
     count = jax.tree.leaves(state)[0].shape[0]
     body = jax.checkpoint(body) if remat else body
     held = (None, None) if cache is None else (cache.keys, cache.values)
-    (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, *held), (state, jnp.arange(count)))
+    per_layer = (state, jnp.arange(count), None if kinds is None else jnp.asarray(kinds))
+    (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, *held), per_layer)
     if cache is None:
         return x_BTD, None
     return x_BTD, cache.replace(keys=keys, values=values)
 
 
-def positions_and_mask(mask_BT: Array, cache: Cache | None) -> tuple[Array, Array, Cache | None]:
-    """Return positions `[B, T]`, allowed `[B, T, S]` and the cache with the mask written."""
+class Places(NamedTuple):
+    """Where the tokens that are read stand.
+
+    positions: `[B, T]`, counted over real tokens.
+    allowed: `[B, T, S]` real keys no later than each query.
+    distance: `[T, S]` columns from key to query.
+    """
+
+    positions: Array
+    allowed: Array
+    distance: Array
+
+    def within(self, window: int | None) -> Array:
+        """Return `allowed` for queries that see their last `window` tokens, themselves included."""
+        return self.allowed if window is None else self.allowed & (self.distance < window)[None]
+
+
+def places(mask_BT: Array, cache: Cache | None) -> tuple[Places, Cache | None]:
+    """Return the places of newly read tokens, and the cache with their mask written."""
     if cache is None:
-        columns = jnp.arange(mask_BT.shape[1])
-        positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
-        allowed_BTS = (columns[None, :, None] >= columns[None, None, :]) & mask_BT[:, None, :]
-        return positions_BT, allowed_BTS, None
-    before_B1 = jnp.sum(cache.mask, axis=1, keepdims=True)
+        before_B1, mask_BS, first = 0, mask_BT, 0
+    else:
+        before_B1 = jnp.sum(cache.mask, axis=1, keepdims=True)
+        mask_BS = jax.lax.dynamic_update_slice(cache.mask, mask_BT, (0, cache.length))
+        first = cache.length
+        cache = cache.replace(mask=mask_BS, length=cache.length + mask_BT.shape[1])
     positions_BT = jnp.maximum(before_B1 + jnp.cumsum(mask_BT, axis=1) - 1, 0)
-    mask_BS = jax.lax.dynamic_update_slice(cache.mask, mask_BT, (0, cache.length))
-    columns_S = jnp.arange(mask_BS.shape[1])
-    columns_T = cache.length + jnp.arange(mask_BT.shape[1])
-    allowed_BTS = (columns_T[None, :, None] >= columns_S[None, None, :]) & mask_BS[:, None, :]
-    cache = cache.replace(mask=mask_BS, length=cache.length + mask_BT.shape[1])
-    return positions_BT, allowed_BTS, cache
+    columns_T, columns_S = first + jnp.arange(mask_BT.shape[1]), jnp.arange(mask_BS.shape[1])
+    distance_TS = columns_T[:, None] - columns_S[None, :]
+    allowed_BTS = (distance_TS >= 0)[None] & mask_BS[:, None, :]
+    return Places(positions_BT, allowed_BTS, distance_TS), cache

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import ntkrl
+from tests.models.families import tokens_and_mask, torch_logits
 from tests.toys import TINY, torch_neox
 
 SHAPES = {
@@ -30,29 +31,6 @@ SHAPES = {
 }
 
 
-def tokens_and_mask(vocab, seed=0):
-    """Three sequences: whole, right-padded, left-padded."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, vocab, (3, 9))
-    mask = np.ones((3, 9), bool)
-    mask[1, 6:] = False
-    mask[2, :4] = False
-    return tokens, mask
-
-
-def torch_logits(model, tokens, mask):
-    """Logits and head inputs of the reference, positions counted over real tokens."""
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    with torch.no_grad():
-        out = model(
-            input_ids=torch.tensor(tokens),
-            attention_mask=torch.tensor(mask.astype(np.int64)),
-            position_ids=torch.tensor(positions),
-            output_hidden_states=True,
-        )
-    return out.logits.float().numpy(), out.hidden_states[-1].float().numpy()
-
-
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES.keys())
 def test_logits_and_features_equal_torch(tmp_path, overrides):
     """oracle: transformers' model on odd shapes, with left and right padding."""
@@ -60,7 +38,7 @@ def test_logits_and_features_equal_torch(tmp_path, overrides):
     policy, params = ntkrl.load(tmp_path)
     tokens, mask = tokens_and_mask(policy.vocab_size)
     expected_logits, expected_features = torch_logits(model, tokens, mask)
-    features = policy.features(params, jnp.asarray(tokens), jnp.asarray(mask))
+    features = jax.jit(policy.features)(params, jnp.asarray(tokens), jnp.asarray(mask))
     logits = policy.head(params, features)
     assert np.abs(np.asarray(logits) - expected_logits)[mask].max() < 1e-4
     assert np.abs(np.asarray(features) - expected_features)[mask].max() < 1e-4
@@ -105,23 +83,6 @@ def test_stored_dtypes_and_shards(tmp_path, dtype):
     )
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_import_export_import_is_bit_identical(tmp_path, tied):
-    """law: a round trip changes no bit, and transformers loads the export."""
-    model = torch_neox(tmp_path / "hf", tie_word_embeddings=tied)
-    policy, params = ntkrl.load(tmp_path / "hf")
-    ntkrl.export(tmp_path / "out", policy, params)
-    again_policy, again = ntkrl.load(tmp_path / "out")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, again
-    )
-    assert again_policy.tied == tied
-    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, reloaded.state_dict()[name]), name
-    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").hidden_size == 16
-
-
 def test_export_in_shards(tmp_path):
     """law: a sharded export with its index equals the single file."""
     from ntkrl.models import files
@@ -132,25 +93,6 @@ def test_export_in_shards(tmp_path):
     located = files.tensor_files(tmp_path / "m")
     assert set(located) == set(tensors)
     assert len(set(located.values())) == 3  # 128 bytes each, two to a shard
-
-
-@pytest.mark.parametrize("overrides", [{}, {"use_parallel_residual": False}])
-def test_decode_equals_features(overrides):
-    """law: prefill plus single steps through the cache equal one full forward pass."""
-    policy, params = ntkrl.build(
-        "GPTNeoXForCausalLM", {**TINY, **overrides}, jax.random.key(0), jnp.float32
-    )
-    tokens, mask = (jnp.asarray(a) for a in tokens_and_mask(policy.vocab_size))
-    mask = mask.at[1, 6:].set(True)  # left padding only: decoding reads to the right
-    full = policy.features(params, tokens, mask)
-    cache = policy.init_cache(3, 12)
-    out, cache = policy.decode(params, cache, tokens[:, :5], mask[:, :5])
-    parts = [out]
-    for t in range(5, 9):
-        out, cache = policy.decode(params, cache, tokens[:, t : t + 1], mask[:, t : t + 1])
-        parts.append(out)
-    stepped = jnp.concatenate(parts, axis=1)
-    assert np.abs(np.asarray(stepped - full))[np.asarray(mask)].max() < 1e-5
 
 
 def test_padding_changes_nothing():
@@ -177,7 +119,8 @@ def test_remat_and_compute_dtype(tmp_path):
     def total(p, which):
         return jnp.sum(which.head(p, which.features(p, tokens)).astype(jnp.float32) ** 2)
 
-    plain, again = jax.grad(total)(params, policy), jax.grad(total)(params, remat)
+    gradient = jax.jit(jax.grad(total), static_argnums=1)
+    plain, again = gradient(params, policy), gradient(params, remat)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-4, atol=1e-4),
         plain,

@@ -1,0 +1,61 @@
+"""What a model family hands to the loader."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+Table = tuple[tuple[str, str, bool], ...]
+"""Rows: our name · stored name, `{i}` for the layer of a stacked leaf · transposed or not."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """One architecture of Hugging Face's.
+
+    architecture: its class name with the language model's head.
+    label: how people call it.
+    prefix: of stored trunk tensors; absent where the trunk alone was saved.
+    weights: the table of tensors, the head's row `head/weight` last.
+    ignored: regular expressions of stored buffers that carry no parameter.
+    sharding: ordered `(pattern, mesh axes per dimension)` list over our names.
+    parse: config.json to the family's frozen config.
+    model: `(config, rngs, dtype) -> nnx.Module` with `features`, the trunk without head.
+    stacked: prefixes of our names whose leaves carry a leading layer axis.
+
+    Every config has architecture, vocab_size, hidden_size, num_hidden_layers, num_key_value_heads,
+    head_dim, max_position_embeddings, tie_word_embeddings, initializer_range,
+    final_logit_softcapping and `extra`, config.json as it was read.
+    """
+
+    architecture: str
+    label: str
+    prefix: str
+    weights: Table
+    ignored: tuple[str, ...]
+    sharding: tuple[tuple[str, tuple[str | None, ...]], ...]
+    parse: Callable[[Mapping[str, Any]], Any]
+    model: Callable[..., nnx.Module]
+    stacked: tuple[str, ...] = ("layers",)
+
+    @property
+    def head_name(self) -> str:
+        """The head's stored name."""
+        return self.weights[-1][1]
+
+    def cache_shape(self, config: Any, batch_size: int, length: int) -> tuple[int, ...]:
+        """Return `(L, B, S, K, E)`."""
+        heads = config.num_key_value_heads
+        return (config.num_hidden_layers, batch_size, length, heads, config.head_dim)
+
+    def unparse(self, config: Any) -> dict[str, Any]:
+        """Return the config.json of a model: what was read, with what may have changed."""
+        return {
+            **config.extra,
+            "architectures": [config.architecture],
+            "vocab_size": config.vocab_size,
+            "tie_word_embeddings": config.tie_word_embeddings,
+        }

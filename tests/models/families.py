@@ -1,0 +1,185 @@
+"""Tiny random models of every family, in transformers, with the odd shapes that hide mistakes."""
+
+import numpy as np
+import torch
+import transformers
+
+SIZES = {
+    "vocab_size": 31,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 20,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+GEMMA = {**SIZES, "head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": 4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# name: (config class, model class, settings)
+CASES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", SIZES),
+    "llama odd": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {
+            **SIZES,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 10,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
+    "llama 3": ("LlamaConfig", "LlamaForCausalLM", {**SIZES, "rope_parameters": LLAMA3}),
+    "llama linear": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {**SIZES, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", SIZES),
+    "qwen2 tied, local": (
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        {
+            **SIZES,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**SIZES, "head_dim": 10}),
+    "qwen3 tied, biased": (
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        {**SIZES, "head_dim": 6, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "gemma 2": ("Gemma2Config", "Gemma2ForCausalLM", {**GEMMA, "num_hidden_layers": 3}),
+    "gemma 2 uncapped, untied": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            **GEMMA,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+        },
+    ),
+    "gemma 2 hard caps": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+    ),
+    "gemma 3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**GEMMA, "num_hidden_layers": 4, "sliding_window_pattern": 3},
+    ),
+    "gemma 3 scaled": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            **GEMMA,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": 31,
+            "n_embd": 24,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "initializer_range": 0.3,
+        },
+    ),
+    "gpt2 odd": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": 29,
+            "n_embd": 21,
+            "n_layer": 3,
+            "n_head": 3,
+            "n_inner": 17,
+            "n_positions": 100,
+            "activation_function": "relu",
+            "tie_word_embeddings": False,
+            "scale_attn_weights": False,
+            "initializer_range": 0.2,
+        },
+    ),
+    "gpt-neox": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {
+            **{k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+            "num_attention_heads": 3,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+}
+# one of each family, for what need not be seen at every shape
+EACH = ("llama 3", "qwen2 tied, local", "qwen3", "gemma 2", "gemma 3", "gpt2", "gpt-neox")
+
+
+def torch_model(case, directory=None, seed=0, **overrides):
+    """Make a case's model, all parameters moved off their starting values; save it if asked."""
+    config_class, model_class, settings = CASES[case]
+    config = getattr(transformers, config_class)(
+        **{**settings, **overrides}, bos_token_id=0, eos_token_id=0, pad_token_id=1
+    )
+    torch.manual_seed(seed)
+    # eager attention: capped scores have no fused form
+    config._attn_implementation = "eager"
+    model = getattr(transformers, model_class)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if directory is not None:
+        model.save_pretrained(directory)
+    return model
+
+
+def tokens_and_mask(vocab, seed=0):
+    """Three sequences: whole, right-padded, left-padded."""
+    tokens = np.random.default_rng(seed).integers(2, vocab, (3, 9))
+    mask = np.ones((3, 9), bool)
+    mask[1, 6:] = False
+    mask[2, :4] = False
+    return tokens, mask
+
+
+def torch_logits(model, tokens, mask):
+    """Logits and head inputs of the reference, positions counted over real tokens."""
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.tensor(mask.astype(np.int64)),
+            position_ids=torch.tensor(positions),
+            output_hidden_states=True,
+        )
+    return out.logits.float().numpy(), out.hidden_states[-1].float().numpy()
