@@ -14,22 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from ntkrl import trees
 from ntkrl.models import files, gemma, gpt2, gpt_neox, hub, llama, qwen
+from ntkrl.models.assemble import assemble, init_params
 from ntkrl.models.family import Family
-from ntkrl.numerics import at_least_float32
-from ntkrl.types import Array, Cache, Params, Policy
+from ntkrl.types import Array, Params, Policy
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for file in (gpt_neox, llama, qwen, gemma, gpt2)
     for family in file.FAMILIES
 }
-HEAD_WEIGHT = "head/weight"
-EMBEDDING = "embed/embedding"
 
 
 def load(
@@ -61,11 +58,11 @@ def load(
     raw = files.read_config(directory)
     family = family_of(raw, directory)
     stored_config = family.parse(raw)
-    policy, shapes = _assemble(family, stored_config, dtype, compute_dtype, remat, str(directory))
+    policy, shapes = assemble(family, stored_config, dtype, compute_dtype, remat, str(directory))
     params = _read(directory, family, policy, shapes, dtype, mesh)
     if untie and policy.tied:
         config = dataclasses.replace(stored_config, tie_word_embeddings=False)
-        policy, _ = _assemble(family, config, dtype, compute_dtype, remat, str(directory))
+        policy, _ = assemble(family, config, dtype, compute_dtype, remat, str(directory))
         params = {**params, "head": {"weight": jnp.copy(params["embed"]["embedding"])}}
     return policy, params
 
@@ -113,21 +110,34 @@ def build(
     Raises:
       ValueError: unknown architecture or impossible config.
     """
+    family, parsed = _new(architecture, config)
+    policy, _ = assemble(family, parsed, dtype, compute_dtype, remat, None)
+    return policy, init_params(family, parsed, key, dtype)
+
+
+def describe(
+    architecture: str,
+    config: dict[str, Any],
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+    remat: bool = False,
+) -> tuple[Policy, Params]:
+    """Return what `build` would, with shapes (jax.ShapeDtypeStruct) in place of arrays.
+
+    Args:
+      architecture, config, dtype, compute_dtype, remat: as in `build`.
+
+    Raises:
+      ValueError: unknown architecture or impossible config.
+    """
+    family, parsed = _new(architecture, config)
+    return assemble(family, parsed, dtype, compute_dtype, remat, None)
+
+
+def _new(architecture: str, config: dict[str, Any]) -> tuple[Family, Any]:
     raw = {**config, "architectures": [architecture]}
     family = family_of(raw, Path("config"))
-    parsed = family.parse(raw)
-    policy, _ = _assemble(family, parsed, dtype, compute_dtype, remat, None)
-    return policy, _init(family, parsed, key, dtype)
-
-
-def _init(family: Family, config: Any, key: Array, dtype: Any) -> Params:
-    """Draw fresh parameters: normal, `initializer_range`; biases zero."""
-    params = nnx.to_pure_dict(nnx.split(family.model(config, nnx.Rngs(key), dtype))[1])
-    if config.tie_word_embeddings:
-        return params
-    shape = (config.vocab_size, config.hidden_size)
-    draw = jax.random.normal(jax.random.fold_in(key, 1), shape, dtype)
-    return {**params, "head": {"weight": config.initializer_range * draw}}
+    return family, family.parse(raw)
 
 
 def export(path: str | Path, policy: Policy, params: Params, source: str | None = None) -> None:
@@ -181,68 +191,3 @@ def _family_of_policy(policy: Policy) -> Family:
     if policy.config is None:
         raise ValueError("export needs a policy made by ntkrl.load or ntkrl.build.")
     return FAMILIES[policy.config.architecture]
-
-
-def _assemble(
-    family: Family,
-    config: Any,
-    dtype: Any,
-    compute_dtype: Any,
-    remat: bool,
-    source: str | None,
-) -> tuple[Policy, Params]:
-    """Return the policy and the shapes of its params."""
-    abstract = nnx.eval_shape(lambda: family.model(config, nnx.Rngs(0), dtype))
-    graphdef, state = nnx.split(abstract)
-    shapes, tied = nnx.to_pure_dict(state), config.tie_word_embeddings
-    if not tied:
-        shape = (config.vocab_size, config.hidden_size)
-        shapes["head"] = {"weight": jax.ShapeDtypeStruct(shape, dtype)}
-
-    def trunk(params: Params) -> nnx.Module:
-        params = {name: leaves for name, leaves in params.items() if name != "head"}
-        if compute_dtype is not None:
-            params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-        return nnx.merge(graphdef, params)
-
-    def features(params: Params, tokens: Array, mask: Array | None = None) -> Array:
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        return trunk(params).features(tokens, mask, None, remat)[0]
-
-    def decode(params: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
-        return trunk(params).features(tokens, mask, cache, False)
-
-    def head(params: Params, features: Array) -> Array:
-        weight_VD = params["embed"]["embedding"] if tied else params["head"]["weight"]
-        logits = jnp.einsum("...d,vd->...v", features, weight_VD.astype(features.dtype))
-        cap = config.final_logit_softcapping
-        return logits if cap is None else cap * jnp.tanh(at_least_float32(logits) / cap)
-
-    def init_cache(batch_size: int, length: int, cache_dtype: Any = None) -> Cache:
-        kept = compute_dtype if compute_dtype is not None else dtype
-        kept = kept if cache_dtype is None else cache_dtype
-        empty = jnp.zeros(family.cache_shape(config, batch_size, length), kept)
-        return Cache(
-            keys=empty,
-            values=empty,
-            mask=jnp.zeros((batch_size, length), bool),
-            length=jnp.zeros((), jnp.int32),
-        )
-
-    policy = Policy(
-        features=features,
-        head=head,
-        init_cache=init_cache,
-        decode=decode,
-        head_weight=EMBEDDING if tied else HEAD_WEIGHT,
-        head_soft_cap=config.final_logit_softcapping,
-        tied=tied,
-        vocab_size=config.vocab_size,
-        feature_size=config.hidden_size,
-        max_tokens=config.max_position_embeddings,
-        sharding=family.sharding,
-        config=config,
-        source=source,
-        stacked=family.stacked,
-    )
-    return policy, shapes

@@ -46,11 +46,6 @@ class Family:
         """The head's stored name."""
         return self.weights[-1][1]
 
-    def cache_shape(self, config: Any, batch_size: int, length: int) -> tuple[int, ...]:
-        """Return `(L, B, S, K, E)`."""
-        heads = config.num_key_value_heads
-        return (config.num_hidden_layers, batch_size, length, heads, config.head_dim)
-
     def unparse(self, config: Any) -> dict[str, Any]:
         """Return the config.json of a model: what was read, with what may have changed."""
         return {

@@ -32,8 +32,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ntkrl import trees
-from ntkrl.models import _assemble, gpt_neox
+from ntkrl import models, trees
 from ntkrl.ntk import forms, heads, parts, roads
 from ntkrl.ntk.body import Body, make_body
 from ntkrl.ntk.contexts import Contexts
@@ -46,7 +45,6 @@ from tests.bench.measure import OUT_OF_MEMORY, table, write_json
 GIB = 2.0**30
 PEAK_FLOPS = 197e12
 PYTHIA = {
-    "architectures": [gpt_neox.ARCHITECTURE],
     "vocab_size": 50304,
     "hidden_size": 2560,
     "num_attention_heads": 32,
@@ -78,8 +76,8 @@ class Setting(NamedTuple):
 
 def setting(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> Setting:
     """Describe Pythia-2.8B, float32 params sharded over the mesh and all else on every chip."""
-    config = gpt_neox.parse({**PYTHIA, "num_hidden_layers": layers})
-    policy, shapes = _assemble(gpt_neox, config, jnp.float32, compute_dtype, False, None)
+    config = {**PYTHIA, "num_hidden_layers": layers}
+    policy, shapes = models.describe("GPTNeoXForCausalLM", config, compute_dtype=compute_dtype)
     placed = trees.shardings(shapes, policy.sharding, mesh)
 
     whole = NamedSharding(mesh, PartitionSpec())

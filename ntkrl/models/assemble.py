@@ -1,0 +1,119 @@
+"""A family's config as a Policy and the shapes of its params."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ntkrl.models.family import Family
+from ntkrl.numerics import at_least_float32
+from ntkrl.types import Array, Cache, Params, Policy
+
+HEAD_WEIGHT = "head/weight"
+EMBEDDING = "embed/embedding"
+
+
+def assemble(
+    family: Family,
+    config: Any,
+    dtype: Any,
+    compute_dtype: Any,
+    remat: bool,
+    source: str | None,
+) -> tuple[Policy, Params]:
+    """Return the policy and the shapes of its params.
+
+    Args:
+      family, config: what to make.
+      dtype: of params.
+      compute_dtype: the network runs in; None for `dtype`.
+      remat: recompute layers in the backward pass.
+      source: directory the weights came from, or None.
+    """
+    abstract = nnx.eval_shape(lambda: family.model(config, nnx.Rngs(0), dtype))
+    graphdef, state = nnx.split(abstract)
+    shapes, tied = nnx.to_pure_dict(state), config.tie_word_embeddings
+    if not tied:
+        shape = (config.vocab_size, config.hidden_size)
+        shapes["head"] = {"weight": jax.ShapeDtypeStruct(shape, dtype)}
+
+    def init_cache(batch_size: int, length: int, cache_dtype: Any = None) -> Cache:
+        kept = dtype if compute_dtype is None else compute_dtype
+        return _empty_cache(
+            config, batch_size, length, kept if cache_dtype is None else cache_dtype
+        )
+
+    features, decode = _trunk(graphdef, compute_dtype, remat)
+    policy = Policy(
+        features=features,
+        head=_head(config),
+        init_cache=init_cache,
+        decode=decode,
+        head_weight=EMBEDDING if tied else HEAD_WEIGHT,
+        head_soft_cap=config.final_logit_softcapping,
+        tied=tied,
+        vocab_size=config.vocab_size,
+        feature_size=config.hidden_size,
+        max_tokens=config.max_position_embeddings,
+        sharding=family.sharding,
+        config=config,
+        source=source,
+        stacked=family.stacked,
+    )
+    return policy, shapes
+
+
+def _trunk(graphdef: Any, compute_dtype: Any, remat: bool) -> tuple[Callable, Callable]:
+    """Return `features` and `decode` of a Policy."""
+
+    def module(params: Params) -> nnx.Module:
+        params = {name: leaves for name, leaves in params.items() if name != "head"}
+        if compute_dtype is not None:
+            params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
+        return nnx.merge(graphdef, params)
+
+    def features(params: Params, tokens: Array, mask: Array | None = None) -> Array:
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+        return module(params).features(tokens, mask, None, remat)[0]
+
+    def decode(params: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
+        return module(params).features(tokens, mask, cache, False)
+
+    return features, decode
+
+
+def _head(config: Any) -> Callable[[Params, Array], Array]:
+    """Return `head` of a Policy: W φ, capped where the family caps it."""
+    tied, cap = config.tie_word_embeddings, config.final_logit_softcapping
+
+    def head(params: Params, features: Array) -> Array:
+        weight_VD = params["embed"]["embedding"] if tied else params["head"]["weight"]
+        logits = jnp.einsum("...d,vd->...v", features, weight_VD.astype(features.dtype))
+        return logits if cap is None else cap * jnp.tanh(at_least_float32(logits) / cap)
+
+    return head
+
+
+def init_params(family: Family, config: Any, key: Array, dtype: Any) -> Params:
+    """Draw fresh parameters: normal, `initializer_range`; biases zero."""
+    params = nnx.to_pure_dict(nnx.split(family.model(config, nnx.Rngs(key), dtype))[1])
+    if config.tie_word_embeddings:
+        return params
+    shape = (config.vocab_size, config.hidden_size)
+    draw = jax.random.normal(jax.random.fold_in(key, 1), shape, dtype)
+    return {**params, "head": {"weight": config.initializer_range * draw}}
+
+
+def _empty_cache(config: Any, batch_size: int, length: int, dtype: Any) -> Cache:
+    sizes = (batch_size, length, config.num_key_value_heads, config.head_dim)
+    empty = jnp.zeros((config.num_hidden_layers, *sizes), dtype)
+    return Cache(
+        keys=empty,
+        values=empty,
+        mask=jnp.zeros((batch_size, length), bool),
+        length=jnp.zeros((), jnp.int32),
+    )
