@@ -138,6 +138,7 @@ def small(roads: bool) -> list[tuple[str, str, dict[str, Any]]]:
     """Name the methods of the first question: what, function, arguments."""
     found = [
         ("ours, factored (s, M)", "ours", {"form": "factored"}),
+        ("ours, factored, memory_gib=0.04", "ours", {"form": "factored", "memory_gib": 0.04}),
         ("ours, factored, memory_gib=0.02", "ours", {"form": "factored", "memory_gib": 0.02}),
         ("ours, V×V written out", "ours", {"form": "dense", "repeats": 3}),
         (

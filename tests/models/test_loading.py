@@ -1,0 +1,93 @@
+"""Loading at scale: blocks go straight to their devices, and no host holds more than its share."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import ntkrl
+from ntkrl import models, runtime, trees
+from ntkrl.models import files
+from tests.models.families import CASES, EACH, torch_model
+from tests.models.test_families import equal_trees
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("case", EACH)
+def test_sharded_loading_equals_whole(tmp_path, case, shape):
+    """law: blocks read for a mesh are those of the whole, where the family's patterns say."""
+    settings = CASES[case][2]
+    wide = {
+        k: 8 * -(-settings[k] // 8) for k in ("vocab_size", "intermediate_size") if k in settings
+    }
+    torch_model(case, tmp_path, **wide)
+    mesh = runtime.make_mesh(*shape)
+    policy, params = ntkrl.load(tmp_path, mesh=mesh)
+    equal_trees(params, ntkrl.load(tmp_path)[1])
+    wanted = trees.shardings(params, policy.sharding, mesh)
+    for leaf, where in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding == where
+    split = [leaf for leaf in jax.tree.leaves(params) if not leaf.is_fully_replicated]
+    assert len(split) >= 4
+
+
+def test_only_the_blocks_of_a_device_are_read(tmp_path, monkeypatch):
+    """by hand: of 8 devices along fsdp each reads an eighth of every matrix, and reads it once."""
+    torch_model("gpt-neox", tmp_path, vocab_size=32)
+    mesh = runtime.make_mesh(1, 8, 1)
+    seen = []
+    read = files.Stored.read
+
+    def watched(self, ours, ends, dtype):
+        block = read(self, ours, ends, dtype)
+        seen.append((ours, ends, block.size))
+        return block
+
+    monkeypatch.setattr(files.Stored, "read", watched)
+    _, params = ntkrl.load(tmp_path, mesh=mesh)
+    leaves = trees.named_leaves(params)
+    assert len(seen) == len(set(seen))
+    for name, leaf in leaves.items():
+        sizes = [size for ours, _, size in seen if ours == name]
+        assert sum(sizes) == leaf.size
+        assert len(sizes) == (1 if leaf.is_fully_replicated else 8)
+
+
+CHILD = """
+import json, sys
+import jax, ntkrl
+from tests.bench.measure import peak_memory
+jax.numpy.zeros(3).block_until_ready()
+ntkrl.load(sys.argv[1])  # what is imported and compiled on the way
+with peak_memory() as peak:
+    _, params = ntkrl.load(sys.argv[2])
+print(json.dumps(peak.mib))
+"""
+
+
+def test_peak_memory(tmp_path):
+    """law: a process grows by the model and at most 1.3 of the largest stored tensor."""
+    config = {
+        **CASES["llama"][2],
+        "vocab_size": 30000,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+    }
+    policy, params = ntkrl.build("LlamaForCausalLM", config, jax.random.key(0))
+    models.export(tmp_path / "large", policy, params)
+    torch_model("llama", tmp_path / "small")
+    model = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20
+    largest = 0.0
+    with safe_open(tmp_path / "large" / "model.safetensors", framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118
+            largest = max(largest, float(np.prod(file.get_slice(name).get_shape())) * 4 / 2**20)
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "small"), str(tmp_path / "large")]
+    grown = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    # a second copy of the stacked MLP kernels alone would be 144 MiB more
+    assert model - 20 < grown < model + 1.3 * largest
+    print(f"model {model:.0f} MiB, largest tensor {largest:.0f}, grown by {grown:.0f}")
