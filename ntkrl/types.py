@@ -93,6 +93,32 @@ class Policy:
     stacked: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer:
+    """Pure functions of a reward model over a params tree.
+
+    score: `(params, tokens [N, T], mask [N, T], gates [N]) -> {name: [N]}`, float32 or better;
+        tokens are right-padded, gates are the columns where `gate` begins (0 without one).
+    names: of the results, the reward first; others are logged.
+    pad_id: token that padding is told by.
+    gate: token ids whose last occurrence in the prompt the gate reads; empty without a gate.
+    max_tokens, vocab_size: the longest sequence allowed (tokens), and V.
+    sharding: ordered `(pattern, axes per dimension)` list over parameter paths.
+    config: the trunk's frozen configuration.
+    source: directory the weights came from.
+    """
+
+    score: Callable[..., dict[str, Array]]
+    names: tuple[str, ...]
+    pad_id: int
+    gate: tuple[int, ...]
+    max_tokens: int
+    vocab_size: int
+    sharding: tuple[tuple[str, tuple[str | None, ...]], ...]
+    config: Any
+    source: str | None
+
+
 @chex.dataclass(frozen=True)
 class PromptBatch:
     """Tokenised prompts.

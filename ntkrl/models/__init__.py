@@ -7,26 +7,33 @@ them into pure functions. Outside, params are nested dicts of arrays.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from ntkrl import trees
-from ntkrl.models import files, gemma, gpt2, gpt_neox, hub, llama, qwen
+from ntkrl.models import files
 from ntkrl.models.assemble import assemble, init_params
+from ntkrl.models.families import FAMILIES, family_of
 from ntkrl.models.family import Family
+from ntkrl.models.hub import local_directory
+from ntkrl.models.placing import read_params
+from ntkrl.models.scorers import load_scorer
 from ntkrl.types import Array, Params, Policy
 
-FAMILIES: dict[str, Family] = {
-    family.architecture: family
-    for file in (gpt_neox, llama, qwen, gemma, gpt2)
-    for family in file.FAMILIES
-}
+__all__ = [
+    "build",
+    "check",
+    "describe",
+    "export",
+    "load",
+    "load_scorer",
+    "local_directory",
+]
 
 
 def load(
@@ -54,41 +61,17 @@ def load(
     Raises:
       ValueError: anything missing, misshapen or unknown, all of it in one message.
     """
-    directory = hub.local_directory(path)
+    directory = local_directory(path)
     raw = files.read_config(directory)
     family = family_of(raw, directory)
     stored_config = family.parse(raw)
     policy, shapes = assemble(family, stored_config, dtype, compute_dtype, remat, str(directory))
-    params = _read(directory, family, policy, shapes, dtype, mesh)
+    params = read_params(directory, family, shapes, mesh, policy.tied)
     if untie and policy.tied:
         config = dataclasses.replace(stored_config, tie_word_embeddings=False)
         policy, _ = assemble(family, config, dtype, compute_dtype, remat, str(directory))
         params = {**params, "head": {"weight": jnp.copy(params["embed"]["embedding"])}}
     return policy, params
-
-
-def _read(
-    directory: Path, family: Family, policy: Policy, shapes: Params, dtype: Any, mesh: Mesh | None
-) -> Params:
-    """Read every leaf onto its devices: each host the blocks that its devices hold, and no more."""
-    named = trees.named_leaves(shapes)
-    sizes = {name: leaf.shape for name, leaf in named.items()}
-    stored = files.check_tensors(directory, family, sizes, policy.tied)
-    if mesh is None:
-        alone = SingleDeviceSharding(jax.devices()[0])
-        placed = dict.fromkeys(named, alone)
-    else:
-        placed = trees.named_leaves(trees.shardings(shapes, family.sharding, mesh))
-    leaves = []
-    for name, shape in sizes.items():
-        read = functools.lru_cache(lambda *ends, n=name: stored.read(n, ends, dtype))
-
-        def block(at: tuple[slice, ...], read=read, shape=shape) -> np.ndarray:
-            # devices that hold the same block get what was read once
-            return read(*(part.indices(size)[:2] for part, size in zip(at, shape, strict=True)))
-
-        leaves.append(jax.make_array_from_callback(shape, placed[name], block))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def build(
@@ -171,20 +154,10 @@ def check(path: str | Path) -> None:
     Raises:
       ValueError: no directory, no or bad config.json, unknown architecture, missing files.
     """
-    directory = hub.local_directory(path)
+    directory = local_directory(path)
     raw = files.read_config(directory)
     family_of(raw, directory).parse(raw)
     files.tensor_files(directory)
-
-
-def family_of(raw: dict[str, Any], where: Path) -> Family:
-    """Return the family of a config.json, or say which architectures are known."""
-    named = raw["architectures"] if "architectures" in raw else None
-    if isinstance(named, list) and len(named) == 1 and named[0] in FAMILIES:
-        return FAMILIES[named[0]]
-    raise ValueError(
-        f"{where}: architecture {named!r} is unknown; known are {', '.join(sorted(FAMILIES))}."
-    )
 
 
 def _family_of_policy(policy: Policy) -> Family:

@@ -289,8 +289,9 @@ def family(
     architecture: str,
     label: str,
     parse: Callable[[Mapping[str, Any]], Config],
+    scorer: str,
     four_norms: bool = False,
 ) -> Family:
     """Return a variant as a Family."""
     table = weights(four_norms)
-    return Family(architecture, label, "model.", table, IGNORED, SHARDING, parse, Model)
+    return Family(architecture, label, "model.", table, IGNORED, SHARDING, parse, Model, scorer)

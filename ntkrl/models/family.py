@@ -24,6 +24,7 @@ class Family:
     sharding: ordered `(pattern, mesh axes per dimension)` list over our names.
     parse: config.json to the family's frozen config.
     model: `(config, rngs, dtype) -> nnx.Module` with `features`, the trunk without head.
+    scorer: class name of the same trunk with a sequence-classification head.
     stacked: prefixes of our names whose leaves carry a leading layer axis.
 
     Every config has architecture, vocab_size, hidden_size, num_hidden_layers, num_key_value_heads,
@@ -39,6 +40,7 @@ class Family:
     sharding: tuple[tuple[str, tuple[str | None, ...]], ...]
     parse: Callable[[Mapping[str, Any]], Any]
     model: Callable[..., nnx.Module]
+    scorer: str
     stacked: tuple[str, ...] = ("layers",)
 
     @property

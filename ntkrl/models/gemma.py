@@ -78,6 +78,12 @@ def parse(generation: int, raw: Mapping[str, Any]) -> decoder.Config:
 
 
 FAMILIES = tuple(
-    decoder.family(f"Gemma{n}ForCausalLM", label, functools.partial(parse, n), four_norms=True)
-    for n, label in ((2, "Gemma 2"), (3, "Gemma 3 (text)"))
+    decoder.family(
+        f"Gemma{n}ForCausalLM",
+        label,
+        functools.partial(parse, n),
+        f"{scorer}ForSequenceClassification",
+        four_norms=True,
+    )
+    for n, label, scorer in ((2, "Gemma 2", "Gemma2"), (3, "Gemma 3 (text)", "Gemma3Text"))
 )

@@ -180,5 +180,15 @@ class Model(nnx.Module):
 
 
 FAMILIES = (
-    Family(ARCHITECTURE, "GPT-2", "transformer.", WEIGHTS, IGNORED, SHARDING, parse, Model),
+    Family(
+        ARCHITECTURE,
+        "GPT-2",
+        "transformer.",
+        WEIGHTS,
+        IGNORED,
+        SHARDING,
+        parse,
+        Model,
+        "GPT2ForSequenceClassification",
+    ),
 )

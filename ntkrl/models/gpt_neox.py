@@ -198,5 +198,6 @@ FAMILIES = (
         SHARDING,
         parse,
         Model,
+        "GPTNeoXForSequenceClassification",
     ),
 )

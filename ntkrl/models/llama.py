@@ -45,4 +45,4 @@ def parse(raw: Mapping[str, Any]) -> decoder.Config:
     return config
 
 
-FAMILIES = (decoder.family(ARCHITECTURE, "Llama 2 / 3", parse),)
+FAMILIES = (decoder.family(ARCHITECTURE, "Llama 2 / 3", parse, "LlamaForSequenceClassification"),)

@@ -53,6 +53,11 @@ def parse(generation: int, raw: Mapping[str, Any]) -> decoder.Config:
 
 
 FAMILIES = tuple(
-    decoder.family(f"Qwen{n}ForCausalLM", label, functools.partial(parse, n))
+    decoder.family(
+        f"Qwen{n}ForCausalLM",
+        label,
+        functools.partial(parse, n),
+        f"Qwen{n}ForSequenceClassification",
+    )
     for n, label in ((2, "Qwen2 / 2.5"), (3, "Qwen3"))
 )

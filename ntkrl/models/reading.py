@@ -30,6 +30,14 @@ class ConfigReader:
             return 1
         return value
 
+    def token(self, name: str) -> int:
+        """Return a required token id."""
+        value = self._given(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            self.problems.append(f"{name} must be a token id, not {value!r}")
+            return 0
+        return value
+
     def optional_integer(self, name: str, default: int | None) -> int | None:
         """Return a positive integer or, where the file says null, None."""
         if name in self.raw and self.raw[name] is None:

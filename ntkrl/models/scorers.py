@@ -1,0 +1,110 @@
+"""Reward models: a trunk of some family with a head that scores whole texts.
+
+Read are transformers' sequence-classification directories and ArmoRM (see armorm.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ntkrl.models import armorm, files, hub
+from ntkrl.models.armorm import Described
+from ntkrl.models.assemble import assemble
+from ntkrl.models.families import FAMILIES, SCORERS, named
+from ntkrl.models.family import Family
+from ntkrl.models.placing import read_params
+from ntkrl.models.reading import ConfigReader
+from ntkrl.types import Array, Params, Policy, Scorer
+
+SCORE = (("score/weight", "score.weight", False),)
+
+
+def load_scorer(
+    path: str | Path,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    compute_dtype: Any = None,
+) -> tuple[Scorer, Params]:
+    """Load a reward model: a sequence-classification directory of a known family, or ArmoRM.
+
+    Args:
+      path: directory with config.json and safetensors, or a name on the Hugging Face hub.
+      dtype: dtype the trunk is kept in; heads are float32 or better.
+      mesh: shard the params over it, or None for one device.
+      compute_dtype: dtype the trunk runs in; None for `dtype`.
+
+    Returns:
+      `(scorer, params)`: pure functions, and a nested dict of arrays.
+
+    Raises:
+      ValueError: anything missing, misshapen or unknown, more than one label, or no pad token.
+    """
+    directory = hub.local_directory(path)
+    raw = files.read_config(directory)
+    name, known = named(raw), (*SCORERS, armorm.ARCHITECTURE)
+    if name not in known:
+        raise ValueError(
+            f"{directory}: architecture {name!r} is no reward model known here; known are "
+            f"{', '.join(sorted(known))}."
+        )
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if name == armorm.ARCHITECTURE:
+        family, parsed, heads, make = armorm.described(raw, FAMILIES["LlamaForCausalLM"], wide)
+    else:
+        family, parsed, heads, make = _classifier(raw, SCORERS[name], wide)
+    headless = dataclasses.replace(parsed, tie_word_embeddings=True)
+    policy, trunk = assemble(family, headless, dtype, compute_dtype, False, str(directory))
+    return make(policy), read_params(directory, family, {**trunk, **heads}, mesh)
+
+
+def _classifier(raw: dict[str, Any], family: Family, dtype: Any) -> Described:
+    """Describe a trunk with one row of weights on its last token."""
+    parsed = family.parse(raw)
+    reader = ConfigReader(raw)
+    labels = _labels(reader)
+    pad_id = reader.token("pad_token_id")
+    if labels != 1:
+        reader.problems.append(
+            f"it has {labels} labels; a reward model has one (num_labels=1 when it was trained)"
+        )
+    reader.finish(f"{family.label} reward")
+    score = jax.ShapeDtypeStruct((1, parsed.hidden_size), dtype)
+    held = dataclasses.replace(family, weights=(*family.weights[:-1], *SCORE))
+    return held, parsed, {"score": {"weight": score}}, lambda policy: _last(policy, pad_id)
+
+
+def _labels(reader: ConfigReader) -> int:
+    named = reader.section("id2label")
+    return reader.integer("num_labels", 2 if named is None else len(named))
+
+
+def _last(policy: Policy, pad_id: int) -> Scorer:
+    """Return the Scorer that reads the last token that is no padding."""
+
+    def score(params: Params, tokens: Array, mask: Array, gates: Array) -> dict[str, Array]:
+        trunk = {name: leaves for name, leaves in params.items() if name != "score"}
+        phi_NTD = policy.features(trunk, tokens, mask)
+        # as transformers does: the rightmost token other than the pad token, eos or not
+        columns = jnp.arange(tokens.shape[1])[None]
+        last_N = jnp.max(jnp.where(tokens != pad_id, columns, 0), axis=1)
+        phi_ND = phi_NTD[jnp.arange(tokens.shape[0]), last_N]
+        weight_KD = params["score"]["weight"]
+        return {"score": jnp.einsum("nd,kd->nk", phi_ND.astype(weight_KD.dtype), weight_KD)[:, 0]}
+
+    return Scorer(
+        score=score,
+        names=("score",),
+        pad_id=pad_id,
+        gate=(),
+        max_tokens=policy.max_tokens,
+        vocab_size=policy.vocab_size,
+        sharding=policy.sharding,
+        config=policy.config,
+        source=policy.source,
+    )
