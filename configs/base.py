@@ -65,8 +65,28 @@ def get_config():
     config.rollout.temperature = 1.0
 
     config.reward = ConfigDict()
-    config.reward.function = placeholder(str)  # "expressions", "FILE.py:NAME", several by commas
+    # built-in names, "FILE.py:NAME", directories of reward models; several by commas
+    config.reward.function = placeholder(str)
     config.reward.weights = placeholder(tuple)  # None: 1.0 each
+    config.reward.timeout = 60.0  # seconds a call of a user's function may take
+    config.reward.on_failure = placeholder(float)  # None: stop; else the reward of a failed call
+    config.reward.normalisation = placeholder(str)  # rewards that `ntkrl evaluate` wrote
+    config.reward.dtype = "float32"  # of reward models, whose heads are float32 always
+    config.reward.batch_size = 16  # texts a reward model reads at a time
+    # TRL's and open-r1's defaults, but for the lengths, which follow rollout's budget
+    config.reward.options = ConfigDict(
+        {
+            "soft_overlong": {"max_completion_len": 512, "soft_punish_cache": 128},
+            "cosine_length": {
+                "min_value_wrong": -1.0,
+                "max_value_wrong": -0.5,
+                "min_value_correct": 0.5,
+                "max_value_correct": 1.0,
+                "max_len": 1000,
+            },
+            "repetition": {"ngram_size": 3, "max_penalty": -1.0},
+        }
+    )
 
     config.objective = ConfigDict()
     config.objective.preset = "rloo"  # "rloo" or "grpo"; None below keeps the preset's value

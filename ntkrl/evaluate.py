@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import assembly, models, runtime, trees, update
+from ntkrl import assembly, models, reward, runtime, trees, update
 
 EVALUATE_STREAM = 3
 
@@ -18,8 +19,10 @@ EVALUATE_STREAM = 3
 def evaluate(config: ConfigDict) -> dict[str, float]:
     """Sample and reward completions of the held-out prompts; print and save what was found.
 
-    Writes `evaluations/NAME.json` (metrics) and `evaluations/NAME.jsonl` (every sample with its
-    reward) under the run directory, NAME being the model directory's name.
+    Writes `evaluations/NAME.json` (metrics), `evaluations/NAME.jsonl` (every sample with its
+    reward) and `evaluations/NAME.rewards.json` (rewards by function, before weights and
+    normalisation: what `reward.normalisation` reads) under the run directory, NAME being the model
+    directory's name.
 
     Args:
       config: see configs/base.py; `model.path`, `data`, `reward`, `rollout` and `eval` count.
@@ -49,10 +52,16 @@ def evaluate(config: ConfigDict) -> dict[str, float]:
         for repeat, found in enumerate(collected):
             for row in _samples(setup, found, repeat):
                 file.write(json.dumps(row) + "\n")
+    functions = collected[0].result.per_function
+    by_function = {
+        name: np.concatenate([found.result.per_function[name] for found in collected])
+        for name in functions
+    }
+    reward.write_rewards(path.with_suffix(".rewards.json"), by_function)
     path.write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, value in metrics.items():
         print(f"{name:28s} {value:.4f}")
-    print(f"samples: {path.with_suffix('.jsonl')}")
+    print(f"samples: {path.with_suffix('.jsonl')}, rewards: {path.with_suffix('.rewards.json')}")
     return metrics
 
 

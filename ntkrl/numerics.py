@@ -21,9 +21,28 @@ def at_least_float32(values: Array) -> Array:
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
+SHORTEST_BUCKET = 8
 HIGHEST = jax.lax.Precision.HIGHEST
 einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 """Products in full precision: accelerators otherwise multiply float32 in fewer bits."""
+
+
+def bucket_length(longest: int, maximum: int) -> int:
+    """Return the length to pad to: few different ones, since each compiles anew.
+
+    Args:
+      longest: tokens of the longest row, 1 to `maximum`.
+      maximum: longest row allowed (tokens).
+
+    Returns:
+      The smallest power of two that is at least `longest` and 8, or `maximum` if smaller.
+
+    Raises:
+      ValueError: `longest` outside its range.
+    """
+    if not 1 <= longest <= maximum:
+        raise ValueError(f"the longest row has {longest} tokens; allowed are 1 to {maximum}.")
+    return min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), maximum)
 
 
 def masked_total(values: Array, mask: Array) -> Total:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ntkrl import data, probe, reward, rollout, runtime
 from ntkrl.assembly.setup import Prompts, Setup
+from ntkrl.numerics import bucket_length
 from ntkrl.types import Array, Params, ProbeSet, PromptBatch, Rollout
 
 Sample = Callable[[Params, PromptBatch, Array], Rollout]
@@ -44,7 +45,7 @@ def make_sample(setup: Setup, completions_per_prompt: int) -> Sample:
 def prompt_batch(setup: Setup, prompts: Prompts, rows: Sequence[int] | np.ndarray) -> PromptBatch:
     """Tokenise and place some prompts; padded to one of few lengths."""
     longest = max(len(prompts.encoded[row]) for row in rows)
-    length = data.bucket_length(longest, setup.settings.data.max_prompt_tokens)
+    length = bucket_length(longest, setup.settings.data.max_prompt_tokens)
     batch = data.prompt_batch(prompts.encoded, rows, setup.tokenizer.pad_token_id, length)
     return runtime.place_rows(batch, setup.mesh)
 

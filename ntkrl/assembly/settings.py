@@ -109,6 +109,33 @@ class RolloutSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardSettings:
+    """Where rewards come from.
+
+    functions: `(specification, weight)` pairs; none for supervised runs without a reward.
+    timeout: seconds a call of a user's function may take.
+    on_failure: reward of every row of a failed call, or None to stop.
+    normalisation: file of precomputed rewards, or None.
+    dtype, batch_size: of reward models.
+    options: `{built-in function: {argument: value}}`.
+    """
+
+    functions: tuple[tuple[str, float], ...]
+    timeout: float
+    on_failure: float | None
+    normalisation: str | None
+    dtype: str
+    batch_size: int
+    options: dict[str, dict[str, Any]]
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"reward.dtype {self.dtype!r} is not among {', '.join(DTYPES)}.")
+        if not self.timeout > 0 or self.batch_size < 1:
+            raise ValueError("reward.timeout must be positive and reward.batch_size ≥ 1.")
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
     """every_steps: rollout steps between checkpoints; keep: how many of the newest stay."""
 
@@ -151,7 +178,7 @@ class RunSettings:
     model: ModelSettings
     data: DataSettings
     rollout: RolloutSettings
-    reward: tuple[tuple[str, float], ...]
+    reward: RewardSettings
     objective: update.Objective
     schedule: ScheduleSettings
     stages: tuple[update.Stage, ...]
@@ -212,9 +239,15 @@ def read_settings(config: ConfigDict) -> RunSettings:
     return found
 
 
-def _rewards(config: ConfigDict) -> tuple[tuple[str, float], ...]:
-    """Return (specification, weight) pairs; none for supervised runs without a reward."""
-    given, weights = config.reward.function, config.reward.weights
+def _rewards(config: ConfigDict) -> RewardSettings:
+    given = config.reward.to_dict()
+    functions = _functions(config, given.pop("function"), given.pop("weights"))
+    return runtime.settings(RewardSettings, {"functions": functions, **given}, "reward")
+
+
+def _functions(
+    config: ConfigDict, given: str | None, weights: Any
+) -> tuple[tuple[str, float], ...]:
     if given is None:
         if config.method == "rl":
             raise ValueError("reward.function is missing; name one, such as my_rewards.py:score.")

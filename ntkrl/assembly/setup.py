@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime, trees
+from ntkrl.assembly.rewards import reward_set
 from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
 from ntkrl.types import Params, Policy
 
@@ -74,10 +75,7 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
       ValueError: anything wrong with the files the config names, or how they fit.
     """
     mesh, source, tokenizer = _tokenizer(settings, run_directory)
-    rewards = None
-    if settings.reward:
-        loaded = (reward.load_function(spec, weight) for spec, weight in settings.reward)
-        rewards = reward.RewardSet(tuple(loaded))
+    rewards = reward_set(settings.reward, mesh) if settings.reward.functions else None
     train, held_out = _prompts(settings, tokenizer)
     for prompts in (held_out, train if settings.method == "rl" else None):
         if prompts is not None and rewards is not None:
@@ -119,6 +117,7 @@ def _tokenizer(settings: RunSettings, run_directory: Path) -> tuple[Mesh, str, A
         source = str(run_directory / "tokenizer")
         data.save_tokenizer(source)
     else:
+        source = str(models.local_directory(source))
         models.check(source)
     return mesh, source, data.load_tokenizer(source)
 
@@ -151,7 +150,7 @@ def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tu
 
 def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | None]:
     supervised = settings.method == "sft"
-    scored = settings.evaluation.every_steps is not None and bool(settings.reward)
+    scored = settings.evaluation.every_steps is not None and bool(settings.reward.functions)
     train_set, held_set = _prompt_sets(settings, supervised, scored)
     if len(train_set.prompts) < settings.data.prompts_per_step:
         raise ValueError(

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from ntkrl import advantage, data, runtime, update
 from ntkrl.assembly.collect import Clock, Collected, collect, make_sample
 from ntkrl.assembly.setup import Setup
-from ntkrl.numerics import TokenStatistics
+from ntkrl.numerics import TokenStatistics, bucket_length
 from ntkrl.scoring import score
 from ntkrl.types import Array, Params, ScoredRollout, Total, UpdateBatch
 
@@ -140,7 +141,7 @@ class SupervisedSource:
             train.completions,
             rows,
             setup.tokenizer.pad_token_id,
-            data.bucket_length(longest, settings.data.max_prompt_tokens),
+            bucket_length(longest, settings.data.max_prompt_tokens),
             settings.rollout.max_completion_tokens,
         )
         clock("data")
@@ -183,6 +184,9 @@ def _metrics(found: Collected, group: int) -> dict[str, float]:
         "completions/mean_length": float(found.rollout.completion_mask.sum(axis=1).mean()),
         "completions/clipped_ratio": float(1 - np.mean(found.rollout.finished)),
     }
+    for name, why in found.result.failures.items():
+        tqdm.write(f"counted as reward.on_failure: {why}")
+        metrics[f"rewards/{name}/failures"] = 1.0
     for name, values in found.result.per_function.items():
         applicable = values[~np.isnan(values)]
         if applicable.size:

@@ -5,7 +5,7 @@ downloaded silently; the batch at a position is a pure function of the position.
 `ntkrl.types` from this package.
 """
 
-from ntkrl.data.batches import bucket_length, prompt_batch, supervised_batch
+from ntkrl.data.batches import prompt_batch, supervised_batch
 from ntkrl.data.expressions import characters, save_tokenizer, supervised_set, targets
 from ntkrl.data.expressions import prompt_set as expression_prompts
 from ntkrl.data.order import epoch_at, hold_out, rows_at
@@ -19,7 +19,6 @@ from ntkrl.data.tokens import (
 
 __all__ = [
     "PromptSet",
-    "bucket_length",
     "characters",
     "decode_completions",
     "encode_completions",

@@ -13,26 +13,6 @@ import numpy as np
 
 from ntkrl.types import PromptBatch, UpdateBatch
 
-SHORTEST_BUCKET = 8
-
-
-def bucket_length(longest: int, maximum: int) -> int:
-    """Return the length to pad to: few different ones, since each compiles anew.
-
-    Args:
-      longest: tokens of the longest row, 1 to `maximum`.
-      maximum: longest row allowed (tokens).
-
-    Returns:
-      The smallest power of two that is at least `longest` and 8, or `maximum` if smaller.
-
-    Raises:
-      ValueError: `longest` outside its range.
-    """
-    if not 1 <= longest <= maximum:
-        raise ValueError(f"the longest row has {longest} tokens; allowed are 1 to {maximum}.")
-    return min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), maximum)
-
 
 def prompt_batch(
     encoded: Sequence[Sequence[int]], rows: Sequence[int] | np.ndarray, pad_id: int, length: int

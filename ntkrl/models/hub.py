@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ntkrl.models.files import COMPANIONS
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WANTED = ("config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS)
 
 

@@ -61,10 +61,10 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "predict/correlation": ("correlation", "between predicted and actual change over probe tokens"),
 }
 
-FAMILIES = ("rewards/<fn>/mean", "rewards/<fn>/std", "logged/<name>")
+FAMILIES = ("rewards/<fn>/mean", "rewards/<fn>/std", "rewards/<fn>/failures", "logged/<name>")
 """Names that carry a user's own word: one pair per reward function, and whatever it logs."""
 
-_FAMILY = re.compile(r"rewards/.+/(mean|std)|logged/.+")
+_FAMILY = re.compile(r"rewards/.+/(mean|std|failures)|logged/.+")
 
 
 def is_known(name: str) -> bool:

@@ -1,19 +1,26 @@
-"""Rewards: Python functions under TRL's contract, checked, weighted and summed.
+"""Rewards: Python functions under TRL's contract, verifiers, reward models, weighted and summed.
 
-Promises: a function that raises or returns anything but numbers stops the run with a message
-that names it, its file and the row; completions are never evaluated as code. Imports nothing
-else of this package.
+Promises: completions are never evaluated as code; a function that hangs, dies or returns anything
+but numbers stops the run with a message that names it, its file and the row, or counts as the
+default the config gives. Users' functions run in processes of their own, which import this room
+without JAX: what needs it (`reward.networks`) is imported by its own name.
 """
 
 from ntkrl.reward.expressions import evaluate, score
 from ntkrl.reward.functions import RewardFunction, RewardResult, RewardSet
-from ntkrl.reward.loading import load_function
+from ntkrl.reward.loading import load_function, open_function
+from ntkrl.reward.normalisation import read_normalisation, write_rewards
+from ntkrl.reward.verifiers import BUILT_IN
 
 __all__ = [
+    "BUILT_IN",
     "RewardFunction",
     "RewardResult",
     "RewardSet",
     "evaluate",
     "load_function",
+    "open_function",
+    "read_normalisation",
     "score",
+    "write_rewards",
 ]

@@ -13,6 +13,12 @@ from typing import Any
 import numpy as np
 
 SHOWN = 10
+
+
+class RewardError(ValueError):
+    """A reward that could not be had, told in full: what, where, and what to do."""
+
+
 ALLOWED = "a list of one finite number (or None) per completion"
 
 
@@ -36,15 +42,17 @@ def call_user(call: Callable[..., Any], arguments: Mapping[str, Any], label: str
       What it returned.
 
     Raises:
-      ValueError: the function raised; says what and at which line, chained from the original.
+      RewardError: the function raised; says what and at which line, chained from the original.
     """
     try:
         result = call(**arguments)
         if inspect.isawaitable(result):
             return asyncio.run(_wait(result))
         return result
+    except RewardError:
+        raise
     except Exception as error:
-        raise ValueError(
+        raise RewardError(
             f"reward function {label} raised {type(error).__name__}: {error}"
             f"{_place(error, label)}. Catch it there and return None (not applicable) or a number."
         ) from error
@@ -62,20 +70,20 @@ def checked_values(returned: Any, completions: Sequence[str], label: str) -> np.
       `[B]` float32, NaN where the result is None.
 
     Raises:
-      ValueError: not a one-dimensional sequence of B finite numbers or Nones.
+      RewardError: not a one-dimensional sequence of B finite numbers or Nones.
     """
     if isinstance(returned, list | tuple):
         values = list(returned)
     else:
         array = np.asarray(returned)
         if array.ndim != 1:
-            raise ValueError(
+            raise RewardError(
                 f"reward function {label} returned {type(returned).__name__} ({returned!r:.60}); "
                 f"allowed is {ALLOWED}."
             )
         values = array.tolist()
     if len(values) != len(completions):
-        raise ValueError(
+        raise RewardError(
             f"reward function {label} returned {len(values)} rewards for {len(completions)} "
             f"completions; allowed is {ALLOWED}."
         )
@@ -90,7 +98,7 @@ def checked_values(returned: Any, completions: Sequence[str], label: str) -> np.
                 f"row {row} is {value!r:.60} for the completion {completions[row]!r:.60}"
             )
     if problems:
-        raise ValueError(
+        raise RewardError(
             f"reward function {label} returned values that are no finite float32 numbers"
             f"{listed(problems)}\nAllowed is {ALLOWED}."
         )

@@ -14,11 +14,12 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from ntkrl.reward.checks import call_user, checked_values, listed
+from ntkrl.reward.checks import RewardError, call_user, checked_values, listed
 
 KNOWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -31,12 +32,17 @@ class RewardFunction:
     call: the Python function, plain or async.
     weight: finite factor of its rewards in the sum.
     source: what messages call it, such as "my_rewards.py:score"; the name if None.
+    shift, scale: rewards enter the sum as (reward − shift) / scale; see normalisation.py.
+    on_failure: the reward of every row of a call that fails, or None to stop the run.
     """
 
     name: str
     call: Callable[..., Any]
     weight: float = 1.0
     source: str | None = None
+    shift: float = 0.0
+    scale: float = 1.0
+    on_failure: float | None = None
 
     def __post_init__(self) -> None:
         """Check what can be known without calling.
@@ -45,11 +51,15 @@ class RewardFunction:
           ValueError: a weight that is not finite, something that cannot be called, or a
             parameter that cannot be given by keyword.
         """
-        if not math.isfinite(self.weight):
-            raise ValueError(f"{self.label}: weight is {self.weight}; it must be a finite number.")
+        for name in ("weight", "shift", "on_failure"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{self.label}: {name} is {value}; it must be a finite number.")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"{self.label}: scale is {self.scale}; it must be positive.")
         if not callable(self.call):
             raise ValueError(f"{self.label} is {type(self.call).__name__}, not a function.")
-        positional = [p.name for p in self._parameters if p.kind is p.POSITIONAL_ONLY]
+        positional = [p.name for p in self.parameters if p.kind is p.POSITIONAL_ONLY]
         if positional:
             raise ValueError(
                 f"{self.label} takes {', '.join(positional)} by position only; reward functions "
@@ -62,7 +72,8 @@ class RewardFunction:
         return self.name if self.source is None else self.source
 
     @functools.cached_property
-    def _parameters(self) -> tuple[inspect.Parameter, ...]:
+    def parameters(self) -> tuple[inspect.Parameter, ...]:
+        """What the function takes."""
         try:
             return tuple(inspect.signature(self.call).parameters.values())
         except ValueError as error:
@@ -76,7 +87,7 @@ class RewardFunction:
         given = {*KNOWN, *columns}
         return [
             p.name
-            for p in self._parameters
+            for p in self.parameters
             if p.default is p.empty
             and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
             and p.name not in given
@@ -84,9 +95,9 @@ class RewardFunction:
 
     def accepted(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments the function names, or all if it has `**kwargs`."""
-        if any(p.kind is p.VAR_KEYWORD for p in self._parameters):
+        if any(p.kind is p.VAR_KEYWORD for p in self.parameters):
             return dict(arguments)
-        named = {p.name for p in self._parameters}
+        named = {p.name for p in self.parameters}
         return {name: value for name, value in arguments.items() if name in named}
 
 
@@ -98,12 +109,14 @@ class RewardResult:
     per_function: name to `[B]` float32, unweighted, NaN where the function does not apply.
     logged: name to the mean of the values given to `log_metric` in this call.
     extra: name to the values given to `log_extra` in this call, in order.
+    failures: name of a function whose call failed, to why; its rewards are `on_failure`.
     """
 
     rewards: np.ndarray
     per_function: dict[str, np.ndarray]
     logged: dict[str, float]
     extra: dict[str, list[Any]]
+    failures: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +203,8 @@ class RewardSet:
         """
         self.check_columns(columns)
         _check_sizes(completions, prompts=prompts, completion_ids=completion_ids, **columns)
-        metrics: dict[str, list[float]] = {}
-        extra: dict[str, list[Any]] = {}
-        per_function = {}
-        for function in self.functions:
+
+        def call(function: RewardFunction) -> _Called:
             # Built anew for each function, so that none can change what the next one sees.
             arguments = {name: list(values) for name, values in columns.items()}
             arguments |= {
@@ -201,16 +212,21 @@ class RewardSet:
                 "completions": _shown(completions, conversational),
                 "completion_ids": [list(ids) for ids in completion_ids],
                 "trainer_state": None,
-                "log_extra": functools.partial(_log_extra, extra),
-                "log_metric": functools.partial(_log_metric, metrics),
             }
-            returned = call_user(function.call, function.accepted(arguments), function.label)
-            per_function[function.name] = checked_values(returned, completions, function.label)
+            return _called(function, arguments, completions)
+
+        # all at once: most wait for processes of their own or for a network
+        with ThreadPoolExecutor(len(self.functions)) as pool:
+            found = list(pool.map(call, self.functions))
+        by_name = dict(zip((f.name for f in self.functions), found, strict=True))
+        per_function = {name: one.rewards for name, one in by_name.items()}
+        metrics = _joined(one.metrics for one in found)
         return RewardResult(
             rewards=self._sum(per_function, completions),
             per_function=per_function,
             logged={name: sum(values) / len(values) for name, values in metrics.items()},
-            extra=extra,
+            extra=_joined(one.extra for one in found),
+            failures={n: one.failure for n, one in by_name.items() if one.failure is not None},
         )
 
     def _sum(
@@ -227,6 +243,8 @@ class RewardSet:
                 "prompts out."
             )
         weights_F = np.asarray([f.weight for f in self.functions])
+        values_FB -= np.asarray([f.shift for f in self.functions])[:, None]
+        values_FB /= np.asarray([f.scale for f in self.functions])[:, None]
         return (weights_F @ np.where(absent_FB, 0.0, values_FB)).astype(np.float32)
 
 
@@ -246,9 +264,42 @@ def _shown(completions: Sequence[str], conversational: bool) -> list[Any]:
     return [[{"role": "assistant", "content": text}] for text in completions]
 
 
-def _log_metric(metrics: dict[str, list[float]], name: str, value: float) -> None:
-    metrics.setdefault(name, []).append(float(value))
+@dataclasses.dataclass(eq=False)
+class _Called:
+    """One function's rewards `[B]`, and what it logged; `failure` says why there are none."""
+
+    rewards: np.ndarray
+    metrics: dict[str, list[float]]
+    extra: dict[str, list[Any]]
+    failure: str | None = None
 
 
-def _log_extra(extra: dict[str, list[Any]], column: str, values: Iterable[Any]) -> None:
-    extra.setdefault(column, []).extend(values)
+def _called(
+    function: RewardFunction, arguments: dict[str, Any], completions: Sequence[str]
+) -> _Called:
+    found = _Called(np.zeros(0), {}, {})
+
+    def log_metric(name: str, value: float) -> None:
+        found.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(column: str, values: Iterable[Any]) -> None:
+        found.extra.setdefault(column, []).extend(values)
+
+    given = {**arguments, "log_metric": log_metric, "log_extra": log_extra}
+    try:
+        returned = call_user(function.call, function.accepted(given), function.label)
+        found.rewards = checked_values(returned, completions, function.label)
+    except RewardError as error:
+        if function.on_failure is None:
+            raise
+        default = np.full(len(completions), function.on_failure, np.float32)
+        return _Called(default, {}, {}, str(error))
+    return found
+
+
+def _joined(parts: Iterable[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
+    whole: dict[str, list[Any]] = {}
+    for part in parts:
+        for name, values in part.items():
+            whole.setdefault(name, []).extend(values)
+    return whole

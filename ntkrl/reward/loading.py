@@ -5,27 +5,55 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from ntkrl.reward import expressions
 from ntkrl.reward.functions import RewardFunction
+from ntkrl.reward.processes import ProcessFunction
+from ntkrl.reward.verifiers import BUILT_IN, IN_PROCESS, built_in
 
-BUILT_IN = "expressions"
-FORMS = f"{BUILT_IN!r} (built in) or 'path/to/file.py:function'"
+FORMS = f"{', '.join(BUILT_IN)} (built in), 'path/to/file.py:function' or a reward model directory"
+
+
+def open_function(
+    spec: str, seconds: float, options: Mapping[str, Any], **given: Any
+) -> RewardFunction:
+    """Load a reward function for a run: a user's own in a process of its own.
+
+    Args:
+      spec: as for `load_function`.
+      seconds: that a call of a function in a process may take.
+      options: replaces defaults of a built-in function.
+      **given: `weight`, `shift`, `scale` and `on_failure` of a RewardFunction.
+
+    Raises:
+      ValueError: what `load_function` raises, or options that the function does not have.
+    """
+    if spec in BUILT_IN and spec not in IN_PROCESS:
+        call = built_in(spec, options)
+        unknown = sorted(set(options) - set(inspect.signature(BUILT_IN[spec]).parameters))
+        if unknown:
+            raise ValueError(f"reward.options.{spec} has no {', '.join(unknown)}.")
+        return RewardFunction(spec, call, **given)
+    if options:
+        raise ValueError(f"reward.options: {spec!r} takes none.")
+    served = ProcessFunction(spec, seconds)
+    return RewardFunction(served.name, served, source=spec, **given)
 
 
 def load_function(spec: str, weight: float = 1.0) -> RewardFunction:
-    """Load a reward function.
+    """Load a reward function into this process.
 
     A file is run once, however many of its functions are loaded. It is the user's own code
     and runs with the user's rights.
 
     Args:
-      spec: "expressions" or "path/to/file.py:function".
+      spec: name of a built-in function or "path/to/file.py:function".
       weight: finite factor of its rewards in the sum.
 
     Returns:
@@ -35,12 +63,12 @@ def load_function(spec: str, weight: float = 1.0) -> RewardFunction:
       ValueError: another spec, no such file, a file that does not run, no such function in
         it, something that cannot be called, or parameters that do not fit the contract.
     """
-    if spec == BUILT_IN:
-        return RewardFunction(BUILT_IN, expressions.score, weight)
+    if spec in BUILT_IN:
+        return RewardFunction(spec, BUILT_IN[spec], weight)
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name:
         raise ValueError(
-            f"{spec!r} names no reward function{_near(spec, [BUILT_IN])} Allowed is {FORMS}."
+            f"{spec!r} names no reward function{_near(spec, BUILT_IN)} Allowed is {FORMS}."
         )
     path = Path(file)
     if not path.is_file():

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.data.batches import bucket_length, prompt_batch, supervised_batch
+from ntkrl.data.batches import prompt_batch, supervised_batch
+from ntkrl.numerics import bucket_length
 
 PAD = 99
 

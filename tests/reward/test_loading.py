@@ -82,7 +82,7 @@ def test_bad_results_name_the_file(write):
     ("spec", "message"),
     [
         ("expresions", "'expresions' names no reward function; did you mean 'expressions'"),
-        ("my_rewards.py", r"names no reward function. Allowed is 'expressions' \(built in\) or"),
+        ("my_rewards.py", "names no reward function. Allowed is expressions, exact_match"),
         ("my_rewards:score", "names no reward function"),
         ("my_rewards.py:", "names no reward function"),
         ("my_reward.py:score", r"there is no file my_reward.py; did you mean 'my_rewards.py'\?"),
