@@ -73,6 +73,7 @@ class Policy:
     sharding: ordered `(pattern, axes per dimension)` list over parameter paths.
     config: the family's frozen configuration (what export writes).
     source: directory the weights came from, or None.
+    rebuild: `config -> Policy`, the same network under a changed configuration, or None.
     """
 
     features: Callable[..., Array]
@@ -91,6 +92,7 @@ class Policy:
     head_scale: float = 1.0
     head_soft_cap: float | None = None
     stacked: tuple[str, ...] = ()
+    rebuild: Callable[[Any], Policy] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

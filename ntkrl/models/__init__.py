@@ -17,22 +17,28 @@ from jax.sharding import Mesh
 
 from ntkrl import trees
 from ntkrl.models import files
+from ntkrl.models import lora as lora_files
 from ntkrl.models.assemble import assemble, init_params
 from ntkrl.models.families import FAMILIES, family_of
-from ntkrl.models.family import Family
+from ntkrl.models.family import Adapters, Family
 from ntkrl.models.hub import local_directory
-from ntkrl.models.placing import read_params
+from ntkrl.models.lora import Lora, is_adapter
+from ntkrl.models.placing import placements, read_params
 from ntkrl.models.scorers import load_scorer
 from ntkrl.types import Array, Params, Policy
 
 __all__ = [
+    "Lora",
     "build",
     "check",
     "describe",
     "export",
+    "export_adapter",
     "load",
     "load_scorer",
     "local_directory",
+    "resized",
+    "untied",
 ]
 
 
@@ -43,17 +49,22 @@ def load(
     compute_dtype: Any = None,
     untie: bool = False,
     remat: bool = False,
+    lora: Lora | None = None,
+    base: str | Path | None = None,
 ) -> tuple[Policy, Params]:
-    """Load a Hugging Face model directory.
+    """Load a Hugging Face model directory, or a PEFT adapter directory with its base model.
 
     Args:
       path: directory with config.json and safetensors (one file or shards with an index), in
-        float32, bfloat16 or float16. Pickle checkpoints are refused.
+        float32, bfloat16 or float16, or a hub name such as `EleutherAI/pythia-160m`. Pickle
+        checkpoints are refused.
       dtype: dtype the params are kept in; float32 for training (masters).
       mesh: shard the params over it by the family's patterns, or None for one device.
       compute_dtype: dtype the network runs in; None for `dtype`.
       untie: give a tied model a head of its own, a copy of the embedding.
       remat: recompute activations layer by layer in the backward pass.
+      lora: put new adapters on the model; their parameters are called `…/lora_a`, `…/lora_b`.
+      base: the model that an adapter directory belongs to; None for the one it names.
 
     Returns:
       `(policy, params)`: pure functions, and a nested dict of arrays.
@@ -61,17 +72,94 @@ def load(
     Raises:
       ValueError: anything missing, misshapen or unknown, all of it in one message.
     """
+    place, adapted = _places(path, base)
+    if adapted is not None and lora is not None:
+        raise ValueError(f"{adapted} holds adapters already; export it merged before adding more.")
+    raw = files.read_config(place)
+    family = family_of(raw, place)
+    config = family.parse(raw)
+    if adapted is not None:
+        adapters = lora_files.stored_adapters(adapted, lora_files.read_config(adapted)[0], family)
+        config = dataclasses.replace(config, adapters=adapters)
+    elif lora is not None:
+        config = dataclasses.replace(config, adapters=lora.adapters(family))
+    policy, shapes = assemble(family, config, dtype, compute_dtype, remat, str(place))
+    leaves = {n: leaf for n, leaf in trees.named_leaves(shapes).items() if not is_adapter(n)}
+    found = read_params(place, family, leaves, mesh, policy.tied)
+    if config.adapters is not None:
+        found |= _adapters(family, config.adapters, shapes, adapted, lora, mesh)
+    params = jax.tree.unflatten(jax.tree.structure(shapes), [found[n] for n in trees.names(shapes)])
+    return untied(policy, params) if untie and policy.tied else (policy, params)
+
+
+def _places(path: str | Path, base: str | Path | None) -> tuple[Path, Path | None]:
+    """Return the model's directory and, where adapters were asked for, theirs."""
     directory = local_directory(path)
-    raw = files.read_config(directory)
-    family = family_of(raw, directory)
-    stored_config = family.parse(raw)
-    policy, shapes = assemble(family, stored_config, dtype, compute_dtype, remat, str(directory))
-    params = read_params(directory, family, shapes, mesh, policy.tied)
-    if untie and policy.tied:
-        config = dataclasses.replace(stored_config, tie_word_embeddings=False)
-        policy, _ = assemble(family, config, dtype, compute_dtype, remat, str(directory))
-        params = {**params, "head": {"weight": jnp.copy(params["embed"]["embedding"])}}
-    return policy, params
+    if not (directory / lora_files.CONFIG_FILE).is_file():
+        if base is not None:
+            raise ValueError(f"base is for adapter directories; {path} has no adapter_config.json.")
+        return directory, None
+    _, named = lora_files.read_config(directory)
+    if base is None and named is None:
+        raise ValueError(f"{directory} names no base model; give it as base.")
+    return local_directory(named if base is None else base), directory
+
+
+def _adapters(
+    family: Family,
+    adapters: Adapters,
+    shapes: Params,
+    stored: Path | None,
+    lora: Lora | None,
+    mesh: Mesh | None,
+) -> dict[str, Array]:
+    """Read the parameters of adapters, or start them."""
+    leaves = {n: leaf for n, leaf in trees.named_leaves(shapes).items() if is_adapter(n)}
+    if stored is not None:
+        held = lora_files.table(family, adapters)
+        return read_params(stored, held, leaves, mesh, stem=lora_files.STEM)
+    placed, key = placements(family, leaves, mesh), jax.random.key(lora.seed)
+    return {
+        name: jax.device_put(lora_files.start(leaf, name, jax.random.fold_in(key, i)), placed[name])
+        for i, (name, leaf) in enumerate(leaves.items())
+    }
+
+
+def untied(policy: Policy, params: Params) -> tuple[Policy, Params]:
+    """Give a tied model a head of its own, a copy of the embedding."""
+    config = dataclasses.replace(policy.config, tie_word_embeddings=False)
+    free = policy.rebuild(config)
+    return free, {**params, "head": {"weight": jnp.copy(params["embed"]["embedding"])}}
+
+
+def resized(policy: Policy, params: Params, rows: int) -> tuple[Policy, Params]:
+    """Change the number of vocabulary rows, as after tokens were added to the tokenizer.
+
+    Fewer rows are cut off at the end: a vocabulary that was padded (Pythia's 50304 rows for 50277
+    tokens) loses padding, and new ids below the old size keep rows that were never trained. More
+    rows are added as the mean of those there are.
+
+    Args:
+      policy, params: as returned by `load` or `build`.
+      rows: V wanted, ≥ 1.
+
+    Returns:
+      The policy and params of the other vocabulary.
+    """
+    if rows < 1:
+        raise ValueError(f"a vocabulary needs at least one row, not {rows}.")
+
+    def changed(table_VD: Array) -> Array:
+        more = rows - table_VD.shape[0]
+        if more <= 0:
+            return table_VD[:rows]
+        mean_D = jnp.mean(table_VD.astype(jnp.float32), axis=0).astype(table_VD.dtype)
+        return jnp.concatenate([table_VD, jnp.broadcast_to(mean_D, (more, mean_D.shape[0]))])
+
+    whole = {**params, "embed": {"embedding": changed(params["embed"]["embedding"])}}
+    if not policy.tied:
+        whole["head"] = {"weight": changed(params["head"]["weight"])}
+    return policy.rebuild(dataclasses.replace(policy.config, vocab_size=rows)), whole
 
 
 def build(
@@ -124,7 +212,7 @@ def _new(architecture: str, config: dict[str, Any]) -> tuple[Family, Any]:
 
 
 def export(path: str | Path, policy: Policy, params: Params, source: str | None = None) -> None:
-    """Write a full Hugging Face directory that transformers loads.
+    """Write a full Hugging Face directory that transformers loads; adapters are merged.
 
     Args:
       path: directory; written beside and renamed when whole.
@@ -134,6 +222,8 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
     """
     family = _family_of_policy(policy)
     config = policy.config
+    if config.adapters is not None:
+        params = lora_files.merged(params, config.adapters)
     leaves = trees.named_leaves(params)
     tensors: dict[str, np.ndarray] = {}
     for ours, stored, transpose in family.weights:
@@ -148,16 +238,38 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
     files.write_model(Path(path), raw, tensors, policy.source if source is None else source)
 
 
+def export_adapter(
+    path: str | Path, policy: Policy, params: Params, base: str | None = None
+) -> None:
+    """Write the adapters alone as a PEFT directory.
+
+    Args:
+      path: directory; written beside and renamed when whole.
+      policy, params: of a model loaded with `lora` or from an adapter directory.
+      base: directory or hub name of the base model to be written down; None for `policy.source`.
+
+    Raises:
+      ValueError: a model without adapters.
+    """
+    family, adapters = _family_of_policy(policy), policy.config.adapters
+    if adapters is None:
+        raise ValueError("the model has no adapters; load it with lora=ntkrl.models.Lora(…).")
+    named = policy.source if base is None else base
+    lora_files.write_adapter(Path(path), family, adapters, params, named)
+
+
 def check(path: str | Path) -> None:
     """Raise what `load` would raise about config.json and the files' presence, reading no tensor.
 
     Raises:
       ValueError: no directory, no or bad config.json, unknown architecture, missing files.
     """
-    directory = local_directory(path)
-    raw = files.read_config(directory)
-    family_of(raw, directory).parse(raw)
-    files.tensor_files(directory)
+    place, adapted = _places(path, None)
+    raw = files.read_config(place)
+    family_of(raw, place).parse(raw)
+    files.tensor_files(place)
+    if adapted is not None:
+        files.tensor_files(adapted, lora_files.STEM)
 
 
 def _family_of_policy(policy: Policy) -> Family:

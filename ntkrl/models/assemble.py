@@ -63,6 +63,7 @@ def assemble(
         config=config,
         source=source,
         stacked=family.stacked,
+        rebuild=lambda other: assemble(family, other, dtype, compute_dtype, remat, source)[0],
     )
     return policy, shapes
 

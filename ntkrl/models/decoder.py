@@ -14,7 +14,7 @@ from flax import nnx
 
 from ntkrl.models import layers as nn
 from ntkrl.models import rotary
-from ntkrl.models.family import Family, Table
+from ntkrl.models.family import Adapters, Family, Table
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Cache
 
@@ -129,6 +129,7 @@ class Config:
     embedding_scale: float = 1.0
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    adapters: Adapters | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
@@ -194,14 +195,16 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
         self.config = config
-        make = nn.linear(config.initializer_range, rngs, dtype)
+        make = nn.linear(config, rngs, dtype)
         width, bias = config.hidden_size, config.attention_bias
         heads, shared = (
             count * config.head_dim
             for count in (config.num_attention_heads, config.num_key_value_heads)
         )
-        self.query, self.key = make(width, heads, bias), make(width, shared, bias)
-        self.value, self.out = make(width, shared, bias), make(heads, width, config.output_bias)
+        self.query = make("attention/query", width, heads, bias)
+        self.key = make("attention/key", width, shared, bias)
+        self.value = make("attention/value", width, shared, bias)
+        self.out = make("attention/out", heads, width, config.output_bias)
         if config.query_key_norm:
             self.query_norm = _norm(config, config.head_dim, dtype)
             self.key_norm = _norm(config, config.head_dim, dtype)
@@ -222,11 +225,12 @@ class GatedMLP(nnx.Module):
     """down(act(gate x) ⊙ up x); Shazeer 2002.05202."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
-        make = nn.linear(config.initializer_range, rngs, dtype)
+        make = nn.linear(config, rngs, dtype)
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.activation = config.hidden_act
-        self.gate, self.up = make(width, inner, bias), make(width, inner, bias)
-        self.down = make(inner, width, bias)
+        self.gate = make("mlp/gate", width, inner, bias)
+        self.up = make("mlp/up", width, inner, bias)
+        self.down = make("mlp/down", inner, width, bias)
 
     def __call__(self, x_BTD: Array) -> Array:
         return self.down(nn.ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD))

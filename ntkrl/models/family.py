@@ -12,6 +12,20 @@ Table = tuple[tuple[str, str, bool], ...]
 """Rows: our name · stored name, `{i}` for the layer of a stacked leaf · transposed or not."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters (LoRA) on some matrix products of every layer.
+
+    modules: our names within a layer, such as "attention/query".
+    rank: r ≥ 1.
+    scaling: factor α/r on what they add.
+    """
+
+    modules: tuple[str, ...]
+    rank: int
+    scaling: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One architecture of Hugging Face's.
@@ -28,7 +42,7 @@ class Family:
     stacked: prefixes of our names whose leaves carry a leading layer axis.
 
     Every config has architecture, vocab_size, hidden_size, num_hidden_layers, num_key_value_heads,
-    head_dim, max_position_embeddings, tie_word_embeddings, initializer_range,
+    head_dim, max_position_embeddings, tie_word_embeddings, initializer_range, adapters,
     final_logit_softcapping and `extra`, config.json as it was read.
     """
 

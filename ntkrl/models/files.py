@@ -22,8 +22,7 @@ from safetensors.numpy import save_file
 
 from ntkrl.models.family import Family
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+STEM = "model"  # of a file of tensors; with an index beside shards
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOAT_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -77,20 +76,23 @@ def read_config(directory: Path) -> dict[str, Any]:
     return raw
 
 
-def tensor_files(directory: Path) -> dict[str, Path]:
+def tensor_files(directory: Path, stem: str = STEM) -> dict[str, Path]:
     """Map each stored tensor's name to its file, from one file or from the index.
+
+    Args:
+      directory: where.
+      stem: how the file is called, without its ending.
 
     Raises:
       ValueError: no safetensors (pickle-only directories are refused), missing shards, or
         tensors the index names and no file holds.
     """
-    index = directory / INDEX_FILE
+    index, single = _index(directory, stem), directory / f"{stem}.safetensors"
     if index.is_file():
         raw = read_json(index)
         if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
             raise ValueError(f"{index} has no weight_map object; write the model again.")
-        return _indexed_files(directory, raw["weight_map"])
-    single = directory / WEIGHTS_FILE
+        return _indexed_files(index, raw["weight_map"])
     if single.is_file():
         return {name: single for name in stored_names(single)}
     pickles = sorted(e.name for e in directory.iterdir() if e.suffix in PICKLES)
@@ -100,7 +102,11 @@ def tensor_files(directory: Path) -> dict[str, Path]:
             "when read and are refused. Save it with transformers' "
             "model.save_pretrained(path, safe_serialization=True)."
         )
-    raise ValueError(f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
+    raise ValueError(f"{directory} holds neither {single.name} nor {index.name}.")
+
+
+def _index(directory: Path, stem: str) -> Path:
+    return directory / f"{stem}.safetensors.index.json"
 
 
 def stored_names(path: Path) -> list[str]:
@@ -115,7 +121,11 @@ def stored_names(path: Path) -> list[str]:
 
 
 def check_tensors(
-    directory: Path, family: Family, shapes: Mapping[str, tuple[int, ...]], tied: bool
+    directory: Path,
+    family: Family,
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: bool,
+    stem: str = STEM,
 ) -> Stored:
     """Match the tensors of a directory with the params, reading headers alone.
 
@@ -124,11 +134,12 @@ def check_tensors(
       family: says how tensors are called.
       shapes: our name → shape expected, stack axis included.
       tied: whether a stored head is the embedding once more, and left out.
+      stem: how the file of tensors is called, without its ending.
 
     Raises:
       ValueError: names, shapes or dtypes that do not fit, all of them in one message.
     """
-    located = _with_prefix(tensor_files(directory), family)
+    located = _with_prefix(tensor_files(directory, stem), family)
     rows = {ours: (name, flip) for ours, name, flip in family.weights if ours in shapes}
     groups = {ours: _stored(name, shapes[ours]) for ours, (name, _) in rows.items()}
     known = {name for group in groups.values() for name in group}
@@ -213,15 +224,18 @@ def write_model(
     tensors: Mapping[str, np.ndarray],
     source: str | None,
     shard_bytes: int = 5 * 2**30,
+    config_file: str = "config.json",
+    stem: str = STEM,
 ) -> None:
     """Write a full model directory, whole or not at all.
 
     Args:
       directory: where; an existing model there is replaced.
-      config: config.json entries.
+      config: entries of config.json.
       tensors: stored name → array.
       source: directory whose tokenizer and generation files are copied, or None.
       shard_bytes: largest shard; several shards get an index.
+      config_file, stem: how config.json and the file of tensors are called.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = directory.with_name(directory.name + ".partial")
@@ -230,8 +244,8 @@ def write_model(
     for name in COMPANIONS if source is not None else ():
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, fresh / name)
-    (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _write_tensors(fresh, tensors, shard_bytes)
+    (fresh / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_tensors(fresh, tensors, shard_bytes, stem)
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
@@ -240,7 +254,9 @@ def write_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_tensors(directory: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int) -> None:
+def _write_tensors(
+    directory: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int, stem: str
+) -> None:
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, array in tensors.items():
         if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
@@ -248,32 +264,33 @@ def _write_tensors(directory: Path, tensors: Mapping[str, np.ndarray], shard_byt
         shards[-1][name] = np.ascontiguousarray(array)
     metadata = {"format": "pt"}
     if len(shards) == 1:
-        save_file(shards[0], directory / WEIGHTS_FILE, metadata)
+        save_file(shards[0], directory / f"{stem}.safetensors", metadata)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, directory / file, metadata)
         weight_map.update(dict.fromkeys(shard, file))
     size = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    _index(directory, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _indexed_files(directory: Path, weight_map: Mapping[str, str]) -> dict[str, Path]:
+def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> dict[str, Path]:
+    directory = index.parent
     shards = sorted(set(weight_map.values()))
     outside = [shard for shard in shards if Path(shard).name != shard]
     missing = [s for s in shards if s not in outside and not (directory / s).is_file()]
     if outside or missing:
         raise ValueError(
-            f"{directory / INDEX_FILE} names shards that are not in {directory}: "
+            f"{index} names shards that are not in {directory}: "
             f"{', '.join(outside + missing)}; copy them there."
         )
     held = {shard: set(stored_names(directory / shard)) for shard in shards}
     absent = sorted(name for name, shard in weight_map.items() if name not in held[shard])
     if absent:
         raise ValueError(
-            f"{directory / INDEX_FILE} places tensors in shards that do not hold them: "
+            f"{index} places tensors in shards that do not hold them: "
             f"{', '.join(absent[:20])}; write the model again."
         )
     return {name: directory / shard for name, shard in weight_map.items()}

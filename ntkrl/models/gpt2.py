@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntkrl.models import layers as nn
-from ntkrl.models.family import Family, Table
+from ntkrl.models.family import Adapters, Family, Table
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Cache
 
@@ -72,6 +72,7 @@ class Config:
     query_scale: float
     tie_word_embeddings: bool
     initializer_range: float
+    adapters: Adapters | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     architecture: ClassVar[str] = ARCHITECTURE
     final_logit_softcapping: ClassVar[None] = None
@@ -125,8 +126,9 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
         self.config, width = config, config.hidden_size
-        make = nn.linear(config.initializer_range, rngs, dtype)
-        self.qkv, self.out = make(width, 3 * width, True), make(width, width, True)
+        make = nn.linear(config, rngs, dtype)
+        self.qkv = make("attention/qkv", width, 3 * width, True)
+        self.out = make("attention/out", width, width, True)
 
     def __call__(self, x_BTD: Array, reading: nn.Reading, remember: Callable) -> Array:
         shape = (*x_BTD.shape[:2], self.config.num_attention_heads, self.config.head_dim)
@@ -143,12 +145,11 @@ class Layer(nnx.Module):
     """One decoder layer."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
-        width, deviation = config.hidden_size, config.initializer_range
+        width = config.hidden_size
         self.input_norm = nn.layer_norm(width, config.layer_norm_eps, rngs, dtype)
         self.mlp_norm = nn.layer_norm(width, config.layer_norm_eps, rngs, dtype)
         self.attention = Attention(config, rngs, dtype)
-        sizes = (width, config.intermediate_size, config.hidden_act)
-        self.mlp = nn.MLP(*sizes, deviation, rngs, dtype)
+        self.mlp = nn.MLP(config, rngs, dtype)
 
     def __call__(self, x_BTD: Array, reading: nn.Reading, remember: Callable) -> Array:
         x_BTD = x_BTD + self.attention(self.input_norm(x_BTD), reading, remember)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from ntkrl.models import layers as nn
 from ntkrl.models import rotary
-from ntkrl.models.family import Family, Table
+from ntkrl.models.family import Adapters, Family, Table
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Cache
 
@@ -77,6 +77,7 @@ class Config:
     attention_bias: bool
     tie_word_embeddings: bool
     initializer_range: float
+    adapters: Adapters | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     architecture: ClassVar[str] = ARCHITECTURE
     final_logit_softcapping: ClassVar[None] = None
@@ -131,8 +132,9 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
         self.config = config
         width, bias = config.hidden_size, config.attention_bias
-        make = nn.linear(config.initializer_range, rngs, dtype)
-        self.qkv, self.out = make(width, 3 * width, bias), make(width, width, bias)
+        make = nn.linear(config, rngs, dtype)
+        self.qkv = make("attention/qkv", width, 3 * width, bias)
+        self.out = make("attention/out", width, width, bias)
 
     def __call__(self, x_BTD: Array, reading: nn.Reading, remember: Callable) -> Array:
         batch, length, _ = x_BTD.shape
@@ -150,13 +152,12 @@ class Layer(nnx.Module):
     """One decoder layer."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
-        width, deviation = config.hidden_size, config.initializer_range
+        width = config.hidden_size
         self.parallel = config.use_parallel_residual
         self.input_norm = nn.layer_norm(width, config.layer_norm_eps, rngs, dtype)
         self.mlp_norm = nn.layer_norm(width, config.layer_norm_eps, rngs, dtype)
         self.attention = Attention(config, rngs, dtype)
-        sizes = (width, config.intermediate_size, config.hidden_act)
-        self.mlp = nn.MLP(*sizes, deviation, rngs, dtype)
+        self.mlp = nn.MLP(config, rngs, dtype)
 
     def __call__(self, x_BTD: Array, reading: nn.Reading, remember: Callable) -> Array:
         attended = x_BTD + self.attention(self.input_norm(x_BTD), reading, remember)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ntkrl.models.family import Adapters
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Cache
 
@@ -82,12 +83,11 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """down(act(up x)), both with bias."""
 
-    def __init__(
-        self, width: int, inner: int, act: str, deviation: float, rngs: nnx.Rngs, dtype: Any
-    ):
-        make = linear(deviation, rngs, dtype)
-        self.activation = act
-        self.up, self.down = make(width, inner, True), make(inner, width, True)
+    def __init__(self, config: Any, rngs: nnx.Rngs, dtype: Any):
+        make = linear(config, rngs, dtype)
+        self.activation = config.hidden_act
+        sizes = (config.hidden_size, config.intermediate_size)
+        self.up, self.down = make("mlp/up", *sizes, True), make("mlp/down", *sizes[::-1], True)
 
     def __call__(self, x: Array) -> Array:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
@@ -100,14 +100,36 @@ def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs, dtype: Any) -> nnx.La
     return nnx.LayerNorm(width, epsilon=epsilon, **kept)
 
 
-def linear(deviation: float, rngs: nnx.Rngs, dtype: Any) -> Callable[..., nnx.Linear]:
-    """Return `(inputs, outputs, use_bias) -> nnx.Linear` with normal weights of that deviation."""
-    init = nnx.initializers.normal(deviation)
+class Adapted(nnx.Linear):
+    """A Linear with a low-rank adapter: x W + (x A B) α/r + b; Hu et al. 2106.09685."""
 
-    def make(inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
-        return nnx.Linear(
-            inputs, outputs, use_bias=use_bias, kernel_init=init, param_dtype=dtype, rngs=rngs
-        )
+    def __init__(self, inputs: int, outputs: int, adapters: Adapters, rngs: nnx.Rngs, **given: Any):
+        super().__init__(inputs, outputs, rngs=rngs, **given)
+        self.scaling, dtype = adapters.scaling, given["param_dtype"]
+        # as PEFT starts them: A uniform in ±1/√inputs, B zero
+        start = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.lora_a = nnx.Param(start(rngs.params(), (inputs, adapters.rank), dtype))
+        self.lora_b = nnx.Param(jnp.zeros((adapters.rank, outputs), dtype))
+
+    def __call__(self, x: Array) -> Array:
+        moved = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+        return super().__call__(x) + self.scaling * moved
+
+
+def linear(config: Any, rngs: nnx.Rngs, dtype: Any) -> Callable[..., nnx.Linear]:
+    """Return `(name, inputs, outputs, use_bias) -> nnx.Linear` with normal weights.
+
+    Args:
+      config: of a family; its `initializer_range` and `adapters` count.
+      rngs, dtype: of the parameters.
+    """
+    init = nnx.initializers.normal(config.initializer_range)
+
+    def make(name: str, inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
+        given = {"use_bias": use_bias, "kernel_init": init, "param_dtype": dtype, "rngs": rngs}
+        if config.adapters is not None and name in config.adapters.modules:
+            return Adapted(inputs, outputs, config.adapters, **given)
+        return nnx.Linear(inputs, outputs, **given)
 
     return make
 

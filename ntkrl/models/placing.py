@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,38 +14,48 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from ntkrl import trees
 from ntkrl.models import files
 from ntkrl.models.family import Family
-from ntkrl.types import Params
+from ntkrl.types import Array
 
 
 def read_params(
-    directory: Path, family: Family, shapes: Params, mesh: Mesh | None, tied: bool = False
-) -> Params:
-    """Read every leaf of a model.
+    directory: Path,
+    family: Family,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh | None,
+    tied: bool = False,
+    stem: str = files.STEM,
+) -> dict[str, Array]:
+    """Read leaves of a model.
 
     Args:
       directory: the model directory.
       family: says how tensors are called, and how leaves are sharded.
-      shapes: tree of jax.ShapeDtypeStruct; leaves come in those dtypes.
+      shapes: by our name; leaves come in those dtypes.
       mesh: of the devices, or None for one.
       tied: whether a stored head is the embedding once more, and left out.
+      stem: how the file of tensors is called, without its ending.
 
     Raises:
       ValueError: tensors that do not fit, all of them in one message.
     """
-    named = trees.named_leaves(shapes)
-    sizes = {name: leaf.shape for name, leaf in named.items()}
-    stored = files.check_tensors(directory, family, sizes, tied)
-    if mesh is None:
-        placed = dict.fromkeys(named, SingleDeviceSharding(jax.devices()[0]))
-    else:
-        placed = trees.named_leaves(trees.shardings(shapes, family.sharding, mesh))
-    leaves = []
-    for name, leaf in named.items():
+    sizes = {name: leaf.shape for name, leaf in shapes.items()}
+    stored = files.check_tensors(directory, family, sizes, tied, stem)
+    placed, leaves = placements(family, shapes, mesh), {}
+    for name, leaf in shapes.items():
         read = functools.lru_cache(lambda *ends, n=name, d=leaf.dtype: stored.read(n, ends, d))
 
         def block(at: tuple[slice, ...], read=read, shape=leaf.shape) -> np.ndarray:
             # devices that hold the same block get what was read once
             return read(*(part.indices(size)[:2] for part, size in zip(at, shape, strict=True)))
 
-        leaves.append(jax.make_array_from_callback(leaf.shape, placed[name], block))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        leaves[name] = jax.make_array_from_callback(leaf.shape, placed[name], block)
+    return leaves
+
+
+def placements(
+    family: Family, shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None
+) -> dict[str, Any]:
+    """Return the sharding of every leaf, by name."""
+    if mesh is None:
+        return dict.fromkeys(shapes, SingleDeviceSharding(jax.devices()[0]))
+    return trees.shardings(dict(shapes), family.sharding, mesh)

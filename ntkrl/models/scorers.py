@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ntkrl import trees
 from ntkrl.models import armorm, files, hub
 from ntkrl.models.armorm import Described
 from ntkrl.models.assemble import assemble
@@ -60,7 +61,9 @@ def load_scorer(
         family, parsed, heads, make = _classifier(raw, SCORERS[name], wide)
     headless = dataclasses.replace(parsed, tie_word_embeddings=True)
     policy, trunk = assemble(family, headless, dtype, compute_dtype, False, str(directory))
-    return make(policy), read_params(directory, family, {**trunk, **heads}, mesh)
+    shapes = {**trunk, **heads}
+    leaves = read_params(directory, family, trees.named_leaves(shapes), mesh)
+    return make(policy), jax.tree.unflatten(jax.tree.structure(shapes), list(leaves.values()))
 
 
 def _classifier(raw: dict[str, Any], family: Family, dtype: Any) -> Described:

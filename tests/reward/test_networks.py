@@ -102,8 +102,8 @@ def test_classifiers_on_texts(tmp_path):
         assert found[0][i] == pytest.approx(expected, abs=1e-4)
     back = reward(calls[1], prompts[::-1], texts[::-1]).rewards
     np.testing.assert_allclose(back[::-1], found[1], atol=1e-5)
-    # one program per padded length, and lengths are powers of two
-    assert calls[1].score._cache_size() == 2
+    # one program per batch size and padded length: (1, 8), (1, 16), (16, 16)
+    assert calls[1].score._cache_size() == 3
 
 
 def test_texts_that_do_not_fit(tmp_path):
