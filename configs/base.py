@@ -34,7 +34,8 @@ def get_config():
     config.method = "rl"  # "rl" or "sft"
 
     config.model = ConfigDict()
-    config.model.path = placeholder(str)  # Hugging Face directory; None makes a new model
+    # Hugging Face or PEFT directory, or a hub name (org/name); None makes a new model
+    config.model.path = placeholder(str)
     config.model.architecture = "GPTNeoXForCausalLM"
     config.model.new = ConfigDict(
         {
@@ -50,6 +51,11 @@ def get_config():
     config.model.compute_dtype = placeholder(str)  # None: dtype
     config.model.untie = False
     config.model.remat = False
+    config.model.lora = ConfigDict({"rank": 0, "alpha": 16.0, "modules": "attention/.*"})  # 0: none
+    # "pythia" or a .jinja file, given to the tokenizer with its special tokens; None: its own
+    config.model.template = placeholder(str)
+    # rows of the vocabulary; None: as stored, or the tokenizer's entries where a template adds some
+    config.model.vocab_size = placeholder(int)
 
     config.data = ConfigDict()
     config.data.path = placeholder(str)  # JSONL in TRL's forms; None: the built-in expressions

@@ -45,7 +45,10 @@ def train(config: ConfigDict) -> Path:
     loop = Loop(setup, directory)
     runtime.claim(directory, given)
     loop.run()
-    models.export(directory / "export", setup.policy, loop.state.params, setup.tokenizer_source)
+    params, tokenizer = loop.state.params, setup.tokenizer_source
+    models.export(directory / "export", setup.policy, params, tokenizer)
+    if setup.policy.config.adapters is not None:
+        models.export_adapter(directory / "adapter", setup.policy, params, source=tokenizer)
     report.mark_finished(directory)
     return directory
 

@@ -24,6 +24,9 @@ class ModelSettings:
     compute_dtype: the network runs in, or None for `dtype`.
     untie: give a tied head a copy of its own.
     remat: recompute activations in the backward pass.
+    lora: rank (0 for no adapters), alpha and modules of models.Lora.
+    template: chat template given to the tokenizer (see data.read_template), or None.
+    vocab_size: rows of the vocabulary, or None for what the model and the tokenizer need.
     """
 
     path: str | None
@@ -33,8 +36,15 @@ class ModelSettings:
     compute_dtype: str | None
     untie: bool
     remat: bool
+    lora: dict[str, Any]
+    template: str | None
+    vocab_size: int | None
 
     def __post_init__(self):
+        if self.untie and self.lora["rank"]:
+            raise ValueError(
+                "model.untie and model.lora do not go together; untie and export first."
+            )
         for name in ("dtype", "compute_dtype"):
             value = getattr(self, name)
             if value not in DTYPES and not (value is None and name == "compute_dtype"):

@@ -106,7 +106,8 @@ def check_vocabulary(tokenizer: Any, policy: Policy, source: str) -> None:
     if len(tokenizer) > policy.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {len(tokenizer)} entries, the model's vocabulary "
-            f"{policy.vocab_size}; use the tokenizer the model was trained with."
+            f"{policy.vocab_size}; use the tokenizer the model was trained with, or set "
+            f"model.vocab_size={len(tokenizer)} to add rows."
         )
 
 
@@ -119,11 +120,23 @@ def _tokenizer(settings: RunSettings, run_directory: Path) -> tuple[Mesh, str, A
     else:
         source = str(models.local_directory(source))
         models.check(source)
-    return mesh, source, data.load_tokenizer(source)
+        source = models.tokenizer_directory(source)
+    tokenizer = data.load_tokenizer(source)
+    if settings.model.template is not None:
+        data.apply_template(tokenizer, data.read_template(settings.model.template))
+        source = str(run_directory / "tokenizer")
+        tokenizer.save_pretrained(source)
+    return mesh, source, tokenizer
 
 
 def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> Start:
     policy, params = _model(settings.model, tokenizer, mesh, settings.seed)
+    rows = settings.model.vocab_size
+    if rows is None and settings.model.template is not None and len(tokenizer) > policy.vocab_size:
+        rows = len(tokenizer)
+    if rows is not None:
+        policy, params = models.resized(policy, params, rows)
+        params = jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
     check_vocabulary(tokenizer, policy, source)
     return Start(policy, params, tokenizer, source, mesh)
 
@@ -132,9 +145,9 @@ def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tu
     compute = None if settings.compute_dtype is None else DTYPES[settings.compute_dtype]
     dtype = DTYPES[settings.dtype]
     if settings.path is not None:
-        return models.load(
-            settings.path, dtype, mesh, compute, untie=settings.untie, remat=settings.remat
-        )
+        lora = models.Lora(**settings.lora, seed=seed) if settings.lora["rank"] else None
+        given = {"untie": settings.untie, "remat": settings.remat, "lora": lora}
+        return models.load(settings.path, dtype, mesh, compute, **given)
     raw = {
         **settings.new,
         "vocab_size": len(tokenizer),

@@ -10,6 +10,7 @@ from ntkrl.data.expressions import characters, save_tokenizer, supervised_set, t
 from ntkrl.data.expressions import prompt_set as expression_prompts
 from ntkrl.data.order import epoch_at, hold_out, rows_at
 from ntkrl.data.prompts import PromptSet, read_jsonl, read_prompts
+from ntkrl.data.templates import apply_template, read_template
 from ntkrl.data.tokens import (
     decode_completions,
     encode_completions,
@@ -19,6 +20,7 @@ from ntkrl.data.tokens import (
 
 __all__ = [
     "PromptSet",
+    "apply_template",
     "characters",
     "decode_completions",
     "encode_completions",
@@ -30,6 +32,7 @@ __all__ = [
     "prompt_batch",
     "read_jsonl",
     "read_prompts",
+    "read_template",
     "rows_at",
     "save_tokenizer",
     "supervised_batch",

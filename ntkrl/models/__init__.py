@@ -38,6 +38,7 @@ __all__ = [
     "load_scorer",
     "local_directory",
     "resized",
+    "tokenizer_directory",
     "untied",
 ]
 
@@ -103,6 +104,13 @@ def _places(path: str | Path, base: str | Path | None) -> tuple[Path, Path | Non
     if base is None and named is None:
         raise ValueError(f"{directory} names no base model; give it as base.")
     return local_directory(named if base is None else base), directory
+
+
+def tokenizer_directory(path: str | Path) -> str:
+    """Return where a model's tokenizer lies: with an adapter, or else with its base."""
+    place, adapted = _places(path, None)
+    held = adapted is not None and (adapted / "tokenizer_config.json").is_file()
+    return str(adapted if held else place)
 
 
 def _adapters(
@@ -239,7 +247,11 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
 
 
 def export_adapter(
-    path: str | Path, policy: Policy, params: Params, base: str | None = None
+    path: str | Path,
+    policy: Policy,
+    params: Params,
+    base: str | None = None,
+    source: str | None = None,
 ) -> None:
     """Write the adapters alone as a PEFT directory.
 
@@ -247,6 +259,7 @@ def export_adapter(
       path: directory; written beside and renamed when whole.
       policy, params: of a model loaded with `lora` or from an adapter directory.
       base: directory or hub name of the base model to be written down; None for `policy.source`.
+      source: directory whose tokenizer files travel along; None for none.
 
     Raises:
       ValueError: a model without adapters.
@@ -255,7 +268,7 @@ def export_adapter(
     if adapters is None:
         raise ValueError("the model has no adapters; load it with lora=ntkrl.models.Lora(…).")
     named = policy.source if base is None else base
-    lora_files.write_adapter(Path(path), family, adapters, params, named)
+    lora_files.write_adapter(Path(path), family, adapters, params, named, source)
 
 
 def check(path: str | Path) -> None:

@@ -171,7 +171,12 @@ def stored_adapters(directory: Path, raw: Mapping[str, Any], family: Family) -> 
 
 
 def write_adapter(
-    directory: Path, family: Family, adapters: Adapters, params: Params, base: str | None
+    directory: Path,
+    family: Family,
+    adapters: Adapters,
+    params: Params,
+    base: str | None,
+    source: str | None,
 ) -> None:
     """Write a PEFT directory.
 
@@ -179,6 +184,7 @@ def write_adapter(
       directory: where; replaced when whole.
       family, adapters, params: of the policy.
       base: directory or name of the model the adapters belong to.
+      source: directory whose tokenizer files travel along, or None.
     """
     leaves, tensors = trees.named_leaves(params), {}
     for ours, stored, _ in table(family, adapters).weights:
@@ -199,4 +205,4 @@ def write_adapter(
         "fan_in_fan_out": family.label == "GPT-2",
         "inference_mode": True,
     }
-    files.write_model(directory, raw, tensors, None, config_file=CONFIG_FILE, stem=STEM)
+    files.write_model(directory, raw, tensors, source, config_file=CONFIG_FILE, stem=STEM)

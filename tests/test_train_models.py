@@ -1,0 +1,154 @@
+"""Whole runs with what people bring: adapters, templates, reward models, rewards to normalise."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+import ntkrl
+from ntkrl import data, models, trees
+from ntkrl.main import main
+from tests.models.families import torch_model
+from tests.models.test_scorers import torch_scorer
+from tests.test_train import ROOT, lines, one_device, words  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tiny Llama with the built-in task's tokenizer."""
+    place = tmp_path_factory.mktemp("llama")
+    torch_model("llama 3", place, vocab_size=18, initializer_range=0.05)
+    data.save_tokenizer(place)
+    return place
+
+
+def test_adapters_train_alone_and_come_out_twice(llama, tmp_path, capsys):
+    """story: of a Llama with LoRA adapters alone move; merged model and PEFT directory come out."""
+    run = tmp_path / "run"
+    arguments = words(
+        llama,
+        run,
+        "--config.model.lora.rank=2",
+        "--config.model.lora.modules=q_proj|v_proj|mlp/.*",
+        "--config.stages[0].steps=2",
+        "--config.stages[0].parameters=(('.*/lora_[ab]', 1e-2), ('.*', None))",
+    )
+    assert main(arguments) == 0, capsys.readouterr().err
+    adapted, params = ntkrl.load(run / "adapter")
+    base, base_params = ntkrl.load(llama)
+    held = trees.named_leaves(params)
+    for name, leaf in trees.named_leaves(base_params).items():
+        np.testing.assert_array_equal(held[name], leaf)
+    moved = [name for name in held if name.endswith("lora_b") and np.abs(held[name]).max() > 0]
+    assert len(moved) == 5
+    merged, merged_params = ntkrl.load(run / "export")
+    tokens = jnp.asarray([[3, 4, 5, 6]])
+    features = [
+        np.asarray(policy.features(p, tokens))
+        for policy, p in ((adapted, params), (merged, merged_params), (base, base_params))
+    ]
+    np.testing.assert_allclose(features[0], features[1], atol=1e-5)
+    assert np.abs(features[0] - features[2]).max() > 1e-5
+    assert transformers.AutoModelForCausalLM.from_pretrained(run / "export").config.vocab_size == 18
+
+
+def test_pythias_template_adds_tokens_and_rows(tmp_path, capsys):
+    """story: two special tokens and their rows, a template, an export that talks the same way."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    torch_model("gpt-neox", model, vocab_size=18)
+    data.save_tokenizer(model)
+    rows = [{"prompt": [{"role": "user", "content": str(n)}]} for n in range(10, 22)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = words(
+        model,
+        run,
+        f"--config.data.path={prompts}",
+        "--config.model.template=pythia",
+        "--config.stages[0].steps=1",
+    )
+    assert main(arguments) == 0, capsys.readouterr().err
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "export")
+    policy, _ = ntkrl.load(run / "export")
+    assert len(tokenizer) == policy.vocab_size == 20
+    talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    written = tokenizer.apply_chat_template(talk, tokenize=False)
+    assert written == "<|user|>1<|endoftext|><|assistant|>2<|endoftext|>"
+    asked = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+    assert asked == "<|user|>1<|endoftext|><|assistant|>"
+    ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    assert ids == [18, tokenizer("1")["input_ids"][0], 0, 19]
+
+
+def test_a_reward_model_normalised_by_its_own_rewards(llama, tmp_path, capsys):
+    """story: evaluate writes rewards of a reward model; training reads them as shift and scale."""
+    scorer = tmp_path / "scorer"
+    torch_scorer("gpt-neox", scorer, vocab_size=20)
+    data.save_tokenizer(scorer)
+    common = [f"--config.reward.function={scorer},repetition", "--config.stages[0].steps=1"]
+    evaluate = ["evaluate", *words(llama, tmp_path / "eval", *common)[1:]]
+    assert main(evaluate) == 0, capsys.readouterr().err
+    written = next((tmp_path / "eval" / "evaluations").glob("*.rewards.json"))
+    raw = json.loads(written.read_text())["rewards"]
+    assert set(raw) == {"scorer", "repetition"} and len(raw["scorer"]) == 8
+    run = tmp_path / "run"
+    only = tmp_path / "only.json"
+    only.write_text(json.dumps({"rewards": {"scorer": raw["scorer"]}}))
+    arguments = words(llama, run, *common, f"--config.reward.normalisation={only}")
+    assert main(arguments) == 0, capsys.readouterr().err
+    last = lines(run)[-1]
+    mean, deviation = np.mean(raw["scorer"]), np.std(raw["scorer"], ddof=1)
+    normal = (last["rewards/scorer/mean"] - mean) / deviation
+    assert last["reward"] == pytest.approx(normal + last["rewards/repetition/mean"], abs=1e-4)
+    arguments = words(llama, tmp_path / "no", f"--config.reward.normalisation={only}")
+    assert main(arguments) == 2
+    assert "holds rewards of scorer, which no function gives" in capsys.readouterr().err
+
+
+def test_rewards_that_fail_are_counted(llama, tmp_path, capsys):
+    """story: a function that hangs costs its default and a line, and the run goes on."""
+    code = tmp_path / "mine.py"
+    code.write_text("def hang(completions):\n    while True: pass\n")
+    run = tmp_path / "run"
+    arguments = words(
+        llama,
+        run,
+        f"--config.reward.function={code}:hang,repetition",
+        "--config.reward.timeout=0.5",
+        "--config.reward.on_failure=-2.0",
+        "--config.stages[0].steps=2",
+    )
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "did not answer within 0.5 s" in said.out + said.err
+    last = lines(run)[-1]
+    assert last["rewards/hang/failures"] == 1.0 and last["rewards/hang/mean"] == -2.0
+    assert (run / "finished").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--config.model.template=chatml", "model.template 'chatml' is unknown; give pythia or"),
+        ("--config.model.lora.rank=-1", "lora: rank -1 and alpha 16.0 must be positive"),
+        ("--config.reward.function=expresions", "did you mean 'expressions'"),
+        ("--config.reward.timeout=0.0", "reward.timeout must be positive"),
+        ("--config.model.vocab_size=5", "has 18 entries, the model's vocabulary 5"),
+    ],
+)
+def test_mistakes(llama, tmp_path, capsys, word, message):
+    """law: one sentence, status 2, no trace."""
+    assert main(words(llama, tmp_path / "run", word)) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_front_door():
+    """law: names of the package are found lazily, others are not."""
+    assert ntkrl.load is models.load and ntkrl.ntk.Contexts
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        _ = ntkrl.lode
+    assert jax.devices()
