@@ -189,6 +189,20 @@ class UpdateBatch:
 
 
 @chex.dataclass(frozen=True)
+class PreferenceBatch:
+    """Pairs of texts, the chosen one first.
+
+    tokens: `[B, 2, T]` int32, right-padded.
+    mask: `[B, 2, T]` bool, True on real tokens.
+    gates: `[B, 2]` int32, columns a Scorer's gate reads.
+    """
+
+    tokens: Array
+    mask: Array
+    gates: Array
+
+
+@chex.dataclass(frozen=True)
 class TrainState:
     """Arrays only; what is static (policy, optimizer, labels) is closed over by the step.
 

@@ -49,8 +49,8 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ("prompt",)) -> Promp
     Args:
       path: a UTF-8 file with one JSON object per line; blank lines are skipped.
       required: keys every row must hold (null counts as missing); "prompt" always is one.
-        With "completion" among them, that column is checked too: text for standard prompts,
-        a list of messages for conversational ones.
+        "completion", "chosen" and "rejected" among them are checked too: text for standard
+        prompts, a list of messages for conversational ones.
 
     Returns:
       The rows in file order. Keys other than "prompt" become columns.
@@ -163,8 +163,9 @@ def _faults(
     ]
     if "prompt" in row and row["prompt"] is not None:
         faults += _prompt_faults(row["prompt"], form)
-    if "completion" in wanted and "completion" in row and row["completion"] is not None:
-        faults += _completion_faults(row["completion"], form)
+    for name in ("completion", "chosen", "rejected"):
+        if name in wanted and name in row and row[name] is not None:
+            faults += _completion_faults(name, row[name], form)
     return faults
 
 
@@ -182,16 +183,16 @@ def _prompt_faults(prompt: Any, form: tuple[type, int] | None) -> list[str]:
     return faults
 
 
-def _completion_faults(completion: Any, form: tuple[type, int] | None) -> list[str]:
+def _completion_faults(name: str, completion: Any, form: tuple[type, int] | None) -> list[str]:
     if form is None:
         return []
     if not isinstance(completion, form[0]):
         wanted = "a list of messages" if form[0] is list else "text"
         found = type(completion).__name__
-        return [f"'completion' is {found}; expected {wanted}, the form of the prompts"]
+        return [f"{name!r} is {found}; expected {wanted}, the form of the prompts"]
     if isinstance(completion, str):
-        return _text_faults("'completion'", completion)
-    return _message_faults("completion", completion)
+        return _text_faults(repr(name), completion)
+    return _message_faults(name, completion)
 
 
 def _message_faults(name: str, messages: list[Any]) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from ntkrl import trees
@@ -24,16 +23,18 @@ from ntkrl.models.family import Adapters, Family
 from ntkrl.models.hub import local_directory
 from ntkrl.models.lora import Lora, is_adapter
 from ntkrl.models.placing import placements, read_params
-from ntkrl.models.scorers import load_scorer
+from ntkrl.models.scorers import New, export_scorer, load_scorer
 from ntkrl.types import Array, Params, Policy
 
 __all__ = [
     "Lora",
+    "New",
     "build",
     "check",
     "describe",
     "export",
     "export_adapter",
+    "export_scorer",
     "load",
     "load_scorer",
     "local_directory",
@@ -232,14 +233,7 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
     config = policy.config
     if config.adapters is not None:
         params = lora_files.merged(params, config.adapters)
-    leaves = trees.named_leaves(params)
-    tensors: dict[str, np.ndarray] = {}
-    for ours, stored, transpose in family.weights:
-        if ours not in leaves:
-            continue
-        array = np.asarray(jax.device_get(leaves[ours]))
-        for i, layer in enumerate(array) if files.LAYER in stored else [(0, array)]:
-            tensors[stored.replace(files.LAYER, str(i))] = layer.T if transpose else layer
+    tensors = files.stored_tensors(family.weights, trees.named_leaves(params))
     raw = family.unparse(config)
     raw["dtype"] = str(jax.tree.leaves(params)[0].dtype)
     raw.pop("torch_dtype", None)  # the older spelling would contradict it

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ntkrl.models.family import Family
+from ntkrl.models.family import Family, Table
 
 STEM = "model"  # of a file of tensors; with an index beside shards
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -216,6 +217,18 @@ def _with_prefix(located: Mapping[str, Path], family: Family) -> dict[str, tuple
         family.prefix + name if bare and name.startswith(trunk) else name: (path, name)
         for name, path in located.items()
     }
+
+
+def stored_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return a model's leaves under their stored names, layer by layer, on the host."""
+    tensors: dict[str, np.ndarray] = {}
+    for ours, stored, transpose in table:
+        if ours not in leaves:
+            continue
+        array = np.asarray(jax.device_get(leaves[ours]))
+        for i, layer in enumerate(array) if LAYER in stored else [(0, array)]:
+            tensors[stored.replace(LAYER, str(i))] = layer.T if transpose else layer
+    return tensors
 
 
 def write_model(

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ntkrl import trees
 from ntkrl.models import files
@@ -186,11 +185,8 @@ def write_adapter(
       base: directory or name of the model the adapters belong to.
       source: directory whose tokenizer files travel along, or None.
     """
-    leaves, tensors = trees.named_leaves(params), {}
-    for ours, stored, _ in table(family, adapters).weights:
-        array = np.asarray(jax.device_get(leaves[ours]))
-        for i, layer in enumerate(array):
-            tensors[stored.replace(files.LAYER, str(i))] = layer.T
+    rows = table(family, adapters).weights
+    tensors = files.stored_tensors(rows, trees.named_leaves(params))
     known = modules(family)
     raw = {
         **PLAIN,

@@ -19,7 +19,7 @@ from ntkrl.models.armorm import Described
 from ntkrl.models.assemble import assemble
 from ntkrl.models.families import FAMILIES, SCORERS, named
 from ntkrl.models.family import Family
-from ntkrl.models.placing import read_params
+from ntkrl.models.placing import placements, read_params
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Params, Policy, Scorer
 
@@ -31,6 +31,7 @@ def load_scorer(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     compute_dtype: Any = None,
+    new: New | None = None,
 ) -> tuple[Scorer, Params]:
     """Load a reward model: a sequence-classification directory of a known family, or ArmoRM.
 
@@ -39,6 +40,7 @@ def load_scorer(
       dtype: dtype the trunk is kept in; heads are float32 or better.
       mesh: shard the params over it, or None for one device.
       compute_dtype: dtype the trunk runs in; None for `dtype`.
+      new: put a new head on the trunk of a language model; None where one is stored.
 
     Returns:
       `(scorer, params)`: pure functions, and a nested dict of arrays.
@@ -49,6 +51,11 @@ def load_scorer(
     directory = hub.local_directory(path)
     raw = files.read_config(directory)
     name, known = named(raw), (*SCORERS, armorm.ARCHITECTURE)
+    if new is not None and name in FAMILIES:
+        raw = {**raw, "num_labels": 1, "id2label": {"0": "LABEL_0"}, "pad_token_id": new.pad_id}
+        name = FAMILIES[name].scorer
+    else:
+        new = None
     if name not in known:
         raise ValueError(
             f"{directory}: architecture {name!r} is no reward model known here; known are "
@@ -62,8 +69,53 @@ def load_scorer(
     headless = dataclasses.replace(parsed, tie_word_embeddings=True)
     policy, trunk = assemble(family, headless, dtype, compute_dtype, False, str(directory))
     shapes = {**trunk, **heads}
-    leaves = read_params(directory, family, trees.named_leaves(shapes), mesh)
-    return make(policy), jax.tree.unflatten(jax.tree.structure(shapes), list(leaves.values()))
+    leaves = trees.named_leaves(shapes)
+    if new is None:
+        found = read_params(directory, family, leaves, mesh)
+    else:
+        stored = {leaf: shape for leaf, shape in leaves.items() if leaf != SCORE[0][0]}
+        found = read_params(directory, FAMILIES[parsed.architecture], stored, mesh, tied=True)
+        found[SCORE[0][0]] = _start(leaves[SCORE[0][0]], parsed, new, family, mesh)
+    ordered = [found[leaf] for leaf in leaves]
+    return make(policy), jax.tree.unflatten(jax.tree.structure(shapes), ordered)
+
+
+@dataclasses.dataclass(frozen=True)
+class New:
+    """A new head: pad_id: the pad token; seed: of its normal weights."""
+
+    pad_id: int
+    seed: int = 0
+
+
+def export_scorer(path: str | Path, scorer: Scorer, params: Params, source: str | None) -> None:
+    """Write a reward model as a sequence-classification directory that transformers loads.
+
+    Args:
+      path: directory; written beside and renamed when whole.
+      scorer, params: as returned by `load_scorer` (of a classifier, not of ArmoRM).
+      source: directory whose tokenizer files travel along; None for none.
+    """
+    family = FAMILIES[scorer.config.architecture]
+    table = (*family.weights[:-1], *SCORE)
+    tensors = files.stored_tensors(table, trees.named_leaves(params))
+    raw = {
+        **family.unparse(scorer.config),
+        "architectures": [family.scorer],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": scorer.pad_id,
+        "dtype": str(jax.tree.leaves(params)[0].dtype),
+    }
+    raw["tie_word_embeddings"] = False
+    raw.pop("torch_dtype", None)
+    files.write_model(Path(path), raw, tensors, source)
+
+
+def _start(leaf: Any, config: Any, new: New, family: Family, mesh: Mesh | None) -> Array:
+    draw = jax.random.normal(jax.random.key(new.seed), leaf.shape, leaf.dtype)
+    where = placements(family, {SCORE[0][0]: leaf}, mesh)[SCORE[0][0]]
+    return jax.device_put(config.initializer_range * draw, where)
 
 
 def _classifier(raw: dict[str, Any], family: Family, dtype: Any) -> Described:

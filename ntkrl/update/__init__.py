@@ -7,8 +7,9 @@ from ntkrl.update.objective import (
     policy_loss,
     supervised_loss,
 )
+from ntkrl.update.preference import preference_loss, preference_objective
 from ntkrl.update.stages import Stage, StageProgram, stage_program
-from ntkrl.update.step import init_state, make_train_step
+from ntkrl.update.step import init_state, make_step, policy_objective
 
 __all__ = [
     "PRESETS",
@@ -16,9 +17,12 @@ __all__ = [
     "Stage",
     "StageProgram",
     "init_state",
-    "make_train_step",
+    "make_step",
     "penalised_rewards",
     "policy_loss",
+    "policy_objective",
+    "preference_loss",
+    "preference_objective",
     "stage_program",
     "supervised_loss",
 ]

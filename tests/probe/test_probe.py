@@ -113,7 +113,9 @@ def test_prediction_of_a_real_adam_step(x64, rows):
     stage = update.Stage(name="x", steps=1, parameters=rows, max_grad_norm=0.5)
     program = update.stage_program(stage, policy, params)
     state = update.init_state(program, params, jax.random.key(0))
-    after, _ = update.make_train_step(policy, program, rloo)(state, make_batch(policy.vocab_size))
+    after, _ = update.make_step(program, update.policy_objective(policy, rloo))(
+        state, make_batch(policy.vocab_size)
+    )
     metrics, arrays = prober.compare(params, after.params)
     count = int(np.asarray(probe_set(policy.vocab_size).completion_mask).sum())
     assert arrays["actual"].shape == (count,) and np.abs(arrays["actual"]).max() > 1e-5
