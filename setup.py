@@ -33,7 +33,14 @@ setup(
         "transformers>=5",
     ],
     extras_require={
-        "test": ["equinox", "math-verify[antlr4_13_2]", "peft", "pytest", "pytest-xdist", "torch==2.13.0"],
+        "test": [
+            "equinox",
+            "math-verify[antlr4_13_2]",
+            "peft",
+            "pytest",
+            "pytest-xdist",
+            "torch==2.13.0",
+        ],
         "bench": ["torch==2.13.0"],
         "math": ["math-verify[antlr4_13_2]"],
         "cuda": ["jax[cuda12]"],

@@ -31,7 +31,7 @@ def get_config():
     config.name = "rl"  # how the run is called in figures; seeds of one name are averaged
     config.seed = 0
     config.run_dir = "runs/rl"
-    config.method = "rl"  # "rl" or "sft"
+    config.method = "rl"  # "rl", "sft" or "reward" (a reward model from preferences)
 
     config.model = ConfigDict()
     # Hugging Face or PEFT directory, or a hub name (org/name); None makes a new model
@@ -93,6 +93,9 @@ def get_config():
             "repetition": {"ngram_size": 3, "max_penalty": -1.0},
         }
     )
+
+    # λ of λ (r⁺ + r⁻)² beside the Bradley–Terry loss; 0.01 in the paper's recipe
+    config.preference = ConfigDict({"centring": 0.01})
 
     config.objective = ConfigDict()
     config.objective.preset = "rloo"  # "rloo" or "grpo"; None below keeps the preset's value

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import assembly, models, reward, runtime, trees, update
+from ntkrl import assembly, reward, runtime, trees, update
 
 EVALUATE_STREAM = 3
 
@@ -34,6 +34,8 @@ def evaluate(config: ConfigDict) -> dict[str, float]:
       ValueError: a mistake in the config or the files it names, or nothing to evaluate on.
     """
     settings = assembly.read_settings(config)
+    if settings.method == "reward":
+        raise ValueError("evaluate samples completions; a reward model's accuracy is in its run.")
     if settings.model.path is None:
         raise ValueError("evaluate needs --config.model.path=DIR, the model to score.")
     directory = Path(config.run_dir)
@@ -92,9 +94,9 @@ def export(run: str, out: str, step: int | None = None) -> None:
     stage = settings.stages[checkpoints.position(chosen)["stage"]]
     program = update.stage_program(stage, start.policy, start.params)
     state = update.init_state(program, start.params, jax.random.key(settings.seed))
-    placed = jax.device_put(state, trees.shardings(state, start.policy.sharding, start.mesh))
+    placed = jax.device_put(state, trees.shardings(state, start.sharding, start.mesh))
     params = checkpoints.restore(chosen, placed).params
-    models.export(out, start.policy, params, start.tokenizer_source)
+    start.export(Path(out), params)
     checkpoints.close()
     tqdm.write(f"step {chosen} of {run} written to {out}")
 

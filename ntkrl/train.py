@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import assembly, models, probe, report, runtime, trees, update
+from ntkrl import assembly, probe, report, runtime, trees, update
 from ntkrl.types import Array, Params, TrainState
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
@@ -45,10 +45,7 @@ def train(config: ConfigDict) -> Path:
     loop = Loop(setup, directory)
     runtime.claim(directory, given)
     loop.run()
-    params, tokenizer = loop.state.params, setup.tokenizer_source
-    models.export(directory / "export", setup.policy, params, tokenizer)
-    if setup.policy.config.adapters is not None:
-        models.export_adapter(directory / "adapter", setup.policy, params, source=tokenizer)
+    setup.export(directory / "export", loop.state.params)
     report.mark_finished(directory)
     return directory
 
@@ -59,9 +56,7 @@ class Loop:
     def __init__(self, setup: assembly.Setup, directory: Path):
         self.setup, self.settings, self.directory = setup, setup.settings, directory
         self.stages = self.settings.stages
-        supervised = self.settings.method == "sft"
-        kind = assembly.SupervisedSource if supervised else assembly.RolloutSource
-        self.source = kind(setup)
+        self.source = assembly.SOURCES[self.settings.method](setup)
         self.programs = [
             update.stage_program(stage, setup.policy, setup.params) for stage in self.stages
         ]
@@ -70,7 +65,7 @@ class Loop:
             directory / "checkpoints", self.settings.checkpoint.keep
         )
         self.prober, self.eval_sample = None, None
-        if setup.held_out is not None:
+        if setup.held_out is not None and setup.policy is not None:
             samples = self.settings.evaluation.samples_per_prompt
             self.eval_sample = assembly.make_sample(setup, samples)
             if self.settings.probe.every_steps is not None:
@@ -147,13 +142,7 @@ class Loop:
     def _step(self, index: int) -> Any:
         """Return a stage's compiled train step: one function, sharded, its state donated."""
         if index not in self.compiled:
-            step = update.make_train_step(
-                self.setup.policy,
-                self.programs[index],
-                self.source.loss,
-                self.source.temperature,
-                self.settings.schedule.chunk_tokens,
-            )
+            step = update.make_step(self.programs[index], self.source.minimised)
             placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
             self.compiled[index] = jax.jit(
                 step,
@@ -190,12 +179,13 @@ class Loop:
         return measures
 
     def _evaluate(self, rollout_step: int) -> dict[str, Any]:
+        beside = self.source.evaluate(self.state.params)
         if self.eval_sample is None:
-            return {}
+            return beside
         key = _stream(self.settings.seed, EVAL_STREAM, rollout_step)
         metrics, _ = assembly.evaluate(self.setup, self.eval_sample, self.state.params, key)
         self.clock("eval")
-        return metrics
+        return metrics | beside
 
     def _resume(self) -> int:
         """Set state, stage and counters from the newest checkpoint; return its rollout step."""
@@ -220,7 +210,7 @@ class Loop:
 
     def _placed(self, state: TrainState) -> TrainState:
         """Put a state on the mesh; optimizer moments lie where their parameters do."""
-        patterns = self.setup.policy.sharding
+        patterns = self.setup.sharding
         return jax.device_put(state, trees.shardings(state, patterns, self.setup.mesh))
 
 

@@ -152,3 +152,75 @@ def test_front_door():
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         _ = ntkrl.lode
     assert jax.devices()
+
+
+def preferences(path, count):
+    """Pairs whose chosen completion is even, in words of the built-in tokenizer."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(count):
+        even, odd = (2 * int(n) for n in rng.integers(1, 5, 2))
+        rows.append(
+            {"prompt": f"{rng.integers(10, 99)}=", "chosen": str(even), "rejected": str(odd + 1)}
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_reward_model_is_trained_and_used(llama, tmp_path, capsys):
+    """story: preferences → reward model → transformers loads it, and RL is rewarded by it."""
+    pairs, run = tmp_path / "pairs.jsonl", tmp_path / "reward"
+    preferences(pairs, 120)
+    arguments = [
+        "train",
+        "--config=configs/reward.py",
+        f"--config.model.path={llama}",
+        f"--config.run_dir={run}",
+        f"--config.data.path={pairs}",
+        "--config.data.prompts_per_step=16",
+        "--config.stages[0].steps=40",
+        "--config.stages[0].parameters=(('.*', 1e-2),)",
+        "--config.mesh.data=1",
+    ]
+    assert main(arguments) == 0, capsys.readouterr().err
+    found = lines(run)
+    assert found[0]["eval/accuracy"] < 0.9 and found[-1]["eval/accuracy"] == 1.0
+    assert abs(found[-1]["mean_reward"]) < 2.0  # centred
+    scorer, params = models.load_scorer(run / "export")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(run / "export")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "export")
+    for text in ("12=4", "12=5"):
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        here = scorer.score(
+            params, jnp.asarray(ids.numpy()), jnp.ones(ids.shape, bool), jnp.zeros(1, int)
+        )["score"][0]
+        assert float(here) == pytest.approx(theirs(ids).logits.item(), abs=1e-4)
+    rewarded = words(
+        llama,
+        tmp_path / "rl",
+        f"--config.reward.function={run / 'export'}",
+        "--config.stages[0].steps=1",
+    )
+    assert main(rewarded) == 0, capsys.readouterr().err
+    assert "rewards/export/mean" in lines(tmp_path / "rl")[-1]
+    assert main(["export", str(run), str(tmp_path / "again")]) == 0
+    _, again = models.load_scorer(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    assert main(["report", str(run)]) == 0, capsys.readouterr().err
+
+
+def test_mistakes_with_preferences(llama, tmp_path, capsys):
+    """law: missing columns, other forms, settings that do not apply: one sentence each."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "1=", "chosen": "2"}\n')
+    start = ["train", "--config=configs/reward.py", f"--config.run_dir={tmp_path / 'run'}"]
+    model = f"--config.model.path={llama}"
+    assert main([*start, model]) == 2
+    assert "data.path is missing" in capsys.readouterr().err
+    assert main([*start, model, f"--config.data.path={pairs}"]) == 2
+    assert "no 'rejected' (missing or null)" in capsys.readouterr().err
+    pairs.write_text('{"prompt": "1=", "chosen": "2", "rejected": [{"role": "user"}]}\n')
+    assert main([*start, model, f"--config.data.path={pairs}"]) == 2
+    assert "'rejected' is list; expected text" in capsys.readouterr().err
+    preferences(pairs, 40)
+    assert main([*start, model, f"--config.data.path={pairs}", "--config.model.lora.rank=2"]) == 2
+    assert "reward models are trained without model.lora" in capsys.readouterr().err

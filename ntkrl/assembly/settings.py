@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ntkrl import runtime, update
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-METHODS = ("rl", "sft")
+METHODS = ("rl", "sft", "reward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +146,17 @@ class RewardSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceSettings:
+    """centring: λ ≥ 0 of λ (r⁺ + r⁻)² beside the Bradley–Terry loss."""
+
+    centring: float
+
+    def __post_init__(self):
+        if not self.centring >= 0:
+            raise ValueError(f"preference.centring must be ≥ 0, not {self.centring}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
     """every_steps: rollout steps between checkpoints; keep: how many of the newest stay."""
 
@@ -189,6 +200,7 @@ class RunSettings:
     data: DataSettings
     rollout: RolloutSettings
     reward: RewardSettings
+    preference: PreferenceSettings
     objective: update.Objective
     schedule: ScheduleSettings
     stages: tuple[update.Stage, ...]
@@ -229,6 +241,7 @@ def read_settings(config: ConfigDict) -> RunSettings:
         data=section(DataSettings, "data"),
         rollout=section(RolloutSettings, "rollout"),
         reward=read(_rewards, config),
+        preference=section(PreferenceSettings, "preference"),
         objective=read(_objective, config),
         schedule=section(ScheduleSettings, "schedule"),
         stages=read(_stages, config),
@@ -237,7 +250,9 @@ def read_settings(config: ConfigDict) -> RunSettings:
         evaluation=section(EvalSettings, "eval"),
         probe=section(ProbeSettings, "probe"),
     )
-    if config.method == "rl" and config.model.path is None:
+    if config.method == "reward" and config.data.path is None:
+        problems.append("data.path is missing; name the JSONL of preferences to learn from.")
+    if config.method in ("rl", "reward") and config.model.path is None:
         problems.append("model.path is missing; name the Hugging Face directory to start from.")
     if not problems and found.data.prompts_per_step % found.schedule.minibatches:
         problems.append(

@@ -12,12 +12,22 @@ from jax.sharding import Mesh
 from ntkrl import data, models, reward, runtime, trees
 from ntkrl.assembly.rewards import reward_set
 from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
-from ntkrl.types import Params, Policy
+from ntkrl.types import Params, Policy, Scorer
+
+REQUIRED = {
+    "rl": ("prompt",),
+    "sft": ("prompt", "completion"),
+    "reward": ("prompt", "chosen", "rejected"),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
-    """A prompt set with its token ids; `completions` is empty unless supervised."""
+    """A prompt set with its token ids.
+
+    encoded: of the prompts; empty for preferences, whose texts are read whole. completions: empty
+    unless supervised.
+    """
 
     prompt_set: data.PromptSet
     encoded: list[list[int]]
@@ -26,7 +36,7 @@ class Prompts:
     @property
     def size(self) -> int:
         """Number of prompts."""
-        return len(self.encoded)
+        return len(self.prompt_set.prompts)
 
     @property
     def columns(self) -> dict[str, list[Any]]:
@@ -40,14 +50,31 @@ class Start:
     """The model a run starts from.
 
     policy, params: params on the mesh. tokenizer: transformers'. tokenizer_source: directory
-    whose files export copies. mesh: of all devices.
+    whose files export copies. mesh: of all devices. scorer: of a reward model, whose params hold
+    its head; policy is None then.
     """
 
-    policy: Policy
+    policy: Policy | None
     params: Params
     tokenizer: Any
     tokenizer_source: str
     mesh: Mesh
+    scorer: Scorer | None
+
+    @property
+    def sharding(self) -> trees.Patterns:
+        """How params and what is like them lie on the mesh."""
+        return self.scorer.sharding if self.policy is None else self.policy.sharding
+
+    def export(self, path: Path, params: Params) -> None:
+        """Write a Hugging Face directory, and one of the adapters beside it if there are any."""
+        if self.policy is None:
+            models.export_scorer(path, self.scorer, params, self.tokenizer_source)
+            return
+        models.export(path, self.policy, params, self.tokenizer_source)
+        if self.policy.config.adapters is not None:
+            beside = path.with_name("adapter" if path.name == "export" else f"{path.name}-adapter")
+            models.export_adapter(beside, self.policy, params, source=self.tokenizer_source)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +104,8 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
     mesh, source, tokenizer = _tokenizer(settings, run_directory)
     rewards = reward_set(settings.reward, mesh) if settings.reward.functions else None
     train, held_out = _prompts(settings, tokenizer)
-    for prompts in (held_out, train if settings.method == "rl" else None):
+    scored = (held_out, train if settings.method == "rl" else None)
+    for prompts in scored if settings.method != "reward" else ():
         if prompts is not None and rewards is not None:
             rewards.check_columns(prompts.columns)
     start = _start(settings, mesh, source, tokenizer)
@@ -130,6 +158,9 @@ def _tokenizer(settings: RunSettings, run_directory: Path) -> tuple[Mesh, str, A
 
 
 def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> Start:
+    if settings.method == "reward":
+        scorer, params = _scorer(settings, tokenizer, mesh)
+        return Start(None, params, tokenizer, source, mesh, scorer)
     policy, params = _model(settings.model, tokenizer, mesh, settings.seed)
     rows = settings.model.vocab_size
     if rows is None and settings.model.template is not None and len(tokenizer) > policy.vocab_size:
@@ -138,7 +169,20 @@ def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> St
         policy, params = models.resized(policy, params, rows)
         params = jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
     check_vocabulary(tokenizer, policy, source)
-    return Start(policy, params, tokenizer, source, mesh)
+    return Start(policy, params, tokenizer, source, mesh, None)
+
+
+def _scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, Params]:
+    given = settings.model
+    unused = [name for name in ("untie", "remat", "vocab_size") if getattr(given, name)]
+    unused += ["lora"] if given.lora["rank"] else []
+    if unused:
+        raise ValueError(
+            f"reward models are trained without {', '.join(f'model.{name}' for name in unused)}."
+        )
+    compute = None if given.compute_dtype is None else DTYPES[given.compute_dtype]
+    new = models.New(tokenizer.pad_token_id, settings.seed)
+    return models.load_scorer(given.path, DTYPES[given.dtype], mesh, compute, new)
 
 
 def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tuple[Policy, Params]:
@@ -162,8 +206,9 @@ def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tu
 
 
 def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | None]:
-    supervised = settings.method == "sft"
-    scored = settings.evaluation.every_steps is not None and bool(settings.reward.functions)
+    supervised, paired = settings.method == "sft", settings.method == "reward"
+    scored = settings.evaluation.every_steps is not None
+    scored = scored and (paired or bool(settings.reward.functions))
     train_set, held_set = _prompt_sets(settings, supervised, scored)
     if len(train_set.prompts) < settings.data.prompts_per_step:
         raise ValueError(
@@ -172,6 +217,8 @@ def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | 
         )
 
     def encoded(prompt_set: data.PromptSet, with_completions: bool) -> Prompts:
+        if paired:
+            return Prompts(prompt_set, [], [])
         budget = settings.rollout.max_completion_tokens
         completions = []
         if with_completions:
@@ -192,10 +239,11 @@ def _prompt_sets(
         if supervised:
             return data.supervised_set(files.examples, settings.seed), held_set
         return data.expression_prompts("train"), held_set
-    required = ("prompt", "completion") if supervised else ("prompt",)
+    required = REQUIRED[settings.method]
     train_set = data.read_jsonl(files.path, required)
     if files.eval_path is not None:
-        return train_set, data.read_jsonl(files.eval_path)
+        held = required if settings.method == "reward" else ("prompt",)
+        return train_set, data.read_jsonl(files.eval_path, held)
     if scored and files.held_out > 0:
         return data.hold_out(train_set, files.held_out)
     return train_set, None

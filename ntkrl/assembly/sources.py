@@ -40,6 +40,8 @@ class RolloutSource:
         # a group too small for the estimator fails here, before anything is sampled
         self.advantages(jnp.zeros(self.group), self.group)
         self.sample = make_sample(setup, self.group)
+        chunk = settings.schedule.chunk_tokens
+        self.minimised = update.policy_objective(setup.policy, self.loss, self.temperature, chunk)
         self.ref_log_probs = jax.jit(self._log_probs, static_argnames="length")
 
     def loss(
@@ -53,7 +55,7 @@ class RolloutSource:
     ) -> tuple[list[UpdateBatch], dict[str, float]]:
         """Return the minibatches of a rollout step as host arrays, and the rollout's metrics."""
         setup = self.setup
-        rows = _rows(setup, rollout_step)
+        rows = step_rows(setup, rollout_step)
         found = collect(setup, self.sample, params, setup.train, rows, key, clock)
         drawn, scored = found.rollout, self._scored(found)
         penalised_B = update.penalised_rewards(
@@ -72,15 +74,19 @@ class RolloutSource:
             advantages=np.asarray(self.advantages(penalised_B, self.group)),
         )
         clock("score")
-        return _split(batch, setup.settings.schedule.minibatches), _metrics(found, self.group)
+        return split(batch, setup.settings.schedule.minibatches), _metrics(found, self.group)
 
     def summary(self, logged: list[dict[str, float]]) -> dict[str, float]:
         """Average the optimizer steps of a rollout step, under the glossary's names."""
-        metrics = _averages(logged)
+        metrics = averages(logged)
         del metrics["log_ratio_max"]
         metrics["policy_loss"] = metrics.pop("loss")
         metrics["sampling/sampling_logp_difference/max"] = logged[0]["log_ratio_max"]
         return metrics
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """What is evaluated beside sampled completions: nothing."""
+        return {}
 
     def check_first(self, values: dict[str, float], rollout_step: int) -> None:
         """Stop a run whose sampler and trainer disagree before the first update of a rollout."""
@@ -117,16 +123,17 @@ class SupervisedSource:
     """Prompts with given completions → minibatches."""
 
     headline = "loss"
-    temperature = 1.0
 
     def __init__(self, setup: Setup):
         self.setup = setup
+        chunk = setup.settings.schedule.chunk_tokens
+        self.minimised = update.policy_objective(
+            setup.policy, update.supervised_loss, chunk_tokens=chunk
+        )
 
-    def loss(
-        self, statistics: TokenStatistics, batch: UpdateBatch
-    ) -> tuple[Total, dict[str, Total]]:
-        """−log π of the completion tokens."""
-        return update.supervised_loss(statistics, batch)
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """What is evaluated beside sampled completions: nothing."""
+        return {}
 
     def batches(
         self, params: Params, rollout_step: int, key: Array, clock: Clock
@@ -134,7 +141,7 @@ class SupervisedSource:
         """Return the minibatches of a step as host arrays; neither params nor key are used."""
         setup = self.setup
         train, settings = setup.train, setup.settings
-        rows = _rows(setup, rollout_step)
+        rows = step_rows(setup, rollout_step)
         longest = max(len(train.encoded[row]) for row in rows)
         batch = data.supervised_batch(
             train.encoded,
@@ -145,11 +152,11 @@ class SupervisedSource:
             settings.rollout.max_completion_tokens,
         )
         clock("data")
-        return _split(jax.device_get(batch), settings.schedule.minibatches), {}
+        return split(jax.device_get(batch), settings.schedule.minibatches), {}
 
     def summary(self, logged: list[dict[str, float]]) -> dict[str, float]:
         """Average the optimizer steps, under the glossary's names."""
-        metrics = _averages(logged)
+        metrics = averages(logged)
         del metrics["log_ratio_max"]
         return metrics
 
@@ -157,20 +164,23 @@ class SupervisedSource:
         """Nothing was sampled, so nothing can disagree."""
 
 
-def _rows(setup: Setup, rollout_step: int) -> np.ndarray:
+def step_rows(setup: Setup, rollout_step: int) -> np.ndarray:
+    """Return which prompts a rollout step takes."""
     settings = setup.settings
     return data.rows_at(
         rollout_step, setup.train.size, settings.data.prompts_per_step, settings.seed
     )
 
 
-def _split(batch: UpdateBatch, parts: int) -> list[UpdateBatch]:
+def split(batch: Any, parts: int) -> list[Any]:
+    """Cut a batch in equal parts along its rows."""
     leaves, treedef = jax.tree.flatten(batch)
     cut = [np.split(np.asarray(leaf), parts) for leaf in leaves]
     return [jax.tree.unflatten(treedef, [leaf[i] for leaf in cut]) for i in range(parts)]
 
 
-def _averages(logged: list[dict[str, float]]) -> dict[str, Any]:
+def averages(logged: list[dict[str, float]]) -> dict[str, Any]:
+    """Return the mean of every metric."""
     return {name: float(np.mean([one[name] for one in logged])) for name in logged[0]}
 
 

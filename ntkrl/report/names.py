@@ -27,6 +27,13 @@ GLOSSARY: dict[str, tuple[str, str]] = {
         "nats",
         "largest |log π(trainer) − log π(sampler)| on the first minibatch after sampling",
     ),
+    # training a reward model
+    "preference_loss": ("loss", "−log σ(r⁺ − r⁻) + λ (r⁺ + r⁻)², mean over pairs"),
+    "accuracy": ("fraction", "pairs whose chosen text gets the larger reward"),
+    "margin": ("reward", "mean of r⁺ − r⁻ over pairs"),
+    "mean_reward": ("reward", "mean of (r⁺ + r⁻) / 2 over pairs"),
+    "eval/accuracy": ("fraction", "the same on held-out pairs"),
+    "eval/margin": ("reward", "mean of r⁺ − r⁻ on held-out pairs"),
     # held-out evaluation
     "eval/reward": ("reward", "mean reward on held-out prompts"),
     "eval/reward_sd": ("reward", "standard deviation of eval/reward over repeated samplings"),

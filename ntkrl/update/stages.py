@@ -82,12 +82,12 @@ class StageProgram:
     optimizer: optax.GradientTransformation
 
 
-def stage_program(stage: Stage, policy: Policy, params: Params) -> StageProgram:
+def stage_program(stage: Stage, policy: Policy | None, params: Params) -> StageProgram:
     """Bind a stage to a model.
 
     Args:
       stage: the row.
-      policy: says whether the head is tied.
+      policy: says whether the head is tied; None for a reward model.
       params: the params tree (arrays or shapes).
 
     Raises:
@@ -111,8 +111,8 @@ def stage_program(stage: Stage, policy: Policy, params: Params) -> StageProgram:
     return StageProgram(stage, trained, clipped)
 
 
-def _refuse_tied_head(stage: Stage, policy: Policy, params: Params) -> None:
-    if not policy.tied:
+def _refuse_tied_head(stage: Stage, policy: Policy | None, params: Params) -> None:
+    if policy is None or not policy.tied:
         return
     present = trees.names(params)
     for pattern, _ in stage.parameters:

@@ -1,0 +1,21 @@
+"""Train a reward model on preferences.
+
+Command:
+    ntkrl train --config=configs/reward.py --config.model.path=DIR --config.data.path=pairs.jsonl
+Every row holds "prompt", "chosen" and "rejected", in TRL's standard or conversational form. DIR is
+a language model, which gets a new head, or a sequence classifier with one label. The rate is that
+of princeton-pli/what-makes-good-rm.
+"""
+
+from configs import base
+
+
+def get_config():
+    """Return the config."""
+    config = base.get_config()
+    config.name = "reward"
+    config.run_dir = "runs/reward"
+    config.method = "reward"
+    config.data.prompts_per_step = 32
+    config.stages = (base.stage("all", 200, ((".*", 5e-7),)),)
+    return config

@@ -1,0 +1,88 @@
+"""Where the batches of a reward model come from: pairs of texts, the chosen one first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from ntkrl import runtime, update
+from ntkrl.assembly.collect import Clock
+from ntkrl.assembly.setup import Prompts, Setup
+from ntkrl.assembly.sources import averages, split, step_rows
+from ntkrl.reward.texts import Texts
+from ntkrl.types import Array, Params, PreferenceBatch
+
+EVALUATION_ROWS = 32
+
+
+class PreferenceSource:
+    """Preferences → minibatches of pairs, and the accuracy on held-out ones."""
+
+    headline = "accuracy"
+
+    def __init__(self, setup: Setup):
+        """Read every text once, so that one that is too long stops the run here.
+
+        Raises:
+          ValueError: texts that do not fit the model.
+        """
+        self.setup = setup
+        self.texts = Texts(setup.scorer, setup.tokenizer)
+        self.train = self._encoded(setup.train)
+        self.held_out = None if setup.held_out is None else self._encoded(setup.held_out)
+        centring = setup.settings.preference.centring
+        self.minimised = update.preference_objective(setup.scorer, centring)
+        self.measured = jax.jit(self.minimised)
+
+    def _encoded(self, prompts: Prompts) -> list[tuple[list[list[int]], list[int]]]:
+        """Return token ids and gates of the chosen and of the rejected texts."""
+        held = prompts.prompt_set
+        return [self.texts.encode(held.prompts, held.columns[n]) for n in ("chosen", "rejected")]
+
+    def _batch(
+        self, encoded: list[tuple[list[list[int]], list[int]]], rows: Sequence[int]
+    ) -> PreferenceBatch:
+        ids = [side[0][row] for row in rows for side in encoded]
+        gates = [side[1][row] for row in rows for side in encoded]
+        tokens, mask = self.texts.padded(ids, len(ids))
+        shape = (len(rows), 2, tokens.shape[1])
+        return PreferenceBatch(
+            tokens=tokens.reshape(shape),
+            mask=mask.reshape(shape),
+            gates=np.asarray(gates, np.int32).reshape(len(rows), 2),
+        )
+
+    def batches(
+        self, params: Params, rollout_step: int, key: Array, clock: Clock
+    ) -> tuple[list[PreferenceBatch], dict[str, float]]:
+        """Return the minibatches of a step as host arrays; neither params nor key are used."""
+        batch = self._batch(self.train, step_rows(self.setup, rollout_step))
+        clock("data")
+        return split(batch, self.setup.settings.schedule.minibatches), {}
+
+    def summary(self, logged: list[dict[str, float]]) -> dict[str, float]:
+        """Average the optimizer steps, under the glossary's names."""
+        metrics = averages(logged)
+        metrics["preference_loss"] = metrics.pop("loss")
+        return metrics
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Return `eval/accuracy` and `eval/margin` on held-out pairs."""
+        if self.held_out is None:
+            return {}
+        count = min(self.setup.settings.evaluation.prompts, self.setup.held_out.size)
+        found = []
+        for first in range(0, count, EVALUATION_ROWS):
+            rows = range(first, min(first + EVALUATION_ROWS, count))
+            placed = runtime.place_rows(self._batch(self.held_out, rows), self.setup.mesh)
+            _, metrics = runtime.fetch(self.measured(params, placed))
+            found.append({name: float(value) * len(rows) for name, value in metrics.items()})
+        return {
+            f"eval/{name}": sum(one[name] for one in found) / count
+            for name in ("accuracy", "margin")
+        }
+
+    def check_first(self, values: dict[str, float], rollout_step: int) -> None:
+        """Nothing was sampled, so nothing can disagree."""
