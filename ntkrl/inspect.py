@@ -153,7 +153,7 @@ def _load(
     if not Path(settings.model).is_dir():
         raise ValueError(f"{settings.model} is no directory; give a Hugging Face model directory.")
     models.check(settings.model)
-    tokenizer = data.load_tokenizer(settings.model)
+    tokenizer = data.load_tokenizer(models.tokenizer_directory(settings.model))
     whole = data.read_prompts(settings.prompts)
     prompts = dataclasses.replace(whole, prompts=whole.prompts[: settings.limit])
     # how long a prompt may be is known once the model is loaded

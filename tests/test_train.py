@@ -239,7 +239,8 @@ def test_evaluate(base, tmp_path, capsys):
     arguments = ["evaluate", *words(base, run, "--config.eval.repeats=2")[1:]]
     assert main(arguments) == 0
     assert "eval/pass@k" in capsys.readouterr().out
-    (saved,) = (run / "evaluations").glob("*.json")
+    saved, rewards = sorted((run / "evaluations").glob("*.json"), key=lambda p: len(p.name))
+    assert len(json.loads(rewards.read_text())["rewards"]["score"]) == 16
     assert 0 <= json.loads(saved.read_text())["eval/reward"] <= 1
     rows = [json.loads(line) for line in saved.with_suffix(".jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 2 * 2  # prompts, samples, repeats

@@ -224,3 +224,26 @@ def test_mistakes_with_preferences(llama, tmp_path, capsys):
     preferences(pairs, 40)
     assert main([*start, model, f"--config.data.path={pairs}", "--config.model.lora.rank=2"]) == 2
     assert "reward models are trained without model.lora" in capsys.readouterr().err
+
+
+def test_problems_of_all_pieces_come_at_once(tmp_path, capsys):
+    """law: model, tokenizer, each reward and its file: every problem in one message."""
+    model, scorer = tmp_path / "model", tmp_path / "scorer"
+    torch_model("llama 3", model, vocab_size=18)
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**raw, "intermediate_size": 21}))
+    torch_scorer("gpt-neox", scorer, labels=3, pad_token_id=None)
+    arguments = words(model, tmp_path / "run", f"--config.reward.function={scorer},nothing.py:x")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    for part in (
+        "it has 3 labels; a reward model has one",
+        "pad_token_id must be a token id, not None",
+        "there is no file nothing.py",
+        "mlp.gate_proj.weight has shape (20, 24), expected (21, 24)",
+    ):
+        assert part in said
+    (model / "config.json").write_text(json.dumps(raw))
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "holds no tokenizer" in said and "it has 3 labels" in said

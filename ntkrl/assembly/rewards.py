@@ -12,6 +12,29 @@ from ntkrl.assembly.settings import DTYPES, RewardSettings
 from ntkrl.reward.networks import NetworkReward
 
 
+class Problems:
+    """Collects what is wrong with independent pieces, to be told together.
+
+    `with problems:` keeps the ValueError of its block; `finish` raises one with them all.
+    """
+
+    def __init__(self):
+        self.told: list[str] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, ValueError):
+            self.told.append(str(error))
+        return isinstance(error, ValueError)
+
+    def finish(self) -> None:
+        """Raise one ValueError if there is anything to tell."""
+        if self.told:
+            raise ValueError("\n".join(self.told))
+
+
 def reward_set(settings: RewardSettings, mesh: Mesh) -> reward.RewardSet:
     """Load every reward function and reward model.
 
@@ -26,12 +49,14 @@ def reward_set(settings: RewardSettings, mesh: Mesh) -> reward.RewardSet:
     held = {}
     if settings.normalisation is not None:
         held = reward.read_normalisation(settings.normalisation)
-    loaded = []
+    loaded, problems = [], Problems()
     for spec, weight in settings.functions:
         name = _name(spec)
         shift, scale = held.pop(name) if name in held else (0.0, 1.0)
         given = {"weight": weight, "shift": shift, "scale": scale}
-        loaded.append(_function(spec, name, settings, mesh, given))
+        with problems:
+            loaded.append(_function(spec, name, settings, mesh, given))
+    problems.finish()
     if held:
         names = ", ".join(function.name for function in loaded)
         raise ValueError(

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime, trees
-from ntkrl.assembly.rewards import reward_set
+from ntkrl.assembly.rewards import Problems, reward_set
 from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
 from ntkrl.types import Params, Policy, Scorer
 
@@ -101,13 +101,23 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
     Raises:
       ValueError: anything wrong with the files the config names, or how they fit.
     """
-    mesh, source, tokenizer = _tokenizer(settings, run_directory)
-    rewards = reward_set(settings.reward, mesh) if settings.reward.functions else None
-    train, held_out = _prompts(settings, tokenizer)
-    scored = (held_out, train if settings.method == "rl" else None)
-    for prompts in scored if settings.method != "reward" else ():
-        if prompts is not None and rewards is not None:
-            rewards.check_columns(prompts.columns)
+    problems = Problems()
+    mesh = runtime.make_mesh(**settings.mesh)
+    rewards, train, held_out = None, None, None
+    with problems:
+        if settings.reward.functions:
+            rewards = reward_set(settings.reward, mesh)
+    with problems:
+        source, tokenizer = _tokenizer(settings, run_directory)
+    if not problems.told:
+        with problems:
+            train, held_out = _prompts(settings, tokenizer)
+    if train is not None and rewards is not None and settings.method != "reward":
+        for prompts in (held_out, train if settings.method == "rl" else None):
+            with problems:
+                if prompts is not None:
+                    rewards.check_columns(prompts.columns)
+    problems.finish()
     start = _start(settings, mesh, source, tokenizer)
     return Setup(**vars(start), settings=settings, train=train, held_out=held_out, rewards=rewards)
 
@@ -122,7 +132,8 @@ def assemble_model(settings: RunSettings, run_directory: Path) -> Start:
     Raises:
       ValueError: anything wrong with the model directory.
     """
-    return _start(settings, *_tokenizer(settings, run_directory))
+    mesh = runtime.make_mesh(**settings.mesh)
+    return _start(settings, mesh, *_tokenizer(settings, run_directory))
 
 
 def check_vocabulary(tokenizer: Any, policy: Policy, source: str) -> None:
@@ -139,22 +150,21 @@ def check_vocabulary(tokenizer: Any, policy: Policy, source: str) -> None:
         )
 
 
-def _tokenizer(settings: RunSettings, run_directory: Path) -> tuple[Mesh, str, Any]:
-    mesh = runtime.make_mesh(**settings.mesh)
+def _tokenizer(settings: RunSettings, run_directory: Path) -> tuple[str, Any]:
     source = settings.model.path
     if source is None:
         source = str(run_directory / "tokenizer")
         data.save_tokenizer(source)
     else:
         source = str(models.local_directory(source))
-        models.check(source)
+        models.check(source, trunk=settings.method == "reward")
         source = models.tokenizer_directory(source)
     tokenizer = data.load_tokenizer(source)
     if settings.model.template is not None:
         data.apply_template(tokenizer, data.read_template(settings.model.template))
         source = str(run_directory / "tokenizer")
         tokenizer.save_pretrained(source)
-    return mesh, source, tokenizer
+    return source, tokenizer
 
 
 def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> Start:

@@ -23,7 +23,7 @@ from ntkrl.models.family import Adapters, Family
 from ntkrl.models.hub import local_directory
 from ntkrl.models.lora import Lora, is_adapter
 from ntkrl.models.placing import placements, read_params
-from ntkrl.models.scorers import New, export_scorer, load_scorer
+from ntkrl.models.scorers import New, check_scorer, export_scorer, load_scorer
 from ntkrl.types import Array, Params, Policy
 
 __all__ = [
@@ -265,18 +265,28 @@ def export_adapter(
     lora_files.write_adapter(Path(path), family, adapters, params, named, source)
 
 
-def check(path: str | Path) -> None:
-    """Raise what `load` would raise about config.json and the files' presence, reading no tensor.
+def check(path: str | Path, trunk: bool = False) -> None:
+    """Raise what `load` would raise, reading headers and no tensor.
+
+    Args:
+      path: as for `load`.
+      trunk: check a reward model, or a language model to make one of, instead.
 
     Raises:
-      ValueError: no directory, no or bad config.json, unknown architecture, missing files.
+      ValueError: no directory, no or bad config.json, unknown architecture, tensors that are
+        missing, misshapen or of other dtypes.
     """
+    if trunk:
+        check_scorer(path)
+        return
     place, adapted = _places(path, None)
     raw = files.read_config(place)
-    family_of(raw, place).parse(raw)
-    files.tensor_files(place)
+    family = family_of(raw, place)
+    policy, shapes = assemble(family, family.parse(raw), jnp.float32, None, False, None)
+    sizes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
+    files.check_tensors(place, family, sizes, policy.tied)
     if adapted is not None:
-        files.tensor_files(adapted, lora_files.STEM)
+        lora_files.stored_adapters(adapted, lora_files.read_config(adapted)[0], family)
 
 
 def _family_of_policy(policy: Policy) -> Family:

@@ -80,6 +80,22 @@ def load_scorer(
     return make(policy), jax.tree.unflatten(jax.tree.structure(shapes), ordered)
 
 
+def check_scorer(path: str | Path) -> None:
+    """Raise what is wrong with config.json of a reward model, or of a trunk for one.
+
+    Raises:
+      ValueError: no directory, no or bad config.json, unknown architecture, missing files.
+    """
+    directory = hub.local_directory(path)
+    name = named(files.read_config(directory))
+    if name not in (*FAMILIES, *SCORERS):
+        raise ValueError(
+            f"{directory}: a reward model cannot be made of architecture {name!r}; known are "
+            f"{', '.join(sorted((*FAMILIES, *SCORERS)))}."
+        )
+    files.tensor_files(directory)
+
+
 @dataclasses.dataclass(frozen=True)
 class New:
     """A new head: pad_id: the pad token; seed: of its normal weights."""

@@ -179,6 +179,30 @@ def test_random_damage_never_crashes(whole, tmp_path):
     assert refused > 10
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_random_damage_of_json_never_crashes(whole, tmp_path, name):
+    """law: bytes of a JSON file flipped, cut or doubled: a ValueError or a whole model."""
+    rng = np.random.default_rng(1)
+    original = (whole / "many" / name).read_bytes()
+    place = shutil.copytree(whole / "many", tmp_path / "m")
+    refused = 0
+    for trial in range(60):
+        damaged = bytearray(original)
+        at = int(rng.integers(0, len(damaged)))
+        if trial % 3 == 0:
+            damaged[at] = rng.integers(0, 256)
+        elif trial % 3 == 1:
+            del damaged[at : at + int(rng.integers(1, 30))]
+        else:
+            damaged[at:at] = damaged[at : at + int(rng.integers(1, 30))]
+        (place / name).write_bytes(bytes(damaged))
+        try:
+            ntkrl.models.check(place)
+        except ValueError:
+            refused += 1
+    assert refused > 20
+
+
 def test_build_and_export_misuse(tmp_path):
     """law: export wants a policy of this package."""
     from tests.toys import toy_params, toy_policy

@@ -1,5 +1,7 @@
 """Every family against transformers' torch models, in and out of Hugging Face directories."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,3 +114,43 @@ def test_a_hub_name_without_a_network(tmp_path, monkeypatch):
         ntkrl.load("EleutherAI/pythia-14m")
     with pytest.raises(ValueError, match="is no directory; give a Hugging Face model directory"):
         ntkrl.load("./missing")
+
+
+OLDER = {
+    "gemma 2": ({"rope_theta": 10000.0}, {}),
+    "gemma 3": (
+        {"sliding_window_pattern": 3, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "qwen2 tied, local": ({"rope_theta": 10000.0}, {"rope_theta": 5e5}),
+    "llama 3": (
+        {
+            "rope_theta": 500.0,
+            "rope_scaling": {
+                "type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        {"rope_theta": 501.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OLDER)
+def test_older_configs_say_the_same(tmp_path, case):
+    """law: files that leave kinds of layers and rotary sections to the usual order and names."""
+    torch_model(case, tmp_path)
+    written = ntkrl.load(tmp_path)[0].config
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    older, other = OLDER[case]
+    kept = {k: v for k, v in raw.items() if k not in ("layer_types", "rope_parameters")}
+    kept.pop("_sliding_window_pattern", None)
+    path.write_text(json.dumps({**kept, **older}))
+    assert ntkrl.load(tmp_path)[0].config == written
+    if other:
+        path.write_text(json.dumps({**kept, **older, **other}))
+        assert ntkrl.load(tmp_path)[0].config != written
