@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,12 +41,12 @@ def read_params(
     stored = files.check_tensors(directory, family, sizes, tied, stem)
     placed, leaves = placements(family, shapes, mesh), {}
     for name, leaf in shapes.items():
-        read = functools.lru_cache(lambda *ends, n=name, d=leaf.dtype: stored.read(n, ends, d))
 
-        def block(at: tuple[slice, ...], read=read, shape=leaf.shape) -> np.ndarray:
-            # devices that hold the same block get what was read once
-            return read(*(part.indices(size)[:2] for part, size in zip(at, shape, strict=True)))
+        def block(at: tuple[slice, ...], name=name, leaf=leaf) -> np.ndarray:
+            pairs = zip(at, leaf.shape, strict=True)
+            return stored.read(name, [part.indices(size)[:2] for part, size in pairs], leaf.dtype)
 
+        # called once for devices that hold the same block
         leaves[name] = jax.make_array_from_callback(leaf.shape, placed[name], block)
     return leaves
 

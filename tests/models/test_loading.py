@@ -44,7 +44,7 @@ def test_only_the_blocks_of_a_device_are_read(tmp_path, monkeypatch):
 
     def watched(self, ours, ends, dtype):
         block = read(self, ours, ends, dtype)
-        seen.append((ours, ends, block.size))
+        seen.append((ours, tuple(ends), block.size))
         return block
 
     monkeypatch.setattr(files.Stored, "read", watched)
@@ -73,10 +73,10 @@ def test_peak_memory(tmp_path):
     """law: a process grows by the model and at most 1.3 of the largest stored tensor."""
     config = {
         **CASES["llama"][2],
-        "vocab_size": 30000,
+        "vocab_size": 8000,
         "hidden_size": 512,
         "intermediate_size": 2048,
-        "num_hidden_layers": 12,
+        "num_hidden_layers": 20,
     }
     policy, params = ntkrl.build("LlamaForCausalLM", config, jax.random.key(0))
     models.export(tmp_path / "large", policy, params)
@@ -88,6 +88,6 @@ def test_peak_memory(tmp_path):
             largest = max(largest, float(np.prod(file.get_slice(name).get_shape())) * 4 / 2**20)
     command = [sys.executable, "-c", CHILD, str(tmp_path / "small"), str(tmp_path / "large")]
     grown = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    # a second copy of the stacked MLP kernels alone would be 144 MiB more
+    # a second copy of one stack of MLP kernels alone would be 80 MiB more
     assert model - 20 < grown < model + 1.3 * largest
     print(f"model {model:.0f} MiB, largest tensor {largest:.0f}, grown by {grown:.0f}")
