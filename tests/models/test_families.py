@@ -117,12 +117,16 @@ def test_a_hub_name_without_a_network(tmp_path, monkeypatch):
 
 
 OLDER = {
-    "gemma 2": ({"rope_theta": 10000.0}, {}),
+    "gemma 2": ({"rope_theta": 10000.0}, []),
     "gemma 3": (
-        {"sliding_window_pattern": 3, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
-        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"sliding_window_pattern": 3},  # bases 1e6 and 1e4 by default
+        [
+            {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {"rope_theta": 2e6},
+            {"rope_local_base_freq": 2e4},
+        ],
     ),
-    "qwen2 tied, local": ({"rope_theta": 10000.0}, {"rope_theta": 5e5}),
+    "qwen2 tied, local": ({"rope_theta": 10000.0}, [{"rope_theta": 5e5}]),
     "llama 3": (
         {
             "rope_theta": 500.0,
@@ -134,7 +138,7 @@ OLDER = {
                 "original_max_position_embeddings": 32,
             },
         },
-        {"rope_theta": 501.0},
+        [{"rope_theta": 501.0}],
     ),
 }
 
@@ -146,11 +150,11 @@ def test_older_configs_say_the_same(tmp_path, case):
     written = ntkrl.load(tmp_path)[0].config
     path = tmp_path / "config.json"
     raw = json.loads(path.read_text())
-    older, other = OLDER[case]
+    older, others = OLDER[case]
     kept = {k: v for k, v in raw.items() if k not in ("layer_types", "rope_parameters")}
     kept.pop("_sliding_window_pattern", None)
     path.write_text(json.dumps({**kept, **older}))
     assert ntkrl.load(tmp_path)[0].config == written
-    if other:
+    for other in others:
         path.write_text(json.dumps({**kept, **older, **other}))
         assert ntkrl.load(tmp_path)[0].config != written

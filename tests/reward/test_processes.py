@@ -20,7 +20,7 @@ CODE = """
     import numpy as np
 
     def plain(completions, answer, log_metric, log_extra, **kwargs):
-        print("to be seen, and to disturb nothing")
+        print("to be seen, and to disturb nothing", flush=True)
         log_metric("length", np.mean([len(c) for c in completions]))
         log_extra("answer", answer)
         return [None if a is None else float(len(c)) / 3 for c, a in zip(completions, answer)]
@@ -34,6 +34,7 @@ CODE = """
         return [1.0] * len(completions)
 
     def spin(completions):
+        open("spinning", "w").close()
         while True:
             pass
 
@@ -110,7 +111,7 @@ def test_a_process_that_ends(rewards):
     [
         ("spin", "did not answer within 1 s"),
         ("wrong", "values that are no finite float32 numbers"),
-        ("failing", r"raised ZeroDivisionError: division by zero at mine.py:32\."),
+        ("failing", r"raised ZeroDivisionError: division by zero at mine.py:33\."),
     ],
 )
 def test_failures_stop_or_count(rewards, name, message):
@@ -155,6 +156,8 @@ def test_a_worker_ends_with_its_run(rewards, tmp_path):
     )
     run = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
     worker = int(run.stdout.readline())
+    while not (tmp_path / "spinning").exists():
+        time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.wait()
     for _ in range(100):
