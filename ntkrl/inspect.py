@@ -150,8 +150,6 @@ def _load(
     settings: KernelSettings,
 ) -> tuple[Policy, Params, ntk.Contexts, dict[str, np.ndarray]]:
     """Return the model, the contexts and their words; cheapest checks first."""
-    if not Path(settings.model).is_dir():
-        raise ValueError(f"{settings.model} is no directory; give a Hugging Face model directory.")
     models.check(settings.model)
     tokenizer = data.load_tokenizer(models.tokenizer_directory(settings.model))
     whole = data.read_prompts(settings.prompts)
