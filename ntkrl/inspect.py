@@ -150,14 +150,14 @@ def _load(
     settings: KernelSettings,
 ) -> tuple[Policy, Params, ntk.Contexts, dict[str, np.ndarray]]:
     """Return the model, the contexts and their words; cheapest checks first."""
-    models.check(settings.model)
+    rows = models.check(settings.model)
     tokenizer = data.load_tokenizer(models.tokenizer_directory(settings.model))
+    assembly.check_vocabulary(tokenizer, rows, settings.model)
     whole = data.read_prompts(settings.prompts)
     prompts = dataclasses.replace(whole, prompts=whole.prompts[: settings.limit])
     # how long a prompt may be is known once the model is loaded
     encoded = data.encode_prompts(tokenizer, prompts, sys.maxsize)
     policy, params = models.load(settings.model, DTYPES[settings.dtype])
-    assembly.check_vocabulary(tokenizer, policy, settings.model)
     contexts, total = _contexts(settings, encoded, policy.max_tokens, tokenizer.pad_token_id)
     print(
         f"prompts: {len(encoded)} of {len(whole.prompts)} (--limit={settings.limit})\n"

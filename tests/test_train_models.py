@@ -247,3 +247,23 @@ def test_problems_of_all_pieces_come_at_once(tmp_path, capsys):
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert "holds no tokenizer" in said and "it has 3 labels" in said
+    data.save_tokenizer(model)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": [{"role": "user", "content": "1"}]}) + "\n")
+    (model / "config.json").write_text(json.dumps({**raw, "vocab_size": 17}))
+    assert main([*arguments, f"--config.data.path={rows}"]) == 2
+    said = capsys.readouterr().err
+    assert "has 18 entries, the model's vocabulary 17" not in said  # its tensors say otherwise
+    assert "model.embed_tokens.weight has shape (18, 24), expected (17, 24)" in said
+    assert "has 1 prompt, too few to hold any out" in said
+    (model / "config.json").write_text(json.dumps(raw))
+    rows.write_text(rows.read_text() * 8)
+    more = [f"--config.data.path={rows}", "--config.model.vocab_size=17"]
+    assert main([*arguments, *more]) == 2
+    said = capsys.readouterr().err
+    for part in (
+        "has 18 entries, the model's vocabulary 17",
+        "the tokenizer has no chat template",
+        "it has 3 labels",
+    ):
+        assert part in said

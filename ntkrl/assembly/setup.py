@@ -103,15 +103,21 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
     """
     problems = Problems()
     mesh = runtime.make_mesh(**settings.mesh)
-    rewards, train, held_out = None, None, None
+    rewards, rows, tokenizer, train, held_out = None, None, None, None, None
     with problems:
         if settings.reward.functions:
             rewards = reward_set(settings.reward, mesh)
     with problems:
-        source, tokenizer = _tokenizer(settings, run_directory)
-    if not problems.told:
+        if settings.model.path is not None:
+            rows = models.check(settings.model.path, trunk=settings.method == "reward")
+    with problems:
+        source, tokenizer = _tokenizer(settings.model, run_directory)
+    if tokenizer is not None:
         with problems:
             train, held_out = _prompts(settings, tokenizer)
+        with problems:
+            if rows is not None:
+                check_vocabulary(tokenizer, _rows(settings.model, tokenizer, rows), source)
     if train is not None and rewards is not None and settings.method != "reward":
         for prompts in (held_out, train if settings.method == "rl" else None):
             with problems:
@@ -133,35 +139,40 @@ def assemble_model(settings: RunSettings, run_directory: Path) -> Start:
       ValueError: anything wrong with the model directory.
     """
     mesh = runtime.make_mesh(**settings.mesh)
-    return _start(settings, mesh, *_tokenizer(settings, run_directory))
+    return _start(settings, mesh, *_tokenizer(settings.model, run_directory))
 
 
-def check_vocabulary(tokenizer: Any, policy: Policy, source: str) -> None:
+def check_vocabulary(tokenizer: Any, rows: int, source: str) -> None:
     """Refuse a tokenizer with tokens the model does not have.
 
     Raises:
-      ValueError: it has more entries than the model's vocabulary.
+      ValueError: it has more entries than the model's vocabulary has rows.
     """
-    if len(tokenizer) > policy.vocab_size:
+    if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer of {source} has {len(tokenizer)} entries, the model's vocabulary "
-            f"{policy.vocab_size}; use the tokenizer the model was trained with, or set "
+            f"{rows}; use the tokenizer the model was trained with, or set "
             f"model.vocab_size={len(tokenizer)} to add rows."
         )
 
 
-def _tokenizer(settings: RunSettings, run_directory: Path) -> tuple[str, Any]:
-    source = settings.model.path
+def _rows(settings: ModelSettings, tokenizer: Any, stored: int) -> int:
+    """Return the rows of the vocabulary: as asked for, as a template needs, or as stored."""
+    if settings.vocab_size is not None:
+        return settings.vocab_size
+    return stored if settings.template is None else max(stored, len(tokenizer))
+
+
+def _tokenizer(settings: ModelSettings, run_directory: Path) -> tuple[str, Any]:
+    source = settings.path
     if source is None:
         source = str(run_directory / "tokenizer")
         data.save_tokenizer(source)
     else:
-        source = str(models.local_directory(source))
-        models.check(source, trunk=settings.method == "reward")
         source = models.tokenizer_directory(source)
     tokenizer = data.load_tokenizer(source)
-    if settings.model.template is not None:
-        data.apply_template(tokenizer, data.read_template(settings.model.template))
+    if settings.template is not None:
+        data.apply_template(tokenizer, data.read_template(settings.template))
         source = str(run_directory / "tokenizer")
         tokenizer.save_pretrained(source)
     return source, tokenizer
@@ -172,13 +183,11 @@ def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> St
         scorer, params = _scorer(settings, tokenizer, mesh)
         return Start(None, params, tokenizer, source, mesh, scorer)
     policy, params = _model(settings.model, tokenizer, mesh, settings.seed)
-    rows = settings.model.vocab_size
-    if rows is None and settings.model.template is not None and len(tokenizer) > policy.vocab_size:
-        rows = len(tokenizer)
-    if rows is not None:
+    rows = _rows(settings.model, tokenizer, policy.vocab_size)
+    if rows != policy.vocab_size:
         policy, params = models.resized(policy, params, rows)
         params = jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
-    check_vocabulary(tokenizer, policy, source)
+    check_vocabulary(tokenizer, rows, source)
     return Start(policy, params, tokenizer, source, mesh, None)
 
 

@@ -265,8 +265,8 @@ def export_adapter(
     lora_files.write_adapter(Path(path), family, adapters, params, named, source)
 
 
-def check(path: str | Path, trunk: bool = False) -> None:
-    """Raise what `load` would raise, reading headers and no tensor.
+def check(path: str | Path, trunk: bool = False) -> int:
+    """Return V of a model, and raise what `load` would raise, reading headers and no tensor.
 
     Args:
       path: as for `load`.
@@ -277,8 +277,7 @@ def check(path: str | Path, trunk: bool = False) -> None:
         missing, misshapen or of other dtypes.
     """
     if trunk:
-        check_scorer(path)
-        return
+        return check_scorer(path)
     place, adapted = _places(path, None)
     raw = files.read_config(place)
     family = family_of(raw, place)
@@ -287,6 +286,7 @@ def check(path: str | Path, trunk: bool = False) -> None:
     files.check_tensors(place, family, sizes, policy.tied)
     if adapted is not None:
         lora_files.stored_adapters(adapted, lora_files.read_config(adapted)[0], family)
+    return policy.vocab_size
 
 
 def _family_of_policy(policy: Policy) -> Family:

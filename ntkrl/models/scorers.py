@@ -80,20 +80,22 @@ def load_scorer(
     return make(policy), jax.tree.unflatten(jax.tree.structure(shapes), ordered)
 
 
-def check_scorer(path: str | Path) -> None:
-    """Raise what is wrong with config.json of a reward model, or of a trunk for one.
+def check_scorer(path: str | Path) -> int:
+    """Return V of a classifier or of a trunk for one; raise what is wrong with its config.json.
 
     Raises:
       ValueError: no directory, no or bad config.json, unknown architecture, missing files.
     """
     directory = hub.local_directory(path)
-    name = named(files.read_config(directory))
-    if name not in (*FAMILIES, *SCORERS):
+    raw = files.read_config(directory)
+    name, known = named(raw), {**FAMILIES, **SCORERS}
+    if name not in known:
         raise ValueError(
             f"{directory}: a reward model cannot be made of architecture {name!r}; known are "
-            f"{', '.join(sorted((*FAMILIES, *SCORERS)))}."
+            f"{', '.join(sorted(known))}."
         )
     files.tensor_files(directory)
+    return known[name].parse(raw).vocab_size
 
 
 @dataclasses.dataclass(frozen=True)

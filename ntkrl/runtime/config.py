@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
 Settings = TypeVar("Settings")
+EMPTIED = re.compile(r"--config\.[^.=]+\.[^.=]+=None")
 
 
 def read_config(arguments: Sequence[str]) -> ConfigDict:
@@ -47,7 +49,12 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     problems = [problem for word in arguments if (problem := _unknown_key(word, plain))]
     if problems:
         raise ValueError("\n".join(problems))
-    config, rest = _parse(arguments, path)
+    # None is no value of a typed flag, and what many settings are turned off by
+    emptied = [word for word in arguments if EMPTIED.fullmatch(word)]
+    config, rest = _parse([word for word in arguments if word not in emptied], path)
+    for word in emptied:
+        with config.ignore_type():
+            config_path.set_value(word[len("--config.") : -len("=None")], config, None)
     if len(rest) > 1:
         raise ValueError(f"{' '.join(rest[1:])} is no flag; write --config.section.field=value.")
     return config
@@ -109,6 +116,8 @@ def settings(kind: type[Settings], section: ConfigDict, name: str) -> Settings:
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
         if key not in given and not optional:
             problems.append(f"{name}.{key} is missing")
+        elif key in given and given[key] is None and "None" not in str(field.type):
+            problems.append(f"{name}.{key} must not be None")
     if problems:
         raise ValueError("; ".join(problems) + ".")
     try:

@@ -115,6 +115,23 @@ def test_unknown_and_missing_fields():
         read_settings(config)
 
 
+def test_none_on_the_command_line():
+    """law: what can be turned off is, by None; what cannot says so."""
+    settings = read_settings(
+        read(
+            "--config.eval.every_steps=None",
+            "--config.stages[0].max_grad_norm=None",
+            "--config.model.path=m",
+            "--config.reward.function=expressions",
+        )
+    )
+    assert settings.evaluation.every_steps is None and settings.stages[0].max_grad_norm is None
+    with pytest.raises(ValueError, match="rollout.temperature must not be None"):
+        read_settings(read("--config.rollout.temperature=None"))
+    with pytest.raises(ValueError, match="seed"):
+        read("--config.seed=None")
+
+
 def test_differences_names_fields():
     """by hand: nested, changed, absent."""
     saved, given = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
