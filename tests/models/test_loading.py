@@ -1,12 +1,15 @@
 """Loading at scale: blocks go straight to their devices, and no host holds more than its share."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 import ntkrl
@@ -91,3 +94,55 @@ def test_peak_memory(tmp_path):
     # a second copy of one stack of MLP kernels alone would be 80 MiB more
     assert model - 20 < grown < model + 1.3 * largest
     print(f"model {model:.0f} MiB, largest tensor {largest:.0f}, grown by {grown:.0f}")
+
+
+HOST = """
+import json, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import ntkrl
+from ntkrl import runtime, trees
+from ntkrl.models import files
+counted = []
+read = files.Stored.read
+def watched(self, ours, ends, dtype):
+    block = read(self, ours, ends, dtype)
+    counted.append(block.size)
+    return block
+files.Stored.read = watched
+_, params = ntkrl.load(sys.argv[3], mesh=runtime.make_mesh(1, 2, 1))
+leaves = trees.named_leaves(params)
+whole = sum(leaf.size for leaf in leaves.values())
+kept = sum(leaf.size for leaf in leaves.values() if leaf.is_fully_replicated)
+shard = leaves["layers/mlp/up/kernel"].addressable_shards[0]
+print(json.dumps([whole, kept, sum(counted), float(abs(shard.data).sum())]))
+"""
+
+
+def test_each_of_two_hosts_reads_its_own_half(tmp_path):
+    """law: of what is sharded a process reads the blocks of its devices, and the whole of the rest.
+
+    oracle: the two halves of a kernel, one on each host, have the sums of the stored ones.
+    """
+    model = torch_model("llama", tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, address, str(number), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    told = [json.loads(host.communicate(timeout=120)[0].splitlines()[-1]) for host in hosts]
+    stored = torch.stack([layer.mlp.up_proj.weight for layer in model.model.layers])
+    halves = [float(half.abs().sum()) for half in stored.detach().chunk(2, dim=2)]
+    for (whole, kept, read, total), half in zip(told, halves, strict=True):
+        assert 0 < kept < whole / 4
+        assert read == kept + (whole - kept) // 2
+        assert total == pytest.approx(half, rel=1e-5)
