@@ -26,6 +26,23 @@ class Adapters:
     scaling: float
 
 
+class EqualHeads:
+    """A config whose queries, keys and values have as many heads, which share the width."""
+
+    hidden_size: int
+    num_attention_heads: int
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads that the cache holds."""
+        return self.num_attention_heads
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One architecture of Hugging Face's.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntkrl.models import layers as nn
-from ntkrl.models.family import Adapters, Family, Table
+from ntkrl.models.family import Adapters, EqualHeads, Family, Table
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Cache
 
@@ -54,7 +54,7 @@ SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(EqualHeads):
     """Shape of a GPT-2 model.
 
     query_scale: factor on attention scores.
@@ -76,16 +76,6 @@ class Config:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     architecture: ClassVar[str] = ARCHITECTURE
     final_logit_softcapping: ClassVar[None] = None
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Heads that the cache holds."""
-        return self.num_attention_heads
 
 
 def parse(raw: Mapping[str, Any]) -> Config:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from ntkrl.models import layers as nn
 from ntkrl.models import rotary
-from ntkrl.models.family import Adapters, Family, Table
+from ntkrl.models.family import Adapters, EqualHeads, Family, Table
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Cache
 
@@ -57,7 +57,7 @@ SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(EqualHeads):
     """Shape of a GPT-NeoX model, in Hugging Face's names.
 
     rope: rotary positions.
@@ -81,16 +81,6 @@ class Config:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     architecture: ClassVar[str] = ARCHITECTURE
     final_logit_softcapping: ClassVar[None] = None
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Heads that the cache holds."""
-        return self.num_attention_heads
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
