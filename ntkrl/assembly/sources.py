@@ -16,9 +16,10 @@ from tqdm import tqdm
 from ntkrl import advantage, data, runtime, update
 from ntkrl.assembly.collect import Clock, Collected, collect, make_sample
 from ntkrl.assembly.setup import Setup
-from ntkrl.numerics import TokenStatistics, bucket_length
+from ntkrl.numerics import bucket_length
 from ntkrl.scoring import score
 from ntkrl.types import Array, Params, ScoredRollout, Total, UpdateBatch
+from ntkrl.vocabulary import TokenStatistics
 
 ADVANTAGES = {
     "leave_one_out": advantage.leave_one_out,

@@ -10,8 +10,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ntkrl.numerics import TokenStatistics, masked_total
+from ntkrl.numerics import masked_total
 from ntkrl.types import Array, Total, UpdateBatch
+from ntkrl.vocabulary import TokenStatistics
 
 RATIO_LEVELS = ("token", "sequence")
 AGGREGATIONS = ("sequence_mean", "token_mean")

@@ -13,8 +13,9 @@ from ntkrl import numerics, trees
 from ntkrl.scoring import score
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update.stages import StageProgram
+from ntkrl.vocabulary import TokenStatistics
 
-Loss = Callable[[numerics.TokenStatistics, UpdateBatch], tuple[Total, dict[str, Total]]]
+Loss = Callable[[TokenStatistics, UpdateBatch], tuple[Total, dict[str, Total]]]
 Objective = Callable[[Params, Any], tuple[Total, dict[str, Array]]]
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ntkrl import advantage, numerics, update
-from ntkrl.numerics import TokenStatistics
 from ntkrl.types import UpdateBatch
+from ntkrl.vocabulary import TokenStatistics
 from tests.oracles import grpo_loss, rloo_loss
 
 RLOO, GRPO = update.PRESETS["rloo"], update.PRESETS["grpo"]
