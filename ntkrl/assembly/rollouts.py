@@ -210,6 +210,7 @@ class RolloutSource:
     def _teaches(self, batch: UpdateBatch) -> bool:
         """Tell whether a step on the batch would have a gradient."""
         objective, mask = self.objective, batch.completion_mask
-        per_token = objective.kl_place == "loss" or objective.entropy_coefficient > 0
+        pulled = objective.kl_place == "loss" and objective.needs_reference
+        per_token = pulled or objective.entropy_coefficient > 0
         weighted = per_token or batch.penalties is not None
         return bool(np.any(mask & (weighted | (batch.advantages != 0))))

@@ -61,7 +61,7 @@ def policy_loss(
         kl_BC = statistics.kl
     elif objective.needs_reference:
         kl_BC = kl_estimate(objective.kl_estimator, log_probs_BC, batch.ref_log_probs, mask)
-    if objective.kl_place == "loss":
+    if objective.kl_place == "loss" and kl_BC is not None:
         loss_BC += objective.kl_coefficient * kl_BC
     if objective.entropy_coefficient:
         loss_BC -= objective.entropy_coefficient * statistics.entropy

@@ -57,7 +57,7 @@ class Objective:
     kl_estimator: of KL(π‖π_ref) per token: k1 = log π − log π_ref, k2 = k1²/2,
       k3 = e^(−k1) − 1 + k1, "full" over the vocabulary.
     kl_place: "reward" (summed over the completion, no gradient), "loss" (per token) or "off".
-    kl_coefficient: β ≥ 0.
+    kl_coefficient: β ≥ 0; with 0 the reference policy is not read.
     entropy_coefficient: ≥ 0, on H(π) per token, full vocabulary.
     covariance: of (log π, A) over the batch's tokens: "clip" takes a random fraction of those in
       covariance_range out of the gradient; "kl" penalises the largest fraction; "off".
@@ -144,10 +144,6 @@ class Objective:
                 f"dual_clip bounds the ratio of clip min, not of clip {self.clip}",
             ),
             (
-                place != "off" and self.kl_coefficient == 0,
-                f"kl_place {place} needs kl_coefficient > 0; for no KL term set kl_place off",
-            ),
-            (
                 place == "off" and self.kl_coefficient > 0,
                 f"kl_coefficient {self.kl_coefficient} has no effect with kl_place off: set "
                 "kl_place reward or loss, or kl_coefficient 0",
@@ -172,7 +168,7 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         """Whether the reference policy has to be read."""
-        return self.kl_place != "off"
+        return self.kl_place != "off" and self.kl_coefficient > 0
 
     @property
     def needs_distribution(self) -> bool:

@@ -33,7 +33,7 @@ def reward_penalties(
     Returns:
       `[B, C]`, 0 where masked; all 0 where the KL term does not sit in the reward.
     """
-    if objective.kl_place != "reward":
+    if objective.kl_place != "reward" or not objective.needs_reference:
         return jnp.zeros(mask.shape, jnp.float32)
     if objective.kl_estimator == "full":
         return objective.kl_coefficient * jnp.where(mask, kl, 0.0)

@@ -351,7 +351,7 @@ def test_impossible_axes_are_all_named():
             ratio_level="none",
             clip_low=1.5,
             dual_clip=1.0,
-            kl_place="loss",
+            kl_coefficient=0.1,
             covariance="kl",
             correction_cap=0.0,
         )
@@ -360,13 +360,12 @@ def test_impossible_axes_are_all_named():
         "clip_low in (0, 1] and clip_high > 0, not 1.5",
         "ratio_level none has no ratio to clip: set clip none",
         "dual_clip > 1 + clip_high = 1.2, not 1.0",
-        "kl_place loss needs kl_coefficient > 0",
+        "kl_coefficient 0.1 has no effect with kl_place off",
         "covariance compares with the policy that sampled",
         "correction_cap > 0, not 0.0",
     ):
         assert problem in str(caught.value)
     for axes, problem in (
-        ({"kl_coefficient": 0.1}, "kl_coefficient 0.1 has no effect with kl_place off"),
         ({"clip": "none", "dual_clip": 3.0}, "dual_clip bounds the ratio of clip min"),
         ({"advantage": "unchanged", "group_filter": "drop"}, "needs an advantage within groups"),
     ):
