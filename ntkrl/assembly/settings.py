@@ -121,6 +121,7 @@ class RolloutSettings:
 
     stop: strings that end a completion; they are part of it.
     cache_dtype: of keys and values while sampling, or None for the network's.
+    engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
     """
 
     completions_per_prompt: int
@@ -131,6 +132,7 @@ class RolloutSettings:
     min_p: float | None
     stop: tuple[str, ...]
     cache_dtype: str | None
+    engine: str | None
 
     def __post_init__(self):
         problems = []
@@ -146,7 +148,7 @@ class RolloutSettings:
         if not all(self.stop):
             problems.append("rollout.stop holds an empty string")
         checked = dataclasses.asdict(self)
-        del checked["stop"], checked["cache_dtype"]
+        del checked["stop"], checked["cache_dtype"], checked["engine"]
         try:
             rollout.SamplerSettings(eos_id=0, pad_id=0, **checked)
         except ValueError as error:
@@ -308,6 +310,11 @@ def read_settings(config: ConfigDict) -> RunSettings:
         problems.append("model.path is missing; name the Hugging Face directory to start from.")
     if not problems:
         problems += _division_problems(found)
+    if not problems and found.rollout.engine and found.objective.correction == "off":
+        problems.append(
+            "rollout.engine draws with another program's arithmetic: set objective.correction to "
+            "truncate or mask."
+        )
     if problems:
         raise ValueError("\n".join(problems))
     return found
