@@ -12,7 +12,8 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "num_tokens": ("tokens", "prompt and completion tokens seen so far"),
     # training batch
     "reward": ("reward", "mean reward of the step's completions, before any KL term"),
-    "reward_std": ("reward", "mean over prompts of the group's standard deviation (unbiased)"),
+    "reward_std": ("reward", "standard deviation over all completions of the step (unbiased)"),
+    "reward_group_std": ("reward", "standard deviation within a group, mean over prompts"),
     "frac_reward_zero_std": ("fraction", "groups whose completions all got the same reward"),
     "entropy": ("nats", "token mean of H(π) over completions, full vocabulary"),
     "confidence": ("probability", "token mean of max π over completions"),
@@ -22,6 +23,11 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "grad_norm": ("norm", "global norm of the gradient over trained leaves, before clipping"),
     "clip_ratio/region_mean": ("fraction", "ratios outside the clip range"),
     "completions/mean_length": ("tokens", "mean completion length, end-of-sequence included"),
+    "completions/min_length": ("tokens", "length of the shortest completion"),
+    "completions/max_length": ("tokens", "length of the longest completion"),
+    "completions/mean_terminated_length": ("tokens", "mean length of those that were not cut"),
+    "completions/min_terminated_length": ("tokens", "length of the shortest of them"),
+    "completions/max_terminated_length": ("tokens", "length of the longest of them"),
     "completions/clipped_ratio": ("fraction", "completions cut by the token budget"),
     "sampling/sampling_logp_difference/max": (
         "nats",
