@@ -7,6 +7,7 @@ kernels of a model on prompts have a figure of their own.
 May import numpy, matplotlib and the standard library, and no other room: never jax.
 """
 
+from ntkrl.report.glossary import format_glossary as format_glossary
 from ntkrl.report.kernels import format_kernel as format_kernel
 from ntkrl.report.kernels import write_kernel as write_kernel
 from ntkrl.report.page import write_report as write_report
