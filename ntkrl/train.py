@@ -6,6 +6,7 @@ current stage, and every so often looks at the probe set, the held-out prompts a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -41,6 +42,7 @@ def train(config: ConfigDict) -> Path:
     if (directory / "finished").exists():
         tqdm.write(f"{directory} is finished; remove it to run again.")
         return directory
+    report.check_loggers(settings.logging.tensorboard, settings.logging.wandb)
     setup = assembly.assemble(settings, directory)
     loop = Loop(setup, directory)
     runtime.claim(directory, given)
@@ -79,8 +81,11 @@ class Loop:
         total = sum(stage.steps for stage in self.stages)
         start = self._resume()
         kept = int(self.state.step) if start else -1
+        loggers = report.open_loggers(
+            self.directory, self.settings.name, kept, **dataclasses.asdict(self.settings.logging)
+        )
         with (
-            report.MetricsWriter(self.directory, kept) as writer,
+            report.MetricsWriter(self.directory, kept, loggers) as writer,
             tqdm(total=total, initial=start, desc=self.settings.name, mininterval=0.5) as bar,
         ):
             if start == 0:

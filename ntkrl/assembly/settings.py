@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ntkrl import runtime, update
+from ntkrl import report, runtime, update
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 METHODS = ("rl", "sft", "reward")
@@ -190,6 +190,35 @@ class ScheduleSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoggingSettings:
+    """Where metrics go beside metrics.jsonl.
+
+    tensorboard: whether event files go to RUN/tensorboard.
+    wandb: project at Weights & Biases, or None.
+    aliases: library whose names both get beside ours (see report.ALIASES), or None.
+    """
+
+    tensorboard: bool
+    wandb: str | None
+    aliases: str | None
+
+    def __post_init__(self):
+        problems = []
+        if self.wandb == "":
+            problems.append("logging.wandb is empty; name a project, or None for none")
+        if self.aliases is not None and self.aliases not in report.ALIASES:
+            known = ", ".join(report.ALIASES)
+            problems.append(f"logging.aliases {self.aliases!r} is not among {known}")
+        if self.aliases is not None and not self.tensorboard and self.wandb is None:
+            problems.append(
+                "logging.aliases needs logging.tensorboard or logging.wandb: metrics.jsonl has one "
+                "name per thing"
+            )
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunSettings:
     """Every section of a config, read and checked; problems of all sections in one message."""
 
@@ -208,6 +237,7 @@ class RunSettings:
     checkpoint: CheckpointSettings
     evaluation: EvalSettings
     probe: ProbeSettings
+    logging: LoggingSettings
 
 
 def read_settings(config: ConfigDict) -> RunSettings:
@@ -249,6 +279,7 @@ def read_settings(config: ConfigDict) -> RunSettings:
         checkpoint=section(CheckpointSettings, "checkpoint"),
         evaluation=section(EvalSettings, "eval"),
         probe=section(ProbeSettings, "probe"),
+        logging=section(LoggingSettings, "logging"),
     )
     if config.method == "reward" and config.data.path is None:
         problems.append("data.path is missing; name the JSONL of preferences to learn from.")

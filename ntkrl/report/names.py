@@ -166,7 +166,7 @@ def is_known(name: str) -> bool:
     return name in GLOSSARY or any(_word(family, name) is not None for family in FAMILIES)
 
 
-def aliases(style: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def aliased(style: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the values that another library measures too, under its names.
 
     Args:

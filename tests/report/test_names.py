@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ntkrl.report import format_glossary
-from ntkrl.report.names import ALIASES, DIFFERENT, FAMILIES, GLOSSARY, TIMINGS, aliases, is_known
+from ntkrl.report.names import ALIASES, DIFFERENT, FAMILIES, GLOSSARY, TIMINGS, aliased, is_known
 
 
 def test_aliases_by_hand():
@@ -21,7 +21,7 @@ def test_aliases_by_hand():
         "step_time": 9.0,
         "timings/sample_seconds": 7.0,
     }
-    assert aliases("trl", values) == {
+    assert aliased("trl", values) == {
         "train/global_step": 3,
         "train/reward": 0.5,
         "train/loss": -0.25,
@@ -29,7 +29,7 @@ def test_aliases_by_hand():
         r"train/\1": 4.0,
         "train/step_time": 9.0,
     }
-    assert aliases("verl", values) == {"critic/score/mean": 0.5, "timing_s/gen": 7.0}
+    assert aliased("verl", values) == {"critic/score/mean": 0.5, "timing_s/gen": 7.0}
 
 
 def test_known_names_by_hand():

@@ -136,3 +136,17 @@ def test_differences_names_fields():
     """by hand: nested, changed, absent."""
     saved, given = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
     assert differences(saved, given) == ["a.c: 2 -> 5", "d: 3 -> '(absent)'", "e: '(absent)' -> 4"]
+
+
+@pytest.mark.parametrize(
+    "word,message",
+    [
+        ("aliases=tlr", "logging.aliases 'tlr' is not among trl, trl012, verl"),
+        ("aliases=trl", "logging.aliases needs logging.tensorboard or logging.wandb"),
+        ("wandb=", "logging.wandb is empty"),
+    ],
+)
+def test_logging_mistakes(word, message):
+    """law: what could not be written anywhere is said before the run."""
+    with pytest.raises(ValueError, match=message):
+        read_settings(read(f"--config.logging.{word}"))
