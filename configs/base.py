@@ -131,7 +131,7 @@ def get_config():
     config.probe.prompts = 8
     config.probe.completions_per_prompt = 2
 
-    # beside metrics.jsonl, which is always written
+    # beside metrics.jsonl, which is always written; a run may be resumed with another choice
     config.logging = ConfigDict()
     config.logging.tensorboard = False  # event files in RUN/tensorboard; extra tensorboard
     config.logging.wandb = placeholder(str)  # project at Weights & Biases; extra wandb; None: off

@@ -191,7 +191,7 @@ class ScheduleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingSettings:
-    """Where metrics go beside metrics.jsonl.
+    """Where metrics go beside metrics.jsonl; a run may be resumed with others.
 
     tensorboard: whether event files go to RUN/tensorboard.
     wandb: project at Weights & Biases, or None.
