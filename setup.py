@@ -42,7 +42,7 @@ setup(
             "tensorboardX>=2.6.2",
             "torch==2.13.0",
         ],
-        "bench": ["torch==2.13.0"],
+        "bench": ["torch==2.13.0", "trl==1.16.0"],
         "math": ["math-verify[antlr4_13_2]"],
         "tensorboard": ["tensorboardX>=2.6.2"],
         "wandb": ["wandb"],

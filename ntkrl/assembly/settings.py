@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ntkrl import report, runtime, update
+from ntkrl import report, rollout, runtime, update
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 METHODS = ("rl", "sft", "reward")
@@ -86,6 +86,7 @@ class EvalSettings:
     samples_per_prompt: k of pass@k and of the distinct counts.
     repeats: independent samplings; their spread is the noise of the measurement.
     success_threshold: a completion with at least this reward counts as solved.
+    temperature: of these samples, ≥ 0 (0: greedy); None for rollout's.
     """
 
     every_steps: int | None
@@ -93,6 +94,11 @@ class EvalSettings:
     samples_per_prompt: int
     repeats: int
     success_threshold: float
+    temperature: float | None
+
+    def __post_init__(self):
+        if self.temperature is not None and not self.temperature >= 0:
+            raise ValueError(f"eval.temperature must be ≥ 0 or None, not {self.temperature}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +117,44 @@ class ProbeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """How completions are drawn in training (see rollout.SamplerSettings)."""
+    """How completions are drawn in training (see rollout.SamplerSettings).
+
+    stop: strings that end a completion; they are part of it.
+    cache_dtype: of keys and values while sampling, or None for the network's.
+    engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
+    """
 
     completions_per_prompt: int
     max_completion_tokens: int
     temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    stop: tuple[str, ...]
+    cache_dtype: str | None
+    engine: str | None
+
+    def __post_init__(self):
+        problems = []
+        if not self.temperature > 0:
+            problems.append(
+                f"rollout.temperature must be > 0, not {self.temperature}: a greedy sampler gives "
+                "groups of equal completions; for greedy evaluation set eval.temperature=0"
+            )
+        if self.cache_dtype is not None and self.cache_dtype not in DTYPES:
+            problems.append(
+                f"rollout.cache_dtype {self.cache_dtype!r} is not among {', '.join(DTYPES)}"
+            )
+        if not all(self.stop):
+            problems.append("rollout.stop holds an empty string")
+        checked = dataclasses.asdict(self)
+        del checked["stop"], checked["cache_dtype"], checked["engine"]
+        try:
+            rollout.SamplerSettings(eos_id=0, pad_id=0, **checked)
+        except ValueError as error:
+            problems.append(str(error).rstrip("."))
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,47 +212,33 @@ class ScheduleSettings:
     """How a rollout becomes optimizer steps.
 
     minibatches: equal parts a rollout is cut in, one optimizer step each; divides the prompts.
+    microbatches: equal parts of a minibatch that are read one after another, their gradients
+      added; divides the completions (examples) of a minibatch.
     inner_epochs: passes over a rollout.
     chunk_tokens: positions whose logits exist at a time.
     log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats).
+    resample_rounds: further batches of prompts that may replace groups of equal rewards, where
+      the objective's group_filter is "resample".
+    on_no_signal: "skip" a step whose completions have nothing to learn from, or "stop" the run.
     """
 
     minibatches: int
+    microbatches: int
     inner_epochs: int
     chunk_tokens: int
     log_ratio_tolerance: float
+    resample_rounds: int
+    on_no_signal: str
 
     def __post_init__(self):
-        for name in ("minibatches", "inner_epochs", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"schedule.{name} must be ≥ 1, not {getattr(self, name)}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoggingSettings:
-    """Where metrics go beside metrics.jsonl; a run may be resumed with others.
-
-    tensorboard: whether event files go to RUN/tensorboard.
-    wandb: project at Weights & Biases, or None.
-    aliases: library whose names both get beside ours (see report.ALIASES), or None.
-    """
-
-    tensorboard: bool
-    wandb: str | None
-    aliases: str | None
-
-    def __post_init__(self):
-        problems = []
-        if self.wandb == "":
-            problems.append("logging.wandb is empty; name a project, or None for none")
-        if self.aliases is not None and self.aliases not in report.ALIASES:
-            known = ", ".join(report.ALIASES)
-            problems.append(f"logging.aliases {self.aliases!r} is not among {known}")
-        if self.aliases is not None and not self.tensorboard and self.wandb is None:
-            problems.append(
-                "logging.aliases needs logging.tensorboard or logging.wandb: metrics.jsonl has one "
-                "name per thing"
-            )
+        counts = ("minibatches", "microbatches", "inner_epochs", "chunk_tokens", "resample_rounds")
+        problems = [
+            f"schedule.{name} must be ≥ 1, not {getattr(self, name)}"
+            for name in counts
+            if getattr(self, name) < 1
+        ]
+        if self.on_no_signal not in ("skip", "stop"):
+            problems.append(f"schedule.on_no_signal {self.on_no_signal!r} is not among skip, stop")
         if problems:
             raise ValueError("; ".join(problems) + ".")
 
@@ -237,7 +262,7 @@ class RunSettings:
     checkpoint: CheckpointSettings
     evaluation: EvalSettings
     probe: ProbeSettings
-    logging: LoggingSettings
+    logging: report.LoggingSettings
 
 
 def read_settings(config: ConfigDict) -> RunSettings:
@@ -279,20 +304,39 @@ def read_settings(config: ConfigDict) -> RunSettings:
         checkpoint=section(CheckpointSettings, "checkpoint"),
         evaluation=section(EvalSettings, "eval"),
         probe=section(ProbeSettings, "probe"),
-        logging=section(LoggingSettings, "logging"),
+        logging=section(report.LoggingSettings, "logging"),
     )
     if config.method == "reward" and config.data.path is None:
         problems.append("data.path is missing; name the JSONL of preferences to learn from.")
     if config.method in ("rl", "reward") and config.model.path is None:
         problems.append("model.path is missing; name the Hugging Face directory to start from.")
-    if not problems and found.data.prompts_per_step % found.schedule.minibatches:
+    if not problems:
+        problems += _division_problems(found)
+    if not problems and found.rollout.engine and found.objective.correction == "off":
         problems.append(
-            f"schedule.minibatches = {found.schedule.minibatches} must divide "
-            f"data.prompts_per_step = {found.data.prompts_per_step}."
+            "rollout.engine draws with another program's arithmetic: set objective.correction to "
+            "truncate or mask."
         )
     if problems:
         raise ValueError("\n".join(problems))
     return found
+
+
+def _division_problems(found: RunSettings) -> list[str]:
+    prompts, schedule = found.data.prompts_per_step, found.schedule
+    if prompts % schedule.minibatches:
+        return [
+            f"schedule.minibatches = {schedule.minibatches} must divide "
+            f"data.prompts_per_step = {prompts}."
+        ]
+    each = found.rollout.completions_per_prompt if found.method == "rl" else 1
+    rows = prompts // schedule.minibatches * each
+    if rows % schedule.microbatches:
+        return [
+            f"schedule.microbatches = {schedule.microbatches} must divide the {rows} rows of a "
+            "minibatch."
+        ]
+    return []
 
 
 def _rewards(config: ConfigDict) -> RewardSettings:

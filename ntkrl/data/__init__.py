@@ -16,6 +16,7 @@ from ntkrl.data.tokens import (
     encode_completions,
     encode_prompts,
     load_tokenizer,
+    stop_finder,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "read_template",
     "rows_at",
     "save_tokenizer",
+    "stop_finder",
     "supervised_batch",
     "supervised_set",
     "targets",

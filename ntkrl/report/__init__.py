@@ -11,6 +11,7 @@ never jax.
 from ntkrl.report.glossary import format_glossary as format_glossary
 from ntkrl.report.kernels import format_kernel as format_kernel
 from ntkrl.report.kernels import write_kernel as write_kernel
+from ntkrl.report.loggers import LoggingSettings as LoggingSettings
 from ntkrl.report.loggers import check_loggers as check_loggers
 from ntkrl.report.loggers import open_loggers as open_loggers
 from ntkrl.report.names import ALIASES as ALIASES

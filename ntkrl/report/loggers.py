@@ -5,6 +5,7 @@ Both packages are extras, imported here alone and only where a run asks for them
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import secrets
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ntkrl.report.names import aliased
+from ntkrl.report.names import ALIASES, aliased
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by the extra that installs them
 WANDB_ID_FILE = "wandb_id"
@@ -28,17 +29,44 @@ class Logger(Protocol):
         """Write what is held back; `failed` where the run ended in an error."""
 
 
-def check_loggers(tensorboard: bool, wandb: str | None) -> None:
-    """Import what is asked for.
+@dataclasses.dataclass(frozen=True)
+class LoggingSettings:
+    """Where metrics go beside metrics.jsonl; a run may be resumed with others.
+
+    tensorboard: whether event files go to `tensorboard/` of the run directory.
+    wandb: project at Weights & Biases, or None; WANDB_MODE=offline keeps the run here.
+    aliases: key of ALIASES whose names both get beside ours, or None.
+    """
+
+    tensorboard: bool
+    wandb: str | None
+    aliases: str | None
+
+    def __post_init__(self):
+        problems = []
+        if self.wandb == "":
+            problems.append("logging.wandb is empty; name a project, or None for none")
+        if self.aliases is not None and self.aliases not in ALIASES:
+            problems.append(f"logging.aliases {self.aliases!r} is not among {', '.join(ALIASES)}")
+        if self.aliases is not None and not self.tensorboard and self.wandb is None:
+            problems.append(
+                "logging.aliases needs logging.tensorboard or logging.wandb: metrics.jsonl has one "
+                "name per thing"
+            )
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
+
+
+def check_loggers(settings: LoggingSettings) -> None:
+    """Import what the settings ask for.
 
     Args:
-      tensorboard: whether event files are to be written.
-      wandb: project at Weights & Biases, or None.
+      settings: of the run.
 
     Raises:
       ValueError: a package is missing; all at once, with the extras that install them.
     """
-    asked = {"tensorboard": tensorboard, "wandb": wandb is not None}
+    asked = {"tensorboard": settings.tensorboard, "wandb": settings.wandb is not None}
     problems = []
     for extra in [extra for extra, wanted in asked.items() if wanted]:
         package = PACKAGES[extra]
@@ -54,32 +82,27 @@ def check_loggers(tensorboard: bool, wandb: str | None) -> None:
 
 
 def open_loggers(
-    directory: Path,
-    group: str,
-    resume_step: int,
-    tensorboard: bool,
-    wandb: str | None,
-    aliases: str | None,
+    settings: LoggingSettings, directory: Path, group: str, resume_step: int
 ) -> list[Logger]:
     """Open the back ends of a run.
 
     Args:
+      settings: of the run.
       directory: the run directory, with its config.json.
       group: name that seeds of one method share.
       resume_step: optimizer steps the restored state has taken, −1 for a run from the start.
-      tensorboard: whether event files go to `tensorboard/` of the directory.
-      wandb: project at Weights & Biases, or None; WANDB_MODE=offline keeps the run here.
-      aliases: key of ALIASES whose names are written too, or None.
 
     Raises:
       ValueError: Weights & Biases refuses the run.
     """
     found: list[Logger] = []
-    if wandb is not None:
-        found.append(WeightsAndBiases(directory, wandb, group))
-    if tensorboard:
+    if settings.wandb is not None:
+        found.append(WeightsAndBiases(directory, settings.wandb, group))
+    if settings.tensorboard:
         found.append(TensorBoard(directory / "tensorboard", resume_step))
-    return found if aliases is None else [Aliased(logger, aliases) for logger in found]
+    if settings.aliases is None:
+        return found
+    return [Aliased(logger, settings.aliases) for logger in found]
 
 
 class TensorBoard:

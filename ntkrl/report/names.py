@@ -24,11 +24,17 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "frac_reward_zero_std": ("fraction", "groups whose completions all got the same reward"),
     "entropy": ("nats", "token mean of H(π) over completions, full vocabulary"),
     "confidence": ("probability", "token mean of max π over completions"),
-    "kl": ("nats", "token mean of the k3 estimate of KL(π‖π_ref)"),
+    "kl": ("nats", "token mean of KL(π‖π_ref) by objective.kl_estimator"),
     "policy_loss": ("loss", "the objective that was minimised"),
     "loss": ("nats", "token mean of −log π on completions (supervised training)"),
     "grad_norm": ("norm", "global norm of the gradient over trained leaves, before clipping"),
-    "clip_ratio/region_mean": ("fraction", "ratios outside the clip range"),
+    "clip_ratio/low_mean": ("fraction", "tokens with A < 0 whose ratio is below the clip range"),
+    "clip_ratio/high_mean": ("fraction", "tokens with A > 0 whose ratio is above the clip range"),
+    "clip_ratio/region_mean": ("fraction", "tokens that either side clips"),
+    "clip_ratio/low_min": ("fraction", "smallest clip_ratio/low_mean of the optimizer steps"),
+    "clip_ratio/high_max": ("fraction", "largest clip_ratio/high_mean of the optimizer steps"),
+    "skipped_updates": ("count", "minibatches left out: no token in them had anything to teach"),
+    "resampling_rounds": ("count", "further batches of prompts drawn for groups of equal rewards"),
     "completions/mean_length": ("tokens", "mean completion length, end-of-sequence included"),
     "completions/min_length": ("tokens", "length of the shortest completion"),
     "completions/max_length": ("tokens", "length of the longest completion"),
@@ -38,12 +44,18 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "completions/clipped_ratio": ("fraction", "completions cut by the token budget"),
     "sampling/sampling_logp_difference/mean": (
         "nats",
-        "token mean of |log π(trainer) − log π(sampler)| on the same minibatch as max",
+        "mean |log π − log π_old| over tokens of the first minibatch after sampling",
     ),
     "sampling/sampling_logp_difference/max": (
         "nats",
-        "largest |log π(trainer) − log π(sampler)| on the first minibatch after sampling",
+        "largest |log π − log π_old| on the first minibatch after sampling",
     ),
+    "sampling/importance_sampling_ratio/min": (
+        "ratio",
+        "smallest weight π_old(trainer)/μ(sampler) of objective.correction",
+    ),
+    "sampling/importance_sampling_ratio/mean": ("ratio", "token mean of that weight"),
+    "sampling/importance_sampling_ratio/max": ("ratio", "largest such weight"),
     # training a reward model
     "preference_loss": ("loss", "−log σ(r⁺ − r⁻) + λ (r⁺ + r⁻)², mean over pairs"),
     "accuracy": ("fraction", "pairs whose chosen text gets the larger reward"),
@@ -105,11 +117,13 @@ NOT_TRAINING = ("probe_seconds", "eval_seconds")
 
 _TRL_TOO = (
     *("num_tokens", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "grad_norm"),
-    *("rewards/<fn>/mean", "rewards/<fn>/std", "clip_ratio/region_mean", "step_time"),
+    *("rewards/<fn>/mean", "rewards/<fn>/std", "step_time", "accuracy", "margin", "mean_reward"),
+    *(f"clip_ratio/{side}_mean" for side in ("low", "high", "region")),
     *(f"completions/{which}_length" for which in ("mean", "min", "max")),
     *(f"completions/{which}_terminated_length" for which in ("mean", "min", "max")),
-    *("completions/clipped_ratio", "sampling/sampling_logp_difference/mean"),
-    *("sampling/sampling_logp_difference/max", "accuracy", "margin", "mean_reward"),
+    "completions/clipped_ratio",
+    *(f"sampling/sampling_logp_difference/{which}" for which in ("mean", "max")),
+    *(f"sampling/importance_sampling_ratio/{which}" for which in ("min", "max")),
 )
 
 ALIASES: dict[str, dict[str, str]] = {
@@ -145,11 +159,17 @@ ALIASES: dict[str, dict[str, str]] = {
 """Our name → the name of the same quantity in another library (at its defaults)."""
 
 DIFFERENT: dict[str, dict[str, str]] = {
+    "trl": {
+        "train/clip_ratio/low_min": "smallest over completions, not over optimizer steps",
+        "train/clip_ratio/high_max": "largest over completions, not over optimizer steps",
+        "train/sampling/importance_sampling_ratio/mean": "over completions, by default",
+    },
     "trl012": {
         "train/objective/kl": "Σ_t (log π − log π_ref), mean over completions; kl is per token",
         "train/objective/entropy": "−Σ_t log π of the sampled tokens, mean over completions",
         "train/objective/rlhf_reward": "the reward less the KL penalty; reward is before it",
         "train/policy/entropy_avg": "H(π) on padding too; entropy is over completion tokens",
+        "train/policy/clipfrac_avg": "over completions; clip_ratio/region_mean is over tokens",
     },
     "verl": {
         "critic/rewards/mean": "the reward less the KL penalty; reward is before it",

@@ -18,6 +18,7 @@ def collected(lengths, finished, rewards, **result):
         mask=empty,
         completion_mask=columns < np.asarray(lengths)[:, None],
         sampler_log_probs=empty,
+        kept_log_mass=empty,
         finished=np.asarray(finished),
     )
     parts = {"per_function": {}, "logged": {}, "extra": {}, "failures": {}} | result

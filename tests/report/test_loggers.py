@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from ntkrl.report import MetricsWriter, check_loggers, open_loggers
+from ntkrl.report import LoggingSettings, MetricsWriter, check_loggers, open_loggers
 
 
 def shown(directory):
@@ -39,7 +39,7 @@ def shown(directory):
 
 def write(run, resume_step, steps, aliases=None):
     """Write a reward of step / 4 and timings to TensorBoard, as a run that is resumed would."""
-    loggers = open_loggers(run, "rl", resume_step, tensorboard=True, wandb=None, aliases=aliases)
+    loggers = open_loggers(LoggingSettings(True, None, aliases), run, "rl", resume_step)
     with MetricsWriter(run, resume_step, loggers) as writer:
         for step in steps:
             writer.write(step, {"reward": step / 4, "kl": math.nan, "stage": "ab"[step // 2]})
@@ -115,7 +115,7 @@ def wandb(monkeypatch):
 
 def open_wandb(run, aliases=None):
     """Open W&B alone."""
-    return open_loggers(run, "rl", -1, tensorboard=False, wandb="project", aliases=aliases)
+    return open_loggers(LoggingSettings(False, "project", aliases), run, "rl", -1)
 
 
 def test_wandb_goes_on_with_its_run(tmp_path, wandb):
@@ -123,7 +123,7 @@ def test_wandb_goes_on_with_its_run(tmp_path, wandb):
     run = tmp_path / "rl-0"
     run.mkdir()
     (run / "config.json").write_text('{"seed": 3}')
-    check_loggers(False, "project")
+    check_loggers(LoggingSettings(False, "project", None))
     with pytest.raises(KeyError), MetricsWriter(run, -1, open_wandb(run)) as writer:
         writer.write(1, {"reward": 0.5, "stage": "all"})
         raise KeyError
@@ -160,9 +160,9 @@ def test_missing_packages(monkeypatch):
     """Law: both are named at once, with the extras to install; neither is needed unless asked."""
     for package in ("tensorboardX", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
-    check_loggers(False, None)
+    check_loggers(LoggingSettings(False, None, None))
     with pytest.raises(ValueError) as caught:
-        check_loggers(True, "project")
+        check_loggers(LoggingSettings(True, "project", None))
     first, second = str(caught.value).splitlines()
     assert "logging.tensorboard needs the package tensorboardX" in first
     assert "pip install 'ntkrl[tensorboard]'" in first and "pip install 'ntkrl[wandb]'" in second
