@@ -156,4 +156,11 @@ def get_config():
     config.probe.every_steps = 10  # None: no probe
     config.probe.prompts = 8
     config.probe.completions_per_prompt = 2
+
+    # beside metrics.jsonl, which is always written; a run may be resumed with another choice
+    config.logging = ConfigDict()
+    config.logging.tensorboard = False  # event files in RUN/tensorboard; extra tensorboard
+    config.logging.wandb = placeholder(str)  # project at Weights & Biases; extra wandb; None: off
+    # "trl", "trl012" or "verl": both get the names a dashboard of theirs reads too; None: ours
+    config.logging.aliases = placeholder(str)
     return config

@@ -13,6 +13,7 @@ USAGE = """usage: ntkrl COMMAND ...
   evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
   kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
   report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
+  report   --glossary                                         what every metric means, as Markdown
   export   RUN OUT [--step=N]                                 a checkpoint as Hugging Face directory
   presets  [NAME ...]                                         objectives: formula, source and axes
 
@@ -87,7 +88,12 @@ def _kernel(words: Sequence[str]) -> None:
 def _report(words: Sequence[str]) -> None:
     from ntkrl import report
 
-    options, runs = _options(words, ("out",))
+    options, runs = _options(words, ("out",), ("glossary",))
+    if "glossary" in options:
+        if len(words) > 1:
+            raise ValueError("report --glossary takes no runs and no other option.")
+        print(report.format_glossary())
+        return
     if not runs:
         raise ValueError("report needs at least one run directory, for example runs/rl.")
     out = options["out"] if "out" in options else os.path.join(runs[0], "report")

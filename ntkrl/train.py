@@ -41,6 +41,7 @@ def train(config: ConfigDict) -> Path:
     if (directory / "finished").exists():
         tqdm.write(f"{directory} is finished; remove it to run again.")
         return directory
+    report.check_loggers(settings.logging)
     setup = assembly.assemble(settings, directory)
     loop = Loop(setup, directory)
     runtime.claim(directory, given)
@@ -78,8 +79,11 @@ class Loop:
         total = sum(stage.steps for stage in self.stages)
         start = self._resume()
         kept = int(self.state.step) if start else -1
+        loggers = report.open_loggers(
+            self.settings.logging, self.directory, self.settings.name, kept
+        )
         with (
-            report.MetricsWriter(self.directory, kept) as writer,
+            report.MetricsWriter(self.directory, kept, loggers) as writer,
             tqdm(total=total, initial=start, desc=self.settings.name, mininterval=0.5) as bar,
         ):
             if start == 0:

@@ -28,6 +28,8 @@ OWNERS = {
     "ml_collections": {"runtime", "assembly", "train", "evaluate"},
     "transformers": {"data"},
     "safetensors": {"models"},
+    "tensorboardX": {"report"},
+    "wandb": {"report"},
 }
 FILE_LINES, FUNCTION_LINES = 400, 60
 

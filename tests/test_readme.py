@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ntkrl.main import USAGE
+from ntkrl.report import ALIASES
 from tests.toys import torch_neox
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,13 @@ def test_stages_example_is_the_config():
 def test_commands_are_known(command):
     """law: every command of the table is one of the command line, and the other way round."""
     assert f"`ntkrl {command} " in TEXT and f"\n  {command} " in USAGE
+
+
+def test_aliases_are_the_tables():
+    """law: every library whose names can be written is shown with one of them."""
+    shown = [pair for pair in re.findall(r"(\w+)`\s+\(`([\w/]+)`\)", TEXT) if pair[0] in ALIASES]
+    assert {style for style, _ in shown} == set(ALIASES)
+    assert all(name in ALIASES[style].values() for style, name in shown)
 
 
 def test_files_exist():

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 import ntkrl
 from ntkrl import assembly, data
 from ntkrl.main import main
+from tests.report.test_loggers import shown
 from tests.toys import TINY, torch_neox
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +191,30 @@ def test_a_users_own_model_prompts_and_rewards(tmp_path, capsys):
     assert "is finished" in "".join(capsys.readouterr())
 
 
+def test_event_files_hold_what_metrics_hold(base, tmp_path, monkeypatch, capsys):
+    """story: TensorBoard shows every number of a run, which does not start without its package."""
+    run = tmp_path / "run"
+    more = ["--config.stages[0].steps=2", "--config.probe.every_steps=None"]
+    more += ["--config.logging.tensorboard=True", "--config.logging.aliases=trl"]
+    arguments = words(base, run, *more)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboardX", None)
+        assert main(arguments) == 2
+    assert "pip install 'ntkrl[tensorboard]'" in capsys.readouterr().err
+    assert not run.exists()
+    assert main(arguments) == 0
+    found = shown(run / "tensorboard")
+    for line in lines(run):
+        step, _ = line.pop("step"), line.pop("stage", None)
+        for name, value in line.items():
+            tag = name.replace("@", "_")  # a character that event files refuse
+            assert found[tag][step] == np.float32(value), name
+    assert found["stage"] == {1: "all"}  # told once
+    assert found["train/reward"] == found["reward"] and set(found["reward"]) == {1, 2}
+    assert set(found["step_time"]) == {1, 2} and min(found["step_time"].values()) > 0
+    assert "train/reward" not in (run / "metrics.jsonl").read_text()
+
+
 def test_first_ratio_is_one_and_keys_are_fresh(base, tmp_path, monkeypatch):
     """law: sampler and trainer agree before each rollout's first update; no key is used twice."""
     keys, original = [], assembly.RolloutSource.batches
@@ -348,6 +373,8 @@ def test_command_line_itself(capsys):
     assert main(["trian"]) == 2 and "unknown command 'trian'" in capsys.readouterr().err
     assert main(["report"]) == 2 and "at least one run directory" in capsys.readouterr().err
     assert main(["report", "x", "--ot=y"]) == 2 and "--out=" in capsys.readouterr().err
+    assert main(["report", "--glossary"]) == 0 and "| `reward` |" in capsys.readouterr().out
+    assert main(["report", "--glossary", "x"]) == 2 and "no runs" in capsys.readouterr().err
 
 
 def test_tiny_config_is_a_pythia(base):

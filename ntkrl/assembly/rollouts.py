@@ -11,8 +11,9 @@ import numpy as np
 
 from ntkrl import runtime, update
 from ntkrl.assembly.collect import Collected, collect, joined, make_sample
+from ntkrl.assembly.rollout_metrics import rollout_metrics
 from ntkrl.assembly.setup import Setup
-from ntkrl.assembly.sources import Turn, averages, rollout_metrics, split, step_rows
+from ntkrl.assembly.sources import Turn, averages, split, step_rows
 from ntkrl.assembly.weighing import advantages, weigh
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.types import Array, Params, Total, UpdateBatch

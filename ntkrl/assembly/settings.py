@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ntkrl import rollout, runtime, update
+from ntkrl import report, rollout, runtime, update
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 METHODS = ("rl", "sft", "reward")
@@ -262,6 +262,7 @@ class RunSettings:
     checkpoint: CheckpointSettings
     evaluation: EvalSettings
     probe: ProbeSettings
+    logging: report.LoggingSettings
 
 
 def read_settings(config: ConfigDict) -> RunSettings:
@@ -303,6 +304,7 @@ def read_settings(config: ConfigDict) -> RunSettings:
         checkpoint=section(CheckpointSettings, "checkpoint"),
         evaluation=section(EvalSettings, "eval"),
         probe=section(ProbeSettings, "probe"),
+        logging=section(report.LoggingSettings, "logging"),
     )
     if config.method == "reward" and config.data.path is None:
         problems.append("data.path is missing; name the JSONL of preferences to learn from.")

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from ntkrl import data, update
-from ntkrl.assembly.collect import Clock, Collected
+from ntkrl.assembly.collect import Clock
 from ntkrl.assembly.setup import Setup
 from ntkrl.numerics import bucket_length
 from ntkrl.types import Array, Params, UpdateBatch
@@ -97,25 +96,3 @@ def split(batch: Any, parts: int) -> list[Any]:
 def averages(logged: list[dict[str, float]]) -> dict[str, Any]:
     """Return the mean of every metric."""
     return {name: float(np.mean([one[name] for one in logged])) for name in logged[0]}
-
-
-def rollout_metrics(found: Collected, group: int) -> dict[str, float]:
-    """Return what is logged of a rollout, before any update on it."""
-    rewards_PN = found.result.rewards.reshape(-1, group)
-    spread_P = rewards_PN.std(axis=1, ddof=1)
-    metrics = {
-        "reward": float(rewards_PN.mean()),
-        "reward_std": float(spread_P.mean()),
-        "frac_reward_zero_std": float(np.mean(spread_P == 0)),
-        "completions/mean_length": float(found.rollout.completion_mask.sum(axis=1).mean()),
-        "completions/clipped_ratio": float(1 - np.mean(found.rollout.finished)),
-    }
-    for name, why in found.result.failures.items():
-        tqdm.write(f"counted as reward.on_failure: {why}")
-        metrics[f"rewards/{name}/failures"] = 1.0
-    for name, values in found.result.per_function.items():
-        applicable = values[~np.isnan(values)]
-        if applicable.size:
-            metrics[f"rewards/{name}/mean"] = float(applicable.mean())
-            metrics[f"rewards/{name}/std"] = float(applicable.std())
-    return metrics | {f"logged/{name}": value for name, value in found.result.logged.items()}

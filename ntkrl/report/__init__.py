@@ -4,11 +4,17 @@ Promise: a report is built from run directories alone, without an accelerator, w
 on or after it crashed; what is missing is said in words; equal directories give equal bytes. The
 kernels of a model on prompts have a figure of their own.
 
-May import numpy, matplotlib and the standard library, and no other room: never jax.
+May import numpy, matplotlib, the loggers' packages and the standard library, and no other room:
+never jax.
 """
 
+from ntkrl.report.glossary import format_glossary as format_glossary
 from ntkrl.report.kernels import format_kernel as format_kernel
 from ntkrl.report.kernels import write_kernel as write_kernel
+from ntkrl.report.loggers import LoggingSettings as LoggingSettings
+from ntkrl.report.loggers import check_loggers as check_loggers
+from ntkrl.report.loggers import open_loggers as open_loggers
+from ntkrl.report.names import ALIASES as ALIASES
 from ntkrl.report.page import write_report as write_report
 from ntkrl.report.runs import read_run as read_run
 from ntkrl.report.table import format_table as format_table

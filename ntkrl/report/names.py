@@ -1,9 +1,16 @@
 """Metric names, one place: TRL's names where TRL has one, ours otherwise.
 
-`GLOSSARY` maps every name in `metrics.jsonl` to its unit and meaning; the loops emit no other.
+`GLOSSARY` and `FAMILIES` map every name in `metrics.jsonl` to its unit and meaning; the loops emit
+no other. `TIMINGS` are for dashboards, as are other libraries' names of the same quantities.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Mapping
+from typing import Any
+
+_PLACE = re.compile("<[a-z]+>")
 
 GLOSSARY: dict[str, tuple[str, str]] = {
     "step": ("steps", "optimizer steps taken, all stages together"),
@@ -12,7 +19,8 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "num_tokens": ("tokens", "prompt and completion tokens seen so far"),
     # training batch
     "reward": ("reward", "mean reward of the step's completions, before any KL term"),
-    "reward_std": ("reward", "mean over prompts of the group's standard deviation (unbiased)"),
+    "reward_std": ("reward", "standard deviation over all completions of the step (unbiased)"),
+    "reward_group_std": ("reward", "mean of it within groups (TRL's reward_std until 0.26)"),
     "frac_reward_zero_std": ("fraction", "groups whose completions all got the same reward"),
     "entropy": ("nats", "token mean of H(π) over completions, full vocabulary"),
     "confidence": ("probability", "token mean of max π over completions"),
@@ -28,6 +36,11 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "skipped_updates": ("count", "minibatches left out: no token in them had anything to teach"),
     "resampling_rounds": ("count", "further batches of prompts drawn for groups of equal rewards"),
     "completions/mean_length": ("tokens", "mean completion length, end-of-sequence included"),
+    "completions/min_length": ("tokens", "length of the shortest completion"),
+    "completions/max_length": ("tokens", "length of the longest completion"),
+    "completions/mean_terminated_length": ("tokens", "mean length of those that were not cut"),
+    "completions/min_terminated_length": ("tokens", "length of the shortest of them"),
+    "completions/max_terminated_length": ("tokens", "length of the longest of them"),
     "completions/clipped_ratio": ("fraction", "completions cut by the token budget"),
     "sampling/sampling_logp_difference/mean": (
         "nats",
@@ -84,12 +97,112 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "predict/correlation": ("correlation", "between predicted and actual change over probe tokens"),
 }
 
-FAMILIES = ("rewards/<fn>/mean", "rewards/<fn>/std", "rewards/<fn>/failures", "logged/<name>")
-"""Names that carry a user's own word: one pair per reward function, and whatever it logs."""
+# names that carry a user's own word: one triple per reward function, and whatever it logs
+FAMILIES: dict[str, tuple[str, str]] = {
+    "rewards/<fn>/mean": ("reward", "mean of a reward function where it applies, unweighted"),
+    "rewards/<fn>/std": ("reward", "standard deviation over the same completions (unbiased)"),
+    "rewards/<fn>/failures": ("calls", "its failed calls, counted as reward.on_failure"),
+    "logged/<name>": ("any", "mean of what reward functions gave to log_metric"),
+}
 
-_FAMILY = re.compile(r"rewards/.+/(mean|std|failures)|logged/.+")
+# for dashboards alone: in the run directory they stand apart, in timings.jsonl
+TIMINGS: dict[str, tuple[str, str]] = {
+    "timings/sample_seconds": ("seconds", "drawing the completions of a rollout step"),
+    "timings/reward_seconds": ("seconds", "rewarding them"),
+    "timings/update_seconds": ("seconds", "its optimizer steps"),
+    "timings/<activity>_seconds": ("seconds", "any other activity, such as eval"),
+    "step_time": ("seconds", "the whole rollout step without probes and evaluations"),
+}
+NOT_TRAINING = ("probe_seconds", "eval_seconds")
+
+_TRL_TOO = (
+    *("num_tokens", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "grad_norm"),
+    *("rewards/<fn>/mean", "rewards/<fn>/std", "step_time", "accuracy", "margin", "mean_reward"),
+    *(f"clip_ratio/{side}_mean" for side in ("low", "high", "region")),
+    *(f"completions/{which}_length" for which in ("mean", "min", "max")),
+    *(f"completions/{which}_terminated_length" for which in ("mean", "min", "max")),
+    "completions/clipped_ratio",
+    *(f"sampling/sampling_logp_difference/{which}" for which in ("mean", "max")),
+    *(f"sampling/importance_sampling_ratio/{which}" for which in ("min", "max")),
+)
+
+ALIASES: dict[str, dict[str, str]] = {
+    # TRL ≥ 0.27, whose callbacks for W&B and TensorBoard put train/ before every name
+    "trl": {name: f"train/{name}" for name in _TRL_TOO}
+    | {
+        "step": "train/global_step",
+        "loss": "train/loss",
+        "policy_loss": "train/loss",
+        "preference_loss": "train/loss",
+        "logged/<name>": "train/<name>",
+    },
+    # the RLOOTrainer of TRL 0.12
+    "trl012": {
+        "step": "train/global_step",
+        "reward": "train/objective/scores",
+        "policy_loss": "train/loss/policy_avg",
+    },
+    "verl": {
+        "rollout_step": "training/global_step",
+        "reward": "critic/score/mean",
+        "entropy": "actor/entropy",
+        "grad_norm": "actor/grad_norm",
+        "clip_ratio/region_mean": "actor/pg_clipfrac",
+        "completions/mean_length": "response_length/mean",
+        "completions/min_length": "response_length/min",
+        "completions/max_length": "response_length/max",
+        "timings/sample_seconds": "timing_s/gen",
+        "timings/reward_seconds": "timing_s/reward",
+        "timings/update_seconds": "timing_s/update_actor",
+    },
+}
+"""Our name → the name of the same quantity in another library (at its defaults)."""
+
+DIFFERENT: dict[str, dict[str, str]] = {
+    "trl": {
+        "train/clip_ratio/low_min": "smallest over completions, not over optimizer steps",
+        "train/clip_ratio/high_max": "largest over completions, not over optimizer steps",
+        "train/sampling/importance_sampling_ratio/mean": "over completions, by default",
+    },
+    "trl012": {
+        "train/objective/kl": "Σ_t (log π − log π_ref), mean over completions; kl is per token",
+        "train/objective/entropy": "−Σ_t log π of the sampled tokens, mean over completions",
+        "train/objective/rlhf_reward": "the reward less the KL penalty; reward is before it",
+        "train/policy/entropy_avg": "H(π) on padding too; entropy is over completion tokens",
+        "train/policy/clipfrac_avg": "over completions; clip_ratio/region_mean is over tokens",
+    },
+    "verl": {
+        "critic/rewards/mean": "the reward less the KL penalty; reward is before it",
+        "actor/pg_loss": "without KL and entropy terms; policy_loss is what was minimised",
+        "actor/kl_loss": "clamped at 10 nats a token; kl is not",
+        "response_length/clip_ratio": "counts completions that end exactly at the budget too",
+    },
+}
+"""What other libraries' names stand for where we have no name for it, or one that differs."""
 
 
 def is_known(name: str) -> bool:
     """Tell whether `name` is in the glossary or in one of the families."""
-    return name in GLOSSARY or _FAMILY.fullmatch(name) is not None
+    return name in GLOSSARY or any(_word(family, name) is not None for family in FAMILIES)
+
+
+def aliased(style: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the values that another library measures too, under its names.
+
+    Args:
+      style: a key of ALIASES.
+      values: by our names, "step" and timings included.
+    """
+    found = {}
+    for ours, theirs in ALIASES[style].items():
+        for name, value in values.items():
+            word = _word(ours, name)
+            if word is not None:
+                found[_PLACE.sub(lambda _, word=word: word, theirs)] = value
+    return found
+
+
+def _word(pattern: str, name: str) -> str | None:
+    """Return what stands in `name` for the pattern's <…> ("" where it has none), None if other."""
+    match = re.fullmatch(_PLACE.sub("(.+)", re.escape(pattern)), name)
+    return None if match is None else "".join(match.groups())

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ntkrl.report import glossary
 from ntkrl.report.figures import FIGURES, FigureSpec
-from ntkrl.report.names import GLOSSARY
 from ntkrl.report.runs import Run, read_runs
 from ntkrl.report.style import CSS
 from ntkrl.report.table import COLUMNS, Row, Stat, number, spread, summary_rows, table_notes
@@ -225,13 +225,18 @@ def _notes(runs: Sequence[Run]) -> str:
 
 def _glossary() -> str:
     rows = "\n".join(
-        f'<tr><th scope="row"><code>{_text(name)}</code></th><td>{_text(unit)}</td>'
-        f"<td>{_text(meaning)}</td></tr>"
-        for name, (unit, meaning) in GLOSSARY.items()
+        f'<tr><th scope="row"><code>{_text(entry.name)}</code></th><td>{_text(entry.unit)}</td>'
+        f"<td>{_text(entry.meaning)}</td><td>{_elsewhere(entry)}</td></tr>"
+        for entry in glossary.entries()
     )
+    columns = "".join(f'<th scope="col">{column}</th>' for column in glossary.COLUMNS)
     return (
         "<details><summary>Metric glossary</summary>\n"
-        '<div class="scroll" tabindex="0"><table class="glossary">\n<thead><tr>'
-        '<th scope="col">metric</th><th scope="col">unit</th><th scope="col">meaning</th>'
-        f"</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></details>"
+        '<div class="scroll" tabindex="0"><table class="glossary">\n'
+        f"<thead><tr>{columns}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></details>"
     )
+
+
+def _elsewhere(entry: glossary.Entry) -> str:
+    named = [f"{_text(style)}\u00a0<code>{_text(name)}</code>" for style, name in entry.elsewhere]
+    return ", ".join(named)

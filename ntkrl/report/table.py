@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ntkrl.report.names import NOT_TRAINING
 from ntkrl.report.runs import Run, by_name, series, stage_ends
 
 MAX_COLUMNS = 100
 BASE_LABEL = "base"
-NOT_TRAINING = ("probe_seconds", "eval_seconds")
 
 
 @dataclasses.dataclass(frozen=True)

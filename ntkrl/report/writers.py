@@ -1,7 +1,8 @@
 """Writing a run directory: one JSON object per line, flushed, so that a crash costs one line.
 
 Imports the standard library and this room only. Every name must be in the glossary, so a report
-can say what it means; timings are apart since two runs with equal metrics differ in them.
+can say what it means; timings are apart since two runs with equal metrics differ in them. Loggers
+get both.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ntkrl.report.names import FAMILIES, GLOSSARY, is_known
+from ntkrl.report.loggers import Logger
+from ntkrl.report.names import FAMILIES, GLOSSARY, NOT_TRAINING, is_known
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -22,9 +24,14 @@ FINISHED_FILE = "finished"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and `timings.jsonl` of one run directory."""
+    """Appends to `metrics.jsonl` and `timings.jsonl` of one run directory, and tells loggers."""
 
-    def __init__(self, directory: str | os.PathLike, resume_step: int | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        resume_step: int | None = None,
+        loggers: Sequence[Logger] = (),
+    ):
         """Open the files for appending; create the directory when there is none.
 
         A last line that a crash cut short is removed, and so is the mark of a finished run:
@@ -34,11 +41,12 @@ class MetricsWriter:
           directory: the run directory.
           resume_step: optimizer steps the restored state has taken; lines of later steps are
             removed first, since the run will write them again. None keeps every line.
+          loggers: get every line's values too, and are closed with the files.
 
         Raises:
           ValueError: a line to be looked at is not a JSON object with an integer "step".
         """
-        self._directory = Path(directory)
+        self._directory, self._loggers = Path(directory), list(loggers)
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / FINISHED_FILE).unlink(missing_ok=True)
         for name in (METRICS_FILE, TIMINGS_FILE):
@@ -62,6 +70,7 @@ class MetricsWriter:
         for name, value in values.items():
             line[name] = str(value) if name == "stage" else _number(value)
         _write_line(self._metrics, line)
+        self._tell(step, values)
 
     def write_timings(self, step: int, seconds: Mapping[str, float]) -> None:
         """Append one line of timings.
@@ -80,17 +89,26 @@ class MetricsWriter:
             self._timings,
             {"step": int(step)} | {name: _number(value) for name, value in seconds.items()},
         )
+        training = [value for name, value in seconds.items() if name not in NOT_TRAINING]
+        timings = {f"timings/{name}": value for name, value in seconds.items()}
+        self._tell(step, timings | {"step_time": sum(training)})
 
-    def close(self) -> None:
-        """Close both files; closing twice is allowed."""
+    def _tell(self, step: int, values: Mapping[str, Any]) -> None:
+        for logger in self._loggers:
+            logger.write(step, values)
+
+    def close(self, failed: bool = False) -> None:
+        """Close files and loggers, telling these whether the run failed; twice is allowed."""
         self._metrics.close()
         self._timings.close()
+        while self._loggers:
+            self._loggers.pop().close(failed)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def mark_finished(directory: str | os.PathLike) -> None:

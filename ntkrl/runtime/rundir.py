@@ -11,13 +11,16 @@ import numpy as np
 
 from ntkrl.runtime.config import differences
 
+FREE_SECTIONS = ("logging",)
+"""Sections of a config that a resumed run may change: they reach no number of the run."""
+
 
 def check_claim(directory: Path, given: Mapping[str, Any]) -> bool:
     """Check that a run directory, if it is one already, belongs to the same config.
 
     Args:
       directory: the run directory.
-      given: the config as JSON values.
+      given: the config as JSON values; FREE_SECTIONS are not compared.
 
     Returns:
       Whether it is one already.
@@ -28,7 +31,8 @@ def check_claim(directory: Path, given: Mapping[str, Any]) -> bool:
     path = directory / "config.json"
     if not path.exists():
         return False
-    changed = differences(json.loads(path.read_text(encoding="utf-8")), given)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    changed = differences(*map(_fixed, (saved, given)))
     if changed:
         raise ValueError(
             f"{directory} was begun with another config: {'; '.join(changed)}. Give another "
@@ -38,7 +42,7 @@ def check_claim(directory: Path, given: Mapping[str, Any]) -> bool:
 
 
 def claim(directory: Path, given: Mapping[str, Any]) -> None:
-    """Write config.json, unless it is there with the same content.
+    """Write config.json, unless it is there already.
 
     Args:
       directory: the run directory, made if missing.
@@ -54,6 +58,10 @@ def claim(directory: Path, given: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(given, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _fixed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in FREE_SECTIONS}
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

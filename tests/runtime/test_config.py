@@ -136,3 +136,30 @@ def test_differences_names_fields():
     """by hand: nested, changed, absent."""
     saved, given = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
     assert differences(saved, given) == ["a.c: 2 -> 5", "d: 3 -> '(absent)'", "e: '(absent)' -> 4"]
+
+
+def test_logging_may_change_on_resume(tmp_path):
+    """law: a run is resumed with other loggers, as it was begun otherwise in no setting at all."""
+    runtime.claim(tmp_path, runtime.to_json(read()))
+    begun = (tmp_path / "config.json").read_bytes()
+    other = runtime.to_json(read("--config.logging.tensorboard=True", "--config.logging.wandb=p"))
+    assert runtime.check_claim(tmp_path, other)
+    runtime.claim(tmp_path, other)
+    assert (tmp_path / "config.json").read_bytes() == begun
+    other["probe"]["prompts"] = 3
+    with pytest.raises(ValueError, match=r"another config: probe.prompts: 8 -> 3\. Give"):
+        runtime.check_claim(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    "word,message",
+    [
+        ("aliases=tlr", "logging.aliases 'tlr' is not among trl, trl012, verl"),
+        ("aliases=trl", "logging.aliases needs logging.tensorboard or logging.wandb"),
+        ("wandb=", "logging.wandb is empty"),
+    ],
+)
+def test_logging_mistakes(word, message):
+    """law: what could not be written anywhere is said before the run."""
+    with pytest.raises(ValueError, match=message):
+        read_settings(read(f"--config.logging.{word}"))

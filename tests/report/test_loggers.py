@@ -1,0 +1,168 @@
+"""Tests of the back ends: event files read back, and W&B through a stand-in for its package."""
+
+import json
+import math
+import struct
+import sys
+import types
+
+import pytest
+
+from ntkrl.report import LoggingSettings, MetricsWriter, check_loggers, open_loggers
+
+
+def shown(directory):
+    """Read event files as TensorBoard does: a begun session hides what its steps replace.
+
+    Returns `{tag: {step: value}}` of scalars and `{step: text}` under "stage".
+    """
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    found = {}
+    for path in sorted(directory.iterdir()):
+        rest = path.read_bytes()
+        while rest:
+            (length,) = struct.unpack("<Q", rest[:8])  # then 4 bytes of checksum, twice
+            event = Event.FromString(rest[12 : 12 + length])
+            rest = rest[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                for steps in found.values():
+                    for step in [step for step in steps if step >= event.step]:
+                        del steps[step]
+            for value in event.summary.value:
+                text = value.HasField("tensor")
+                tag = value.tag.removesuffix("/text_summary")
+                held = value.tensor.string_val[0].decode() if text else value.simple_value
+                found.setdefault(tag, {})[event.step] = held
+    return found
+
+
+def write(run, resume_step, steps, aliases=None):
+    """Write a reward of step / 4 and timings to TensorBoard, as a run that is resumed would."""
+    loggers = open_loggers(LoggingSettings(True, None, aliases), run, "rl", resume_step)
+    with MetricsWriter(run, resume_step, loggers) as writer:
+        for step in steps:
+            writer.write(step, {"reward": step / 4, "kl": math.nan, "stage": "ab"[step // 2]})
+            writer.write_timings(step, {"sample_seconds": 1.0, "eval_seconds": 8.0})
+
+
+def test_tensorboard_by_hand(tmp_path):
+    """By hand: numbers are scalars, a text stands where it changed, timings are there too."""
+    write(tmp_path, -1, range(4), aliases="trl")
+    found = shown(tmp_path / "tensorboard")
+    assert found["reward"] == found["train/reward"] == {0: 0.0, 1: 0.25, 2: 0.5, 3: 0.75}
+    assert found["stage"] == {0: "a", 2: "b"}
+    assert found["timings/eval_seconds"] == dict.fromkeys(range(4), 8.0)
+    # evaluations are no training: 9 would count them
+    assert found["step_time"] == found["train/step_time"] == dict.fromkeys(range(4), 1.0)
+    assert found["train/global_step"] == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}
+    assert math.isnan(found["kl"][1])
+    # metrics.jsonl keeps one name per thing
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])
+    assert line == {"step": 2, "reward": 0.5, "kl": None, "stage": "b"}
+
+
+def test_a_resumed_run_hides_what_it_takes_again(tmp_path):
+    """Story: a run dies at step 3, its checkpoint is of step 1; it dies twice more on its way."""
+    write(tmp_path, -1, range(4))
+    write(tmp_path, 1, [])
+    assert shown(tmp_path / "tensorboard")["reward"] == {0: 0.0, 1: 0.25}
+    write(tmp_path, 1, [2])
+    assert shown(tmp_path / "tensorboard")["reward"] == {0: 0.0, 1: 0.25, 2: 0.5}
+    # from the start, where there was no checkpoint
+    write(tmp_path, -1, [0])
+    assert shown(tmp_path / "tensorboard")["reward"] == {0: 0.0}
+
+
+class FakeWandb(types.ModuleType):
+    """Records what a run is started with, told and ended by."""
+
+    class Error(Exception):
+        """As W&B's."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.rows, self.axes, self.ended = [], [], [], []
+        self.refusal = None
+
+    def init(self, **given):
+        """Start a run, which is the module itself."""
+        if self.refusal is not None:
+            raise self.Error(self.refusal)
+        self.started.append(given)
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        """Remember an axis."""
+        self.axes.append((name, step_metric))
+
+    def log(self, values):
+        """Remember a row."""
+        self.rows.append(values)
+
+    def finish(self, exit_code):
+        """Remember how it ended."""
+        self.ended.append(exit_code)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def open_wandb(run, aliases=None):
+    """Open W&B alone."""
+    return open_loggers(LoggingSettings(False, "project", aliases), run, "rl", -1)
+
+
+def test_wandb_goes_on_with_its_run(tmp_path, wandb):
+    """Story: a run fails and is resumed under one id; steps are values, so that they may fall."""
+    run = tmp_path / "rl-0"
+    run.mkdir()
+    (run / "config.json").write_text('{"seed": 3}')
+    check_loggers(LoggingSettings(False, "project", None))
+    with pytest.raises(KeyError), MetricsWriter(run, -1, open_wandb(run)) as writer:
+        writer.write(1, {"reward": 0.5, "stage": "all"})
+        raise KeyError
+    with MetricsWriter(run, -1, open_wandb(run, "verl")) as writer:
+        writer.write(0, {"reward": 0.25})
+    first, second = wandb.started
+    assert first == second
+    assert len(first.pop("id")) == 8
+    expected = {"project": "project", "group": "rl", "name": "rl-0", "resume": "allow"}
+    assert first == expected | {"dir": str(run), "config": {"seed": 3}}
+    assert wandb.axes == [("step", None), ("*", "step")] * 2
+    assert wandb.rows == [
+        {"step": 1, "reward": 0.5, "stage": "all"},
+        {"step": 0, "reward": 0.25, "critic/score/mean": 0.25},
+    ]
+    assert wandb.ended == [1, 0]
+    # another directory is another run, even with the same config
+    other = tmp_path / "rl-1"
+    other.mkdir()
+    (other / "config.json").write_text('{"seed": 3}')
+    open_wandb(other)
+    assert wandb.started[-1]["id"] != (run / "wandb_id").read_text().strip()
+
+
+def test_wandb_refuses(tmp_path, wandb):
+    """Law: what W&B says is passed on with the ways out."""
+    (tmp_path / "config.json").write_text("{}")
+    wandb.refusal = "no API key."
+    with pytest.raises(ValueError, match="no API key. Log in with `wandb login`, set WANDB_MODE"):
+        open_wandb(tmp_path)
+
+
+def test_missing_packages(monkeypatch):
+    """Law: both are named at once, with the extras to install; neither is needed unless asked."""
+    for package in ("tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    check_loggers(LoggingSettings(False, None, None))
+    with pytest.raises(ValueError) as caught:
+        check_loggers(LoggingSettings(True, "project", None))
+    first, second = str(caught.value).splitlines()
+    assert "logging.tensorboard needs the package tensorboardX" in first
+    assert "pip install 'ntkrl[tensorboard]'" in first and "pip install 'ntkrl[wandb]'" in second
