@@ -83,7 +83,7 @@ class Loop:
             self.settings.logging, self.directory, self.settings.name, kept
         )
         with (
-            report.MetricsWriter(self.directory, kept, loggers) as writer,
+            report.MetricsWriter(self.directory, start if start else -1, loggers) as writer,
             tqdm(total=total, initial=start, desc=self.settings.name, mininterval=0.5) as bar,
         ):
             if start == 0:
@@ -97,7 +97,7 @@ class Loop:
                 writer.write(int(self.state.step), metrics)
                 if last or _due(self.settings.checkpoint.every_steps, rollout_step):
                     self._save(rollout_step)
-                writer.write_timings(int(self.state.step), self.clock.lap())
+                writer.write_timings(int(self.state.step), self.clock.lap(), rollout_step)
                 headline = self.source.headline
                 bar.set_postfix({headline: f"{metrics[headline]:.3f}", "stage": metrics["stage"]})
                 bar.update()

@@ -47,6 +47,25 @@ def test_groups_of_equal_rewards_are_skipped_and_counted(base, tmp_path, capsys)
     assert 'schedule.on_no_signal="skip"' in said
 
 
+def test_skipped_steps_are_written_once(base, tmp_path, monkeypatch):
+    """story: a run killed among steps without an update has each line once after it resumes."""
+    run, original = tmp_path / "run", train.Loop._advance
+    more = ["--config.objective.preset=dr_grpo", "--config.stages[0].steps=5"]
+
+    def dies(self, rollout_step):
+        if rollout_step == 4:
+            raise KeyboardInterrupt
+        return original(self, rollout_step)
+
+    monkeypatch.setattr(train.Loop, "_advance", dies)
+    assert run_of(base, run, *more, reward="constant") == 130
+    monkeypatch.setattr(train.Loop, "_advance", original)
+    assert run_of(base, run, *more, reward="constant") == 0
+    assert [line["rollout_step"] for line in lines(run)[1:]] == [1, 2, 3, 4, 5]
+    times = (run / "timings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["rollout_step"] for line in times] == [1, 2, 3, 4, 5]
+
+
 def test_cut_completions_may_leave_nothing(base, tmp_path):
     """story: cut by a budget of one token, nearly all are masked, and nothing is NaN."""
     run = tmp_path / "run"

@@ -39,8 +39,9 @@ class MetricsWriter:
 
         Args:
           directory: the run directory.
-          resume_step: optimizer steps the restored state has taken; lines of later steps are
-            removed first, since the run will write them again. None keeps every line.
+          resume_step: rollout steps the restored state has taken (optimizer steps for lines
+            that name no rollout step); lines of later ones are removed first, since the run will
+            write them again. None keeps every line.
           loggers: get every line's values too, and are closed with the files.
 
         Raises:
@@ -72,12 +73,15 @@ class MetricsWriter:
         _write_line(self._metrics, line)
         self._tell(step, values)
 
-    def write_timings(self, step: int, seconds: Mapping[str, float]) -> None:
+    def write_timings(
+        self, step: int, seconds: Mapping[str, float], rollout_step: int | None = None
+    ) -> None:
         """Append one line of timings.
 
         Args:
           step: optimizer steps taken, all stages together.
           seconds: seconds spent per activity; names are free but end in `_seconds`.
+          rollout_step: rollout steps taken, which tell apart steps without an update.
 
         Raises:
           ValueError: a name does not end in `_seconds`.
@@ -85,9 +89,11 @@ class MetricsWriter:
         wrong = [name for name in seconds if not name.endswith("_seconds")]
         if wrong:
             raise ValueError(f"timings are named <activity>_seconds, got {', '.join(wrong)}")
+        places = {"step": int(step)}
+        if rollout_step is not None:
+            places["rollout_step"] = int(rollout_step)
         _write_line(
-            self._timings,
-            {"step": int(step)} | {name: _number(value) for name, value in seconds.items()},
+            self._timings, places | {name: _number(value) for name, value in seconds.items()}
         )
         training = [value for name, value in seconds.items() if name not in NOT_TRAINING]
         timings = {f"timings/{name}": value for name, value in seconds.items()}
@@ -180,8 +186,10 @@ def _is_object(line: bytes) -> bool:
 
 
 def _step(path: Path, number: int, line: bytes) -> int:
+    """Return the rollout step of a line; one without (the start, or supervised) has its step."""
     try:
-        return int(json.loads(line)["step"])
+        held = json.loads(line)
+        return int(held["rollout_step" if "rollout_step" in held else "step"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}, line {number}: expected a JSON object with an integer step, got "

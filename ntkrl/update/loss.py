@@ -147,8 +147,11 @@ def _measures(
     if objective.clip != "none":
         low = (ratio < 1 - objective.clip_low) & (advantages < 0)
         high = (ratio > 1 + objective.clip_high) & (advantages > 0)
+        # a ratio of whole completions is one number each, however long they are
+        whole = objective.ratio_level in ("sequence", "sequence_mean")
+        counted = mask & (jnp.cumsum(mask, axis=1) == 1) if whole else mask
         for name, hit in (("low", low), ("high", high), ("region", low | high)):
-            totals[f"clip_ratio/{name}_mean"] = masked_total(hit * 1.0, mask)
+            totals[f"clip_ratio/{name}_mean"] = masked_total(hit * 1.0, counted)
     gap_BC = jnp.abs(statistics.log_probs - batch.old_log_probs)
     held_BC = jax.lax.stop_gradient(jnp.where(mask, gap_BC, 0.0))
     totals["log_ratio"] = masked_total(held_BC, mask)
