@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +13,11 @@ from ntkrl import runtime, update
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 METHODS = ("rl", "sft", "reward")
+
+
+def names(given: str) -> tuple[str, ...]:
+    """Return the names in a list separated by commas."""
+    return tuple(name.strip() for name in given.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +61,19 @@ class ModelSettings:
 class DataSettings:
     """Which prompts.
 
-    path: JSONL of prompts (with completions for sft), or None for the built-in task.
-    eval_path: JSONL of held-out prompts; None holds out `held_out` of `path`.
-    held_out: fraction of `path` kept for evaluation, in [0, 1).
+    path: JSONL of prompts (with completions for sft), several by commas, or None for the built-in
+      task.
+    weights: what share of the rows each file of `path` gives, relative and > 0; None for epochs
+      that visit every row of every file once.
+    eval_path: JSONL of held-out prompts, several by commas; None holds out `held_out` of `path`.
+    held_out: fraction of each file of `path` kept for evaluation, in [0, 1).
     examples: supervised examples drawn for the built-in task (sft).
     prompts_per_step: P ≥ 1.
     max_prompt_tokens: longest prompt allowed.
     """
 
     path: str | None
+    weights: tuple[float, ...] | None
     eval_path: str | None
     held_out: float
     examples: int
@@ -71,10 +81,21 @@ class DataSettings:
     max_prompt_tokens: int
 
     def __post_init__(self):
+        problems = []
         if not 0 <= self.held_out < 1:
-            raise ValueError(f"data.held_out must be in [0, 1), not {self.held_out}.")
+            problems.append(f"data.held_out must be in [0, 1), not {self.held_out}")
         if self.prompts_per_step < 1 or self.max_prompt_tokens < 1:
-            raise ValueError("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1.")
+            problems.append("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1")
+        files = 0 if self.path is None else len(names(self.path))
+        if self.weights is not None and len(self.weights) != files:
+            problems.append(
+                f"data.weights and data.path have {len(self.weights)} and {files} entries; give "
+                "each file a weight, or None to visit every row once an epoch"
+            )
+        if self.weights is not None and not all(0 < weight < math.inf for weight in self.weights):
+            problems.append(f"data.weights must be positive numbers, not {tuple(self.weights)}")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +298,7 @@ def _functions(
         if config.method == "rl":
             raise ValueError("reward.function is missing; name one, such as my_rewards.py:score.")
         return ()
-    specs = tuple(spec.strip() for spec in given.split(","))
+    specs = names(given)
     weights = (1.0,) * len(specs) if weights is None else tuple(weights)
     if len(weights) != len(specs):
         raise ValueError(

@@ -166,10 +166,11 @@ class SupervisedSource:
 
 def step_rows(setup: Setup, rollout_step: int) -> np.ndarray:
     """Return which prompts a rollout step takes."""
-    settings = setup.settings
-    return data.rows_at(
-        rollout_step, setup.train.size, settings.data.prompts_per_step, settings.seed
-    )
+    settings, train = setup.settings, setup.train
+    count, weights = settings.data.prompts_per_step, settings.data.weights
+    if weights is None:
+        return data.rows_at(rollout_step, train.size, count, settings.seed)
+    return data.weighted_rows_at(rollout_step, train.sizes, count, settings.seed, weights)
 
 
 def split(batch: Any, parts: int) -> list[Any]:

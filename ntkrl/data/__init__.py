@@ -8,8 +8,8 @@ downloaded silently; the batch at a position is a pure function of the position.
 from ntkrl.data.batches import prompt_batch, supervised_batch
 from ntkrl.data.expressions import characters, save_tokenizer, supervised_set, targets
 from ntkrl.data.expressions import prompt_set as expression_prompts
-from ntkrl.data.order import epoch_at, hold_out, rows_at
-from ntkrl.data.prompts import PromptSet, read_jsonl, read_prompts
+from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
+from ntkrl.data.prompts import PromptSet, join, read_jsonl, read_prompts
 from ntkrl.data.templates import apply_template, read_template
 from ntkrl.data.tokens import (
     decode_completions,
@@ -28,6 +28,7 @@ __all__ = [
     "epoch_at",
     "expression_prompts",
     "hold_out",
+    "join",
     "load_tokenizer",
     "prompt_batch",
     "read_jsonl",
@@ -35,7 +36,10 @@ __all__ = [
     "read_template",
     "rows_at",
     "save_tokenizer",
+    "spread",
     "supervised_batch",
     "supervised_set",
+    "take",
     "targets",
+    "weighted_rows_at",
 ]

@@ -1,0 +1,81 @@
+"""Whole runs on several prompt files."""
+
+import json
+
+import pytest
+
+from ntkrl.main import main
+from tests.test_train import base, lines, one_device, words  # noqa: F401
+
+
+def write(path, rows):
+    """A JSON Lines file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files with a column each of their own."""
+    short = [{"prompt": f"{n}=", "answer": n} for n in range(10, 22)]
+    long = [{"prompt": f"{n}+{n}=", "hard": True} for n in range(10, 16)]
+    return [write(tmp_path / "a.jsonl", short), write(tmp_path / "b.jsonl", long)]
+
+
+def test_two_files_by_weight(base, files, tmp_path, capsys):  # noqa: F811
+    """story: three rows of four come from the second file; each file's columns are None elsewhere.
+
+    Held-out prompts are of both files although the first alone could fill the evaluation.
+    """
+    rewards = tmp_path / "my_rewards.py"
+    rewards.write_text(
+        "def mixed(prompts, answer, hard, log_metric, **kwargs):\n"
+        "    assert [a is None for a in answer] == ['+' in p for p in prompts]\n"
+        "    log_metric('hard', sum(h is True for h in hard) / len(hard))\n"
+        "    return [0.0 if h is None else 1.0 for h in hard]\n"
+    )
+    run = tmp_path / "run"
+    arguments = words(
+        base,
+        run,
+        f"--config.data.path={files[0]}, {files[1]}",
+        "--config.data.weights=(1,3)",
+        "--config.data.held_out=0.35",
+        f"--config.reward.function={rewards}:mixed",
+        "--config.stages[0].steps=3",
+    )
+    assert main(arguments) == 0, capsys.readouterr().err
+    found = lines(run)
+    assert [line["logged/hard"] for line in found[1:]] == [0.75] * 3
+    # 4 and 2 rows are held out and 4 read: a, b, a, a; file after file they would all be of a
+    assert found[0]["eval/reward"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("more", "messages"),
+    [
+        (["path=no.jsonl,a.txt", "eval_path=gone"], ["no.jsonl: no", "a.txt: no", "gone: no"]),
+        (
+            ["weights=(1,0)"],
+            ["data.weights and data.path have 2 and 1 entries", "must be positive numbers"],
+        ),
+    ],
+)
+def test_mistakes(base, tmp_path, capsys, more, messages):  # noqa: F811
+    """law: every file and every weight at fault is in one message."""
+    given = [f"--config.data.{word}" for word in ["path=x.jsonl", *more]]
+    assert main(words(base, tmp_path / "run", *given)) == 2
+    said = capsys.readouterr().err
+    assert all(message in said for message in messages) and "Traceback" not in said
+
+
+def test_a_column_no_file_has(base, files, tmp_path, capsys):  # noqa: F811
+    """law: a reward's column may be in one of the files, not in none."""
+    rewards = tmp_path / "my_rewards.py"
+    rewards.write_text("def score(answer, solution, **kwargs):\n    return [0.0 for _ in answer]\n")
+    path = f"--config.data.path={files[0]},{files[1]}"
+    arguments = words(base, tmp_path / "run", path, f"--config.reward.function={rewards}:score")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "score requires 'solution', which is no column" in said
+    assert "Columns are: answer, hard" in said and "'answer'" not in said
