@@ -67,6 +67,8 @@ def get_config():
     config.data.examples = 40_000  # supervised examples of the built-in task
     config.data.prompts_per_step = 16
     config.data.max_prompt_tokens = 512  # as in the paper's recipe
+    # sft: short examples share rows of max_prompt_tokens + max_completion_tokens; the same loss
+    config.data.packing = False
 
     config.rollout = ConfigDict()
     config.rollout.completions_per_prompt = 8  # TRL's num_generations

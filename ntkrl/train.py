@@ -106,7 +106,7 @@ class Loop:
         next_key, key = jax.random.split(self.state.key)
         self.state = self.state.replace(key=next_key)
         batches, metrics = self.source.batches(self.state.params, rollout_step - 1, key, self.clock)
-        self.tokens_seen += int(sum(np.sum(batch.mask) for batch in batches))
+        self.tokens_seen += int(sum(np.count_nonzero(batch.mask) for batch in batches))
         probing = self.prober is not None and _due(self.settings.probe.every_steps, rollout_step)
         logged: list[dict[str, float]] = []
         todo = batches * self.settings.schedule.inner_epochs

@@ -1,8 +1,10 @@
-"""Whole runs on several prompt files."""
+"""Whole runs on several prompt files, and on packed rows."""
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from ntkrl.main import main
 from tests.test_train import base, lines, one_device, words  # noqa: F401
@@ -51,6 +53,48 @@ def test_two_files_by_weight(base, files, tmp_path, capsys):  # noqa: F811
     assert found[0]["eval/reward"] == 0.25
 
 
+def test_packed_runs_learn_alike(tmp_path, capsys):
+    """law: packed in minibatches, a run has the losses, tokens and weights of one that is not."""
+    rng = np.random.default_rng(0)
+    sums = [
+        {"prompt": f"{n}=", "completion": "+".join("1" * rng.integers(1, 5))} for n in range(10, 30)
+    ]
+    given = [write(tmp_path / f"{i}.jsonl", sums[i::2]) for i in range(2)]
+
+    def trained(packing):
+        run = tmp_path / f"packed {packing}"
+        arguments = [
+            "train",
+            "--config=configs/sft.py",
+            f"--config.run_dir={run}",
+            f"--config.data.path={given[0]},{given[1]}",
+            "--config.data.weights=(0.2,0.6)",
+            f"--config.data.packing={packing}",
+            "--config.model.new.hidden_size=32",
+            "--config.model.new.intermediate_size=32",
+            "--config.model.new.num_hidden_layers=1",
+            "--config.data.prompts_per_step=8",
+            "--config.data.max_prompt_tokens=8",
+            "--config.rollout.max_completion_tokens=12",
+            "--config.schedule.minibatches=2",
+            "--config.stages[0].steps=4",
+            "--config.stages[0].optimizer=sgd",
+            "--config.stages[0].parameters=(('.*', 1e-1),)",
+        ]
+        assert main(arguments) == 0, capsys.readouterr().err
+        return lines(run)[1:], load_file(run / "export" / "model.safetensors")
+
+    (packed, moved), (apart, expected) = trained(True), trained(False)
+    for one, other in zip(packed, apart, strict=True):
+        assert 0.3 < one.pop("packing/fill") <= 1
+        assert one.keys() == other.keys()
+        for name in set(one) - {"stage"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    assert packed[-1]["loss"] < packed[0]["loss"] and packed[-1]["step"] == 8
+    for name in expected:
+        np.testing.assert_allclose(moved[name], expected[name], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("more", "messages"),
     [
@@ -59,6 +103,7 @@ def test_two_files_by_weight(base, files, tmp_path, capsys):  # noqa: F811
             ["weights=(1,0)"],
             ["data.weights and data.path have 2 and 1 entries", "must be positive numbers"],
         ),
+        (["packing=True"], ["data.packing packs given completions (method sft) and not method rl"]),
     ],
 )
 def test_mistakes(base, tmp_path, capsys, more, messages):  # noqa: F811

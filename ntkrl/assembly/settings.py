@@ -70,6 +70,7 @@ class DataSettings:
     examples: supervised examples drawn for the built-in task (sft).
     prompts_per_step: P ≥ 1.
     max_prompt_tokens: longest prompt allowed.
+    packing: several supervised examples share a row (see data.packed_batches).
     """
 
     path: str | None
@@ -79,6 +80,7 @@ class DataSettings:
     examples: int
     prompts_per_step: int
     max_prompt_tokens: int
+    packing: bool
 
     def __post_init__(self):
         problems = []
@@ -275,6 +277,11 @@ def read_settings(config: ConfigDict) -> RunSettings:
         problems.append("data.path is missing; name the JSONL of preferences to learn from.")
     if config.method in ("rl", "reward") and config.model.path is None:
         problems.append("model.path is missing; name the Hugging Face directory to start from.")
+    if config.method != "sft" and config.data.packing:
+        problems.append(
+            f"data.packing packs given completions (method sft) and not method {config.method}; "
+            "set it to False."
+        )
     if not problems and found.data.prompts_per_step % found.schedule.minibatches:
         problems.append(
             f"schedule.minibatches = {found.schedule.minibatches} must divide "

@@ -140,19 +140,40 @@ class SupervisedSource:
     ) -> tuple[list[UpdateBatch], dict[str, float]]:
         """Return the minibatches of a step as host arrays; neither params nor key are used."""
         setup = self.setup
-        train, settings = setup.train, setup.settings
-        rows = step_rows(setup, rollout_step)
+        settings = setup.settings
+        rows, parts = step_rows(setup, rollout_step), settings.schedule.minibatches
+        if settings.data.packing:
+            # each minibatch by itself, so that it holds the examples it would hold unpacked
+            batches = jax.device_get(self._packed(np.split(rows, parts)))
+            filled = np.mean([np.mean(batch.mask > 0) for batch in batches])
+            metrics = {"packing/fill": float(filled)}
+        else:
+            batches, metrics = split(jax.device_get(self._padded(rows)), parts), {}
+        clock("data")
+        return batches, metrics
+
+    def _padded(self, rows: np.ndarray) -> UpdateBatch:
+        train, settings = self.setup.train, self.setup.settings
         longest = max(len(train.encoded[row]) for row in rows)
-        batch = data.supervised_batch(
+        return data.supervised_batch(
             train.encoded,
             train.completions,
             rows,
-            setup.tokenizer.pad_token_id,
+            self.setup.tokenizer.pad_token_id,
             bucket_length(longest, settings.data.max_prompt_tokens),
             settings.rollout.max_completion_tokens,
         )
-        clock("data")
-        return split(jax.device_get(batch), settings.schedule.minibatches), {}
+
+    def _packed(self, parts: list[np.ndarray]) -> list[UpdateBatch]:
+        train, settings = self.setup.train, self.setup.settings
+        return data.packed_batches(
+            train.encoded,
+            train.completions,
+            parts,
+            self.setup.tokenizer.pad_token_id,
+            settings.data.max_prompt_tokens + settings.rollout.max_completion_tokens,
+            runtime.row_parts(self.setup.mesh),
+        )
 
     def summary(self, logged: list[dict[str, float]]) -> dict[str, float]:
         """Average the optimizer steps, under the glossary's names."""

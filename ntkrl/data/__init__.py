@@ -9,6 +9,7 @@ from ntkrl.data.batches import prompt_batch, supervised_batch
 from ntkrl.data.expressions import characters, save_tokenizer, supervised_set, targets
 from ntkrl.data.expressions import prompt_set as expression_prompts
 from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
+from ntkrl.data.packing import packed_batches
 from ntkrl.data.prompts import PromptSet, join, read_jsonl, read_prompts
 from ntkrl.data.templates import apply_template, read_template
 from ntkrl.data.tokens import (
@@ -30,6 +31,7 @@ __all__ = [
     "hold_out",
     "join",
     "load_tokenizer",
+    "packed_batches",
     "prompt_batch",
     "read_jsonl",
     "read_prompts",

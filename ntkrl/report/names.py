@@ -19,6 +19,7 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "kl": ("nats", "token mean of the k3 estimate of KL(π‖π_ref)"),
     "policy_loss": ("loss", "the objective that was minimised"),
     "loss": ("nats", "token mean of −log π on completions (supervised training)"),
+    "packing/fill": ("fraction", "columns of packed rows that hold a token (supervised training)"),
     "grad_norm": ("norm", "global norm of the gradient over trained leaves, before clipping"),
     "clip_ratio/region_mean": ("fraction", "ratios outside the clip range"),
     "completions/mean_length": ("tokens", "mean completion length, end-of-sequence included"),
