@@ -41,7 +41,7 @@ setup(
             "pytest-xdist",
             "torch==2.13.0",
         ],
-        "bench": ["torch==2.13.0"],
+        "bench": ["torch==2.13.0", "trl==1.16.0"],
         "math": ["math-verify[antlr4_13_2]"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],

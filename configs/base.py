@@ -74,6 +74,12 @@ def get_config():
     config.rollout.completions_per_prompt = 8  # TRL's num_generations
     config.rollout.max_completion_tokens = 512  # as in the paper's recipe
     config.rollout.temperature = 1.0
+    # truncation; None: off. Ratios use the whole distribution, objective.correction the kept mass
+    config.rollout.top_k = placeholder(int)
+    config.rollout.top_p = placeholder(float)
+    config.rollout.min_p = placeholder(float)
+    config.rollout.stop = ()  # strings that end a completion
+    config.rollout.cache_dtype = placeholder(str)  # of keys and values; None: the network's
 
     config.reward = ConfigDict()
     # built-in names, "FILE.py:NAME", directories of reward models; several by commas
@@ -103,20 +109,38 @@ def get_config():
     config.preference = ConfigDict({"centring": 0.01})
 
     config.objective = ConfigDict()
-    config.objective.preset = "rloo"  # "rloo" or "grpo"; None below keeps the preset's value
+    # a row that `ntkrl presets` prints with its formula; None below keeps the row's value
+    config.objective.preset = "rloo"
     config.objective.advantage = placeholder(str)
+    config.objective.pass_k = placeholder(int)
     config.objective.ratio_level = placeholder(str)
+    config.objective.clip = placeholder(str)
     config.objective.clip_low = placeholder(float)
     config.objective.clip_high = placeholder(float)
+    config.objective.dual_clip = placeholder(float)
     config.objective.aggregation = placeholder(str)
+    config.objective.kl_estimator = placeholder(str)
     config.objective.kl_place = placeholder(str)
     config.objective.kl_coefficient = placeholder(float)
+    config.objective.entropy_coefficient = placeholder(float)
+    config.objective.covariance = placeholder(str)
+    config.objective.covariance_fraction = placeholder(float)
+    config.objective.covariance_range = placeholder(tuple)
+    config.objective.covariance_penalty = placeholder(float)
+    config.objective.correction = placeholder(str)
+    config.objective.correction_level = placeholder(str)
+    config.objective.correction_cap = placeholder(float)
+    config.objective.overlong = placeholder(str)
+    config.objective.group_filter = placeholder(str)
 
     config.schedule = ConfigDict()
     config.schedule.minibatches = 1
+    config.schedule.microbatches = 1  # parts of a minibatch whose gradients are added
     config.schedule.inner_epochs = 1
     config.schedule.chunk_tokens = 1024  # positions whose logits exist at a time
     config.schedule.log_ratio_tolerance = 1e-3  # nats, sampler against trainer
+    config.schedule.resample_rounds = 3  # where group_filter is "resample"
+    config.schedule.on_no_signal = "skip"  # or "stop": a step with nothing to learn from
 
     config.stages = (stage("all", 100, ((".*", 1e-6),)),)  # TRL's rate
 
@@ -130,6 +154,7 @@ def get_config():
     config.eval.samples_per_prompt = 8
     config.eval.repeats = 1
     config.eval.success_threshold = 1.0
+    config.eval.temperature = placeholder(float)  # None: rollout's; 0: greedy
 
     config.probe = ConfigDict()
     config.probe.every_steps = 10  # None: no probe

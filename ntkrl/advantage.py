@@ -1,10 +1,41 @@
-"""Rewards → advantages. Groups are N consecutive rows; one pure function per estimator."""
+"""Rewards → advantages. Groups are N consecutive rows; one pure function per estimator.
+
+Every function takes rewards `[B]`, B = P·N, and N, and returns `[B]`; `ESTIMATORS` names them.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from ntkrl.types import Array
+
+
+def unchanged(rewards: Array, group_size: int) -> Array:
+    """Return the rewards: REINFORCE without a baseline.
+
+    Args:
+      rewards: `[B]`.
+      group_size: not used.
+
+    Source: Williams 1992.
+    """
+    return rewards
+
+
+def batch_mean(rewards: Array, group_size: int) -> Array:
+    """Subtract the mean reward of the batch: REINFORCE with a baseline.
+
+    A_i = r_i − 1/B Σ_j r_j.
+
+    Args:
+      rewards: `[B]`.
+      group_size: not used.
+
+    Source: Williams 1992, with the batch mean as the reinforcement baseline.
+    """
+    return rewards - jnp.mean(rewards)
 
 
 def leave_one_out(rewards: Array, group_size: int) -> Array:
@@ -15,9 +46,6 @@ def leave_one_out(rewards: Array, group_size: int) -> Array:
     Args:
       rewards: `[B]`, B = P·N, groups consecutive.
       group_size: N ≥ 2.
-
-    Returns:
-      `[B]`.
 
     Raises:
       ValueError: N < 2, or B no multiple of N.
@@ -30,18 +58,33 @@ def leave_one_out(rewards: Array, group_size: int) -> Array:
     return (rewards_PN - others_PN).reshape(-1)
 
 
-def group_normalised(rewards: Array, group_size: int, epsilon: float = 1e-4) -> Array:
-    """Subtract the group's mean and divide by its standard deviation.
+def group_mean(rewards: Array, group_size: int) -> Array:
+    """Subtract the group's mean and divide by nothing.
 
-    A_i = (r_i − mean) / (std + ε), std unbiased (ddof 1).
+    A_i = r_i − mean.
 
     Args:
       rewards: `[B]`, groups consecutive.
       group_size: N ≥ 2.
-      epsilon: ε, TRL's 1e-4; a group of equal rewards gets zeros.
 
-    Returns:
-      `[B]`.
+    Raises:
+      ValueError: N < 2, or B no multiple of N.
+
+    Source: Liu et al. 2503.20783 (Dr. GRPO).
+    """
+    rewards_PN = _groups(rewards, group_size, "group_mean")
+    return (rewards_PN - jnp.mean(rewards_PN, axis=1, keepdims=True)).reshape(-1)
+
+
+def group_normalised(rewards: Array, group_size: int, epsilon: float = 1e-4) -> Array:
+    """Subtract the group's mean and divide by its standard deviation.
+
+    A_i = (r_i − mean) / (std + ε), std unbiased (ddof = 1).
+
+    Args:
+      rewards: `[B]`, groups consecutive.
+      group_size: N ≥ 2.
+      epsilon: ε; TRL's value.
 
     Raises:
       ValueError: N < 2, or B no multiple of N.
@@ -49,9 +92,114 @@ def group_normalised(rewards: Array, group_size: int, epsilon: float = 1e-4) -> 
     Source: Shao et al. 2402.03300, section 4.1.2; ddof and ε as in TRL's GRPOTrainer.
     """
     rewards_PN = _groups(rewards, group_size, "group_normalised")
+    spread_P1 = jnp.std(rewards_PN, axis=1, keepdims=True, ddof=1)
     centred_PN = rewards_PN - jnp.mean(rewards_PN, axis=1, keepdims=True)
-    spread_P1 = jnp.std(rewards_PN, axis=1, ddof=1, keepdims=True)
     return (centred_PN / (spread_P1 + epsilon)).reshape(-1)
+
+
+def batch_scaled(rewards: Array, group_size: int, epsilon: float = 1e-4) -> Array:
+    """Subtract the group's mean and divide by the batch's standard deviation of rewards.
+
+    A_i = (r_i − mean of the group) / (std of the batch + ε), std unbiased.
+
+    Args:
+      rewards: `[B]`, groups consecutive.
+      group_size: N ≥ 2.
+      epsilon: ε; TRL's value.
+
+    Raises:
+      ValueError: N < 2, or B no multiple of N.
+
+    Source: Hu et al. 2508.08221 (Lite PPO); TRL's scale_rewards="batch".
+    """
+    centred = group_mean(rewards, group_size)
+    return centred / (jnp.std(rewards, ddof=1) + epsilon)
+
+
+def max_likelihood(rewards: Array, group_size: int) -> Array:
+    """Subtract the group's mean and divide by it: the gradient of log pass rate.
+
+    A_i = (r_i − mean) / mean for rewards in {0, 1}; 0 for a group without success.
+
+    Args:
+      rewards: `[B]`, ≥ 0, groups consecutive.
+      group_size: N ≥ 2.
+
+    Raises:
+      ValueError: N < 2, or B no multiple of N.
+
+    Source: Tajwar et al. 2602.02710 (MaxRL); ∇ log p = ∇p / p with p the pass rate.
+    """
+    rewards_PN = _groups(rewards, group_size, "max_likelihood")
+    mean_P1 = jnp.mean(rewards_PN, axis=1, keepdims=True)
+    safe_P1 = jnp.where(mean_P1 > 0, mean_P1, 1.0)
+    return jnp.where(mean_P1 > 0, (rewards_PN - mean_P1) / safe_P1, 0.0).reshape(-1)
+
+
+def pass_at_k(rewards: Array, group_size: int, k: int, epsilon: float = 1e-4) -> Array:
+    """Weigh completions by what they do to pass@k, over all subgroups of k.
+
+    With S_i the mean over subsets of k that hold i of "one of them succeeds" and R̄ the mean over
+    all subsets, A_i = (S_i − R̄) / (√(R̄ (1 − R̄)) + ε). For c successes of N,
+    R̄ = 1 − C(N−c, k)/C(N, k); S_i = 1 for a success, 1 − C(N−c−1, k−1)/C(N−1, k−1) otherwise.
+
+    Args:
+      rewards: `[B]`, a success where > 0, groups consecutive.
+      group_size: N ≥ 2.
+      k: 1 to N − 1; k = N would give every completion the same weight.
+      epsilon: ε; ours, as in `group_normalised`.
+
+    Raises:
+      ValueError: N < 2, B no multiple of N, or k outside its range.
+
+    Source: Chen et al. 2508.10751, section 2.3 (analytical derivation).
+    """
+    solved_PN = _groups(rewards, group_size, "pass_at_k") > 0
+    if not 1 <= k < group_size:
+        raise ValueError(
+            f"pass_at_k needs 1 ≤ k < completions per prompt = {group_size}, not k = {k}."
+        )
+    wrong_P1 = jnp.sum(~solved_PN, axis=1, keepdims=True)
+    mean_P1 = 1 - _all_drawn_from(wrong_P1, k, group_size)
+    with_wrong_P1 = 1 - _all_drawn_from(wrong_P1 - 1, k - 1, group_size - 1)
+    deviation_P1 = jnp.sqrt(mean_P1 * (1 - mean_P1))
+    held_PN = jnp.where(solved_PN, 1.0, with_wrong_P1)
+    return ((held_PN - mean_P1) / (deviation_P1 + epsilon)).reshape(-1)
+
+
+def _all_drawn_from(part: Array, k: int, whole: int) -> Array:
+    """Return C(part, k)/C(whole, k), the chance that k drawn of `whole` all lie in `part`."""
+    share = jnp.ones(part.shape, float)
+    for taken in range(k):
+        share = share * jnp.maximum(part - taken, 0) / (whole - taken)
+    return share
+
+
+def to_go(rewards: Array, token_penalties: Array, mask: Array, epsilon: float = 1e-8) -> Array:
+    """Normalise rewards to go over the tokens of the batch (REINFORCE++).
+
+    G_it = r_i − Σ_{s ≥ t} p_is with p the KL penalty of each token (β k1; 0 for none);
+    A_it = (G_it − mean) / √(var + ε), mean and variance (unbiased) over all tokens of the batch.
+
+    Args:
+      rewards: `[B]`.
+      token_penalties: `[B, C]`.
+      mask: `[B, C]` completion mask.
+      epsilon: ε; as in verl's whitening.
+
+    Returns:
+      `[B, C]`, 0 where masked.
+
+    Source: Hu et al. 2501.03262, eqs. 4 to 6, with discount 1.
+    """
+    held_BC = jnp.where(mask, token_penalties, 0.0)
+    ahead_BC = jnp.cumsum(held_BC[:, ::-1], axis=1)[:, ::-1]
+    returns_BC = rewards[:, None] - ahead_BC
+    count = jnp.sum(mask)
+    mean = jnp.sum(jnp.where(mask, returns_BC, 0.0)) / jnp.maximum(count, 1)
+    squares_BC = jnp.where(mask, jnp.square(returns_BC - mean), 0.0)
+    variance = jnp.sum(squares_BC) / jnp.maximum(count - 1, 1)
+    return jnp.where(mask, (returns_BC - mean) / jnp.sqrt(variance + epsilon), 0.0)
 
 
 def _groups(rewards: Array, group_size: int, name: str) -> Array:
@@ -66,3 +214,14 @@ def _groups(rewards: Array, group_size: int, name: str) -> Array:
             f"of shape {tuple(rewards.shape)}."
         )
     return rewards.reshape(-1, group_size)
+
+
+ESTIMATORS: dict[str, Callable[[Array, int], Array]] = {
+    "unchanged": unchanged,
+    "batch_mean": batch_mean,
+    "leave_one_out": leave_one_out,
+    "group_mean": group_mean,
+    "group_normalised": group_normalised,
+    "batch_scaled": batch_scaled,
+    "max_likelihood": max_likelihood,
+}

@@ -45,7 +45,7 @@ def evaluate(config: ConfigDict) -> dict[str, float]:
             "there is nothing to evaluate on: set eval.every_steps, reward.function and either "
             "data.eval_path or data.held_out."
         )
-    sample = assembly.make_sample(setup, settings.evaluation.samples_per_prompt)
+    sample = assembly.make_evaluation_sample(setup)
     key = jax.random.fold_in(jax.random.key(settings.seed), EVALUATE_STREAM)
     metrics, collected = assembly.evaluate(setup, sample, setup.params, key)
     path = directory / "evaluations" / f"{_label(settings.model.path)}.json"

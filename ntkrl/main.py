@@ -14,6 +14,7 @@ USAGE = """usage: ntkrl COMMAND ...
   kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
   report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
   export   RUN OUT [--step=N]                                 a checkpoint as Hugging Face directory
+  presets  [NAME ...]                                         objectives: formula, source and axes
 
 kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=16 --layers
 --dtype=float32|float64|bfloat16 --memory_gib=8.
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kernel": _kernel,
         "report": _report,
         "export": _export,
+        "presets": _presets,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -104,6 +106,20 @@ def _export(words: Sequence[str]) -> None:
     if step is not None and not step.isdigit():
         raise ValueError(f"--step={step} must be a whole number.")
     evaluate.export(places[0], places[1], None if step is None else int(step))
+
+
+def _presets(words: Sequence[str]) -> None:
+    from ntkrl import update
+
+    unknown = [word for word in words if word not in update.PRESETS]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: no such preset; there are {', '.join(update.PRESETS)}."
+        )
+    for name in words if words else update.PRESETS:
+        axes = update.differences(update.PRESETS[name])
+        print(f"{name}\n    {update.FORMULAS[name].strip()}\n")
+        print("    " + " · ".join(f"{axis} {value}" for axis, value in axes.items()) + "\n")
 
 
 def _options(

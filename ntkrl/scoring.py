@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from ntkrl.numerics import TokenStatistics, token_statistics
+from ntkrl import trees
 from ntkrl.types import Array, Params, Policy
+from ntkrl.vocabulary import Head, TokenStatistics, token_statistics
+
+
+def head_of(policy: Policy, params: Params) -> Head:
+    """Return the arrays of a policy's head."""
+    named = trees.named_leaves(params)
+    bias = None if policy.head_bias is None else named[policy.head_bias]
+    return Head(named[policy.head_weight], bias, policy.head_scale, policy.head_soft_cap)
 
 
 def completion_features(
@@ -48,9 +56,5 @@ def score(
     features_BCD = completion_features(policy, params, tokens, mask, completion_length)
     targets_BC = tokens[:, -completion_length:]
     return token_statistics(
-        lambda features: policy.head(params, features),
-        features_BCD,
-        targets_BC,
-        temperature,
-        chunk_tokens,
+        head_of(policy, params), features_BCD, targets_BC, temperature, chunk_tokens
     )

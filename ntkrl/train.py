@@ -66,8 +66,7 @@ class Loop:
         )
         self.prober, self.eval_sample = None, None
         if setup.held_out is not None and setup.policy is not None:
-            samples = self.settings.evaluation.samples_per_prompt
-            self.eval_sample = assembly.make_sample(setup, samples)
+            self.eval_sample = assembly.make_evaluation_sample(setup)
             if self.settings.probe.every_steps is not None:
                 # the same seed for every run of a model, so that runs share one probe set
                 probe_set = assembly.draw_probe_set(setup, _stream(0, PROBE_STREAM, 0))
@@ -105,9 +104,12 @@ class Loop:
         self._enter_stage(rollout_step)
         next_key, key = jax.random.split(self.state.key)
         self.state = self.state.replace(key=next_key)
-        batches, metrics = self.source.batches(self.state.params, rollout_step - 1, key, self.clock)
+        turn = self._turn(rollout_step, key)
+        batches, metrics = self.source.batches(turn)
         self.tokens_seen += int(sum(np.count_nonzero(batch.mask) for batch in batches))
-        probing = self.prober is not None and _due(self.settings.probe.every_steps, rollout_step)
+        probing = bool(batches) and self.prober is not None
+        probing = probing and _due(self.settings.probe.every_steps, rollout_step)
+        reference = self.source.reference_head(turn)
         logged: list[dict[str, float]] = []
         todo = batches * self.settings.schedule.inner_epochs
         for number, batch in enumerate(todo, start=1):
@@ -115,7 +117,7 @@ class Loop:
             copied = probing and number == len(todo)
             before = jax.tree.map(jnp.copy, self.state.params) if copied else None
             placed = runtime.place_rows(batch, self.setup.mesh)
-            self.state, values = self._step(self.stage_index)(self.state, placed)
+            self.state, values = self._step(self.stage_index)(self.state, placed, reference)
             logged.append({name: float(value) for name, value in values.items()})
             self._check_finite(logged[-1], rollout_step)
             if number == 1:
@@ -128,6 +130,18 @@ class Loop:
             "num_tokens": self.tokens_seen,
         }
         return metrics | self._probe(before) if probing else metrics
+
+    def _turn(self, rollout_step: int, key: Array) -> assembly.Turn:
+        so_far = self.programs[: self.stage_index + 1]
+        return assembly.Turn(
+            params=self.state.params,
+            reference=self.setup.params,
+            program=so_far[-1],
+            features_fixed=all(program.head_alone for program in so_far),
+            step=rollout_step - 1,
+            key=key,
+            clock=self.clock,
+        )
 
     def _enter_stage(self, rollout_step: int) -> None:
         """At the first step of a stage, start its optimizer; the last stage's is dropped."""
@@ -142,11 +156,12 @@ class Loop:
     def _step(self, index: int) -> Any:
         """Return a stage's compiled train step: one function, sharded, its state donated."""
         if index not in self.compiled:
-            step = update.make_step(self.programs[index], self.source.minimised)
+            parts = self.settings.schedule.microbatches
+            step = update.make_step(self.programs[index], self.source.minimised, parts)
             placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
             self.compiled[index] = jax.jit(
                 step,
-                in_shardings=(placed, None),
+                in_shardings=(placed, None, None),
                 out_shardings=(placed, runtime.replicated(self.setup.mesh)),
                 donate_argnums=0,
             )
@@ -190,10 +205,11 @@ class Loop:
     def _resume(self) -> int:
         """Set state, stage and counters from the newest checkpoint; return its rollout step."""
         start = self.checkpoints.latest()
-        position = {"stage": 0, "num_tokens": 0}
+        position = {"stage": 0, "num_tokens": 0, "prompt_batches": 0}
         if start is not None:
             position = self.checkpoints.position(start)
         self.stage_index, self.tokens_seen = position["stage"], position["num_tokens"]
+        self.source.position = position["prompt_batches"]
         params = jax.tree.map(jnp.copy, self.setup.params)
         key = jax.random.key(self.settings.seed)
         self.state = self._placed(update.init_state(self.programs[self.stage_index], params, key))
@@ -204,7 +220,11 @@ class Loop:
         return start
 
     def _save(self, rollout_step: int) -> None:
-        position = {"stage": self.stage_index, "num_tokens": self.tokens_seen}
+        position = {
+            "stage": self.stage_index,
+            "num_tokens": self.tokens_seen,
+            "prompt_batches": self.source.position,
+        }
         self.checkpoints.save(rollout_step, self.state, position)
         self.clock("checkpoint")
 

@@ -132,11 +132,13 @@ class PromptBatch:
     tokens: `[P, T]` int32, left-padded.
     mask: `[P, T]` bool, True on real tokens.
     rows: `[P]` int32, row of each prompt in its prompt set.
+    copies: `[P]` int32, how often that row stands earlier in the batch.
     """
 
     tokens: Array
     mask: Array
     rows: Array
+    copies: Array
 
 
 @chex.dataclass(frozen=True)
@@ -148,29 +150,20 @@ class Rollout:
     completion_mask: `[B, C]` bool, True on tokens that count in the loss (includes the
         end-of-sequence token).
     sampler_log_probs: `[B, C]` float32, log π of each sampled token at the sampling
-        temperature (nats), 0 where masked.
+        temperature, before any truncation (nats), 0 where masked.
+    kept_log_mass: `[B, C]` float32, log of the mass that top-k, top-p and min-p left (nats, ≤ 0),
+        so that tokens were drawn with sampler_log_probs − kept_log_mass; 0 where masked.
     finished: `[B]` bool, False where the completion was cut by the budget.
+    features: `[B, C, D]` that predicted each token, or None where they were not asked for.
     """
 
     tokens: Array
     mask: Array
     completion_mask: Array
     sampler_log_probs: Array
+    kept_log_mass: Array
     finished: Array
-
-
-@chex.dataclass(frozen=True)
-class ScoredRollout:
-    """A rollout with what the objective needs to know about it.
-
-    rollout: the Rollout.
-    rewards: `[B]` float32 reward per completion, before any KL term.
-    ref_log_probs: `[B, C]` float32 log-probs under the reference policy (nats).
-    """
-
-    rollout: Rollout
-    rewards: Array
-    ref_log_probs: Array
+    features: Array | None = None
 
 
 @chex.dataclass(frozen=True)
@@ -181,7 +174,11 @@ class UpdateBatch:
     completion_mask: `[B, C]` bool.
     old_log_probs: `[B, C]` log-probs before the update (nats).
     ref_log_probs: `[B, C]` log-probs of the reference policy (nats).
-    advantages: `[B]` weight on each completion's score function.
+    advantages: `[B, C]` weight on each token's score function, any correction folded in.
+    penalties: `[B, C]` coefficient of |log π − log π_old| at each token, or None for none.
+    features: `[B, C, D]` that predict each completion token, where the body need not be read
+        again because the step does not move it; or None.
+    ref_features: `[B, C, D]` of the reference policy, where its whole distribution is needed.
     """
 
     tokens: Array
@@ -190,6 +187,9 @@ class UpdateBatch:
     old_log_probs: Array
     ref_log_probs: Array
     advantages: Array
+    penalties: Array | None = None
+    features: Array | None = None
+    ref_features: Array | None = None
 
 
 @chex.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Advantages by hand and by law."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +23,56 @@ def test_group_normalised_by_hand():
     )
 
 
-@pytest.mark.parametrize("estimator", [advantage.leave_one_out, advantage.group_normalised])
+GROUPED = [
+    advantage.leave_one_out,
+    advantage.group_mean,
+    advantage.group_normalised,
+    advantage.batch_scaled,
+]
+
+
+def test_baselines_by_hand():
+    """by hand: rewards (0, 1 | 2, 5): batch mean 2; group means 0.5, 3.5; batch std √(14/3)."""
+    rewards = jnp.array([0.0, 1.0, 2.0, 5.0])
+    np.testing.assert_array_equal(advantage.unchanged(rewards, 2), rewards)
+    np.testing.assert_allclose(advantage.batch_mean(rewards, 2), [-2, -1, 0, 3])
+    np.testing.assert_allclose(advantage.group_mean(rewards, 2), [-0.5, 0.5, -1.5, 1.5])
+    scaled = np.array([-0.5, 0.5, -1.5, 1.5]) / (np.sqrt(14 / 3) + 1e-4)
+    np.testing.assert_allclose(advantage.batch_scaled(rewards, 2), scaled, rtol=1e-6)
+
+
+def test_max_likelihood_by_hand():
+    """by hand: one success of four: (1 − ¼)/¼ = 3 and −1; no success: 0, not NaN."""
+    found = advantage.max_likelihood(jnp.array([1.0, 0, 0, 0, 0, 0, 0, 0]), 4)
+    np.testing.assert_allclose(found, [3, -1, -1, -1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("solved", range(6))
+def test_pass_at_k_by_enumeration(k, solved):
+    """oracle: all subsets of k of five completions; S_i the share of those with i that succeed."""
+    rewards = np.arange(5) < solved
+    subsets = list(itertools.combinations(range(5), k))
+    mean = np.mean([rewards[list(s)].any() for s in subsets])
+    held = [np.mean([rewards[list(s)].any() for s in subsets if i in s]) for i in range(5)]
+    expected = (np.array(held) - mean) / (np.sqrt(mean * (1 - mean)) + 1e-4)
+    found = advantage.pass_at_k(jnp.asarray(rewards, jnp.float32), 5, k)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="1 ≤ k < completions per prompt = 5, not k = 5"):
+        advantage.pass_at_k(jnp.ones(5), 5, 5)
+
+
+def test_to_go_by_hand():
+    """by hand: returns 1 − 0.3, 1 − 0.1 | 0: mean 1.6/3, unbiased variance; masked tokens 0."""
+    penalties = jnp.array([[0.2, 0.1], [0.0, 7.0]])
+    mask = jnp.array([[True, True], [True, False]])
+    found = advantage.to_go(jnp.array([1.0, 0.0]), penalties, mask)
+    values = np.array([0.7, 0.9, 0.0])
+    expected = (values - values.mean()) / values.std(ddof=1)
+    np.testing.assert_allclose(found, [expected[:2], [expected[2], 0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", GROUPED)
 def test_laws(estimator):
     """law: advantages of a group add up to zero, ignore a shift, and are 0 for equal rewards."""
     rewards = jnp.asarray(np.random.default_rng(0).normal(size=12), jnp.float32)
@@ -31,7 +82,7 @@ def test_laws(estimator):
     np.testing.assert_array_equal(estimator(jnp.full(4, 0.5), 4), 0)
 
 
-@pytest.mark.parametrize("estimator", [advantage.leave_one_out, advantage.group_normalised])
+@pytest.mark.parametrize("estimator", [*GROUPED, advantage.max_likelihood])
 def test_groups_that_cannot_be(estimator):
     """law: a group of one is an error, not silent zeros; so is a ragged batch."""
     with pytest.raises(ValueError, match="needs at least 2 of them, not 1; raise rollout.compl"):

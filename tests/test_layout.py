@@ -9,6 +9,7 @@ PACKAGE = ROOT / "ntkrl"
 FLOORS = [
     {"types"},
     {"numerics", "trees"},
+    {"vocabulary"},
     {"models", "scoring", "ntk", "runtime"},
     {"data", "rollout", "reward", "advantage", "update", "probe", "report"},
     {"assembly"},

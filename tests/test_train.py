@@ -194,9 +194,9 @@ def test_first_ratio_is_one_and_keys_are_fresh(base, tmp_path, monkeypatch):
     """law: sampler and trainer agree before each rollout's first update; no key is used twice."""
     keys, original = [], assembly.RolloutSource.batches
 
-    def spy(self, params, rollout_step, key, clock):
-        keys.append(tuple(jax.random.key_data(key).tolist()))
-        return original(self, params, rollout_step, key, clock)
+    def spy(self, turn):
+        keys.append(tuple(jax.random.key_data(turn.key).tolist()))
+        return original(self, turn)
 
     monkeypatch.setattr(assembly.RolloutSource, "batches", spy)
     run = tmp_path / "run"

@@ -54,7 +54,7 @@ def test_two_files_by_weight(base, files, tmp_path, capsys):  # noqa: F811
 
 
 def test_packed_runs_learn_alike(tmp_path, capsys):
-    """law: packed in minibatches, a run has the losses, tokens and weights of one that is not."""
+    """law: packed or not, a run has the same losses, tokens and weights, in small batches too."""
     rng = np.random.default_rng(0)
     sums = [
         {"prompt": f"{n}=", "completion": "+".join("1" * rng.integers(1, 5))} for n in range(10, 30)
@@ -77,6 +77,7 @@ def test_packed_runs_learn_alike(tmp_path, capsys):
             "--config.data.max_prompt_tokens=8",
             "--config.rollout.max_completion_tokens=12",
             "--config.schedule.minibatches=2",
+            "--config.schedule.microbatches=2",
             "--config.stages[0].steps=4",
             "--config.stages[0].optimizer=sgd",
             "--config.stages[0].parameters=(('.*', 1e-1),)",
@@ -99,11 +100,9 @@ def test_packed_runs_learn_alike(tmp_path, capsys):
     ("more", "messages"),
     [
         (["path=no.jsonl,a.txt", "eval_path=gone"], ["no.jsonl: no", "a.txt: no", "gone: no"]),
-        (
-            ["weights=(1,0)"],
-            ["data.weights and data.path have 2 and 1 entries", "must be positive numbers"],
-        ),
-        (["packing=True"], ["data.packing packs given completions (method sft) and not method rl"]),
+        (["weights=(1,)", "path=x,y"], ["for each of the 2 files of data.path, not (1,); None"]),
+        (["weights=(0,)"], ["data.weights must be a positive number for each of the 1 files"]),
+        (["packing=True"], ["data.packing is for given completions (method sft); set it to False"]),
     ],
 )
 def test_mistakes(base, tmp_path, capsys, more, messages):  # noqa: F811

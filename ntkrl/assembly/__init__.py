@@ -1,10 +1,17 @@
 """From a config to the pieces the loops move: the floor under train.py and evaluate.py."""
 
-from ntkrl.assembly.collect import Collected, collect, draw_probe_set, evaluate, make_sample
+from ntkrl.assembly.collect import (
+    Collected,
+    collect,
+    draw_probe_set,
+    evaluate,
+    make_evaluation_sample,
+)
 from ntkrl.assembly.preferences import PreferenceSource
+from ntkrl.assembly.rollouts import RolloutSource
 from ntkrl.assembly.settings import RunSettings, read_settings
 from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model, check_vocabulary
-from ntkrl.assembly.sources import RolloutSource, SupervisedSource
+from ntkrl.assembly.sources import SupervisedSource, Turn
 
 SOURCES = {"rl": RolloutSource, "sft": SupervisedSource, "reward": PreferenceSource}
 
@@ -18,12 +25,13 @@ __all__ = [
     "Setup",
     "Start",
     "SupervisedSource",
+    "Turn",
     "assemble",
     "assemble_model",
     "check_vocabulary",
     "collect",
     "draw_probe_set",
     "evaluate",
-    "make_sample",
+    "make_evaluation_sample",
     "read_settings",
 ]

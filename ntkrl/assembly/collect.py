@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import data, probe, reward, rollout, runtime
+from ntkrl.assembly.settings import DTYPES
 from ntkrl.assembly.setup import Prompts, Setup
 from ntkrl.numerics import bucket_length
 from ntkrl.types import Array, Params, ProbeSet, PromptBatch, Rollout
@@ -22,24 +24,94 @@ Clock = Callable[[str], None]
 class Collected:
     """A rollout fetched to the host, with its texts and rewards.
 
-    rollout: numpy arrays. texts: B completions. result: RewardResult.
+    rollout: numpy arrays, but features stay where they are. texts: B completions. result:
+    RewardResult.
     """
 
     rollout: Rollout
     texts: list[str]
     result: reward.RewardResult
 
+    def take(self, rows: np.ndarray) -> Collected:
+        """Return some of the completions."""
+        functions = self.result.per_function
+        result = dataclasses.replace(
+            self.result,
+            rewards=self.result.rewards[rows],
+            per_function={name: values[rows] for name, values in functions.items()},
+        )
+        drawn = jax.tree.map(lambda leaf: leaf[rows], self.rollout)
+        return Collected(drawn, [self.texts[row] for row in rows], result)
 
-def make_sample(setup: Setup, completions_per_prompt: int) -> Sample:
-    """Return the jitted `sample(params, prompts, key) -> Rollout` of this run."""
+
+def joined(first: Collected, second: Collected, pad_id: int) -> Collected:
+    """Put two rollouts in one, each padded to the longer prompts and completions."""
+    halves = [one.rollout for one in (first, second)]
+    prompts = max(one.tokens.shape[1] - one.completion_mask.shape[1] for one in halves)
+    length = max(one.completion_mask.shape[1] for one in halves)
+
+    def padded(drawn: Rollout) -> Rollout:
+        width, own = drawn.tokens.shape[1], drawn.completion_mask.shape[1]
+        after = length - own
+        before = prompts - (width - own)
+
+        def wide(leaf: np.ndarray, left: int, fill: int) -> np.ndarray:
+            sides = [(0, 0), (left, after)] + [(0, 0)] * (leaf.ndim - 2)
+            return np.pad(np.asarray(leaf), sides, constant_values=fill)
+
+        whole = {"tokens": wide(drawn.tokens, before, pad_id), "mask": wide(drawn.mask, before, 0)}
+        names = ("completion_mask", "sampler_log_probs", "kept_log_mass", "features")
+        held = {name: getattr(drawn, name) for name in names}
+        parts = {n: None if leaf is None else wide(leaf, 0, 0) for n, leaf in held.items()}
+        return drawn.replace(**whole, **parts)
+
+    def both(a: Any, b: Any) -> Any:
+        return np.concatenate([a, b])
+
+    results = [one.result for one in (first, second)]
+    functions = results[0].per_function
+    return Collected(
+        jax.tree.map(both, *map(padded, halves)),
+        first.texts + second.texts,
+        dataclasses.replace(
+            results[1],
+            rewards=both(*(one.rewards for one in results)),
+            per_function={n: both(*(one.per_function[n] for one in results)) for n in functions},
+            failures=results[0].failures | results[1].failures,
+        ),
+    )
+
+
+def make_sample(
+    setup: Setup, completions_per_prompt: int, temperature: float, keep_features: bool = False
+) -> Sample:
+    """Return the `sample(params, prompts, key) -> Rollout` of this run."""
+    settings, tokenizer = setup.settings.rollout, setup.tokenizer
+    greedy = temperature == 0
     sampler_settings = rollout.SamplerSettings(
         completions_per_prompt=completions_per_prompt,
-        max_completion_tokens=setup.settings.rollout.max_completion_tokens,
-        temperature=setup.settings.rollout.temperature,
-        eos_id=setup.tokenizer.eos_token_id,
-        pad_id=setup.tokenizer.pad_token_id,
+        max_completion_tokens=settings.max_completion_tokens,
+        temperature=temperature,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        top_k=None if greedy else settings.top_k,
+        top_p=None if greedy else settings.top_p,
+        min_p=None if greedy else settings.min_p,
+        cache_dtype=None if settings.cache_dtype is None else DTYPES[settings.cache_dtype],
+        keep_features=keep_features,
     )
-    return jax.jit(rollout.make_sampler(setup.policy, sampler_settings))
+    find_stop = data.stop_finder(tokenizer, settings.stop) if settings.stop else None
+    spread = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+    smallest = max(rollout.FEWEST_ROWS, spread)
+    return rollout.Sampler(setup.policy, sampler_settings, find_stop, smallest)
+
+
+def make_evaluation_sample(setup: Setup) -> Sample:
+    """Return the `sample` of held-out evaluation."""
+    settings = setup.settings.evaluation
+    given = settings.temperature
+    temperature = setup.settings.rollout.temperature if given is None else given
+    return make_sample(setup, settings.samples_per_prompt, temperature)
 
 
 def prompt_batch(setup: Setup, prompts: Prompts, rows: Sequence[int] | np.ndarray) -> PromptBatch:
@@ -73,7 +145,9 @@ def collect(
     Raises:
       ValueError: what the reward functions did wrong.
     """
-    drawn = runtime.fetch(sample(params, prompt_batch(setup, prompts, rows), key))
+    drawn = sample(params, prompt_batch(setup, prompts, rows), key)
+    features = drawn.features
+    drawn = runtime.fetch(drawn.replace(features=None)).replace(features=features)
     clock("sample")
     texts, ids = data.decode_completions(
         setup.tokenizer, drawn.tokens, drawn.completion_mask, setup.tokenizer.eos_token_id
@@ -132,7 +206,8 @@ def evaluate(
 def draw_probe_set(setup: Setup, key: Array) -> ProbeSet:
     """Sample the probe set from the starting model: held-out prompts, its own completions."""
     settings = setup.settings.probe
-    sample = make_sample(setup, settings.completions_per_prompt)
+    temperature = setup.settings.rollout.temperature
+    sample = make_sample(setup, settings.completions_per_prompt, temperature)
     rows = np.arange(min(settings.prompts, setup.held_out.size))
     batch = prompt_batch(setup, setup.held_out, rows)
     drawn = runtime.fetch(sample(setup.params, batch, key))

@@ -8,11 +8,10 @@ import jax
 import numpy as np
 
 from ntkrl import runtime, update
-from ntkrl.assembly.collect import Clock
 from ntkrl.assembly.setup import Prompts, Setup
-from ntkrl.assembly.sources import averages, split, step_rows
+from ntkrl.assembly.sources import Turn, averages, split, step_rows
 from ntkrl.reward.texts import Texts
-from ntkrl.types import Array, Params, PreferenceBatch
+from ntkrl.types import Params, PreferenceBatch
 
 EVALUATION_ROWS = 32
 
@@ -28,7 +27,7 @@ class PreferenceSource:
         Raises:
           ValueError: texts that do not fit the model.
         """
-        self.setup = setup
+        self.setup, self.position = setup, 0
         self.texts = Texts(setup.scorer, setup.tokenizer)
         self.train = self._encoded(setup.train)
         self.held_out = None if setup.held_out is None else self._encoded(setup.held_out)
@@ -54,13 +53,15 @@ class PreferenceSource:
             gates=np.asarray(gates, np.int32).reshape(len(rows), 2),
         )
 
-    def batches(
-        self, params: Params, rollout_step: int, key: Array, clock: Clock
-    ) -> tuple[list[PreferenceBatch], dict[str, float]]:
+    def batches(self, turn: Turn) -> tuple[list[PreferenceBatch], dict[str, float]]:
         """Return the minibatches of a step as host arrays; neither params nor key are used."""
-        batch = self._batch(self.train, step_rows(self.setup, rollout_step))
-        clock("data")
+        batch = self._batch(self.train, step_rows(self.setup, self.position))
+        self.position += 1
+        turn.clock("data")
         return split(batch, self.setup.settings.schedule.minibatches), {}
+
+    def reference_head(self, turn: Turn) -> None:
+        """No reference policy is compared with."""
 
     def summary(self, logged: list[dict[str, float]]) -> dict[str, float]:
         """Average the optimizer steps, under the glossary's names."""
@@ -77,8 +78,8 @@ class PreferenceSource:
         for first in range(0, count, EVALUATION_ROWS):
             rows = range(first, min(first + EVALUATION_ROWS, count))
             placed = runtime.place_rows(self._batch(self.held_out, rows), self.setup.mesh)
-            _, metrics = runtime.fetch(self.measured(params, placed))
-            found.append({name: float(value) * len(rows) for name, value in metrics.items()})
+            _, measures = runtime.fetch(self.measured(params, placed))
+            found.append({name: float(value.total) for name, value in measures.totals.items()})
         return {
             f"eval/{name}": sum(one[name] for one in found) / count
             for name in ("accuracy", "margin")

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ntkrl import runtime, update
+from ntkrl import rollout, runtime, update
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 METHODS = ("rl", "sft", "reward")
@@ -61,8 +61,7 @@ class ModelSettings:
 class DataSettings:
     """Which prompts.
 
-    path: JSONL of prompts (with completions for sft), several by commas, or None for the built-in
-      task.
+    path: JSONL of prompts (with completions for sft), several by commas; None: the built-in task.
     weights: what share of the rows each file of `path` gives, relative and > 0; None for epochs
       that visit every row of every file once.
     eval_path: JSONL of held-out prompts, several by commas; None holds out `held_out` of `path`.
@@ -89,13 +88,12 @@ class DataSettings:
         if self.prompts_per_step < 1 or self.max_prompt_tokens < 1:
             problems.append("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1")
         files = 0 if self.path is None else len(names(self.path))
-        if self.weights is not None and len(self.weights) != files:
+        given = self.weights
+        if given is not None and (len(given) != files or not all(0 < w < math.inf for w in given)):
             problems.append(
-                f"data.weights and data.path have {len(self.weights)} and {files} entries; give "
-                "each file a weight, or None to visit every row once an epoch"
+                f"data.weights must be a positive number for each of the {files} files of "
+                f"data.path, not {tuple(given)}; None visits every row once an epoch"
             )
-        if self.weights is not None and not all(0 < weight < math.inf for weight in self.weights):
-            problems.append(f"data.weights must be positive numbers, not {tuple(self.weights)}")
         if problems:
             raise ValueError("; ".join(problems) + ".")
 
@@ -109,6 +107,7 @@ class EvalSettings:
     samples_per_prompt: k of pass@k and of the distinct counts.
     repeats: independent samplings; their spread is the noise of the measurement.
     success_threshold: a completion with at least this reward counts as solved.
+    temperature: of these samples, ≥ 0 (0: greedy); None for rollout's.
     """
 
     every_steps: int | None
@@ -116,6 +115,11 @@ class EvalSettings:
     samples_per_prompt: int
     repeats: int
     success_threshold: float
+    temperature: float | None
+
+    def __post_init__(self):
+        if self.temperature is not None and not self.temperature >= 0:
+            raise ValueError(f"eval.temperature must be ≥ 0 or None, not {self.temperature}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +138,42 @@ class ProbeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """How completions are drawn in training (see rollout.SamplerSettings)."""
+    """How completions are drawn in training (see rollout.SamplerSettings).
+
+    stop: strings that end a completion; they are part of it.
+    cache_dtype: of keys and values while sampling, or None for the network's.
+    """
 
     completions_per_prompt: int
     max_completion_tokens: int
     temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    stop: tuple[str, ...]
+    cache_dtype: str | None
+
+    def __post_init__(self):
+        problems = []
+        if not self.temperature > 0:
+            problems.append(
+                f"rollout.temperature must be > 0, not {self.temperature}: a greedy sampler gives "
+                "groups of equal completions; for greedy evaluation set eval.temperature=0"
+            )
+        if self.cache_dtype is not None and self.cache_dtype not in DTYPES:
+            problems.append(
+                f"rollout.cache_dtype {self.cache_dtype!r} is not among {', '.join(DTYPES)}"
+            )
+        if not all(self.stop):
+            problems.append("rollout.stop holds an empty string")
+        checked = dataclasses.asdict(self)
+        del checked["stop"], checked["cache_dtype"]
+        try:
+            rollout.SamplerSettings(eos_id=0, pad_id=0, **checked)
+        except ValueError as error:
+            problems.append(str(error).rstrip("."))
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,20 +231,35 @@ class ScheduleSettings:
     """How a rollout becomes optimizer steps.
 
     minibatches: equal parts a rollout is cut in, one optimizer step each; divides the prompts.
+    microbatches: equal parts of a minibatch that are read one after another, their gradients
+      added; divides the completions (examples) of a minibatch.
     inner_epochs: passes over a rollout.
     chunk_tokens: positions whose logits exist at a time.
     log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats).
+    resample_rounds: further batches of prompts that may replace groups of equal rewards, where
+      the objective's group_filter is "resample".
+    on_no_signal: "skip" a step whose completions have nothing to learn from, or "stop" the run.
     """
 
     minibatches: int
+    microbatches: int
     inner_epochs: int
     chunk_tokens: int
     log_ratio_tolerance: float
+    resample_rounds: int
+    on_no_signal: str
 
     def __post_init__(self):
-        for name in ("minibatches", "inner_epochs", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"schedule.{name} must be ≥ 1, not {getattr(self, name)}.")
+        counts = ("minibatches", "microbatches", "inner_epochs", "chunk_tokens", "resample_rounds")
+        problems = [
+            f"schedule.{name} must be ≥ 1, not {getattr(self, name)}"
+            for name in counts
+            if getattr(self, name) < 1
+        ]
+        if self.on_no_signal not in ("skip", "stop"):
+            problems.append(f"schedule.on_no_signal {self.on_no_signal!r} is not among skip, stop")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,17 +329,31 @@ def read_settings(config: ConfigDict) -> RunSettings:
         problems.append("model.path is missing; name the Hugging Face directory to start from.")
     if config.method != "sft" and config.data.packing:
         problems.append(
-            f"data.packing packs given completions (method sft) and not method {config.method}; "
-            "set it to False."
+            "data.packing is for given completions (method sft); set it to False for "
+            f"{config.method}."
         )
-    if not problems and found.data.prompts_per_step % found.schedule.minibatches:
-        problems.append(
-            f"schedule.minibatches = {found.schedule.minibatches} must divide "
-            f"data.prompts_per_step = {found.data.prompts_per_step}."
-        )
+    if not problems:
+        problems += _division_problems(found)
     if problems:
         raise ValueError("\n".join(problems))
     return found
+
+
+def _division_problems(found: RunSettings) -> list[str]:
+    prompts, schedule = found.data.prompts_per_step, found.schedule
+    if prompts % schedule.minibatches:
+        return [
+            f"schedule.minibatches = {schedule.minibatches} must divide "
+            f"data.prompts_per_step = {prompts}."
+        ]
+    each = found.rollout.completions_per_prompt if found.method == "rl" else 1
+    rows = prompts // schedule.minibatches * each
+    if rows % schedule.microbatches:
+        return [
+            f"schedule.microbatches = {schedule.microbatches} must divide the {rows} rows of a "
+            "minibatch."
+        ]
+    return []
 
 
 def _rewards(config: ConfigDict) -> RewardSettings:

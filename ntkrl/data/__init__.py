@@ -17,6 +17,7 @@ from ntkrl.data.tokens import (
     encode_completions,
     encode_prompts,
     load_tokenizer,
+    stop_finder,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "rows_at",
     "save_tokenizer",
     "spread",
+    "stop_finder",
     "supervised_batch",
     "supervised_set",
     "take",

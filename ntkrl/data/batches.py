@@ -26,7 +26,7 @@ def prompt_batch(
       length: T, at least the longest chosen prompt (tokens).
 
     Returns:
-      tokens and mask `[P, length]`, rows `[P]`.
+      tokens and mask `[P, length]`, rows and copies `[P]`.
 
     Raises:
       ValueError: a chosen prompt is longer than `length`.
@@ -36,6 +36,7 @@ def prompt_batch(
         tokens=jnp.asarray(tokens_PT),
         mask=jnp.asarray(mask_PT),
         rows=jnp.asarray(np.asarray(rows, np.int32)),
+        copies=jnp.asarray([list(rows[:i]).count(row) for i, row in enumerate(rows)], jnp.int32),
     )
 
 
@@ -59,7 +60,7 @@ def supervised_batch(
 
     Returns:
       tokens and mask `[B, prompt_length + C]`, completion_mask `[B, C]` on completion tokens,
-      old and reference log-probs `[B, C]` zero, advantages `[B]` one.
+      old and reference log-probs `[B, C]` zero, advantages `[B, C]` one.
 
     Raises:
       ValueError: a chosen prompt or completion is longer than its columns.
@@ -75,7 +76,7 @@ def supervised_batch(
         completion_mask=jnp.asarray(mask_BC),
         old_log_probs=zeros_BC,
         ref_log_probs=zeros_BC,
-        advantages=jnp.ones(len(rows), jnp.float32),
+        advantages=jnp.ones(mask_BC.shape, jnp.float32),
     )
 
 

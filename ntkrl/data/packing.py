@@ -67,7 +67,7 @@ def packed_batches(
 
     Returns:
       Batches with tokens and segment numbers `[R, T]`, completion_mask `[R, T − 1]` on completion
-      tokens, old and reference log-probs `[R, T − 1]` zero, advantages `[R]` one.
+      tokens, old and reference log-probs `[R, T − 1]` zero, advantages `[R, T − 1]` one.
 
     Raises:
       ValueError: an example longer than a row.
@@ -109,5 +109,5 @@ def _batch(
         completion_mask=jnp.asarray(counted_BT[:, 1:]),
         old_log_probs=zeros_BC,
         ref_log_probs=zeros_BC,
-        advantages=jnp.ones(shape[0], jnp.float32),
+        advantages=jnp.ones(zeros_BC.shape, jnp.float32),
     )

@@ -173,6 +173,33 @@ def decode_completions(
     return texts, ids
 
 
+def stop_finder(tokenizer: Any, stops: Sequence[str]) -> Callable[[np.ndarray], int | None]:
+    """Return a function that finds where the first stop string of a completion ends.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      stops: strings, one at least.
+
+    Returns:
+      `find(ids [n]) -> count | None`, the fewest tokens whose text holds a stop string.
+    """
+
+    def holds(ids: np.ndarray) -> bool:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in stops)
+
+    def find(ids: np.ndarray) -> int | None:
+        if not holds(ids):
+            return None
+        low, high = 0, len(ids)  # text only grows with tokens, so halving finds the first
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(ids[:middle]) else (middle, high)
+        return high
+
+    return find
+
+
 def _check_template(tokenizer: Any, source: str) -> None:
     if tokenizer.chat_template is None:
         raise ValueError(

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import ntk, trees
-from ntkrl.numerics import token_statistics
 from ntkrl.probe.features import feature_measures
+from ntkrl.scoring import head_of
 from ntkrl.types import Array, Params, Policy, ProbeSet
+from ntkrl.vocabulary import token_statistics
 
 
 class ProbeReading(NamedTuple):
@@ -120,5 +121,5 @@ def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
 def _read(policy: Policy, params: Params, contexts: ntk.Contexts, targets_O: Array) -> ProbeReading:
     features_NTD = policy.features(params, contexts.tokens, contexts.mask)
     phi_OD = features_NTD[contexts.rows, contexts.positions]
-    statistics = token_statistics(lambda phi: policy.head(params, phi), phi_OD, targets_O)
+    statistics = token_statistics(head_of(policy, params), phi_OD, targets_O)
     return ProbeReading(phi_OD, statistics.log_probs, statistics.entropy, statistics.max_prob)

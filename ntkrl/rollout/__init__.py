@@ -1,5 +1,6 @@
-"""PromptBatch → Rollout by cached sampling. Knows no reward and no loss."""
+"""Prompts → completions, with what was recorded while drawing them."""
 
-from ntkrl.rollout.sample import SamplerSettings, make_sampler
+from ntkrl.rollout.sample import FEWEST_ROWS, Sampler
+from ntkrl.rollout.settings import SamplerSettings
 
-__all__ = ["SamplerSettings", "make_sampler"]
+__all__ = ["FEWEST_ROWS", "Sampler", "SamplerSettings"]

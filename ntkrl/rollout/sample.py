@@ -1,109 +1,151 @@
-"""Sample a group of completions per prompt: one prefill a prompt, then one token at a time."""
+"""Sample a group of completions per prompt: one prefill a prompt, then chunks of single tokens.
+
+Between chunks the host looks at how many rows are left: when half of them are done the rest move
+together, and the cache grows in powers of two. Stop strings are looked for in the text there.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ntkrl.numerics import at_least_float32
-from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
+from ntkrl import runtime
+from ntkrl.numerics import bucket_length
+from ntkrl.rollout import decode
+from ntkrl.rollout.settings import SamplerSettings
+from ntkrl.types import Array, Params, Policy, PromptBatch, Rollout
+
+FEWEST_ROWS = 8
+"""Below this a step costs reading the weights, however few rows there are."""
+
+FindStop = Callable[[np.ndarray], int | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplerSettings:
-    """How completions are drawn.
+class Sampler:
+    """`sample(params, prompts, key) -> Rollout`; compiles a few programs and keeps them.
 
-    completions_per_prompt: N ≥ 1.
-    max_completion_tokens: C ≥ 1; a completion that reaches it is cut.
-    temperature: divides the logits; > 0.
-    eos_id: token that ends a completion; it is part of the completion.
-    pad_id: token written after the end.
+    Each completion draws from a key of its own (see decode.request_keys), so what a prompt gets
+    does not depend on what else is in the batch or on how long the other rows run.
+
+    policy: the network's functions.
+    settings: SamplerSettings.
+    find_stop: from the ids of a completion `[n]` to the number of tokens that hold its first stop
+      string whole, or None when there is none in them; or None to look for none.
+    smallest: rows that are never made fewer; a multiple of what they are spread over.
     """
 
-    completions_per_prompt: int
-    max_completion_tokens: int
-    temperature: float
-    eos_id: int
-    pad_id: int
+    def __init__(
+        self,
+        policy: Policy,
+        settings: SamplerSettings,
+        find_stop: FindStop | None = None,
+        smallest: int = FEWEST_ROWS,
+    ):
+        self.policy, self.settings = policy, settings
+        self.find_stop, self.smallest = find_stop, smallest
+        fixed = (policy, settings)
+        prefill = functools.partial(decode.prefill, *fixed)
+        read_on = functools.partial(decode.read_on, *fixed)
+        self.programs = {
+            "prefill": jax.jit(prefill, static_argnums=0),
+            "read_on": jax.jit(read_on, donate_argnums=(1, 2)),
+            "fewer": jax.jit(decode.fewer, static_argnums=0),
+            "longer": jax.jit(decode.longer, static_argnums=0),
+            "cut": jax.jit(functools.partial(decode.cut, settings), donate_argnums=(0, 1)),
+        }
 
-    def __post_init__(self):
-        problems = []
-        if self.completions_per_prompt < 1:
-            problems.append(
-                f"completions_per_prompt must be ≥ 1, not {self.completions_per_prompt}"
-            )
-        if self.max_completion_tokens < 1:
-            problems.append(f"max_completion_tokens must be ≥ 1, not {self.max_completion_tokens}")
-        if not self.temperature > 0:
-            problems.append(
-                f"temperature must be > 0, not {self.temperature}: a greedy sampler gives a group "
-                "of equal completions and log-probs that are not those of the policy"
-            )
-        if problems:
-            raise ValueError("rollout settings: " + "; ".join(problems) + ".")
+    def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Rollout:
+        """Draw N completions of each prompt.
 
+        Args:
+          params: of the policy.
+          prompts: P prompts.
+          key: consumed.
 
-class _Drawn(NamedTuple):
-    """What is written while sampling; all `[B, C]` but `done` `[B]`."""
+        Returns:
+          A Rollout of device arrays; its C is the length of the longest completion, padded to one
+          of few lengths.
 
-    tokens: Array
-    log_probs: Array
-    mask: Array
-    done: Array
+        Raises:
+          ValueError: (before tracing) prompts and completions exceed the context.
+        """
+        width, budget = prompts.tokens.shape[1], self.settings.max_completion_tokens
+        _check_length(self.policy, width, budget)
+        columns = self._columns(width, 1)
+        live, written = self.programs["prefill"](columns, params, prompts, key)
+        drawn, looked = 1, np.zeros(written.mask.shape[0], np.int64)
+        live, written, left = self._stop(live, written, looked, self._left(live))
+        while drawn < budget and left:
+            live = self._resize(live, left, self._columns(width, drawn + self.settings.chunk_steps))
+            live, written, left = self.programs["read_on"](params, live, written, jnp.int32(drawn))
+            drawn = min(drawn + self.settings.chunk_steps, budget)
+            live, written, left = self._stop(live, written, looked, left)
+        return self._rollout(prompts, written, drawn)
 
+    def compilations(self) -> int:
+        """Return how many programs were compiled so far."""
+        return sum(program._cache_size() for program in self.programs.values())
 
-def make_sampler(
-    policy: Policy, settings: SamplerSettings
-) -> Callable[[Params, PromptBatch, Array], Rollout]:
-    """Return `sample(params, prompts, key) -> Rollout`, to be jitted by the caller.
+    def _left(self, live: decode.Live) -> Array:
+        return jnp.sum(~live.done)
 
-    Each row draws from a key of its own, so what a prompt gets does not depend on how long the
-    other rows run. The loop ends as soon as every row is done.
+    def _columns(self, width: int, drawn: int) -> int:
+        """Return the cache's columns while up to `drawn` tokens of each row are read or drawn."""
+        # the last token is drawn and never read, so the cache holds one column less
+        budget = self.settings.max_completion_tokens
+        chunk = self.settings.chunk_steps
+        needed = min(max(drawn, chunk), budget)
+        grown = chunk
+        while grown < needed:
+            grown *= 2
+        return width + max(min(grown, budget) - 1, 0)
 
-    Args:
-      policy: the network's functions.
-      settings: SamplerSettings.
+    def _resize(self, live: decode.Live, left: int, columns: int) -> decode.Live:
+        rows = live.rows.shape[0]
+        wanted = rows
+        while wanted % 2 == 0 and wanted // 2 >= max(left, self.smallest):
+            wanted //= 2
+        if wanted < rows:
+            live = self.programs["fewer"](wanted, live)
+        if columns > live.cache.mask.shape[1]:
+            live = self.programs["longer"](columns, live)
+        return live
 
-    Raises:
-      ValueError: (at the call, before tracing) prompts and completions exceed the context.
-    """
-    count, budget = settings.completions_per_prompt, settings.max_completion_tokens
+    def _stop(
+        self, live: decode.Live, written: decode.Written, looked: np.ndarray, left: Array
+    ) -> tuple[decode.Live, decode.Written, int]:
+        """End the rows whose text holds a stop string; return how many are left."""
+        if self.find_stop is None:
+            return live, written, int(left)
+        tokens_BC, mask_BC = runtime.fetch((written.tokens, written.mask))
+        lengths_B = mask_BC.sum(axis=1)
+        ends_B = np.full(len(lengths_B), self.settings.max_completion_tokens + 1)
+        for row in np.nonzero(lengths_B > looked)[0]:
+            end = self.find_stop(tokens_BC[row, : lengths_B[row]])
+            ends_B[row] = ends_B[row] if end is None else end
+        looked[:] = lengths_B
+        live, written, left = self.programs["cut"](live, written, jnp.asarray(ends_B))
+        return live, written, int(left)
 
-    def sample(params: Params, prompts: PromptBatch, key: Array) -> Rollout:
-        _check_length(policy, prompts.tokens.shape[1], budget)
-        cache, features_BD = _prefill(policy, params, prompts, budget, count)
-        keys_B = jax.random.split(key, features_BD.shape[0])
-
-        def read_and_draw(carry):
-            t, cache, drawn = carry
-            last_B1, real_B1 = drawn.tokens[:, t - 1][:, None], drawn.mask[:, t - 1][:, None]
-            features_B1D, cache = policy.decode(params, cache, last_B1, real_B1)
-            logits_BV = policy.head(params, features_B1D[:, 0])
-            return t + 1, cache, _draw(settings, drawn, logits_BV, keys_B, t)
-
-        def unfinished(carry):
-            t, _, drawn = carry
-            return (t < budget) & ~jnp.all(drawn.done)
-
-        nothing = _nothing_drawn(settings, features_BD)
-        logits_BV = policy.head(params, features_BD)
-        first = _draw(settings, nothing, logits_BV, keys_B, jnp.int32(0))
-        _, _, drawn = jax.lax.while_loop(unfinished, read_and_draw, (jnp.int32(1), cache, first))
-        prompt_tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
-        prompt_mask_BT = jnp.repeat(prompts.mask, count, axis=0)
+    def _rollout(self, prompts: PromptBatch, written: decode.Written, drawn: int) -> Rollout:
+        count = self.settings.completions_per_prompt
+        length = bucket_length(drawn, self.settings.max_completion_tokens)
+        written = jax.tree.map(lambda leaf: leaf[:, :length] if leaf.ndim > 1 else leaf, written)
+        tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
+        mask_BT = jnp.repeat(prompts.mask, count, axis=0)
         return Rollout(
-            tokens=jnp.concatenate([prompt_tokens_BT, drawn.tokens], axis=1),
-            mask=jnp.concatenate([prompt_mask_BT, drawn.mask], axis=1),
-            completion_mask=drawn.mask,
-            sampler_log_probs=drawn.log_probs,
-            finished=drawn.done,
+            tokens=jnp.concatenate([tokens_BT, written.tokens], axis=1),
+            mask=jnp.concatenate([mask_BT, written.mask], axis=1),
+            completion_mask=written.mask,
+            sampler_log_probs=written.log_probs,
+            kept_log_mass=written.kept_log_mass,
+            finished=written.finished,
+            features=written.features,
         )
-
-    return sample
 
 
 def _check_length(policy: Policy, prompt_length: int, budget: int) -> None:
@@ -113,47 +155,3 @@ def _check_length(policy: Policy, prompt_length: int, budget: int) -> None:
             f"context of {policy.max_tokens}; lower data.max_prompt_tokens or "
             "rollout.max_completion_tokens."
         )
-
-
-def _nothing_drawn(settings: SamplerSettings, features_BD: Array) -> _Drawn:
-    shape = (features_BD.shape[0], settings.max_completion_tokens)
-    return _Drawn(
-        tokens=jnp.full(shape, settings.pad_id, jnp.int32),
-        log_probs=jnp.zeros(shape, at_least_float32(features_BD).dtype),
-        mask=jnp.zeros(shape, bool),
-        done=jnp.zeros(shape[0], bool),
-    )
-
-
-def _draw(
-    settings: SamplerSettings, drawn: _Drawn, logits_BV: Array, keys_B: Array, t: Array
-) -> _Drawn:
-    """Draw token t of every row that is not done, and write it down."""
-    log_probs_BV = jax.nn.log_softmax(at_least_float32(logits_BV) / settings.temperature, axis=-1)
-    step_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, t)
-    tokens_B = jax.vmap(jax.random.categorical)(step_keys_B, log_probs_BV).astype(jnp.int32)
-    chosen_B = jnp.take_along_axis(log_probs_BV, tokens_B[:, None], axis=-1)[:, 0]
-    tokens_B = jnp.where(drawn.done, settings.pad_id, tokens_B)
-    return _Drawn(
-        tokens=drawn.tokens.at[:, t].set(tokens_B),
-        log_probs=drawn.log_probs.at[:, t].set(jnp.where(drawn.done, 0.0, chosen_B)),
-        mask=drawn.mask.at[:, t].set(~drawn.done),
-        # pad may equal the end token: a row that is done stays done either way
-        done=drawn.done | (tokens_B == settings.eos_id),
-    )
-
-
-def _prefill(
-    policy: Policy, params: Params, prompts: PromptBatch, budget: int, count: int
-) -> tuple[Cache, Array]:
-    """Read each prompt once; give every completion of a group its copy of the cache."""
-    rows, length = prompts.tokens.shape
-    # the last token is drawn and never read, so the cache holds one column less
-    cache = policy.init_cache(rows, length + budget - 1)
-    features_PTD, cache = policy.decode(params, cache, prompts.tokens, prompts.mask)
-    cache = cache.replace(
-        keys=jnp.repeat(cache.keys, count, axis=1),
-        values=jnp.repeat(cache.values, count, axis=1),
-        mask=jnp.repeat(cache.mask, count, axis=0),
-    )
-    return cache, jnp.repeat(features_PTD[:, -1], count, axis=0)

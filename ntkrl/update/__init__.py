@@ -1,24 +1,36 @@
 """Objective, stages, optimizer assembly and the train step: pure functions of arrays."""
 
-from ntkrl.update.objective import (
-    PRESETS,
-    Objective,
-    penalised_rewards,
-    policy_loss,
-    supervised_loss,
-)
+from ntkrl.update.loss import Measures, kl_estimate, policy_loss, supervised_loss
+from ntkrl.update.objective import CHOICES, Objective, differences
 from ntkrl.update.preference import preference_loss, preference_objective
+from ntkrl.update.presets import FORMULAS, PRESETS
 from ntkrl.update.stages import Stage, StageProgram, stage_program
 from ntkrl.update.step import init_state, make_step, policy_objective
+from ntkrl.update.weights import (
+    correction_weights,
+    counted_tokens,
+    covariance_weights,
+    equal_groups,
+    reward_penalties,
+)
 
 __all__ = [
+    "CHOICES",
+    "FORMULAS",
     "PRESETS",
+    "Measures",
     "Objective",
     "Stage",
     "StageProgram",
+    "correction_weights",
+    "counted_tokens",
+    "covariance_weights",
+    "differences",
+    "equal_groups",
     "init_state",
+    "kl_estimate",
     "make_step",
-    "penalised_rewards",
+    "reward_penalties",
     "policy_loss",
     "policy_objective",
     "preference_loss",

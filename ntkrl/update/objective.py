@@ -1,183 +1,184 @@
-"""What one step minimises: ratio level × clip × aggregation × place of the KL term.
+"""What RL minimises, as separate axes.
 
-Losses return a Total; the mean is taken once, by the step. KL appears as two different objects:
-k1 subtracted from the reward without a gradient, or k3 per token in the loss.
+advantage × ratio × clip × aggregation × KL estimator and place × entropy × rollout correction ×
+overlong completions × groups without signal. The formulas are in loss.py (per token), weights.py
+(what multiplies each token), ntkrl/advantage.py and, for the rows, presets.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-import jax.numpy as jnp
+CHOICES: dict[str, tuple[str, ...]] = {
+    "advantage": (
+        "unchanged",
+        "batch_mean",
+        "leave_one_out",
+        "group_mean",
+        "group_normalised",
+        "batch_scaled",
+        "max_likelihood",
+        "pass_at_k",
+        "to_go",
+    ),
+    "ratio_level": ("token", "sequence", "sequence_mean", "none"),
+    "clip": ("min", "detach", "none"),
+    "aggregation": ("token_mean", "sequence_mean", "sequence_sum", "constant"),
+    "kl_estimator": ("k1", "k2", "k3", "full"),
+    "kl_place": ("reward", "loss", "off"),
+    "covariance": ("off", "clip", "kl"),
+    "correction": ("off", "truncate", "mask"),
+    "correction_level": ("token", "sequence"),
+    "overlong": ("keep", "mask"),
+    "group_filter": ("off", "drop", "resample"),
+}
 
-from ntkrl.numerics import TokenStatistics, masked_total
-from ntkrl.types import Array, Total, UpdateBatch
 
-RATIO_LEVELS = ("token", "sequence")
-AGGREGATIONS = ("sequence_mean", "token_mean")
-KL_PLACES = ("reward", "loss", "off")
-ADVANTAGES = ("leave_one_out", "group_normalised")
+UNGROUPED = ("unchanged", "batch_mean", "to_go")
+"""Estimators that do not compare the completions of one prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """One point on the axes.
 
-    advantage: "leave_one_out" or "group_normalised" (see ntkrl.advantage).
-    ratio_level: "token": one ratio per token; "sequence": their product over the completion.
-    clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high]; in (0, 1) and > 0.
-    aggregation: "sequence_mean": mean over completions of the mean over their tokens (of the one
-        number, for a sequence ratio); "token_mean": mean over all tokens of the batch.
-    kl_place: "reward" (k1, no gradient), "loss" (k3 per token) or "off".
-    kl_coefficient: β ≥ 0.
+    advantage: estimator in ntkrl.advantage.
+    pass_k: k of advantage "pass_at_k".
+    ratio_level: ρ = π/π_old per "token"; "sequence": their product over the completion;
+      "sequence_mean": its 1/length-th power; "none": no ratio, the surrogate is A log π.
+    clip: "min": min(ρA, clip(ρ)A); "detach": clip(ρ) A log π with the ratio held constant; "none".
+    clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high]; in (0, 1] and > 0.
+    dual_clip: c > 1 + clip_high, the largest ratio that a negative advantage is multiplied by;
+      None for no bound.
+    aggregation: "token_mean": over all tokens; "sequence_mean": over completions of the mean over
+      their tokens; "sequence_sum": over completions of their sum; "constant": the sum over
+      tokens, divided by completions × the completion budget.
+    kl_estimator: of KL(π‖π_ref) per token: k1 = log π − log π_ref, k2 = k1²/2,
+      k3 = e^(−k1) − 1 + k1, "full" over the vocabulary.
+    kl_place: "reward" (summed over the completion, no gradient), "loss" (per token) or "off".
+    kl_coefficient: β ≥ 0; with 0 the reference policy is not read.
+    entropy_coefficient: ≥ 0, on H(π) per token, full vocabulary.
+    covariance: of (log π, A) over the batch's tokens: "clip" takes a random fraction of those in
+      covariance_range out of the gradient; "kl" penalises the largest fraction; "off".
+    covariance_fraction: of the batch's tokens, in (0, 1).
+    covariance_range: lowest and highest covariance that "clip" picks from.
+    covariance_penalty: ≥ 0, coefficient of |log π − log π_old| under "kl".
+    correction: weight w = π_old(trainer)/μ(sampler) on the surrogate: "truncate" to at most
+      correction_cap, "mask" 0 where w > correction_cap, or "off".
+    correction_level: w per "token", or their product per "sequence".
+    correction_cap: > 0.
+    overlong: completions cut by the budget: "keep", or "mask" them out of the loss.
+    group_filter: groups of equal rewards: "off", "drop" them from the loss, or "resample" other
+      prompts in their stead.
     """
 
-    advantage: str
-    ratio_level: str
-    clip_low: float
-    clip_high: float
-    aggregation: str
-    kl_place: str
-    kl_coefficient: float
+    advantage: str = "leave_one_out"
+    pass_k: int = 2
+    ratio_level: str = "token"
+    clip: str = "min"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    aggregation: str = "token_mean"
+    kl_estimator: str = "k3"
+    kl_place: str = "off"
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    covariance: str = "off"
+    covariance_fraction: float = 2e-4
+    covariance_range: tuple[float, float] = (1.0, 5.0)
+    covariance_penalty: float = 1.0
+    correction: str = "off"
+    correction_level: str = "token"
+    correction_cap: float = 2.0
+    overlong: str = "keep"
+    group_filter: str = "off"
 
     def __post_init__(self):
         problems = [
-            f"{name} {value!r} is not among {', '.join(allowed)}"
-            for name, value, allowed in (
-                ("advantage", self.advantage, ADVANTAGES),
-                ("ratio_level", self.ratio_level, RATIO_LEVELS),
-                ("aggregation", self.aggregation, AGGREGATIONS),
-                ("kl_place", self.kl_place, KL_PLACES),
-            )
-            if value not in allowed
+            f"{name} {getattr(self, name)!r} is not among {', '.join(allowed)}"
+            for name, allowed in CHOICES.items()
+            if getattr(self, name) not in allowed
         ]
-        if not (0 < self.clip_low < 1 and self.clip_high > 0):
-            problems.append(
-                "clip_low must be in (0, 1) and clip_high > 0, not "
-                f"{self.clip_low}, {self.clip_high}"
-            )
-        if self.kl_coefficient < 0:
-            problems.append(f"kl_coefficient must be ≥ 0, not {self.kl_coefficient}")
-        if self.ratio_level == "sequence" and self.aggregation == "token_mean":
-            problems.append(
-                "a sequence ratio gives one number per completion: use aggregation sequence_mean"
-            )
-        if self.ratio_level == "sequence" and self.kl_place == "loss":
-            problems.append(
-                "kl_place loss is a per-token penalty and needs ratio_level token; "
-                "with a sequence ratio use kl_place reward"
-            )
+        problems += self._ranges() + self._conflicts()
         if problems:
             raise ValueError("objective: " + "; ".join(problems) + ".")
+
+    def _ranges(self) -> list[str]:
+        low, high = self.clip_low, self.clip_high
+        first, last = self.covariance_range
+        at_least = {
+            "pass_k": 1,
+            "kl_coefficient": 0,
+            "entropy_coefficient": 0,
+            "covariance_penalty": 0,
+        }
+        rules = [
+            (getattr(self, name) >= least, f"{name} ≥ {least}, not {getattr(self, name)}")
+            for name, least in at_least.items()
+        ]
+        share = self.covariance_fraction
+        rules += [
+            (0 < low <= 1 and high > 0, f"clip_low in (0, 1] and clip_high > 0, not {low}, {high}"),
+            (0 < share < 1, f"covariance_fraction in (0, 1), not {share}"),
+            (first < last, f"covariance_range increasing, not {first}, {last}"),
+            (self.correction_cap > 0, f"correction_cap > 0, not {self.correction_cap}"),
+            (
+                self.dual_clip is None or self.dual_clip > 1 + high,
+                f"dual_clip > 1 + clip_high = {1 + high}, not {self.dual_clip}",
+            ),
+        ]
+        return [f"needs {text}" for holds, text in rules if not holds]
+
+    def _conflicts(self) -> list[str]:
+        """Name what cannot go together; every setting that would be silently without effect."""
+        ratio, place = self.ratio_level, self.kl_place
+        rules = (
+            (
+                ratio == "none" and self.clip != "none",
+                f"ratio_level none has no ratio to clip: set clip none, not {self.clip}",
+            ),
+            (
+                self.clip != "min" and self.dual_clip is not None,
+                f"dual_clip bounds the ratio of clip min, not of clip {self.clip}",
+            ),
+            (
+                place == "off" and self.kl_coefficient > 0,
+                f"kl_coefficient {self.kl_coefficient} has no effect with kl_place off: set "
+                "kl_place reward or loss, or kl_coefficient 0",
+            ),
+            (
+                self.advantage == "to_go" and (place, self.kl_estimator) == ("reward", "full"),
+                "advantage to_go takes kl_estimator k1, k2 or k3 in the reward, not full",
+            ),
+            (
+                self.covariance != "off" and ratio == "none",
+                "covariance compares with the policy that sampled and needs a ratio_level",
+            ),
+            (
+                self.advantage in ("unchanged", "batch_mean", "to_go")
+                and self.group_filter != "off",
+                f"group_filter {self.group_filter} needs an advantage within groups; equal rewards "
+                f"carry signal under advantage {self.advantage}",
+            ),
+        )
+        return [text for broken, text in rules if broken]
 
     @property
     def needs_reference(self) -> bool:
         """Whether the reference policy has to be read."""
         return self.kl_place != "off" and self.kl_coefficient > 0
 
-
-PRESETS: dict[str, Objective] = {
-    # Ahmadian et al. 2402.14740 as in TRL's RLOOTrainer: k1 in the reward, sequence ratio
-    "rloo": Objective(
-        advantage="leave_one_out",
-        ratio_level="sequence",
-        clip_low=0.2,
-        clip_high=0.2,
-        aggregation="sequence_mean",
-        kl_place="reward",
-        kl_coefficient=0.05,
-    ),
-    # Shao et al. 2402.03300, eq. 3: k3 in the loss, token ratio; β = 0.04 as in the paper
-    "grpo": Objective(
-        advantage="group_normalised",
-        ratio_level="token",
-        clip_low=0.2,
-        clip_high=0.2,
-        aggregation="sequence_mean",
-        kl_place="loss",
-        kl_coefficient=0.04,
-    ),
-}
+    @property
+    def needs_distribution(self) -> bool:
+        """Whether the reference's whole distribution is needed, not the tokens' log-probs alone."""
+        return self.needs_reference and self.kl_estimator == "full"
 
 
-def penalised_rewards(
-    objective: Objective, rewards: Array, log_probs: Array, ref_log_probs: Array, mask: Array
-) -> Array:
-    """Subtract β Σ_t (log π − log π_ref) from each reward, where the KL term sits in the reward.
-
-    Args:
-      objective: the axes.
-      rewards: `[B]`.
-      log_probs: `[B, C]` of the policy that sampled (nats).
-      ref_log_probs: `[B, C]` (nats).
-      mask: `[B, C]` completion mask.
-
-    Returns:
-      `[B]`; `rewards` itself for any other place.
-    """
-    if objective.kl_place != "reward":
-        return rewards
-    kl_k1_B = jnp.sum(jnp.where(mask, log_probs - ref_log_probs, 0.0), axis=1)
-    return rewards - objective.kl_coefficient * kl_k1_B
-
-
-def policy_loss(
-    objective: Objective, statistics: TokenStatistics, batch: UpdateBatch
-) -> tuple[Total, dict[str, Total]]:
-    """Return the clipped surrogate −min(ρA, clip(ρ)A), plus β k3 where the KL sits in the loss.
-
-    With sequence ratio: ρ_i = exp Σ_t (log π − log π_old), loss = mean_i. With token ratio:
-    ρ_it per token, then the objective's aggregation. At ρ = 1 its gradient is that of
-    −A Σ_t log π (sequence) or −A log π per token.
-
-    Args:
-      objective: the axes.
-      statistics: of the current params on the batch, `[B, C]` arrays.
-      batch: UpdateBatch.
-
-    Returns:
-      `(Total, metrics)`: the Total counts completions or tokens as the aggregation says; metrics
-      are Totals over tokens (`entropy`, `confidence`, `kl`) or ratios (`clip_ratio/region_mean`).
-    """
-    mask = batch.completion_mask
-    log_ratio_BC = jnp.where(mask, statistics.log_probs - batch.old_log_probs, 0.0)
-    if objective.ratio_level == "sequence":
-        ratio = jnp.exp(jnp.sum(log_ratio_BC, axis=1))
-        advantages, counted = batch.advantages, jnp.any(mask, axis=1)
-    else:
-        ratio, advantages, counted = jnp.exp(log_ratio_BC), batch.advantages[:, None], mask
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
-    clipped = jnp.clip(ratio, low, high)
-    loss = -jnp.minimum(ratio * advantages, clipped * advantages)
-    # where inside exp too: an unread ref_log_prob of 0 on padding must not overflow
-    ref_log_ratio_BC = jnp.where(mask, batch.ref_log_probs - statistics.log_probs, 0.0)
-    kl_k3_BC = jnp.exp(ref_log_ratio_BC) - 1 - ref_log_ratio_BC
-    if objective.kl_place == "loss":
-        loss = loss + objective.kl_coefficient * kl_k3_BC
-    metrics = {
-        "entropy": masked_total(statistics.entropy, mask),
-        "confidence": masked_total(statistics.max_prob, mask),
-        "kl": masked_total(kl_k3_BC, mask),
-        "clip_ratio/region_mean": masked_total(((ratio < low) | (ratio > high)) * 1.0, counted),
-    }
-    return _aggregate(objective, loss, counted), metrics
-
-
-def supervised_loss(
-    statistics: TokenStatistics, batch: UpdateBatch
-) -> tuple[Total, dict[str, Total]]:
-    """Return −log π of the completion tokens as a Total over tokens, and metrics."""
-    mask = batch.completion_mask
-    metrics = {
-        "entropy": masked_total(statistics.entropy, mask),
-        "confidence": masked_total(statistics.max_prob, mask),
-    }
-    return masked_total(-statistics.log_probs, mask), metrics
-
-
-def _aggregate(objective: Objective, loss: Array, counted: Array) -> Total:
-    if objective.ratio_level == "sequence" or objective.aggregation == "token_mean":
-        return masked_total(loss, counted)
-    lengths_B = jnp.sum(counted, axis=1)
-    means_B = jnp.sum(jnp.where(counted, loss, 0.0), axis=1) / jnp.maximum(lengths_B, 1)
-    return masked_total(means_B, lengths_B > 0)
+def differences(objective: Objective) -> dict[str, Any]:
+    """Return the axes on which an objective leaves the defaults, and always the chief ones."""
+    chief = ("advantage", "ratio_level", "clip", "aggregation", "kl_place")
+    values = dataclasses.asdict(objective)
+    plain = dataclasses.asdict(Objective())
+    return {name: v for name, v in values.items() if name in chief or v != plain[name]}

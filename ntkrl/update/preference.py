@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ntkrl.numerics import mean
 from ntkrl.types import Array, Params, PreferenceBatch, Scorer, Total
+from ntkrl.update.loss import Measures
 
 
 def preference_loss(scores: Array, centring: float) -> tuple[Total, dict[str, Total]]:
@@ -35,15 +35,17 @@ def preference_loss(scores: Array, centring: float) -> tuple[Total, dict[str, To
 
 def preference_objective(
     scorer: Scorer, centring: float
-) -> Callable[[Params, PreferenceBatch], tuple[Total, dict[str, Array]]]:
-    """Return `(params, batch) -> (Total, metrics)` of a reward model."""
+) -> Callable[[Params, PreferenceBatch, None], tuple[Total, Measures]]:
+    """Return `(params, batch, None) -> (Total, Measures)` of a reward model."""
 
-    def objective(params: Params, batch: PreferenceBatch) -> tuple[Total, dict[str, Array]]:
+    def objective(
+        params: Params, batch: PreferenceBatch, reference: None = None
+    ) -> tuple[Total, Measures]:
         pairs, _, length = batch.tokens.shape
         tokens, mask = (x.reshape(2 * pairs, length) for x in (batch.tokens, batch.mask))
         gates = batch.gates.reshape(2 * pairs)
         scores = scorer.score(params, tokens, mask, gates)["score"].reshape(pairs, 2)
         total, totals = preference_loss(scores, centring)
-        return total, {name: mean(value) for name, value in totals.items()}
+        return total, Measures(totals, {})
 
     return objective

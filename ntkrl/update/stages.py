@@ -75,11 +75,13 @@ class StageProgram:
     stage: the row it came from.
     trained: one bool per leaf, in leaf order.
     optimizer: transforms gradients of the trained leaves only.
+    head_alone: whether the features do not move, so that those the sampler read can be used.
     """
 
     stage: Stage
     trained: tuple[bool, ...]
     optimizer: optax.GradientTransformation
+    head_alone: bool
 
 
 def stage_program(stage: Stage, policy: Policy | None, params: Params) -> StageProgram:
@@ -105,10 +107,16 @@ def stage_program(stage: Stage, policy: Policy | None, params: Params) -> StageP
     grouped = optax.multi_transform(
         {_label(rate): make(stage, rate) for rate in set(rates) if rate is not None}, labels
     )
+    head_alone = policy is not None and _moves_head_alone(policy, params, trained)
     if stage.max_grad_norm is None:
-        return StageProgram(stage, trained, grouped)
+        return StageProgram(stage, trained, grouped, head_alone)
     clipped = optax.chain(optax.clip_by_global_norm(stage.max_grad_norm), grouped)
-    return StageProgram(stage, trained, clipped)
+    return StageProgram(stage, trained, clipped, head_alone)
+
+
+def _moves_head_alone(policy: Policy, params: Params, trained: tuple[bool, ...]) -> bool:
+    moved = {name for name, moves in zip(trees.names(params), trained, strict=True) if moves}
+    return not policy.tied and moved <= {policy.head_weight, policy.head_bias}
 
 
 def _refuse_tied_head(stage: Stage, policy: Policy | None, params: Params) -> None:

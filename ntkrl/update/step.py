@@ -10,12 +10,17 @@ import jax.numpy as jnp
 import optax
 
 from ntkrl import numerics, trees
-from ntkrl.scoring import score
+from ntkrl.scoring import completion_features, head_of
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
+from ntkrl.update.loss import Measures
+from ntkrl.update.rows import Loss, add, loss_by_rows, over_parts, split_rows
 from ntkrl.update.stages import StageProgram
+from ntkrl.vocabulary import Head, token_statistics
 
-Loss = Callable[[numerics.TokenStatistics, UpdateBatch], tuple[Total, dict[str, Total]]]
-Objective = Callable[[Params, Any], tuple[Total, dict[str, Array]]]
+TILE_VOCABULARY = 8192
+"""Vocabulary rows of a tile of logits."""
+
+Objective = Callable[[Params, Any, Head | None], tuple[Total, Measures]]
 
 
 def init_state(program: StageProgram, params: Params, key: Array, step: int = 0) -> TrainState:
@@ -34,57 +39,95 @@ def policy_objective(
 ) -> Objective:
     """Return the objective of a loss on token statistics.
 
+    The body is read, unless the batch brings the features along. Logits exist for whole
+    completions of about `chunk_tokens` tokens together, and are made once; where one completion is
+    longer than that, or a reference's whole distribution is compared with, tile by tile and twice.
+
     Args:
       policy: the network's functions.
-      loss: `(statistics, batch) -> (Total, {name: Total})`.
+      loss: `(statistics, batch) -> (Total, Measures)`, which add up over completions.
       temperature: the sampling temperature (log-probs are of the tempered policy).
       chunk_tokens: positions whose logits exist at a time.
 
     Returns:
-      `(params, batch) -> (Total, metrics)`; metrics are the means of the loss's Totals and
-      `log_ratio_max`, the largest |log π − old_log_probs| over counted tokens.
+      `(params, batch, reference) -> (Total, Measures)`; `reference` is the Head that goes with the
+      batch's `ref_features`, or None.
     """
 
-    def objective(params: Params, batch: UpdateBatch) -> tuple[Total, dict[str, Array]]:
-        length = batch.completion_mask.shape[1]
-        statistics = score(
-            policy, params, batch.tokens, batch.mask, length, temperature, chunk_tokens
-        )
-        total, totals = loss(statistics, batch)
-        metrics = {name: numerics.mean(value) for name, value in totals.items()}
-        gap_BC = jnp.abs(statistics.log_probs - batch.old_log_probs)
-        metrics["log_ratio_max"] = jnp.max(jnp.where(batch.completion_mask, gap_BC, 0.0))
-        return total, metrics
+    def objective(
+        params: Params, batch: UpdateBatch, reference: Head | None = None
+    ) -> tuple[Total, Measures]:
+        rows, length = batch.completion_mask.shape
+        features = batch.features
+        if features is None:
+            features = completion_features(policy, params, batch.tokens, batch.mask, length)
+        head = head_of(policy, params)
+        if reference is None and length <= chunk_tokens:
+            parts = -(-rows // max(1, chunk_tokens // length))
+            return loss_by_rows(loss, temperature, parts, head, features, batch)
+        beside = None if reference is None else (reference, batch.ref_features)
+        tiles = (temperature, chunk_tokens, TILE_VOCABULARY, beside)
+        return loss(token_statistics(head, features, batch.tokens[:, -length:], *tiles), batch)
 
     return objective
 
 
 def make_step(
-    program: StageProgram, objective: Objective
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """Return `step(state, batch) -> (state, metrics)`, to be jitted by the caller.
+    program: StageProgram, objective: Objective, microbatches: int = 1
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Return `step(state, batch, reference=None) -> (state, metrics)`, to be jitted by the caller.
 
     Only the stage's trained leaves are differentiated; the frozen ones pass through untouched.
 
     Args:
       program: the stage bound to the params.
-      objective: `(params, batch) -> (Total, {name: scalar})`.
+      objective: `(params, batch, reference) -> (Total, Measures)`.
+      microbatches: equal parts of the rows that are read one after another, their gradients
+        added; what the batch gives is what it gives in one piece, to rounding.
 
     Returns:
-      The step; its metrics are the objective's, `loss` and `grad_norm`, all scalars.
+      The step; its metrics are the means of the objective's totals, its maxima, `loss` and
+      `grad_norm`, all scalars.
     """
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, batch: Any, reference: Head | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        _check_divisible(batch, microbatches)
         chosen, rest = trees.partition(state.params, program.trained)
 
-        def value(chosen: Params) -> tuple[Array, dict[str, Array]]:
-            total, metrics = objective(trees.merge(chosen, rest), batch)
-            return numerics.mean(total), metrics
+        def value(chosen: Params, part: Any) -> tuple[Array, tuple[Total, Measures]]:
+            found = objective(trees.merge(chosen, rest), part, reference)
+            return found[0].total, found
 
-        (loss, metrics), grads = jax.value_and_grad(value, has_aux=True)(chosen)
+        def pull(part: Any) -> tuple[tuple[Total, Measures], Params]:
+            (_, found), grads = jax.value_and_grad(value, has_aux=True)(chosen, part)
+            return found, grads
+
+        def combine(left: Any, right: Any) -> Any:
+            return add(left[0], right[0]), jax.tree.map(jnp.add, left[1], right[1])
+
+        if microbatches == 1:
+            (total, measures), grads = pull(batch)
+        else:
+            cut = split_rows(batch, microbatches)
+            (total, measures), grads = over_parts(pull, cut, combine)
+        count = jnp.maximum(total.count, 1)
+        grads = jax.tree.map(lambda leaf: (leaf / count).astype(leaf.dtype), grads)
         updates, opt_state = program.optimizer.update(grads, state.opt_state, chosen)
         params = trees.merge(optax.apply_updates(chosen, updates), rest)
-        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {name: numerics.mean(found) for name, found in measures.totals.items()}
+        metrics |= measures.maxima
+        metrics |= {"loss": numerics.mean(total), "grad_norm": optax.tree.norm(grads)}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
+
+
+def _check_divisible(batch: Any, microbatches: int) -> None:
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % microbatches:
+        raise ValueError(
+            f"{rows} rows cannot be cut in {microbatches} equal micro-batches; choose a divisor "
+            "of the rows as schedule.microbatches."
+        )

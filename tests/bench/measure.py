@@ -89,11 +89,20 @@ def peak_memory() -> Iterator[Peak]:
     time.sleep(0.2)  # runtimes let go of dropped arrays a moment later, in their own threads
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before, peak = _status_mib("VmRSS"), Peak()
+    before, peak = status_mib("VmRSS"), Peak()
     try:
         yield peak
     finally:
-        peak.mib = _status_mib("VmHWM") - before
+        peak.mib = status_mib("VmHWM") - before
+
+
+def status_mib(field: str) -> float:
+    """Read the process's memory in MiB: VmRSS, what is resident, or VmHWM, its peak (Linux only).
+
+    Unlike `getrusage`'s maximum, VmHWM does not take over the peak of the process that started it.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M)[1]) / 1024
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -128,11 +137,6 @@ def write_json(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _status_mib(field: str) -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M)[1]) / 1024
 
 
 def _main(function_path: str, result: str) -> None:

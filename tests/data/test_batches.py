@@ -48,7 +48,7 @@ def test_supervised_rows_are_prompt_then_completion():
     np.testing.assert_array_equal(batch.completion_mask, [[1, 1, 1, 0], [1, 0, 0, 0]])
     np.testing.assert_array_equal(batch.old_log_probs, np.zeros((2, 4)))
     np.testing.assert_array_equal(batch.ref_log_probs, np.zeros((2, 4)))
-    np.testing.assert_array_equal(batch.advantages, [1, 1])
+    np.testing.assert_array_equal(batch.advantages, np.ones((2, 4)))
     assert batch.old_log_probs.dtype == batch.advantages.dtype == jnp.float32
     assert (batch.tokens.dtype, batch.completion_mask.dtype) == (jnp.int32, jnp.bool_)
 

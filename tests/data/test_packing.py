@@ -38,7 +38,7 @@ def test_rows_hold_examples_one_after_the_other():
     np.testing.assert_array_equal(
         batch.completion_mask, [[1, 1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0]]
     )
-    np.testing.assert_array_equal(batch.advantages, [1, 1])
+    np.testing.assert_array_equal(batch.advantages, np.ones((2, 7)))
     assert batch.old_log_probs.shape == batch.ref_log_probs.shape == (2, 7)
     assert (batch.tokens.dtype, batch.mask.dtype) == (jnp.int32, jnp.int32)
     assert batch.completion_mask.dtype == jnp.bool_

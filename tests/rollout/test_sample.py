@@ -31,7 +31,10 @@ def prompts(lengths=(2, 5), width=5, vocab=7):
         tokens[i, width - length :] = rng.integers(2, vocab, length)
         mask[i, width - length :] = True
     return PromptBatch(
-        tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), rows=jnp.arange(len(lengths))
+        tokens=jnp.asarray(tokens),
+        mask=jnp.asarray(mask),
+        rows=jnp.arange(len(lengths)),
+        copies=jnp.zeros(len(lengths), int),
     )
 
 
@@ -48,7 +51,7 @@ def test_log_probs_equal_rescored_ones(family, temperature):
     policy, params = toy()
     if family == "neox":
         policy, params = ntkrl.build("GPTNeoXForCausalLM", TINY, jax.random.key(0))
-    sample = jax.jit(rollout.make_sampler(policy, settings(temperature=temperature)))
+    sample = rollout.Sampler(policy, settings(temperature=temperature))
     drawn = sample(params, prompts(), jax.random.key(1))
     found = scoring.score(policy, params, drawn.tokens, drawn.mask, 6, temperature)
     mask = np.asarray(drawn.completion_mask)
@@ -61,7 +64,7 @@ def test_shapes_and_ends():
     """law: groups are consecutive, the end token counts, pad follows it, nothing after."""
     policy, params = toy()
     params = {**params, "head": params["head"].at[EOS].add(1.0)}
-    drawn = rollout.make_sampler(policy, settings(max_completion_tokens=12))(
+    drawn = rollout.Sampler(policy, settings(max_completion_tokens=12))(
         params, prompts(), jax.random.key(3)
     )
     assert drawn.tokens.shape == (6, 17) and drawn.completion_mask.shape == (6, 12)
@@ -82,7 +85,7 @@ def test_shapes_and_ends():
 def test_a_budget_of_one_token():
     """law: the loop may take no step at all."""
     policy, params = toy()
-    drawn = rollout.make_sampler(policy, settings(max_completion_tokens=1))(
+    drawn = rollout.Sampler(policy, settings(max_completion_tokens=1))(
         params, prompts(), jax.random.key(0)
     )
     assert drawn.completion_mask.all() and drawn.tokens.shape == (6, 6)
@@ -93,7 +96,7 @@ def test_draws_follow_the_distribution():
     policy, params = toy()
     one = prompts(lengths=(4,))
     many = settings(completions_per_prompt=4000, max_completion_tokens=1)
-    drawn = rollout.make_sampler(policy, many)(params, one, jax.random.key(5))
+    drawn = rollout.Sampler(policy, many)(params, one, jax.random.key(5))
     phi = policy.features(params, one.tokens, one.mask)[0, -1]
     expected = np.asarray(jax.nn.softmax(policy.head(params, phi)))
     counts = np.bincount(np.asarray(drawn.tokens[:, -1]), minlength=7) / 4000
@@ -112,7 +115,7 @@ def test_prompt_is_read_once():
         return policy.decode(p, cache, tokens, mask)
 
     spied = dataclasses.replace(policy, decode=decode)
-    rollout.make_sampler(spied, settings())(params, prompts(), jax.random.key(0))
+    rollout.Sampler(spied, settings())(params, prompts(), jax.random.key(0))
     assert seen[0] == (2, 5) and set(seen[1:]) == {(6, 1)}
 
 
@@ -128,7 +131,7 @@ def test_early_exit():
     spied = dataclasses.replace(policy, decode=decode, max_tokens=600)
     params = {**params, "head": jnp.zeros_like(params["head"])}
     # logits all zero: each step ends a row with chance 1/7, so 500 steps are never needed
-    sample = jax.jit(rollout.make_sampler(spied, settings(max_completion_tokens=500)))
+    sample = rollout.Sampler(spied, settings(max_completion_tokens=500))
     drawn = sample(params, prompts(), jax.random.key(0))
     jax.block_until_ready(drawn)
     jax.effects_barrier()
@@ -140,21 +143,162 @@ def test_early_exit():
 def test_rows_do_not_depend_on_their_neighbours():
     """law: a row's completion is a function of its own prompt and key."""
     policy, params = toy()
-    sample = rollout.make_sampler(policy, settings(completions_per_prompt=1))
+    sample = rollout.Sampler(policy, settings(completions_per_prompt=1))
     two = prompts(lengths=(3, 5))
     other = two.replace(tokens=two.tokens.at[1].set(2))
     first, second = (sample(params, p, jax.random.key(9)) for p in (two, other))
     np.testing.assert_array_equal(first.tokens[0], second.tokens[0])
 
 
+def neox(**overrides):
+    """A tiny GPT-NeoX whose end token is likely enough to end rows at different times."""
+    policy, params = ntkrl.build("GPTNeoXForCausalLM", {**TINY, **overrides}, jax.random.key(0))
+    return policy, {**params, "head": {"weight": 0.5 * params["head"]["weight"]}}
+
+
+def test_growing_caches_and_leaving_rows_change_nothing():
+    """law: small chunks, a growing cache and compaction draw what one long chunk draws."""
+    policy, params = neox()
+    many = settings(completions_per_prompt=16, max_completion_tokens=40)
+    moved = dataclasses.replace(many, chunk_steps=4)
+    plain = rollout.Sampler(policy, dataclasses.replace(many, chunk_steps=64), smallest=32)
+    small = rollout.Sampler(policy, moved, smallest=2)
+    key = jax.random.key(4)
+    expected = plain(params, prompts(), key)
+    before = small.compilations()
+    found = small(params, prompts(), key)
+    fewer, longer = (small.programs[name]._cache_size() for name in ("fewer", "longer"))
+    assert fewer >= 2 and longer >= 2 and plain.programs["read_on"]._cache_size() == 1
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.finished, expected.finished)
+    np.testing.assert_allclose(found.sampler_log_probs, expected.sampler_log_probs, atol=2e-5)
+    small(params, prompts(), jax.random.key(5))
+    # rows 32, 16, 8, 4, 2 and cache lengths 4, 8, 16, 32, 40 at most, whatever is drawn
+    assert small.programs["read_on"]._cache_size() <= 25
+    assert small.compilations() - before <= 25 + 4 + 20 + 1
+
+
+def test_nothing_recompiles():
+    """law: further batches of the same shapes compile nothing."""
+    policy, params = neox()
+    sampler = rollout.Sampler(policy, settings(max_completion_tokens=20), smallest=64)
+    sampler(params, prompts(), jax.random.key(0))
+    before = sampler.compilations()
+    for seed in range(1, 4):
+        sampler(params, prompts(), jax.random.key(seed))
+    assert sampler.compilations() == before
+    assert sampler.programs["prefill"]._cache_size() == 1
+
+
+def test_what_a_prompt_gets_does_not_depend_on_the_batch():
+    """law: keys belong to the request: another order, other neighbours, a copy of a prompt."""
+    policy, params = neox()
+    sample = rollout.Sampler(policy, settings(max_completion_tokens=12))
+    two = prompts()
+    key = jax.random.key(2)
+    both = sample(params, two, key)
+    swapped = sample(params, jax.tree.map(lambda leaf: leaf[::-1], two), key)
+    alone = sample(params, jax.tree.map(lambda leaf: leaf[1:], two), key)
+    length = min(one.completion_mask.shape[1] for one in (both, swapped, alone))
+    completions = [np.asarray(one.tokens[:, 5 : 5 + length]) for one in (both, swapped, alone)]
+    np.testing.assert_array_equal(completions[0][3:], completions[1][:3])
+    np.testing.assert_array_equal(completions[0][3:], completions[2])
+    twice = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 2, axis=0), two)
+    copied = sample(params, twice.replace(copies=jnp.array([0, 1])), key)
+    assert not np.array_equal(copied.tokens[:3], copied.tokens[3:])
+    assert len({tuple(row) for row in np.asarray(copied.tokens).tolist()}) > 3
+
+
+def test_greedy_takes_the_likeliest():
+    """law: temperature 0 follows the arg max; equal completions, log-probs of the policy."""
+    policy, params = neox()
+    drawn = rollout.Sampler(policy, settings(temperature=0.0, completions_per_prompt=2))(
+        params, prompts(), jax.random.key(0)
+    )
+    length = drawn.completion_mask.shape[1]
+    found = scoring.score(policy, params, drawn.tokens, drawn.mask, length)
+    mask = np.asarray(drawn.completion_mask)
+    np.testing.assert_array_equal(
+        np.asarray(found.argmax)[mask], np.asarray(drawn.tokens[:, -length:])[mask]
+    )
+    np.testing.assert_allclose(drawn.sampler_log_probs[mask], found.log_probs[mask], atol=2e-5)
+    np.testing.assert_array_equal(drawn.tokens[0], drawn.tokens[1])
+
+
+def test_features_are_those_the_head_read():
+    """law: the recorded features give the recorded log-probs, and are those of a forward pass."""
+    policy, params = neox()
+    drawn = rollout.Sampler(policy, settings(keep_features=True))(
+        params, prompts(), jax.random.key(0)
+    )
+    mask, length = np.asarray(drawn.completion_mask), drawn.completion_mask.shape[1]
+    again = scoring.completion_features(policy, params, drawn.tokens, drawn.mask, length)
+    np.testing.assert_allclose(np.asarray(drawn.features)[mask], again[mask], atol=1e-5)
+
+
+def test_a_half_precision_cache():
+    """law: a bfloat16 cache is one, and log-probs stay within its rounding."""
+    policy, params = neox()
+    seen = []
+
+    def init_cache(batch_size, length, dtype=None):
+        seen.append(dtype)
+        return policy.init_cache(batch_size, length, dtype)
+
+    spied = dataclasses.replace(policy, init_cache=init_cache)
+    drawn = rollout.Sampler(spied, settings(cache_dtype=jnp.bfloat16))(
+        params, prompts(), jax.random.key(0)
+    )
+    assert set(seen) == {jnp.bfloat16}
+    length = drawn.completion_mask.shape[1]
+    found = scoring.score(policy, params, drawn.tokens, drawn.mask, length)
+    gap = np.abs(found.log_probs - drawn.sampler_log_probs)[np.asarray(drawn.completion_mask)]
+    assert 0 < gap.max() < 0.05
+
+
+def test_stop_strings_end_completions():
+    """law: a completion ends with the first token after which the stop string stands there."""
+    policy, params = neox()
+    key, long = jax.random.key(1), settings(max_completion_tokens=30, chunk_steps=4)
+    free = rollout.Sampler(policy, long)(params, prompts(), key)
+
+    def find(ids):
+        pairs = [i for i in range(len(ids) - 1) if ids[i] + ids[i + 1] == 20]
+        return pairs[0] + 2 if pairs else None
+
+    held = rollout.Sampler(policy, long, find)(params, prompts(), key)
+    stopped = 0
+    for row in range(6):
+        ids = np.asarray(free.tokens[row, 5:])[: int(free.completion_mask[row].sum())]
+        end = find(ids)
+        stopped += end is not None
+        expected = ids if end is None else ids[:end]
+        count = int(held.completion_mask[row].sum())
+        np.testing.assert_array_equal(held.tokens[row, 5 : 5 + count], expected)
+        assert (np.asarray(held.tokens[row, 5 + count :]) == PAD).all()
+        assert bool(held.finished[row]) == (end is not None or bool(free.finished[row]))
+        np.testing.assert_array_equal(
+            held.sampler_log_probs[row, :count], free.sampler_log_probs[row, :count]
+        )
+    assert 2 <= stopped < 6
+
+
 def test_errors():
-    """law: temperature 0, empty groups and a context that is too small are refused by name."""
-    with pytest.raises(ValueError, match="temperature must be > 0, not 0.0"):
-        settings(temperature=0.0)
-    with pytest.raises(ValueError, match="completions_per_prompt must be ≥ 1, not 0"):
-        settings(completions_per_prompt=0)
+    """law: every setting outside its range, and a context that is too small, are named."""
+    with pytest.raises(ValueError) as caught:
+        settings(temperature=-1.0, completions_per_prompt=0, top_k=0, top_p=0.0, min_p=1.0)
+    for problem in (
+        "temperature must be ≥ 0, not -1.0",
+        "completions_per_prompt must be ≥ 1, not 0",
+        "top_k must be ≥ 1, or None",
+        "top_p must be in (0, 1], or None",
+        "min_p must be in [0, 1), or None",
+    ):
+        assert problem in str(caught.value)
+    with pytest.raises(ValueError, match="temperature 0 takes the likeliest token"):
+        settings(temperature=0.0, top_k=3)
     policy, params = toy()
     with pytest.raises(ValueError, match="prompts of 5 tokens and completions of 60 exceed .* 64"):
-        rollout.make_sampler(policy, settings(max_completion_tokens=60))(
+        rollout.Sampler(policy, settings(max_completion_tokens=60))(
             params, prompts(), jax.random.key(0)
         )

@@ -95,7 +95,7 @@ def test_problems_of_all_sections_at_once():
     text = str(caught.value)
     for part in (
         "model.dtype 'int8' is not among",
-        "objective.preset 'rlo' is not among grpo, rloo",
+        "objective.preset 'rlo' is not among cispo, dapo, dr_grpo",
         "schedule.minibatches must be ≥ 1",
         "optimizer 'lion' is not among",
         "method 'rlhf' is not among rl, sft",

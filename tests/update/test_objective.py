@@ -1,6 +1,7 @@
 """Losses against their written formulas: by hand, and by slow loops in float64."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,72 +9,107 @@ import numpy as np
 import pytest
 
 from ntkrl import advantage, numerics, update
-from ntkrl.numerics import TokenStatistics
+from ntkrl.assembly.weighing import weigh
 from ntkrl.types import UpdateBatch
-from tests.oracles import grpo_loss, rloo_loss
+from ntkrl.vocabulary import TokenStatistics
+from tests.update import formulas
 
-RLOO, GRPO = update.PRESETS["rloo"], update.PRESETS["grpo"]
+PRESETS = update.PRESETS
+RLOO, GRPO = PRESETS["rloo"], PRESETS["grpo"]
+BUDGET, GROUP = 6, 4
 
 
-def batch_of(mask, old, ref, advantages):
+def batch_of(mask, old, ref, advantages, penalties=None):
     """An UpdateBatch whose tokens no loss looks at."""
     shape = np.shape(mask)
+    wide = np.broadcast_to(np.reshape(advantages, (shape[0], -1)), shape)
     return UpdateBatch(
         tokens=jnp.zeros(shape, int),
         mask=jnp.ones(shape, bool),
         completion_mask=jnp.asarray(mask, bool),
         old_log_probs=jnp.asarray(old),
         ref_log_probs=jnp.asarray(ref),
-        advantages=jnp.asarray(advantages),
+        advantages=jnp.asarray(wide),
+        penalties=None if penalties is None else jnp.asarray(penalties),
     )
 
 
-def statistics_of(log_probs):
-    """Statistics of which the losses use the log-probs."""
+def statistics_of(log_probs, entropy=None, kl=None):
+    """Statistics of which the losses use a few."""
     log_probs = jnp.asarray(log_probs)
-    return TokenStatistics(log_probs, -log_probs, log_probs * 0, jnp.exp(log_probs), None)
+    entropy = -log_probs if entropy is None else entropy
+    return TokenStatistics(log_probs, entropy, log_probs * 0, jnp.exp(log_probs), None, kl)
 
 
-def draws(seed=0, rows=8, columns=5):
+def draws(seed=0, rows=8, columns=5, spread=0.3):
     """Random log-probs, rewards and a ragged mask with at least one token a row."""
     rng = np.random.default_rng(seed)
     old = -rng.exponential(size=(rows, columns))
-    mask = np.arange(columns) < rng.integers(1, columns + 1, rows)[:, None]
+    rewards = rng.normal(size=rows)
+    rewards[:GROUP] = 0.5 if seed == 2 else rewards[:GROUP]
     return {
-        "rewards": rng.normal(size=rows),
+        "rewards": rewards,
         "old": old,
-        "log_probs": old + 0.3 * rng.normal(size=old.shape),
+        "log_probs": old + spread * rng.normal(size=old.shape),
         "ref": old + 0.3 * rng.normal(size=old.shape),
-        "mask": mask,
+        "mask": np.arange(columns) < rng.integers(1, columns + 1, rows)[:, None],
+        "finished": rng.random(rows) < 0.7,
     }
 
 
-def whole_loss(objective, estimator, rewards, log_probs, old, ref, mask, group):
-    """Rewards to the scalar that the step minimises, as the loop composes it."""
-    penalised = update.penalised_rewards(
-        objective, jnp.asarray(rewards), jnp.asarray(old), jnp.asarray(ref), jnp.asarray(mask)
+def prepared(objective, rewards, old, ref, mask, finished, log_probs=None, behaviour=None, seed=0):
+    """The UpdateBatch that the loop makes of a rollout."""
+    held = [jnp.asarray(one) for one in (rewards, old, ref)]
+    drawn = held[1] if behaviour is None else jnp.asarray(behaviour)
+    found = weigh(
+        objective,
+        GROUP,
+        *held,
+        drawn,
+        jnp.asarray(mask),
+        jnp.asarray(finished),
+        None,
+        jax.random.key(seed),
     )
-    batch = batch_of(mask, old, ref, estimator(penalised, group))
-    total, _ = update.policy_loss(objective, statistics_of(log_probs), batch)
-    return float(numerics.mean(total))
+    return batch_of(found["mask"], old, ref, found["advantages"], found["penalties"]), found
+
+
+def value(objective, batch, log_probs):
+    """The scalar that the step minimises."""
+    total, _ = update.policy_loss(objective, BUDGET, statistics_of(log_probs), batch)
+    return numerics.mean(total)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rloo_equals_its_formula(x64, seed):
-    """oracle: k1 in the reward, leave-one-out, clipped sequence ratio, by loops."""
-    held = draws(seed)
-    found = whole_loss(RLOO, advantage.leave_one_out, group=4, **held)
-    expected = rloo_loss(**held, group=4, beta=0.05, clip=0.2)
-    assert abs(found - expected) < 1e-12
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_equal_their_formulas(x64, name, seed):
+    """oracle: every row against loops, off policy so that clips bite; seed 2 has an equal group."""
+    held, objective = draws(seed, spread=1e-3 if name == "gspo" else 0.3), PRESETS[name]
+    batch, _ = prepared(objective, **held)
+    slow = formulas.Batch(**held, group=GROUP, budget=BUDGET)
+    function = getattr(formulas, name.removesuffix("_trl012"))
+    extra = (held["log_probs"],) if name == "cispo" else ()
+    found, gradient = jax.value_and_grad(lambda lp: value(objective, batch, lp))(
+        jnp.asarray(held["log_probs"])
+    )
+    assert abs(float(found) - function(slow, *extra)) < 1e-12
+    # the gradient too, by differences, at the tokens of two rows
+    for i, t in itertools.chain.from_iterable(((r, t) for t in slow.tokens(r)) for r in (3, 6)):
+        sides = []
+        for h in (1e-6, -1e-6):
+            slow.log_probs = held["log_probs"].copy()
+            slow.log_probs[i, t] += h
+            sides.append(function(slow, *extra))
+        assert abs((sides[0] - sides[1]) / 2e-6 - float(gradient[i, t])) < 1e-8
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_grpo_equals_its_formula(x64, seed):
-    """oracle: normalised advantages, clipped token ratios, k3, mean of means, by loops."""
-    held = draws(seed)
-    found = whole_loss(GRPO, advantage.group_normalised, group=4, **held)
-    expected = grpo_loss(**held, group=4, beta=0.04, clip=0.2)
-    assert abs(found - expected) < 1e-12
+def test_every_preset_says_its_formula_and_source():
+    """law: each row has its formula and source, and names the axes that it sets."""
+    assert set(update.FORMULAS) == set(PRESETS)
+    for name, text in update.FORMULAS.items():
+        assert text.startswith("Minimise") and "Source:" in text, name
+        assert "advantage" in update.differences(PRESETS[name])
+    assert set(update.CHOICES["advantage"]) == {*advantage.ESTIMATORS, "pass_at_k", "to_go"}
 
 
 def test_rloo_by_hand():
@@ -83,74 +119,218 @@ def test_rloo_by_hand():
     """
     mask = [[1, 1], [1, 0]]
     batch = batch_of(mask, [[-1.0, -1.0], [-1.0, 0.0]], np.zeros((2, 2)), [2.0, -2.0])
-    total, metrics = update.policy_loss(RLOO, statistics_of([[-0.9, -0.8], [-1.1, 9.0]]), batch)
+    statistics = statistics_of([[-0.9, -0.8], [-1.1, 9.0]])
+    total, measures = update.policy_loss(RLOO, BUDGET, statistics, batch)
     np.testing.assert_allclose(total.total, -1.2 * 2 + 2 * np.exp(-0.1), rtol=1e-6)
     assert int(total.count) == 2
-    assert float(numerics.mean(metrics["clip_ratio/region_mean"])) == 0.5
+    # both tokens of the first completion are clipped, one of three is not
+    found = float(numerics.mean(measures.totals["clip_ratio/high_mean"]))
+    np.testing.assert_allclose(found, 2 / 3, rtol=1e-6)
 
 
-def test_grpo_by_hand():
-    """by hand: one row of two tokens, one of one: rows weigh the same, not tokens."""
-    mask = [[1, 1], [1, 0]]
-    old = [[-1.0, -1.0], [-1.0, 0.0]]
-    batch = batch_of(mask, old, old, [1.0, -1.0])
-    total, _ = update.policy_loss(GRPO, statistics_of(old), batch)
-    # ratios 1, KL 0: rows give −1 and 1, mean 0 (a token mean would give −1/3)
-    np.testing.assert_allclose(numerics.mean(total), 0.0, atol=1e-7)
-    token = dataclasses.replace(GRPO, aggregation="token_mean")
-    total, _ = update.policy_loss(token, statistics_of(old), batch)
-    np.testing.assert_allclose(numerics.mean(total), -1 / 3, rtol=1e-6)
+def test_aggregations_by_hand():
+    """by hand: token losses −1, −1 | 1, 1 | (no token), budget 6.
+
+    Tokens: 0/3 … with one row of two tokens (−1 each) and one of one token (+1).
+    """
+    mask, old = [[1, 1], [1, 0], [0, 0]], [[-1.0, -1.0], [-1.0, 0.0], [0.0, 0.0]]
+    batch = batch_of(mask, old, old, [1.0, -1.0, 5.0])
+    expected = {"token_mean": -1 / 3, "sequence_mean": 0.0, "sequence_sum": -1 / 2}
+    expected["constant"] = -1 / (2 * BUDGET)
+    for name, wanted in expected.items():
+        objective = update.Objective(aggregation=name)
+        np.testing.assert_allclose(value(objective, batch, old), wanted, atol=1e-7)
 
 
-def test_k1_by_hand():
-    """by hand: r − β Σ (log π − log π_ref) = 1 − 0.05·(0.5 − 0.2); masked tokens do not count."""
-    found = update.penalised_rewards(
-        RLOO,
-        jnp.array([1.0]),
-        jnp.array([[-1.0, -1.0, -7.0]]),
-        jnp.array([[-1.5, -0.8, 0.0]]),
-        jnp.array([[True, True, False]]),
-    )
-    np.testing.assert_allclose(found, [1 - 0.05 * 0.3], rtol=1e-6)
-    same = update.penalised_rewards(
-        GRPO, jnp.array([1.0]), *[jnp.zeros((1, 2))] * 2, jnp.ones((1, 2))
-    )
-    assert float(same[0]) == 1.0
+def test_clips_by_hand():
+    """by hand: ρ = 4: A = 1 → 1.2; A = −1 → −4, bounded at −3; detached 1.2 · log π."""
+    old, new = [[-2.0]], [[-2.0 + np.log(4.0)]]
+    up, down = (batch_of([[1]], old, old, [a]) for a in (1.0, -1.0))
+    plain = update.Objective()
+    dual = dataclasses.replace(plain, dual_clip=3.0)
+    detach = dataclasses.replace(plain, clip="detach")
+    bare = dataclasses.replace(plain, clip="none")
+    found = [
+        float(value(objective, batch, new))
+        for objective, batch in (
+            (plain, up),
+            (plain, down),
+            (dual, up),
+            (dual, down),
+            (detach, up),
+            (bare, up),
+        )
+    ]
+    expected = [-1.2, 4.0, -1.2, 3.0, -1.2 * (np.log(4.0) - 2), -4.0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    slope = jax.grad(lambda lp: value(detach, up, lp))(jnp.asarray(new))
+    np.testing.assert_allclose(slope, [[-1.2]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", [RLOO, GRPO], ids=["rloo", "grpo"])
-def test_on_policy_gradient_is_the_policy_gradient(x64, objective):
-    """law: at ratio 1 the gradient is that of −A log π (no KL), per sequence or per token."""
+def test_kl_estimators_by_hand():
+    """by hand: log π − log π_ref = 0.5: k1 0.5, k2 0.125, k3 e^−0.5 − 0.5; masked ones are 0."""
+    log_probs, ref = jnp.array([[-1.0, -3.0]]), jnp.array([[-1.5, 9e9]])
+    mask = jnp.array([[True, False]])
+    for name, wanted in (("k1", 0.5), ("k2", 0.125), ("k3", np.exp(-0.5) - 0.5)):
+        found = update.kl_estimate(name, log_probs, ref, mask)
+        np.testing.assert_allclose(found, [[wanted, 0.0]], rtol=1e-6)
+
+
+def test_kl_in_the_reward_by_hand():
+    """by hand: β Σ (log π − log π_ref) = 0.05·(0.5 − 0.2) of the first completion's reward."""
+    held = [jnp.array([[-1.0, -1.0, -7.0]]), jnp.array([[-1.5, -0.8, 0.0]])]
+    mask = jnp.array([[True, True, False]])
+    found = update.reward_penalties(RLOO, *held, mask)
+    np.testing.assert_allclose(found, [[0.025, -0.01, 0.0]], rtol=1e-5)
+    np.testing.assert_array_equal(update.reward_penalties(GRPO, *held, mask), 0.0)
+
+
+def test_entropy_bonus_has_a_gradient():
+    """law: the bonus raises the entropy; in peers it was a number without a gradient."""
+    objective = update.Objective(entropy_coefficient=0.3)
+    batch = batch_of([[1, 1]], [[-1.0, -1.0]], np.zeros((1, 2)), [0.0])
+
+    def loss(entropy):
+        statistics = statistics_of([[-1.0, -1.0]], entropy)
+        return numerics.mean(update.policy_loss(objective, BUDGET, statistics, batch)[0])
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.array([[0.7, 0.9]])), [[-0.15, -0.15]])
+
+
+def test_whole_kl_in_the_loss():
+    """by hand: the loss takes KL(π‖π_ref) over the vocabulary where the estimator is full."""
+    objective = update.Objective(kl_estimator="full", kl_place="loss", kl_coefficient=0.5)
+    batch = batch_of([[1, 0]], [[-1.0, -1.0]], np.zeros((1, 2)), [0.0])
+    statistics = statistics_of([[-1.0, -1.0]], kl=jnp.array([[0.25, 77.0]]))
+    total, measures = update.policy_loss(objective, BUDGET, statistics, batch)
+    assert (float(total.total), int(total.count)) == (0.125, 1)
+    assert float(measures.totals["kl"].total) == 0.25
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_corrections(level):
+    """oracle: w = π_old/μ, truncated or masked; a sampler that truncates has the kept mass in μ."""
+    rng = np.random.default_rng(0)
+    old, mask = -rng.exponential(size=(8, 3)), np.arange(3) < rng.integers(1, 4, 8)[:, None]
+    behaviour = old - 0.5 * rng.normal(size=(8, 3))
+    weight = np.exp(np.where(mask, old - behaviour, 0.0))
+    weight = weight.prod(axis=1, keepdims=True) if level == "sequence" else weight
+    weight = np.broadcast_to(weight, mask.shape)
+    given = [jnp.asarray(one) for one in (old, behaviour, mask)]
+    for kind, expected in (
+        ("truncate", np.minimum(weight, 1.1)),
+        ("mask", np.where(weight <= 1.1, weight, 0.0)),
+        ("off", np.ones_like(weight)),
+    ):
+        objective = update.Objective(correction=kind, correction_level=level, correction_cap=1.1)
+        found = update.correction_weights(objective, *given)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert (weight > 1.1).any() and (weight < 1).any()
+
+
+def test_corrections_multiply_the_surrogate():
+    """law: the weight is on the surrogate of each token, and in the metrics."""
+    held = draws(0)
+    del held["log_probs"]
+    objective = update.Objective(correction="truncate", correction_cap=1.2)
+    behaviour = held["old"] - 0.3
+    plain, _ = prepared(update.Objective(), **held)
+    batch, found = prepared(objective, **held, behaviour=behaviour)
+    mask = held["mask"]
+    np.testing.assert_allclose(batch.advantages[mask], 1.2 * plain.advantages[mask], rtol=1e-5)
+    for name in ("min", "mean", "max"):
+        wanted = found["metrics"][f"sampling/importance_sampling_ratio/{name}"]
+        np.testing.assert_allclose(wanted, 1.2, rtol=1e-5)
+
+
+def test_covariance_masks(x64):
+    """oracle: c by hand in numpy; KL-Cov takes the largest, Clip-Cov a random few of the range."""
+    held = draws(1, rows=40, columns=10)
+    mask, old = held["mask"], held["old"]
+    advantages = np.broadcast_to(held["rewards"][:, None], mask.shape)
+    covariance = (old - old[mask].mean()) * (advantages - advantages[mask].mean())
+    count = int(0.05 * mask.sum())
+    given = [jnp.asarray(one) for one in (old, advantages, mask)]
+    kl = update.Objective(covariance="kl", covariance_fraction=0.05, covariance_penalty=0.7)
+    same, penalties = update.covariance_weights(kl, *given, jax.random.key(0))
+    largest = np.sort(covariance[mask])[-count]
+    np.testing.assert_array_equal(penalties, np.where(mask & (covariance >= largest), 0.7, 0.0))
+    np.testing.assert_array_equal(same, advantages)
+    clip = dataclasses.replace(kl, covariance="clip", covariance_range=(0.2, 1.0))
+    found, none = update.covariance_weights(clip, *given, jax.random.key(0))
+    taken = (np.asarray(found) == 0) & (advantages != 0)
+    assert none is None and taken.sum() == count
+    assert (mask & (covariance > 0.2) & (covariance < 1.0))[taken].all()
+    other, _ = update.covariance_weights(clip, *given, jax.random.key(1))
+    assert not np.array_equal(found, other)
+    # a range that holds fewer tokens than are wanted takes those and no other
+    narrow = dataclasses.replace(clip, covariance_range=(largest - 1e-9, largest + 1e-9))
+    found, _ = update.covariance_weights(narrow, *given, jax.random.key(0))
+    assert ((np.asarray(found) == 0) & (advantages != 0)).sum() == 1
+
+
+def test_penalties_by_hand():
+    """by hand: 0.7 · |log ρ| beside the surrogate, on the token that carries it."""
+    batch = batch_of([[1, 1]], [[-1.0, -1.0]], np.zeros((1, 2)), [0.0], [[0.0, 0.7]])
+    found = value(update.Objective(), batch, [[-0.5, -1.2]])
+    np.testing.assert_allclose(found, 0.7 * 0.2 / 2, rtol=1e-6)
+
+
+def test_what_does_not_count():
+    """by hand: cut completions and groups of equal rewards leave the loss and its denominator."""
+    mask = jnp.ones((4, 2), bool)
+    rewards, finished = jnp.array([1.0, 1.0, 0.0, 1.0]), jnp.array([True, True, True, False])
+    plain = update.Objective()
+
+    def rows(**axes):
+        objective = dataclasses.replace(plain, **axes)
+        found = update.counted_tokens(objective, mask, finished, rewards, 2)
+        return np.asarray(found.all(axis=1)).tolist()
+
+    assert rows() == [True] * 4
+    assert rows(overlong="mask") == [True, True, True, False]
+    assert rows(group_filter="drop") == [False, False, True, True]
+    assert rows(group_filter="resample", overlong="mask") == [False, False, True, False]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_on_policy_gradient_is_the_policy_gradient(x64, name):
+    """law: at ratio 1 the gradient is that of −A log π, weighted as the aggregation says."""
     held = draws(3)
-    plain = dataclasses.replace(objective, kl_coefficient=0.0)
-    advantages = np.asarray(held["rewards"])
-    batch = batch_of(held["mask"], held["old"], held["ref"], advantages)
+    objective = dataclasses.replace(PRESETS[name], kl_place="off", kl_coefficient=0.0)
+    held["log_probs"] = held["old"]
+    batch, found = prepared(objective, **held)
+    mask = np.asarray(found["mask"], float)
+    lengths = np.maximum(mask.sum(axis=1, keepdims=True), 1)
+    completions = (mask.sum(axis=1) > 0).sum()
+    over = {
+        "token_mean": mask.sum(),
+        "sequence_mean": completions * lengths,
+        "sequence_sum": completions,
+        "constant": completions * BUDGET,
+    }[objective.aggregation]
+    if objective.ratio_level == "sequence":
+        over = completions  # the product's gradient reaches each token whole
+    expected = -np.asarray(batch.advantages) * mask / over
+    gradient = jax.grad(lambda lp: value(objective, batch, lp))(jnp.asarray(held["old"]))
+    np.testing.assert_allclose(gradient, expected, atol=1e-12)
 
-    def loss(log_probs):
-        total, _ = update.policy_loss(plain, statistics_of(log_probs), batch)
-        return numerics.mean(total)
 
-    mask = held["mask"].astype(float)
-    lengths = mask.sum(axis=1, keepdims=True) if objective is GRPO else 1.0
-    expected = -advantages[:, None] * mask / lengths / len(mask)
-    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(held["old"])), expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("objective", [RLOO, GRPO], ids=["rloo", "grpo"])
-def test_padding_and_its_values_change_nothing(objective):
+@pytest.mark.parametrize("name", PRESETS)
+def test_padding_and_its_values_change_nothing(name):
     """law: further masked columns, full of extreme numbers, leave loss and gradient alone."""
-    held = draws(4)
-    wide = {
-        name: np.pad(held[name], ((0, 0), (0, 3)), constant_values=fill)
-        for name, fill in (("old", -1e4), ("ref", 1e4), ("log_probs", 3.0), ("mask", False))
-    }
+    held, objective = draws(4), PRESETS[name]
+    wide = dict(held)
+    for part, fill in (("old", -1e4), ("ref", 1e4), ("log_probs", 3.0), ("mask", False)):
+        wide[part] = np.pad(held[part], ((0, 0), (0, 3)), constant_values=fill)
 
-    def value(log_probs, h):
-        batch = batch_of(h["mask"], h["old"], h["ref"], held["rewards"])
-        return numerics.mean(update.policy_loss(objective, statistics_of(log_probs), batch)[0])
+    def read(h):
+        batch, _ = prepared(objective, **h)
+        return jax.value_and_grad(lambda lp: value(objective, batch, lp))(
+            jnp.asarray(h["log_probs"])
+        )
 
-    narrow_value, narrow = jax.value_and_grad(value)(jnp.asarray(held["log_probs"]), held)
-    wide_value, padded = jax.value_and_grad(value)(jnp.asarray(wide["log_probs"]), wide)
+    (narrow_value, narrow), (wide_value, padded) = read(held), read(wide)
     np.testing.assert_allclose(wide_value, narrow_value, rtol=1e-6)
     np.testing.assert_allclose(padded[:, :5], narrow, atol=1e-7)
     np.testing.assert_array_equal(padded[:, 5:], 0.0)
@@ -166,11 +346,28 @@ def test_supervised_loss_is_a_token_mean():
 def test_impossible_axes_are_all_named():
     """law: every conflict of a setting comes in one message."""
     with pytest.raises(ValueError) as caught:
-        dataclasses.replace(
-            RLOO, advantage="gae", clip_low=1.5, kl_place="loss", aggregation="token_mean"
+        update.Objective(
+            advantage="gae",
+            ratio_level="none",
+            clip_low=1.5,
+            dual_clip=1.0,
+            kl_coefficient=0.1,
+            covariance="kl",
+            correction_cap=0.0,
         )
-    text = str(caught.value)
-    assert "advantage 'gae' is not among leave_one_out, group_normalised" in text
-    assert "clip_low must be in (0, 1)" in text
-    assert "use aggregation sequence_mean" in text
-    assert "needs ratio_level token" in text
+    for problem in (
+        "advantage 'gae' is not among unchanged, batch_mean, leave_one_out",
+        "clip_low in (0, 1] and clip_high > 0, not 1.5",
+        "ratio_level none has no ratio to clip: set clip none",
+        "dual_clip > 1 + clip_high = 1.2, not 1.0",
+        "kl_coefficient 0.1 has no effect with kl_place off",
+        "covariance compares with the policy that sampled",
+        "correction_cap > 0, not 0.0",
+    ):
+        assert problem in str(caught.value)
+    for axes, problem in (
+        ({"clip": "none", "dual_clip": 3.0}, "dual_clip bounds the ratio of clip min"),
+        ({"advantage": "unchanged", "group_filter": "drop"}, "needs an advantage within groups"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            update.Objective(**axes)

@@ -18,7 +18,7 @@ RLOO = update.PRESETS["rloo"]
 
 def rloo(statistics, batch):
     """The RLOO loss as the step wants it."""
-    return update.policy_loss(RLOO, statistics, batch)
+    return update.policy_loss(RLOO, 3, statistics, batch)
 
 
 def neox(**overrides):
@@ -39,7 +39,7 @@ def make_batch(vocab, rows=8, seed=0):
         completion_mask=jnp.asarray(completion_mask),
         old_log_probs=jnp.asarray(-rng.exponential(size=(rows, 3)), jnp.float32),
         ref_log_probs=jnp.asarray(-rng.exponential(size=(rows, 3)), jnp.float32),
-        advantages=jnp.asarray(rng.normal(size=rows), jnp.float32),
+        advantages=jnp.asarray(np.repeat(rng.normal(size=(rows, 1)), 3, axis=1), jnp.float32),
     )
 
 

@@ -1,0 +1,129 @@
+"""One token per row from logits: truncation by thresholds, and a draw from two uniform numbers.
+
+With e = exp(z − max z), top-k, top-p and min-p each keep the tokens with e ≥ a threshold of the
+row. The thresholds are found by bisection over the bits of e, which are in the order of the
+numbers: exact, and without sorting V numbers. The draw picks a block of the vocabulary, then a
+token in it: V random numbers per row, as Gumbel noise needs, would cost more than the head's
+product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ntkrl.rollout.settings import SamplerSettings
+from ntkrl.types import Array
+
+BLOCK = 128
+
+
+class Drawn(NamedTuple):
+    """One token per row, all `[B]`.
+
+    tokens: int32. log_probs: of the untruncated tempered distribution (nats). kept_log_mass: log of
+    the mass that truncation left (nats, ≤ 0).
+    """
+
+    tokens: Array
+    log_probs: Array
+    kept_log_mass: Array
+
+
+def draw(settings: SamplerSettings, logits: Array, keys: Array) -> Drawn:
+    """Draw a token per row.
+
+    Args:
+      settings: temperature and truncation.
+      logits: `[B, V]`, float32 or better.
+      keys: `[B]`, one per row, consumed.
+    """
+    z_BV = logits if settings.greedy else logits / settings.temperature
+    peak_B1 = jnp.max(z_BV, axis=1, keepdims=True)
+    e_BV = jnp.exp(z_BV - peak_B1)
+    total_B = jnp.sum(e_BV, axis=1)
+    if settings.greedy:
+        tokens_B = jnp.argmax(z_BV, axis=1).astype(jnp.int32)
+        return Drawn(tokens_B, -jnp.log(total_B), jnp.zeros_like(total_B))
+    kept_BV = truncated(settings, e_BV)
+    kept_B = total_B if kept_BV is e_BV else jnp.sum(kept_BV, axis=1)
+    tokens_B = _pick(kept_BV, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
+    chosen_B = jnp.take_along_axis(z_BV, tokens_B[:, None], axis=1)[:, 0]
+    log_probs_B = chosen_B - peak_B1[:, 0] - jnp.log(total_B)
+    return Drawn(tokens_B, log_probs_B, jnp.log(kept_B) - jnp.log(total_B))
+
+
+def truncated(settings: SamplerSettings, weights: Array) -> Array:
+    """Zero the weights that cannot be drawn.
+
+    Args:
+      settings: top_k, then top_p of what that leaves, and min_p.
+      weights: `[B, V]` ≥ 0, the largest of each row 1.
+
+    Returns:
+      `[B, V]`; `weights` itself without truncation.
+    """
+    if settings.top_k is not None and settings.top_k < weights.shape[1]:
+        wanted_B = jnp.full(weights.shape[0], settings.top_k, jnp.float32)
+        weights = _at_least(weights, _threshold(weights, None, wanted_B))
+    if settings.top_p is not None and settings.top_p < 1:
+        wanted_B = settings.top_p * jnp.sum(weights, axis=1)
+        weights = _at_least(weights, _threshold(weights, weights, wanted_B))
+    if settings.min_p is not None:
+        weights = jnp.where(weights >= settings.min_p, weights, 0.0)
+    return weights
+
+
+def _at_least(weights: Array, bits_B: Array) -> Array:
+    return jnp.where(_bits(weights) >= bits_B[:, None], weights, 0.0)
+
+
+def _bits(values: Array) -> Array:
+    """Return integers in the order of non-negative float32 numbers."""
+    return jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+
+
+def _threshold(weights: Array, counted: Array | None, wanted: Array) -> Array:
+    """Return the largest bits b `[B]` with Σ counted [bits(weights) ≥ b] ≥ wanted.
+
+    Args:
+      weights: `[B, V]` in [0, 1].
+      counted: `[B, V]` ≥ 0 what is summed; None for ones.
+      wanted: `[B]`, reached by the sum over all.
+    """
+    bits_BV = _bits(weights)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low_B, high_B = bounds
+        middle_B = low_B + (high_B - low_B) // 2
+        above_BV = bits_BV >= middle_B[:, None]
+        held_BV = above_BV * 1.0 if counted is None else jnp.where(above_BV, counted, 0.0)
+        enough_B = jnp.sum(held_BV, axis=1) >= wanted
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    low_B = jnp.zeros(weights.shape[0], jnp.int32)
+    above_one_B = jnp.full(weights.shape[0], _bits(jnp.float32(1.0)) + 1, jnp.int32)
+    return jax.lax.fori_loop(0, 31, halve, (low_B, above_one_B))[0]
+
+
+def _pick(weights_BV: Array, uniform_B2: Array) -> Array:
+    """Draw an index per row in proportion to the weights."""
+    rows, size = weights_BV.shape
+    width = min(BLOCK, size)
+    blocks = -(-size // width)
+    padded_BV = jnp.pad(weights_BV, ((0, 0), (0, blocks * width - size)))
+    table = padded_BV.reshape(rows, blocks, width)
+    block_B = _first_above(jnp.sum(table, axis=2), uniform_B2[:, 0])
+    inside_BW = jnp.take_along_axis(table, block_B[:, None, None], axis=1)[:, 0]
+    return (block_B * width + _first_above(inside_BW, uniform_B2[:, 1])).astype(jnp.int32)
+
+
+def _first_above(weights_BK: Array, uniform_B: Array) -> Array:
+    """Return the first index whose cumulated weight exceeds u · total; its own is positive."""
+    cumulated_BK = jnp.cumsum(weights_BK, axis=1)
+    total_B = cumulated_BK[:, -1]
+    # u · total may round up to total, above which nothing lies
+    level_B = jnp.minimum(uniform_B * total_B, jnp.nextafter(total_B, jnp.zeros_like(total_B)))
+    return jnp.sum(cumulated_BK <= level_B[:, None], axis=1)

@@ -1,0 +1,66 @@
+"""How completions are drawn, checked when made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+    """How completions are drawn.
+
+    completions_per_prompt: N ≥ 1.
+    max_completion_tokens: C ≥ 1; a completion that reaches it is cut.
+    temperature: divides the logits; 0 for the likeliest token each time (greedy).
+    eos_id: token that ends a completion; it is part of the completion.
+    pad_id: token written after the end.
+    top_k: draw from the k likeliest tokens (and those as likely as the last), ≥ 1; None for all.
+    top_p: then from the fewest of them that hold this share of their mass, in (0, 1]; None for all.
+    min_p: and from those at least this share as likely as the likeliest, in [0, 1); None for all.
+    cache_dtype: of keys and values; None for the network's.
+    keep_features: record the features that each token was drawn from.
+    chunk_steps: tokens drawn between two looks at which rows are done, ≥ 1.
+    """
+
+    completions_per_prompt: int
+    max_completion_tokens: int
+    temperature: float
+    eos_id: int
+    pad_id: int
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    cache_dtype: Any = None
+    keep_features: bool = False
+    chunk_steps: int = 16
+
+    def __post_init__(self):
+        at_least_one = ("completions_per_prompt", "max_completion_tokens", "chunk_steps")
+        problems = [
+            f"{name} must be ≥ 1, not {getattr(self, name)}"
+            for name in at_least_one
+            if getattr(self, name) < 1
+        ]
+        if not self.temperature >= 0:
+            problems.append(f"temperature must be ≥ 0, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            problems.append(f"top_k must be ≥ 1, or None for all tokens, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be in (0, 1], or None for all tokens, not {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p < 1:
+            problems.append(f"min_p must be in [0, 1), or None for all tokens, not {self.min_p}")
+        if self.greedy and self.truncates:
+            problems.append("temperature 0 takes the likeliest token: set top_k, top_p, min_p None")
+        if problems:
+            raise ValueError("rollout settings: " + "; ".join(problems) + ".")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return any(value is not None for value in (self.top_k, self.top_p, self.min_p))

@@ -1,0 +1,140 @@
+"""A loss over chunks of rows whose logits are made once.
+
+The gradient of a loss on token statistics needs the logits twice, to read the statistics and to
+pull them back. Making them again costs a third more products; keeping them all costs tokens × V.
+Here a chunk of whole completions goes through the loss and back before the next begins: the loss
+of completions is a sum, so the gradient of each chunk is known up to the factor on the sum.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
+
+from ntkrl.types import Array, Total, UpdateBatch
+from ntkrl.update.loss import Measures
+from ntkrl.vocabulary import Head, TokenStatistics, logit_statistics, logits
+
+Loss = Callable[[TokenStatistics, UpdateBatch], tuple[Total, Measures]]
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """Cut arrays `[B, …]` in `parts` along the rows: `[parts, ⌈B/parts⌉, …]`, zeros at the end.
+
+    Part k takes rows k, k + parts, …: rows that lie spread over devices stay so in every part.
+    """
+
+    def cut(leaf: Array) -> Array:
+        rows = -(-leaf.shape[0] // parts)
+        padding = [(0, rows * parts - leaf.shape[0])] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.moveaxis(jnp.pad(leaf, padding).reshape(rows, parts, *leaf.shape[1:]), 1, 0)
+
+    return jax.tree.map(cut, tree)
+
+
+def join_rows(values: Array, rows: int) -> Array:
+    """Undo `split_rows` of one array."""
+    return jnp.moveaxis(values, 0, 1).reshape(-1, *values.shape[2:])[:rows]
+
+
+def add(left: tuple[Total, Measures], right: tuple[Total, Measures]) -> tuple[Total, Measures]:
+    """Add the losses and measures of two parts of a batch."""
+    total, totals = jax.tree.map(jnp.add, (left[0], left[1].totals), (right[0], right[1].totals))
+    maxima = jax.tree.map(jnp.maximum, left[1].maxima, right[1].maxima)
+    return total, Measures(totals, maxima)
+
+
+def over_parts(read: Callable[[Any], Any], parts: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """Read every part in turn and combine what is found, beginning with zeros."""
+    found = jax.eval_shape(read, jax.tree.map(lambda leaf: leaf[0], parts))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
+    return jax.lax.scan(lambda sums, part: (combine(sums, read(part)), None), nothing, parts)[0]
+
+
+def loss_by_rows(
+    loss: Loss, temperature: float, parts: int, head: Head, features: Array, batch: UpdateBatch
+) -> tuple[Total, Measures]:
+    """Return what `loss` says of a batch, reading `parts` chunks of its rows one after another.
+
+    Differentiable in head and features, through the Total's sum alone.
+
+    Args:
+      loss: of completions; its Total and Measures must add up over them.
+      temperature: divides the logits; > 0.
+      parts: chunks ≥ 1.
+      head: the head's arrays.
+      features: `[B, C, D]` that predict each completion token.
+      batch: UpdateBatch.
+    """
+    plain = batch.replace(features=None, ref_features=None)
+    sum_, (count, measures) = _whole((loss, temperature, parts), head, features, plain)
+    return Total(sum_, count), measures
+
+
+def _part(loss: Loss, temperature: float, head: Head, phi: Array, batch: UpdateBatch) -> Any:
+    targets = batch.tokens[:, -batch.completion_mask.shape[1] :]
+    total, measures = loss(logit_statistics(logits(head, phi) / temperature, targets), batch)
+    return total.total, (total.count, measures)
+
+
+def _sum(left: Any, right: Any) -> Any:
+    total, measures = add(*((Total(one[0], one[1][0]), one[1][1]) for one in (left, right)))
+    return total.total, (total.count, measures)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _whole(static: tuple[Loss, float, int], head: Head, features: Array, batch: UpdateBatch) -> Any:
+    loss, temperature, parts = static
+    if parts == 1:
+        return _part(loss, temperature, head, features, batch)
+    cut = split_rows((features, batch), parts)
+    return over_parts(lambda part: _part(loss, temperature, head, *part), cut, _sum)
+
+
+def _forward(static: tuple[Loss, float, int], head: Any, features: Any, batch: Any) -> Any:
+    loss, temperature, parts = static
+    for_head, for_phi = (
+        any(leaf.perturbed for leaf in jax.tree.leaves(tree, is_leaf=_is_primal))
+        for tree in (head, features)
+    )
+    head, features, batch = jax.tree.map(
+        lambda leaf: leaf.value, (head, features, batch), is_leaf=_is_primal
+    )
+    moved = tuple(number for number, wanted in enumerate((for_head, for_phi)) if wanted)
+
+    def pull(part: tuple[Array, UpdateBatch]) -> Any:
+        def value(head: Head, phi: Array) -> Any:
+            return _part(loss, temperature, head, phi, part[1])
+
+        found, pulled = jax.value_and_grad(value, argnums=moved, has_aux=True)(head, part[0])
+        pulled = dict(zip(moved, pulled, strict=True))
+        return found, pulled[0] if for_head else None, pulled[1] if for_phi else None
+
+    def add_up(sums: Any, part: Any) -> Any:
+        found, d_head, d_phi = pull(part)
+        return (_sum(sums[0], found), jax.tree.map(jnp.add, sums[1], d_head)), d_phi
+
+    cut = split_rows((features, batch), parts)
+    shapes = jax.eval_shape(pull, jax.tree.map(lambda leaf: leaf[0], cut))[:2]
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (found, d_head), d_phi = jax.lax.scan(add_up, nothing, cut)
+    d_phi = None if d_phi is None else join_rows(d_phi, features.shape[0])
+    return found, (d_head, d_phi)
+
+
+def _is_primal(value: Any) -> bool:
+    return isinstance(value, CustomVJPPrimal)
+
+
+def _backward(static: Any, residuals: Any, given: Any) -> tuple[Any, Any, None]:
+    factor = given[0]
+    head, phi = jax.tree.map(lambda pulled: (factor * pulled).astype(pulled.dtype), residuals)
+    return head, phi, None
+
+
+_whole.defvjp(_forward, _backward, symbolic_zeros=True)
