@@ -80,6 +80,7 @@ def get_config():
     config.rollout.min_p = placeholder(float)
     config.rollout.stop = ()  # strings that end a completion
     config.rollout.cache_dtype = placeholder(str)  # of keys and values; None: the network's
+    config.rollout.engine = placeholder(str)  # "FILE.py:make", see ntkrl/rollout/external.py
 
     config.reward = ConfigDict()
     # built-in names, "FILE.py:NAME", directories of reward models; several by commas

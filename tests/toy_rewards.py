@@ -4,3 +4,17 @@
 def score(completion_ids, **columns):
     """Share of even token ids in each completion."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def constant(prompts, **columns):
+    """The same reward for all: no group has anything to teach."""
+    return [0.5 for _ in prompts]
+
+
+def sometimes(prompts, completion_ids, **columns):
+    """Equal rewards for prompts that end in an even digit, shares of even ids for the others."""
+    shares = score(completion_ids)
+    return [
+        0.0 if int(prompt.rstrip("=")[-1]) % 2 == 0 else share
+        for prompt, share in zip(prompts, shares, strict=True)
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import data, probe, reward, rollout, runtime
+from ntkrl import data, models, probe, reward, rollout, runtime
 from ntkrl.assembly.settings import DTYPES
 from ntkrl.assembly.setup import Prompts, Setup
 from ntkrl.numerics import bucket_length
@@ -100,6 +101,10 @@ def make_sample(
         cache_dtype=None if settings.cache_dtype is None else DTYPES[settings.cache_dtype],
         keep_features=keep_features,
     )
+    if settings.engine is not None:
+        generate = rollout.load_engine(settings.engine, setup.policy.source, sampler_settings)
+        stored = functools.partial(models.stored, setup.policy)
+        return rollout.ExternalSampler(generate, sampler_settings, stored)
     find_stop = data.stop_finder(tokenizer, settings.stop) if settings.stop else None
     spread = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
     smallest = max(rollout.FEWEST_ROWS, spread)

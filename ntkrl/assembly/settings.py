@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ntkrl import rollout, runtime, update
+from ntkrl.assembly.files import DataSettings, names
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 METHODS = ("rl", "sft", "reward")
-
-
-def names(given: str) -> tuple[str, ...]:
-    """Return the names in a list separated by commas."""
-    return tuple(name.strip() for name in given.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,47 +50,6 @@ class ModelSettings:
             value = getattr(self, name)
             if value not in DTYPES and not (value is None and name == "compute_dtype"):
                 raise ValueError(f"model.{name} {value!r} is not among {', '.join(DTYPES)}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """Which prompts.
-
-    path: JSONL of prompts (with completions for sft), several by commas; None: the built-in task.
-    weights: what share of the rows each file of `path` gives, relative and > 0; None for epochs
-      that visit every row of every file once.
-    eval_path: JSONL of held-out prompts, several by commas; None holds out `held_out` of `path`.
-    held_out: fraction of each file of `path` kept for evaluation, in [0, 1).
-    examples: supervised examples drawn for the built-in task (sft).
-    prompts_per_step: P ≥ 1.
-    max_prompt_tokens: longest prompt allowed.
-    packing: several supervised examples share a row (see data.packed_batches).
-    """
-
-    path: str | None
-    weights: tuple[float, ...] | None
-    eval_path: str | None
-    held_out: float
-    examples: int
-    prompts_per_step: int
-    max_prompt_tokens: int
-    packing: bool
-
-    def __post_init__(self):
-        problems = []
-        if not 0 <= self.held_out < 1:
-            problems.append(f"data.held_out must be in [0, 1), not {self.held_out}")
-        if self.prompts_per_step < 1 or self.max_prompt_tokens < 1:
-            problems.append("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1")
-        files = 0 if self.path is None else len(names(self.path))
-        given = self.weights
-        if given is not None and (len(given) != files or not all(0 < w < math.inf for w in given)):
-            problems.append(
-                f"data.weights must be a positive number for each of the {files} files of "
-                f"data.path, not {tuple(given)}; None visits every row once an epoch"
-            )
-        if problems:
-            raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +96,7 @@ class RolloutSettings:
 
     stop: strings that end a completion; they are part of it.
     cache_dtype: of keys and values while sampling, or None for the network's.
+    engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
     """
 
     completions_per_prompt: int
@@ -152,6 +107,7 @@ class RolloutSettings:
     min_p: float | None
     stop: tuple[str, ...]
     cache_dtype: str | None
+    engine: str | None
 
     def __post_init__(self):
         problems = []
@@ -167,7 +123,7 @@ class RolloutSettings:
         if not all(self.stop):
             problems.append("rollout.stop holds an empty string")
         checked = dataclasses.asdict(self)
-        del checked["stop"], checked["cache_dtype"]
+        del checked["stop"], checked["cache_dtype"], checked["engine"]
         try:
             rollout.SamplerSettings(eos_id=0, pad_id=0, **checked)
         except ValueError as error:
@@ -334,6 +290,11 @@ def read_settings(config: ConfigDict) -> RunSettings:
         )
     if not problems:
         problems += _division_problems(found)
+    if not problems and found.rollout.engine and found.objective.correction == "off":
+        problems.append(
+            "rollout.engine draws with another program's arithmetic: set objective.correction to "
+            "truncate or mask."
+        )
     if problems:
         raise ValueError("\n".join(problems))
     return found

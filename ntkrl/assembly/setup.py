@@ -11,8 +11,9 @@ import jax
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime, trees
+from ntkrl.assembly.files import names
 from ntkrl.assembly.rewards import Problems, reward_set
-from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings, names
+from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
 from ntkrl.types import Params, Policy, Scorer
 
 REQUIRED = {

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from ntkrl import trees
@@ -229,15 +230,18 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
       params: the params tree, stored in its own dtype.
       source: directory whose tokenizer files travel along; None for `policy.source`.
     """
-    family = _family_of_policy(policy)
-    config = policy.config
-    if config.adapters is not None:
-        params = lora_files.merged(params, config.adapters)
-    tensors = files.stored_tensors(family.weights, trees.named_leaves(params))
-    raw = family.unparse(config)
+    tensors = stored(policy, params)
+    raw = _family_of_policy(policy).unparse(policy.config)
     raw["dtype"] = str(jax.tree.leaves(params)[0].dtype)
     raw.pop("torch_dtype", None)  # the older spelling would contradict it
     files.write_model(Path(path), raw, tensors, policy.source if source is None else source)
+
+
+def stored(policy: Policy, params: Params) -> dict[str, np.ndarray]:
+    """Return the tensors of a full Hugging Face directory by name; adapters are merged."""
+    if policy.config.adapters is not None:
+        params = lora_files.merged(params, policy.config.adapters)
+    return files.stored_tensors(_family_of_policy(policy).weights, trees.named_leaves(params))
 
 
 def export_adapter(

@@ -1,0 +1,159 @@
+"""Runs at the edges of an RL objective: nothing to learn from, truncation, other prompts drawn."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ntkrl import train
+from ntkrl.main import main
+from tests.test_train import ROOT, base, lines, one_device, words
+
+__all__ = ["base", "one_device"]  # fixtures
+REWARDS = ROOT / "tests" / "toy_rewards.py"
+SHORT = ["--config.stages[0].steps=3", "--config.eval.every_steps=None"]
+
+
+def run_of(base, place, *more, reward="score"):
+    """Train; return the exit status."""
+    return main(words(base, place, *SHORT, f"--config.reward.function={REWARDS}:{reward}", *more))
+
+
+def weights(place):
+    """The weights of a directory."""
+    return load_file(place / "model.safetensors")
+
+
+def test_groups_of_equal_rewards_are_skipped_and_counted(base, tmp_path, capsys):
+    """story: no signal: no step is taken, every weight stays as it was, and the log says so."""
+    run = tmp_path / "run"
+    off = ["--config.objective.preset=dr_grpo"]
+    assert run_of(base, run, *off, reward="constant") == 0
+    found = lines(run)
+    assert [line["skipped_updates"] for line in found[1:]] == [1.0] * 3
+    assert {line["step"] for line in found} == {0}
+    assert [line["frac_reward_zero_std"] for line in found[1:]] == [1.0] * 3
+    before, after = weights(base), weights(run / "export")
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+    stopped = tmp_path / "stopped"
+    assert (
+        run_of(base, stopped, *off, "--config.schedule.on_no_signal=stop", reward="constant") == 2
+    )
+    said = capsys.readouterr().err
+    assert "rollout step 1 has anything to learn from (100% of the groups got equal" in said
+    assert 'schedule.on_no_signal="skip"' in said
+
+
+def test_cut_completions_may_leave_nothing(base, tmp_path):
+    """story: cut by a budget of one token, nearly all are masked, and nothing is NaN."""
+    run = tmp_path / "run"
+    more = ["--config.objective.preset=grpo", "--config.objective.overlong=mask"]
+    assert run_of(base, run, *more, "--config.rollout.max_completion_tokens=1") == 0
+    found = lines(run)[1:]
+    assert all(line["completions/clipped_ratio"] > 0.5 for line in found)
+    assert any(line["skipped_updates"] == 1.0 for line in found)
+    for array in weights(run / "export").values():
+        assert np.isfinite(array).all()
+
+
+def test_dapo_draws_other_prompts(base, tmp_path, monkeypatch):
+    """story: groups of equal rewards make place for others; a resumed run draws the same ones."""
+    more = [
+        "--config.objective.preset=dapo",
+        "--config.objective.overlong=keep",
+        "--config.stages[0].steps=4",
+        "--config.stages[0].parameters=(('.*', 1e-2),)",
+    ]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run_of(base, whole, *more, reward="sometimes") == 0
+    found = lines(whole)[1:]
+    assert max(line["resampling_rounds"] for line in found) >= 1
+    assert np.mean([line["frac_reward_zero_std"] for line in found]) < 0.4  # about 0.5 undrawn
+    original = train.Loop._advance
+
+    def dies(self, rollout_step):
+        if rollout_step == 4:
+            raise KeyboardInterrupt
+        return original(self, rollout_step)
+
+    monkeypatch.setattr(train.Loop, "_advance", dies)
+    assert run_of(base, broken, *more, reward="sometimes") == 130
+    monkeypatch.setattr(train.Loop, "_advance", original)
+    assert run_of(base, broken, *more, reward="sometimes") == 0
+    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+
+
+def test_truncated_sampling_with_correction(base, tmp_path):
+    """story: top-k draws are weighed by the kept mass; ratios before the update stay 1."""
+    run = tmp_path / "run"
+    more = [
+        "--config.rollout.top_k=5",
+        "--config.stages[0].parameters=(('.*', 1e-2),)",
+        "--config.objective.preset=grpo",
+        "--config.objective.correction=truncate",
+        "--config.objective.kl_estimator=full",
+        "--config.objective.covariance=kl",
+        "--config.objective.entropy_coefficient=0.01",
+        "--config.schedule.microbatches=2",
+    ]
+    assert run_of(base, run, *more) == 0
+    for line in lines(run)[1:]:
+        assert line["sampling/sampling_logp_difference/max"] < 2e-5
+        assert 0 < line["sampling/importance_sampling_ratio/mean"] < 1
+    assert lines(run)[1]["kl"] == pytest.approx(0.0, abs=1e-6) and lines(run)[3]["kl"] > 1e-4
+
+
+def test_stage_one_from_stored_features(base, tmp_path, monkeypatch):
+    """law: stage 1 from the sampler's features learns what it learns by reading the body again."""
+    stored, again = tmp_path / "stored", tmp_path / "again"
+    head = ["--config.stages[0].parameters=(('head/.*', 1e-2), ('.*', None))"]
+    assert run_of(base, stored, *head) == 0
+
+    class Blind(train.assembly.RolloutSource):
+        def _collect(self, turn):
+            found, metrics = super()._collect(turn)
+            assert found.rollout.features is not None
+            drawn = found.rollout.replace(features=None)
+            return type(found)(drawn, found.texts, found.result), metrics
+
+    monkeypatch.setitem(train.assembly.SOURCES, "rl", Blind)
+    assert run_of(base, again, *head) == 0
+    first, second = weights(stored / "export"), weights(again / "export")
+    start = weights(base)
+    for name in first:
+        if name == "embed_out.weight":
+            assert np.abs(first[name] - start[name]).max() > 1e-3
+            # Adam turns rounding of tiny gradients into parts of a step: 1 % of one
+            np.testing.assert_allclose(first[name], second[name], atol=1e-4)
+        else:
+            np.testing.assert_array_equal(first[name], start[name])
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("rollout.temperature=0.0", "rollout.temperature must be > 0, not 0.0: a greedy sampler"),
+        ("rollout.max_completion_tokens=600", "exceed the model's context of 64; lower"),
+        ("objective.ratio_level=none", "ratio_level none has no ratio to clip"),
+        ("schedule.microbatches=3", "schedule.microbatches = 3 must divide the 8 rows"),
+        ("rollout.top_p=1.5", r"top_p must be in \(0, 1\]"),
+        ("rollout.engine=x.py:make", "set objective.correction to truncate or mask"),
+    ],
+)
+def test_mistakes_are_messages(base, tmp_path, capsys, word, message):
+    """law: status 2 and one message, before anything is written."""
+    assert run_of(base, tmp_path / "run", f"--config.{word}") == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_greedy_evaluation(base, tmp_path):
+    """law: temperature 0 in evaluation gives each prompt one completion, repeated."""
+    run = tmp_path / "run"
+    arguments = ["evaluate", *words(base, run, "--config.eval.temperature=0.0")[1:]]
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in next(run.glob("evaluations/*.jsonl")).open()]
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["completion"] == second["completion"]
