@@ -58,12 +58,17 @@ def get_config():
     config.model.vocab_size = placeholder(int)
 
     config.data = ConfigDict()
-    config.data.path = placeholder(str)  # JSONL in TRL's forms; None: the built-in expressions
-    config.data.eval_path = placeholder(str)  # None holds out a fraction of path
+    # JSONL in TRL's forms, several files by commas; None: the built-in expressions
+    config.data.path = placeholder(str)
+    # shares of the files in every batch, relative; None: each row of all files once an epoch
+    config.data.weights = placeholder(tuple)
+    config.data.eval_path = placeholder(str)  # None holds out a fraction of each file of path
     config.data.held_out = 0.1
     config.data.examples = 40_000  # supervised examples of the built-in task
     config.data.prompts_per_step = 16
     config.data.max_prompt_tokens = 512  # as in the paper's recipe
+    # sft: short examples share rows of max_prompt_tokens + max_completion_tokens; the same loss
+    config.data.packing = False
 
     config.rollout = ConfigDict()
     config.rollout.completions_per_prompt = 8  # TRL's num_generations

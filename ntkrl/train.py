@@ -110,7 +110,7 @@ class Loop:
         self.state = self.state.replace(key=next_key)
         turn = self._turn(rollout_step, key)
         batches, metrics = self.source.batches(turn)
-        self.tokens_seen += int(sum(np.sum(batch.mask) for batch in batches))
+        self.tokens_seen += int(sum(np.count_nonzero(batch.mask) for batch in batches))
         probing = bool(batches) and self.prober is not None
         probing = probing and _due(self.settings.probe.every_steps, rollout_step)
         reference = self.source.reference_head(turn)

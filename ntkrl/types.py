@@ -58,11 +58,15 @@ class Cache:
 class Policy:
     """Pure functions over a params tree: the only window to a network.
 
-    features: `(params, tokens [N, T], mask [N, T] | None) -> [N, T, D]`, the head's input.
+    features: `(params, tokens [N, T], mask [N, T] | None) -> [N, T, D]`, the head's input. The mask
+        is bool, True on real tokens. An integer one holds segment numbers: 0 on padding, 1, 2, … on
+        sequences packed into the row one after the other, each in adjacent columns; they neither
+        see each other nor count each other's positions.
     head: `(params, features [..., D]) -> logits [..., V]`.
     init_cache: `(batch_size, length, dtype) -> Cache`.
     decode: `(params, cache, tokens [B, T], mask [B, T]) -> (features [B, T, D], Cache)`;
-        reads T further columns, so it serves the prefill and the single step alike.
+        reads T further columns, so it serves the prefill and the single step alike. The mask is
+        bool.
     head_weight: path of the `[V, D]` matrix the head multiplies by.
     head_bias: path of the `[V]` bias added to W φ, or None.
     head_scale: factor s on W φ + b.
@@ -166,7 +170,7 @@ class Rollout:
 class UpdateBatch:
     """What one optimizer step sees.
 
-    tokens, mask: `[B, T]`, as in Rollout.
+    tokens, mask: `[B, T]`, as in Rollout; or packed rows with segment numbers (see Policy).
     completion_mask: `[B, C]` bool.
     old_log_probs: `[B, C]` log-probs before the update (nats).
     ref_log_probs: `[B, C]` log-probs of the reference policy (nats).

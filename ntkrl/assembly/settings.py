@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ntkrl import report, rollout, runtime, update
+from ntkrl.assembly.files import DataSettings, names
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 METHODS = ("rl", "sft", "reward")
@@ -49,32 +50,6 @@ class ModelSettings:
             value = getattr(self, name)
             if value not in DTYPES and not (value is None and name == "compute_dtype"):
                 raise ValueError(f"model.{name} {value!r} is not among {', '.join(DTYPES)}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """Which prompts.
-
-    path: JSONL of prompts (with completions for sft), or None for the built-in task.
-    eval_path: JSONL of held-out prompts; None holds out `held_out` of `path`.
-    held_out: fraction of `path` kept for evaluation, in [0, 1).
-    examples: supervised examples drawn for the built-in task (sft).
-    prompts_per_step: P ≥ 1.
-    max_prompt_tokens: longest prompt allowed.
-    """
-
-    path: str | None
-    eval_path: str | None
-    held_out: float
-    examples: int
-    prompts_per_step: int
-    max_prompt_tokens: int
-
-    def __post_init__(self):
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"data.held_out must be in [0, 1), not {self.held_out}.")
-        if self.prompts_per_step < 1 or self.max_prompt_tokens < 1:
-            raise ValueError("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +285,11 @@ def read_settings(config: ConfigDict) -> RunSettings:
         problems.append("data.path is missing; name the JSONL of preferences to learn from.")
     if config.method in ("rl", "reward") and config.model.path is None:
         problems.append("model.path is missing; name the Hugging Face directory to start from.")
+    if config.method != "sft" and config.data.packing:
+        problems.append(
+            "data.packing is for given completions (method sft); set it to False for "
+            f"{config.method}."
+        )
     if not problems:
         problems += _division_problems(found)
     if not problems and found.rollout.engine and found.objective.correction == "off":
@@ -352,7 +332,7 @@ def _functions(
         if config.method == "rl":
             raise ValueError("reward.function is missing; name one, such as my_rewards.py:score.")
         return ()
-    specs = tuple(spec.strip() for spec in given.split(","))
+    specs = names(given)
     weights = (1.0,) * len(specs) if weights is None else tuple(weights)
     if len(weights) != len(specs):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime, trees
+from ntkrl.assembly.files import names
 from ntkrl.assembly.rewards import Problems, reward_set
 from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
 from ntkrl.types import Params, Policy, Scorer
@@ -26,12 +28,13 @@ class Prompts:
     """A prompt set with its token ids.
 
     encoded: of the prompts; empty for preferences, whose texts are read whole. completions: empty
-    unless supervised.
+    unless supervised. sizes: rows of each file, which lie one after the other.
     """
 
     prompt_set: data.PromptSet
     encoded: list[list[int]]
     completions: list[list[int]]
+    sizes: tuple[int, ...]
 
     @property
     def size(self) -> int:
@@ -228,7 +231,8 @@ def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | 
     supervised, paired = settings.method == "sft", settings.method == "reward"
     scored = settings.evaluation.every_steps is not None
     scored = scored and (paired or bool(settings.reward.functions))
-    train_set, held_set = _prompt_sets(settings, supervised, scored)
+    train_sets, held_sets = _prompt_sets(settings, supervised, scored)
+    train_set = data.join(train_sets)
     if len(train_set.prompts) < settings.data.prompts_per_step:
         raise ValueError(
             f"{train_set.source} leaves {len(train_set.prompts)} training prompts, fewer than "
@@ -236,33 +240,67 @@ def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | 
         )
 
     def encoded(prompt_set: data.PromptSet, with_completions: bool) -> Prompts:
+        size = (len(prompt_set.prompts),)
         if paired:
-            return Prompts(prompt_set, [], [])
+            return Prompts(prompt_set, [], [], size)
         budget = settings.rollout.max_completion_tokens
         completions = []
         if with_completions:
             completions = data.encode_completions(tokenizer, prompt_set, budget)
         ids = data.encode_prompts(tokenizer, prompt_set, settings.data.max_prompt_tokens)
-        return Prompts(prompt_set, ids, completions)
+        return Prompts(prompt_set, ids, completions, size)
 
-    held_out = encoded(held_set, False) if scored and held_set is not None else None
-    return encoded(train_set, supervised), held_out
+    held_out = None
+    if scored and held_sets:
+        held_out = _spread(_joined(_each(lambda one: encoded(one, False), held_sets)))
+    return _joined(_each(lambda one: encoded(one, supervised), train_sets)), held_out
 
 
 def _prompt_sets(
     settings: RunSettings, supervised: bool, scored: bool
-) -> tuple[data.PromptSet, data.PromptSet | None]:
+) -> tuple[list[data.PromptSet], list[data.PromptSet]]:
+    """Return the sets to train on and the held-out ones, a set for each file."""
     files = settings.data
     if files.path is None:
         held_set = data.expression_prompts("test")
         if supervised:
-            return data.supervised_set(files.examples, settings.seed), held_set
-        return data.expression_prompts("train"), held_set
+            return [data.supervised_set(files.examples, settings.seed)], [held_set]
+        return [data.expression_prompts("train")], [held_set]
     required = REQUIRED[settings.method]
-    train_set = data.read_jsonl(files.path, required)
+    held = required if settings.method == "reward" else ("prompt",)
+    wanted = [(name, required) for name in names(files.path)]
+    count = len(wanted)
     if files.eval_path is not None:
-        held = required if settings.method == "reward" else ("prompt",)
-        return train_set, data.read_jsonl(files.eval_path, held)
-    if scored and files.held_out > 0:
-        return data.hold_out(train_set, files.held_out)
-    return train_set, None
+        wanted += [(name, held) for name in names(files.eval_path)]
+    found = _each(lambda one: data.read_jsonl(*one), wanted)
+    train_sets, held_sets = found[:count], found[count:]
+    if held_sets or not scored or files.held_out == 0:
+        return train_sets, held_sets
+    divided = _each(lambda one: data.hold_out(one, files.held_out), train_sets)
+    return [train for train, _ in divided], [held for _, held in divided]
+
+
+def _each(call: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Call on each; one ValueError tells the problems of all."""
+    results, problems = [], Problems()
+    for item in items:
+        with problems:
+            results.append(call(item))
+    problems.finish()
+    return results
+
+
+def _joined(parts: Sequence[Prompts]) -> Prompts:
+    return Prompts(
+        data.join([part.prompt_set for part in parts]),
+        [ids for part in parts for ids in part.encoded],
+        [ids for part in parts for ids in part.completions],
+        tuple(part.size for part in parts),
+    )
+
+
+def _spread(prompts: Prompts) -> Prompts:
+    """Reorder the rows of several files, so that the first few are of all."""
+    rows = data.spread(prompts.sizes)
+    encoded = [prompts.encoded[row] for row in rows] if prompts.encoded else []
+    return Prompts(data.take(prompts.prompt_set, rows), encoded, [], (prompts.size,))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ntkrl import data, update
+from ntkrl import data, runtime, update
 from ntkrl.assembly.collect import Clock
 from ntkrl.assembly.setup import Setup
 from ntkrl.numerics import bucket_length
@@ -55,20 +55,43 @@ class SupervisedSource:
     def batches(self, turn: Turn) -> tuple[list[UpdateBatch], dict[str, float]]:
         """Return the minibatches of a step as host arrays; neither params nor key are used."""
         setup = self.setup
-        train, settings = setup.train, setup.settings
-        rows = step_rows(setup, self.position)
+        settings = setup.settings
+        rows, parts = step_rows(setup, self.position), settings.schedule.minibatches
         self.position += 1
-        longest = max(len(train.encoded[row]) for row in rows)
-        batch = data.supervised_batch(
+        if settings.data.packing:
+            # each minibatch by itself, so that it holds the examples it would hold unpacked
+            batches = jax.device_get(self._packed(np.split(rows, parts)))
+            filled = np.mean([np.mean(batch.mask > 0) for batch in batches])
+            metrics = {"packing/fill": float(filled)}
+        else:
+            batches, metrics = split(jax.device_get(self._padded(rows)), parts), {}
+        turn.clock("data")
+        return batches, metrics
+
+    def _padded(self, rows: np.ndarray) -> UpdateBatch:
+        train, settings = self.setup.train, self.setup.settings
+        prompt, completion = (
+            max(len(ids[row]) for row in rows) for ids in (train.encoded, train.completions)
+        )
+        return data.supervised_batch(
             train.encoded,
             train.completions,
             rows,
-            setup.tokenizer.pad_token_id,
-            bucket_length(longest, settings.data.max_prompt_tokens),
-            settings.rollout.max_completion_tokens,
+            self.setup.tokenizer.pad_token_id,
+            bucket_length(prompt, settings.data.max_prompt_tokens),
+            bucket_length(completion, settings.rollout.max_completion_tokens),
         )
-        turn.clock("data")
-        return split(jax.device_get(batch), settings.schedule.minibatches), {}
+
+    def _packed(self, parts: list[np.ndarray]) -> list[UpdateBatch]:
+        train, settings = self.setup.train, self.setup.settings
+        return data.packed_batches(
+            train.encoded,
+            train.completions,
+            parts,
+            self.setup.tokenizer.pad_token_id,
+            settings.data.max_prompt_tokens + settings.rollout.max_completion_tokens,
+            runtime.row_parts(self.setup.mesh) * settings.schedule.microbatches,
+        )
 
     def reference_head(self, turn: Turn) -> None:
         """No reference policy is compared with."""
@@ -83,8 +106,11 @@ class SupervisedSource:
 
 def step_rows(setup: Setup, position: int) -> np.ndarray:
     """Return which prompts the batch at a position takes."""
-    settings = setup.settings
-    return data.rows_at(position, setup.train.size, settings.data.prompts_per_step, settings.seed)
+    settings, train = setup.settings, setup.train
+    count, weights = settings.data.prompts_per_step, settings.data.weights
+    if weights is None:
+        return data.rows_at(position, train.size, count, settings.seed)
+    return data.weighted_rows_at(position, train.sizes, count, settings.seed, weights)
 
 
 def split(batch: Any, parts: int) -> list[Any]:

@@ -8,8 +8,9 @@ downloaded silently; the batch at a position is a pure function of the position.
 from ntkrl.data.batches import prompt_batch, supervised_batch
 from ntkrl.data.expressions import characters, save_tokenizer, supervised_set, targets
 from ntkrl.data.expressions import prompt_set as expression_prompts
-from ntkrl.data.order import epoch_at, hold_out, rows_at
-from ntkrl.data.prompts import PromptSet, read_jsonl, read_prompts
+from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
+from ntkrl.data.packing import packed_batches
+from ntkrl.data.prompts import PromptSet, join, read_jsonl, read_prompts
 from ntkrl.data.templates import apply_template, read_template
 from ntkrl.data.tokens import (
     decode_completions,
@@ -29,15 +30,20 @@ __all__ = [
     "epoch_at",
     "expression_prompts",
     "hold_out",
+    "join",
     "load_tokenizer",
+    "packed_batches",
     "prompt_batch",
     "read_jsonl",
     "read_prompts",
     "read_template",
     "rows_at",
     "save_tokenizer",
+    "spread",
     "stop_finder",
     "supervised_batch",
     "supervised_set",
+    "take",
     "targets",
+    "weighted_rows_at",
 ]

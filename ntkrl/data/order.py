@@ -6,6 +6,11 @@ Resuming a run needs one integer, and no iterator has a state to save.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import heapq
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -36,6 +41,73 @@ def rows_at(position: int, size: int, batch_size: int, seed: int) -> np.ndarray:
     start = position % (size // batch_size) * batch_size
     order = np.random.default_rng((seed, epoch)).permutation(size)
     return order[start : start + batch_size].astype(np.int32)
+
+
+def weighted_rows_at(
+    position: int, sizes: Sequence[int], batch_size: int, seed: int, weights: Sequence[float]
+) -> np.ndarray:
+    """Return the rows of the batch at a position, files taking turns by weight.
+
+    The d-th draw from file f (from 0) is due at (d + 1/2) / w_f, w the weights divided by their
+    sum, and draws are made in the order they are due. Of F files, after n draws, file f has had
+    w_f n of them give or take 1/2 + w_f F / 2, wherever batches begin. Its d-th draw is entry
+    d mod size of `default_rng((seed, f, d // size)).permutation(size)`.
+
+    Args:
+      position: batches drawn so far, ≥ 0.
+      sizes: rows of each file, ≥ 1; the files lie one after the other in the set.
+      batch_size: rows per batch, ≥ 1.
+      seed: ≥ 0.
+      weights: one per file, > 0; their decimal digits are taken at their word.
+
+    Returns:
+      `[batch_size]` int32 rows of the set. A row is seen again only after all others of its file,
+      which can be in one batch.
+
+    Raises:
+      ValueError: an argument outside its range.
+
+    Source: Webster's method of apportionment, drawn one by one.
+    """
+    positive = len(weights) == len(sizes) and all(0 < weight < math.inf for weight in weights)
+    if min(position, seed) < 0 or min(batch_size, *sizes) < 1 or not positive:
+        raise ValueError(
+            f"position {position} and seed {seed} must be 0 or more, batch_size {batch_size} and "
+            f"sizes {tuple(sizes)} 1 or more, weights {tuple(weights)} positive, one per size."
+        )
+    total = sum(map(_exact, weights))
+    turns = _turns(position * batch_size, batch_size, [_exact(w) / total for w in weights])
+    firsts = np.cumsum([0, *sizes])
+
+    @functools.cache
+    def order(file: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, file, epoch)).permutation(sizes[file])
+
+    rows = [
+        firsts[file] + order(file, draw // sizes[file])[draw % sizes[file]] for file, draw in turns
+    ]
+    return np.asarray(rows, np.int32)
+
+
+def _exact(weight: float) -> Fraction:
+    return Fraction(str(weight))
+
+
+def _turns(start: int, count: int, shares: Sequence[Fraction]) -> list[tuple[int, int]]:
+    """Return `(file, which draw of it)` for `count` draws after the first `start`."""
+    half = Fraction(1, 2)
+    # All that is due before this time is among the first `start` draws, and lacks a few of them.
+    time = max(start - len(shares), 0)
+    drawn = [math.ceil(share * time - half) for share in shares]
+    due = [((drawn[file] + half) / share, file) for file, share in enumerate(shares)]
+    heapq.heapify(due)
+    turns = []
+    for _ in range(start + count - sum(drawn)):
+        when, file = due[0]
+        turns.append((file, drawn[file]))
+        drawn[file] += 1
+        heapq.heapreplace(due, (when + 1 / shares[file], file))
+    return turns[-count:]
 
 
 def epoch_at(position: int, size: int, batch_size: int) -> int:
@@ -88,10 +160,24 @@ def hold_out(prompt_set: PromptSet, fraction: float) -> tuple[PromptSet, PromptS
     held = min(max(round(fraction * size), 1), size - 1)
     chosen = np.random.default_rng(0).permutation(size)[:held]
     rest = np.setdiff1d(np.arange(size), chosen)
-    return _rows_of(prompt_set, rest), _rows_of(prompt_set, np.sort(chosen))
+    return take(prompt_set, rest), take(prompt_set, np.sort(chosen))
 
 
-def _rows_of(prompt_set: PromptSet, rows: np.ndarray) -> PromptSet:
+def spread(sizes: Sequence[int]) -> np.ndarray:
+    """Return the rows of files that lie one after the other, so that any first few are of all.
+
+    Args:
+      sizes: rows of each file, ≥ 1.
+
+    Returns:
+      `[Σ sizes]` rows: row i of a file of n at (i + 1/2) / n of the way. One file stays as it is.
+    """
+    places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    return np.argsort(places, kind="stable")
+
+
+def take(prompt_set: PromptSet, rows: np.ndarray) -> PromptSet:
+    """Return some rows of a prompt set, in the order given."""
     return dataclasses.replace(
         prompt_set,
         prompts=tuple(prompt_set.prompts[row] for row in rows),

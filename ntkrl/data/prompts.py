@@ -82,6 +82,37 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ("prompt",)) -> Promp
     )
 
 
+def join(prompt_sets: Sequence[PromptSet]) -> PromptSet:
+    """Put prompt sets one after the other.
+
+    Args:
+      prompt_sets: at least one.
+
+    Returns:
+      Their rows; a column that a set does not have is None there.
+
+    Raises:
+      ValueError: text prompts in some and lists of messages in others.
+    """
+    forms = {one.conversational: one.source for one in prompt_sets}
+    if len(forms) > 1:
+        raise ValueError(
+            f"mixed forms: prompts are text in {forms[False]} and lists of messages in "
+            f"{forms[True]}; use one."
+        )
+    names = dict.fromkeys(name for one in prompt_sets for name in one.columns)
+    return PromptSet(
+        prompts=tuple(prompt for one in prompt_sets for prompt in one.prompts),
+        columns={name: [v for one in prompt_sets for v in _column(one, name)] for name in names},
+        source=", ".join(one.source for one in prompt_sets),
+    )
+
+
+def _column(prompt_set: PromptSet, name: str) -> list[Any]:
+    held = prompt_set.columns
+    return held[name] if name in held else [None] * len(prompt_set.prompts)
+
+
 def read_prompts(path: str | Path) -> PromptSet:
     """Read a file of prompts alone: one per line if its name ends in `.txt`, else JSON Lines.
 

@@ -225,8 +225,8 @@ def scan_layers(
 class Places(NamedTuple):
     """Where the tokens that are read stand.
 
-    positions: `[B, T]`, counted over real tokens.
-    allowed: `[B, T, S]` real keys no later than each query.
+    positions: `[B, T]`, counted over real tokens, of each segment by itself.
+    allowed: `[B, T, S]` real keys no later than each query, of its segment.
     distance: `[T, S]` columns from key to query.
     """
 
@@ -240,16 +240,34 @@ class Places(NamedTuple):
 
 
 def places(mask_BT: Array, cache: Cache | None) -> tuple[Places, Cache | None]:
-    """Return the places of newly read tokens, and the cache with their mask written."""
+    """Return the places of newly read tokens, and the cache with their mask written.
+
+    Args:
+      mask_BT: bool, or segment numbers (see types.Policy).
+      cache: what was read before, or None.
+
+    Raises:
+      ValueError: segment numbers where there is a cache.
+    """
+    packed = mask_BT.dtype != bool
     if cache is None:
         before_B1, mask_BS, first = 0, mask_BT, 0
+    elif packed:
+        raise ValueError(
+            f"decode continues one sequence per row and takes a bool mask, not {mask_BT.dtype}; "
+            "rows of several sequences are read by features alone."
+        )
     else:
         before_B1 = jnp.sum(cache.mask, axis=1, keepdims=True)
         mask_BS = jax.lax.dynamic_update_slice(cache.mask, mask_BT, (0, cache.length))
         first = cache.length
         cache = cache.replace(mask=mask_BS, length=cache.length + mask_BT.shape[1])
-    positions_BT = jnp.maximum(before_B1 + jnp.cumsum(mask_BT, axis=1) - 1, 0)
     columns_T, columns_S = first + jnp.arange(mask_BT.shape[1]), jnp.arange(mask_BS.shape[1])
     distance_TS = columns_T[:, None] - columns_S[None, :]
-    allowed_BTS = (distance_TS >= 0)[None] & mask_BS[:, None, :]
-    return Places(positions_BT, allowed_BTS, distance_TS), cache
+    allowed_BTS = (distance_TS >= 0)[None] & mask_BS.astype(bool)[:, None, :]
+    if packed:
+        allowed_BTS &= mask_BT[:, :, None] == mask_BS[:, None, :]
+        counted_BT = jnp.sum(allowed_BTS, axis=2)
+    else:
+        counted_BT = before_B1 + jnp.cumsum(mask_BT, axis=1)
+    return Places(jnp.maximum(counted_BT - 1, 0), allowed_BTS, distance_TS), cache

@@ -27,6 +27,7 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "kl": ("nats", "token mean of KL(π‖π_ref) by objective.kl_estimator"),
     "policy_loss": ("loss", "the objective that was minimised"),
     "loss": ("nats", "token mean of −log π on completions (supervised training)"),
+    "packing/fill": ("fraction", "columns of packed rows that hold a token (supervised training)"),
     "grad_norm": ("norm", "global norm of the gradient over trained leaves, before clipping"),
     "clip_ratio/low_mean": ("fraction", "tokens with A < 0 whose ratio is below the clip range"),
     "clip_ratio/high_mean": ("fraction", "tokens with A > 0 whose ratio is above the clip range"),

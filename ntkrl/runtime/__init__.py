@@ -2,7 +2,7 @@
 
 from ntkrl.runtime.checkpoint import Checkpoints
 from ntkrl.runtime.config import from_json, read_config, settings, to_json
-from ntkrl.runtime.mesh import fetch, make_mesh, place_rows, replicated, start_processes
+from ntkrl.runtime.mesh import fetch, make_mesh, place_rows, replicated, row_parts, start_processes
 from ntkrl.runtime.rundir import check_claim, claim, save_arrays
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "place_rows",
     "read_config",
     "replicated",
+    "row_parts",
     "save_arrays",
     "settings",
     "start_processes",

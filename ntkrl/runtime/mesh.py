@@ -68,10 +68,14 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
     Returns:
       The arrays; whole on every device where the axes do not divide the rows.
     """
-    rows = jax.tree.leaves(tree)[0].shape[0]
-    whole = rows % (mesh.shape["data"] * mesh.shape["fsdp"])
+    whole = jax.tree.leaves(tree)[0].shape[0] % row_parts(mesh)
     spec = PartitionSpec() if whole else PartitionSpec(("data", "fsdp"))
     return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Return over how many parts the rows of a batch are spread."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def fetch(tree: Any) -> Any:

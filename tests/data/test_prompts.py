@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ntkrl.data.prompts import read_jsonl, read_prompts
+from ntkrl.data.prompts import PromptSet, join, read_jsonl, read_prompts
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -162,3 +162,21 @@ def test_text_files_that_cannot_be_read(tmp_path):
     path.write_text(" \n\n")
     with pytest.raises(ValueError, match="the file is empty. Expected one prompt per line"):
         read_prompts(path)
+
+
+def test_joined_sets_keep_order_and_fill_columns():
+    """by hand: a column that one set lacks is None there, not left out."""
+    first = PromptSet(("a", "b"), {"x": [1, 2]}, "a.jsonl")
+    second = PromptSet(("c",), {"y": [0], "x": [3]}, "b.jsonl")
+    both = join([first, second])
+    assert both == PromptSet(
+        ("a", "b", "c"), {"x": [1, 2, 3], "y": [None, None, 0]}, "a.jsonl, b.jsonl"
+    )
+    assert join([first]) == first
+
+
+def test_sets_of_two_forms_are_not_joined():
+    """by hand: both files are named."""
+    sets = [PromptSet((prompt,), {}, name) for prompt, name in ((USER, "a"), ("text", "b"))]
+    with pytest.raises(ValueError, match="text in b and lists of messages in a; use one"):
+        join(sets)

@@ -1,0 +1,80 @@
+"""Rows of several sequences, told apart by segment numbers, against a row for each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ntkrl
+from ntkrl import data, numerics, update
+from ntkrl.models.families import FAMILIES
+from tests.models.families import CASES, EACH, tokens_and_mask, torch_model
+from tests.toys import TINY
+
+PROMPTS, COMPLETIONS = (5, 2, 7, 1, 3), (4, 9, 1, 3, 6)
+LENGTH = 24  # 11 + 9 + 4 tokens fill a row of it, 9 + 8 a part of another
+
+
+def examples(vocab):
+    """Five prompts with completions; the local layers of the cases see 3 or 4 tokens of them."""
+    rng = np.random.default_rng(0)
+    draw = [[rng.integers(0, vocab, n).tolist() for n in sizes] for sizes in (PROMPTS, COMPLETIONS)]
+    return (*draw, np.arange(len(PROMPTS)))
+
+
+def loss_and_gradient(policy, params, batch):
+    """The summed loss, its count, and the gradient of the mean."""
+    objective = update.policy_objective(policy, update.supervised_loss, chunk_tokens=8)
+
+    def value(params):
+        total, _ = objective(params, batch)
+        return numerics.mean(total), total
+
+    gradient, total = jax.jit(jax.grad(value, has_aux=True))(params)
+    return total, gradient
+
+
+@pytest.mark.parametrize("case", EACH)
+def test_packed_equals_unpacked(tmp_path, x64, case):
+    """law: the loss, its count and every gradient of packed rows are those of a row each.
+
+    GPT-2 has fewer learned positions than a row has columns: positions begin anew.
+    """
+    few = {"n_positions": 11} if case == "gpt2" else {}
+    torch_model(case, tmp_path, **few)
+    policy, params = ntkrl.load(tmp_path, dtype=jnp.float64)
+    given = examples(policy.vocab_size)
+    apart = data.supervised_batch(*given, 0, 7, 9)
+    (packed,) = data.packed_batches(*given[:2], [given[2]], 0, LENGTH, multiple=3)
+    assert packed.mask.max(axis=1).tolist() == [3, 2, 0]
+    (total, gradient), (expected, same) = (
+        loss_and_gradient(policy, params, batch) for batch in (packed, apart)
+    )
+    assert total.count == expected.count == sum(COMPLETIONS)
+    np.testing.assert_allclose(total.total, expected.total, rtol=1e-10)
+    size = max(np.abs(leaf).max() for leaf in jax.tree.leaves(same))
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-10 * size)
+
+
+@pytest.mark.parametrize("case", ["gpt-neox", "gpt2", "gemma 3"])
+def test_ones_and_zeros_are_a_plain_mask(tmp_path, case):
+    """law: one segment per row is what a bool mask says, with padding on either side."""
+    torch_model(case, tmp_path)
+    policy, params = ntkrl.load(tmp_path)
+    tokens, mask = tokens_and_mask(policy.vocab_size)
+    plain, numbered = (policy.features(params, jnp.asarray(tokens), m) for m in (mask, mask * 3))
+    np.testing.assert_array_equal(np.asarray(plain)[mask], np.asarray(numbered)[mask])
+
+
+def test_a_cache_refuses_segments():
+    """law: decoding continues one sequence per row."""
+    policy, params = ntkrl.build("GPTNeoXForCausalLM", TINY, jax.random.key(0))
+    tokens = jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="takes a bool mask, not int32; rows of several sequences"):
+        policy.decode(params, policy.init_cache(1, 8), tokens, jnp.asarray([[1, 1, 2, 2]]))
+
+
+def test_every_family_is_seen():
+    """law: a family whose masks were read elsewhere would be missed; each has a case here."""
+    assert {CASES[case][1] for case in EACH} == set(FAMILIES)
