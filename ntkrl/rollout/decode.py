@@ -214,7 +214,9 @@ def _draw(
         kept_log_mass=put(strip.kept_log_mass, jnp.where(real_R, found.kept_log_mass, 0.0)),
         mask=put(strip.mask, real_R),
         finished=done_R,
-        features=None if strip.features is None else put(strip.features, phi_RD),
+        features=None
+        if strip.features is None
+        else put(strip.features, jnp.where(real_R[:, None], phi_RD, 0)),
     )
     return live.replace(last=tokens_R, done=done_R), strip
 

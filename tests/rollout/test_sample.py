@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ntkrl
-from ntkrl import rollout, scoring
+from ntkrl import rollout, runtime, scoring, trees
 from ntkrl.types import PromptBatch
 from tests.toys import TINY, toy_params, toy_policy
 
@@ -302,3 +302,30 @@ def test_errors():
         rollout.Sampler(policy, settings(max_completion_tokens=60))(
             params, prompts(), jax.random.key(0)
         )
+
+
+def test_eight_devices_draw_what_one_draws():
+    """law: rows spread over data 2 × fsdp 2, a head over tensor 2, with compaction."""
+    policy, params = neox(vocab_size=24)
+    many = settings(completions_per_prompt=8, max_completion_tokens=30, keep_features=True)
+    many = dataclasses.replace(many, chunk_steps=4)
+    key = jax.random.key(4)
+    expected = rollout.Sampler(policy, many, smallest=4)(params, prompts(), key)
+    mesh = runtime.make_mesh(2, 2, 2)
+    placed = jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
+    # prompts of four rows spread over the four places of a batch
+    four = jax.tree.map(lambda leaf: jnp.tile(leaf, (2,) + (1,) * (leaf.ndim - 1)), prompts())
+    four = four.replace(copies=jnp.array([0, 0, 1, 1]))
+    spread = rollout.Sampler(policy, many, smallest=4)
+    found = spread(placed, runtime.place_rows(four, mesh), key)
+    length = min(one.completion_mask.shape[1] for one in (expected, found))
+    np.testing.assert_array_equal(
+        found.tokens[:16, 5 : 5 + length], expected.tokens[:, 5 : 5 + length]
+    )
+    np.testing.assert_allclose(
+        found.sampler_log_probs[:16, :length], expected.sampler_log_probs[:, :length], atol=2e-5
+    )
+    np.testing.assert_allclose(
+        found.features[:16, :length], expected.features[:, :length], atol=2e-5
+    )
+    assert int(found.completion_mask.sum()) > 32
