@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import assembly, reward, runtime, trees, update
+from ntkrl import assembly, reward, runtime
 
 EVALUATE_STREAM = 3
 
@@ -91,12 +91,7 @@ def export(run: str, out: str, step: int | None = None) -> None:
     if chosen not in held:
         listed = ", ".join(map(str, held)) if held else "none"
         raise ValueError(f"{run} has no checkpoint of step {chosen}; kept are: {listed}.")
-    stage = settings.stages[checkpoints.position(chosen)["stage"]]
-    program = update.stage_program(stage, start.policy, start.params)
-    state = update.init_state(program, start.params, jax.random.key(settings.seed))
-    placed = jax.device_put(state, trees.shardings(state, start.sharding, start.mesh))
-    params = checkpoints.restore(chosen, placed).params
-    start.export(Path(out), params)
+    start.export(Path(out), checkpoints.restore_params(chosen, start.params))
     checkpoints.close()
     tqdm.write(f"step {chosen} of {run} written to {out}")
 

@@ -214,12 +214,14 @@ class TrainState:
     params: the whole params tree.
     opt_state: state of the current stage's optimizer, trained leaves only.
     key: PRNG key of the run, consumed by splitting once per rollout step.
+    reference: params of the reference policy where they move, None where they are the first ones.
     """
 
     step: Array
     params: Params
     opt_state: Any
     key: Array
+    reference: Params | None = None
 
 
 @chex.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ntkrl.types import TrainState
+from ntkrl.types import Params, TrainState
 
 logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING)
 
@@ -76,6 +76,21 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         ).state
         return TrainState(**{**held, "key": jax.random.wrap_key_data(held["key"])})
+
+    def restore_params(self, step: int, like: Params) -> Params:
+        """Read the params of a checkpoint alone.
+
+        Args:
+          step: as saved.
+          like: arrays or ShapeDtypeStructs with shardings.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": like})
+        restore = ocp.args.PyTreeRestore(
+            abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        return self.manager.restore(step, args=ocp.args.Composite(state=restore)).state["params"]
 
     def close(self) -> None:
         """Release Orbax's threads."""

@@ -43,6 +43,25 @@ def test_round_trip(tmp_path, stage):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
+def test_a_moving_reference_is_kept(tmp_path):
+    """law: reference params come back bit for bit, none where there is none; params come alone."""
+    plain = make_state(HEAD)
+    moved = plain.replace(reference=jax.tree.map(lambda leaf: leaf + 1, plain.params))
+    for name, state in (("plain", plain), ("moved", moved)):
+        checkpoints = runtime.Checkpoints(tmp_path / name, keep=1)
+        checkpoints.save(1, state, {})
+        found = checkpoints.restore(1, state)
+        checkpoints.close()
+        assert jax.tree.structure(found) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, found.reference, state.reference)
+        again = runtime.Checkpoints(tmp_path / name, keep=1)
+        alone = again.restore_params(1, state.params)
+        again.close()
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(state.params), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
 def test_claim(tmp_path):
     """law: a run directory belongs to one config; every difference is named."""
     runtime.claim(tmp_path / "run", {"seed": 1, "model": {"path": "a"}})
