@@ -23,7 +23,7 @@ setup(
         "ml_collections>=1.0",
         "ml_dtypes",
         "numpy",
-        "optax>=0.2.6",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.11",
         "scipy",
         "safetensors>=0.5",

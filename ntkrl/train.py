@@ -59,7 +59,7 @@ class Loop:
         self.stages = self.settings.stages
         self.source = assembly.SOURCES[self.settings.method](setup)
         self.programs = [
-            update.stage_program(stage, setup.policy, setup.params) for stage in self.stages
+            update.stage_program(stage, setup.network, setup.params) for stage in self.stages
         ]
         self.compiled: dict[int, Any] = {}
         self.checkpoints = runtime.Checkpoints(

@@ -112,6 +112,7 @@ class Scorer:
     sharding: ordered `(pattern, axes per dimension)` list over parameter paths.
     config: the trunk's frozen configuration.
     source: directory the weights came from.
+    stacked: prefixes of parameter paths whose leaves carry a leading layer axis.
     """
 
     score: Callable[..., dict[str, Array]]
@@ -123,6 +124,7 @@ class Scorer:
     sharding: tuple[tuple[str, tuple[str | None, ...]], ...]
     config: Any
     source: str | None
+    stacked: tuple[str, ...] = ()
 
 
 @chex.dataclass(frozen=True)

@@ -67,7 +67,12 @@ class Start:
     @property
     def sharding(self) -> trees.Patterns:
         """How params and what is like them lie on the mesh."""
-        return self.scorer.sharding if self.policy is None else self.policy.sharding
+        return self.network.sharding
+
+    @property
+    def network(self) -> Policy | Scorer:
+        """What is trained."""
+        return self.scorer if self.policy is None else self.policy
 
     def export(self, path: Path, params: Params) -> None:
         """Write a Hugging Face directory, and one of the adapters beside it if there are any."""

@@ -131,6 +131,7 @@ def _scorer(policy: Policy, names: tuple[str, ...], temperature: float, pad_id: 
         sharding=policy.sharding,
         config=policy.config,
         source=policy.source,
+        stacked=policy.stacked,
     )
 
 

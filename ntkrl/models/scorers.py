@@ -180,4 +180,5 @@ def _last(policy: Policy, pad_id: int) -> Scorer:
         sharding=policy.sharding,
         config=policy.config,
         source=policy.source,
+        stacked=policy.stacked,
     )

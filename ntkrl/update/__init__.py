@@ -2,10 +2,18 @@
 
 from ntkrl.update.loss import Measures, kl_estimate, policy_loss, supervised_loss
 from ntkrl.update.objective import CHOICES, Objective, differences
+from ntkrl.update.optimizers import steps_taken
 from ntkrl.update.preference import preference_loss, preference_objective
 from ntkrl.update.presets import FORMULAS, PRESETS
-from ntkrl.update.stages import Stage, StageProgram, stage_program
-from ntkrl.update.step import init_state, make_step, policy_objective
+from ntkrl.update.stages import (
+    Stage,
+    StageProgram,
+    check_stages,
+    stage_program,
+    stage_programs,
+)
+from ntkrl.update.step import init_state, make_step, next_state, policy_objective
+from ntkrl.update.stopping import Progress, advanced, entered, steps_left
 from ntkrl.update.weights import (
     correction_weights,
     counted_tokens,
@@ -20,6 +28,7 @@ __all__ = [
     "PRESETS",
     "Measures",
     "Objective",
+    "Progress",
     "Stage",
     "StageProgram",
     "correction_weights",
@@ -27,14 +36,21 @@ __all__ = [
     "covariance_weights",
     "differences",
     "equal_groups",
+    "advanced",
+    "check_stages",
+    "entered",
     "init_state",
     "kl_estimate",
     "make_step",
     "reward_penalties",
+    "next_state",
     "policy_loss",
     "policy_objective",
     "preference_loss",
     "preference_objective",
     "stage_program",
+    "stage_programs",
+    "steps_left",
+    "steps_taken",
     "supervised_loss",
 ]

@@ -1,30 +1,30 @@
-"""Stages as data: which parameters, how long, which optimizer and rate.
+"""Stages as data: which parameters, how long, which optimizer, rate and schedule.
 
 A stage's parameters are an ordered `(pattern, learning rate or None)` list over the whole tree;
 None freezes. Classifier-first RL is two rows: the head alone, then everything. Freezing is a
-partition: frozen leaves are not differentiated, and the optimizer (`optax.multi_transform` over
-the trained leaves, one transform per distinct rate) never sees them.
+partition: frozen leaves are not differentiated, and the optimizer never sees them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import optax
 
 from ntkrl import trees
-from ntkrl.types import Params, Policy
+from ntkrl.types import Params, Policy, Scorer
+from ntkrl.update import optimizers
+from ntkrl.update.optimizers import OPTIMIZERS, OPTIONS, SCHEDULES
 
-OPTIMIZERS: dict[str, Callable[[Stage, float], optax.GradientTransformation]] = {
-    "adam": lambda stage, rate: optax.adam(rate, stage.b1, stage.b2, stage.epsilon),
-    "adamw": lambda stage, rate: optax.adamw(
-        rate, stage.b1, stage.b2, stage.epsilon, weight_decay=stage.weight_decay
-    ),
-    "sgd": lambda stage, rate: optax.sgd(rate),
-}
+RATES = ("b1", "b2", "momentum")
+OPTIMIZER_STATES = ("reset", "keep")
+SWALLOWED_LIMIT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,40 +32,147 @@ class Stage:
     """One row of the schedule.
 
     name: shown in metrics and figures.
-    steps: rollout steps (RL) or batches (supervised) the stage lasts, ≥ 1.
+    steps: rollout steps (RL) or batches (supervised) the stage lasts at most, ≥ 1, or None.
     parameters: ordered `(pattern, learning rate > 0 or None for frozen)`; must cover all.
-    optimizer: "adam", "adamw" or "sgd".
+    epochs: passes over the prompts the stage lasts at most, one batch of them a rollout step, > 0,
+        or None. The shorter of steps and epochs counts, and one of them is needed.
+    optimizer: a key of OPTIMIZERS.
+    optimizer_state: "reset", or "keep": parameters that the stage before trained too, by the same
+        optimizer, keep their moments and counts.
     max_grad_norm: clip the global norm over trained leaves, or None.
-    b1, b2, epsilon, weight_decay: of the optimizer, where it has them.
+    b1, b2, epsilon: of Adam, and of what muon leaves to Adam.
+    momentum: of sgd and muon in [0, 1); None: 0 and 0.95.
+    weight_decay: rate × weight_decay × θ is subtracted from every trained θ.
+    decay: ordered `(pattern, weight_decay)` in weight_decay's place, or None; must cover all.
+    schedule: "constant", "linear" or "cosine" fall over the stage's optimizer steps.
+    warmup_steps: optimizer steps of linear rise before, ≥ 0.
+    final_fraction: of the peak rate, where linear and cosine end, in [0, 1].
+    plateau_window: stop when the mean reward of the last so many rollout steps does not exceed
+        that of as many before by more than `plateau_tolerance` (≥ 0); None: never.
+    kl_budget: stop when a rollout step's `kl` exceeds it (nats per token, > 0); None: never.
     """
 
     name: str
-    steps: int
+    steps: int | None
     parameters: tuple[tuple[str, float | None], ...]
+    epochs: float | None = None
     optimizer: str = "adam"
+    optimizer_state: str = "reset"
     max_grad_norm: float | None = None
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-8
+    momentum: float | None = None
     weight_decay: float = 0.0
+    decay: tuple[tuple[str, float], ...] | None = None
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    plateau_window: int | None = None
+    plateau_tolerance: float = 0.0
+    kl_budget: float | None = None
 
     def __post_init__(self):
-        problems = []
-        if self.steps < 1:
-            problems.append(f"steps must be ≥ 1, not {self.steps}")
-        if self.optimizer not in OPTIMIZERS:
-            problems.append(
-                f"optimizer {self.optimizer!r} is not among {', '.join(sorted(OPTIMIZERS))}"
-            )
-        for pattern, rate in self.parameters:
-            if rate is not None and not rate > 0:
-                problems.append(
-                    f"learning rate of {pattern!r} must be > 0, or None to freeze, not {rate}"
-                )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            problems.append(f"max_grad_norm must be > 0 or None, not {self.max_grad_norm}")
+        problems = [*_length(self), *_optimizer(self), *_schedule(self), *_rules(self)]
         if problems:
             raise ValueError(f"stage {self.name!r}: " + "; ".join(problems) + ".")
+
+    def in_steps(self, steps_per_epoch: int) -> Stage:
+        """Return the stage with its length in rollout steps alone, parts of a step rounded up."""
+        if self.epochs is None:
+            return self
+        # 0.07 · 100 is a little more than 7
+        steps = math.ceil(self.epochs * steps_per_epoch - 1e-9)
+        steps = steps if self.steps is None else min(steps, self.steps)
+        return dataclasses.replace(self, steps=steps, epochs=None)
+
+
+def _length(stage: Stage) -> Iterator[str]:
+    if stage.steps is None and stage.epochs is None:
+        yield "give steps or epochs; rules may end a stage before, never after"
+    if stage.steps is not None and stage.steps < 1:
+        yield f"steps must be ≥ 1 or None, not {stage.steps}"
+    if stage.epochs is not None and not stage.epochs > 0:
+        yield f"epochs must be > 0 or None, not {stage.epochs}"
+
+
+def _optimizer(stage: Stage) -> Iterator[str]:
+    given = vars(stage)
+    for pattern, rate in stage.parameters:
+        if rate is not None and not rate > 0:
+            yield f"learning rate of {pattern!r} must be > 0, or None to freeze, not {rate}"
+    if stage.max_grad_norm is not None and not stage.max_grad_norm > 0:
+        yield f"max_grad_norm must be > 0 or None, not {stage.max_grad_norm}"
+    for name in RATES:
+        if given[name] is not None and not 0 <= given[name] < 1:
+            yield f"{name} must be in [0, 1), not {given[name]}"
+    if not stage.epsilon > 0:
+        yield f"epsilon must be > 0, not {stage.epsilon}"
+    rows = () if stage.decay is None else stage.decay
+    for where, decay in (("weight_decay", stage.weight_decay), *rows):
+        if not decay >= 0:
+            yield f"decay of {where!r} must be ≥ 0, not {decay}"
+    if stage.decay is not None and stage.weight_decay != 0:
+        yield "give weight_decay or decay, not both"
+    if stage.optimizer_state not in OPTIMIZER_STATES:
+        yield f"optimizer_state {stage.optimizer_state!r} is not among reset, keep"
+    if stage.optimizer not in OPTIMIZERS:
+        yield f"optimizer {stage.optimizer!r} is not among {', '.join(sorted(OPTIMIZERS))}"
+        return
+    defaults = {field.name: field.default for field in dataclasses.fields(stage)}
+    read = optimizers.accepted(stage.optimizer)
+    unread = [name for name in OPTIONS if name not in read and given[name] != defaults[name]]
+    if unread:
+        yield f"optimizer {stage.optimizer!r} has no {', '.join(unread)} (it has {', '.join(read)})"
+
+
+def _schedule(stage: Stage) -> Iterator[str]:
+    if stage.schedule not in SCHEDULES:
+        yield f"schedule {stage.schedule!r} is not among {', '.join(SCHEDULES)}"
+    if stage.warmup_steps < 0:
+        yield f"warmup_steps must be ≥ 0, not {stage.warmup_steps}"
+    if not 0 <= stage.final_fraction <= 1:
+        yield f"final_fraction must be in [0, 1], not {stage.final_fraction}"
+    if stage.schedule == "constant" and stage.final_fraction != 0:
+        yield "a constant schedule has no final_fraction; use linear or cosine"
+
+
+def _rules(stage: Stage) -> Iterator[str]:
+    if stage.plateau_window is not None and stage.plateau_window < 1:
+        yield f"plateau_window must be ≥ 1 or None, not {stage.plateau_window}"
+    if not stage.plateau_tolerance >= 0:
+        yield f"plateau_tolerance must be ≥ 0, not {stage.plateau_tolerance}"
+    if stage.plateau_window is None and stage.plateau_tolerance != 0:
+        yield "plateau_tolerance needs a plateau_window"
+    if stage.kl_budget is not None and not stage.kl_budget > 0:
+        yield f"kl_budget must be > 0 or None, not {stage.kl_budget}"
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Check what stages ask of those before them.
+
+    Raises:
+      ValueError: a first stage that keeps, or one that keeps the state of another optimizer, or of
+        other decay rates of its moments.
+    """
+    problems = []
+    for before, stage in zip((None, *stages), stages, strict=False):
+        if stage.optimizer_state != "keep":
+            continue
+        if before is None:
+            problems.append(f"stage {stage.name!r} is the first and has no optimizer_state to keep")
+            continue
+        # moments under other decay rates would not be what their count says
+        for name in ("optimizer", *RATES):
+            own, other = vars(stage)[name], vars(before)[name]
+            if own != other:
+                problems.append(
+                    f"stage {stage.name!r} cannot keep the optimizer_state of stage "
+                    f"{before.name!r}: its {name} is {own!r}, the other's {other!r}; use one for "
+                    "both, or optimizer_state 'reset'"
+                )
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,54 +180,140 @@ class StageProgram:
     """A stage bound to a params tree.
 
     stage: the row it came from.
-    trained: one bool per leaf, in leaf order.
+    rates: learning rate or None per leaf, in leaf order.
     optimizer: transforms gradients of the trained leaves only.
     head_alone: whether the features do not move, so that those the sampler read can be used.
+    learning_rate: of the first trained row, by count of the stage's optimizer steps before.
     """
 
     stage: Stage
-    trained: tuple[bool, ...]
+    rates: tuple[float | None, ...]
     optimizer: optax.GradientTransformation
     head_alone: bool
+    learning_rate: Callable[[int], float]
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """One bool per leaf, in leaf order."""
+        return tuple(rate is not None for rate in self.rates)
+
+    def warning(self, params: Params) -> str | None:
+        """Return a warning where rounding takes the updates of a tenth of the trained entries.
+
+        All optimizers but sgd, whose updates are as large as its gradients, move an entry by about
+        its learning rate at most: so this is known before the first rollout, at no cost to the
+        step. What a run really loses is more.
+
+        Args:
+          params: the stage starts from.
+        """
+        if self.stage.optimizer == "sgd":
+            return None
+        chosen, _ = trees.partition(params, self.trained)
+        leaves, rates = jax.tree.leaves(chosen), [rate for rate in self.rates if rate is not None]
+        lost = sum(
+            optimizers.swallowed(leaf, rate) * leaf.size
+            for leaf, rate in zip(leaves, rates, strict=True)
+        ) / sum(leaf.size for leaf in leaves)
+        if lost <= SWALLOWED_LIMIT:
+            return None
+        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        return (
+            f"warning: stage {self.stage.name!r}: {lost:.0%} of the trained {dtypes} entries "
+            f"cannot move: updates as large as the learning rate ({max(rates):.3g}) are below half "
+            "a unit in their last place. Keep the masters in float32 (model.dtype=float32; "
+            "model.compute_dtype may be bfloat16), or raise the rate."
+        )
 
 
-def stage_program(stage: Stage, policy: Policy | None, params: Params) -> StageProgram:
+def stage_program(
+    stage: Stage, network: Policy | Scorer, params: Params, updates_per_step: int = 1
+) -> StageProgram:
     """Bind a stage to a model.
 
     Args:
-      stage: the row.
-      policy: says whether the head is tied; None for a reward model.
+      stage: the row, its length given in steps.
+      network: says which parameters are stacked, and whether the head is tied.
       params: the params tree (arrays or shapes).
+      updates_per_step: optimizer steps per rollout step, ≥ 1.
 
     Raises:
       ValueError: patterns that do not cover the parameters or match none, a stage that trains
-        nothing, or one that asks for the head of a tied model.
+        nothing, one that asks for the head of a tied model, or a warm-up longer than the stage.
     """
-    _refuse_tied_head(stage, policy, params)
-    rates = trees.match(stage.parameters, params, f"stage {stage.name!r}")
+    _refuse_tied_head(stage, network, params)
+    what = f"stage {stage.name!r}"
+    rates = trees.match(stage.parameters, params, what)
+    rows = ((".*", stage.weight_decay),) if stage.decay is None else stage.decay
+    decays = trees.match(rows, params, f"{what}, decay")
     trained = tuple(rate is not None for rate in rates)
     if not any(trained):
-        raise ValueError(f"stage {stage.name!r} freezes every parameter; give one a learning rate.")
-    labels = jax.tree.unflatten(jax.tree.structure(params), [_label(rate) for rate in rates])
-    labels, _ = trees.partition(labels, trained)
-    make = OPTIMIZERS[stage.optimizer]
-    grouped = optax.multi_transform(
-        {_label(rate): make(stage, rate) for rate in set(rates) if rate is not None}, labels
+        raise ValueError(f"{what} freezes every parameter; give one a learning rate.")
+    updates = stage.steps * updates_per_step
+    if stage.warmup_steps > updates:
+        raise ValueError(
+            f"{what} lasts {updates} optimizer steps, fewer than its warmup_steps = "
+            f"{stage.warmup_steps}."
+        )
+    schedule = optimizers.rate_schedule(
+        stage.schedule, updates, stage.warmup_steps, stage.final_fraction
     )
-    head_alone = policy is not None and _moves_head_alone(policy, params, trained)
-    if stage.max_grad_norm is None:
-        return StageProgram(stage, trained, grouped, head_alone)
-    clipped = optax.chain(optax.clip_by_global_norm(stage.max_grad_norm), grouped)
-    return StageProgram(stage, trained, clipped, head_alone)
+    treatments = {
+        name: optimizers.Treatment(rate, decay, name.startswith(_prefixes(network)))
+        for name, rate, decay in zip(trees.names(params), rates, decays, strict=True)
+    }
+    chosen, _ = trees.partition(params, trained)
+    options = {name: vars(stage)[name] for name in OPTIONS}
+    first = next(rate for _, rate in stage.parameters if rate is not None)
+    return StageProgram(
+        stage,
+        tuple(rates),
+        optimizers.make_optimizer(
+            stage.optimizer, options, treatments, chosen, schedule, stage.max_grad_norm
+        ),
+        head_alone=isinstance(network, Policy) and _moves_head_alone(network, chosen),
+        learning_rate=lambda count: first * float(schedule(count)),
+    )
 
 
-def _moves_head_alone(policy: Policy, params: Params, trained: tuple[bool, ...]) -> bool:
-    moved = {name for name, moves in zip(trees.names(params), trained, strict=True) if moves}
-    return not policy.tied and moved <= {policy.head_weight, policy.head_bias}
+def _moves_head_alone(policy: Policy, chosen: Params) -> bool:
+    return not policy.tied and {*trees.names(chosen)} <= {policy.head_weight, policy.head_bias}
 
 
-def _refuse_tied_head(stage: Stage, policy: Policy | None, params: Params) -> None:
-    if policy is None or not policy.tied:
+def stage_programs(
+    stages: Sequence[Stage], network: Policy | Scorer, params: Params, updates_per_step: int
+) -> list[StageProgram]:
+    """Bind every stage of a run (see `stage_program`).
+
+    Raises:
+      ValueError: what is wrong with any of them, or one that keeps the optimizer_state of
+        parameters the stage before did not train, in one message.
+    """
+    programs, problems = [], []
+    for stage in stages:
+        try:
+            programs.append(stage_program(stage, network, params, updates_per_step))
+        except ValueError as error:
+            problems.append(str(error))
+    if not problems:
+        for before, after in itertools.pairwise(programs):
+            both = any(map(operator.and_, before.trained, after.trained))
+            if after.stage.optimizer_state == "keep" and not both:
+                problems.append(
+                    f"stage {after.stage.name!r} keeps the optimizer_state of stage "
+                    f"{before.stage.name!r}, which trains none of its parameters; use 'reset'."
+                )
+    if problems:
+        raise ValueError("\n".join(problems))
+    return programs
+
+
+def _prefixes(network: Policy | Scorer) -> tuple[str, ...]:
+    return tuple(f"{prefix}/" for prefix in network.stacked)
+
+
+def _refuse_tied_head(stage: Stage, network: Policy | Scorer, params: Params) -> None:
+    if not isinstance(network, Policy) or not network.tied:
         return
     present = trees.names(params)
     for pattern, _ in stage.parameters:
@@ -129,10 +322,6 @@ def _refuse_tied_head(stage: Stage, policy: Policy | None, params: Params) -> No
             raise ValueError(
                 f"stage {stage.name!r}: {pattern!r} asks for the head, but this model's head is "
                 f"tied to the input embedding. Either train the shared matrix, by the pattern "
-                f"{policy.head_weight!r} (its input role moves too), or give the head a copy of "
+                f"{network.head_weight!r} (its input role moves too), or give the head a copy of "
                 "its own with --config.model.untie=true."
             )
-
-
-def _label(rate: float | None) -> str:
-    return f"rate {rate}"

@@ -12,6 +12,7 @@ import optax
 from ntkrl import numerics, trees
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
+from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures
 from ntkrl.update.rows import Loss, add, loss_by_rows, over_parts, split_rows
 from ntkrl.update.stages import StageProgram
@@ -32,6 +33,15 @@ def init_state(program: StageProgram, params: Params, key: Array, step: int = 0)
         opt_state=program.optimizer.init(chosen),
         key=key,
     )
+
+
+def next_state(program: StageProgram, state: TrainState) -> TrainState:
+    """Return the state a stage starts from, given the one its predecessor ended with."""
+    chosen, _ = trees.partition(state.params, program.trained)
+    opt_state = program.optimizer.init(chosen)
+    if program.stage.optimizer_state == "keep":
+        opt_state = optimizers.hand_over(state.opt_state, opt_state)
+    return state.replace(opt_state=opt_state)
 
 
 def policy_objective(

@@ -152,7 +152,10 @@ def test_jit_changes_nothing_and_compiles_once():
 CALM = {"epsilon": 1e-3}
 
 
-@pytest.mark.parametrize("stage", [ADAM | CALM, HEAD | CALM], ids=["all", "head"])
+MUON = ADAM | CALM | {"optimizer": "muon"}
+
+
+@pytest.mark.parametrize("stage", [ADAM | CALM, HEAD | CALM, MUON], ids=["all", "head", "muon"])
 def test_sharded_equals_single_device(stage):
     """law: 1, 2 and 8 devices agree to 1e-5 (sums run in another order), Adam moments sharded."""
     policy, params = neox(vocab_size=24)  # 24 rows divide over tensor=2
@@ -201,7 +204,7 @@ def test_tied_head_names_both_ways_out():
 def test_bad_stages_are_named():
     """law: unknown optimizer, rates that do not move, uncovered and useless patterns."""
     policy, params = neox()
-    with pytest.raises(ValueError, match="'lion' is not among adam, adamw, sgd"):
+    with pytest.raises(ValueError, match="'lion' is not among adafactor, adam, adamw, muon, sgd"):
         update.Stage(**ADAM | {"optimizer": "lion"})
     with pytest.raises(ValueError, match="must be > 0, or None to freeze, not 0.0"):
         update.Stage(**ADAM | {"parameters": ((".*", 0.0),)})

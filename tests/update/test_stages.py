@@ -1,0 +1,122 @@
+"""Stages as data: lengths, options, order; every mistake in a sentence."""
+
+import pytest
+
+from ntkrl import update
+from tests.toys import toy_params, toy_policy
+
+ROW = {"name": "x", "steps": 5, "parameters": ((".*", 1e-2),)}
+
+
+def test_lengths_in_steps():
+    """by hand: 100 steps an epoch; parts of a step round up, the shorter length counts."""
+    for steps, epochs, wanted in (
+        (None, 0.07, 7),  # 0.07 · 100 is 7.000000000000001 in floating point
+        (None, 0.071, 8),
+        (150, 2.0, 150),
+        (300, 2.0, 200),
+        (7, None, 7),
+    ):
+        stage = update.Stage(**ROW | {"steps": steps, "epochs": epochs}).in_steps(100)
+        assert (stage.steps, stage.epochs) == (wanted, None)
+
+
+def test_mistakes_of_a_row_come_at_once():
+    """law: ranges, unknown names, and options the optimizer does not have, in one message."""
+    with pytest.raises(ValueError) as caught:
+        update.Stage(
+            name="x",
+            steps=None,
+            parameters=((".*", 0.0),),
+            optimizer="sgd",
+            optimizer_state="kept",
+            b1=0.5,
+            weight_decay=0.1,
+            momentum=1.5,
+            schedule="step",
+            warmup_steps=-1,
+            final_fraction=2.0,
+            plateau_tolerance=0.1,
+            kl_budget=0.0,
+        )
+    text = str(caught.value)
+    for part in (
+        "stage 'x': give steps or epochs",
+        "learning rate of '.*' must be > 0, or None to freeze, not 0.0",
+        "momentum must be in [0, 1), not 1.5",
+        "optimizer_state 'kept' is not among reset, keep",
+        "optimizer 'sgd' has no b1, weight_decay (it has momentum)",
+        "schedule 'step' is not among constant, linear, cosine",
+        "warmup_steps must be ≥ 0, not -1",
+        "final_fraction must be in [0, 1], not 2.0",
+        "plateau_tolerance needs a plateau_window",
+        "kl_budget must be > 0 or None, not 0.0",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "adam", "momentum": 0.5}, "'adam' has no momentum"),
+        ({"optimizer": "adam", "decay": ((".*", 0.1),)}, "'adam' has no decay"),
+        ({"optimizer": "adafactor", "epsilon": 1e-3}, "'adafactor' has no epsilon"),
+        ({"optimizer": "adamw", "decay": ((".*", -1.0),)}, "decay of '.*' must be ≥ 0, not -1.0"),
+        (
+            {"optimizer": "adamw", "weight_decay": 0.1, "decay": ((".*", 0.1),)},
+            "give weight_decay or decay, not both",
+        ),
+        ({"final_fraction": 0.1}, "a constant schedule has no final_fraction"),
+        ({"steps": 0}, "steps must be ≥ 1"),
+        ({"epochs": 0.0}, "epochs must be > 0"),
+        ({"plateau_window": 0}, "plateau_window must be ≥ 1"),
+        ({"epsilon": 0.0}, "epsilon must be > 0"),
+    ],
+)
+def test_mistakes_of_a_row(changes, message):
+    """law: one option too many, or out of range."""
+    with pytest.raises(ValueError, match=message):
+        update.Stage(**ROW | changes)
+
+
+def test_every_optimizer_takes_its_options():
+    """law: what the message says an optimizer has, it has."""
+    for name, options in {
+        "adam": {"b1": 0.5, "b2": 0.6, "epsilon": 1e-3},
+        "adamw": {"b1": 0.5, "decay": ((".*", 0.1),)},
+        "sgd": {"momentum": 0.5},
+        "adafactor": {"weight_decay": 0.1},
+        "muon": {"momentum": 0.5, "b1": 0.5, "weight_decay": 0.1},
+    }.items():
+        assert update.Stage(**ROW | {"optimizer": name, **options}).optimizer == name
+
+
+def test_order_of_stages():
+    """law: keeping needs a stage before, with the same optimizer and a parameter in common."""
+    keep = ROW | {"name": "y", "optimizer_state": "keep"}
+    with pytest.raises(ValueError, match="'y' is the first and has no optimizer_state to keep"):
+        update.check_stages([update.Stage(**keep)])
+    other = ROW | {"optimizer": "sgd"}
+    with pytest.raises(ValueError, match="of stage 'x': its optimizer is 'adam', the other's 'sgd"):
+        update.check_stages([update.Stage(**other), update.Stage(**keep)])
+    plain, moving = (ROW | {"optimizer": "sgd"}, keep | {"optimizer": "sgd", "momentum": 0.9})
+    with pytest.raises(ValueError, match="its momentum is 0.9, the other's None"):
+        update.check_stages([update.Stage(**plain), update.Stage(**moving)])
+    update.check_stages([update.Stage(**ROW), update.Stage(**keep)])
+    policy = toy_policy()
+    params = toy_params(policy)
+    apart = [
+        update.Stage(**ROW | {"parameters": (("head", 1e-2), (".*", None))}),
+        update.Stage(**keep | {"parameters": (("head", None), (".*", 1e-2))}),
+    ]
+    with pytest.raises(ValueError, match="'y' keeps .* of stage 'x', which trains none of its"):
+        update.stage_programs(apart, policy, params, 1)
+    wrong = [
+        update.Stage(**ROW | {"warmup_steps": 11}),
+        update.Stage(**ROW | {"name": "z", "parameters": (("haed", 1e-2), (".*", None))}),
+    ]
+    with pytest.raises(ValueError) as caught:
+        update.stage_programs(wrong, policy, params, 2)
+    text = str(caught.value)
+    assert "lasts 10 optimizer steps, fewer than its warmup_steps = 11" in text
+    assert "stage 'z': 'haed' matches no parameter" in text
