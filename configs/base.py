@@ -7,22 +7,36 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def stage(name, steps, parameters, optimizer="adam", max_grad_norm=1.0):
+def stage(name, steps, parameters, **changes):
     """One row of the schedule: `parameters` is an ordered (pattern, learning rate or None) list."""
-    return ConfigDict(
+    row = ConfigDict(
         {
             "name": name,
-            "steps": steps,
+            "steps": steps,  # rollout steps at most; None: epochs says how long
+            "epochs": placeholder(float),  # passes over the prompts at most
             "parameters": parameters,
-            "optimizer": optimizer,
-            "max_grad_norm": max_grad_norm,
+            "optimizer": "adam",  # or "adamw", "sgd", "adafactor", "muon"
+            "optimizer_state": "reset",  # "keep": go on with the moments of the stage before
+            "max_grad_norm": 1.0,
             "b1": 0.9,
             "b2": 0.999,
             "epsilon": 1e-8,
+            "momentum": placeholder(float),  # None: 0 for sgd, 0.95 for muon
             "weight_decay": 0.0,
+            # in its place by pattern: ((".*norm/.*|.*/bias", 0.0), (".*", 0.1)) spares both
+            "decay": placeholder(tuple),
+            "schedule": "constant",  # or "linear", "cosine": to final_fraction of the rates
+            "warmup_steps": 0,  # optimizer steps
+            "final_fraction": 0.0,
+            # rollout steps w: stop when the last w gained no more than tolerance on the w before
+            "plateau_window": placeholder(int),
+            "plateau_tolerance": 0.0,  # mean reward
+            "kl_budget": placeholder(float),  # nats per token: stop above
         },
         convert_dict=False,
     )
+    row.lock().update(changes)
+    return row
 
 
 def get_config():
@@ -142,6 +156,10 @@ def get_config():
     config.schedule.log_ratio_tolerance = 1e-3  # nats, sampler against trainer
     config.schedule.resample_rounds = 3  # where group_filter is "resample"
     config.schedule.on_no_signal = "skip"  # or "stop": a step with nothing to learn from
+    # every so many rollout steps: reference ← α policy + (1 − α) reference, 0.6 being TRL's α;
+    # with 1 step and α = 0.001 the reference is a moving average, written to export_reference/
+    config.schedule.reference_sync_steps = placeholder(int)  # None: the starting model
+    config.schedule.reference_mixup_alpha = 0.6
 
     config.stages = (stage("all", 100, ((".*", 1e-6),)),)  # TRL's rate
 

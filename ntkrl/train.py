@@ -6,6 +6,7 @@ current stage, and every so often looks at the probe set, the held-out prompts a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -47,6 +49,8 @@ def train(config: ConfigDict) -> Path:
     runtime.claim(directory, given)
     loop.run()
     setup.export(directory / "export", loop.state.params)
+    if loop.reference is not None:
+        setup.export(directory / "export_reference", loop.reference)
     report.mark_finished(directory)
     return directory
 
@@ -56,11 +60,12 @@ class Loop:
 
     def __init__(self, setup: assembly.Setup, directory: Path):
         self.setup, self.settings, self.directory = setup, setup.settings, directory
-        self.stages = self.settings.stages
+        self.stages = setup.stages
         self.source = assembly.SOURCES[self.settings.method](setup)
-        self.programs = [
-            update.stage_program(stage, setup.network, setup.params) for stage in self.stages
-        ]
+        self.programs = update.stage_programs(
+            self.stages, setup.network, setup.params, self.settings.schedule.updates
+        )
+        self.mix = jax.jit(optax.incremental_update, donate_argnums=1)
         self.compiled: dict[int, Any] = {}
         self.checkpoints = runtime.Checkpoints(
             directory / "checkpoints", self.settings.checkpoint.keep
@@ -76,12 +81,13 @@ class Loop:
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the end of the last stage."""
-        total = sum(stage.steps for stage in self.stages)
         start = self._resume()
+        left = update.steps_left(self.stages, self.progress)
         kept = int(self.state.step) if start else -1
         loggers = report.open_loggers(
             self.settings.logging, self.directory, self.settings.name, kept
         )
+        rollout_step, total = start, start + left
         with (
             report.MetricsWriter(self.directory, start if start else -1, loggers) as writer,
             tqdm(total=total, initial=start, desc=self.settings.name, mininterval=0.5) as bar,
@@ -89,9 +95,11 @@ class Loop:
             if start == 0:
                 writer.write(0, self._evaluate(0) | self._read_probe())
                 self.clock.lap()
-            for rollout_step in range(start + 1, total + 1):
+            while left > 0:
+                rollout_step += 1
                 metrics = self._advance(rollout_step)
-                last = rollout_step == total
+                left = update.steps_left(self.stages, self.progress)
+                last = left == 0
                 if last or _due(self.settings.evaluation.every_steps, rollout_step):
                     metrics |= self._evaluate(rollout_step)
                 writer.write(int(self.state.step), metrics)
@@ -100,12 +108,13 @@ class Loop:
                 writer.write_timings(int(self.state.step), self.clock.lap(), rollout_step)
                 headline = self.source.headline
                 bar.set_postfix({headline: f"{metrics[headline]:.3f}", "stage": metrics["stage"]})
+                bar.total = rollout_step + left
                 bar.update()
         self.checkpoints.close()
 
     def _advance(self, rollout_step: int) -> dict[str, Any]:
         """Take one rollout step: make the batches, update on each, probe the last update."""
-        self._enter_stage(rollout_step)
+        self._enter_stage()
         next_key, key = jax.random.split(self.state.key)
         self.state = self.state.replace(key=next_key)
         turn = self._turn(rollout_step, key)
@@ -121,25 +130,21 @@ class Loop:
             copied = probing and number == len(todo)
             before = jax.tree.map(jnp.copy, self.state.params) if copied else None
             placed = runtime.place_rows(batch, self.setup.mesh)
-            self.state, values = self._step(self.stage_index)(self.state, placed, reference)
+            self.state, values = self._step(self.progress.stage)(self.state, placed, reference)
             logged.append({name: float(value) for name, value in values.items()})
             self._check_finite(logged[-1], rollout_step)
             if number == 1:
                 self.source.check_first(logged[-1], rollout_step)
         self.clock("update")
         metrics |= self.source.summary(logged)
-        metrics |= {
-            "stage": self.stages[self.stage_index].name,
-            "rollout_step": rollout_step,
-            "num_tokens": self.tokens_seen,
-        }
+        metrics |= self._count(metrics, rollout_step)
         return metrics | self._probe(before) if probing else metrics
 
     def _turn(self, rollout_step: int, key: Array) -> assembly.Turn:
-        so_far = self.programs[: self.stage_index + 1]
+        so_far = self.programs[: self.progress.stage + 1]
         return assembly.Turn(
             params=self.state.params,
-            reference=self.setup.params,
+            reference=self.setup.params if self.reference is None else self.reference,
             program=so_far[-1],
             features_fixed=all(program.head_alone for program in so_far),
             step=rollout_step - 1,
@@ -147,15 +152,33 @@ class Loop:
             clock=self.clock,
         )
 
-    def _enter_stage(self, rollout_step: int) -> None:
-        """At the first step of a stage, start its optimizer; the last stage's is dropped."""
-        ends = np.cumsum([stage.steps for stage in self.stages])
-        index = int(np.searchsorted(ends, rollout_step))
-        if index != self.stage_index:
-            self.stage_index = index
-            state = self.state
-            fresh = update.init_state(self.programs[index], state.params, state.key, state.step)
-            self.state = self._placed(fresh)
+    def _enter_stage(self) -> None:
+        """Where a stage has ended, enter the next: start its optimizer, or hand the state over."""
+        if self.progress.ended is not None:
+            self.progress = update.entered(self.progress)
+            program = self.programs[self.progress.stage]
+            self.state = self._placed(update.next_state(program, self.state))
+        if self.progress.steps == 0:
+            warning = self.programs[self.progress.stage].warning(self.state.params)
+            if warning is not None:
+                tqdm.write(warning)
+
+    def _count(self, metrics: dict[str, Any], rollout_step: int) -> dict[str, Any]:
+        """Count a rollout step in its stage, move the reference; return what is logged of it."""
+        program = self.programs[self.progress.stage]
+        self.progress = update.advanced(program.stage, self.progress, metrics)
+        if self.progress.ended is not None:
+            tqdm.write(f"stage {program.stage.name!r} ends: {self.progress.ended}")
+        if _due(self.settings.schedule.reference_sync_steps, rollout_step):
+            alpha = self.settings.schedule.reference_mixup_alpha
+            self.reference = self.mix(self.state.params, self.reference, alpha)
+        taken = update.steps_taken(self.state.opt_state)
+        return {
+            "stage": program.stage.name,
+            "rollout_step": rollout_step,
+            "num_tokens": self.tokens_seen,
+            "learning_rate": program.learning_rate(max(taken - 1, 0)),
+        }
 
     def _step(self, index: int) -> Any:
         """Return a stage's compiled train step: one function, sharded, its state donated."""
@@ -179,7 +202,7 @@ class Loop:
         good = f"step {held} in {self.checkpoints.directory}" if held is not None else "none yet"
         raise ValueError(
             f"{' and '.join(bad)} not finite at step {int(self.state.step)} (rollout step "
-            f"{rollout_step}, stage {self.stages[self.stage_index].name!r}); the last good "
+            f"{rollout_step}, stage {self.stages[self.progress.stage].name!r}); the last good "
             f"checkpoint is {good}. Lower the stage's learning rate or set its max_grad_norm."
         )
 
@@ -209,27 +232,33 @@ class Loop:
     def _resume(self) -> int:
         """Set state, stage and counters from the newest checkpoint; return its rollout step."""
         start = self.checkpoints.latest()
-        position = {"stage": 0, "num_tokens": 0, "prompt_batches": 0}
+        position = {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
         if start is not None:
             position = self.checkpoints.position(start)
-        self.stage_index, self.tokens_seen = position["stage"], position["num_tokens"]
+        self.progress = update.Progress(**position["progress"])
+        self.tokens_seen = position["num_tokens"]
         self.source.position = position["prompt_batches"]
         params = jax.tree.map(jnp.copy, self.setup.params)
         key = jax.random.key(self.settings.seed)
-        self.state = self._placed(update.init_state(self.programs[self.stage_index], params, key))
-        if start is None:
-            return 0
-        self.state = self.checkpoints.restore(start, self.state)
-        tqdm.write(f"resuming {self.directory} after rollout step {start}")
-        return start
+        state = update.init_state(self.programs[self.progress.stage], params, key)
+        if self.settings.schedule.reference_sync_steps is not None:
+            state = state.replace(reference=jax.tree.map(jnp.copy, self.setup.params))
+        state = self._placed(state)
+        if start is not None:
+            state = self.checkpoints.restore(start, state)
+            tqdm.write(f"resuming {self.directory} after rollout step {start}")
+        # apart from what the step donates, since the step may read its head
+        self.reference, self.state = state.reference, state.replace(reference=None)
+        return 0 if start is None else start
 
     def _save(self, rollout_step: int) -> None:
         position = {
-            "stage": self.stage_index,
+            "progress": dataclasses.asdict(self.progress),
             "num_tokens": self.tokens_seen,
             "prompt_batches": self.source.position,
         }
-        self.checkpoints.save(rollout_step, self.state, position)
+        state = self.state.replace(reference=self.reference)
+        self.checkpoints.save(rollout_step, state, position)
         self.clock("checkpoint")
 
     def _placed(self, state: TrainState) -> TrainState:

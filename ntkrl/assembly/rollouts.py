@@ -33,6 +33,8 @@ class RolloutSource:
         self.setup, self.objective, self.position = setup, settings.objective, 0
         self.temperature = settings.rollout.temperature
         self.group = settings.rollout.completions_per_prompt
+        budgets = [stage.kl_budget for stage in settings.stages if stage.kl_budget is not None]
+        self.compares = self.objective.needs_reference or bool(budgets)
         # a group too small for the estimator fails here, before anything is sampled
         column = jnp.zeros((self.group, 1))
         advantages(self.objective, self.group, column[:, 0], column, column == 0)
@@ -144,7 +146,7 @@ class RolloutSource:
         reading: dict[str, Any] = {}
         if objective.correction != "off":
             old_log_probs = self._given(turn.params, drawn, None)["log_probs"]
-        if objective.needs_reference:
+        if self.compares:
             beside = turn.params if objective.needs_distribution else None
             reading = self._given(turn.reference, drawn, features, beside)
         ref_log_probs = reading["log_probs"] if reading else old_log_probs
@@ -170,7 +172,12 @@ class RolloutSource:
             features=drawn.features,
             ref_features=reading["features"] if self.reference_head(turn) else None,
         )
-        return batch, {name: float(value) for name, value in weights["metrics"].items()}
+        metrics = {name: float(value) for name, value in weights["metrics"].items()}
+        if self.compares and not objective.needs_reference:  # for a budget alone
+            given = map(jnp.asarray, (old_log_probs, ref_log_probs, drawn.completion_mask))
+            kl_BC = update.kl_estimate("k3", *given)
+            metrics["kl"] = float(jnp.sum(kl_BC)) / int(np.sum(drawn.completion_mask))
+        return batch, metrics
 
     def _given(
         self, params: Params, drawn: Any, features: Array | None, beside: Params | None = None

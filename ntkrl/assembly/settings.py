@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ntkrl import report, rollout, runtime, update
 from ntkrl.assembly.files import DataSettings, names
+from ntkrl.assembly.schedule import ScheduleSettings, read_stages
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 METHODS = ("rl", "sft", "reward")
@@ -183,42 +184,6 @@ class CheckpointSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduleSettings:
-    """How a rollout becomes optimizer steps.
-
-    minibatches: equal parts a rollout is cut in, one optimizer step each; divides the prompts.
-    microbatches: equal parts of a minibatch that are read one after another, their gradients
-      added; divides the completions (examples) of a minibatch.
-    inner_epochs: passes over a rollout.
-    chunk_tokens: positions whose logits exist at a time.
-    log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats).
-    resample_rounds: further batches of prompts that may replace groups of equal rewards, where
-      the objective's group_filter is "resample".
-    on_no_signal: "skip" a step whose completions have nothing to learn from, or "stop" the run.
-    """
-
-    minibatches: int
-    microbatches: int
-    inner_epochs: int
-    chunk_tokens: int
-    log_ratio_tolerance: float
-    resample_rounds: int
-    on_no_signal: str
-
-    def __post_init__(self):
-        counts = ("minibatches", "microbatches", "inner_epochs", "chunk_tokens", "resample_rounds")
-        problems = [
-            f"schedule.{name} must be ≥ 1, not {getattr(self, name)}"
-            for name in counts
-            if getattr(self, name) < 1
-        ]
-        if self.on_no_signal not in ("skip", "stop"):
-            problems.append(f"schedule.on_no_signal {self.on_no_signal!r} is not among skip, stop")
-        if problems:
-            raise ValueError("; ".join(problems) + ".")
-
-
-@dataclasses.dataclass(frozen=True)
 class RunSettings:
     """Every section of a config, read and checked; problems of all sections in one message."""
 
@@ -274,7 +239,7 @@ def read_settings(config: ConfigDict) -> RunSettings:
         preference=section(PreferenceSettings, "preference"),
         objective=read(_objective, config),
         schedule=section(ScheduleSettings, "schedule"),
-        stages=read(_stages, config),
+        stages=read(read_stages, config),
         mesh=config.mesh.to_dict(),
         checkpoint=section(CheckpointSettings, "checkpoint"),
         evaluation=section(EvalSettings, "eval"),
@@ -353,11 +318,3 @@ def _objective(config: ConfigDict) -> update.Objective:
     set_here = {name: value for name, value in given.items() if value is not None}
     whole = dataclasses.asdict(update.PRESETS[preset]) | set_here
     return runtime.settings(update.Objective, whole, "objective")
-
-
-def _stages(config: ConfigDict) -> tuple[update.Stage, ...]:
-    if not config.stages:
-        raise ValueError("stages is empty; give at least one row (see configs/base.py).")
-    return tuple(
-        runtime.settings(update.Stage, row, f"stages[{i}]") for i, row in enumerate(config.stages)
-    )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ntkrl import data, models, reward, runtime, trees
+from ntkrl import data, models, reward, runtime, trees, update
 from ntkrl.assembly.files import names
 from ntkrl.assembly.rewards import Problems, reward_set
 from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
@@ -97,6 +97,13 @@ class Setup(Start):
     train: Prompts
     held_out: Prompts | None
     rewards: reward.RewardSet | None
+
+    @property
+    def stages(self) -> tuple[update.Stage, ...]:
+        """The config's stages, their lengths in rollout steps."""
+        # weighted files may be smaller than a batch
+        steps_per_epoch = max(self.train.size // self.settings.data.prompts_per_step, 1)
+        return tuple(stage.in_steps(steps_per_epoch) for stage in self.settings.stages)
 
 
 def assemble(settings: RunSettings, run_directory: Path) -> Setup:

@@ -17,6 +17,7 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "rollout_step": ("steps", "batches of prompts sampled so far"),
     "stage": ("name", "the stage the step belongs to"),
     "num_tokens": ("tokens", "prompt and completion tokens seen so far"),
+    "learning_rate": ("rate", "of the last optimizer step, of the stage's first trained row"),
     # training batch
     "reward": ("reward", "mean reward of the step's completions, before any KL term"),
     "reward_std": ("reward", "standard deviation over all completions of the step (unbiased)"),
@@ -122,7 +123,7 @@ _TRL_TOO = (
     *(f"clip_ratio/{side}_mean" for side in ("low", "high", "region")),
     *(f"completions/{which}_length" for which in ("mean", "min", "max")),
     *(f"completions/{which}_terminated_length" for which in ("mean", "min", "max")),
-    "completions/clipped_ratio",
+    *("completions/clipped_ratio", "learning_rate"),
     *(f"sampling/sampling_logp_difference/{which}" for which in ("mean", "max")),
     *(f"sampling/importance_sampling_ratio/{which}" for which in ("min", "max")),
 )
@@ -148,6 +149,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "reward": "critic/score/mean",
         "entropy": "actor/entropy",
         "grad_norm": "actor/grad_norm",
+        "learning_rate": "actor/lr",
         "clip_ratio/region_mean": "actor/pg_clipfrac",
         "completions/mean_length": "response_length/mean",
         "completions/min_length": "response_length/min",

@@ -154,10 +154,12 @@ def stage_ends(run: Run) -> tuple[tuple[str, int], ...]:
         pairs = zip(labelled, labelled[1:], strict=False)
         return tuple((str(stage), step) for (step, stage), (_, after) in pairs if stage != after)
     ends, total = [], 0
-    for stage in config_stages(run):
+    for stage in config_stages(run)[:-1]:
+        if stage["steps"] is None:  # given in epochs: the prompts say how long
+            break
         total += int(stage["steps"])
         ends.append((str(stage["name"]), total))
-    return tuple(ends[:-1])
+    return tuple(ends)
 
 
 def config_stages(run: Run) -> Sequence[dict[str, Any]]:
