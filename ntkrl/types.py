@@ -43,7 +43,7 @@ class Total(NamedTuple):
 class Cache:
     """Keys and values of the positions read so far.
 
-    keys, values: `[L, B, S, K, E]`.
+    keys, values: `[L, B, K, S, E]`, so that a head's rows lie together.
     mask: `[B, S]` bool, True where a real token was written.
     length: scalar int32, columns written so far (equal for all rows).
     """

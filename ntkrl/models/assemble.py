@@ -110,7 +110,7 @@ def init_params(family: Family, config: Any, key: Array, dtype: Any) -> Params:
 
 
 def _empty_cache(config: Any, batch_size: int, length: int, dtype: Any) -> Cache:
-    sizes = (batch_size, length, config.num_key_value_heads, config.head_dim)
+    sizes = (batch_size, config.num_key_value_heads, length, config.head_dim)
     empty = jnp.zeros((config.num_hidden_layers, *sizes), dtype)
     return Cache(
         keys=empty,

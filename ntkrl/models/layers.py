@@ -42,7 +42,7 @@ def attention(
 
     Args:
       queries: `[B, T, H, E]`.
-      keys, values: `[B, S, K, E]`, H a multiple of K.
+      keys, values: `[B, K, S, E]`, H a multiple of K.
       allowed: `[B, T, S]` bool. A query with no allowed key (padding) gets the mean value:
         finite, and never read.
       scale: factor on the scores; None for the usual 1/√E.
@@ -52,17 +52,24 @@ def attention(
       `[B, T, H, E]`, in the dtype of `values`.
     """
     batch, length, heads, width = queries.shape
-    kv_heads = keys.shape[2]
-    grouped_BTKGE = queries.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    scores_BKGTS = at_least_float32(jnp.einsum("btkge,bske->bkgts", grouped_BTKGE, keys))
-    lowest = jnp.finfo(scores_BKGTS.dtype).min
-    scores_BKGTS *= width**-0.5 if scale is None else scale
+    shared, columns = keys.shape[1:3]
+    group = heads // shared
+    # the dot's batch axes first and its rows together: CPUs are twice as fast than on "btkge,bske"
+    rows_BKRE = jnp.transpose(
+        queries.reshape(batch, length, shared, group, width), (0, 2, 3, 1, 4)
+    ).reshape(batch, shared, group * length, width)
+    scores_BKRS = at_least_float32(jnp.einsum("bkre,bkse->bkrs", rows_BKRE, keys))
+    scores_BKRS *= width**-0.5 if scale is None else scale
     if soft_cap is not None:
-        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
+        scores_BKRS = soft_cap * jnp.tanh(scores_BKRS / soft_cap)
+    scores_BKGTS = scores_BKRS.reshape(batch, shared, group, length, columns)
+    lowest = jnp.finfo(scores_BKGTS.dtype).min
     scores_BKGTS = jnp.where(allowed[:, None, None], scores_BKGTS, lowest)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(values.dtype)
-    mixed_BTKGE = jnp.einsum("bkgts,bske->btkge", probs_BKGTS, values)
-    return mixed_BTKGE.reshape(batch, length, heads, width)
+    probs_BKRS = probs_BKGTS.reshape(batch, shared, group * length, columns)
+    mixed_BKRE = jnp.einsum("bkrs,bkse->bkre", probs_BKRS, values)
+    mixed_BKGTE = mixed_BKRE.reshape(batch, shared, group, length, width)
+    return jnp.transpose(mixed_BKGTE, (0, 3, 1, 2, 4)).reshape(batch, length, heads, width)
 
 
 class RMSNorm(nnx.Module):
@@ -187,7 +194,7 @@ def scan_layers(
       sights: one per kind of layer.
       kinds: per layer the index of its Sight; None where there is one.
       cache: keys and values read so far, mask and length as after these tokens; or None.
-      remat: recompute each layer in the backward pass.
+      remat: keep nothing of a layer for the backward pass, not even its products with weights.
     """
     graphdef, state = nnx.split(layers)
     start = None if cache is None else cache.length - x_BTD.shape[1]
@@ -202,9 +209,10 @@ def scan_layers(
 
         def remember(new_keys: Array, new_values: Array) -> tuple[Array, Array]:
             nonlocal keys, values
+            new_keys, new_values = (jnp.swapaxes(new, 1, 2) for new in (new_keys, new_values))
             if keys is None:
                 return new_keys, new_values
-            at = (index, 0, start, 0, 0)
+            at = (index, 0, 0, start, 0)
             keys = jax.lax.dynamic_update_slice(keys, new_keys[None].astype(keys.dtype), at)
             values = jax.lax.dynamic_update_slice(values, new_values[None].astype(values.dtype), at)
             return keys[index].astype(x_BTD.dtype), values[index].astype(x_BTD.dtype)
@@ -213,7 +221,10 @@ def scan_layers(
         return (x_BTD, keys, values), None
 
     count = jax.tree.leaves(state)[0].shape[0]
-    body = jax.checkpoint(body) if remat else body
+    # all but the products is cheaper to make again than to write out and read
+    policies = jax.checkpoint_policies
+    kept = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
+    body = jax.checkpoint(body, policy=kept, prevent_cse=False)
     held = (None, None) if cache is None else (cache.keys, cache.values)
     per_layer = (state, jnp.arange(count), None if kinds is None else jnp.asarray(kinds))
     (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, *held), per_layer)

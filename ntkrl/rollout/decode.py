@@ -159,8 +159,8 @@ def longer(columns: int, live: Live) -> Live:
     """Give the cache more columns."""
     cache = live.cache
     more = columns - cache.mask.shape[1]
-    if cache.keys.shape[2] == cache.mask.shape[1]:  # a policy may keep a state of another form
-        wide = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
+    if cache.keys.shape[3] == cache.mask.shape[1]:  # a policy may keep a state of another form
+        wide = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
         cache = cache.replace(keys=jnp.pad(cache.keys, wide), values=jnp.pad(cache.values, wide))
     return live.replace(cache=cache.replace(mask=jnp.pad(cache.mask, ((0, 0), (0, more)))))
 
