@@ -115,6 +115,26 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds)
 
 
+def medians_in_turns(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, wait: Callable[[Any], Any]
+) -> dict[str, float]:
+    """Return the median wall time of each call, taken in turns after one round that does not count.
+
+    Args:
+      calls: by name.
+      repeats: rounds.
+      wait: blocks until what a call returned is there.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            wait(call())
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Lay out rows as plain text: one line each, a header, columns as wide as they need.
 

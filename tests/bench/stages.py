@@ -13,8 +13,6 @@ it says nothing of stage 2's layers), its memory analysis what the programs hold
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -106,14 +104,7 @@ def measured(steps: int) -> list[dict[str, Any]]:
             return metrics
 
         calls[name] = call
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(steps + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = measure.medians_in_turns(calls, steps, jax.block_until_ready)
     floor, whole = medians["floor (4 V D per token)"], medians["stage 2"]
     return [
         {"update": name, "seconds": value, "of_floor": value / floor, "of_stage_2": value / whole}

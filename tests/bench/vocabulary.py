@@ -10,8 +10,6 @@ positions, beside logits written out with jax.nn.log_softmax, and the products a
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -113,14 +111,7 @@ def times(repeats: int) -> list[dict[str, Any]]:
         program = program.lower(weight, phi, targets).compile()
         temporary[name] = program.memory_analysis().temp_size_in_bytes / 2**20
         calls[name] = lambda program=program: program(weight, phi, targets)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = measure.medians_in_turns(calls, repeats, jax.block_until_ready)
     return [
         {
             "form": name,
