@@ -123,9 +123,8 @@ def _presets(words: Sequence[str]) -> None:
             f"{', '.join(unknown)}: no such preset; there are {', '.join(update.PRESETS)}."
         )
     for name in words if words else update.PRESETS:
-        axes = update.differences(update.PRESETS[name])
         print(f"{name}\n    {update.FORMULAS[name].strip()}\n")
-        print("    " + " · ".join(f"{axis} {value}" for axis, value in axes.items()) + "\n")
+        print(f"    {update.described(update.PRESETS[name])}\n")
 
 
 def _options(

@@ -47,6 +47,8 @@ def train(config: ConfigDict) -> Path:
     setup = assembly.assemble(settings, directory)
     loop = Loop(setup, directory)
     runtime.claim(directory, given)
+    if settings.method == "rl":
+        tqdm.write(f"objective: {update.described(settings.objective)}")
     loop.run()
     setup.export(directory / "export", loop.state.params)
     if loop.reference is not None:

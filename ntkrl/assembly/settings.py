@@ -25,7 +25,7 @@ class ModelSettings:
     dtype: of the params (masters); float32, bfloat16 or float16.
     compute_dtype: the network runs in, or None for `dtype`.
     untie: give a tied head a copy of its own.
-    remat: recompute activations in the backward pass.
+    remat: recompute whole layers in the backward pass, not only what is no product with weights.
     lora: rank (0 for no adapters), alpha and modules of models.Lora.
     template: chat template given to the tokenizer (see data.read_template), or None.
     vocab_size: rows of the vocabulary, or None for what the model and the tokenizer need.

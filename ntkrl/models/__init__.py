@@ -65,7 +65,7 @@ def load(
       mesh: shard the params over it by the family's patterns, or None for one device.
       compute_dtype: dtype the network runs in; None for `dtype`.
       untie: give a tied model a head of its own, a copy of the embedding.
-      remat: recompute activations layer by layer in the backward pass.
+      remat: keep nothing of a layer for the backward pass; False keeps its products with weights.
       lora: put new adapters on the model; their parameters are called `…/lora_a`, `…/lora_b`.
       base: the model that an adapter directory belongs to; None for the one it names.
 
@@ -239,9 +239,10 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
 
 def stored(policy: Policy, params: Params) -> dict[str, np.ndarray]:
     """Return the tensors of a full Hugging Face directory by name; adapters are merged."""
+    family = _family_of_policy(policy)
     if policy.config.adapters is not None:
         params = lora_files.merged(params, policy.config.adapters)
-    return files.stored_tensors(_family_of_policy(policy).weights, trees.named_leaves(params))
+    return files.stored_tensors(family.weights, trees.named_leaves(params))
 
 
 def export_adapter(

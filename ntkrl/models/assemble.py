@@ -31,7 +31,7 @@ def assemble(
       family, config: what to make.
       dtype: of params.
       compute_dtype: the network runs in; None for `dtype`.
-      remat: recompute layers in the backward pass.
+      remat: recompute whole layers in the backward pass.
       source: directory the weights came from, or None.
     """
     abstract = nnx.eval_shape(lambda: family.model(config, nnx.Rngs(0), dtype))

@@ -75,34 +75,30 @@ class Sampler:
         """
         width, budget = prompts.tokens.shape[1], self.settings.max_completion_tokens
         _check_length(self.policy, width, budget)
-        columns = self._columns(width, 1)
+        chunk = self.settings.chunk_steps
+        columns = self._columns(width, 1 + chunk)
         live, written = self.programs["prefill"](columns, params, prompts, key)
         drawn, looked = 1, np.zeros(written.mask.shape[0], np.int64)
-        live, written, left = self._stop(live, written, looked, self._left(live))
+        live, written, left = self._stop(live, written, looked, jnp.sum(~live.done))
         while drawn < budget and left:
-            live = self._resize(live, left, self._columns(width, drawn + self.settings.chunk_steps))
+            live = self._resize(live, left, self._columns(width, drawn + chunk))
             live, written, left = self.programs["read_on"](params, live, written, jnp.int32(drawn))
-            drawn = min(drawn + self.settings.chunk_steps, budget)
+            drawn = min(drawn + chunk, budget)
             live, written, left = self._stop(live, written, looked, left)
-        return self._rollout(prompts, written, drawn)
+        return self._rollout(prompts, written)
 
     def compilations(self) -> int:
         """Return how many programs were compiled so far."""
         return sum(program._cache_size() for program in self.programs.values())
 
-    def _left(self, live: decode.Live) -> Array:
-        return jnp.sum(~live.done)
-
     def _columns(self, width: int, drawn: int) -> int:
-        """Return the cache's columns while up to `drawn` tokens of each row are read or drawn."""
-        # the last token is drawn and never read, so the cache holds one column less
-        budget = self.settings.max_completion_tokens
-        chunk = self.settings.chunk_steps
-        needed = min(max(drawn, chunk), budget)
-        grown = chunk
-        while grown < needed:
+        """Return the cache's columns while up to `drawn` tokens of each row are drawn."""
+        # the last token is drawn and never read
+        read, most = drawn - 1, self.settings.max_completion_tokens - 1
+        grown = self.settings.chunk_steps
+        while grown < min(read, most):
             grown *= 2
-        return width + max(min(grown, budget) - 1, 0)
+        return width + min(grown, most)
 
     def _resize(self, live: decode.Live, left: int, columns: int) -> decode.Live:
         rows = live.rows.shape[0]
@@ -131,9 +127,10 @@ class Sampler:
         live, written, left = self.programs["cut"](live, written, jnp.asarray(ends_B))
         return live, written, int(left)
 
-    def _rollout(self, prompts: PromptBatch, written: decode.Written, drawn: int) -> Rollout:
+    def _rollout(self, prompts: PromptBatch, written: decode.Written) -> Rollout:
         count = self.settings.completions_per_prompt
-        length = bucket_length(drawn, self.settings.max_completion_tokens)
+        longest = int(jnp.max(jnp.sum(written.mask, axis=1)))
+        length = bucket_length(longest, self.settings.max_completion_tokens)
         written = jax.tree.map(lambda leaf: leaf[:, :length] if leaf.ndim > 1 else leaf, written)
         tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
         mask_BT = jnp.repeat(prompts.mask, count, axis=0)

@@ -1,7 +1,7 @@
 """Objective, stages, optimizer assembly and the train step: pure functions of arrays."""
 
 from ntkrl.update.loss import Measures, kl_estimate, policy_loss, supervised_loss
-from ntkrl.update.objective import CHOICES, Objective, differences
+from ntkrl.update.objective import CHOICES, Objective, described
 from ntkrl.update.optimizers import steps_taken
 from ntkrl.update.preference import preference_loss, preference_objective
 from ntkrl.update.presets import FORMULAS, PRESETS
@@ -34,7 +34,7 @@ __all__ = [
     "correction_weights",
     "counted_tokens",
     "covariance_weights",
-    "differences",
+    "described",
     "equal_groups",
     "advanced",
     "check_stages",

@@ -8,7 +8,6 @@ overlong completions × groups without signal. The formulas are in loss.py (per 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "advantage": (
@@ -176,9 +175,10 @@ class Objective:
         return self.needs_reference and self.kl_estimator == "full"
 
 
-def differences(objective: Objective) -> dict[str, Any]:
-    """Return the axes on which an objective leaves the defaults, and always the chief ones."""
+def described(objective: Objective) -> str:
+    """Return in one line the chief axes, and all others on which it leaves the defaults."""
     chief = ("advantage", "ratio_level", "clip", "aggregation", "kl_place")
     values = dataclasses.asdict(objective)
     plain = dataclasses.asdict(Objective())
-    return {name: v for name, v in values.items() if name in chief or v != plain[name]}
+    shown = {name: v for name, v in values.items() if name in chief or v != plain[name]}
+    return " · ".join(f"{axis} {value}" for axis, value in shown.items())

@@ -108,7 +108,8 @@ def test_every_preset_says_its_formula_and_source():
     assert set(update.FORMULAS) == set(PRESETS)
     for name, text in update.FORMULAS.items():
         assert text.startswith("Minimise") and "Source:" in text, name
-        assert "advantage" in update.differences(PRESETS[name])
+    assert update.described(PRESETS["dapo"]).startswith("advantage group_normalised · ratio_level")
+    assert "clip_high 0.28" in update.described(PRESETS["dapo"])
     assert set(update.CHOICES["advantage"]) == {*advantage.ESTIMATORS, "pass_at_k", "to_go"}
 
 
