@@ -67,7 +67,9 @@ def test_shapes_and_ends():
     drawn = rollout.Sampler(policy, settings(max_completion_tokens=12))(
         params, prompts(), jax.random.key(3)
     )
-    assert drawn.tokens.shape == (6, 17) and drawn.completion_mask.shape == (6, 12)
+    longest = int(drawn.completion_mask.sum(axis=1).max())
+    assert drawn.completion_mask.shape == (6, 8 if longest <= 8 else 12)
+    assert drawn.tokens.shape == (6, 5 + drawn.completion_mask.shape[1])
     np.testing.assert_array_equal(drawn.tokens[0, :5], drawn.tokens[2, :5])
     ended = 0
     for row in range(6):
