@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
 
 from ntkrl.types import Array, Total
 
@@ -47,3 +49,18 @@ def masked_total(values: Array, mask: Array) -> Total:
 def mean(total: Total) -> Array:
     """Divide a Total; an empty one is 0, never NaN."""
     return total.total / jnp.maximum(total.count, 1)
+
+
+def primal(tree: Any) -> tuple[Any, bool]:
+    """Unwrap an argument of a custom_vjp's forward rule that was defined with symbolic_zeros.
+
+    Returns:
+      `(values, moved)`, moved where a cotangent of some leaf is wanted.
+    """
+
+    def is_wrapped(leaf: Any) -> bool:
+        return isinstance(leaf, CustomVJPPrimal)
+
+    wrapped = jax.tree.leaves(tree, is_leaf=is_wrapped)
+    values = jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=is_wrapped)
+    return values, any(leaf.perturbed for leaf in wrapped)

@@ -21,6 +21,21 @@ def run_of(base, place, *more, reward="score"):
     return main(words(base, place, *SHORT, f"--config.reward.function={REWARDS}:{reward}", *more))
 
 
+def killed_and_resumed(monkeypatch, at, train_it):
+    """Train, interrupt before a rollout step, and train on."""
+    original = train.Loop._advance
+
+    def dies(self, rollout_step):
+        if rollout_step == at:
+            raise KeyboardInterrupt
+        return original(self, rollout_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "_advance", dies)
+        assert train_it() == 130
+    assert train_it() == 0
+
+
 def weights(place):
     """The weights of a directory."""
     return load_file(place / "model.safetensors")
@@ -49,18 +64,9 @@ def test_groups_of_equal_rewards_are_skipped_and_counted(base, tmp_path, capsys)
 
 def test_skipped_steps_are_written_once(base, tmp_path, monkeypatch):
     """story: a run killed among steps without an update has each line once after it resumes."""
-    run, original = tmp_path / "run", train.Loop._advance
+    run = tmp_path / "run"
     more = ["--config.objective.preset=dr_grpo", "--config.stages[0].steps=5"]
-
-    def dies(self, rollout_step):
-        if rollout_step == 4:
-            raise KeyboardInterrupt
-        return original(self, rollout_step)
-
-    monkeypatch.setattr(train.Loop, "_advance", dies)
-    assert run_of(base, run, *more, reward="constant") == 130
-    monkeypatch.setattr(train.Loop, "_advance", original)
-    assert run_of(base, run, *more, reward="constant") == 0
+    killed_and_resumed(monkeypatch, 4, lambda: run_of(base, run, *more, reward="constant"))
     assert [line["rollout_step"] for line in lines(run)[1:]] == [1, 2, 3, 4, 5]
     times = (run / "timings.jsonl").read_text().splitlines()
     assert [json.loads(line)["rollout_step"] for line in times] == [1, 2, 3, 4, 5]
@@ -91,17 +97,7 @@ def test_dapo_draws_other_prompts(base, tmp_path, monkeypatch):
     found = lines(whole)[1:]
     assert max(line["resampling_rounds"] for line in found) >= 1
     assert np.mean([line["frac_reward_zero_std"] for line in found]) < 0.4  # about 0.5 undrawn
-    original = train.Loop._advance
-
-    def dies(self, rollout_step):
-        if rollout_step == 4:
-            raise KeyboardInterrupt
-        return original(self, rollout_step)
-
-    monkeypatch.setattr(train.Loop, "_advance", dies)
-    assert run_of(base, broken, *more, reward="sometimes") == 130
-    monkeypatch.setattr(train.Loop, "_advance", original)
-    assert run_of(base, broken, *more, reward="sometimes") == 0
+    killed_and_resumed(monkeypatch, 4, lambda: run_of(base, broken, *more, reward="sometimes"))
     assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
 
 

@@ -32,11 +32,13 @@ def prompt_batch(
       ValueError: a chosen prompt is longer than `length`.
     """
     tokens_PT, mask_PT = _padded(encoded, rows, pad_id, length, left=True)
+    rows_P = np.asarray(rows, np.int32)
+    earlier_PP = np.triu(rows_P[:, None] == rows_P[None], 1)
     return PromptBatch(
         tokens=jnp.asarray(tokens_PT),
         mask=jnp.asarray(mask_PT),
-        rows=jnp.asarray(np.asarray(rows, np.int32)),
-        copies=jnp.asarray([list(rows[:i]).count(row) for i, row in enumerate(rows)], jnp.int32),
+        rows=jnp.asarray(rows_P),
+        copies=jnp.asarray(earlier_PP.sum(axis=0), jnp.int32),
     )
 
 

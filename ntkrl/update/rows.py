@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal
 
+from ntkrl.numerics import primal
 from ntkrl.types import Array, Total, UpdateBatch
 from ntkrl.update.loss import Measures
 from ntkrl.vocabulary import Head, TokenStatistics, logit_statistics, logits
@@ -49,11 +49,32 @@ def add(left: tuple[Total, Measures], right: tuple[Total, Measures]) -> tuple[To
     return total, Measures(totals, maxima)
 
 
-def over_parts(read: Callable[[Any], Any], parts: Any, combine: Callable[[Any, Any], Any]) -> Any:
-    """Read every part in turn and combine what is found, beginning with zeros."""
-    found = jax.eval_shape(read, jax.tree.map(lambda leaf: leaf[0], parts))
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
-    return jax.lax.scan(lambda sums, part: (combine(sums, read(part)), None), nothing, parts)[0]
+def over_parts(
+    read: Callable[[Any], tuple[Any, Any]], parts: Any, combine: Callable[[Any, Any], Any]
+) -> tuple[Any, Any]:
+    """Read every part in turn.
+
+    Args:
+      read: `part -> (found, own)`.
+      parts: from `split_rows`.
+      combine: adds what is found of two parts; zeros begin.
+
+    Returns:
+      What was found of all together, and `own` of each, stacked.
+    """
+    shapes, _ = jax.eval_shape(read, jax.tree.map(lambda leaf: leaf[0], parts))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def turn(sums: Any, part: Any) -> tuple[Any, Any]:
+        found, own = read(part)
+        return combine(sums, found), own
+
+    return jax.lax.scan(turn, nothing, parts)
+
+
+def add_pulled(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Add `((Total, Measures), gradients)` of two parts of a batch."""
+    return add(left[0], right[0]), jax.tree.map(jnp.add, left[1], right[1])
 
 
 def loss_by_rows(
@@ -72,67 +93,50 @@ def loss_by_rows(
       batch: UpdateBatch.
     """
     plain = batch.replace(features=None, ref_features=None)
-    sum_, (count, measures) = _whole((loss, temperature, parts), head, features, plain)
-    return Total(sum_, count), measures
+    return _whole((loss, temperature, parts), head, features, plain)
 
 
-def _part(loss: Loss, temperature: float, head: Head, phi: Array, batch: UpdateBatch) -> Any:
+def _part(
+    loss: Loss, temperature: float, head: Head, phi: Array, batch: UpdateBatch
+) -> tuple[Total, Measures]:
     targets = batch.tokens[:, -batch.completion_mask.shape[1] :]
-    total, measures = loss(logit_statistics(logits(head, phi) / temperature, targets), batch)
-    return total.total, (total.count, measures)
-
-
-def _sum(left: Any, right: Any) -> Any:
-    total, measures = add(*((Total(one[0], one[1][0]), one[1][1]) for one in (left, right)))
-    return total.total, (total.count, measures)
+    return loss(logit_statistics(logits(head, phi) / temperature, targets), batch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _whole(static: tuple[Loss, float, int], head: Head, features: Array, batch: UpdateBatch) -> Any:
+def _whole(
+    static: tuple[Loss, float, int], head: Head, features: Array, batch: UpdateBatch
+) -> tuple[Total, Measures]:
     loss, temperature, parts = static
     if parts == 1:
         return _part(loss, temperature, head, features, batch)
     cut = split_rows((features, batch), parts)
-    return over_parts(lambda part: _part(loss, temperature, head, *part), cut, _sum)
+    return over_parts(lambda part: (_part(loss, temperature, head, *part), None), cut, add)[0]
 
 
 def _forward(static: tuple[Loss, float, int], head: Any, features: Any, batch: Any) -> Any:
     loss, temperature, parts = static
-    for_head, for_phi = (
-        any(leaf.perturbed for leaf in jax.tree.leaves(tree, is_leaf=_is_primal))
-        for tree in (head, features)
-    )
-    head, features, batch = jax.tree.map(
-        lambda leaf: leaf.value, (head, features, batch), is_leaf=_is_primal
-    )
+    (head, for_head), (features, for_phi) = primal(head), primal(features)
+    batch, _ = primal(batch)
     moved = tuple(number for number, wanted in enumerate((for_head, for_phi)) if wanted)
 
     def pull(part: tuple[Array, UpdateBatch]) -> Any:
-        def value(head: Head, phi: Array) -> Any:
-            return _part(loss, temperature, head, phi, part[1])
+        def value(head: Head, phi: Array) -> tuple[Array, tuple[Total, Measures]]:
+            found = _part(loss, temperature, head, phi, part[1])
+            return found[0].total, found
 
-        found, pulled = jax.value_and_grad(value, argnums=moved, has_aux=True)(head, part[0])
+        (_, found), pulled = jax.value_and_grad(value, argnums=moved, has_aux=True)(head, part[0])
         pulled = dict(zip(moved, pulled, strict=True))
-        return found, pulled[0] if for_head else None, pulled[1] if for_phi else None
-
-    def add_up(sums: Any, part: Any) -> Any:
-        found, d_head, d_phi = pull(part)
-        return (_sum(sums[0], found), jax.tree.map(jnp.add, sums[1], d_head)), d_phi
+        return (found, pulled[0] if for_head else None), pulled[1] if for_phi else None
 
     cut = split_rows((features, batch), parts)
-    shapes = jax.eval_shape(pull, jax.tree.map(lambda leaf: leaf[0], cut))[:2]
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (found, d_head), d_phi = jax.lax.scan(add_up, nothing, cut)
+    (found, d_head), d_phi = over_parts(pull, cut, add_pulled)
     d_phi = None if d_phi is None else join_rows(d_phi, features.shape[0])
     return found, (d_head, d_phi)
 
 
-def _is_primal(value: Any) -> bool:
-    return isinstance(value, CustomVJPPrimal)
-
-
 def _backward(static: Any, residuals: Any, given: Any) -> tuple[Any, Any, None]:
-    factor = given[0]
+    factor = given[0].total
     head, phi = jax.tree.map(lambda pulled: (factor * pulled).astype(pulled.dtype), residuals)
     return head, phi, None
 

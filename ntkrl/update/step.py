@@ -14,7 +14,7 @@ from ntkrl.scoring import completion_features, head_of
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures
-from ntkrl.update.rows import Loss, add, loss_by_rows, over_parts, split_rows
+from ntkrl.update.rows import Loss, add_pulled, loss_by_rows, over_parts, split_rows
 from ntkrl.update.stages import StageProgram
 from ntkrl.vocabulary import Head, token_statistics
 
@@ -114,14 +114,12 @@ def make_step(
             (_, found), grads = jax.value_and_grad(value, has_aux=True)(chosen, part)
             return found, grads
 
-        def combine(left: Any, right: Any) -> Any:
-            return add(left[0], right[0]), jax.tree.map(jnp.add, left[1], right[1])
-
         if microbatches == 1:
             (total, measures), grads = pull(batch)
         else:
             cut = split_rows(batch, microbatches)
-            (total, measures), grads = over_parts(pull, cut, combine)
+            found, _ = over_parts(lambda part: (pull(part), None), cut, add_pulled)
+            (total, measures), grads = found
         count = jnp.maximum(total.count, 1)
         grads = jax.tree.map(lambda leaf: (leaf / count).astype(leaf.dtype), grads)
         updates, opt_state = program.optimizer.update(grads, state.opt_state, chosen)

@@ -20,9 +20,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal
 
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, primal
 from ntkrl.types import Array
 from ntkrl.vocabulary.moments import Sums, TokenStatistics, finish, gather, nothing, pull_logits
 from ntkrl.vocabulary.tiles import Head, Tile, Tiling, cut, tile_count, tile_logits
@@ -145,20 +144,12 @@ def _statistics(
 
 
 def _forward(tiling: Tiling, head: Any, phi: Any, y: Any, reference: Any) -> tuple[Any, Any]:
-    # None or () says in the structure, which is static, whose cotangent is wanted
-    wanted = tuple(
-        () if any(leaf.perturbed for leaf in jax.tree.leaves(part, is_leaf=_is_primal)) else None
-        for part in (head, phi)
-    )
-    head, phi, y, reference = jax.tree.map(
-        lambda leaf: leaf.value, (head, phi, y, reference), is_leaf=_is_primal
-    )
+    (head, for_head), (phi, for_phi) = primal(head), primal(phi)
+    (y, reference), _ = primal((y, reference))
     found, normalisers = _read(tiling, head, phi, y, reference)
+    # None or () says in the structure, which is static, whose cotangent is wanted
+    wanted = tuple(() if moved else None for moved in (for_head, for_phi))
     return found, (head, phi, y, reference, found, normalisers, wanted)
-
-
-def _is_primal(value: Any) -> bool:
-    return isinstance(value, CustomVJPPrimal)
 
 
 def _backward(tiling: Tiling, residuals: Any, given: TokenStatistics) -> tuple[Any, ...]:
@@ -236,8 +227,9 @@ def _summary(z: Array, y: Array) -> tuple[TokenStatistics, Array]:
 
 
 def _of_logits_forward(z: Any, y: Any) -> tuple[Any, Any]:
-    found, normaliser = _summary(z.value, y.value)
-    return found, (z.value, y.value, found, normaliser)
+    (z, y), _ = primal((z, y))
+    found, normaliser = _summary(z, y)
+    return found, (z, y, found, normaliser)
 
 
 def _of_logits_backward(residuals: Any, given: TokenStatistics) -> tuple[Array, None]:
