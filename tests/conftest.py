@@ -36,6 +36,17 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"run with -m {extra}"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def let_go_of_programs():
+    """After each file, drop what it compiled.
+
+    Every program holds memory maps, and Linux gives a process 65530: with the maps of a whole suite
+    gone, the compiler ends the process.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Compute in float64 for one test."""
