@@ -24,6 +24,7 @@ from ntkrl.types import Array, Params, TrainState
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
 EVAL_STREAM, PROBE_STREAM = 1, 2
+SHARED_SECONDS = 60.0  # until a new file is seen by every host
 
 
 def train(config: ConfigDict) -> Path:
@@ -39,21 +40,25 @@ def train(config: ConfigDict) -> Path:
     directory = Path(config.run_dir)
     settings = assembly.read_settings(config)
     given = runtime.to_json(config)
+    runtime.check_alike("config", given)
     runtime.check_claim(directory, given)
-    if (directory / "finished").exists():
-        tqdm.write(f"{directory} is finished; remove it to run again.")
+    if runtime.agree("whether it is finished", (directory / "finished").exists())[0]:
+        runtime.tell(f"{directory} is finished; remove it to run again.")
         return directory
     report.check_loggers(settings.logging)
     setup = assembly.assemble(settings, directory)
     loop = Loop(setup, directory)
-    runtime.claim(directory, given)
+    if runtime.is_writer():
+        runtime.claim(directory, given)
+    _check_shared(directory)
     if settings.method == "rl":
-        tqdm.write(f"objective: {update.described(settings.objective)}")
+        runtime.tell(f"objective: {update.described(settings.objective)}")
     loop.run()
     setup.export(directory / "export", loop.state.params)
     if loop.reference is not None:
         setup.export(directory / "export_reference", loop.reference)
-    report.mark_finished(directory)
+    if runtime.is_writer():
+        report.mark_finished(directory)
     return directory
 
 
@@ -86,13 +91,11 @@ class Loop:
         start = self._resume()
         left = update.steps_left(self.stages, self.progress)
         kept = int(self.state.step) if start else -1
-        loggers = report.open_loggers(
-            self.settings.logging, self.directory, self.settings.name, kept
-        )
-        rollout_step, total = start, start + left
+        rollout_step, total, silent = start, start + left, not runtime.is_writer()
+        shown = {"desc": self.settings.name, "mininterval": 0.5, "disable": silent}
         with (
-            report.MetricsWriter(self.directory, start if start else -1, loggers) as writer,
-            tqdm(total=total, initial=start, desc=self.settings.name, mininterval=0.5) as bar,
+            self._writer(start if start else -1, kept) as writer,
+            tqdm(total=total, initial=start, **shown) as bar,
         ):
             if start == 0:
                 writer.write(0, self._evaluate(0) | self._read_probe())
@@ -114,8 +117,17 @@ class Loop:
                 bar.update()
         self.checkpoints.close()
 
+    def _writer(self, start: int, kept: int) -> report.MetricsWriter | report.NoWriter:
+        """Open metrics and loggers, in the process that writes."""
+        if not runtime.is_writer():
+            return report.NoWriter()
+        given = self.settings.logging
+        loggers = report.open_loggers(given, self.directory, self.settings.name, kept)
+        return report.MetricsWriter(self.directory, start, loggers)
+
     def _advance(self, rollout_step: int) -> dict[str, Any]:
         """Take one rollout step: make the batches, update on each, probe the last update."""
+        runtime.mark(f"rollout step {rollout_step}")
         self._enter_stage()
         next_key, key = jax.random.split(self.state.key)
         self.state = self.state.replace(key=next_key)
@@ -163,14 +175,14 @@ class Loop:
         if self.progress.steps == 0:
             warning = self.programs[self.progress.stage].warning(self.state.params)
             if warning is not None:
-                tqdm.write(warning)
+                runtime.tell(warning)
 
     def _count(self, metrics: dict[str, Any], rollout_step: int) -> dict[str, Any]:
         """Count a rollout step in its stage, move the reference; return what is logged of it."""
         program = self.programs[self.progress.stage]
         self.progress = update.advanced(program.stage, self.progress, metrics)
         if self.progress.ended is not None:
-            tqdm.write(f"stage {program.stage.name!r} ends: {self.progress.ended}")
+            runtime.tell(f"stage {program.stage.name!r} ends: {self.progress.ended}")
         if _due(self.settings.schedule.reference_sync_steps, rollout_step):
             alpha = self.settings.schedule.reference_mixup_alpha
             self.reference = self.mix(self.state.params, self.reference, alpha)
@@ -211,7 +223,8 @@ class Loop:
     def _probe(self, before: Params) -> dict[str, float]:
         metrics, arrays = self.prober.compare(before, self.state.params)
         path = self.directory / "probes" / f"step_{int(self.state.step):06d}.npz"
-        runtime.save_arrays(path, arrays)
+        if runtime.is_writer():
+            runtime.save_arrays(path, arrays)
         return metrics | self._read_probe()
 
     def _read_probe(self) -> dict[str, float]:
@@ -233,7 +246,7 @@ class Loop:
 
     def _resume(self) -> int:
         """Set state, stage and counters from the newest checkpoint; return its rollout step."""
-        start = self.checkpoints.latest()
+        start = runtime.agree("the newest checkpoint", self.checkpoints.latest())[0]
         position = {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
         if start is not None:
             position = self.checkpoints.position(start)
@@ -248,9 +261,10 @@ class Loop:
         state = self._placed(state)
         if start is not None:
             state = self.checkpoints.restore(start, state)
-            tqdm.write(f"resuming {self.directory} after rollout step {start}")
+            runtime.tell(f"resuming {self.directory} after rollout step {start}")
         # apart from what the step donates, since the step may read its head
         self.reference, self.state = state.reference, state.replace(reference=None)
+        runtime.saved(0 if start is None else start)
         return 0 if start is None else start
 
     def _save(self, rollout_step: int) -> None:
@@ -261,12 +275,13 @@ class Loop:
         }
         state = self.state.replace(reference=self.reference)
         self.checkpoints.save(rollout_step, state, position)
+        runtime.saved(rollout_step)
         self.clock("checkpoint")
 
     def _placed(self, state: TrainState) -> TrainState:
         """Put a state on the mesh; optimizer moments lie where their parameters do."""
         patterns = self.setup.sharding
-        return jax.device_put(state, trees.shardings(state, patterns, self.setup.mesh))
+        return runtime.place(state, trees.shardings(state, patterns, self.setup.mesh))
 
 
 class _Clock:
@@ -277,6 +292,7 @@ class _Clock:
         self.last = time.perf_counter()
 
     def __call__(self, activity: str) -> None:
+        runtime.mark(f"the end of {activity}")
         now = time.perf_counter()
         name = f"{activity}_seconds"
         self.seconds[name] = self.seconds.setdefault(name, 0.0) + now - self.last
@@ -287,6 +303,19 @@ class _Clock:
         seconds, self.seconds = self.seconds, {}
         self.last = time.perf_counter()
         return seconds
+
+
+def _check_shared(directory: Path) -> None:
+    """Check that every process sees the run directory of the first."""
+    seen = runtime.agree("the run directory", str(directory.absolute()))
+    deadline = time.monotonic() + SHARED_SECONDS if len(seen) > 1 else 0.0
+    while not (directory / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{directory} is not the directory that process 0 writes to ({seen[0]} there); "
+                "give a run_dir on a file system that all hosts share."
+            )
+        time.sleep(0.5)
 
 
 def _due(every_steps: int | None, rollout_step: int) -> bool:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntkrl.types import Params
@@ -146,6 +148,13 @@ def shardings(tree: Params, patterns: Patterns, mesh: Mesh) -> Params:
         ]
         placed.append(NamedSharding(mesh, PartitionSpec(*spec)))
     return jax.tree.unflatten(treedef, placed)
+
+
+def whole(leaf: Any) -> np.ndarray:
+    """Bring an array to this host, wherever its shards are; every process must ask for it."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
 
 
 def _name(path: tuple[Any, ...]) -> str:

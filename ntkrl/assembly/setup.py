@@ -182,14 +182,17 @@ def _tokenizer(settings: ModelSettings, run_directory: Path) -> tuple[str, Any]:
     source = settings.path
     if source is None:
         source = str(run_directory / "tokenizer")
-        data.save_tokenizer(source)
+        if runtime.is_writer():
+            data.save_tokenizer(source)
+        runtime.agree("the new tokenizer")
     else:
         source = models.tokenizer_directory(source)
     tokenizer = data.load_tokenizer(source)
     if settings.template is not None:
         data.apply_template(tokenizer, data.read_template(settings.template))
         source = str(run_directory / "tokenizer")
-        tokenizer.save_pretrained(source)
+        if runtime.is_writer():
+            tokenizer.save_pretrained(source)
     return source, tokenizer
 
 
@@ -201,7 +204,7 @@ def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> St
     rows = _rows(settings.model, tokenizer, policy.vocab_size)
     if rows != policy.vocab_size:
         policy, params = models.resized(policy, params, rows)
-        params = jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
+        params = runtime.place(params, trees.shardings(params, policy.sharding, mesh))
     check_vocabulary(tokenizer, rows, source)
     return Start(policy, params, tokenizer, source, mesh, None)
 
@@ -236,7 +239,7 @@ def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tu
     policy, params = models.build(
         settings.architecture, raw, jax.random.key(seed), dtype, compute, settings.remat
     )
-    return policy, jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
+    return policy, runtime.place(params, trees.shardings(params, policy.sharding, mesh))
 
 
 def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | None]:
