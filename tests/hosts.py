@@ -47,7 +47,7 @@ def start(count: int, arguments: list[str], devices: int = 1, **given: str) -> l
             subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env={**environment(devices, **given), **(several if count > 1 else {})},
+                env={**(several if count > 1 else {}), **environment(devices, **given)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

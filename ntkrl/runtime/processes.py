@@ -32,11 +32,11 @@ def several() -> bool:
     JAX finds Cloud TPU slices, SLURM, Open MPI and indexed jobs of Kubernetes (with the package
     kubernetes) by itself; elsewhere the three VARIABLES describe the run.
     """
-    counts = []
-    if "SLURM_STEP_NODELIST" in os.environ:  # under srun
-        counts.append("SLURM_NTASKS")
-    counts += ["OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"]
+    slurm = "SLURM_STEP_NODELIST" in os.environ  # under srun
+    counts = ["JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", *(["SLURM_NTASKS"] if slurm else [])]
     given = [os.environ[name] for name in counts if name in os.environ]
+    if not given and VARIABLES[0] in os.environ:
+        return True
     pod = "TPU_WORKER_HOSTNAMES" in os.environ and "," in os.environ["TPU_WORKER_HOSTNAMES"]
     job = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
     job = job and importlib.util.find_spec("kubernetes") is not None

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,6 +27,10 @@ import jax
 MISTAKE, FAILED, OTHERS_FAILED, INTERRUPTED = 2, 1, 70, 130
 """Exit statuses; see `ntkrl.main`."""
 
+STATUS = re.compile(
+    r"\b(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE"
+    r"|UNKNOWN): "
+)
 RPC_SECONDS = 5.0  # for the last words of a process
 
 
@@ -146,15 +151,16 @@ class Watch:
 
     def failed(self, error: BaseException) -> NoReturn:
         """Tell the others why this process fails, and end it."""
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        status, said = FAILED, f"{type(error).__name__}: {error}"
+        broken = STATUS.search(said) is not None  # of JAX, in a ValueError too
+        if broken:
             # a collective breaks where a process is lost: the judge will say which, and not return
             time.sleep(self.limits.silence + 5 * self.limits.pause + self.limits.grace)
-        status, said = FAILED, f"{type(error).__name__}: {error}"
         if isinstance(error, KeyboardInterrupt):
             status, said = INTERRUPTED, "interrupted"
-        elif isinstance(error, ValueError | OSError) and "NTKRL_TRACEBACK" not in os.environ:
+        elif isinstance(error, ValueError | OSError) and not broken:
             status, said = MISTAKE, str(error)
-        else:
+        if status == FAILED or "NTKRL_TRACEBACK" in os.environ:
             traceback.print_exception(error)
         self._end(status, said, f"{self.who(self.own)} failed: {said}")
 
@@ -247,7 +253,7 @@ class Watch:
             named = " and ".join(map(self.who, silent))
             return (
                 f"{named} gave no sign of life for {limits.silence:g} s (killed, out of memory, "
-                "frozen, or its machine or network is gone); the last mark was "
+                "frozen, or its machine or network is gone), last at "
                 f"{self.seen[silent[0]].doing}."
             )
         last = min(seen.mark for seen in self.seen.values())
