@@ -228,13 +228,7 @@ class RewardSet:
             }
             return _called(function, arguments, texts) if texts else _Called(np.zeros(0), {}, {})
 
-        # all at once: most wait for processes of their own or for a network
-        with ThreadPoolExecutor(len(self.functions)) as pool:
-            apart = {f.name: pool.submit(call, f) for f in self.functions if not f.on_mesh}
-            # but programs of several processes in one order
-            found = {f.name: call(f) for f in self.functions if f.on_mesh}
-            found |= self._gathered({name: one.result() for name, one in apart.items()})
-        by_name = {f.name: found[f.name] for f in self.functions}
+        by_name = self._called(call)
         per_function = {name: one.rewards for name, one in by_name.items()}
         metrics = _joined(one.metrics for one in by_name.values())
         return RewardResult(
@@ -244,6 +238,16 @@ class RewardSet:
             extra=_joined(one.extra for one in by_name.values()),
             failures={n: one.failure for n, one in by_name.items() if one.failure is not None},
         )
+
+    def _called(self, call: Callable[[RewardFunction], _Called]) -> dict[str, _Called]:
+        """Call every function, and join what all processes found."""
+        # all at once: most wait for processes of their own or for a network
+        with ThreadPoolExecutor(len(self.functions)) as pool:
+            apart = {f.name: pool.submit(call, f) for f in self.functions if not f.on_mesh}
+            # but programs of several processes in one order
+            found = {f.name: call(f) for f in self.functions if f.on_mesh}
+            found |= self._gathered({name: one.result() for name, one in apart.items()})
+        return {f.name: found[f.name] for f in self.functions}
 
     def _gathered(self, own: dict[str, _Called]) -> dict[str, _Called]:
         """Join what every process found of its rows; the same numbers in all of them."""

@@ -44,12 +44,15 @@ def several() -> bool:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(*orderly: type[BaseException]) -> Iterator[None]:
     """Join the other processes of a run for a block, and leave it together.
 
     Of several processes, one that fails in the block tells the others why and ends with its own
-    status; they end with OTHERS_FAILED and that reason, wherever they are. A SystemExit of all is
-    no failure. For a single process nothing is done.
+    status; they end with OTHERS_FAILED and that reason, wherever they are. For a single process
+    nothing is done.
+
+    Args:
+      orderly: exceptions by which all leave at the same place, and which are no failure.
 
     Raises:
       ValueError: a description that makes no sense, or a port that is taken.
@@ -64,7 +67,7 @@ def together() -> Iterator[None]:
         os._exit(OTHERS_FAILED)
     try:
         yield
-    except SystemExit:
+    except orderly:
         _part(watch)
         raise
     except BaseException as error:

@@ -32,6 +32,7 @@ STATUS = re.compile(
     r"|UNKNOWN): "
 )
 RPC_SECONDS = 5.0  # for the last words of a process
+PATIENCE = 10**9  # milliseconds: for a value that is given before this process ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Limits:
     @property
     def pause(self) -> float:
         """Seconds between two signs of life."""
-        return min(max(self.silence / 10, 0.1), 5.0)
+        return min(max(self.silence / 10, 0.1), 2.0)
 
     @property
     def grace(self) -> float:
@@ -137,7 +138,7 @@ class Watch:
         found = []
         for other in range(len(self.hosts)):
             # a process that never comes is the judge's to find
-            told = self.client.blocking_key_value_get(f"{place}/{other}", _milliseconds(1e6))
+            told = self.client.blocking_key_value_get(f"{place}/{other}", PATIENCE)
             asked, theirs = json.loads(told)
             if asked != name:
                 raise RuntimeError(
@@ -177,7 +178,7 @@ class Watch:
         print(f"\nntkrl: {said}{self._advice()}", file=sys.stderr, flush=True)
         words = threading.Thread(target=self._last_words, args=(verdict,), daemon=True)
         words.start()
-        words.join(RPC_SECONDS + self.limits.grace)
+        words.join(RPC_SECONDS + self.limits.grace + 2 * self.limits.pause)
         os._exit(status)
 
     def _advice(self) -> str:
@@ -280,7 +281,3 @@ class Watch:
             time.sleep(self.limits.pause / 4)
         gone = f"{self.who(0)}, which coordinates, is gone; its own output says why."
         self._end(OTHERS_FAILED, gone if self.verdict is None else self.verdict)
-
-
-def _milliseconds(seconds: float) -> int:
-    return int(1000 * seconds)
