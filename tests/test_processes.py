@@ -4,7 +4,6 @@ Limits and devices of the processes are in tests/hosts.py; a run of one process 
 one's devices.
 """
 
-import json
 import signal
 import socket
 import time
@@ -172,15 +171,15 @@ def killed_after(processes, run, count, victim):
 def test_killed_and_resumed_in_two_processes(tmp_path):
     """story: a worker is killed, the other names it and what is left; resumed, the same bits."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train([*sft(whole, 300), "--config.checkpoint.every_steps=50"], 2, 1)
-    arguments = [*sft(broken, 300), "--config.checkpoint.every_steps=50"]
+    train([*sft(whole, 40), "--config.checkpoint.every_steps=10"], 2, 1)
+    arguments = [*sft(broken, 40), "--config.checkpoint.every_steps=10"]
     processes = start(2, ["-m", "ntkrl", *arguments], SILENCE="3")
-    (status, text), (killed, _) = killed_after(processes, broken, 60, victim=1)
+    (status, text), (killed, _) = killed_after(processes, broken, 16, victim=1)
     assert killed == -signal.SIGKILL and status == 70, text
     said = text[text.rindex("\nntkrl: ") :]
     assert f"process 1 ({HOST}) gave no sign of life for 3 s" in said
     assert "Run the same command again: it resumes after rollout step " in said
-    assert int(said.split("rollout step ")[-1].strip(" .\n")) in range(50, 300, 50)
+    assert int(said.split("rollout step ")[-1].strip(" .\n")) in range(10, 40, 10)
     assert "resuming" in train(arguments, 2, 1)
     assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
     exported = [run / "export" / "model.safetensors" for run in (whole, broken)]
@@ -229,13 +228,7 @@ def test_evaluation_in_two_processes(base, tmp_path, four_devices):  # noqa: F81
             said = train(arguments, 2, 2)
             assert said.count("eval/pass@k") == 1
         wrote.append({p.name: p.read_text() for p in (run / "evaluations").iterdir()})
-    names = sorted(wrote[0])
-    assert len(names) == 3 and names == sorted(wrote[1])
-    for name in names:
-        if not name.endswith("l"):
-            assert json.loads(wrote[0][name]) == pytest.approx(json.loads(wrote[1][name]))
-        else:
-            assert wrote[0][name] == wrote[1][name]
+    assert len(wrote[0]) == 3 and wrote[0] == wrote[1]
 
 
 def test_commands_of_one_process(capsys, monkeypatch):
