@@ -64,7 +64,9 @@ def get_config():
     config.model.dtype = "float32"  # masters: a learning rate of 1e-7 vanishes in bfloat16
     config.model.compute_dtype = placeholder(str)  # None: dtype
     config.model.untie = False
-    config.model.remat = False  # True: whole layers are made again in the backward pass
+    # what the backward pass makes again: "none"; "products", all of a layer but its products with
+    # weights; "all", the whole layer, which needs least memory
+    config.model.remat = "products"
     config.model.lora = ConfigDict({"rank": 0, "alpha": 16.0, "modules": "attention/.*"})  # 0: none
     # "pythia" or a .jinja file, given to the tokenizer with its special tokens; None: its own
     config.model.template = placeholder(str)

@@ -9,6 +9,7 @@ the first match wins, every name must be covered and every pattern must be of us
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ntkrl.types import Params
 
 Patterns = Sequence[tuple[str, Any]]
+
+ROWS = ("data", "fsdp")
+"""Mesh axes that rows of a batch are spread over together."""
 
 
 def names(tree: Params) -> list[str]:
@@ -146,6 +150,33 @@ def shardings(tree: Params, patterns: Patterns, mesh: Mesh) -> Params:
         ]
         placed.append(NamedSharding(mesh, PartitionSpec(*spec)))
     return jax.tree.unflatten(treedef, placed)
+
+
+def spread_rows(tree: Any, mesh: Mesh | None, axis: int = 0, heads: int | None = None) -> Any:
+    """Say, in a program, that rows lie spread over ROWS (see runtime.place_rows).
+
+    Args:
+      tree: arrays with the rows along `axis`; those whose rows the mesh does not divide stay where
+        they come to lie.
+      mesh: the device mesh; None or one device asks for nothing.
+      axis: of the rows.
+      heads: an axis to be spread over tensor where that divides it, or None.
+    """
+    if mesh is None or mesh.size == 1:
+        return tree
+    parts = math.prod(mesh.shape[name] for name in ROWS)
+
+    def constrain(leaf: Any) -> Any:
+        if leaf.shape[axis] % parts:
+            return leaf
+        spec: list[Any] = [None] * leaf.ndim
+        spec[axis] = ROWS
+        if heads is not None and leaf.shape[heads] % mesh.shape["tensor"] == 0:
+            spec[heads] = "tensor"
+        where = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.lax.with_sharding_constraint(leaf, where)
+
+    return jax.tree.map(constrain, tree)
 
 
 def _name(path: tuple[Any, ...]) -> str:

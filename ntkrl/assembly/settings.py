@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ntkrl import report, rollout, runtime, update
+from ntkrl import models, report, rollout, runtime, update
 from ntkrl.assembly.files import DataSettings, names
 from ntkrl.assembly.schedule import ScheduleSettings, read_stages
 
@@ -25,7 +25,8 @@ class ModelSettings:
     dtype: of the params (masters); float32, bfloat16 or float16.
     compute_dtype: the network runs in, or None for `dtype`.
     untie: give a tied head a copy of its own.
-    remat: recompute whole layers in the backward pass, not only what is no product with weights.
+    remat: what the backward pass makes again: "none", "products" (all of a layer but its products
+        with weights) or "all" (the whole layer).
     lora: rank (0 for no adapters), alpha and modules of models.Lora.
     template: chat template given to the tokenizer (see data.read_template), or None.
     vocab_size: rows of the vocabulary, or None for what the model and the tokenizer need.
@@ -37,7 +38,7 @@ class ModelSettings:
     dtype: str
     compute_dtype: str | None
     untie: bool
-    remat: bool
+    remat: str
     lora: dict[str, Any]
     template: str | None
     vocab_size: int | None
@@ -47,6 +48,8 @@ class ModelSettings:
             raise ValueError(
                 "model.untie and model.lora do not go together; untie and export first."
             )
+        if self.remat not in models.REMAT:
+            raise ValueError(f"model.remat {self.remat!r} is not among {', '.join(models.REMAT)}.")
         for name in ("dtype", "compute_dtype"):
             value = getattr(self, name)
             if value not in DTYPES and not (value is None and name == "compute_dtype"):

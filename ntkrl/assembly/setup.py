@@ -200,15 +200,15 @@ def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> St
     policy, params = _model(settings.model, tokenizer, mesh, settings.seed)
     rows = _rows(settings.model, tokenizer, policy.vocab_size)
     if rows != policy.vocab_size:
-        policy, params = models.resized(policy, params, rows)
-        params = jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
+        policy, params = models.resized(policy, params, rows, mesh)
     check_vocabulary(tokenizer, rows, source)
     return Start(policy, params, tokenizer, source, mesh, None)
 
 
 def _scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, Params]:
     given = settings.model
-    unused = [name for name in ("untie", "remat", "vocab_size") if getattr(given, name)]
+    unused = [name for name in ("untie", "vocab_size") if getattr(given, name)]
+    unused += ["remat"] if given.remat != "products" else []
     unused += ["lora"] if given.lora["rank"] else []
     if unused:
         raise ValueError(
@@ -233,10 +233,8 @@ def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tu
         "bos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    policy, params = models.build(
-        settings.architecture, raw, jax.random.key(seed), dtype, compute, settings.remat
-    )
-    return policy, jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
+    given = (jax.random.key(seed), dtype, compute, settings.remat, mesh)
+    return models.build(settings.architecture, raw, *given)
 
 
 def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ntkrl import trees
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -69,13 +72,13 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
       The arrays; whole on every device where the axes do not divide the rows.
     """
     whole = jax.tree.leaves(tree)[0].shape[0] % row_parts(mesh)
-    spec = PartitionSpec() if whole else PartitionSpec(("data", "fsdp"))
+    spec = PartitionSpec() if whole else PartitionSpec(trees.ROWS)
     return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
 def row_parts(mesh: Mesh) -> int:
     """Return over how many parts the rows of a batch are spread."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[name] for name in trees.ROWS)
 
 
 def fetch(tree: Any) -> Any:
