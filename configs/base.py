@@ -96,6 +96,9 @@ def get_config():
     config.rollout.min_p = placeholder(float)
     config.rollout.stop = ()  # strings that end a completion
     config.rollout.cache_dtype = placeholder(str)  # of keys and values; None: the network's
+    # sample from a copy of the params in compute_dtype, gathered over fsdp once per rollout, where
+    # one fits; it stays split over tensor
+    config.rollout.gather_params = False
     config.rollout.engine = placeholder(str)  # "FILE.py:make", see ntkrl/rollout/external.py
 
     config.reward = ConfigDict()
@@ -154,7 +157,8 @@ def get_config():
     config.schedule.minibatches = 1
     config.schedule.microbatches = 1  # parts of a minibatch whose gradients are added
     config.schedule.inner_epochs = 1
-    config.schedule.chunk_tokens = 1024  # positions whose logits exist at a time
+    config.schedule.chunk_tokens = 1024  # positions whose logits exist at a time on a device
+    config.schedule.offload_optimizer = False  # moments wait in the host's memory between steps
     config.schedule.log_ratio_tolerance = 1e-3  # nats, sampler against trainer
     config.schedule.resample_rounds = 3  # where group_filter is "resample"
     config.schedule.on_no_signal = "skip"  # or "stop": a step with nothing to learn from

@@ -7,8 +7,10 @@ current stage, and every so often looks at the probe set, the held-out prompts a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ class Loop:
             self.stages, setup.network, setup.params, self.settings.schedule.updates
         )
         self.mix = jax.jit(optax.incremental_update, donate_argnums=1)
-        self.compiled: dict[int, Any] = {}
+        self.compiled: dict[tuple[int, int], Any] = {}
         self.checkpoints = runtime.Checkpoints(
             directory / "checkpoints", self.settings.checkpoint.keep
         )
@@ -132,7 +134,7 @@ class Loop:
             copied = probing and number == len(todo)
             before = jax.tree.map(jnp.copy, self.state.params) if copied else None
             placed = runtime.place_rows(batch, self.setup.mesh)
-            self.state, values = self._step(self.progress.stage)(self.state, placed, reference)
+            self.state, values = self._step(placed, reference)(self.state, placed, reference)
             logged.append({name: float(value) for name, value in values.items()})
             self._check_finite(logged[-1], rollout_step)
             if number == 1:
@@ -158,8 +160,9 @@ class Loop:
         """Where a stage has ended, enter the next: start its optimizer, or hand the state over."""
         if self.progress.ended is not None:
             self.progress = update.entered(self.progress)
-            program = self.programs[self.progress.stage]
-            self.state = self._placed(update.next_state(program, self.state))
+            make = functools.partial(update.next_state, self.programs[self.progress.stage])
+            here = jax.device_put(self.state, self._shardings(self.state))
+            self.state = self.state.replace(opt_state=self._moments(make, here))
         if self.progress.steps == 0:
             warning = self.programs[self.progress.stage].warning(self.state.params)
             if warning is not None:
@@ -182,19 +185,23 @@ class Loop:
             "learning_rate": program.learning_rate(max(taken - 1, 0)),
         }
 
-    def _step(self, index: int) -> Any:
-        """Return a stage's compiled train step: one function, sharded, its state donated."""
-        if index not in self.compiled:
+    def _step(self, batch: Any, reference: Any) -> Any:
+        """Return the stage's compiled train step: one function, sharded, its state donated."""
+        stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
+        if (stage, rows) not in self.compiled:
             parts = self.settings.schedule.microbatches
-            step = update.make_step(self.programs[index], self.source.minimised, parts)
+            step = update.make_step(self.programs[stage], self.source.minimised, parts)
+            if self.settings.schedule.offload_optimizer:
+                step = update.offloaded(step, self._shardings(self.state).opt_state)
             placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-            self.compiled[index] = jax.jit(
+            beside = jax.tree.map(lambda leaf: leaf.sharding, reference)
+            self.compiled[stage, rows] = jax.jit(
                 step,
-                in_shardings=(placed, None, None),
+                in_shardings=(placed, runtime.row_sharding(rows, self.setup.mesh), beside),
                 out_shardings=(placed, runtime.replicated(self.setup.mesh)),
                 donate_argnums=0,
             )
-        return self.compiled[index]
+        return self.compiled[stage, rows]
 
     def _check_finite(self, values: dict[str, float], rollout_step: int) -> None:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
@@ -240,13 +247,23 @@ class Loop:
         self.progress = update.Progress(**position["progress"])
         self.tokens_seen = position["num_tokens"]
         self.source.position = position["prompt_batches"]
-        params = jax.tree.map(jnp.copy, self.setup.params)
-        key = jax.random.key(self.settings.seed)
-        state = update.init_state(self.programs[self.progress.stage], params, key)
-        if self.settings.schedule.reference_sync_steps is not None:
-            state = state.replace(reference=jax.tree.map(jnp.copy, self.setup.params))
-        state = self._placed(state)
-        if start is not None:
+        params, replicated = self.setup.params, runtime.replicated(self.setup.mesh)
+        moves = self.settings.schedule.reference_sync_steps is not None
+        state = TrainState(
+            step=jax.device_put(jnp.int32(0), replicated),
+            params=params,
+            opt_state=None,
+            key=jax.device_put(jax.random.key(self.settings.seed), replicated),
+            reference=params if moves else None,
+        )
+        program = self.programs[self.progress.stage]
+        make = functools.partial(update.init_state, program)
+        if start is None:
+            state = jax.tree.map(jnp.copy, state).replace(
+                opt_state=self._moments(make, params, state.key)
+            )
+        else:
+            state = state.replace(opt_state=self._moments(make, params, state.key, describe=True))
             state = self.checkpoints.restore(start, state)
             tqdm.write(f"resuming {self.directory} after rollout step {start}")
         # apart from what the step donates, since the step may read its head
@@ -263,10 +280,32 @@ class Loop:
         self.checkpoints.save(rollout_step, state, position)
         self.clock("checkpoint")
 
-    def _placed(self, state: TrainState) -> TrainState:
-        """Put a state on the mesh; optimizer moments lie where their parameters do."""
-        patterns = self.setup.sharding
-        return jax.device_put(state, trees.shardings(state, patterns, self.setup.mesh))
+    def _moments(self, make: Callable[..., TrainState], *given: Any, describe: bool = False) -> Any:
+        """Return the opt_state of the state that `make` makes, each moment made where it lies.
+
+        With `describe` only shapes and places are returned.
+        """
+
+        def moments(*given: Any) -> Any:
+            return make(*given).opt_state
+
+        shapes = jax.eval_shape(moments, *given)
+        where = self._shardings(shapes)
+        made = None if describe else jax.jit(moments, out_shardings=where)(*given)
+        if self.settings.schedule.offload_optimizer:
+            where = runtime.on_host(where, shapes)
+            made = made if describe else jax.device_put(made, where)
+        if not describe:
+            return made
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            where,
+        )
+
+    def _shardings(self, tree: Any) -> Any:
+        """Return where a state lies in a step; optimizer moments lie where their parameters do."""
+        return trees.shardings(tree, self.setup.sharding, self.setup.mesh)
 
 
 class _Clock:

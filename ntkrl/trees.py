@@ -152,31 +152,53 @@ def shardings(tree: Params, patterns: Patterns, mesh: Mesh) -> Params:
     return jax.tree.unflatten(treedef, placed)
 
 
-def spread_rows(tree: Any, mesh: Mesh | None, axis: int = 0, heads: int | None = None) -> Any:
-    """Say, in a program, that rows lie spread over ROWS (see runtime.place_rows).
+def constrain(value: Any, mesh: Mesh | None, *axes: Any) -> Any:
+    """Say, in a program, how an array lies on the mesh.
 
     Args:
-      tree: arrays with the rows along `axis`; those whose rows the mesh does not divide stay where
-        they come to lie.
+      value: the array.
       mesh: the device mesh; None or one device asks for nothing.
-      axis: of the rows.
-      heads: an axis to be spread over tensor where that divides it, or None.
+      axes: per dimension the mesh axis, or several together, that it is spread over; None for
+        whole. A dimension they do not divide, or that is not named, lies as the compiler likes.
+
+    Returns:
+      The array.
     """
     if mesh is None or mesh.size == 1:
-        return tree
-    parts = math.prod(mesh.shape[name] for name in ROWS)
+        return value
+    spec = [PartitionSpec.UNCONSTRAINED] * value.ndim
+    for number, names in enumerate(axes):
+        together = (names,) if isinstance(names, str) else names
+        if names is None or value.shape[number] % _size(mesh, together) == 0:
+            spec[number] = names
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    def constrain(leaf: Any) -> Any:
-        if leaf.shape[axis] % parts:
-            return leaf
-        spec: list[Any] = [None] * leaf.ndim
-        spec[axis] = ROWS
-        if heads is not None and leaf.shape[heads] % mesh.shape["tensor"] == 0:
-            spec[heads] = "tensor"
-        where = NamedSharding(mesh, PartitionSpec(*spec))
-        return jax.lax.with_sharding_constraint(leaf, where)
 
-    return jax.tree.map(constrain, tree)
+def spread_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Say, in a program, that the first axis of arrays is spread over ROWS."""
+    return jax.tree.map(lambda leaf: constrain(leaf, mesh, ROWS), tree)
+
+
+def replicate(value: Any, mesh: Mesh | None) -> Any:
+    """Say, in a program, that an array is whole on every device."""
+    return constrain(value, mesh, *(None,) * value.ndim)
+
+
+def without(patterns: Patterns, axis: str) -> Patterns:
+    """Return a list for `shardings` in which nothing is spread over a mesh axis."""
+    return [
+        (pattern, tuple(None if name == axis else name for name in axes))
+        for pattern, axes in patterns
+    ]
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Return over how many parts the rows of a batch are spread."""
+    return _size(mesh, ROWS)
+
+
+def _size(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[name] for name in axes)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -100,6 +100,7 @@ class RolloutSettings:
 
     stop: strings that end a completion; they are part of it.
     cache_dtype: of keys and values while sampling, or None for the network's.
+    gather_params: sample from a copy of the params that is not spread over fsdp.
     engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
     """
 
@@ -111,6 +112,7 @@ class RolloutSettings:
     min_p: float | None
     stop: tuple[str, ...]
     cache_dtype: str | None
+    gather_params: bool
     engine: str | None
 
     def __post_init__(self):

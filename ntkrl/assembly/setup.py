@@ -99,6 +99,16 @@ class Setup(Start):
     rewards: reward.RewardSet | None
 
     @property
+    def spread(self) -> int:
+        """Blocks of a part of a minibatch that lie on devices of their own."""
+        schedule, parts = self.settings.schedule, trees.row_parts(self.mesh)
+        each = self.settings.rollout.completions_per_prompt if self.settings.method == "rl" else 1
+        rows = self.settings.data.prompts_per_step * each
+        packed = self.settings.data.packing  # rows are made a multiple
+        rows //= schedule.minibatches * schedule.microbatches
+        return parts if packed or rows % parts == 0 else 1
+
+    @property
     def stages(self) -> tuple[update.Stage, ...]:
         """The config's stages, their lengths in rollout steps."""
         # weighted files may be smaller than a batch

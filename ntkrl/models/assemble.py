@@ -113,7 +113,7 @@ def init_params(family: Family, config: Any, key: Array, dtype: Any) -> Params:
 def _empty_cache(config: Any, batch_size: int, length: int, dtype: Any, mesh: Mesh | None) -> Cache:
     sizes = (batch_size, config.num_key_value_heads, length, config.head_dim)
     empty = jnp.zeros((config.num_hidden_layers, *sizes), dtype)
-    empty = trees.spread_rows(empty, mesh, axis=1, heads=2)
+    empty = trees.constrain(empty, mesh, None, trees.ROWS, "tensor")
     return Cache(
         keys=empty,
         values=empty,

@@ -277,7 +277,7 @@ class Model(nnx.Module):
             nn.Sight(rotary.tables(places.positions, kind.rope), places.within(kind.window))
             for kind in self.config.kinds
         ]
-        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0)
+        x_BTD = nn.look_up(self.embed, tokens_BT, running)
         if self.config.embedding_scale != 1.0:  # rounded to the compute dtype, as in training
             x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         kinds = self.config.layer_kinds if len(sights) > 1 else None

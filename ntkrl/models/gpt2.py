@@ -163,7 +163,7 @@ class Model(nnx.Module):
     ) -> tuple[Array, Cache | None]:
         """Return the head's input `[B, T, D]` and the cache after reading the tokens."""
         places, cache = nn.places(mask_BT, cache)
-        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0)
+        x_BTD = nn.look_up(self.embed, tokens_BT, running)
         x_BTD = x_BTD + jnp.take(self.positions.embedding[...], places.positions, axis=0)
         sights = [nn.Sight(None, places.allowed)]
         x_BTD, cache = nn.scan_layers(self.layers, x_BTD, sights, None, cache, running)

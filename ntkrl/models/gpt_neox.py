@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 
 from ntkrl.models import layers as nn
@@ -174,7 +173,7 @@ class Model(nnx.Module):
         places, cache = nn.places(mask_BT, cache)
         turns = rotary.tables(places.positions, self.config.rope)
         sight = nn.Sight(turns, places.allowed)
-        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0)
+        x_BTD = nn.look_up(self.embed, tokens_BT, running)
         x_BTD, cache = nn.scan_layers(self.layers, x_BTD, [sight], None, cache, running)
         return self.final_norm(x_BTD), cache
 

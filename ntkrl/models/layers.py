@@ -148,6 +148,12 @@ def embedding(rows: int, width: int, deviation: float, rngs: nnx.Rngs, dtype: An
     return nnx.Embed(rows, width, embedding_init=init, param_dtype=dtype, rngs=rngs)
 
 
+def look_up(table: nnx.Embed, tokens: Array, running: Running) -> Array:
+    """Return the rows `[..., D]` of a table, its columns gathered and not the tokens' rows."""
+    held_VD = trees.constrain(table.embedding[...], running.mesh, "tensor", None)
+    return trees.spread_rows(jnp.take(held_VD, tokens, axis=0), running.mesh)
+
+
 class Sight(NamedTuple):
     """What a kind of layer (local, global) makes of the tokens' places.
 
@@ -228,7 +234,6 @@ def scan_layers(
         products = running.remat == "products"
         kept = policies.dots_with_no_batch_dims_saveable if products else policies.nothing_saveable
         body = jax.checkpoint(body, policy=kept, prevent_cse=False)
-    x_BTD = trees.spread_rows(x_BTD, running.mesh)
     held = (None, None) if cache is None else (cache.keys, cache.values)
     per_layer = (state, jnp.arange(count), None if kinds is None else jnp.asarray(kinds))
     (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, *held), per_layer)

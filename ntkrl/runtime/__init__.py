@@ -2,7 +2,15 @@
 
 from ntkrl.runtime.checkpoint import Checkpoints
 from ntkrl.runtime.config import from_json, read_config, settings, to_json
-from ntkrl.runtime.mesh import fetch, make_mesh, place_rows, replicated, row_parts, start_processes
+from ntkrl.runtime.mesh import (
+    fetch,
+    make_mesh,
+    on_host,
+    place_rows,
+    replicated,
+    row_sharding,
+    start_processes,
+)
 from ntkrl.runtime.rundir import check_claim, claim, save_arrays
 
 __all__ = [
@@ -12,10 +20,11 @@ __all__ = [
     "fetch",
     "from_json",
     "make_mesh",
+    "on_host",
     "place_rows",
     "read_config",
     "replicated",
-    "row_parts",
+    "row_sharding",
     "save_arrays",
     "settings",
     "start_processes",

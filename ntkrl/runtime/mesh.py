@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -69,16 +68,24 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
       mesh: the device mesh.
 
     Returns:
-      The arrays; whole on every device where the axes do not divide the rows.
+      The arrays, placed by `row_sharding`.
     """
-    whole = jax.tree.leaves(tree)[0].shape[0] % row_parts(mesh)
-    spec = PartitionSpec() if whole else PartitionSpec(trees.ROWS)
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    return jax.device_put(tree, row_sharding(jax.tree.leaves(tree)[0].shape[0], mesh))
 
 
-def row_parts(mesh: Mesh) -> int:
-    """Return over how many parts the rows of a batch are spread."""
-    return math.prod(mesh.shape[name] for name in trees.ROWS)
+def row_sharding(rows: int, mesh: Mesh) -> NamedSharding:
+    """Return how so many rows lie: whole everywhere where data and fsdp do not divide them."""
+    whole = rows % trees.row_parts(mesh)
+    return NamedSharding(mesh, PartitionSpec() if whole else PartitionSpec(trees.ROWS))
+
+
+def on_host(shardings: Any, tree: Any) -> Any:
+    """Return shardings whose arrays wait in the host's memory; scalars stay on the devices."""
+
+    def moved(sharding: NamedSharding, leaf: Any) -> NamedSharding:
+        return sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding
+
+    return jax.tree.map(moved, shardings, tree)
 
 
 def fetch(tree: Any) -> Any:
