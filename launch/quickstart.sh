@@ -2,6 +2,7 @@
 # Make a small base model, train RL and classifier-first RL from it, and write the report.
 # Run it again to go on where it stopped; finished parts are not repeated.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 prepare ""
 
