@@ -26,6 +26,13 @@ read_words() {
     done
 }
 
+# Move the first of the words into `verb`.
+# shellcheck disable=SC2034
+take_verb() {
+    verb="${words[0]-}"
+    words=(${words[@]+"${words[@]:1}"})
+}
+
 say() { echo "$(basename "$0"): $*" >&2; }
 
 # Note as a mistake every setting of the list that is empty, with its comment in env.sh.
@@ -67,7 +74,7 @@ check() {
     [ ${#mistakes[@]} -gt 0 ] || return 0
     local all
     all="$(printf '; %s' "${mistakes[@]}")"
-    say "${all:2}. Set what is missing in launch/env.sh or the environment; --help says more."
+    say "${all:2}. Settings are in launch/env.sh or the environment; --help says more."
     exit 2
 }
 
@@ -84,6 +91,21 @@ quoted() {
 # Run a command, or print it.
 run() {
     if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
+}
+
+# Run a command, or print it; what tells this script to end is passed on to the command.
+pass_on() {
+    local pid
+    if [ -n "$dry_run" ]; then
+        quoted "$@"
+        return
+    fi
+    "$@" &
+    pid="$!"
+    # shellcheck disable=SC2064
+    trap "told=1; kill -TERM $pid 2>/dev/null || true" TERM INT
+    while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+    wait "$pid"
 }
 
 # Whether a run that ended so can go on: saved and left (75), lost another process (70), killed by a
