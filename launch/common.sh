@@ -104,7 +104,7 @@ pass_on() {
     pid="$!"
     # shellcheck disable=SC2064
     trap "told=1; kill -TERM $pid 2>/dev/null || true" TERM INT
-    while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+    while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
     wait "$pid"
 }
 

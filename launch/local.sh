@@ -85,7 +85,7 @@ together() {
             say "still running $GRACE_SECONDS s after being told to end: killed"
             send KILL
         fi
-        sleep 0.2
+        sleep 0.1
     done
     [ ${#printers[@]} -eq 0 ] || wait "${printers[@]}" || true
     rm -r "$pipes"

@@ -33,10 +33,11 @@ state() {
 
 # Wait until the slice is there; 75 where this request will not be filled any more.
 await() {
-    local now
+    local now before=""
     while [ -z "$dry_run" ]; do
         now="$(state)" || return 75
-        say "$RUN_NAME is $now"
+        [ "$now" = "$before" ] || say "$RUN_NAME is $now"
+        before="$now"
         case "$now" in
             ACTIVE) return 0 ;;
             FAILED | SUSPENDING | SUSPENDED | DELETING) return 75 ;;
