@@ -40,23 +40,31 @@ print(answer[0])
 sys.exit(answer[1])
 """
 
-# takes the place of ntkrl: process k ends with the k-th status of its turn, or waits to be told
+# takes the place of ntkrl: process k ends with the k-th status of its turn, once all have started
 PROGRAM = """
 import os, signal, sys, time
-rank = int(os.environ.get("JAX_PROCESS_ID", "0"))
-path = os.environ["TURNS"] + "." + str(rank)
-turn = len(open(path).read()) if os.path.exists(path) else 0
-open(path, "a").write("x")
 def leave(*_):
     print("told to end", flush=True)
     sys.exit(75)
 signal.signal(signal.SIGTERM, leave)
+def turns(k):
+    path = os.environ["TURNS"] + "." + str(k)
+    return os.path.getsize(path) if os.path.exists(path) else 0
+rank, count = (int(os.environ.get("JAX_" + name, one)) for name, one in
+               (("PROCESS_ID", "0"), ("NUM_PROCESSES", "1")))
+turn = turns(rank)
 print("started", *sys.argv[1:], flush=True)
-turns = os.environ["STATUSES"].split()
-status = turns[min(turn, len(turns) - 1)].split(",")[rank]
+with open(os.environ["TURNS"] + "." + str(rank), "a") as file:
+    file.write("x")
+while min(map(turns, range(count))) <= turn:
+    time.sleep(0.01)
+statuses = os.environ["STATUSES"].split()
+status = statuses[min(turn, len(statuses) - 1)].split(",")[rank]
 if status == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-if status == "stays":
+if status == "falls":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+if status in ("stays", "falls"):
     time.sleep(60)
 sys.exit(int(status))
 """
@@ -182,6 +190,17 @@ def test_printed_commands_are_the_commands():
     assert shlex.split(printed) == words
 
 
+@pytest.mark.parametrize(
+    "statuses", ["0 0 0", "0 143 143", "143 75 75", "75 70 70", "70 2 2", "134 70 134", "2 1 2"]
+)
+def test_the_worse_status(statuses):
+    """by hand: the cause (1, 2, killed) before 70, 75 and 143, which follow from it; then 0."""
+    first, second, worse = statuses.split()
+    script = f"source launch/common.sh; worse {first} {second}; worse {second} {first}"
+    printed = subprocess.check_output(["bash", "-c", script], cwd=ROOT, text=True).split()
+    assert printed[0] == worse and (printed[1] == worse or "2 1" in statuses)
+
+
 def test_local_dry_run(desk):
     """golden: one process is the command alone; two get their places."""
     status, lines, _ = desk.run("local", "--config=c", "--dry-run", ODD)
@@ -232,7 +251,14 @@ def test_local_starts_again(desk, statuses, status, turns):
 
 @pytest.mark.parametrize(
     ("statuses", "status"),
-    [("2,stays", 2), ("stays,1", 1), ("70,2", 2), ("70,75", 70), ("0,75", 75), ("killed,70", 137)],
+    [
+        ("2,stays", 2),
+        ("stays,1", 1),
+        ("70,75", 70),
+        ("0,75", 75),
+        ("killed,70", 137),
+        ("falls,75", 75),
+    ],
 )
 def test_one_process_ends_the_others(desk, statuses, status):
     """story: one of two that fails ends the other; the worst status, being the cause, is told."""
