@@ -93,6 +93,12 @@ run() {
     if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }
 
+# Wait some seconds, less where this script is told something.
+nap() {
+    sleep "$1" &
+    { wait "$!" || kill "$!" || true; } 2>/dev/null
+}
+
 # Run a command, or print it; what tells this script to end is passed on to the command.
 pass_on() {
     local pid
@@ -100,11 +106,13 @@ pass_on() {
         quoted "$@"
         return
     fi
+    set -m # in a process group of its own: what this script's group is told reaches it once
     "$@" &
     pid="$!"
+    set +m
     # shellcheck disable=SC2064
-    trap "told=1; kill -TERM $pid 2>/dev/null || true" TERM INT
-    while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
+    trap "told=1; kill -TERM $pid 2>/dev/null || true" TERM INT HUP
+    while kill -0 "$pid" 2>/dev/null; do nap 0.1; done
     wait "$pid"
 }
 
@@ -140,7 +148,7 @@ retry() {
         fi
         tries=$((tries + 1))
         say "status $status: starting again in $pause s ($tries of $RESTARTS)"
-        sleep "$pause"
+        nap "$pause"
         [ -z "$told" ] || return "$status"
         pause=$((pause * 2 < 600 ? pause * 2 : 600))
     done

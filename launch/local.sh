@@ -5,9 +5,10 @@
 #
 # The words are those of `ntkrl train`. PROCESSES=2 starts two processes that train one run together
 # and meet on this machine; each has a GPU of its own, where there are GPUs, and its number before
-# its lines. When one ends with an error the others are told to end; SIGTERM and Ctrl-C are passed
-# on, so that the run saves. The status is the worst of all. RESTARTS=5 starts a run again that can
-# go on (statuses 70 and 75, or killed). Settings: launch/env.sh.
+# its lines. When one ends with an error the others are told to end; SIGTERM, Ctrl-C and the loss of
+# the terminal are passed on as SIGTERM, so that the run saves. The status is the worst of all.
+# RESTARTS=5 starts a run again that can go on (statuses 70 and 75, or killed). Settings:
+# launch/env.sh.
 set -euo pipefail
 : "${RESTARTS:=0}"
 # shellcheck source=launch/common.sh
@@ -52,6 +53,9 @@ together() {
         'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     pids=() printers=()
     pipes="$(mktemp -d)"
+    # in process groups of their own: a signal to this script's whole group reaches them once, by
+    # `send`, as a second SIGTERM would end a run before it has saved
+    set -m
     for ((number = 0; number < PROCESSES; number++)); do
         compose "$number" "$port"
         if [ "$PROCESSES" -gt 1 ]; then
@@ -64,6 +68,7 @@ together() {
         fi
         pids+=("$!")
     done
+    set +m
     while true; do
         left=()
         for pid in "${pids[@]}"; do
@@ -85,7 +90,7 @@ together() {
             say "still running $GRACE_SECONDS s after being told to end: killed"
             send KILL
         fi
-        sleep 0.1
+        nap 0.1
     done
     [ ${#printers[@]} -eq 0 ] || wait "${printers[@]}" || true
     rm -r "$pipes"
@@ -111,5 +116,5 @@ if [ -n "$dry_run" ]; then
     done
     exit 0
 fi
-trap 'told=1' TERM INT
+trap 'told=1' TERM INT HUP
 retry together

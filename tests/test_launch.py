@@ -43,8 +43,12 @@ sys.exit(answer[1])
 # takes the place of ntkrl: process k ends with the k-th status of its turn, once all have started
 PROGRAM = """
 import os, signal, sys, time
+def say(*words):
+    os.write(1, (" ".join(words) + "\\n").encode())
 def leave(*_):
-    print("told to end", flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # told twice, it does not get to save
+    say("told to end")
+    time.sleep(0.3)
     sys.exit(75)
 signal.signal(signal.SIGTERM, leave)
 def turns(k):
@@ -53,7 +57,7 @@ def turns(k):
 rank, count = (int(os.environ.get("JAX_" + name, one)) for name, one in
                (("PROCESS_ID", "0"), ("NUM_PROCESSES", "1")))
 turn = turns(rank)
-print("started", *sys.argv[1:], flush=True)
+say("started", *sys.argv[1:])
 with open(os.environ["TURNS"] + "." + str(rank), "a") as file:
     file.write("x")
 while min(map(turns, range(count))) <= turn:
@@ -118,6 +122,7 @@ class Desk:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         for _ in range(int(settings.get("PROCESSES", 1))):
             while "started" not in process.stdout.readline():
@@ -284,9 +289,9 @@ def test_a_process_that_does_not_end_is_killed(desk):
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_local_passes_signals_on(desk, processes, sent):
-    """story: every process is told to end and saves; nothing is started again."""
+    """story: what the script's group is told, each process is told once; none is started again."""
     process = desk.start(
         "local",
         "--config=c",
@@ -295,10 +300,20 @@ def test_local_passes_signals_on(desk, processes, sent):
         PROCESSES=processes,
         RESTARTS="5",
     )
-    process.send_signal(sent)
+    os.killpg(process.pid, sent)
     rest, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and desk.turns() == 1
+    assert process.returncode == 75 and "started" not in rest
     assert rest.count("told to end") == int(processes)
+
+
+def test_local_ends_while_it_waits(desk):
+    """story: told to end before it starts a run again, it ends at once with the run's status."""
+    settings = {"NTKRL": desk.program, "STATUSES": "70", "RESTARTS": "5", "WAIT_SECONDS": "600"}
+    process = desk.start("local", "--config=c", **settings)
+    assert "starting again in 600 s" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 70 and desk.turns() == 1
 
 
 SLICE = "--project=p --zone=z"
@@ -585,9 +600,9 @@ def test_paper_passes_signals_on(desk):
         (desk.place / f"{name}.jsonl").touch()
     settings = {**PAPER, "DATA": str(desk.place), "NTKRL": desk.program, "STATUSES": "stays"}
     process = desk.start("paper", **settings)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     rest, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and desk.turns() == 1 and "told to end" in rest
+    assert process.returncode == 75 and "started" not in rest and "told to end" in rest
 
 
 @pytest.mark.parametrize(
