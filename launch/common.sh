@@ -93,11 +93,8 @@ run() {
     if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }
 
-# Wait some seconds, less where this script is told something.
-nap() {
-    sleep "$1" &
-    { wait "$!" || kill "$!" || true; } 2>/dev/null
-}
+# Sleep; where this script's group is told something it ends early.
+nap() { { sleep "$1" || true; } 2>/dev/null; }
 
 # Run a command, or print it; what tells this script to end is passed on to the command.
 pass_on() {
@@ -106,10 +103,8 @@ pass_on() {
         quoted "$@"
         return
     fi
-    set -m # in a process group of its own: what this script's group is told reaches it once
     "$@" &
     pid="$!"
-    set +m
     # shellcheck disable=SC2064
     trap "told=1; kill -TERM $pid 2>/dev/null || true" TERM INT HUP
     while kill -0 "$pid" 2>/dev/null; do nap 0.1; done
@@ -139,7 +134,7 @@ rank() {
 
 # Run a command, and again while it can go on, up to RESTARTS times.
 retry() {
-    local status tries=0 pause="$WAIT_SECONDS"
+    local status until tries=0 pause="$WAIT_SECONDS"
     while true; do
         status=0
         "$@" || status=$?
@@ -148,7 +143,8 @@ retry() {
         fi
         tries=$((tries + 1))
         say "status $status: starting again in $pause s ($tries of $RESTARTS)"
-        nap "$pause"
+        until=$((SECONDS + pause))
+        while [ -z "$told" ] && [ "$SECONDS" -lt "$until" ]; do nap 0.2; done
         [ -z "$told" ] || return "$status"
         pause=$((pause * 2 < 600 ? pause * 2 : 600))
     done

@@ -594,13 +594,14 @@ def test_paper_goes_on_where_it_stopped(desk):
     assert "grpo.py" in lines[-1]
 
 
-def test_paper_passes_signals_on(desk):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_paper_passes_signals_on(desk, sent):
     """story: told to end, it ends the part that runs and begins no other."""
     for name in ("sft", "prompts", "test"):
         (desk.place / f"{name}.jsonl").touch()
     settings = {**PAPER, "DATA": str(desk.place), "NTKRL": desk.program, "STATUSES": "stays"}
     process = desk.start("paper", **settings)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, sent)
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 75 and "started" not in rest and "told to end" in rest
 
