@@ -79,6 +79,7 @@ class Desk:
 
     def __init__(self, place):
         self.place, self.calls = place, place / "calls"
+        self.started = []
         tools = place / "bin"
         tools.mkdir()
         for name in TOOLS:
@@ -124,6 +125,7 @@ class Desk:
             text=True,
             start_new_session=True,
         )
+        self.started.append(process)
         for _ in range(int(settings.get("PROCESSES", 1))):
             while "started" not in process.stdout.readline():
                 pass
@@ -150,8 +152,12 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path):
-    """Return a place with stub tools."""
-    return Desk(tmp_path)
+    """Give a place with stub tools; nothing that was started there outlives a test that failed."""
+    desk = Desk(tmp_path)
+    yield desk
+    for process in desk.started:
+        process.kill()
+        process.wait()
 
 
 def test_scripts_are_clean():
