@@ -7,6 +7,7 @@ from ntkrl.assembly.collect import (
     evaluate,
     make_evaluation_sample,
 )
+from ntkrl.assembly.keeping import Keeper, best_of
 from ntkrl.assembly.preferences import PreferenceSource
 from ntkrl.assembly.rollouts import RolloutSource
 from ntkrl.assembly.settings import RunSettings, read_settings
@@ -18,6 +19,7 @@ SOURCES = {"rl": RolloutSource, "sft": SupervisedSource, "reward": PreferenceSou
 __all__ = [
     "SOURCES",
     "Collected",
+    "Keeper",
     "PreferenceSource",
     "Prompts",
     "RolloutSource",
@@ -28,6 +30,7 @@ __all__ = [
     "Turn",
     "assemble",
     "assemble_model",
+    "best_of",
     "check_vocabulary",
     "collect",
     "draw_probe_set",
