@@ -171,7 +171,15 @@ def get_config():
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
-    config.checkpoint = ConfigDict({"every_steps": 20, "keep": 2})
+    config.checkpoint = ConfigDict()  # all of it may change when a run is resumed
+    config.checkpoint.every_steps = 20
+    config.checkpoint.keep = 2  # of the newest
+    config.checkpoint.keep_best = placeholder(int)  # beside the newest; None: only these
+    # such as "eval/reward": steps that did not measure it are not ranked; None: reward, loss (sft)
+    # or accuracy (reward models)
+    config.checkpoint.best_metric = placeholder(str)
+    config.checkpoint.best_mode = placeholder(str)  # None: "min" for a loss, "max" for the rest
+    config.checkpoint.failures = 3  # in a row, such as on a full disk; before that a run goes on
 
     config.eval = ConfigDict()
     config.eval.every_steps = 20  # None: no evaluation

@@ -7,10 +7,9 @@ current stage, and every so often looks at the probe set, the held-out prompts a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import assembly, probe, report, runtime, trees, update
+from ntkrl import assembly, probe, report, runtime, update
 from ntkrl.types import Array, Params, TrainState
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
@@ -37,17 +36,27 @@ def train(config: ConfigDict) -> Path:
     Raises:
       ValueError: a mistake in the config or the files it names, a changed config on resume, a
         reward function's fault, or a loss that is not finite.
+      OSError: the disk takes no more.
+      PreemptedError: asked to leave by SIGTERM, and saved after the rollout step that was
+        under way.
     """
+    with runtime.Notice() as notice:
+        return _train(config, notice)
+
+
+def _train(config: ConfigDict, notice: runtime.Notice) -> Path:
     directory = Path(config.run_dir)
     settings = assembly.read_settings(config)
     given = runtime.to_json(config)
-    runtime.check_claim(directory, given)
+    changed = runtime.check_claim(directory, given)
     if (directory / "finished").exists():
         tqdm.write(f"{directory} is finished; remove it to run again.")
         return directory
+    for change in changed or ():
+        tqdm.write(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
     setup = assembly.assemble(settings, directory)
-    loop = Loop(setup, directory)
+    loop = Loop(setup, directory, given, notice)
     runtime.claim(directory, given)
     if settings.method == "rl":
         tqdm.write(f"objective: {update.described(settings.objective)}")
@@ -62,8 +71,15 @@ def train(config: ConfigDict) -> Path:
 class Loop:
     """The moving parts of one run: state, stage, counters."""
 
-    def __init__(self, setup: assembly.Setup, directory: Path):
+    def __init__(
+        self,
+        setup: assembly.Setup,
+        directory: Path,
+        config: dict[str, Any],
+        notice: runtime.Notice,
+    ):
         self.setup, self.settings, self.directory = setup, setup.settings, directory
+        self.notice = notice
         self.stages = setup.stages
         self.source = assembly.SOURCES[self.settings.method](setup)
         self.programs = update.stage_programs(
@@ -71,9 +87,8 @@ class Loop:
         )
         self.mix = jax.jit(optax.incremental_update, donate_argnums=1)
         self.compiled: dict[tuple[int, int], Any] = {}
-        self.checkpoints = runtime.Checkpoints(
-            directory / "checkpoints", self.settings.checkpoint.keep
-        )
+        self.states = assembly.States(setup)
+        self.keeper = assembly.Keeper(self.settings, config, directory, self.source.headline)
         self.prober, self.eval_sample = None, None
         if setup.held_out is not None and setup.policy is not None:
             self.eval_sample = assembly.make_evaluation_sample(setup)
@@ -91,15 +106,16 @@ class Loop:
         loggers = report.open_loggers(
             self.settings.logging, self.directory, self.settings.name, kept
         )
-        rollout_step, total = start, start + left
+        rollout_step, total, metrics = start, start + left, {}
         with (
+            self.keeper,
             report.MetricsWriter(self.directory, start if start else -1, loggers) as writer,
             tqdm(total=total, initial=start, desc=self.settings.name, mininterval=0.5) as bar,
         ):
             if start == 0:
                 writer.write(0, self._evaluate(0) | self._read_probe())
                 self.clock.lap()
-            while left > 0:
+            while left > 0 and not self.notice.reached(rollout_step):
                 rollout_step += 1
                 metrics = self._advance(rollout_step)
                 left = update.steps_left(self.stages, self.progress)
@@ -108,13 +124,17 @@ class Loop:
                     metrics |= self._evaluate(rollout_step)
                 writer.write(int(self.state.step), metrics)
                 if last or _due(self.settings.checkpoint.every_steps, rollout_step):
-                    self._save(rollout_step)
+                    self._save(rollout_step, metrics)
+                self.keeper.settle(wait=False)
                 writer.write_timings(int(self.state.step), self.clock.lap(), rollout_step)
                 headline = self.source.headline
                 bar.set_postfix({headline: f"{metrics[headline]:.3f}", "stage": metrics["stage"]})
                 bar.total = rollout_step + left
                 bar.update()
-        self.checkpoints.close()
+            if left > 0 and rollout_step > 0:
+                self._save(rollout_step, metrics)
+        if left > 0:
+            raise runtime.PreemptedError(self.keeper.farewell(rollout_step))
 
     def _advance(self, rollout_step: int) -> dict[str, Any]:
         """Take one rollout step: make the batches, update on each, probe the last update."""
@@ -160,9 +180,7 @@ class Loop:
         """Where a stage has ended, enter the next: start its optimizer, or hand the state over."""
         if self.progress.ended is not None:
             self.progress = update.entered(self.progress)
-            make = functools.partial(update.next_state, self.programs[self.progress.stage])
-            here = jax.device_put(self.state, self._shardings(self.state))
-            self.state = self.state.replace(opt_state=self._moments(make, here))
+            self.state = self.states.next(self.programs[self.progress.stage], self.state)
         if self.progress.steps == 0:
             warning = self.programs[self.progress.stage].warning(self.state.params)
             if warning is not None:
@@ -192,7 +210,7 @@ class Loop:
             parts = self.settings.schedule.microbatches
             step = update.make_step(self.programs[stage], self.source.minimised, parts)
             if self.settings.schedule.offload_optimizer:
-                step = update.offloaded(step, self._shardings(self.state).opt_state)
+                step = update.offloaded(step, self.states.shardings(self.state).opt_state)
             placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
             beside = jax.tree.map(lambda leaf: leaf.sharding, reference)
             self.compiled[stage, rows] = jax.jit(
@@ -207,12 +225,12 @@ class Loop:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if not bad:
             return
-        held = self.checkpoints.latest()
-        good = f"step {held} in {self.checkpoints.directory}" if held is not None else "none yet"
+        self.keeper.settle()
         raise ValueError(
             f"{' and '.join(bad)} not finite at step {int(self.state.step)} (rollout step "
             f"{rollout_step}, stage {self.stages[self.progress.stage].name!r}); the last good "
-            f"checkpoint is {good}. Lower the stage's learning rate or set its max_grad_norm."
+            f"checkpoint is {self.keeper.last_good()}. Lower the stage's learning rate or set "
+            "its max_grad_norm."
         )
 
     def _probe(self, before: Params) -> dict[str, float]:
@@ -240,72 +258,33 @@ class Loop:
 
     def _resume(self) -> int:
         """Set state, stage and counters from the newest checkpoint; return its rollout step."""
-        start = self.checkpoints.latest()
-        position = {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
-        if start is not None:
-            position = self.checkpoints.position(start)
+        start, position = 0, {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
+        held = self.keeper.resume(self._described)
+        if held is None:
+            state = self.states.first(self.programs[0])
+        else:
+            start, position, state = held
+            tqdm.write(f"resuming {self.directory} after rollout step {start}")
         self.progress = update.Progress(**position["progress"])
         self.tokens_seen = position["num_tokens"]
         self.source.position = position["prompt_batches"]
-        params, replicated = self.setup.params, runtime.replicated(self.setup.mesh)
-        moves = self.settings.schedule.reference_sync_steps is not None
-        state = TrainState(
-            step=jax.device_put(jnp.int32(0), replicated),
-            params=params,
-            opt_state=None,
-            key=jax.device_put(jax.random.key(self.settings.seed), replicated),
-            reference=params if moves else None,
-        )
-        program = self.programs[self.progress.stage]
-        make = functools.partial(update.init_state, program)
-        if start is None:
-            state = jax.tree.map(jnp.copy, state).replace(
-                opt_state=self._moments(make, params, state.key)
-            )
-        else:
-            state = state.replace(opt_state=self._moments(make, params, state.key, describe=True))
-            state = self.checkpoints.restore(start, state)
-            tqdm.write(f"resuming {self.directory} after rollout step {start}")
         # apart from what the step donates, since the step may read its head
         self.reference, self.state = state.reference, state.replace(reference=None)
-        return 0 if start is None else start
+        return start
 
-    def _save(self, rollout_step: int) -> None:
+    def _described(self, position: Mapping[str, Any]) -> TrainState:
+        stage = update.Progress(**position["progress"]).stage
+        return self.states.described(self.programs[stage])
+
+    def _save(self, rollout_step: int, metrics: dict[str, Any]) -> None:
         position = {
             "progress": dataclasses.asdict(self.progress),
             "num_tokens": self.tokens_seen,
             "prompt_batches": self.source.position,
         }
         state = self.state.replace(reference=self.reference)
-        self.checkpoints.save(rollout_step, state, position)
+        self.keeper.save(rollout_step, state, position, metrics)
         self.clock("checkpoint")
-
-    def _moments(self, make: Callable[..., TrainState], *given: Any, describe: bool = False) -> Any:
-        """Return the opt_state of the state that `make` makes, each moment made where it lies.
-
-        With `describe` only shapes and places are returned.
-        """
-
-        def moments(*given: Any) -> Any:
-            return make(*given).opt_state
-
-        shapes = jax.eval_shape(moments, *given)
-        where = self._shardings(shapes)
-        made = None if describe else jax.jit(moments, out_shardings=where)(*given)
-        if self.settings.schedule.offload_optimizer:
-            where = runtime.on_host(where, shapes)
-            made = made if describe else jax.device_put(made, where)
-        if not describe:
-            return made
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            where,
-        )
-
-    def _shardings(self, tree: Any) -> Any:
-        """Return where a state lies in a step; optimizer moments lie where their parameters do."""
-        return trees.shardings(tree, self.setup.sharding, self.setup.mesh)
 
 
 class _Clock:

@@ -161,7 +161,7 @@ def test_a_gathered_copy_draws_the_same():
 
 def begun(setup, directory, config):
     """A run's loop with its state, started or resumed."""
-    loop = train.Loop(setup, directory)
+    loop = train.Loop(setup, directory, runtime.to_json(config), runtime.Notice())
     loop._resume()
     return loop
 

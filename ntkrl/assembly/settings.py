@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -178,14 +179,38 @@ class PreferenceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """every_steps: rollout steps between checkpoints; keep: how many of the newest stay."""
+    """When checkpoints are saved, and which stay.
+
+    every_steps: rollout steps between checkpoints.
+    keep: how many of the newest stay.
+    keep_best: how many of the best stay beside them, or None.
+    best_metric: what they are ranked by, or None for reward, loss or accuracy, by the method.
+    best_mode: "max" or "min", what is better; None for "min" of a loss and "max" of the rest.
+    failures: a run stops when so many in a row could not be written.
+    """
 
     every_steps: int
     keep: int
+    keep_best: int | None
+    best_metric: str | None
+    best_mode: str | None
+    failures: int
 
     def __post_init__(self):
-        if self.every_steps < 1 or self.keep < 1:
-            raise ValueError("checkpoint.every_steps and checkpoint.keep must be ≥ 1.")
+        problems = []
+        for name in ("every_steps", "keep", "keep_best", "failures"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"checkpoint.{name} must be ≥ 1, not {value}")
+        if self.best_metric is not None and not report.is_known(self.best_metric):
+            problems.append(
+                f"checkpoint.best_metric {self.best_metric!r} is no metric; `ntkrl report "
+                "--glossary` lists them"
+            )
+        if self.best_mode not in ("max", "min", None):
+            problems.append(f"checkpoint.best_mode must be max, min or None, not {self.best_mode}")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,15 +286,24 @@ def read_settings(config: ConfigDict) -> RunSettings:
             f"{config.method}."
         )
     if not problems:
-        problems += _division_problems(found)
-    if not problems and found.rollout.engine and found.objective.correction == "off":
-        problems.append(
-            "rollout.engine draws with another program's arithmetic: set objective.correction to "
-            "truncate or mask."
-        )
+        problems += [*_division_problems(found), *_unmet_needs(found)]
     if problems:
         raise ValueError("\n".join(problems))
     return found
+
+
+def _unmet_needs(found: RunSettings) -> Iterator[str]:
+    ranked = found.checkpoint.keep_best and found.checkpoint.best_metric
+    if ranked and ranked.startswith("eval/") and found.evaluation.every_steps is None:
+        yield (
+            f"checkpoint.best_metric {ranked!r} is never measured: set eval.every_steps, which "
+            "should divide checkpoint.every_steps or be divided by it."
+        )
+    if found.rollout.engine and found.objective.correction == "off":
+        yield (
+            "rollout.engine draws with another program's arithmetic: set objective.correction to "
+            "truncate or mask."
+        )
 
 
 def _division_problems(found: RunSettings) -> list[str]:
