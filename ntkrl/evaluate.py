@@ -48,7 +48,23 @@ def evaluate(config: ConfigDict) -> dict[str, float]:
     sample = assembly.make_evaluation_sample(setup)
     key = jax.random.fold_in(jax.random.key(settings.seed), EVALUATE_STREAM)
     metrics, collected = assembly.evaluate(setup, sample, setup.params, key)
-    path = directory / "evaluations" / f"{_label(settings.model.path)}.json"
+    if runtime.is_writer():
+        _write(
+            setup,
+            directory / "evaluations" / f"{_label(settings.model.path)}.json",
+            metrics,
+            collected,
+        )
+    return metrics
+
+
+def _write(
+    setup: assembly.Setup,
+    path: Path,
+    metrics: dict[str, float],
+    collected: list[assembly.Collected],
+) -> None:
+    """Write the files of an evaluation, and print its metrics."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
         for repeat, found in enumerate(collected):
@@ -64,7 +80,6 @@ def evaluate(config: ConfigDict) -> dict[str, float]:
     for name, value in metrics.items():
         print(f"{name:28s} {value:.4f}")
     print(f"samples: {path.with_suffix('.jsonl')}, rewards: {path.with_suffix('.rewards.json')}")
-    return metrics
 
 
 def export(run: str, out: str, step: int | str | None = None) -> None:

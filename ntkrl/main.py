@@ -21,7 +21,9 @@ kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=
 --dtype=float32|float64|bfloat16 --memory_gib=8.
 
 Configs live in configs/; every field has its meaning in configs/base.py.
-Set NTKRL_TRACEBACK=1 to see where an error came from."""
+Set NTKRL_TRACEBACK=1 to see where an error came from.
+Exit statuses: 0 done, 2 a mistake of the user's, 70 another process of the run failed or was lost,
+130 interrupted."""
 
 PREEMPTED = 75
 """Exit status of a run that was asked to leave: EX_TEMPFAIL, try again."""
@@ -68,12 +70,12 @@ def _train(words: Sequence[str]) -> int | None:
     from ntkrl import runtime, train
 
     config = runtime.read_config(words)
-    runtime.start_processes()
-    try:
-        train.train(config)
-    except runtime.PreemptedError as error:
-        print(f"ntkrl train: {error}", file=sys.stderr)
-        return PREEMPTED
+    with runtime.together():
+        try:
+            train.train(config)
+        except runtime.PreemptedError as error:
+            print(f"ntkrl train: {error}", file=sys.stderr)
+            return PREEMPTED
     return None
 
 
@@ -81,19 +83,27 @@ def _evaluate(words: Sequence[str]) -> None:
     from ntkrl import evaluate, runtime
 
     config = runtime.read_config(words)
-    runtime.start_processes()
-    evaluate.evaluate(config)
+    with runtime.together():
+        evaluate.evaluate(config)
 
 
 def _kernel(words: Sequence[str]) -> None:
     from ntkrl import inspect
 
+    _alone("kernel")
     names = [field.name for field in dataclasses.fields(inspect.KernelSettings)]
     known = [name for name in names if name not in ("model", "layers")]
     options, places = _options(words, known, ("layers",))
     if len(places) != 1:
         raise ValueError("kernel needs one model directory, and --prompts=FILE.")
     inspect.inspect(inspect.read_settings(places[0], options))
+
+
+def _alone(command: str) -> None:
+    from ntkrl import runtime
+
+    if runtime.several():
+        raise ValueError(f"{command} works in one process; start it once, outside the run's own.")
 
 
 def _report(words: Sequence[str]) -> None:
@@ -116,6 +126,7 @@ def _report(words: Sequence[str]) -> None:
 def _export(words: Sequence[str]) -> None:
     from ntkrl import evaluate
 
+    _alone("export")
     options, places = _options(words, ("step",))
     if len(places) != 2:
         raise ValueError("export needs a run directory and an output directory.")

@@ -25,6 +25,7 @@ from ntkrl.types import Array, Params, TrainState
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
 EVAL_STREAM, PROBE_STREAM = 1, 2
+SHARED_SECONDS = 60.0  # until a new file is seen by every host
 
 
 def train(config: ConfigDict) -> Path:
@@ -48,23 +49,27 @@ def _train(config: ConfigDict, notice: runtime.Notice) -> Path:
     directory = Path(config.run_dir)
     settings = assembly.read_settings(config)
     given = runtime.to_json(config)
+    runtime.check_alike("config", given)
     changed = runtime.check_claim(directory, given)
-    if (directory / "finished").exists():
-        tqdm.write(f"{directory} is finished; remove it to run again.")
+    if runtime.agree("whether it is finished", (directory / "finished").exists())[0]:
+        runtime.tell(f"{directory} is finished; remove it to run again.")
         return directory
     for change in changed or ():
-        tqdm.write(f"the config has changed: {change}")
+        runtime.tell(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
     setup = assembly.assemble(settings, directory)
     loop = Loop(setup, directory, given, notice)
-    runtime.claim(directory, given)
+    if runtime.is_writer():
+        runtime.claim(directory, given)
+    _check_shared(directory)
     if settings.method == "rl":
-        tqdm.write(f"objective: {update.described(settings.objective)}")
+        runtime.tell(f"objective: {update.described(settings.objective)}")
     loop.run()
     setup.export(directory / "export", loop.state.params)
     if loop.reference is not None:
         setup.export(directory / "export_reference", loop.reference)
-    report.mark_finished(directory)
+    if runtime.is_writer():
+        report.mark_finished(directory)
     return directory
 
 
@@ -103,14 +108,12 @@ class Loop:
         start = self._resume()
         left = update.steps_left(self.stages, self.progress)
         kept = int(self.state.step) if start else -1
-        loggers = report.open_loggers(
-            self.settings.logging, self.directory, self.settings.name, kept
-        )
         rollout_step, total, metrics = start, start + left, {}
+        shown = {"desc": self.settings.name, "mininterval": 0.5, "disable": not runtime.is_writer()}
         with (
             self.keeper,
-            report.MetricsWriter(self.directory, start if start else -1, loggers) as writer,
-            tqdm(total=total, initial=start, desc=self.settings.name, mininterval=0.5) as bar,
+            self._writer(start if start else -1, kept) as writer,
+            tqdm(total=total, initial=start, **shown) as bar,
         ):
             if start == 0:
                 writer.write(0, self._evaluate(0) | self._read_probe())
@@ -126,6 +129,7 @@ class Loop:
                 if last or _due(self.settings.checkpoint.every_steps, rollout_step):
                     self._save(rollout_step, metrics)
                 self.keeper.settle(wait=False)
+                runtime.saved(self.keeper.newest())
                 writer.write_timings(int(self.state.step), self.clock.lap(), rollout_step)
                 headline = self.source.headline
                 bar.set_postfix({headline: f"{metrics[headline]:.3f}", "stage": metrics["stage"]})
@@ -136,8 +140,17 @@ class Loop:
         if left > 0:
             raise runtime.PreemptedError(self.keeper.farewell(rollout_step))
 
+    def _writer(self, start: int, kept: int) -> report.MetricsWriter | report.NoWriter:
+        """Open metrics and loggers, in the process that writes."""
+        if not runtime.is_writer():
+            return report.NoWriter()
+        given = self.settings.logging
+        loggers = report.open_loggers(given, self.directory, self.settings.name, kept)
+        return report.MetricsWriter(self.directory, start, loggers)
+
     def _advance(self, rollout_step: int) -> dict[str, Any]:
         """Take one rollout step: make the batches, update on each, probe the last update."""
+        runtime.mark(f"rollout step {rollout_step}")
         self._enter_stage()
         next_key, key = jax.random.split(self.state.key)
         self.state = self.state.replace(key=next_key)
@@ -184,14 +197,14 @@ class Loop:
         if self.progress.steps == 0:
             warning = self.programs[self.progress.stage].warning(self.state.params)
             if warning is not None:
-                tqdm.write(warning)
+                runtime.tell(warning)
 
     def _count(self, metrics: dict[str, Any], rollout_step: int) -> dict[str, Any]:
         """Count a rollout step in its stage, move the reference; return what is logged of it."""
         program = self.programs[self.progress.stage]
         self.progress = update.advanced(program.stage, self.progress, metrics)
         if self.progress.ended is not None:
-            tqdm.write(f"stage {program.stage.name!r} ends: {self.progress.ended}")
+            runtime.tell(f"stage {program.stage.name!r} ends: {self.progress.ended}")
         if _due(self.settings.schedule.reference_sync_steps, rollout_step):
             alpha = self.settings.schedule.reference_mixup_alpha
             self.reference = self.mix(self.state.params, self.reference, alpha)
@@ -236,7 +249,8 @@ class Loop:
     def _probe(self, before: Params) -> dict[str, float]:
         metrics, arrays = self.prober.compare(before, self.state.params)
         path = self.directory / "probes" / f"step_{int(self.state.step):06d}.npz"
-        runtime.save_arrays(path, arrays)
+        if runtime.is_writer():
+            runtime.save_arrays(path, arrays)
         return metrics | self._read_probe()
 
     def _read_probe(self) -> dict[str, float]:
@@ -264,12 +278,13 @@ class Loop:
             state = self.states.first(self.programs[0])
         else:
             start, position, state = held
-            tqdm.write(f"resuming {self.directory} after rollout step {start}")
+            runtime.tell(f"resuming {self.directory} after rollout step {start}")
         self.progress = update.Progress(**position["progress"])
         self.tokens_seen = position["num_tokens"]
         self.source.position = position["prompt_batches"]
         # apart from what the step donates, since the step may read its head
         self.reference, self.state = state.reference, state.replace(reference=None)
+        runtime.saved(start)
         return start
 
     def _described(self, position: Mapping[str, Any]) -> TrainState:
@@ -295,6 +310,7 @@ class _Clock:
         self.last = time.perf_counter()
 
     def __call__(self, activity: str) -> None:
+        runtime.mark(f"the end of {activity}")
         now = time.perf_counter()
         name = f"{activity}_seconds"
         self.seconds[name] = self.seconds.setdefault(name, 0.0) + now - self.last
@@ -305,6 +321,19 @@ class _Clock:
         seconds, self.seconds = self.seconds, {}
         self.last = time.perf_counter()
         return seconds
+
+
+def _check_shared(directory: Path) -> None:
+    """Check that every process sees the run directory of the first."""
+    seen = runtime.agree("the run directory", str(directory.absolute()))
+    deadline = time.monotonic() + SHARED_SECONDS if len(seen) > 1 else 0.0
+    while not (directory / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{directory} is not the directory that process 0 writes to ({seen[0]} there); "
+                "give a run_dir on a file system that all hosts share."
+            )
+        time.sleep(0.5)
 
 
 def _due(every_steps: int | None, rollout_step: int) -> bool:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntkrl.types import Params
@@ -199,6 +201,13 @@ def row_parts(mesh: Mesh) -> int:
 
 def _size(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in axes)
+
+
+def whole(leaf: Any) -> np.ndarray:
+    """Bring an array to this host, wherever its shards are; every process must ask for it."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
 
 
 def _name(path: tuple[Any, ...]) -> str:

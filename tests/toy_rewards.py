@@ -18,3 +18,9 @@ def sometimes(prompts, completion_ids, **columns):
         0.0 if int(prompt.rstrip("=")[-1]) % 2 == 0 else share
         for prompt, share in zip(prompts, shares, strict=True)
     ]
+
+
+def absent(prompts, log_metric, **columns):
+    """A reward for the even prompts alone, and a metric."""
+    log_metric("prompts", len(prompts))
+    return [0.25 if int(prompt.rstrip("=")[-1]) % 2 == 0 else None for prompt in prompts]

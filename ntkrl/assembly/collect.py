@@ -63,6 +63,7 @@ def joined(first: Collected, second: Collected, pad_id: int) -> Collected:
         whole = {"tokens": wide(drawn.tokens, before, pad_id), "mask": wide(drawn.mask, before, 0)}
         names = ("completion_mask", "sampler_log_probs", "kept_log_mass", "features")
         held = {name: getattr(drawn, name) for name in names}
+        held = runtime.fetch(held)
         parts = {n: None if leaf is None else wide(leaf, 0, 0) for n, leaf in held.items()}
         return drawn.replace(**whole, **parts)
 
@@ -104,6 +105,8 @@ def make_sample(
         keep_features=keep_features,
     )
     if settings.engine is not None:
+        if jax.process_count() > 1:
+            raise ValueError("rollout.engine samples in one process; leave it out for several.")
         generate = rollout.load_engine(settings.engine, setup.policy.source, sampler_settings)
         stored = functools.partial(models.stored, setup.policy)
         return rollout.ExternalSampler(generate, sampler_settings, stored)
@@ -164,6 +167,7 @@ def collect(
         ids,
         {name: [values[row] for row in repeated] for name, values in prompts.columns.items()},
         prompts.prompt_set.conversational,
+        group=len(texts) // len(rows),
     )
     clock("reward")
     return Collected(rollout=drawn, texts=texts, result=result)

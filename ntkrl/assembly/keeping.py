@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from ntkrl import runtime
 from ntkrl.assembly.files import names
@@ -63,7 +62,7 @@ class Keeper:
         except OSError as error:
             if kind is None:
                 raise
-            tqdm.write(str(error))
+            runtime.tell(str(error))
         finally:
             self.checkpoints.close()
 
@@ -92,7 +91,7 @@ class Keeper:
                 continue
             for number, error in damaged.items():
                 place = self.checkpoints.set_aside(number)
-                tqdm.write(
+                runtime.tell(
                     f"the checkpoint of step {number} is damaged ({error}) and now called {place}; "
                     f"going back to step {step}"
                 )
@@ -123,7 +122,7 @@ class Keeper:
             for name in sorted(before.keys() & now.keys()):
                 if before[name] != now[name]:
                     change = f": {before[name]} -> {now[name]}" if kind == "versions" else ""
-                    tqdm.write(f"{name} has changed since step {step} was saved{change}")
+                    runtime.tell(f"{name} has changed since step {step} was saved{change}")
 
     def save(
         self,
@@ -173,7 +172,12 @@ class Keeper:
                 f"{told}. {self.failures} in a row failed (checkpoint.failures); make room, and "
                 "run the same command again."
             ) from error
-        tqdm.write(f"{told}; going on")
+        runtime.tell(f"{told}; going on")
+
+    def newest(self) -> int:
+        """Return after which rollout step the run would resume; 0 where it would start again."""
+        held = self.checkpoints.latest()
+        return 0 if held is None else held
 
     def last_good(self) -> str:
         """Say which checkpoint is the newest, in words."""

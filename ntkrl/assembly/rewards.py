@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ntkrl import data, models, reward
+from ntkrl import data, models, reward, runtime
 from ntkrl.assembly.settings import DTYPES, RewardSettings
 from ntkrl.reward.networks import NetworkReward
 
@@ -63,7 +63,7 @@ def reward_set(settings: RewardSettings, mesh: Mesh) -> reward.RewardSet:
             f"reward.normalisation {settings.normalisation} holds rewards of "
             f"{', '.join(sorted(held))}, which no function gives; they are called {names}."
         )
-    return reward.RewardSet(tuple(loaded))
+    return reward.RewardSet(tuple(loaded), runtime.own_part, runtime.agree)
 
 
 def _name(spec: str) -> str:
@@ -89,4 +89,4 @@ def _function(
     scorer, params = models.load_scorer(directory, DTYPES[settings.dtype], mesh)
     tokenizer = data.load_tokenizer(directory)
     call = NetworkReward(scorer, params, tokenizer, mesh, settings.batch_size)
-    return reward.RewardFunction(name, call, source=str(directory), **given)
+    return reward.RewardFunction(name, call, source=str(directory), on_mesh=True, **given)

@@ -192,14 +192,17 @@ def _tokenizer(settings: ModelSettings, run_directory: Path) -> tuple[str, Any]:
     source = settings.path
     if source is None:
         source = str(run_directory / "tokenizer")
-        data.save_tokenizer(source)
+        if runtime.is_writer():
+            data.save_tokenizer(source)
+        runtime.agree("the new tokenizer")
     else:
         source = models.tokenizer_directory(source)
     tokenizer = data.load_tokenizer(source)
     if settings.template is not None:
         data.apply_template(tokenizer, data.read_template(settings.template))
         source = str(run_directory / "tokenizer")
-        tokenizer.save_pretrained(source)
+        if runtime.is_writer():
+            tokenizer.save_pretrained(source)
     return source, tokenizer
 
 

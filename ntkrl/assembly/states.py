@@ -39,7 +39,7 @@ class States:
 
     def next(self, program: update.StageProgram, state: TrainState) -> TrainState:
         """Return the state a stage starts from, given the one its predecessor ended with."""
-        here = jax.device_put(state, self.shardings(state))
+        here = runtime.place(state, self.shardings(state))
         return state.replace(opt_state=self._made(functools.partial(_handed, program), here))
 
     def shardings(self, tree: Any) -> Any:
@@ -52,10 +52,10 @@ class States:
         whole = runtime.replicated(self.setup.mesh)
         moves = settings.schedule.reference_sync_steps is not None
         return TrainState(
-            step=jax.device_put(jnp.int32(0), whole),
+            step=runtime.place(jnp.int32(0), whole),
             params=params,
             opt_state=None,
-            key=jax.device_put(jax.random.key(settings.seed), whole),
+            key=runtime.place(jax.random.key(settings.seed), whole),
             reference=params if moves else None,
         )
 

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ntkrl import trees
 from ntkrl.models.family import Family, Table
 
 STEM = "model"  # of a file of tensors; with an index beside shards
@@ -220,12 +221,17 @@ def _with_prefix(located: Mapping[str, Path], family: Family) -> dict[str, tuple
 
 
 def stored_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return a model's leaves under their stored names, layer by layer, on the host."""
+    """Return a model's leaves under their stored names, layer by layer, on the host.
+
+    Of several processes the first alone gets them; the others give what they hold.
+    """
     tensors: dict[str, np.ndarray] = {}
     for ours, stored, transpose in table:
         if ours not in leaves:
             continue
-        array = np.asarray(jax.device_get(leaves[ours]))
+        array = trees.whole(leaves[ours])
+        if jax.process_index() != 0:
+            continue
         for i, layer in enumerate(array) if LAYER in stored else [(0, array)]:
             tensors[stored.replace(LAYER, str(i))] = layer.T if transpose else layer
     return tensors
@@ -240,7 +246,7 @@ def write_model(
     config_file: str = "config.json",
     stem: str = STEM,
 ) -> None:
-    """Write a full model directory, whole or not at all.
+    """Write a full model directory, whole or not at all; of several processes the first does.
 
     Args:
       directory: where; an existing model there is replaced.
@@ -250,6 +256,8 @@ def write_model(
       shard_bytes: largest shard; several shards get an index.
       config_file, stem: how config.json and the file of tensors are called.
     """
+    if jax.process_index() != 0:
+        return
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = directory.with_name(directory.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)

@@ -20,4 +20,5 @@ from ntkrl.report.page import write_report as write_report
 from ntkrl.report.runs import read_run as read_run
 from ntkrl.report.table import format_table as format_table
 from ntkrl.report.writers import MetricsWriter as MetricsWriter
+from ntkrl.report.writers import NoWriter as NoWriter
 from ntkrl.report.writers import mark_finished as mark_finished

@@ -7,6 +7,7 @@ get both.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -115,6 +116,19 @@ class MetricsWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.close(failed=kind is not None)
+
+
+class NoWriter(contextlib.nullcontext):
+    """What a process that does not write has in place of a MetricsWriter."""
+
+    def __enter__(self) -> NoWriter:
+        return self
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write nothing."""
+
+    def write_timings(self, step: int, seconds: Mapping[str, float], rollout_step: int) -> None:
+        """Write nothing."""
 
 
 def mark_finished(directory: str | os.PathLike) -> None:

@@ -34,6 +34,7 @@ class RewardFunction:
     source: what messages call it, such as "my_rewards.py:score"; the name if None.
     shift, scale: rewards enter the sum as (reward − shift) / scale; see normalisation.py.
     on_failure: the reward of every row of a call that fails, or None to stop the run.
+    on_mesh: whether it runs a program on the devices of all processes, which must call it alike.
     """
 
     name: str
@@ -43,6 +44,7 @@ class RewardFunction:
     shift: float = 0.0
     scale: float = 1.0
     on_failure: float | None = None
+    on_mesh: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be known without calling.
@@ -124,9 +126,13 @@ class RewardSet:
     """Reward functions whose weighted sum is the reward.
 
     functions: one or more, with different names.
+    own_part, agree: of `runtime`, which is not imported here since workers do without JAX: what
+      of the prompts this process calls the functions for, and what all processes found.
     """
 
     functions: tuple[RewardFunction, ...]
+    own_part: Callable[[int], slice] = lambda count: slice(0, count)
+    agree: Callable[[str, Any], list[Any]] = lambda name, value: [value]
 
     def __post_init__(self) -> None:
         """Check the names.
@@ -182,8 +188,9 @@ class RewardSet:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         conversational: bool = False,
+        group: int = 1,
     ) -> RewardResult:
-        """Reward completions.
+        """Reward completions; of several processes each calls the functions for its own prompts.
 
         Args:
           prompts: B prompts, each repeated for its completions; lists of messages if
@@ -192,6 +199,7 @@ class RewardSet:
           completion_ids: B lists of token ids.
           columns: name to B values.
           conversational: give functions each completion as one assistant message.
+          group: completions per prompt, in consecutive rows; a call gets whole groups.
 
         Returns:
           The rewards, with what the functions logged.
@@ -204,30 +212,58 @@ class RewardSet:
         self.check_columns(columns)
         _check_sizes(completions, prompts=prompts, completion_ids=completion_ids, **columns)
 
+        part = self.own_part(len(completions) // group)
+        own = slice(part.start * group, part.stop * group)
+
         def call(function: RewardFunction) -> _Called:
+            rows = slice(None) if function.on_mesh else own
+            texts = completions[rows]
             # Built anew for each function, so that none can change what the next one sees.
-            arguments = {name: list(values) for name, values in columns.items()}
+            arguments = {name: list(values[rows]) for name, values in columns.items()}
             arguments |= {
-                "prompts": list(prompts),
-                "completions": _shown(completions, conversational),
-                "completion_ids": [list(ids) for ids in completion_ids],
+                "prompts": list(prompts[rows]),
+                "completions": _shown(texts, conversational),
+                "completion_ids": [list(ids) for ids in completion_ids[rows]],
                 "trainer_state": None,
             }
-            return _called(function, arguments, completions)
+            return _called(function, arguments, texts) if texts else _Called(np.zeros(0), {}, {})
 
-        # all at once: most wait for processes of their own or for a network
-        with ThreadPoolExecutor(len(self.functions)) as pool:
-            found = list(pool.map(call, self.functions))
-        by_name = dict(zip((f.name for f in self.functions), found, strict=True))
+        by_name = self._called(call)
         per_function = {name: one.rewards for name, one in by_name.items()}
-        metrics = _joined(one.metrics for one in found)
+        metrics = _joined(one.metrics for one in by_name.values())
         return RewardResult(
             rewards=self._sum(per_function, completions),
             per_function=per_function,
             logged={name: sum(values) / len(values) for name, values in metrics.items()},
-            extra=_joined(one.extra for one in found),
+            extra=_joined(one.extra for one in by_name.values()),
             failures={n: one.failure for n, one in by_name.items() if one.failure is not None},
         )
+
+    def _called(self, call: Callable[[RewardFunction], _Called]) -> dict[str, _Called]:
+        """Call every function, and join what all processes found."""
+        # all at once: most wait for processes of their own or for a network
+        with ThreadPoolExecutor(len(self.functions)) as pool:
+            apart = {f.name: pool.submit(call, f) for f in self.functions if not f.on_mesh}
+            # but programs of several processes in one order
+            found = {f.name: call(f) for f in self.functions if f.on_mesh}
+            found |= self._gathered({name: one.result() for name, one in apart.items()})
+        return {f.name: found[f.name] for f in self.functions}
+
+    def _gathered(self, own: dict[str, _Called]) -> dict[str, _Called]:
+        """Join what every process found of its rows; the same numbers in all of them."""
+        plain = {name: {**vars(one), "rewards": one.rewards.tolist()} for name, one in own.items()}
+        everyone = self.agree("rewards", plain)
+        found = {}
+        for name in own:
+            parts = [told[name] for told in everyone]
+            failures = [part["failure"] for part in parts if part["failure"] is not None]
+            found[name] = _Called(
+                np.concatenate([np.asarray(part["rewards"], np.float32) for part in parts]),
+                _joined(part["metrics"] for part in parts),
+                _joined(part["extra"] for part in parts),
+                failures[0] if failures else None,
+            )
+        return found
 
     def _sum(
         self, per_function: Mapping[str, np.ndarray], completions: Sequence[str]

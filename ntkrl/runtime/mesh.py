@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ntkrl import trees
 
 AXES = ("data", "fsdp", "tensor")
-
-
-def start_processes() -> None:
-    """Join the other processes of a multi-host run, where the environment describes one.
-
-    JAX finds Cloud TPU slices, SLURM and Open MPI by itself; elsewhere the three variables
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the run. Nothing is
-    done for a single process.
-    """
-    explicit = "JAX_COORDINATOR_ADDRESS" in os.environ
-    slurm = "SLURM_NTASKS" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1
-    pod = "," in os.environ["TPU_WORKER_HOSTNAMES"] if "TPU_WORKER_HOSTNAMES" in os.environ else 0
-    if not (explicit or slurm or pod) or jax.distributed.is_initialized():
-        return
-    if explicit:
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    else:
-        jax.distributed.initialize()
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
@@ -64,13 +40,38 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
     """Put a batch on the mesh, rows spread over the data and fsdp axes together.
 
     Args:
-      tree: arrays with one leading row axis, equally long.
+      tree: arrays with one leading row axis, equally long; the same in every process.
       mesh: the device mesh.
 
     Returns:
-      The arrays, placed by `row_sharding`.
+      The arrays, placed by `row_sharding`; each process gives the rows of its devices.
     """
-    return jax.device_put(tree, row_sharding(jax.tree.leaves(tree)[0].shape[0], mesh))
+    sharding = row_sharding(jax.tree.leaves(tree)[0].shape[0], mesh)
+    return place(tree, jax.tree.map(lambda leaf: sharding, tree))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Put arrays where shardings say.
+
+    Args:
+      tree: arrays, host ones the same in every process.
+      shardings: one per array.
+
+    Returns:
+      The arrays, of which each process gives what its devices hold.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_place, tree, shardings)
+
+
+def _place(leaf: Any, sharding: Sharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.jit(lambda key: key, out_shardings=sharding)(leaf)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
 def row_sharding(rows: int, mesh: Mesh) -> NamedSharding:
@@ -90,9 +91,9 @@ def on_host(shardings: Any, tree: Any) -> Any:
 
 def fetch(tree: Any) -> Any:
     """Bring arrays to this process as whole numpy arrays, wherever their shards are."""
-    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+    if jax.process_count() == 1:
         return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(trees.whole, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

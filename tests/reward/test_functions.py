@@ -1,6 +1,9 @@
 """By hand: what a function is given, how rewards add up, and every refusal in words."""
 
+import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import jax.numpy as jnp
@@ -226,3 +229,66 @@ def test_what_cannot_be_a_reward_function():
         RewardFunction("x", lambda completions, /: [])
     with pytest.raises(ValueError, match="x: its parameters cannot be read"):
         RewardFunction("x", max)
+
+
+def test_processes_share_the_prompts():
+    """law: three processes call a function for their own prompts, and all get what one would."""
+    texts = [["a", "bb", "ccc"][row % 3] + str(row) for row in range(10)]
+    prompts, ids = [f"p{row // 2}" for row in range(10)], [[row] for row in range(10)]
+    columns = {"answer": list(range(10))}
+    calls = {"scored": [], "whole": []}
+
+    def scored(prompts, completions, answer, log_metric, log_extra):
+        calls["scored"].append(prompts)
+        log_metric("mean", sum(answer) / len(answer))
+        log_extra("row", answer)
+        return [0.1 * a if a % 3 else None for a in answer]
+
+    def whole(prompts, completions):
+        calls["whole"].append(prompts)
+        return [float(len(text)) for text in completions]
+
+    functions = (RewardFunction("scored", scored), RewardFunction("whole", whole, on_mesh=True))
+    alone = RewardSet(functions)(prompts, texts, ids, columns, group=2)
+    calls["scored"], calls["whole"] = [], []
+    given, meeting = [None] * 3, threading.Barrier(3)
+
+    def process(number):
+        def agree(name, value):
+            given[number] = json.dumps(value)
+            meeting.wait(30)
+            return [json.loads(told) for told in given]
+
+        def own_part(count):
+            return slice(count * number // 3, count * (number + 1) // 3)
+
+        return RewardSet(functions, own_part, agree)(prompts, texts, ids, columns, group=2)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(process, range(3)))
+    # five prompts of two completions: 1, 2 and 2
+    assert sorted(calls["scored"]) == [prompts[:2], prompts[2:6], prompts[6:]]
+    assert calls["whole"] == [prompts] * 3
+    for result in results:
+        np.testing.assert_array_equal(result.rewards, alone.rewards)
+        for name, values in alone.per_function.items():
+            np.testing.assert_array_equal(result.per_function[name], values)
+        assert result.extra == alone.extra
+        # means of calls: of rows 0-1, 2-5, 6-9
+        assert result.logged["mean"] == pytest.approx((0.5 + 3.5 + 7.5) / 3)
+
+
+def test_a_process_without_prompts_calls_nothing():
+    """law: fewer prompts than processes leave some without, and no function sees empty lists."""
+
+    def agree(name, value):
+        other = {"length": {"rewards": [1.0, 2.0], "metrics": {}, "extra": {}, "failure": None}}
+        assert value["length"]["rewards"] == []
+        return [value, other]
+
+    def refuses(completions):
+        raise AssertionError("called")
+
+    functions = (RewardFunction("length", refuses),)
+    found = RewardSet(functions, lambda count: slice(0, 0), agree)(PROMPTS, TEXTS, IDS, {}, group=2)
+    np.testing.assert_array_equal(found.rewards, [1.0, 2.0])

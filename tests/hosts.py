@@ -1,0 +1,67 @@
+"""Runs of several processes on this machine, which meet over loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = {"START": "60", "SILENCE": "6", "STALL": "60"}
+
+
+def free_port() -> int:
+    """Return a port that nobody has."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def environment(devices: int, **given: str) -> dict[str, str]:
+    """Return what a process sees: its devices, what conftest sets, and no waiting for minutes."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    limits = {f"NTKRL_{name}_TIMEOUT": given.pop(name, seconds) for name, seconds in LIMITS.items()}
+    settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "XLA_FLAGS": flags, **limits, **settings, **given}
+
+
+def start(count: int, arguments: list[str], devices: int = 1, **given: str) -> list:
+    """Start the processes of a run, `python ARGUMENTS` each.
+
+    Args:
+      count: of processes; one is started as a user starts one.
+      arguments: after python's name.
+      devices: of each.
+      given: environment variables.
+    """
+    address, found = f"127.0.0.1:{free_port()}", []
+    for number in range(count):
+        several = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(number),
+        }
+        found.append(
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env={**(several if count > 1 else {}), **environment(devices, **given)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return found
+
+
+def ends(processes: list, seconds: float = 120) -> list[tuple[int, str]]:
+    """Wait for all; return status and output of each."""
+    try:
+        return [(one.communicate(timeout=seconds)[0], one.returncode)[::-1] for one in processes]
+    finally:
+        for one in processes:
+            if one.poll() is None:
+                one.kill()
+                one.communicate()

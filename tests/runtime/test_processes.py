@@ -1,0 +1,217 @@
+"""Story: processes that die, hang, fail or never come; the others end in time, and say who."""
+
+import signal
+import socket
+import time
+
+import pytest
+
+from ntkrl import runtime
+from ntkrl.runtime import watch
+from tests.hosts import ends, start
+
+# each step meets the others twice: on the devices, and in an agreement
+CHILD = """
+import os, signal, sys, time
+import jax, numpy as np
+from ntkrl import runtime
+
+own, deed, by = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1], int(sys.argv[2])
+
+def run():
+    mesh = runtime.make_mesh(-1, 1, 1)
+    runtime.saved(0)
+    for step in range(1, 4):
+        runtime.mark(f"rollout step {step}")
+        if step == 2 and own == by:
+            act()
+        rows = runtime.place_rows(np.arange(8.0), mesh)
+        assert float(jax.numpy.sum(rows)) == 28.0
+        if deed == "astray" and own == by:
+            runtime.agree("another thing")
+        found = runtime.agree("rewards", [own * step])
+        assert found == [[number * step] for number in range(jax.process_count())], found
+        runtime.saved(step)
+    runtime.tell("well done")
+
+def act():
+    if deed == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if deed == "stall":
+        time.sleep(100)
+    if deed == "mistake":
+        raise ValueError("reward function score returned 3 rewards for 4 completions")
+    if deed == "bug":
+        raise RuntimeError("something else")
+    if deed == "abort":
+        os.abort()
+
+try:
+    with runtime.together():
+        run()
+except ValueError as error:  # what main does
+    sys.exit(f"main: {error}")
+"""
+HOST = socket.gethostname()
+RESUMES = "Run the same command again: it resumes after rollout step 1."
+
+
+def run(deed, by, count=3, **given):
+    """Run CHILD in some processes; return how each ended, and the seconds it took."""
+    before = time.monotonic()
+    given = {"SILENCE": "3", **given}
+    found = ends(start(count, ["-c", CHILD, deed, str(by)], **given), seconds=60)
+    return found, time.monotonic() - before
+
+
+def test_three_processes_agree_and_end():
+    """story: values of all in all, one writer, status 0."""
+    found, _ = run("nothing", 0)
+    assert [status for status, _ in found] == [0, 0, 0], found
+    assert ["well done" in text for _, text in found] == [True, False, False]
+
+
+LOST = {
+    "a worker is killed": ("kill", 1, {}, -signal.SIGKILL, "gave no sign of life for 3 s"),
+    "a worker aborts": (
+        "abort",
+        1,
+        {},
+        128 + signal.SIGABRT,
+        "was aborted by a fatal error of XLA",
+    ),
+    "a worker stalls": (
+        "stall",
+        2,
+        {"STALL": "4"},
+        watch.OTHERS_FAILED,
+        "has not gone on from rollout step 2 for 4 s",
+    ),
+    "the first stalls": (
+        "stall",
+        0,
+        {"STALL": "4"},
+        watch.OTHERS_FAILED,
+        "has not gone on from rollout step 2 for 4 s",
+    ),
+    "a worker's mistake": ("mistake", 1, {}, watch.MISTAKE, "failed: reward function score"),
+    "the first one's mistake": ("mistake", 0, {}, watch.MISTAKE, "failed: reward function score"),
+    "another error": ("bug", 1, {}, watch.FAILED, "failed: RuntimeError: something else"),
+}
+
+
+@pytest.mark.parametrize("case", LOST.values(), ids=LOST.keys())
+def test_the_others_end_and_say_why(case):
+    """story: status 70 and one sentence with process, host and cause, wherever they wait."""
+    deed, by, given, status, message = case
+    found, seconds = run(deed, by, **given)
+    assert seconds < 45
+    for number, (ended, text) in enumerate(found):
+        if number == by:
+            assert ended == status, text
+            continue
+        assert ended == watch.OTHERS_FAILED, text
+        said = text[text.rindex("\nntkrl: ") :]
+        assert said.startswith(f"\nntkrl: process {by} ({HOST}) {message}"), text
+        assert RESUMES in said
+        assert "Traceback" not in text
+    own = found[by][1]
+    if deed == "mistake":
+        assert "ntkrl: reward function score returned 3" in own and RESUMES in own
+        assert "Traceback" not in own
+    if deed == "bug":
+        assert "Traceback" in own
+
+
+def test_the_coordinator_is_killed():
+    """story: JAX aborts the others at once; they still say who is gone, and end with 70."""
+    found, seconds = run("kill", 0)
+    assert found[0][0] == -signal.SIGKILL and seconds < 45
+    for ended, text in found[1:]:
+        assert ended == watch.OTHERS_FAILED, text
+        assert f"\nntkrl: process 0 ({HOST})" in text
+        assert "\nRun the same command again: it" in text
+
+
+def test_a_frozen_process():
+    """story: SIGSTOP is silence; the others end, and so does it once it goes on."""
+    processes = start(2, ["-c", CHILD, "freeze", "1"], SILENCE="3")
+    ((ended, text),) = ends(processes[:1], seconds=60)
+    assert ended == watch.OTHERS_FAILED and f"process 1 ({HOST}) gave no sign of life" in text
+    processes[1].send_signal(signal.SIGCONT)
+    ((ended, text),) = ends(processes[1:], seconds=60)
+    assert ended == watch.OTHERS_FAILED and f"process 0 ({HOST})" in text
+
+
+def test_ways_that_part():
+    """story: a process that asks for another agreement is told apart, not waited for."""
+    found, _ = run("astray", 1, count=2)
+    assert any("the processes took different ways" in text for _, text in found)
+    assert 0 not in [status for status, _ in found]
+
+
+def test_a_process_that_never_comes():
+    """story: those that came end after the time to start, and name it."""
+    processes = start(3, ["-c", CHILD, "nothing", "0"], START="8")
+    processes[1].kill()
+    for number, (status, text) in enumerate(ends(processes, seconds=60)):
+        if number != 1:
+            assert status == watch.OTHERS_FAILED, text
+            assert "process 1 of 3 did not come" in text and "NTKRL_START_TIMEOUT" in text
+
+
+def test_a_process_that_comes_late():
+    """story: process 0 comes seconds after the other, which waits for it."""
+    processes = start(2, ["-c", CHILD, "nothing", "0"])
+    processes[0].send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    processes[0].send_signal(signal.SIGCONT)
+    assert [status for status, _ in ends(processes, seconds=60)] == [0, 0]
+
+
+def test_a_port_that_is_taken():
+    """story: process 0 says so and what to do; the others that it did not come."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        found, _ = run("nothing", 0, count=2, START="6", JAX_COORDINATOR_ADDRESS=address)
+    assert found[0][0] == 1 and "cannot use the port" in found[0][1]
+    assert "another JAX_COORDINATOR_ADDRESS" in found[0][1]
+    assert found[1][0] == watch.OTHERS_FAILED and "process 0 of 2 did not come" in found[1][1]
+
+
+WRONG = {
+    "one variable": ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "all three must be given"),
+    "number too high": (
+        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+        "JAX_PROCESS_ID=2",
+    ),
+    "no port": (
+        {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+        "must be HOST:PORT",
+    ),
+    "no time": ({"JAX_NUM_PROCESSES": "2", "NTKRL_STALL_TIMEOUT": "soon"}, "STALL_TIMEOUT=soon"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
+def test_descriptions_that_make_no_sense(case, monkeypatch):
+    """law: they are refused before anything is waited for."""
+    given, message = case
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message), runtime.together():
+        pass
+
+
+def test_one_process_has_neither_service_nor_threads():
+    """law: a single process is left alone, and agrees with itself."""
+    import threading
+
+    before = threading.active_count()
+    with runtime.together():
+        runtime.mark("something")
+        assert runtime.agree("x", 3) == [3] and runtime.is_writer()
+        assert runtime.own_part(7) == slice(0, 7)
+        assert threading.active_count() == before

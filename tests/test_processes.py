@@ -1,0 +1,246 @@
+"""Whole runs in several processes: the numbers of one, one writer, and an end in any case.
+
+Limits and devices of the processes are in tests/hosts.py; a run of one process takes four of this
+one's devices.
+"""
+
+import json
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ntkrl import data
+from ntkrl.main import main
+from tests.hosts import ends, start
+from tests.models.test_scorers import torch_scorer
+from tests.test_train import ROOT, base, lines, words  # noqa: F401
+from tests.test_train_models import preferences
+
+MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def four_devices(monkeypatch):
+    """Let this process be the one of a run with four devices."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:4])
+
+
+def alike(one, several, steps):
+    """Compare what two runs wrote: metrics to rounding, exported parameters to 1e-5."""
+    assert len(lines(one)) == steps + 1
+    for mine, theirs in zip(lines(one), lines(several), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in set(mine) - {"stage"}:
+            # ratios and differences of rounding are not
+            if not name.startswith(("predict/relative", "sampling/")):
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-6), name
+        assert mine.get("stage") == theirs.get("stage")
+    exported = [load_file(run / "export" / "model.safetensors") for run in (one, several)]
+    assert exported[0].keys() == exported[1].keys()
+    for name, array in exported[0].items():
+        np.testing.assert_allclose(exported[1][name], array, atol=1e-5)
+
+
+def train(arguments, count, devices, **given):
+    """Run a command in processes of their own, to a good end; return what the first said."""
+    found = ends(start(count, ["-m", "ntkrl", *arguments], devices, **given), seconds=400)
+    assert [status for status, _ in found] == [0] * count, found
+    return found[0][1]
+
+
+def rl(base, run, scorer):  # noqa: F811
+    """A run of both stages with everything that happens in one, rewarded by code and a model."""
+    rewards = ROOT / "tests" / "toy_rewards.py"
+    return [
+        *words(base, run, config="cfrl"),
+        *MESH,
+        f"--config.reward.function={rewards}:score,{rewards}:absent,{scorer}",
+        "--config.reward.weights=(1.0,1.0,0.1)",
+        "--config.stages[0].steps=2",
+        "--config.stages[0].parameters=(('head/.*', 1e-1), ('.*', None))",
+        "--config.stages[1].steps=2",
+        "--config.stages[1].parameters=(('.*', 1e-1),)",
+        # Adam would turn rounding of gradients that are zero into steps of a full rate
+        "--config.stages[0].optimizer=sgd",
+        "--config.stages[1].optimizer=sgd",
+        "--config.logging.tensorboard=True",
+    ]
+
+
+@pytest.fixture(scope="session")
+def scorer(tmp_path_factory):
+    """A reward model with the built-in task's tokenizer."""
+    place = tmp_path_factory.mktemp("scorer")
+    torch_scorer("gpt-neox", place, vocab_size=20)
+    data.save_tokenizer(place)
+    return place
+
+
+SPREAD = [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("shape", SPREAD, ids=str)
+def test_rl_in_several_processes(base, scorer, tmp_path, four_devices, shape):  # noqa: F811
+    """law: four devices of one process, of two or of four sample and learn the same."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert main(rl(base, one, scorer)) == 0
+    said = train(rl(base, several, scorer), *shape)
+    assert said.count("stage 'classifier' ends") == 1
+    alike(one, several, 4)
+    moved, held = (load_file(r / "model.safetensors") for r in (one / "export", base))
+    assert max(np.abs(moved[name] - held[name]).max() for name in held) > 1e-3
+    for place in ("", "probes", "tensorboard", "export", "checkpoints"):
+        kinds = [sorted(entry.name for entry in (r / place).iterdir()) for r in (one, several)]
+        if place == "tensorboard":  # files are called by their time
+            kinds = [len(names) for names in kinds]
+        assert kinds[0] == kinds[1]
+    for path in sorted((one / "probes").iterdir()):
+        for name, array in np.load(path).items():
+            theirs = np.load(several / "probes" / path.name)[name]
+            np.testing.assert_allclose(theirs, array, rtol=1e-4, atol=1e-5)
+
+
+def sft(run, steps):
+    """A new model, whose tokenizer the run itself writes, taught by examples."""
+    return [
+        "train",
+        "--config=configs/sft.py",
+        f"--config.run_dir={run}",
+        "--config.model.new.hidden_size=32",
+        "--config.model.new.intermediate_size=32",
+        "--config.model.new.num_hidden_layers=1",
+        "--config.data.examples=200",
+        "--config.data.max_prompt_tokens=8",
+        "--config.rollout.max_completion_tokens=12",
+        f"--config.stages[0].steps={steps}",
+        "--config.stages[0].parameters=(('.*', 1e-1),)",
+        "--config.stages[0].optimizer=sgd",
+        "--config.checkpoint.every_steps=2",
+    ]
+
+
+def test_supervised_in_four_processes(tmp_path, four_devices):
+    """law: a device each for four processes learns what four devices of one do."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert main([*sft(one, 5), *MESH]) == 0
+    train([*sft(several, 5), *MESH], 4, 1)
+    alike(one, several, 5)
+
+
+def test_a_reward_model_in_two_processes(base, tmp_path, four_devices):  # noqa: F811
+    """law: preferences teach two processes what they teach one."""
+    pairs = tmp_path / "pairs.jsonl"
+    preferences(pairs, 40)
+    one, several = tmp_path / "one", tmp_path / "several"
+
+    def arguments(run):
+        return [
+            "train",
+            "--config=configs/reward.py",
+            f"--config.model.path={base}",
+            f"--config.run_dir={run}",
+            f"--config.data.path={pairs}",
+            "--config.data.prompts_per_step=8",
+            "--config.stages[0].steps=3",
+            "--config.stages[0].parameters=(('.*', 1e-2),)",
+            "--config.stages[0].optimizer=sgd",
+            *MESH,
+        ]
+
+    assert main(arguments(one)) == 0
+    train(arguments(several), 2, 2)
+    alike(one, several, 3)
+
+
+def killed_after(processes, run, count, victim):
+    """Kill one process once the run has written so many lines."""
+    path, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.01)
+    processes[victim].send_signal(signal.SIGKILL)
+    return ends(processes, seconds=120)
+
+
+def test_killed_and_resumed_in_two_processes(tmp_path):
+    """story: a worker is killed, the other names it and what is left; resumed, the same bits."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train([*sft(whole, 300), "--config.checkpoint.every_steps=50"], 2, 1)
+    arguments = [*sft(broken, 300), "--config.checkpoint.every_steps=50"]
+    processes = start(2, ["-m", "ntkrl", *arguments], SILENCE="3")
+    (status, text), (killed, _) = killed_after(processes, broken, 60, victim=1)
+    assert killed == -signal.SIGKILL and status == 70, text
+    said = text[text.rindex("\nntkrl: ") :]
+    assert f"process 1 ({HOST}) gave no sign of life for 3 s" in said
+    assert "Run the same command again: it resumes after rollout step " in said
+    assert int(said.split("rollout step ")[-1].strip(" .\n")) in range(50, 300, 50)
+    assert "resuming" in train(arguments, 2, 1)
+    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    exported = [run / "export" / "model.safetensors" for run in (whole, broken)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+def test_a_reward_that_hangs_on_one_host(base, tmp_path):  # noqa: F811
+    """story: the host whose reward hangs says so and ends with 2, the other with 70 and why."""
+    rewards = tmp_path / "mine.py"
+    rewards.write_text(
+        "import os, time\n"
+        "def score(completions):\n"
+        "    time.sleep(1000 if os.environ['JAX_PROCESS_ID'] == '1' else 0)\n"
+        "    return [0.0 for _ in completions]\n"
+    )
+    more = [f"--config.reward.function={rewards}:score", "--config.reward.timeout=3"]
+    more += ["--config.eval.every_steps=None", "--config.mesh.data=2"]
+    found = ends(start(2, ["-m", "ntkrl", *words(base, tmp_path / "run", *more)]))
+    (first, told), (second, own) = found
+    assert (first, second) == (70, 2), found
+    cause = f"reward function {rewards}:score did not answer within 3 s"
+    assert f"process 1 ({HOST}) failed: {cause}" in told and cause in own
+    assert "it starts again, since there is no checkpoint yet" in told
+    assert "Traceback" not in told + own
+
+
+def test_configs_that_differ(tmp_path):
+    """story: processes with different seeds are told by both, before anything is trained."""
+    run = tmp_path / "run"
+    code = "import os, sys; from ntkrl.main import main; own = os.environ['JAX_PROCESS_ID']; "
+    code += "sys.exit(main([*sys.argv[1:], f'--config.seed={own}']))"
+    for status, text in ends(start(2, ["-c", code, *sft(run, 5)])):
+        assert status == 2 and f"process 1 ({HOST}): seed: 0 -> 1" in text, text
+    assert not run.exists()
+
+
+def test_evaluation_in_two_processes(base, tmp_path, four_devices):  # noqa: F811
+    """law: the scores of one process, written once."""
+    wrote = []
+    for count in (1, 2):
+        run = tmp_path / str(count)
+        arguments = ["evaluate", *words(base, run)[1:], *MESH]
+        if count == 1:
+            assert main(arguments) == 0
+        else:
+            said = train(arguments, 2, 2)
+            assert said.count("eval/pass@k") == 1
+        wrote.append({p.name: p.read_text() for p in (run / "evaluations").iterdir()})
+    names = sorted(wrote[0])
+    assert len(names) == 3 and names == sorted(wrote[1])
+    for name in names:
+        if not name.endswith("l"):
+            assert json.loads(wrote[0][name]) == pytest.approx(json.loads(wrote[1][name]))
+        else:
+            assert wrote[0][name] == wrote[1][name]
+
+
+def test_commands_of_one_process(capsys, monkeypatch):
+    """law: kernel and export are refused in several processes."""
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    for command in ("kernel", "export"):
+        assert main([command, "a", "b"]) == 2
+        assert f"{command} works in one process" in capsys.readouterr().err
