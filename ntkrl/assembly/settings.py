@@ -281,17 +281,8 @@ def read_settings(config: ConfigDict) -> RunSettings:
         )
     if not problems:
         problems += _division_problems(found)
-    ranked = not problems and found.checkpoint.keep_best and found.checkpoint.best_metric
-    if ranked and ranked.startswith("eval/") and found.evaluation.every_steps is None:
-        problems.append(
-            f"checkpoint.best_metric {ranked!r} is never measured: set eval.every_steps, which "
-            "should divide checkpoint.every_steps or be divided by it."
-        )
-    if not problems and found.rollout.engine and found.objective.correction == "off":
-        problems.append(
-            "rollout.engine draws with another program's arithmetic: set objective.correction to "
-            "truncate or mask."
-        )
+    if not problems:
+        problems += _missing_beside(found)
     if problems:
         raise ValueError("\n".join(problems))
     return found
@@ -312,6 +303,22 @@ def _division_problems(found: RunSettings) -> list[str]:
             "minibatch."
         ]
     return []
+
+
+def _missing_beside(found: RunSettings) -> list[str]:
+    """List settings that need another one."""
+    problems, kept = [], found.checkpoint
+    if found.rollout.engine and found.objective.correction == "off":
+        problems.append(
+            "rollout.engine draws with another program's arithmetic: set objective.correction to "
+            "truncate or mask."
+        )
+    evaluated = kept.best_metric is not None and kept.best_metric.startswith("eval/")
+    if kept.keep_best is not None and evaluated and found.evaluation.every_steps is None:
+        problems.append(
+            f"checkpoint.best_metric {kept.best_metric!r} is never measured: set eval.every_steps."
+        )
+    return problems
 
 
 def _rewards(config: ConfigDict) -> RewardSettings:
