@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ntkrl.main import main
 from tests.children import Children
 from tests.test_train import STAGES, base, lines, words
 
@@ -108,6 +109,13 @@ def test_killed_in_a_save(base, children, whole, tmp_path):
     found = lines(whole)
     assert len({line["reward"] for line in found[1:]}) > 3  # something was learnt from
     assert [line["stage"] for line in found[1:]] == ["classifier"] * 4 + ["all"] * 6
+    # the first stage left the body alone: the features of the probe set have not moved
+    drift = {
+        line["step"]: line["probe/feature_distortion"] for line in found if "probe/entropy" in line
+    }
+    assert drift[4] == 0.0 and drift[6] > 0.0
+    shares = [line["predict/head_share"] for line in found if "predict/head_share" in line]
+    assert shares[:2] == [1.0, 1.0] and shares[2] < 1.0
 
 
 def test_killed_at_any_moment(base, children, whole, tmp_path):
@@ -148,17 +156,31 @@ def stopped(children, command, run, changes, **given):
     return step
 
 
-def test_sigterm_saves_and_leaves(base, children, whole, tmp_path):
+def test_sigterm_saves_and_leaves(base, children, whole, tmp_path, capsys):
     """story: SIGTERM saves after the rollout step under way, status 75; the command goes on."""
     run = tmp_path / "run"
     rarely = "--config.checkpoint.every_steps=100"
     step = stopped(children, arguments(base, run, rarely), run, 8)
     assert 1 <= step < 10
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
-    status, output = children.run(arguments(base, run))
+    ranked = [f"--config.checkpoint.{word}" for word in ("keep=1", "keep_best=1", "best_mode=min")]
+    status, output = children.run(arguments(base, run, *ranked))
     assert status == 0, output
     assert "the config has changed: checkpoint.every_steps: 100 -> 1 (when and what" in output
     assert_same(whole, run)
+    # of those saved since then, the one with the least reward stays beside the newest
+    rewards = {int(line["rollout_step"]): line["reward"] for line in lines(run)[1 + step :]}
+    best = min(rewards, key=rewards.get)
+    held = {path.name for path in (run / "checkpoints").iterdir()}
+    assert held == {str(best), "10"} and best < 10
+    for name, number in ((f"--step={best}", best), ("--step=best", best), ("--step=10", 10)):
+        assert main(["export", str(run), str(tmp_path / name), name]) == 0  # on eight devices
+        assert f"step {number} of {run} written" in "".join(capsys.readouterr())
+    files = [tmp_path / f"--step={best}", tmp_path / "--step=best", tmp_path / "--step=10"]
+    files = [(place / "model.safetensors").read_bytes() for place in [*files, run / "export"]]
+    assert files[0] == files[1] != files[2] == files[3]
+    assert main(["export", str(whole), str(tmp_path / "x"), "--step=best"]) == 2
+    assert "ranks no checkpoints" in capsys.readouterr().err
 
 
 def damage(checkpoint):

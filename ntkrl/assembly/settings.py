@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -286,24 +285,12 @@ def read_settings(config: ConfigDict) -> RunSettings:
             f"{config.method}."
         )
     if not problems:
-        problems += [*_division_problems(found), *_unmet_needs(found)]
+        problems += _division_problems(found)
+    if not problems:
+        problems += _missing_beside(found)
     if problems:
         raise ValueError("\n".join(problems))
     return found
-
-
-def _unmet_needs(found: RunSettings) -> Iterator[str]:
-    ranked = found.checkpoint.keep_best and found.checkpoint.best_metric
-    if ranked and ranked.startswith("eval/") and found.evaluation.every_steps is None:
-        yield (
-            f"checkpoint.best_metric {ranked!r} is never measured: set eval.every_steps, which "
-            "should divide checkpoint.every_steps or be divided by it."
-        )
-    if found.rollout.engine and found.objective.correction == "off":
-        yield (
-            "rollout.engine draws with another program's arithmetic: set objective.correction to "
-            "truncate or mask."
-        )
 
 
 def _division_problems(found: RunSettings) -> list[str]:
@@ -321,6 +308,22 @@ def _division_problems(found: RunSettings) -> list[str]:
             "minibatch."
         ]
     return []
+
+
+def _missing_beside(found: RunSettings) -> list[str]:
+    """List settings that need another one."""
+    problems, kept = [], found.checkpoint
+    if found.rollout.engine and found.objective.correction == "off":
+        problems.append(
+            "rollout.engine draws with another program's arithmetic: set objective.correction to "
+            "truncate or mask."
+        )
+    evaluated = kept.best_metric is not None and kept.best_metric.startswith("eval/")
+    if kept.keep_best is not None and evaluated and found.evaluation.every_steps is None:
+        problems.append(
+            f"checkpoint.best_metric {kept.best_metric!r} is never measured: set eval.every_steps."
+        )
+    return problems
 
 
 def _rewards(config: ConfigDict) -> RewardSettings:
