@@ -21,6 +21,7 @@ def sometimes(prompts, completion_ids, **columns):
 
 
 def absent(prompts, log_metric, **columns):
-    """A reward for the even prompts alone, and a metric."""
-    log_metric("prompts", len(prompts))
-    return [0.25 if int(prompt.rstrip("=")[-1]) % 2 == 0 else None for prompt in prompts]
+    """A reward for the even prompts alone, and their share."""
+    even = [int(prompt.rstrip("=")[-1]) % 2 == 0 for prompt in prompts]
+    log_metric("even", sum(even) / len(even))
+    return [0.25 if one else None for one in even]

@@ -73,40 +73,27 @@ def test_three_processes_agree_and_end():
     assert ["well done" in text for _, text in found] == [True, False, False]
 
 
-LOST = {
-    "a worker is killed": ("kill", 1, {}, -signal.SIGKILL, "gave no sign of life for 3 s"),
-    "a worker aborts": (
-        "abort",
-        1,
-        {},
-        128 + signal.SIGABRT,
-        "was aborted by a fatal error of XLA",
-    ),
-    "a worker stalls": (
-        "stall",
-        2,
-        {"STALL": "4"},
-        watch.OTHERS_FAILED,
-        "has not gone on from rollout step 2 for 4 s",
-    ),
-    "the first stalls": (
-        "stall",
-        0,
-        {"STALL": "4"},
-        watch.OTHERS_FAILED,
-        "has not gone on from rollout step 2 for 4 s",
-    ),
-    "a worker's mistake": ("mistake", 1, {}, watch.MISTAKE, "failed: reward function score"),
-    "the first one's mistake": ("mistake", 0, {}, watch.MISTAKE, "failed: reward function score"),
-    "another error": ("bug", 1, {}, watch.FAILED, "failed: RuntimeError: something else"),
+WAITED = "has not gone on from rollout step 2 for 4 s"
+LOST = {  # deed, by which of how many, limits, its own status, what the others say
+    "a worker is killed": ("kill", 1, 3, {}, -signal.SIGKILL, "gave no sign of life for 3 s"),
+    "a worker stalls": ("stall", 1, 2, {"STALL": "4"}, watch.OTHERS_FAILED, WAITED),
+    "a worker's mistake": ("mistake", 1, 2, {}, watch.MISTAKE, "failed: reward function score"),
+    "the first one's": ("mistake", 0, 3, {}, watch.MISTAKE, "failed: reward function score"),
+    "SLOW the first stalls": ("stall", 0, 3, {"STALL": "4"}, watch.OTHERS_FAILED, WAITED),
+    "SLOW abort": ("abort", 1, 2, {}, 128 + signal.SIGABRT, "was aborted by a fatal error of XLA"),
+    "SLOW another error": ("bug", 1, 2, {}, watch.FAILED, "failed: RuntimeError: something else"),
 }
+CASES = [
+    pytest.param(case, id=name, marks=[pytest.mark.slow] if name.startswith("SLOW") else [])
+    for name, case in LOST.items()
+]
 
 
-@pytest.mark.parametrize("case", LOST.values(), ids=LOST.keys())
+@pytest.mark.parametrize("case", CASES)
 def test_the_others_end_and_say_why(case):
     """story: status 70 and one sentence with process, host and cause, wherever they wait."""
-    deed, by, given, status, message = case
-    found, seconds = run(deed, by, **given)
+    deed, by, count, given, status, message = case
+    found, seconds = run(deed, by, count, **given)
     assert seconds < 45
     for number, (ended, text) in enumerate(found):
         if number == by:
@@ -127,7 +114,7 @@ def test_the_others_end_and_say_why(case):
 
 def test_the_coordinator_is_killed():
     """story: JAX aborts the others at once; they still say who is gone, and end with 70."""
-    found, seconds = run("kill", 0)
+    found, seconds = run("kill", 0, count=2)
     assert found[0][0] == -signal.SIGKILL and seconds < 45
     for ended, text in found[1:]:
         assert ended == watch.OTHERS_FAILED, text
@@ -135,6 +122,7 @@ def test_the_coordinator_is_killed():
         assert "\nRun the same command again: it" in text
 
 
+@pytest.mark.slow
 def test_a_frozen_process():
     """story: SIGSTOP is silence; the others end, and so does it once it goes on."""
     processes = start(2, ["-c", CHILD, "freeze", "1"], SILENCE="3")
@@ -154,7 +142,7 @@ def test_ways_that_part():
 
 def test_a_process_that_never_comes():
     """story: those that came end after the time to start, and name it."""
-    processes = start(3, ["-c", CHILD, "nothing", "0"], START="8")
+    processes = start(3, ["-c", CHILD, "nothing", "0"], START="6")
     processes[1].kill()
     for number, (status, text) in enumerate(ends(processes, seconds=60)):
         if number != 1:
