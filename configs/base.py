@@ -64,7 +64,9 @@ def get_config():
     config.model.dtype = "float32"  # masters: a learning rate of 1e-7 vanishes in bfloat16
     config.model.compute_dtype = placeholder(str)  # None: dtype
     config.model.untie = False
-    config.model.remat = False  # True: whole layers are made again in the backward pass
+    # what the backward pass makes again: "none"; "products", all of a layer but its products with
+    # weights; "all", the whole layer, which needs least memory
+    config.model.remat = "products"
     config.model.lora = ConfigDict({"rank": 0, "alpha": 16.0, "modules": "attention/.*"})  # 0: none
     # "pythia" or a .jinja file, given to the tokenizer with its special tokens; None: its own
     config.model.template = placeholder(str)
@@ -94,6 +96,9 @@ def get_config():
     config.rollout.min_p = placeholder(float)
     config.rollout.stop = ()  # strings that end a completion
     config.rollout.cache_dtype = placeholder(str)  # of keys and values; None: the network's
+    # sample from a copy of the params in compute_dtype, gathered over fsdp once per rollout, where
+    # one fits; it stays split over tensor
+    config.rollout.gather_params = False
     config.rollout.engine = placeholder(str)  # "FILE.py:make", see ntkrl/rollout/external.py
 
     config.reward = ConfigDict()
@@ -152,7 +157,8 @@ def get_config():
     config.schedule.minibatches = 1
     config.schedule.microbatches = 1  # parts of a minibatch whose gradients are added
     config.schedule.inner_epochs = 1
-    config.schedule.chunk_tokens = 1024  # positions whose logits exist at a time
+    config.schedule.chunk_tokens = 1024  # positions whose logits exist at a time on a device
+    config.schedule.offload_optimizer = False  # moments wait in the host's memory between steps
     config.schedule.log_ratio_tolerance = 1e-3  # nats, sampler against trainer
     config.schedule.resample_rounds = 3  # where group_filter is "resample"
     config.schedule.on_no_signal = "skip"  # or "stop": a step with nothing to learn from
@@ -165,7 +171,15 @@ def get_config():
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
-    config.checkpoint = ConfigDict({"every_steps": 20, "keep": 2})
+    config.checkpoint = ConfigDict()  # all of it may change when a run is resumed
+    config.checkpoint.every_steps = 20
+    config.checkpoint.keep = 2  # of the newest
+    config.checkpoint.keep_best = placeholder(int)  # beside the newest; None: only these
+    # such as "eval/reward": steps that did not measure it are not ranked; None: reward, loss (sft)
+    # or accuracy (reward models)
+    config.checkpoint.best_metric = placeholder(str)
+    config.checkpoint.best_mode = placeholder(str)  # None: "min" for a loss, "max" for the rest
+    config.checkpoint.failures = 3  # in a row, such as on a full disk; before that a run goes on
 
     config.eval = ConfigDict()
     config.eval.every_steps = 20  # None: no evaluation

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the test suite; arguments go to pytest (for example -m slow).
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 prepare test
 exec .venv/bin/python -m pytest tests -n 2 "$@"

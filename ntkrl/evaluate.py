@@ -82,31 +82,41 @@ def _write(
     print(f"samples: {path.with_suffix('.jsonl')}, rewards: {path.with_suffix('.rewards.json')}")
 
 
-def export(run: str, out: str, step: int | None = None) -> None:
+def export(run: str, out: str, step: int | str | None = None) -> None:
     """Write a checkpoint of a run as a full Hugging Face directory.
 
     Args:
       run: run directory.
       out: directory to write.
-      step: rollout step of a checkpoint that was kept; None for the newest.
+      step: rollout step of a checkpoint that was kept, "best", or None for the newest.
 
     Raises:
-      ValueError: no run there, or no such checkpoint.
+      ValueError: no run there, no such checkpoint, or a damaged one.
     """
     directory = Path(run)
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.json.")
     config = runtime.from_json(json.loads(path.read_text(encoding="utf-8")))
+    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}  # of the devices here, not the run's
     settings = assembly.read_settings(config)
+    best = assembly.best_of(settings.checkpoint, assembly.SOURCES[settings.method].headline)
+    if step == "best" and best is None:
+        raise ValueError(f"{run} ranks no checkpoints; train with --config.checkpoint.keep_best=1.")
     start = assembly.assemble_model(settings, directory)
-    checkpoints = runtime.Checkpoints(directory / "checkpoints", settings.checkpoint.keep)
+    given = directory / "checkpoints", settings.checkpoint.keep, best
+    checkpoints = runtime.Checkpoints(*given, reading=True)
     held = checkpoints.steps()
-    chosen = checkpoints.latest() if step is None else step
+    chosen = step
+    if step is None or step == "best":
+        chosen = checkpoints.latest() if step is None else checkpoints.best_step()
+    listed = f"kept are: {', '.join(map(str, held)) if held else 'none'}."
     if chosen not in held:
-        listed = ", ".join(map(str, held)) if held else "none"
-        raise ValueError(f"{run} has no checkpoint of step {chosen}; kept are: {listed}.")
-    start.export(Path(out), checkpoints.restore_params(chosen, start.params))
+        raise ValueError(f"{run} has no checkpoint of step {chosen}; {listed}")
+    try:
+        start.export(Path(out), checkpoints.restore_params(chosen, start.params))
+    except runtime.DamagedError as error:
+        raise ValueError(f"step {chosen} of {run} is damaged ({error}); {listed}") from error
     checkpoints.close()
     tqdm.write(f"step {chosen} of {run} written to {out}")
 

@@ -14,7 +14,7 @@ USAGE = """usage: ntkrl COMMAND ...
   kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
   report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
   report   --glossary                                         what every metric means, as Markdown
-  export   RUN OUT [--step=N]                                 a checkpoint as Hugging Face directory
+  export   RUN OUT [--step=N|best]                            a checkpoint as Hugging Face directory
   presets  [NAME ...]                                         objectives: formula, source and axes
 
 kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=16 --layers
@@ -25,9 +25,15 @@ Set NTKRL_TRACEBACK=1 to see where an error came from.
 Exit statuses: 0 done, 2 a mistake of the user's, 70 another process of the run failed or was lost,
 130 interrupted."""
 
+PREEMPTED = 75
+"""Exit status of a run that was asked to leave: EX_TEMPFAIL, try again."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status (2 for a user's mistake).
+    """Run one command; return its exit status.
+
+    0: done. 2: a user's mistake, or a disk that takes no more. 75: asked to leave by SIGTERM, and
+    saved. 130: interrupted. The last two go on where they were with the same command.
 
     Args:
       argv: words after the program's name; None for the process's own.
@@ -48,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ntkrl: unknown command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        commands[words[0]](words[1:])
+        status = commands[words[0]](words[1:])
     except (ValueError, OSError) as error:
         if "NTKRL_TRACEBACK" in os.environ:
             raise
@@ -57,15 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
+    return 0 if status is None else status
 
 
-def _train(words: Sequence[str]) -> None:
+def _train(words: Sequence[str]) -> int | None:
     from ntkrl import runtime, train
 
     config = runtime.read_config(words)
     with runtime.together():
-        train.train(config)
+        try:
+            train.train(config)
+        except runtime.PreemptedError as error:
+            print(f"ntkrl train: {error}", file=sys.stderr)
+            return PREEMPTED
+    return None
 
 
 def _evaluate(words: Sequence[str]) -> None:
@@ -120,9 +131,11 @@ def _export(words: Sequence[str]) -> None:
     if len(places) != 2:
         raise ValueError("export needs a run directory and an output directory.")
     step = options["step"] if "step" in options else None
-    if step is not None and not step.isdigit():
-        raise ValueError(f"--step={step} must be a whole number.")
-    evaluate.export(places[0], places[1], None if step is None else int(step))
+    if step is not None and step.isdigit():
+        step = int(step)
+    elif step not in (None, "best"):
+        raise ValueError(f"--step={step} must be a whole number, or best.")
+    evaluate.export(places[0], places[1], step)
 
 
 def _presets(words: Sequence[str]) -> None:

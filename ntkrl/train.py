@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import assembly, probe, report, runtime, trees, update
+from ntkrl import assembly, probe, report, runtime, update
 from ntkrl.types import Array, Params, TrainState
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
@@ -36,18 +37,28 @@ def train(config: ConfigDict) -> Path:
     Raises:
       ValueError: a mistake in the config or the files it names, a changed config on resume, a
         reward function's fault, or a loss that is not finite.
+      OSError: the disk takes no more.
+      PreemptedError: asked to leave by SIGTERM, and saved after the rollout step that was
+        under way.
     """
+    with runtime.Notice() as notice:
+        return _train(config, notice)
+
+
+def _train(config: ConfigDict, notice: runtime.Notice) -> Path:
     directory = Path(config.run_dir)
     settings = assembly.read_settings(config)
     given = runtime.to_json(config)
     runtime.check_alike("config", given)
-    runtime.check_claim(directory, given)
+    changed = runtime.check_claim(directory, given)
     if runtime.agree("whether it is finished", (directory / "finished").exists())[0]:
         runtime.tell(f"{directory} is finished; remove it to run again.")
         return directory
+    for change in changed or ():
+        runtime.tell(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
     setup = assembly.assemble(settings, directory)
-    loop = Loop(setup, directory)
+    loop = Loop(setup, directory, given, notice)
     if runtime.is_writer():
         runtime.claim(directory, given)
     _check_shared(directory)
@@ -65,18 +76,24 @@ def train(config: ConfigDict) -> Path:
 class Loop:
     """The moving parts of one run: state, stage, counters."""
 
-    def __init__(self, setup: assembly.Setup, directory: Path):
+    def __init__(
+        self,
+        setup: assembly.Setup,
+        directory: Path,
+        config: dict[str, Any],
+        notice: runtime.Notice,
+    ):
         self.setup, self.settings, self.directory = setup, setup.settings, directory
+        self.notice = notice
         self.stages = setup.stages
         self.source = assembly.SOURCES[self.settings.method](setup)
         self.programs = update.stage_programs(
             self.stages, setup.network, setup.params, self.settings.schedule.updates
         )
         self.mix = jax.jit(optax.incremental_update, donate_argnums=1)
-        self.compiled: dict[int, Any] = {}
-        self.checkpoints = runtime.Checkpoints(
-            directory / "checkpoints", self.settings.checkpoint.keep
-        )
+        self.compiled: dict[tuple[int, int], Any] = {}
+        self.states = assembly.States(setup)
+        self.keeper = assembly.Keeper(self.settings, config, directory, self.source.headline)
         self.prober, self.eval_sample = None, None
         if setup.held_out is not None and setup.policy is not None:
             self.eval_sample = assembly.make_evaluation_sample(setup)
@@ -91,16 +108,17 @@ class Loop:
         start = self._resume()
         left = update.steps_left(self.stages, self.progress)
         kept = int(self.state.step) if start else -1
-        rollout_step, total, silent = start, start + left, not runtime.is_writer()
-        shown = {"desc": self.settings.name, "mininterval": 0.5, "disable": silent}
+        rollout_step, total, metrics = start, start + left, {}
+        shown = {"desc": self.settings.name, "mininterval": 0.5, "disable": not runtime.is_writer()}
         with (
+            self.keeper,
             self._writer(start if start else -1, kept) as writer,
             tqdm(total=total, initial=start, **shown) as bar,
         ):
             if start == 0:
                 writer.write(0, self._evaluate(0) | self._read_probe())
                 self.clock.lap()
-            while left > 0:
+            while left > 0 and not self.notice.reached(rollout_step):
                 rollout_step += 1
                 metrics = self._advance(rollout_step)
                 left = update.steps_left(self.stages, self.progress)
@@ -109,13 +127,18 @@ class Loop:
                     metrics |= self._evaluate(rollout_step)
                 writer.write(int(self.state.step), metrics)
                 if last or _due(self.settings.checkpoint.every_steps, rollout_step):
-                    self._save(rollout_step)
+                    self._save(rollout_step, metrics)
+                self.keeper.settle(wait=False)
+                runtime.saved(self.keeper.newest())
                 writer.write_timings(int(self.state.step), self.clock.lap(), rollout_step)
                 headline = self.source.headline
                 bar.set_postfix({headline: f"{metrics[headline]:.3f}", "stage": metrics["stage"]})
                 bar.total = rollout_step + left
                 bar.update()
-        self.checkpoints.close()
+            if left > 0 and rollout_step > 0:
+                self._save(rollout_step, metrics)
+        if left > 0:
+            raise runtime.PreemptedError(self.keeper.farewell(rollout_step))
 
     def _writer(self, start: int, kept: int) -> report.MetricsWriter | report.NoWriter:
         """Open metrics and loggers, in the process that writes."""
@@ -144,7 +167,7 @@ class Loop:
             copied = probing and number == len(todo)
             before = jax.tree.map(jnp.copy, self.state.params) if copied else None
             placed = runtime.place_rows(batch, self.setup.mesh)
-            self.state, values = self._step(self.progress.stage)(self.state, placed, reference)
+            self.state, values = self._step(placed, reference)(self.state, placed, reference)
             logged.append({name: float(value) for name, value in values.items()})
             self._check_finite(logged[-1], rollout_step)
             if number == 1:
@@ -170,8 +193,7 @@ class Loop:
         """Where a stage has ended, enter the next: start its optimizer, or hand the state over."""
         if self.progress.ended is not None:
             self.progress = update.entered(self.progress)
-            program = self.programs[self.progress.stage]
-            self.state = self._placed(update.next_state(program, self.state))
+            self.state = self.states.next(self.programs[self.progress.stage], self.state)
         if self.progress.steps == 0:
             warning = self.programs[self.progress.stage].warning(self.state.params)
             if warning is not None:
@@ -194,30 +216,34 @@ class Loop:
             "learning_rate": program.learning_rate(max(taken - 1, 0)),
         }
 
-    def _step(self, index: int) -> Any:
-        """Return a stage's compiled train step: one function, sharded, its state donated."""
-        if index not in self.compiled:
+    def _step(self, batch: Any, reference: Any) -> Any:
+        """Return the stage's compiled train step: one function, sharded, its state donated."""
+        stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
+        if (stage, rows) not in self.compiled:
             parts = self.settings.schedule.microbatches
-            step = update.make_step(self.programs[index], self.source.minimised, parts)
+            step = update.make_step(self.programs[stage], self.source.minimised, parts)
+            if self.settings.schedule.offload_optimizer:
+                step = update.offloaded(step, self.states.shardings(self.state).opt_state)
             placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-            self.compiled[index] = jax.jit(
+            beside = jax.tree.map(lambda leaf: leaf.sharding, reference)
+            self.compiled[stage, rows] = jax.jit(
                 step,
-                in_shardings=(placed, None, None),
+                in_shardings=(placed, runtime.row_sharding(rows, self.setup.mesh), beside),
                 out_shardings=(placed, runtime.replicated(self.setup.mesh)),
                 donate_argnums=0,
             )
-        return self.compiled[index]
+        return self.compiled[stage, rows]
 
     def _check_finite(self, values: dict[str, float], rollout_step: int) -> None:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if not bad:
             return
-        held = self.checkpoints.latest()
-        good = f"step {held} in {self.checkpoints.directory}" if held is not None else "none yet"
+        self.keeper.settle()
         raise ValueError(
             f"{' and '.join(bad)} not finite at step {int(self.state.step)} (rollout step "
             f"{rollout_step}, stage {self.stages[self.progress.stage].name!r}); the last good "
-            f"checkpoint is {good}. Lower the stage's learning rate or set its max_grad_norm."
+            f"checkpoint is {self.keeper.last_good()}. Lower the stage's learning rate or set "
+            "its max_grad_norm."
         )
 
     def _probe(self, before: Params) -> dict[str, float]:
@@ -246,42 +272,34 @@ class Loop:
 
     def _resume(self) -> int:
         """Set state, stage and counters from the newest checkpoint; return its rollout step."""
-        start = runtime.agree("the newest checkpoint", self.checkpoints.latest())[0]
-        position = {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
-        if start is not None:
-            position = self.checkpoints.position(start)
+        start, position = 0, {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
+        held = self.keeper.resume(self._described)
+        if held is None:
+            state = self.states.first(self.programs[0])
+        else:
+            start, position, state = held
+            runtime.tell(f"resuming {self.directory} after rollout step {start}")
         self.progress = update.Progress(**position["progress"])
         self.tokens_seen = position["num_tokens"]
         self.source.position = position["prompt_batches"]
-        params = jax.tree.map(jnp.copy, self.setup.params)
-        key = jax.random.key(self.settings.seed)
-        state = update.init_state(self.programs[self.progress.stage], params, key)
-        if self.settings.schedule.reference_sync_steps is not None:
-            state = state.replace(reference=jax.tree.map(jnp.copy, self.setup.params))
-        state = self._placed(state)
-        if start is not None:
-            state = self.checkpoints.restore(start, state)
-            runtime.tell(f"resuming {self.directory} after rollout step {start}")
         # apart from what the step donates, since the step may read its head
         self.reference, self.state = state.reference, state.replace(reference=None)
-        runtime.saved(0 if start is None else start)
-        return 0 if start is None else start
+        runtime.saved(start)
+        return start
 
-    def _save(self, rollout_step: int) -> None:
+    def _described(self, position: Mapping[str, Any]) -> TrainState:
+        stage = update.Progress(**position["progress"]).stage
+        return self.states.described(self.programs[stage])
+
+    def _save(self, rollout_step: int, metrics: dict[str, Any]) -> None:
         position = {
             "progress": dataclasses.asdict(self.progress),
             "num_tokens": self.tokens_seen,
             "prompt_batches": self.source.position,
         }
         state = self.state.replace(reference=self.reference)
-        self.checkpoints.save(rollout_step, state, position)
-        runtime.saved(rollout_step)
+        self.keeper.save(rollout_step, state, position, metrics)
         self.clock("checkpoint")
-
-    def _placed(self, state: TrainState) -> TrainState:
-        """Put a state on the mesh; optimizer moments lie where their parameters do."""
-        patterns = self.setup.sharding
-        return runtime.place(state, trees.shardings(state, patterns, self.setup.mesh))
 
 
 class _Clock:

@@ -9,6 +9,7 @@ the first match wins, every name must be covered and every pattern must be of us
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ntkrl.types import Params
 
 Patterns = Sequence[tuple[str, Any]]
+
+ROWS = ("data", "fsdp")
+"""Mesh axes that rows of a batch are spread over together."""
 
 
 def names(tree: Params) -> list[str]:
@@ -148,6 +152,55 @@ def shardings(tree: Params, patterns: Patterns, mesh: Mesh) -> Params:
         ]
         placed.append(NamedSharding(mesh, PartitionSpec(*spec)))
     return jax.tree.unflatten(treedef, placed)
+
+
+def constrain(value: Any, mesh: Mesh | None, *axes: Any) -> Any:
+    """Say, in a program, how an array lies on the mesh.
+
+    Args:
+      value: the array.
+      mesh: the device mesh; None or one device asks for nothing.
+      axes: per dimension the mesh axis, or several together, that it is spread over; None for
+        whole. A dimension they do not divide, or that is not named, lies as the compiler likes.
+
+    Returns:
+      The array.
+    """
+    if mesh is None or mesh.size == 1:
+        return value
+    spec = [PartitionSpec.UNCONSTRAINED] * value.ndim
+    for number, names in enumerate(axes):
+        together = (names,) if isinstance(names, str) else names
+        if names is None or value.shape[number] % _size(mesh, together) == 0:
+            spec[number] = names
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def spread_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Say, in a program, that the first axis of arrays is spread over ROWS."""
+    return jax.tree.map(lambda leaf: constrain(leaf, mesh, ROWS), tree)
+
+
+def replicate(value: Any, mesh: Mesh | None) -> Any:
+    """Say, in a program, that an array is whole on every device."""
+    return constrain(value, mesh, *(None,) * value.ndim)
+
+
+def without(patterns: Patterns, axis: str) -> Patterns:
+    """Return a list for `shardings` in which nothing is spread over a mesh axis."""
+    return [
+        (pattern, tuple(None if name == axis else name for name in axes))
+        for pattern, axes in patterns
+    ]
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Return over how many parts the rows of a batch are spread."""
+    return _size(mesh, ROWS)
+
+
+def _size(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[name] for name in axes)
 
 
 def whole(leaf: Any) -> np.ndarray:

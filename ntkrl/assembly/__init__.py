@@ -7,27 +7,32 @@ from ntkrl.assembly.collect import (
     evaluate,
     make_evaluation_sample,
 )
+from ntkrl.assembly.keeping import Keeper, best_of
 from ntkrl.assembly.preferences import PreferenceSource
 from ntkrl.assembly.rollouts import RolloutSource
 from ntkrl.assembly.settings import RunSettings, read_settings
 from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model, check_vocabulary
 from ntkrl.assembly.sources import SupervisedSource, Turn
+from ntkrl.assembly.states import States
 
 SOURCES = {"rl": RolloutSource, "sft": SupervisedSource, "reward": PreferenceSource}
 
 __all__ = [
     "SOURCES",
     "Collected",
+    "Keeper",
     "PreferenceSource",
     "Prompts",
     "RolloutSource",
     "RunSettings",
     "Setup",
     "Start",
+    "States",
     "SupervisedSource",
     "Turn",
     "assemble",
     "assemble_model",
+    "best_of",
     "check_vocabulary",
     "collect",
     "draw_probe_set",

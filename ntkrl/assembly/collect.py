@@ -89,7 +89,7 @@ def make_sample(
 ) -> Sample:
     """Return the `sample(params, prompts, key) -> Rollout` of this run."""
     settings, tokenizer = setup.settings.rollout, setup.tokenizer
-    greedy = temperature == 0
+    greedy, compute = temperature == 0, setup.settings.model.compute_dtype
     sampler_settings = rollout.SamplerSettings(
         completions_per_prompt=completions_per_prompt,
         max_completion_tokens=settings.max_completion_tokens,
@@ -100,6 +100,8 @@ def make_sample(
         top_p=None if greedy else settings.top_p,
         min_p=None if greedy else settings.min_p,
         cache_dtype=None if settings.cache_dtype is None else DTYPES[settings.cache_dtype],
+        gather_params=settings.gather_params,
+        params_dtype=None if compute is None else DTYPES[compute],
         keep_features=keep_features,
     )
     if settings.engine is not None:
@@ -109,9 +111,7 @@ def make_sample(
         stored = functools.partial(models.stored, setup.policy)
         return rollout.ExternalSampler(generate, sampler_settings, stored)
     find_stop = data.stop_finder(tokenizer, settings.stop) if settings.stop else None
-    spread = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
-    smallest = max(rollout.FEWEST_ROWS, spread)
-    return rollout.Sampler(setup.policy, sampler_settings, find_stop, smallest)
+    return rollout.Sampler(setup.policy, sampler_settings, find_stop, setup.mesh)
 
 
 def make_evaluation_sample(setup: Setup) -> Sample:

@@ -43,7 +43,9 @@ class RolloutSource:
             for keep in (False, True)
         }
         chunk = settings.schedule.chunk_tokens
-        self.minimised = update.policy_objective(setup.policy, self.loss, self.temperature, chunk)
+        self.minimised = update.policy_objective(
+            setup.policy, self.loss, self.temperature, chunk, setup.spread
+        )
         self.read = jax.jit(self._read, static_argnames=("length", "whole"))
         self.weigh = jax.jit(functools.partial(weigh, self.objective, self.group))
 
@@ -201,7 +203,8 @@ class RolloutSource:
         length: int,
         whole: bool,
     ) -> tuple[Array, Array | None, Array | None]:
-        policy, chunk = self.setup.policy, self.setup.settings.schedule.chunk_tokens
+        policy = self.setup.policy
+        chunk = self.setup.settings.schedule.chunk_tokens * self.setup.spread
         if features is None:
             features = completion_features(policy, params, tokens, mask, length)
         head, targets = head_of(policy, params), tokens[:, -length:]

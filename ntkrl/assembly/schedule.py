@@ -17,7 +17,8 @@ class ScheduleSettings:
     microbatches: equal parts of a minibatch that are read one after another, their gradients
       added; divides the completions (examples) of a minibatch.
     inner_epochs: passes over a rollout.
-    chunk_tokens: positions whose logits exist at a time.
+    chunk_tokens: positions whose logits exist at a time on each device.
+    offload_optimizer: optimizer moments lie in the host's memory but during a step.
     log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats).
     resample_rounds: further batches of prompts that may replace groups of equal rewards, where
       the objective's group_filter is "resample".
@@ -31,6 +32,7 @@ class ScheduleSettings:
     microbatches: int
     inner_epochs: int
     chunk_tokens: int
+    offload_optimizer: bool
     log_ratio_tolerance: float
     resample_rounds: int
     on_no_signal: str

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ntkrl import report, rollout, runtime, update
+from ntkrl import models, report, rollout, runtime, update
 from ntkrl.assembly.files import DataSettings, names
 from ntkrl.assembly.schedule import ScheduleSettings, read_stages
 
@@ -25,7 +25,8 @@ class ModelSettings:
     dtype: of the params (masters); float32, bfloat16 or float16.
     compute_dtype: the network runs in, or None for `dtype`.
     untie: give a tied head a copy of its own.
-    remat: recompute whole layers in the backward pass, not only what is no product with weights.
+    remat: what the backward pass makes again: "none", "products" (all of a layer but its products
+        with weights) or "all" (the whole layer).
     lora: rank (0 for no adapters), alpha and modules of models.Lora.
     template: chat template given to the tokenizer (see data.read_template), or None.
     vocab_size: rows of the vocabulary, or None for what the model and the tokenizer need.
@@ -37,7 +38,7 @@ class ModelSettings:
     dtype: str
     compute_dtype: str | None
     untie: bool
-    remat: bool
+    remat: str
     lora: dict[str, Any]
     template: str | None
     vocab_size: int | None
@@ -47,6 +48,8 @@ class ModelSettings:
             raise ValueError(
                 "model.untie and model.lora do not go together; untie and export first."
             )
+        if self.remat not in models.REMAT:
+            raise ValueError(f"model.remat {self.remat!r} is not among {', '.join(models.REMAT)}.")
         for name in ("dtype", "compute_dtype"):
             value = getattr(self, name)
             if value not in DTYPES and not (value is None and name == "compute_dtype"):
@@ -97,6 +100,7 @@ class RolloutSettings:
 
     stop: strings that end a completion; they are part of it.
     cache_dtype: of keys and values while sampling, or None for the network's.
+    gather_params: sample from a copy of the params that is not spread over fsdp.
     engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
     """
 
@@ -108,6 +112,7 @@ class RolloutSettings:
     min_p: float | None
     stop: tuple[str, ...]
     cache_dtype: str | None
+    gather_params: bool
     engine: str | None
 
     def __post_init__(self):
@@ -173,14 +178,38 @@ class PreferenceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """every_steps: rollout steps between checkpoints; keep: how many of the newest stay."""
+    """When checkpoints are saved, and which stay.
+
+    every_steps: rollout steps between checkpoints.
+    keep: how many of the newest stay.
+    keep_best: how many of the best stay beside them, or None.
+    best_metric: what they are ranked by, or None for reward, loss or accuracy, by the method.
+    best_mode: "max" or "min", what is better; None for "min" of a loss and "max" of the rest.
+    failures: a run stops when so many in a row could not be written.
+    """
 
     every_steps: int
     keep: int
+    keep_best: int | None
+    best_metric: str | None
+    best_mode: str | None
+    failures: int
 
     def __post_init__(self):
-        if self.every_steps < 1 or self.keep < 1:
-            raise ValueError("checkpoint.every_steps and checkpoint.keep must be ≥ 1.")
+        problems = []
+        for name in ("every_steps", "keep", "keep_best", "failures"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"checkpoint.{name} must be ≥ 1, not {value}")
+        if self.best_metric is not None and not report.is_known(self.best_metric):
+            problems.append(
+                f"checkpoint.best_metric {self.best_metric!r} is no metric; `ntkrl report "
+                "--glossary` lists them"
+            )
+        if self.best_mode not in ("max", "min", None):
+            problems.append(f"checkpoint.best_mode must be max, min or None, not {self.best_mode}")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,11 +286,8 @@ def read_settings(config: ConfigDict) -> RunSettings:
         )
     if not problems:
         problems += _division_problems(found)
-    if not problems and found.rollout.engine and found.objective.correction == "off":
-        problems.append(
-            "rollout.engine draws with another program's arithmetic: set objective.correction to "
-            "truncate or mask."
-        )
+    if not problems:
+        problems += _missing_beside(found)
     if problems:
         raise ValueError("\n".join(problems))
     return found
@@ -282,6 +308,22 @@ def _division_problems(found: RunSettings) -> list[str]:
             "minibatch."
         ]
     return []
+
+
+def _missing_beside(found: RunSettings) -> list[str]:
+    """List settings that need another one."""
+    problems, kept = [], found.checkpoint
+    if found.rollout.engine and found.objective.correction == "off":
+        problems.append(
+            "rollout.engine draws with another program's arithmetic: set objective.correction to "
+            "truncate or mask."
+        )
+    evaluated = kept.best_metric is not None and kept.best_metric.startswith("eval/")
+    if kept.keep_best is not None and evaluated and found.evaluation.every_steps is None:
+        problems.append(
+            f"checkpoint.best_metric {kept.best_metric!r} is never measured: set eval.every_steps."
+        )
+    return problems
 
 
 def _rewards(config: ConfigDict) -> RewardSettings:

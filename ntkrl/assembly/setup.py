@@ -99,6 +99,16 @@ class Setup(Start):
     rewards: reward.RewardSet | None
 
     @property
+    def spread(self) -> int:
+        """Blocks of a part of a minibatch that lie on devices of their own."""
+        schedule, parts = self.settings.schedule, trees.row_parts(self.mesh)
+        each = self.settings.rollout.completions_per_prompt if self.settings.method == "rl" else 1
+        rows = self.settings.data.prompts_per_step * each
+        packed = self.settings.data.packing  # rows are made a multiple
+        rows //= schedule.minibatches * schedule.microbatches
+        return parts if packed or rows % parts == 0 else 1
+
+    @property
     def stages(self) -> tuple[update.Stage, ...]:
         """The config's stages, their lengths in rollout steps."""
         # weighted files may be smaller than a batch
@@ -203,15 +213,15 @@ def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> St
     policy, params = _model(settings.model, tokenizer, mesh, settings.seed)
     rows = _rows(settings.model, tokenizer, policy.vocab_size)
     if rows != policy.vocab_size:
-        policy, params = models.resized(policy, params, rows)
-        params = runtime.place(params, trees.shardings(params, policy.sharding, mesh))
+        policy, params = models.resized(policy, params, rows, mesh)
     check_vocabulary(tokenizer, rows, source)
     return Start(policy, params, tokenizer, source, mesh, None)
 
 
 def _scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, Params]:
     given = settings.model
-    unused = [name for name in ("untie", "remat", "vocab_size") if getattr(given, name)]
+    unused = [name for name in ("untie", "vocab_size") if getattr(given, name)]
+    unused += ["remat"] if given.remat != "products" else []
     unused += ["lora"] if given.lora["rank"] else []
     if unused:
         raise ValueError(
@@ -236,10 +246,8 @@ def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tu
         "bos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    policy, params = models.build(
-        settings.architecture, raw, jax.random.key(seed), dtype, compute, settings.remat
-    )
-    return policy, runtime.place(params, trees.shardings(params, policy.sharding, mesh))
+    given = (jax.random.key(seed), dtype, compute, settings.remat, mesh)
+    return models.build(settings.architecture, raw, *given)
 
 
 def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | None]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ntkrl import data, runtime, update
+from ntkrl import data, trees, update
 from ntkrl.assembly.collect import Clock
 from ntkrl.assembly.setup import Setup
 from ntkrl.numerics import bucket_length
@@ -45,7 +45,7 @@ class SupervisedSource:
         self.setup, self.position = setup, 0
         chunk = setup.settings.schedule.chunk_tokens
         self.minimised = update.policy_objective(
-            setup.policy, update.supervised_loss, chunk_tokens=chunk
+            setup.policy, update.supervised_loss, chunk_tokens=chunk, spread=setup.spread
         )
 
     def evaluate(self, params: Params) -> dict[str, float]:
@@ -90,7 +90,7 @@ class SupervisedSource:
             parts,
             self.setup.tokenizer.pad_token_id,
             settings.data.max_prompt_tokens + settings.rollout.max_completion_tokens,
-            runtime.row_parts(self.setup.mesh) * settings.schedule.microbatches,
+            trees.row_parts(self.setup.mesh) * settings.schedule.microbatches,
         )
 
     def reference_head(self, turn: Turn) -> None:

@@ -7,6 +7,7 @@ them into pure functions. Outside, params are nested dicts of arrays.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ntkrl.models import files
 from ntkrl.models import lora as lora_files
 from ntkrl.models.assemble import assemble, init_params
 from ntkrl.models.families import FAMILIES, family_of
-from ntkrl.models.family import Adapters, Family
+from ntkrl.models.family import REMAT, Adapters, Family, Running
 from ntkrl.models.hub import local_directory
 from ntkrl.models.lora import Lora, is_adapter
 from ntkrl.models.placing import placements, read_params
@@ -28,6 +29,7 @@ from ntkrl.models.scorers import New, check_scorer, export_scorer, load_scorer
 from ntkrl.types import Array, Params, Policy
 
 __all__ = [
+    "REMAT",
     "Lora",
     "New",
     "build",
@@ -51,7 +53,7 @@ def load(
     mesh: Mesh | None = None,
     compute_dtype: Any = None,
     untie: bool = False,
-    remat: bool = False,
+    remat: str = "products",
     lora: Lora | None = None,
     base: str | Path | None = None,
 ) -> tuple[Policy, Params]:
@@ -65,7 +67,8 @@ def load(
       mesh: shard the params over it by the family's patterns, or None for one device.
       compute_dtype: dtype the network runs in; None for `dtype`.
       untie: give a tied model a head of its own, a copy of the embedding.
-      remat: keep nothing of a layer for the backward pass; False keeps its products with weights.
+      remat: what the backward pass makes again: "none"; "products", all of a layer but its products
+        with weights; "all", the whole layer.
       lora: put new adapters on the model; their parameters are called `…/lora_a`, `…/lora_b`.
       base: the model that an adapter directory belongs to; None for the one it names.
 
@@ -86,7 +89,8 @@ def load(
         config = dataclasses.replace(config, adapters=adapters)
     elif lora is not None:
         config = dataclasses.replace(config, adapters=lora.adapters(family))
-    policy, shapes = assemble(family, config, dtype, compute_dtype, remat, str(place))
+    running = _running(remat, mesh)
+    policy, shapes = assemble(family, config, dtype, compute_dtype, running, str(place))
     leaves = {n: leaf for n, leaf in trees.named_leaves(shapes).items() if not is_adapter(n)}
     found = read_params(place, family, leaves, mesh, policy.tied)
     if config.adapters is not None:
@@ -135,6 +139,12 @@ def _adapters(
     }
 
 
+def _running(remat: str, mesh: Mesh | None) -> Running:
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r} is not among {', '.join(REMAT)}.")
+    return Running(remat, mesh)
+
+
 def untied(policy: Policy, params: Params) -> tuple[Policy, Params]:
     """Give a tied model a head of its own, a copy of the embedding."""
     config = dataclasses.replace(policy.config, tie_word_embeddings=False)
@@ -142,7 +152,9 @@ def untied(policy: Policy, params: Params) -> tuple[Policy, Params]:
     return free, {**params, "head": {"weight": jnp.copy(params["embed"]["embedding"])}}
 
 
-def resized(policy: Policy, params: Params, rows: int) -> tuple[Policy, Params]:
+def resized(
+    policy: Policy, params: Params, rows: int, mesh: Mesh | None = None
+) -> tuple[Policy, Params]:
     """Change the number of vocabulary rows, as after tokens were added to the tokenizer.
 
     Fewer rows are cut off at the end: a vocabulary that was padded (Pythia's 50304 rows for 50277
@@ -152,6 +164,7 @@ def resized(policy: Policy, params: Params, rows: int) -> tuple[Policy, Params]:
     Args:
       policy, params: as returned by `load` or `build`.
       rows: V wanted, ≥ 1.
+      mesh: that params lie on, or None for one device.
 
     Returns:
       The policy and params of the other vocabulary.
@@ -166,9 +179,13 @@ def resized(policy: Policy, params: Params, rows: int) -> tuple[Policy, Params]:
         mean_D = jnp.mean(table_VD.astype(jnp.float32), axis=0).astype(table_VD.dtype)
         return jnp.concatenate([table_VD, jnp.broadcast_to(mean_D, (more, mean_D.shape[0]))])
 
-    whole = {**params, "embed": {"embedding": changed(params["embed"]["embedding"])}}
+    tables = {"embed": params["embed"]}
     if not policy.tied:
-        whole["head"] = {"weight": changed(params["head"]["weight"])}
+        tables["head"] = params["head"]
+    leaves = jax.eval_shape(lambda: jax.tree.map(changed, tables))
+    where = None if mesh is None else trees.shardings(leaves, policy.sharding, mesh)
+    moved = jax.jit(lambda held: jax.tree.map(changed, held), out_shardings=where)(tables)
+    whole = {**params, **moved}
     return policy.rebuild(dataclasses.replace(policy.config, vocab_size=rows)), whole
 
 
@@ -178,7 +195,8 @@ def build(
     key: Array,
     dtype: Any = jnp.float32,
     compute_dtype: Any = None,
-    remat: bool = False,
+    remat: str = "products",
+    mesh: Mesh | None = None,
 ) -> tuple[Policy, Params]:
     """Make a new model of a known architecture with random parameters.
 
@@ -186,14 +204,20 @@ def build(
       architecture: Hugging Face's class name, for example `GPTNeoXForCausalLM`.
       config: config.json entries.
       key: PRNG key, consumed.
-      dtype, compute_dtype, remat: as in `load`.
+      dtype, compute_dtype, remat, mesh: as in `load`. Every device draws its own blocks; what is
+        drawn does not depend on the mesh.
 
     Raises:
       ValueError: unknown architecture or impossible config.
     """
     family, parsed = _new(architecture, config)
-    policy, _ = assemble(family, parsed, dtype, compute_dtype, remat, None)
-    return policy, init_params(family, parsed, key, dtype)
+    running = _running(remat, mesh)
+    policy, shapes = assemble(family, parsed, dtype, compute_dtype, running, None)
+    leaves = trees.named_leaves(shapes)
+    placed = placements(family, leaves, mesh)
+    where = jax.tree.unflatten(jax.tree.structure(shapes), [placed[name] for name in leaves])
+    draw = functools.partial(init_params, family, parsed, dtype=dtype)
+    return policy, jax.jit(draw, out_shardings=where)(key)
 
 
 def describe(
@@ -201,18 +225,19 @@ def describe(
     config: dict[str, Any],
     dtype: Any = jnp.float32,
     compute_dtype: Any = None,
-    remat: bool = False,
+    remat: str = "products",
+    mesh: Mesh | None = None,
 ) -> tuple[Policy, Params]:
     """Return what `build` would, with shapes (jax.ShapeDtypeStruct) in place of arrays.
 
     Args:
-      architecture, config, dtype, compute_dtype, remat: as in `build`.
+      architecture, config, dtype, compute_dtype, remat, mesh: as in `build`.
 
     Raises:
       ValueError: unknown architecture or impossible config.
     """
     family, parsed = _new(architecture, config)
-    return assemble(family, parsed, dtype, compute_dtype, remat, None)
+    return assemble(family, parsed, dtype, compute_dtype, _running(remat, mesh), None)
 
 
 def _new(architecture: str, config: dict[str, Any]) -> tuple[Family, Any]:
@@ -286,7 +311,7 @@ def check(path: str | Path, trunk: bool = False) -> int:
     place, adapted = _places(path, None)
     raw = files.read_config(place)
     family = family_of(raw, place)
-    policy, shapes = assemble(family, family.parse(raw), jnp.float32, None, False, None)
+    policy, shapes = assemble(family, family.parse(raw), jnp.float32, None, Running(), None)
     sizes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
     files.check_tensors(place, family, sizes, policy.tied)
     if adapted is not None:

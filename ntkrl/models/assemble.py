@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from ntkrl.models.family import Family
+from ntkrl import trees
+from ntkrl.models.family import Family, Running
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Cache, Params, Policy
 
@@ -22,7 +24,7 @@ def assemble(
     config: Any,
     dtype: Any,
     compute_dtype: Any,
-    remat: bool,
+    running: Running,
     source: str | None,
 ) -> tuple[Policy, Params]:
     """Return the policy and the shapes of its params.
@@ -31,7 +33,7 @@ def assemble(
       family, config: what to make.
       dtype: of params.
       compute_dtype: the network runs in; None for `dtype`.
-      remat: recompute whole layers in the backward pass.
+      running: what the backward pass keeps, and the mesh.
       source: directory the weights came from, or None.
     """
     abstract = nnx.eval_shape(lambda: family.model(config, nnx.Rngs(0), dtype))
@@ -43,11 +45,10 @@ def assemble(
 
     def init_cache(batch_size: int, length: int, cache_dtype: Any = None) -> Cache:
         kept = dtype if compute_dtype is None else compute_dtype
-        return _empty_cache(
-            config, batch_size, length, kept if cache_dtype is None else cache_dtype
-        )
+        kept = kept if cache_dtype is None else cache_dtype
+        return _empty_cache(config, batch_size, length, kept, running.mesh)
 
-    features, decode = _trunk(graphdef, compute_dtype, remat)
+    features, decode = _trunk(graphdef, compute_dtype, running)
     policy = Policy(
         features=features,
         head=_head(config),
@@ -63,12 +64,12 @@ def assemble(
         config=config,
         source=source,
         stacked=family.stacked,
-        rebuild=lambda other: assemble(family, other, dtype, compute_dtype, remat, source)[0],
+        rebuild=lambda other: assemble(family, other, dtype, compute_dtype, running, source)[0],
     )
     return policy, shapes
 
 
-def _trunk(graphdef: Any, compute_dtype: Any, remat: bool) -> tuple[Callable, Callable]:
+def _trunk(graphdef: Any, compute_dtype: Any, running: Running) -> tuple[Callable, Callable]:
     """Return `features` and `decode` of a Policy."""
 
     def module(params: Params) -> nnx.Module:
@@ -79,10 +80,10 @@ def _trunk(graphdef: Any, compute_dtype: Any, remat: bool) -> tuple[Callable, Ca
 
     def features(params: Params, tokens: Array, mask: Array | None = None) -> Array:
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        return module(params).features(tokens, mask, None, remat)[0]
+        return module(params).features(tokens, mask, None, running)[0]
 
     def decode(params: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
-        return module(params).features(tokens, mask, cache, False)
+        return module(params).features(tokens, mask, cache, running._replace(remat="none"))
 
     return features, decode
 
@@ -109,12 +110,13 @@ def init_params(family: Family, config: Any, key: Array, dtype: Any) -> Params:
     return {**params, "head": {"weight": config.initializer_range * draw}}
 
 
-def _empty_cache(config: Any, batch_size: int, length: int, dtype: Any) -> Cache:
+def _empty_cache(config: Any, batch_size: int, length: int, dtype: Any, mesh: Mesh | None) -> Cache:
     sizes = (batch_size, config.num_key_value_heads, length, config.head_dim)
     empty = jnp.zeros((config.num_hidden_layers, *sizes), dtype)
+    empty = trees.constrain(empty, mesh, None, trees.ROWS, "tensor")
     return Cache(
         keys=empty,
         values=empty,
-        mask=jnp.zeros((batch_size, length), bool),
+        mask=trees.spread_rows(jnp.zeros((batch_size, length), bool), mesh),
         length=jnp.zeros((), jnp.int32),
     )

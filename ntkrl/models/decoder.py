@@ -14,7 +14,7 @@ from flax import nnx
 
 from ntkrl.models import layers as nn
 from ntkrl.models import rotary
-from ntkrl.models.family import Adapters, Family, Table
+from ntkrl.models.family import Adapters, Family, Running, Table
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Cache
 
@@ -269,7 +269,7 @@ class Model(nnx.Module):
         self.final_norm = _norm(config, config.hidden_size, dtype)
 
     def features(
-        self, tokens_BT: Array, mask_BT: Array, cache: Cache | None, remat: bool
+        self, tokens_BT: Array, mask_BT: Array, cache: Cache | None, running: Running
     ) -> tuple[Array, Cache | None]:
         """Return the head's input `[B, T, D]` and the cache after reading the tokens."""
         places, cache = nn.places(mask_BT, cache)
@@ -277,11 +277,11 @@ class Model(nnx.Module):
             nn.Sight(rotary.tables(places.positions, kind.rope), places.within(kind.window))
             for kind in self.config.kinds
         ]
-        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0)
+        x_BTD = nn.look_up(self.embed, tokens_BT, running)
         if self.config.embedding_scale != 1.0:  # rounded to the compute dtype, as in training
             x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         kinds = self.config.layer_kinds if len(sights) > 1 else None
-        x_BTD, cache = nn.scan_layers(self.layers, x_BTD, sights, kinds, cache, remat)
+        x_BTD, cache = nn.scan_layers(self.layers, x_BTD, sights, kinds, cache, running)
         return self.final_norm(x_BTD), cache
 
 

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
+from jax.sharding import Mesh
 
 Table = tuple[tuple[str, str, bool], ...]
 """Rows: our name · stored name, `{i}` for the layer of a stacked leaf · transposed or not."""
+
+
+REMAT = ("none", "products", "all")
+"""What the backward pass makes again: nothing, all but products with weights, whole layers."""
+
+
+class Running(NamedTuple):
+    """How a network runs.
+
+    remat: one of REMAT. mesh: that activations are spread over, rows by data and fsdp, heads by
+    tensor; None for wherever they come to lie.
+    """
+
+    remat: str = "products"
+    mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)

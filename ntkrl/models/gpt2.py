@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntkrl.models import layers as nn
-from ntkrl.models.family import Adapters, EqualHeads, Family, Table
+from ntkrl.models.family import Adapters, EqualHeads, Family, Running, Table
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Cache
 
@@ -159,14 +159,14 @@ class Model(nnx.Module):
         self.final_norm = nn.layer_norm(width, config.layer_norm_eps, rngs, dtype)
 
     def features(
-        self, tokens_BT: Array, mask_BT: Array, cache: Cache | None, remat: bool
+        self, tokens_BT: Array, mask_BT: Array, cache: Cache | None, running: Running
     ) -> tuple[Array, Cache | None]:
         """Return the head's input `[B, T, D]` and the cache after reading the tokens."""
         places, cache = nn.places(mask_BT, cache)
-        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0)
+        x_BTD = nn.look_up(self.embed, tokens_BT, running)
         x_BTD = x_BTD + jnp.take(self.positions.embedding[...], places.positions, axis=0)
         sights = [nn.Sight(None, places.allowed)]
-        x_BTD, cache = nn.scan_layers(self.layers, x_BTD, sights, None, cache, remat)
+        x_BTD, cache = nn.scan_layers(self.layers, x_BTD, sights, None, cache, running)
         return self.final_norm(x_BTD), cache
 
 

@@ -9,12 +9,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 
 from ntkrl.models import layers as nn
 from ntkrl.models import rotary
-from ntkrl.models.family import Adapters, EqualHeads, Family, Table
+from ntkrl.models.family import Adapters, EqualHeads, Family, Running, Table
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Cache
 
@@ -168,14 +167,14 @@ class Model(nnx.Module):
         self.final_norm = nn.layer_norm(width, config.layer_norm_eps, rngs, dtype)
 
     def features(
-        self, tokens_BT: Array, mask_BT: Array, cache: Cache | None, remat: bool
+        self, tokens_BT: Array, mask_BT: Array, cache: Cache | None, running: Running
     ) -> tuple[Array, Cache | None]:
         """Return the head's input `[B, T, D]` and the cache after reading the tokens."""
         places, cache = nn.places(mask_BT, cache)
         turns = rotary.tables(places.positions, self.config.rope)
         sight = nn.Sight(turns, places.allowed)
-        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0)
-        x_BTD, cache = nn.scan_layers(self.layers, x_BTD, [sight], None, cache, remat)
+        x_BTD = nn.look_up(self.embed, tokens_BT, running)
+        x_BTD, cache = nn.scan_layers(self.layers, x_BTD, [sight], None, cache, running)
         return self.final_norm(x_BTD), cache
 
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ntkrl.models.family import Adapters
+from ntkrl import trees
+from ntkrl.models.family import Adapters, Running
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Cache
 
@@ -147,6 +148,12 @@ def embedding(rows: int, width: int, deviation: float, rngs: nnx.Rngs, dtype: An
     return nnx.Embed(rows, width, embedding_init=init, param_dtype=dtype, rngs=rngs)
 
 
+def look_up(table: nnx.Embed, tokens: Array, running: Running) -> Array:
+    """Return the rows `[..., D]` of a table, its columns gathered and not the tokens' rows."""
+    held_VD = trees.constrain(table.embedding[...], running.mesh, "tensor", None)
+    return trees.spread_rows(jnp.take(held_VD, tokens, axis=0), running.mesh)
+
+
 class Sight(NamedTuple):
     """What a kind of layer (local, global) makes of the tokens' places.
 
@@ -184,7 +191,7 @@ def scan_layers(
     sights: Sequence[Sight],
     kinds: Sequence[int] | None,
     cache: Cache | None,
-    remat: bool,
+    running: Running,
 ) -> tuple[Array, Cache | None]:
     """Run stacked layers in turn, writing the cache in place along the way.
 
@@ -194,7 +201,7 @@ def scan_layers(
       sights: one per kind of layer.
       kinds: per layer the index of its Sight; None where there is one.
       cache: keys and values read so far, mask and length as after these tokens; or None.
-      remat: keep nothing of a layer for the backward pass, not even its products with weights.
+      running: what is kept of a layer for the backward pass, and the mesh.
     """
     graphdef, state = nnx.split(layers)
     start = None if cache is None else cache.length - x_BTD.shape[1]
@@ -217,14 +224,16 @@ def scan_layers(
             values = jax.lax.dynamic_update_slice(values, new_values[None].astype(values.dtype), at)
             return keys[index].astype(x_BTD.dtype), values[index].astype(x_BTD.dtype)
 
-        x_BTD = module(x_BTD, reading, remember)
+        x_BTD = trees.spread_rows(module(x_BTD, reading, remember), running.mesh)
         return (x_BTD, keys, values), None
 
     count = jax.tree.leaves(state)[0].shape[0]
-    # all but the products is cheaper to make again than to write out and read
-    policies = jax.checkpoint_policies
-    kept = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
-    body = jax.checkpoint(body, policy=kept, prevent_cse=False)
+    if running.remat != "none":
+        # all but the products is cheaper to make again than to write out and read
+        policies = jax.checkpoint_policies
+        products = running.remat == "products"
+        kept = policies.dots_with_no_batch_dims_saveable if products else policies.nothing_saveable
+        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
     held = (None, None) if cache is None else (cache.keys, cache.values)
     per_layer = (state, jnp.arange(count), None if kinds is None else jnp.asarray(kinds))
     (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, *held), per_layer)

@@ -18,7 +18,7 @@ from ntkrl.models import armorm, files, hub
 from ntkrl.models.armorm import Described
 from ntkrl.models.assemble import assemble
 from ntkrl.models.families import FAMILIES, SCORERS, named
-from ntkrl.models.family import Family
+from ntkrl.models.family import Family, Running
 from ntkrl.models.placing import placements, read_params
 from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Params, Policy, Scorer
@@ -67,7 +67,8 @@ def load_scorer(
     else:
         family, parsed, heads, make = _classifier(raw, SCORERS[name], wide)
     headless = dataclasses.replace(parsed, tie_word_embeddings=True)
-    policy, trunk = assemble(family, headless, dtype, compute_dtype, False, str(directory))
+    running = Running(mesh=mesh)
+    policy, trunk = assemble(family, headless, dtype, compute_dtype, running, str(directory))
     shapes = {**trunk, **heads}
     leaves = trees.named_leaves(shapes)
     if new is None:

@@ -15,6 +15,7 @@ from ntkrl.report.loggers import LoggingSettings as LoggingSettings
 from ntkrl.report.loggers import check_loggers as check_loggers
 from ntkrl.report.loggers import open_loggers as open_loggers
 from ntkrl.report.names import ALIASES as ALIASES
+from ntkrl.report.names import is_known as is_known
 from ntkrl.report.page import write_report as write_report
 from ntkrl.report.runs import read_run as read_run
 from ntkrl.report.table import format_table as format_table

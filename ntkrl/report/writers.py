@@ -106,8 +106,9 @@ class MetricsWriter:
 
     def close(self, failed: bool = False) -> None:
         """Close files and loggers, telling these whether the run failed; twice is allowed."""
-        self._metrics.close()
-        self._timings.close()
+        for file in (self._metrics, self._timings):
+            with contextlib.suppress(OSError):  # what is left of a line that was told already
+                file.close()
         while self._loggers:
             self._loggers.pop().close(failed)
 
@@ -164,8 +165,14 @@ def _append_to(path: Path) -> TextIO:
 
 def _write_line(file: TextIO, line: Mapping[str, Any]) -> None:
     # One write per line: a kill in between leaves whole lines.
-    file.write(json.dumps(line, allow_nan=False) + "\n")
-    file.flush()
+    try:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.flush()
+    except OSError as error:
+        raise OSError(
+            f"{file.name} takes no more lines: {error.strerror}; make room, and run the same "
+            "command again: it goes on from the last checkpoint."
+        ) from error
 
 
 def _trim(path: Path, resume_step: int | None) -> None:

@@ -3,6 +3,9 @@
 Rows that are still being drawn are `Live`; what was drawn of all rows is `Written`. Live rows may
 be fewer than written ones, and their cache grows as they do: both have few sizes, each compiled
 once.
+
+On a mesh the rows lie spread over its devices in `parts` equal blocks. Rows leave and are written
+block by block, so that no cache moves from one device to another.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from ntkrl import trees
 from ntkrl.rollout.draw import Drawn, draw
 from ntkrl.rollout.settings import SamplerSettings
 from ntkrl.scoring import head_of
-from ntkrl.types import Array, Cache, Params, Policy, PromptBatch
+from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
 from ntkrl.vocabulary import logits
 
 
@@ -61,20 +66,30 @@ def request_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
     return jax.vmap(of_prompt)(prompts.rows, prompts.copies).reshape(-1)
 
 
+def parts_of(mesh: Mesh | None, rows: int) -> int:
+    """Return over how many blocks rows are spread: 1 where the mesh does not divide them."""
+    spread = 1 if mesh is None else trees.row_parts(mesh)
+    return 1 if rows % spread else spread
+
+
 def prefill(
     policy: Policy,
     settings: SamplerSettings,
+    mesh: Mesh | None,
     columns: int,
     params: Params,
     prompts: PromptBatch,
     key: Array,
-) -> tuple[Live, Written]:
+) -> tuple[Live, Written, Array]:
     """Read each prompt once, give each of its completions a copy of the cache, draw one token.
 
     Args:
-      policy, settings: as in `Sampler`.
+      policy, settings, mesh: as in `Sampler`.
       columns: of the cache, at least those of the prompts.
       params, prompts, key: as in `Sampler.__call__`.
+
+    Returns:
+      `(live, written, left)` as `read_on`.
     """
     count = settings.completions_per_prompt
     cache = policy.init_cache(prompts.tokens.shape[0], columns, settings.cache_dtype)
@@ -96,13 +111,16 @@ def prefill(
     )
     strip = _blank(settings, phi_BD, 1)
     live, strip = _draw(policy, settings, params, live, strip, phi_BD, jnp.int32(0), jnp.int32(0))
+    parts = parts_of(mesh, rows)
     written = _blank(settings, phi_BD, settings.max_completion_tokens)
-    return live, _paste(written, strip, live, jnp.int32(0))
+    written = _paste(written, strip, live, jnp.int32(0), parts)
+    return _spread(live, mesh), trees.spread_rows(written, mesh), _left(live, mesh, parts)
 
 
 def read_on(
     policy: Policy,
     settings: SamplerSettings,
+    mesh: Mesh | None,
     params: Params,
     live: Live,
     written: Written,
@@ -111,12 +129,12 @@ def read_on(
     """Draw up to `chunk_steps` tokens of the live rows, the first as token `start`.
 
     Args:
-      policy, settings, params: as in `Sampler`.
+      policy, settings, mesh, params: as in `Sampler`.
       live, written: what there is.
       start: tokens drawn so far.
 
     Returns:
-      `(live, written, left)`, `left` the number of live rows that are not done.
+      `(live, written, left)`, `left` `[parts]` the live rows of each block that are not done.
     """
     end = jnp.minimum(start + settings.chunk_steps, settings.max_completion_tokens)
 
@@ -135,37 +153,53 @@ def read_on(
     like = jnp.zeros((live.rows.shape[0], policy.feature_size), _feature_dtype(written))
     strip = _blank(settings, like, settings.chunk_steps)
     _, live, strip = jax.lax.while_loop(unfinished, step, (start, live, strip))
-    return live, _paste(written, strip, live, start), jnp.sum(~live.done)
+    parts = parts_of(mesh, written.mask.shape[0])
+    written = _paste(written, strip, live, start, parts)
+    return live, trees.spread_rows(written, mesh), _left(live, mesh, parts)
 
 
-def fewer(rows: int, live: Live) -> Live:
-    """Keep `rows` of the live rows, those not done before the others."""
-    first = jnp.argsort(live.done, stable=True)[:rows]
+def fewer(mesh: Mesh | None, rows: int, parts: int, live: Live) -> Live:
+    """Keep `rows` of the live rows, as many of each block, those not done before the others."""
+    order = jnp.argsort(live.done.reshape(parts, -1), axis=1, stable=True)[:, : rows // parts]
+
+    def kept(values: Array, axis: int = 0) -> Array:
+        def of_block(block: Array, first: Array) -> Array:
+            return jnp.take(block, first, axis=axis)
+
+        shape = values.shape
+        blocks = values.reshape(*shape[:axis], parts, -1, *shape[axis + 1 :])
+        found = jax.vmap(of_block, in_axes=(axis, 0), out_axes=axis)(blocks, order)
+        return found.reshape(*shape[:axis], rows, *shape[axis + 1 :])
+
     cache = live.cache.replace(
-        keys=live.cache.keys[:, first],
-        values=live.cache.values[:, first],
-        mask=live.cache.mask[first],
+        keys=kept(live.cache.keys, 1),
+        values=kept(live.cache.values, 1),
+        mask=kept(live.cache.mask),
     )
-    return Live(
+    found = Live(
         cache=cache,
-        last=live.last[first],
-        done=live.done[first],
-        keys=live.keys[first],
-        rows=live.rows[first],
+        last=kept(live.last),
+        done=kept(live.done),
+        keys=kept(live.keys),
+        rows=kept(live.rows),
     )
+    return _spread(found, mesh)
 
 
-def longer(columns: int, live: Live) -> Live:
+def longer(mesh: Mesh | None, columns: int, live: Live) -> Live:
     """Give the cache more columns."""
     cache = live.cache
     more = columns - cache.mask.shape[1]
     if cache.keys.shape[3] == cache.mask.shape[1]:  # a policy may keep a state of another form
         wide = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
         cache = cache.replace(keys=jnp.pad(cache.keys, wide), values=jnp.pad(cache.values, wide))
-    return live.replace(cache=cache.replace(mask=jnp.pad(cache.mask, ((0, 0), (0, more)))))
+    mask = jnp.pad(cache.mask, ((0, 0), (0, more)))
+    return _spread(live.replace(cache=cache.replace(mask=mask)), mesh)
 
 
-def cut(settings: SamplerSettings, live: Live, written: Written, lengths: Array) -> Any:
+def cut(
+    settings: SamplerSettings, mesh: Mesh | None, live: Live, written: Written, lengths: Array
+) -> tuple[Live, Written, Array]:
     """End rows after `lengths` `[B]` tokens; more than they have leaves them alone.
 
     Returns:
@@ -182,7 +216,49 @@ def cut(settings: SamplerSettings, live: Live, written: Written, lengths: Array)
         finished=written.finished | ended_B,
     )
     live = live.replace(done=live.done | ended_B[live.rows])
-    return live, written, jnp.sum(~live.done)
+    parts = parts_of(mesh, written.mask.shape[0])
+    return _spread(live, mesh), trees.spread_rows(written, mesh), _left(live, mesh, parts)
+
+
+def longest(mesh: Mesh | None, written: Written) -> Array:
+    """Return the length of the longest completion, known to every process."""
+    return trees.replicate(jnp.max(jnp.sum(written.mask, axis=1)), mesh)
+
+
+def rollout(
+    mesh: Mesh | None, count: int, length: int, prompts: PromptBatch, written: Written
+) -> Rollout:
+    """Put prompts and the first `length` columns of what was drawn side by side."""
+    written = jax.tree.map(lambda leaf: leaf[:, :length] if leaf.ndim > 1 else leaf, written)
+    tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
+    mask_BT = jnp.repeat(prompts.mask, count, axis=0)
+    found = Rollout(
+        tokens=jnp.concatenate([tokens_BT, written.tokens], axis=1),
+        mask=jnp.concatenate([mask_BT, written.mask], axis=1),
+        completion_mask=written.mask,
+        sampler_log_probs=written.log_probs,
+        kept_log_mass=written.kept_log_mass,
+        finished=written.finished,
+        features=written.features,
+    )
+    return trees.spread_rows(found, mesh)
+
+
+def _left(live: Live, mesh: Mesh | None, parts: int) -> Array:
+    return trees.replicate(jnp.sum(~live.done.reshape(parts, -1), axis=1), mesh)
+
+
+def _spread(live: Live, mesh: Mesh | None) -> Live:
+    cache = live.cache
+    by_row = trees.spread_rows((live.last, live.done, live.keys, live.rows, cache.mask), mesh)
+    last, done, keys, rows, mask = by_row
+    axes = (None, trees.ROWS, "tensor")
+    cache = cache.replace(
+        keys=trees.constrain(cache.keys, mesh, *axes),
+        values=trees.constrain(cache.values, mesh, *axes),
+        mask=mask,
+    )
+    return Live(cache=cache, last=last, done=done, keys=keys, rows=rows)
 
 
 def _draw(
@@ -241,13 +317,21 @@ def _feature_dtype(written: Written) -> Any:
     return written.log_probs.dtype if written.features is None else written.features.dtype
 
 
-def _paste(written: Written, strip: Written, live: Live, start: Array) -> Written:
+def _paste(written: Written, strip: Written, live: Live, start: Array, parts: int) -> Written:
     """Write a strip's columns at `start`, in the rows they belong to."""
     columns_1C = start + jnp.arange(strip.mask.shape[1])[None]
-    at = (live.rows[:, None], columns_1C)
+    # of each block, whose rows stay in it
+    rows = live.rows.reshape(parts, -1) % (written.mask.shape[0] // parts)
+
+    def blocks(values: Array) -> Array:
+        return values.reshape(parts, -1, *values.shape[1:])
 
     def put(held: Array, values: Array) -> Array:
-        return held.at[at].set(values, mode="drop")
+        def of_block(held: Array, values: Array, rows: Array) -> Array:
+            return held.at[rows[:, None], columns_1C].set(values, mode="drop")
+
+        found = jax.vmap(of_block)(blocks(held), blocks(values), rows)
+        return found.reshape(held.shape)
 
     features = written.features
     return Written(

@@ -12,15 +12,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ntkrl import runtime
+from ntkrl import runtime, trees
 from ntkrl.numerics import bucket_length
 from ntkrl.rollout import decode
 from ntkrl.rollout.settings import SamplerSettings
 from ntkrl.types import Array, Params, Policy, PromptBatch, Rollout
-
-FEWEST_ROWS = 8
-"""Below this a step costs reading the weights, however few rows there are."""
 
 FindStop = Callable[[np.ndarray], int | None]
 
@@ -35,7 +33,7 @@ class Sampler:
     settings: SamplerSettings.
     find_stop: from the ids of a completion `[n]` to the number of tokens that hold its first stop
       string whole, or None when there is none in them; or None to look for none.
-    smallest: rows that are never made fewer; a multiple of what they are spread over.
+    mesh: that prompts and params lie on, or None for one device.
     """
 
     def __init__(
@@ -43,19 +41,26 @@ class Sampler:
         policy: Policy,
         settings: SamplerSettings,
         find_stop: FindStop | None = None,
-        smallest: int = FEWEST_ROWS,
+        mesh: Mesh | None = None,
     ):
         self.policy, self.settings = policy, settings
-        self.find_stop, self.smallest = find_stop, smallest
-        fixed = (policy, settings)
+        self.find_stop, self.mesh = find_stop, mesh
+        fixed = (policy, settings, mesh)
         prefill = functools.partial(decode.prefill, *fixed)
         read_on = functools.partial(decode.read_on, *fixed)
+        cut = functools.partial(decode.cut, settings, mesh)
+        fewer, longer, longest, rollout = (
+            functools.partial(call, mesh)
+            for call in (decode.fewer, decode.longer, decode.longest, decode.rollout)
+        )
         self.programs = {
             "prefill": jax.jit(prefill, static_argnums=0),
             "read_on": jax.jit(read_on, donate_argnums=(1, 2)),
-            "fewer": jax.jit(decode.fewer, static_argnums=0),
-            "longer": jax.jit(decode.longer, static_argnums=0),
-            "cut": jax.jit(functools.partial(decode.cut, settings), donate_argnums=(0, 1)),
+            "fewer": jax.jit(fewer, static_argnums=(0, 1)),
+            "longer": jax.jit(longer, static_argnums=0),
+            "cut": jax.jit(cut, donate_argnums=(0, 1)),
+            "longest": jax.jit(longest),
+            "rollout": jax.jit(rollout, static_argnums=(0, 1)),
         }
 
     def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Rollout:
@@ -77,11 +82,14 @@ class Sampler:
         _check_length(self.policy, width, budget)
         chunk = self.settings.chunk_steps
         columns = self._columns(width, 1 + chunk)
-        live, written = self.programs["prefill"](columns, params, prompts, key)
+        if self.settings.gather_params:
+            params = self._gathered(params)
+        live, written, left = self.programs["prefill"](columns, params, prompts, key)
+        parts = decode.parts_of(self.mesh, written.mask.shape[0])
         drawn, looked = 1, np.zeros(written.mask.shape[0], np.int64)
-        live, written, left = self._stop(live, written, looked, jnp.sum(~live.done))
+        live, written, left = self._stop(live, written, looked, left)
         while drawn < budget and left:
-            live = self._resize(live, left, self._columns(width, drawn + chunk))
+            live = self._resize(live, parts, left, self._columns(width, drawn + chunk))
             live, written, left = self.programs["read_on"](params, live, written, jnp.int32(drawn))
             drawn = min(drawn + chunk, budget)
             live, written, left = self._stop(live, written, looked, left)
@@ -90,6 +98,20 @@ class Sampler:
     def compilations(self) -> int:
         """Return how many programs were compiled so far."""
         return sum(program._cache_size() for program in self.programs.values())
+
+    def _gathered(self, params: Params) -> Params:
+        """Return the params as the decoding steps read them: cast, and gathered over fsdp."""
+        if "gather" not in self.programs:
+            dtype, where = self.settings.params_dtype, None
+            if self.mesh is not None:
+                patterns = trees.without(self.policy.sharding, "fsdp")
+                where = trees.shardings(params, patterns, self.mesh)
+
+            def cast(held: Params) -> Params:
+                return held if dtype is None else jax.tree.map(lambda p: p.astype(dtype), held)
+
+            self.programs["gather"] = jax.jit(cast, out_shardings=where)
+        return self.programs["gather"](params)
 
     def _columns(self, width: int, drawn: int) -> int:
         """Return the cache's columns while up to `drawn` tokens of each row are drawn."""
@@ -100,13 +122,14 @@ class Sampler:
             grown *= 2
         return width + min(grown, most)
 
-    def _resize(self, live: decode.Live, left: int, columns: int) -> decode.Live:
+    def _resize(self, live: decode.Live, parts: int, left: int, columns: int) -> decode.Live:
         rows = live.rows.shape[0]
-        wanted = rows
-        while wanted % 2 == 0 and wanted // 2 >= max(left, self.smallest):
+        wanted = rows // parts
+        fewest = max(left, -(-self.settings.fewest_rows // parts))
+        while wanted % 2 == 0 and wanted // 2 >= fewest:
             wanted //= 2
-        if wanted < rows:
-            live = self.programs["fewer"](wanted, live)
+        if wanted * parts < rows:
+            live = self.programs["fewer"](wanted * parts, parts, live)
         if columns > live.cache.mask.shape[1]:
             live = self.programs["longer"](columns, live)
         return live
@@ -114,9 +137,9 @@ class Sampler:
     def _stop(
         self, live: decode.Live, written: decode.Written, looked: np.ndarray, left: Array
     ) -> tuple[decode.Live, decode.Written, int]:
-        """End the rows whose text holds a stop string; return how many are left."""
+        """End the rows whose text holds a stop string; return how many a block has left at most."""
         if self.find_stop is None:
-            return live, written, int(left)
+            return live, written, int(np.max(left))
         tokens_BC, mask_BC = runtime.fetch((written.tokens, written.mask))
         lengths_B = mask_BC.sum(axis=1)
         ends_B = np.full(len(lengths_B), self.settings.max_completion_tokens + 1)
@@ -125,24 +148,13 @@ class Sampler:
             ends_B[row] = ends_B[row] if end is None else end
         looked[:] = lengths_B
         live, written, left = self.programs["cut"](live, written, jnp.asarray(ends_B))
-        return live, written, int(left)
+        return live, written, int(np.max(left))
 
     def _rollout(self, prompts: PromptBatch, written: decode.Written) -> Rollout:
         count = self.settings.completions_per_prompt
-        longest = int(jnp.max(jnp.sum(written.mask, axis=1)))
+        longest = int(self.programs["longest"](written))
         length = bucket_length(longest, self.settings.max_completion_tokens)
-        written = jax.tree.map(lambda leaf: leaf[:, :length] if leaf.ndim > 1 else leaf, written)
-        tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
-        mask_BT = jnp.repeat(prompts.mask, count, axis=0)
-        return Rollout(
-            tokens=jnp.concatenate([tokens_BT, written.tokens], axis=1),
-            mask=jnp.concatenate([mask_BT, written.mask], axis=1),
-            completion_mask=written.mask,
-            sampler_log_probs=written.log_probs,
-            kept_log_mass=written.kept_log_mass,
-            finished=written.finished,
-            features=written.features,
-        )
+        return self.programs["rollout"](count, length, prompts, written)
 
 
 def _check_length(policy: Policy, prompt_length: int, budget: int) -> None:

@@ -19,8 +19,13 @@ class SamplerSettings:
     top_p: then from the fewest of them that hold this share of their mass, in (0, 1]; None for all.
     min_p: and from those at least this share as likely as the likeliest, in [0, 1); None for all.
     cache_dtype: of keys and values; None for the network's.
+    gather_params: read a copy of the params that is gathered over fsdp once per call, not once per
+        token; it stays spread over tensor.
+    params_dtype: of that copy, the one the network runs in; None for the params' own.
     keep_features: record the features that each token was drawn from.
     chunk_steps: tokens drawn between two looks at which rows are done, ≥ 1.
+    fewest_rows: rows that are left alone however many of them are done, ≥ 1: below some number a
+        step costs reading the weights.
     """
 
     completions_per_prompt: int
@@ -32,11 +37,19 @@ class SamplerSettings:
     top_p: float | None = None
     min_p: float | None = None
     cache_dtype: Any = None
+    gather_params: bool = False
+    params_dtype: Any = None
     keep_features: bool = False
     chunk_steps: int = 16
+    fewest_rows: int = 8
 
     def __post_init__(self):
-        at_least_one = ("completions_per_prompt", "max_completion_tokens", "chunk_steps")
+        at_least_one = (
+            "completions_per_prompt",
+            "max_completion_tokens",
+            "chunk_steps",
+            "fewest_rows",
+        )
         problems = [
             f"{name} must be ≥ 1, not {getattr(self, name)}"
             for name in at_least_one

@@ -1,8 +1,17 @@
 """Machines and files: mesh and shardings, distributed start, checkpoints, config reading."""
 
-from ntkrl.runtime.checkpoint import Checkpoints
+from ntkrl.runtime.checkpoint import Best, Checkpoints, DamagedError, NotSavedError
 from ntkrl.runtime.config import from_json, read_config, settings, to_json
-from ntkrl.runtime.mesh import fetch, make_mesh, place, place_rows, replicated, row_parts
+from ntkrl.runtime.mesh import (
+    fetch,
+    make_mesh,
+    on_host,
+    place,
+    place_rows,
+    replicated,
+    row_sharding,
+)
+from ntkrl.runtime.notice import Notice, PreemptedError
 from ntkrl.runtime.processes import (
     agree,
     check_alike,
@@ -14,25 +23,33 @@ from ntkrl.runtime.processes import (
     tell,
     together,
 )
-from ntkrl.runtime.rundir import check_claim, claim, save_arrays
+from ntkrl.runtime.rundir import changes, check_claim, claim, config_identity, save_arrays
 
 __all__ = [
+    "Best",
     "Checkpoints",
+    "DamagedError",
+    "NotSavedError",
+    "Notice",
+    "PreemptedError",
     "agree",
+    "changes",
     "check_alike",
     "check_claim",
     "claim",
+    "config_identity",
     "fetch",
     "from_json",
     "is_writer",
     "make_mesh",
     "mark",
+    "on_host",
     "own_part",
     "place",
     "place_rows",
     "read_config",
     "replicated",
-    "row_parts",
+    "row_sharding",
     "save_arrays",
     "saved",
     "settings",

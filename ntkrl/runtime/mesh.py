@@ -44,12 +44,9 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
       mesh: the device mesh.
 
     Returns:
-      The arrays, of which each process gives the rows of its devices; whole on every device where
-      the axes do not divide the rows.
+      The arrays, placed by `row_sharding`; each process gives the rows of its devices.
     """
-    whole = jax.tree.leaves(tree)[0].shape[0] % row_parts(mesh)
-    spec = PartitionSpec() if whole else PartitionSpec(("data", "fsdp"))
-    sharding = NamedSharding(mesh, spec)
+    sharding = row_sharding(jax.tree.leaves(tree)[0].shape[0], mesh)
     return place(tree, jax.tree.map(lambda leaf: sharding, tree))
 
 
@@ -77,9 +74,19 @@ def _place(leaf: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
-def row_parts(mesh: Mesh) -> int:
-    """Return over how many parts the rows of a batch are spread."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def row_sharding(rows: int, mesh: Mesh) -> NamedSharding:
+    """Return how so many rows lie: whole everywhere where data and fsdp do not divide them."""
+    whole = rows % trees.row_parts(mesh)
+    return NamedSharding(mesh, PartitionSpec() if whole else PartitionSpec(trees.ROWS))
+
+
+def on_host(shardings: Any, tree: Any) -> Any:
+    """Return shardings whose arrays wait in the host's memory; scalars stay on the devices."""
+
+    def moved(sharding: NamedSharding, leaf: Any) -> NamedSharding:
+        return sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding
+
+    return jax.tree.map(moved, shardings, tree)
 
 
 def fetch(tree: Any) -> Any:

@@ -11,38 +11,71 @@ import numpy as np
 
 from ntkrl.runtime.config import differences
 
-FREE_SECTIONS = ("logging",)
-"""Sections of a config that a resumed run may change: they reach no number of the run."""
+ALLOWED = {
+    "checkpoint": "when and what is kept, not what is computed",
+    "logging": "what is told elsewhere, not what is computed",
+    "mesh": "the same numbers but for rounding",
+    "run_dir": "where the run lies",
+}
+"""Sections of a config that a resumed run may change, and why: with them it still computes what it
+would have computed. Any other difference would make one run of two, and is refused."""
 
 
-def check_claim(directory: Path, given: Mapping[str, Any]) -> bool:
+def changes(saved: Mapping[str, Any], given: Mapping[str, Any], what: str) -> list[str]:
+    """Compare the config that something was made with and the config of this run.
+
+    Args:
+      saved, given: as JSON values.
+      what: was made with `saved`, as messages call it.
+
+    Returns:
+      Every difference that ALLOWED names, with the reason.
+
+    Raises:
+      ValueError: any other difference; all of both kinds are named.
+    """
+    refused = differences(*map(config_identity, (saved, given)))
+    sections = [name for name in ALLOWED if name in saved and name in given]
+    allowed = [
+        f"{change} ({ALLOWED[name]})"
+        for name in sections
+        for change in differences({name: saved[name]}, {name: given[name]})
+    ]
+    if not refused:
+        return allowed
+    beside = f" Allowed beside: {'; '.join(allowed)}." if allowed else ""
+    raise ValueError(
+        f"{what} was begun with another config: {'; '.join(refused)}.{beside} Set what was changed "
+        "back, give another --config.run_dir, or remove the directory to start over."
+    )
+
+
+def config_identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a config that all of a run must share: everything but ALLOWED."""
+    return {name: value for name, value in values.items() if name not in ALLOWED}
+
+
+def check_claim(directory: Path, given: Mapping[str, Any]) -> list[str] | None:
     """Check that a run directory, if it is one already, belongs to the same config.
 
     Args:
       directory: the run directory.
-      given: the config as JSON values; FREE_SECTIONS are not compared.
+      given: the config as JSON values.
 
     Returns:
-      Whether it is one already.
+      The allowed differences, see `changes`; None where it is none yet.
 
     Raises:
-      ValueError: it was begun with another config; every difference is named.
+      ValueError: it was begun with another config.
     """
     path = directory / "config.json"
     if not path.exists():
-        return False
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    changed = differences(*map(_fixed, (saved, given)))
-    if changed:
-        raise ValueError(
-            f"{directory} was begun with another config: {'; '.join(changed)}. Give another "
-            "--config.run_dir, or remove the directory to start over."
-        )
-    return True
+        return None
+    return changes(json.loads(path.read_text(encoding="utf-8")), given, str(directory))
 
 
 def claim(directory: Path, given: Mapping[str, Any]) -> None:
-    """Write config.json, unless it is there already.
+    """Write config.json, and again where an allowed part of it has changed.
 
     Args:
       directory: the run directory, made if missing.
@@ -51,17 +84,13 @@ def claim(directory: Path, given: Mapping[str, Any]) -> None:
     Raises:
       ValueError: as `check_claim`.
     """
-    if check_claim(directory, given):
+    if check_claim(directory, given) == []:
         return
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(given, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def _fixed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in FREE_SECTIONS}
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

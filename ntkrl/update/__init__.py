@@ -12,7 +12,7 @@ from ntkrl.update.stages import (
     stage_program,
     stage_programs,
 )
-from ntkrl.update.step import init_state, make_step, next_state, policy_objective
+from ntkrl.update.step import init_state, make_step, next_state, offloaded, policy_objective
 from ntkrl.update.stopping import Progress, advanced, entered, steps_left
 from ntkrl.update.weights import (
     correction_weights,
@@ -44,6 +44,7 @@ __all__ = [
     "make_step",
     "reward_penalties",
     "next_state",
+    "offloaded",
     "policy_loss",
     "policy_objective",
     "preference_loss",

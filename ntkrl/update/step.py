@@ -45,7 +45,11 @@ def next_state(program: StageProgram, state: TrainState) -> TrainState:
 
 
 def policy_objective(
-    policy: Policy, loss: Loss, temperature: float = 1.0, chunk_tokens: int = 1024
+    policy: Policy,
+    loss: Loss,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    spread: int = 1,
 ) -> Objective:
     """Return the objective of a loss on token statistics.
 
@@ -57,7 +61,8 @@ def policy_objective(
       policy: the network's functions.
       loss: `(statistics, batch) -> (Total, Measures)`, which add up over completions.
       temperature: the sampling temperature (log-probs are of the tempered policy).
-      chunk_tokens: positions whose logits exist at a time.
+      chunk_tokens: positions whose logits exist at a time on a device.
+      spread: blocks of rows that lie on devices of their own, ≥ 1.
 
     Returns:
       `(params, batch, reference) -> (Total, Measures)`; `reference` is the Head that goes with the
@@ -73,10 +78,10 @@ def policy_objective(
             features = completion_features(policy, params, batch.tokens, batch.mask, length)
         head = head_of(policy, params)
         if reference is None and length <= chunk_tokens:
-            parts = -(-rows // max(1, chunk_tokens // length))
+            parts = -(-rows // (spread * max(1, chunk_tokens // length)))
             return loss_by_rows(loss, temperature, parts, head, features, batch)
         beside = None if reference is None else (reference, batch.ref_features)
-        tiles = (temperature, chunk_tokens, TILE_VOCABULARY, beside)
+        tiles = (temperature, chunk_tokens * spread, TILE_VOCABULARY, beside)
         return loss(token_statistics(head, features, batch.tokens[:, -length:], *tiles), batch)
 
     return objective
@@ -130,6 +135,21 @@ def make_step(
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
+
+
+def offloaded(step: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
+    """Return a step whose optimizer state comes from the host's memory.
+
+    Args:
+      step: from `make_step`.
+      shardings: of the optimizer state on the devices. Its place on the host is what the caller's
+        jit says of the step's arguments and results.
+    """
+
+    def brought(state: TrainState, *given: Any) -> Any:
+        return step(state.replace(opt_state=jax.device_put(state.opt_state, shardings)), *given)
+
+    return brought
 
 
 def _check_divisible(batch: Any, microbatches: int) -> None:

@@ -111,7 +111,7 @@ def test_remat_and_compute_dtype(tmp_path):
     """law: rematerialised gradients are equal; bfloat16 compute stays within its rounding."""
     torch_neox(tmp_path, initializer_range=0.1)
     policy, params = ntkrl.load(tmp_path)
-    remat, _ = ntkrl.load(tmp_path, remat=True)
+    remat, _ = ntkrl.load(tmp_path, remat="all")
     half, half_params = ntkrl.load(tmp_path, compute_dtype=jnp.bfloat16)
     tokens = jnp.asarray(tokens_and_mask(policy.vocab_size)[0])
     assert half_params["head"]["weight"].dtype == jnp.float32

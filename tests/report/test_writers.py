@@ -93,3 +93,12 @@ def test_uninterrupted_equals_resumed(tmp_path):
     whole, killed = ((tmp_path / n / "metrics.jsonl").read_bytes() for n in ("whole", "killed"))
     assert whole == killed
     assert [json.loads(line)["step"] for line in whole.splitlines()] == list(range(6))
+
+
+def test_full_disk(tmp_path):
+    """By hand: a line that finds no room names the file and the way out, and closing is quiet."""
+    with MetricsWriter(tmp_path) as writer:
+        writer._metrics = open("/dev/full", "a")
+        with pytest.raises(OSError, match="/dev/full takes no more lines: No space left") as told:
+            writer.write(1, {"reward": 1.0})
+        assert "run the same command again" in str(told.value)

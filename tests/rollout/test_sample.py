@@ -163,8 +163,8 @@ def test_growing_caches_and_leaving_rows_change_nothing():
     policy, params = neox()
     many = settings(completions_per_prompt=16, max_completion_tokens=40)
     moved = dataclasses.replace(many, chunk_steps=4)
-    plain = rollout.Sampler(policy, dataclasses.replace(many, chunk_steps=64), smallest=32)
-    small = rollout.Sampler(policy, moved, smallest=2)
+    plain = rollout.Sampler(policy, dataclasses.replace(many, chunk_steps=64, fewest_rows=32))
+    small = rollout.Sampler(policy, dataclasses.replace(moved, fewest_rows=2))
     key = jax.random.key(4)
     expected = plain(params, prompts(), key)
     before = small.compilations()
@@ -183,7 +183,7 @@ def test_growing_caches_and_leaving_rows_change_nothing():
 def test_nothing_recompiles():
     """law: further batches of the same shapes compile nothing."""
     policy, params = neox()
-    sampler = rollout.Sampler(policy, settings(max_completion_tokens=20), smallest=64)
+    sampler = rollout.Sampler(policy, settings(max_completion_tokens=20, fewest_rows=64))
     sampler(params, prompts(), jax.random.key(0))
     before = sampler.compilations()
     for seed in range(1, 4):
@@ -310,15 +310,15 @@ def test_eight_devices_draw_what_one_draws():
     """law: rows spread over data 2 × fsdp 2, a head over tensor 2, with compaction."""
     policy, params = neox(vocab_size=24)
     many = settings(completions_per_prompt=8, max_completion_tokens=30, keep_features=True)
-    many = dataclasses.replace(many, chunk_steps=4)
+    many = dataclasses.replace(many, chunk_steps=4, fewest_rows=4)
     key = jax.random.key(4)
-    expected = rollout.Sampler(policy, many, smallest=4)(params, prompts(), key)
+    expected = rollout.Sampler(policy, many)(params, prompts(), key)
     mesh = runtime.make_mesh(2, 2, 2)
     placed = jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
     # prompts of four rows spread over the four places of a batch
     four = jax.tree.map(lambda leaf: jnp.tile(leaf, (2,) + (1,) * (leaf.ndim - 1)), prompts())
     four = four.replace(copies=jnp.array([0, 0, 1, 1]))
-    spread = rollout.Sampler(policy, many, smallest=4)
+    spread = rollout.Sampler(policy, many, mesh=mesh)
     found = spread(placed, runtime.place_rows(four, mesh), key)
     length = min(one.completion_mask.shape[1] for one in (expected, found))
     np.testing.assert_array_equal(

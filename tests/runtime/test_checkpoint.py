@@ -1,11 +1,19 @@
-"""Checkpoints give back the same bits, with the shardings asked for."""
+"""Checkpoints give back the same bits, with the shardings asked for, or say that they cannot."""
+
+import asyncio
+import json
+import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import serialization
 
 from ntkrl import runtime, trees, update
+from ntkrl.runtime.checkpoint import bit_sums
 from tests.update.test_step import ADAM, HEAD, neox
 
 
@@ -68,3 +76,167 @@ def test_claim(tmp_path):
     runtime.claim(tmp_path / "run", {"seed": 1, "model": {"path": "a"}})
     with pytest.raises(ValueError, match="model.path: 'a' -> 'b'; seed: 1 -> 2"):
         runtime.claim(tmp_path / "run", {"seed": 2, "model": {"path": "b"}})
+
+
+def test_allowed_changes(tmp_path):
+    """law: what changes no number may change and is told; refused and allowed are listed apart."""
+    begun = {"seed": 1, "mesh": {"data": 8}, "logging": {"wandb": None}, "checkpoint": {"keep": 2}}
+    runtime.claim(tmp_path, begun)
+    assert runtime.check_claim(tmp_path, begun) == []
+    moved = begun | {"mesh": {"data": 4}, "checkpoint": {"keep": 3}}
+    assert runtime.check_claim(tmp_path, moved) == [
+        "checkpoint.keep: 2 -> 3 (when and what is kept, not what is computed)",
+        "mesh.data: 8 -> 4 (the same numbers but for rounding)",
+    ]
+    with pytest.raises(ValueError) as told:
+        runtime.claim(tmp_path, moved | {"seed": 2})
+    assert "another config: seed: 1 -> 2. Allowed beside: checkpoint.keep: 2 -> 3" in str(
+        told.value
+    )
+    assert json.loads((tmp_path / "config.json").read_text()) == begun
+    runtime.claim(tmp_path, moved)
+    assert json.loads((tmp_path / "config.json").read_text()) == moved
+
+
+def test_saving_does_not_wait_and_sees_no_later_step(tmp_path, monkeypatch):
+    """law: a state donated and overwritten while it is written is saved as it was."""
+    go_on, write = threading.Event(), serialization.async_serialize_from_host
+
+    async def held_up(*given, **named):
+        await asyncio.to_thread(go_on.wait)
+        return await write(*given, **named)
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", held_up)
+    state = make_state(ADAM)
+    before = jax.tree.map(np.array, state.params)
+    checkpoints = runtime.Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state, {})
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: 0 * x - 7, tree), donate_argnums=0)
+    params = state.params
+    for _ in range(3):
+        params = overwrite(params)
+    assert float(jax.tree.leaves(params)[0].min()) == -7.0
+    assert checkpoints.steps() == []  # still being written
+    go_on.set()
+    checkpoints.settle()
+    checkpoints.close()
+    again = runtime.Checkpoints(tmp_path, keep=2, reading=True)
+    jax.tree.map(np.testing.assert_array_equal, again.restore_params(1, params), before)
+    again.close()
+
+
+@pytest.mark.parametrize("mode, best", [("max", 3), ("min", 2)])
+def test_the_best_stay(tmp_path, mode, best):
+    """by hand: of rewards 5, 0, 9, none, 4, 4 at steps 1 to 6 the best, and the newest two."""
+    checkpoints = runtime.Checkpoints(tmp_path, 2, runtime.Best(1, "eval/reward", mode))
+    state = make_state(HEAD)
+    for step, reward in enumerate((5.0, 0.0, 9.0, None, 4.0, 4.0), start=1):
+        metrics = {"loss": 1.0} if reward is None else {"loss": 1.0, "eval/reward": reward}
+        checkpoints.save(step, state, {}, metrics)
+    checkpoints.close()
+    again = runtime.Checkpoints(tmp_path, 2, runtime.Best(1, "eval/reward", mode), reading=True)
+    assert (again.steps(), again.best_step(), again.latest()) == ([best, 5, 6], best, 6)
+    again.close()
+    # ranked by another metric from now on: those before count least
+    again = runtime.Checkpoints(tmp_path, 1, runtime.Best(1, "loss", mode))
+    again.save(7, state, {}, {"loss": 2.0})
+    again.save(8, state, {}, {"loss": float("nan")})
+    again.close()
+    assert (again.steps(), again.best_step()) == ([7, 8], 7)
+
+
+DAMAGES = {
+    "a bit of an array": lambda place: flip(place / "state", -1),
+    "a bit of the index": lambda place: flip(place / "state", 0),
+    "array file cut short": lambda place: cut(place / "state"),
+    "array file missing": lambda place: largest(place / "state").unlink(),
+    "no arrays": lambda place: shutil.rmtree(place / "state"),
+    "empty directory": lambda place: (shutil.rmtree(place), place.mkdir()),
+    "a digit of the position": lambda place: replace(place / "position/metadata", "3", "8"),
+    "position cut short": lambda place: replace(place / "position/metadata", "}", ""),
+    "no position": lambda place: shutil.rmtree(place / "position"),
+    "no sums": lambda place: shutil.rmtree(place / "sums"),
+    "a digit of the sums": lambda place: replace(place / "sums/metadata", "1", "2"),
+}
+
+
+def largest(place):
+    """The file that holds most bytes of arrays."""
+    return max(place.rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def flip(place, where):
+    """Change a bit of the arrays (-1), or of the index that leads to them (0)."""
+    path = largest(place) if where else place / "manifest.ocdbt"
+    held = bytearray(path.read_bytes())
+    held[len(held) * 3 // 4] ^= 4
+    path.write_bytes(held)
+
+
+def cut(place):
+    """Lose the second half of the largest file."""
+    path = largest(place)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replace(path, old, new):
+    """Change the text of a file."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_noticed(tmp_path, name):
+    """law: whatever of a checkpoint changes, it is not read as if it had not."""
+    state = make_state(ADAM)
+    noise = jax.random.normal(jax.random.key(1), (200, 300))  # does not compress
+    noise = jax.device_put(noise, runtime.replicated(runtime.make_mesh(2, 2, 2)))
+    state = state.replace(params={**state.params, "noise": noise})
+    checkpoints = runtime.Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state, {"num_tokens": 123})
+    checkpoints.save(2, state, {"num_tokens": 123})
+    checkpoints.close()
+    DAMAGES[name](tmp_path / "2")
+    again = runtime.Checkpoints(tmp_path, keep=2)
+    with pytest.raises(runtime.DamagedError) as told:
+        again.position(2)
+        again.restore(2, state)
+    if name == "a bit of an array":
+        assert str(told.value) == "bits of params/noise have changed since they were saved"
+    assert again.position(1) == {"num_tokens": 123}
+    again.set_aside(2)
+    assert again.steps() == [1] and (tmp_path / "2.damaged").is_dir()
+    again.save(2, state, {"num_tokens": 5})  # the step is free again
+    again.close()
+    assert again.steps() == [1, 2] and again.position(2) == {"num_tokens": 5}
+
+
+def test_broken_metrics_rank_nothing(tmp_path):
+    """law: metrics that are no JSON leave a checkpoint whole, but unranked."""
+    best = runtime.Best(1, "reward", "max")
+    checkpoints = runtime.Checkpoints(tmp_path, 3, best)
+    for step, reward in ((1, 1.0), (2, 2.0)):
+        checkpoints.save(step, make_state(HEAD), {}, {"reward": reward})
+    checkpoints.close()
+    (tmp_path / "2" / "metrics" / "metrics").write_text('{"rew')
+    again = runtime.Checkpoints(tmp_path, 3, best)
+    assert (again.steps(), again.best_step(), again.position(2)) == ([1, 2], 1, {})
+    again.close()
+
+
+def test_bit_sums():
+    """by hand: 1.0 is 0x3f800000, −0.0 is 0x80000000, bfloat16 1.0 is 0x3f80; any sharding."""
+    tree = {
+        "one": jnp.array([1.0, -0.0, 1.0]),
+        "short": jnp.ones(2, jnp.bfloat16),
+        "whole": jnp.array([-1, 2], jnp.int32),
+        "flags": jnp.array([True, False, True]),
+    }
+    wrapped = (2 * 0x3F800000 + 0x80000000) % 2**32
+    expected = {"flags": 2, "one": wrapped, "short": 2 * 0x3F80, "whole": 1}
+    assert bit_sums(tree) == expected
+    long = jax.random.normal(jax.random.key(0), (64, 8))
+    alone = int(np.sum(np.asarray(long).view(np.uint32), dtype=np.uint32))
+    spread = NamedSharding(runtime.make_mesh(2, 2, 2), PartitionSpec("data", "tensor"))
+    assert bit_sums([long]) == bit_sums([jax.device_put(long, spread)]) == {"0": alone}

@@ -1,9 +1,11 @@
 """Config files and overrides: what works, and what a mistake is told."""
 
+import json
+
 import pytest
 
 from ntkrl import runtime
-from ntkrl.assembly import read_settings
+from ntkrl.assembly import best_of, read_settings
 from ntkrl.runtime.config import differences
 
 
@@ -141,13 +143,12 @@ def test_differences_names_fields():
 def test_logging_may_change_on_resume(tmp_path):
     """law: a run is resumed with other loggers, as it was begun otherwise in no setting at all."""
     runtime.claim(tmp_path, runtime.to_json(read()))
-    begun = (tmp_path / "config.json").read_bytes()
     other = runtime.to_json(read("--config.logging.tensorboard=True", "--config.logging.wandb=p"))
     assert runtime.check_claim(tmp_path, other)
     runtime.claim(tmp_path, other)
-    assert (tmp_path / "config.json").read_bytes() == begun
+    assert json.loads((tmp_path / "config.json").read_text()) == other
     other["probe"]["prompts"] = 3
-    with pytest.raises(ValueError, match=r"another config: probe.prompts: 8 -> 3\. Give"):
+    with pytest.raises(ValueError, match=r"another config: probe.prompts: 8 -> 3\. Set what"):
         runtime.check_claim(tmp_path, other)
 
 
@@ -163,3 +164,31 @@ def test_logging_mistakes(word, message):
     """law: what could not be written anywhere is said before the run."""
     with pytest.raises(ValueError, match=message):
         read_settings(read(f"--config.logging.{word}"))
+
+
+def test_checkpoint_mistakes():
+    """law: what cannot be kept or ranked is said before the run, all of it."""
+    with pytest.raises(ValueError) as told:
+        read_settings(
+            read(
+                "--config.checkpoint.keep_best=0",
+                "--config.checkpoint.best_metric=rewrad",
+                "--config.checkpoint.best_mode=most",
+            )
+        )
+    for part in ("keep_best must be ≥ 1, not 0", "'rewrad' is no metric", "max, min or None"):
+        assert part in str(told.value)
+    never = ["--config.eval.every_steps=None", "--config.checkpoint.best_metric=eval/reward"]
+    with pytest.raises(ValueError, match="'eval/reward' is never measured"):
+        read_settings(read(*never, "--config.checkpoint.keep_best=1"))
+
+
+def test_ranking():
+    """by hand: by what checkpoints are ranked where the config leaves it open."""
+    sft = read_settings(read("--config.checkpoint.keep_best=2")).checkpoint
+    assert best_of(sft, "loss") == runtime.Best(2, "loss", "min")
+    assert best_of(sft, "reward") == runtime.Best(2, "reward", "max")
+    given = ["--config.checkpoint.best_metric=kl", "--config.checkpoint.best_mode=min"]
+    other = read_settings(read("--config.checkpoint.keep_best=1", *given)).checkpoint
+    assert best_of(other, "reward") == runtime.Best(1, "kl", "min")
+    assert best_of(read_settings(read()).checkpoint, "reward") is None

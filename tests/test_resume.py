@@ -1,0 +1,281 @@
+"""Runs that are killed, asked to leave, moved to other devices or robbed of their disk go on."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ntkrl.main import main
+from tests.children import Children
+from tests.test_train import STAGES, base, lines, words
+
+__all__ = ["base"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory):
+    """Children that share compiled programs."""
+    found = Children(tmp_path_factory.mktemp("cache"))
+    yield found
+    found.close()
+
+
+def arguments(base, run, *more):
+    """A classifier-first run that saves after every step."""
+    more = [*STAGES, "--config.checkpoint.every_steps=1", *more]
+    return words(base, run, *more, config="cfrl")
+
+
+@pytest.fixture(scope="module")
+def whole(base, children, tmp_path_factory):
+    """A run that was never killed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    status, output = children.run(arguments(base, run))
+    assert status == 0, output
+    return run
+
+
+def assert_same(whole, broken):
+    """Metrics, probes and exported weights are the same bits."""
+    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    exported = [run / "export" / "model.safetensors" for run in (whole, broken)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+    probes = [sorted(path.name for path in (run / "probes").iterdir()) for run in (whole, broken)]
+    assert probes[0] == probes[1] and len(probes[0]) == 5
+    for name in probes[0]:
+        for key, array in np.load(whole / "probes" / name).items():
+            np.testing.assert_array_equal(array, np.load(broken / "probes" / name)[key])
+
+
+def seen(run):
+    """What of a run directory changes as it goes on."""
+    try:
+        sizes = [(run / name).stat().st_size for name in ("metrics.jsonl", "timings.jsonl")]
+        return sizes, sorted(os.listdir(run / "checkpoints"))
+    except FileNotFoundError:
+        return None
+
+
+def await_changes(run, count):
+    """Return when the run directory has changed so many times, or the run is finished."""
+    before = seen(run)
+    while count and not (run / "finished").exists():
+        now = seen(run)
+        count -= now != before
+        before = now
+        time.sleep(0.0005)
+
+
+def half_written(run):
+    """Whether a checkpoint lies there half written."""
+    return bool(list((run / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
+
+
+def killed_at_random(children, command, run, rng, kills):
+    """Kill a run up to `kills` times, then let it finish; return how often, and in a save."""
+    killed, in_save = 0, 0
+    while True:
+        child = children.start(command)
+        if killed < kills:
+            await_changes(run, int(rng.integers(1, 20)))
+            time.sleep(rng.uniform(0, 0.01))
+            if not (run / "finished").exists():
+                os.kill(child, signal.SIGKILL)
+        status, output = children.wait()
+        if status == 0:
+            return killed, in_save
+        assert status == -signal.SIGKILL, output
+        killed, in_save = killed + 1, in_save + half_written(run)
+        if (run / "metrics.jsonl").exists() and rng.random() < 0.5:  # a line that was cut short
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 99, "rollout_st')
+
+
+def test_killed_in_a_save(base, children, whole, tmp_path):
+    """story: SIGKILL where a checkpoint is written but not yet named; it counts for nothing."""
+    run = tmp_path / "run"
+    status, output = children.run(arguments(base, run), dies_in_save=4)
+    assert status == -signal.SIGKILL, output
+    assert half_written(run) and not (run / "checkpoints" / "4").exists()
+    status, output = children.run(arguments(base, run))
+    assert status == 0, output
+    assert "after rollout step 3" in output and not half_written(run)
+    assert_same(whole, run)
+    found = lines(whole)
+    assert len({line["reward"] for line in found[1:]}) > 3  # something was learnt from
+    assert [line["stage"] for line in found[1:]] == ["classifier"] * 4 + ["all"] * 6
+    # the first stage left the body alone: the features of the probe set have not moved
+    drift = {
+        line["step"]: line["probe/feature_distortion"] for line in found if "probe/entropy" in line
+    }
+    assert drift[4] == 0.0 and drift[6] > 0.0
+    shares = [line["predict/head_share"] for line in found if "predict/head_share" in line]
+    assert shares[:2] == [1.0, 1.0] and shares[2] < 1.0
+
+
+def test_killed_at_any_moment(base, children, whole, tmp_path):
+    """story: SIGKILL at six random moments; metrics, probes and weights as if never killed."""
+    rng, killed, number = np.random.default_rng(3), 0, 0
+    while killed < 6:
+        run = tmp_path / str(number)
+        killed += killed_at_random(children, arguments(base, run), run, rng, 6 - killed)[0]
+        assert_same(whole, run)
+        number += 1
+
+
+@pytest.mark.slow
+def test_killed_at_many_moments(base, children, whole, tmp_path, capsys):
+    """story: SIGKILL at fifty random moments, some of them inside a save."""
+    rng, killed, in_save, number = np.random.default_rng(4), 0, 0, 0
+    while killed < 50:
+        run = tmp_path / str(number)
+        found = killed_at_random(children, arguments(base, run), run, rng, 12)
+        killed, in_save, number = killed + found[0], in_save + found[1], number + 1
+        assert_same(whole, run)
+    with capsys.disabled():
+        print(f"\n{killed} kills in {number} runs, {in_save} of them inside a save")
+    assert in_save > 5
+
+
+def stopped(children, command, run, changes, **given):
+    """Start a command, send SIGTERM after some changes of its run directory; return its step."""
+    child = children.start(command, **given)
+    await_changes(run, changes)
+    os.kill(child, signal.SIGTERM)
+    status, output = children.wait()
+    assert status == 75, output
+    step = int(lines(run)[-1]["rollout_step"])
+    assert f"stopped by SIGTERM; saved step {step}; run the same command again" in output
+    assert "Traceback" not in output and not half_written(run)
+    assert (run / "checkpoints" / str(step)).exists()
+    return step
+
+
+def test_sigterm_saves_and_leaves(base, children, whole, tmp_path, capsys):
+    """story: SIGTERM saves after the rollout step under way, status 75; the command goes on."""
+    run = tmp_path / "run"
+    rarely = "--config.checkpoint.every_steps=100"
+    step = stopped(children, arguments(base, run, rarely), run, 8)
+    assert 1 <= step < 10
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
+    ranked = [f"--config.checkpoint.{word}" for word in ("keep=1", "keep_best=1", "best_mode=min")]
+    status, output = children.run(arguments(base, run, *ranked))
+    assert status == 0, output
+    assert "the config has changed: checkpoint.every_steps: 100 -> 1 (when and what" in output
+    assert_same(whole, run)
+    # of those saved since then, the one with the least reward stays beside the newest
+    rewards = {int(line["rollout_step"]): line["reward"] for line in lines(run)[1 + step :]}
+    best = min(rewards, key=rewards.get)
+    held = {path.name for path in (run / "checkpoints").iterdir()}
+    assert held == {str(best), "10"} and best < 10
+    for name, number in ((f"--step={best}", best), ("--step=best", best), ("--step=10", 10)):
+        assert main(["export", str(run), str(tmp_path / name), name]) == 0  # on eight devices
+        assert f"step {number} of {run} written" in "".join(capsys.readouterr())
+    files = [tmp_path / f"--step={best}", tmp_path / "--step=best", tmp_path / "--step=10"]
+    files = [(place / "model.safetensors").read_bytes() for place in [*files, run / "export"]]
+    assert files[0] == files[1] != files[2] == files[3]
+    assert main(["export", str(whole), str(tmp_path / "x"), "--step=best"]) == 2
+    assert "ranks no checkpoints" in capsys.readouterr().err
+
+
+def damage(checkpoint):
+    """Flip a bit of the largest file, which holds the arrays."""
+    path = max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)
+    held = bytearray(path.read_bytes())
+    held[len(held) // 2] ^= 4
+    path.write_bytes(held)
+
+
+def test_damaged_checkpoints(base, children, whole, tmp_path):
+    """story: a damaged checkpoint is told and moved aside for the one before; never a new start."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    kept = "--config.checkpoint.keep=3"
+    step = stopped(children, arguments(base, run, kept), run, 20)
+    damage(run / "checkpoints" / str(step))
+    shutil.rmtree(run / "checkpoints" / str(step - 1))
+    (run / "checkpoints" / str(step - 1)).mkdir()
+    shutil.copytree(run, other)
+    status, output = children.run(arguments(base, run, kept))
+    assert status == 0, output
+    assert f"the checkpoint of step {step} is damaged (" in output, output
+    assert f"the checkpoint of step {step - 1} is damaged (KeyError: " in output
+    assert f"going back to step {step - 2}" in output
+    assert (run / "checkpoints" / f"{step}.damaged").is_dir()
+    assert_same(whole, run)
+    damage(other / "checkpoints" / str(step - 2))
+    before = (other / "metrics.jsonl").read_bytes()
+    status, output = children.run(arguments(base, other, kept))
+    assert status == 2 and "can be read (step" in output and "remove the run directory" in output
+    assert (other / "metrics.jsonl").read_bytes() == before
+    assert (other / "checkpoints" / str(step)).is_dir()
+
+
+def test_another_number_of_devices(base, children, tmp_path):
+    """story: begun on eight devices, gone on with on four and on one: parameters within 1e-5."""
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    # SGD: Adam would turn rounding of gradients that are zero into steps of a full rate
+    more = [
+        "--config.stages[0].steps=6",
+        "--config.stages[0].optimizer=sgd",
+        "--config.stages[0].parameters=(('.*', 1e-1),)",
+        "--config.eval.every_steps=None",
+        "--config.probe.every_steps=None",
+        "--config.checkpoint.every_steps=1",
+    ]
+    status, output = children.run(words(base, alone, *more))
+    assert status == 0, output
+
+    def on(data, fsdp, tensor):
+        mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        return words(base, moved, *more, *(f"--config.mesh.{k}={v}" for k, v in mesh.items()))
+
+    first = stopped(children, on(2, 2, 2), moved, 3, devices=8)
+    second = stopped(children, on(1, 4, 1), moved, 3, devices=4)
+    assert 0 < first < second < 6
+    status, output = children.run(on(1, 1, 1))
+    assert status == 0 and f"after rollout step {second}" in output
+    assert "mesh.fsdp: 4 -> 1 (the same numbers but for rounding)" in output
+    held = [load_file(run / "export" / "model.safetensors") for run in (alone, moved)]
+    start = load_file(base / "model.safetensors")
+    assert max(np.abs(held[0][name] - start[name]).max() for name in start) > 1e-3
+    for name in start:
+        np.testing.assert_allclose(held[1][name], held[0][name], atol=1e-5)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a given size, remounted by calling again."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mounted(size, *how):
+        mount = ["mount", "-t", "tmpfs", "-o", ",".join([*how, f"size={size}"]), "tmpfs", place]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a tmpfs needs to be root")
+        return place
+
+    yield mounted
+    subprocess.run(["umount", place], capture_output=True, check=False)
+
+
+def test_full_disk(base, children, whole, small_disk, tmp_path):
+    """story: no room for more checkpoints: told, the run goes on, and stops after the third."""
+    pages = sum(-(-p.stat().st_size // 4096) + 1 for p in (whole / "checkpoints/10").rglob("*"))
+    disk, run = small_disk(pages * 4096 * 3 // 2), tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+    status, output = children.run(arguments(base, run))
+    assert status == 2 and "Traceback" not in output
+    good = max(int(path.name) for path in disk.iterdir())  # fails where one is half written
+    told = "could not be written: no space left on the device; the last good checkpoint is step"
+    assert output.count(f"{told} {good} in ") == 3 and output.count("; going on") == 2
+    assert "3 in a row failed (checkpoint.failures); make room" in output
+    small_disk(pages * 4096 * 20, "remount")
+    status, output = children.run(arguments(base, run))
+    assert status == 0 and f"after rollout step {good}" in output, output
+    assert_same(whole, run)

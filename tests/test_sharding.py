@@ -1,0 +1,219 @@
+"""Every family on every mesh: what eight devices make, draw, train and see is what one does."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntkrl import assembly, models, ntk, rollout, runtime, train, trees, update
+from ntkrl.types import PromptBatch, UpdateBatch
+from tests.models.families import CASES, EACH
+
+MESHES = {
+    "8x1": (8, 1, 1),
+    "4x2": (4, 2, 1),
+    "2x4": (2, 4, 1),
+    "1x8": (1, 8, 1),
+    "2x2x2": (2, 2, 2),
+}
+PROMPTS, COUNT, WIDTH, BUDGET = 8, 4, 5, 6
+SETTINGS = rollout.SamplerSettings(
+    completions_per_prompt=COUNT,
+    max_completion_tokens=BUDGET,
+    temperature=1.0,
+    eos_id=0,
+    pad_id=1,
+    chunk_steps=5,
+)
+STAGE = {
+    "name": "all",
+    "steps": 5,
+    "parameters": ((".*", 1e-2),),
+    "max_grad_norm": 1.0,
+    "epsilon": 0.1,
+}
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+RLOO = update.PRESETS["rloo"]
+
+
+def loss(statistics, batch):
+    """The RLOO loss as the step wants it."""
+    return update.policy_loss(RLOO, BUDGET, statistics, batch)
+
+
+def prompts():
+    """Left-padded prompts, all random."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(WIDTH)[None] >= rng.integers(0, 4, PROMPTS)[:, None]
+    tokens = np.where(mask, rng.integers(2, 31, (PROMPTS, WIDTH)), 1)
+    return PromptBatch(
+        tokens=tokens,
+        mask=mask,
+        rows=np.arange(PROMPTS, dtype=np.int32),
+        copies=np.zeros(PROMPTS, np.int32),
+    )
+
+
+def made(case, mesh):
+    """A random model of a family."""
+    _, architecture, settings = CASES[case]
+    return models.build(architecture, settings, jax.random.key(0), mesh=mesh)
+
+
+def everything(case, mesh):
+    """Draw, take an optimizer step, and compute a kernel; return it all as numpy arrays."""
+    policy, params = made(case, mesh)
+    place = functools.partial(runtime.place_rows, mesh=mesh)
+    sampler = rollout.Sampler(policy, SETTINGS, mesh=mesh)
+    drawn = sampler(params, place(prompts()), jax.random.key(1))
+    rng = np.random.default_rng(2)
+    mask = np.asarray(drawn.completion_mask)
+    batch = UpdateBatch(
+        tokens=np.asarray(drawn.tokens),
+        mask=np.asarray(drawn.mask),
+        completion_mask=mask,
+        old_log_probs=np.asarray(drawn.sampler_log_probs),
+        ref_log_probs=-rng.exponential(size=mask.shape).astype(np.float32),
+        advantages=np.repeat(rng.normal(size=(len(mask), 1)), mask.shape[1], 1).astype(np.float32),
+    )
+    program = update.stage_program(update.Stage(**STAGE), policy, params)
+    spread = rollout.decode.parts_of(mesh, len(mask))
+    objective = update.policy_objective(policy, loss, chunk_tokens=BUDGET, spread=spread)
+    state = update.init_state(program, params, jax.random.key(0))
+    step = jax.jit(update.make_step(program, objective, microbatches=2))
+    state, metrics = step(state, place(batch))
+    kernel = ntk.kernel(policy, params, ntk.last_positions(place(prompts()).tokens))
+    found = {
+        "made": params,
+        "drawn": (drawn.tokens, drawn.completion_mask),
+        "log_probs": drawn.sampler_log_probs,
+        "metrics": metrics,
+        "trained": state.params,
+        "kernel": (kernel.head, kernel.trace("body")),
+    }
+    return jax.tree.map(np.asarray, found)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one device finds, a family at a time."""
+    return functools.cache(
+        lambda case: everything(case, runtime.make_mesh(1, 1, 1, jax.devices()[:1]))
+    )
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("case", EACH)
+def test_a_mesh_finds_what_one_device_finds(alone, case, sizes):
+    """law: same params and draws to the bit; a step to 1e-5, kernels to 1e-4 of the largest."""
+    expected, found = alone(case), everything(case, runtime.make_mesh(*sizes))
+    jax.tree.map(np.testing.assert_array_equal, found["drawn"], expected["drawn"])
+    for name, tolerance in (("made", 0), ("log_probs", 2e-5), ("metrics", 1e-4), ("trained", 1e-5)):
+        close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+        jax.tree.map(close, found[name], expected[name])
+    for one, other in zip(found["kernel"], expected["kernel"], strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+
+
+def test_rows_leave_and_caches_grow_without_moving():
+    """law: no collective stands in the programs that drop rows or add columns."""
+    mesh = runtime.make_mesh(2, 2, 2)
+    policy, params = made("llama", mesh)
+    sampler = rollout.Sampler(policy, SETTINGS, mesh=mesh)
+    placed = runtime.place_rows(prompts(), mesh)
+    live, written, left = sampler.programs["prefill"](9, params, placed, jax.random.key(1))
+    assert left.shape == (4,) and left.sharding.is_fully_replicated
+    for name, sizes in (("fewer", (16, 4)), ("longer", (21,))):
+        text = sampler.programs[name].lower(*sizes, live).compile().as_text()
+        moved = [word for word in COLLECTIVES if word in text]
+        assert not moved, (name, moved)
+    assert any(word in sampler_text(sampler, params, live, written) for word in COLLECTIVES)
+
+
+def sampler_text(sampler, params, live, written):
+    """The compiled program that draws tokens."""
+    given = (params, live, written, jnp.int32(1))
+    return sampler.programs["read_on"].lower(*given).compile().as_text()
+
+
+def test_a_gathered_copy_draws_the_same():
+    """law: the copy lies over tensor alone, and the tokens are those of the params themselves."""
+    mesh = runtime.make_mesh(1, 4, 2)
+    _, architecture, settings = CASES["llama"]
+    given = {"compute_dtype": jnp.bfloat16, "mesh": mesh}
+    policy, params = models.build(architecture, settings, jax.random.key(0), **given)
+    copied = dataclasses.replace(SETTINGS, gather_params=True, params_dtype=jnp.bfloat16)
+    sampler = rollout.Sampler(policy, copied, mesh=mesh)
+    placed, key = runtime.place_rows(prompts(), mesh), jax.random.key(1)
+    expected = rollout.Sampler(policy, SETTINGS, mesh=mesh)(params, placed, key)
+    found = sampler(params, placed, key)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    gathered = trees.named_leaves(sampler.programs["gather"](params))
+    up = gathered["layers/mlp/up/kernel"]
+    assert up.dtype == jnp.bfloat16 and tuple(up.sharding.spec) == (None, None, "tensor")
+    spec = params["layers"]["mlp"]["up"]["kernel"].sharding.spec
+    assert tuple(spec) == (None, "fsdp", "tensor")
+
+
+def begun(setup, directory, config):
+    """A run's loop with its state, started or resumed."""
+    loop = train.Loop(setup, directory, runtime.to_json(config), runtime.Notice())
+    loop._resume()
+    return loop
+
+
+def settings_of(directory, *more):
+    """The settings of a small supervised run of a new model."""
+    words = [
+        "--config=configs/sft.py",
+        f"--config.run_dir={directory}",
+        "--config.data.prompts_per_step=8",
+        "--config.data.examples=64",
+        "--config.data.max_prompt_tokens=16",
+        "--config.rollout.max_completion_tokens=16",
+        *more,
+    ]
+    return runtime.read_config(words)
+
+
+def test_no_table_is_ever_whole_on_one_device(tmp_path):
+    """law: after the start every array that the mesh divides lies in parts, moments included."""
+    sizes = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    config = settings_of(tmp_path, *sizes, "--config.stages[0].optimizer=adamw")
+    before = {id(array) for array in jax.live_arrays()}
+    setup = assembly.assemble(assembly.read_settings(config), tmp_path)
+    loop = begun(setup, tmp_path, config)
+    made = [array for array in jax.live_arrays() if id(array) not in before]
+    up = loop.state.params["layers"]["mlp"]["up"]["kernel"]
+    assert tuple(up.sharding.spec) == (None, "fsdp", "tensor")
+    large = [array for array in made if array.size > 1500 and array.ndim > 1]
+    # embed, head, qkv, out, up, down: params of the setup and of the state, two moments
+    assert len(large) >= 6 * 4
+    for array in large:
+        assert array.addressable_shards[0].data.size * 8 == array.size, array.shape
+
+
+def test_moments_wait_on_the_host(tmp_path):
+    """law: offloaded moments lie in the host's memory between steps, and change no number."""
+    found = []
+    for offload in ("False", "True"):
+        directory = tmp_path / offload
+        more = (
+            "--config.mesh.data=2",
+            "--config.mesh.fsdp=4",
+            f"--config.schedule.offload_optimizer={offload}",
+            "--config.stages[0].steps=2",
+        )
+        config = settings_of(directory, *more)
+        train.train(config)
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line) for line in lines])
+        setup = assembly.assemble(assembly.read_settings(config), directory)
+        moments = jax.tree.leaves(begun(setup, directory, config).state.opt_state)
+        kinds = {leaf.sharding.memory_kind for leaf in moments if leaf.ndim}
+        assert kinds == ({"pinned_host"} if offload == "True" else {"device"})
+    assert found[0] == found[1] and found[0][-1]["step"] == 2
