@@ -44,15 +44,12 @@ def several() -> bool:
 
 
 @contextlib.contextmanager
-def together(*orderly: type[BaseException]) -> Iterator[None]:
+def together() -> Iterator[None]:
     """Join the other processes of a run for a block, and leave it together.
 
     Of several processes, one that fails in the block tells the others why and ends with its own
     status; they end with OTHERS_FAILED and that reason, wherever they are. For a single process
     nothing is done.
-
-    Args:
-      orderly: exceptions by which all leave at the same place, and which are no failure.
 
     Raises:
       ValueError: a description that makes no sense, or a port that is taken.
@@ -67,12 +64,12 @@ def together(*orderly: type[BaseException]) -> Iterator[None]:
         os._exit(OTHERS_FAILED)
     try:
         yield
-    except orderly:
-        _part(watch)
-        raise
+        watch.agree("the end", None)
+        watch.close()
+        _watches.clear()
+        jax.distributed.shutdown()
     except BaseException as error:
         watch.failed(error)
-    _part(watch)
 
 
 def is_writer() -> bool:
@@ -172,11 +169,3 @@ def _described(limits: Limits) -> tuple[str, int, int]:
             "processes, and the number of this one from 0."
         )
     return address, int(count), int(own)
-
-
-def _part(watch: Watch) -> None:
-    """Leave the others once all have come to the end."""
-    watch.agree("the end", None)
-    watch.close()
-    _watches.clear()
-    jax.distributed.shutdown()
