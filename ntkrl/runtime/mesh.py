@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ntkrl import trees
+from ntkrl.runtime.processes import mark
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -62,6 +63,7 @@ def place(tree: Any, shardings: Any) -> Any:
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
+    mark()  # what follows may wait for the others, unlike what made the arrays
     return jax.tree.map(_place, tree, shardings)
 
 
@@ -93,6 +95,7 @@ def fetch(tree: Any) -> Any:
     """Bring arrays to this process as whole numpy arrays, wherever their shards are."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
+    mark()
     return jax.tree.map(trees.whole, tree)
 
 

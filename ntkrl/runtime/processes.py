@@ -89,13 +89,16 @@ def own_part(count: int) -> slice:
     return slice(count * own // of, count * (own + 1) // of)
 
 
-def mark(doing: str) -> None:
+def mark(doing: str | None = None) -> None:
     """Note how far this process is, by which one that is stuck is told from those that wait.
 
-    Every process must pass the same marks in the same order.
+    Args:
+      doing: the mark's name, or None for that of the last; every process must pass the same marks
+        in the same order.
     """
     for watch in _watches:
-        watch.position = (watch.position[0] + 1, doing)
+        passed, before = watch.position
+        watch.position = (passed + 1, before if doing is None else doing)
 
 
 def saved(rollout_step: int) -> None:
