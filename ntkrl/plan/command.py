@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ntkrl.assembly.settings import RunSettings
 from ntkrl.plan import printing, topology
 from ntkrl.plan.measure import Row, measure
-from ntkrl.plan.programs import Run, described
+from ntkrl.plan.programs import Run, crowded, described
 from ntkrl.plan.topology import Machine
 from ntkrl.plan.verdict import verdict
 
@@ -66,11 +66,13 @@ def read_options(options: Mapping[str, str]) -> PlanSettings:
 class Found:
     """The rows of one candidate, with a verdict each.
 
-    mesh, remat: of the candidate. seconds: of a rollout step by stage and part, see printing.steps.
+    mesh, remat: of the candidate. crowded: see programs.crowded. seconds: of a rollout step by
+    stage and part, see printing.steps.
     """
 
     mesh: dict[str, int]
     remat: str
+    crowded: str | None
     rows: list[Row]
     verdicts: list[str]
     seconds: Mapping[str, Mapping[str, float]]
@@ -157,6 +159,7 @@ def compiled(
     return Found(
         mesh=dict(run.mesh.shape),
         remat=settings.model.remat,
+        crowded=crowded(run),
         rows=made,
         verdicts=[verdict(run, row, machine.chip) for row in made],
         seconds=printing.steps(run.names, made),
@@ -182,7 +185,8 @@ def choices(settings: RunSettings, run: Run) -> Iterator[RunSettings]:
     ]
     spread = [one for one in shapes if step % (one["data"] * one["fsdp"]) == 0]
     shapes = spread if spread else shapes
-    shapes.sort(key=lambda one: (one["data"], one["tensor"]))
+    # where every device reads all rows, tensor parts are what divides the work
+    shapes.sort(key=lambda one: (one["data"], one["tensor"] if spread else -one["tensor"]))
     for remat, shape in itertools.product(REMATS, shapes):
         model = dataclasses.replace(settings.model, remat=remat)
         yield dataclasses.replace(settings, mesh=shape, model=model)

@@ -51,6 +51,8 @@ def format_programs(found: Found, machine: Machine) -> str:
     cells = [list(COLUMNS), *map(_cells, found.rows)]
     lines = [head, "", *lay_out(cells), ""]
     lines += [f"{name}: {_times(parts)}" for name, parts in found.seconds.items()]
+    if found.crowded is not None:
+        lines.append(found.crowded)
     told = zip(found.rows, found.verdicts, strict=True)
     wrong = [f"{row.name}: {said}" for row, said in told if said != "fits"]
     lines += wrong if wrong else [_fitting(found, limit)]

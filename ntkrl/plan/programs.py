@@ -289,6 +289,18 @@ def updates(run: Run) -> Steps:
         yield Program(name, *given, runs=float(schedule.updates), rows=parts)
 
 
+def crowded(run: Run) -> str | None:
+    """Say where a step's rows are too few for the mesh, so that devices read the same ones."""
+    rows, parts = minibatch(run, 0)[0].tokens.shape[0], trees.row_parts(run.mesh)
+    rows //= run.settings.schedule.microbatches
+    if rows % parts == 0:
+        return None
+    return (
+        f"data × fsdp = {parts} does not divide the {rows} rows read together in a step: devices "
+        "repeat each other's work; raise data.prompts_per_step or mesh.tensor"
+    )
+
+
 class Drawn(NamedTuple):
     """Shapes of a rollout as the loop has it: see types.Rollout."""
 

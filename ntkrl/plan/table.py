@@ -20,6 +20,7 @@ from ntkrl.plan.topology import Machine
 
 MACHINES = ("v5e-16", "v6e-16", "v5p-32", "v5e-64", "v5e-256")
 MODELS = ("EleutherAI/pythia-2.8b", "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen3-8B")
+CROWDED = "; more chips than rows to spread"
 COLUMNS = ("model", "machine", "mesh", "peak GiB", "of", "largest program")
 TIMES = ("s per step", *TIMED, "verdict")
 
@@ -71,7 +72,7 @@ def _line(model: str, machine: Machine, found: Found, settings: RunSettings) -> 
         f"{machine.chip.memory_gib:.4g}",
         "–" if most is None else most.name,
         *map(shown, times),
-        wrong[0] if wrong else "fits",
+        (wrong[0] if wrong else "fits") + ("" if found.crowded is None else CROWDED),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -30,6 +30,7 @@ def test_a_plan(words, tmp_path, capsys):
     names = ("prefill", "cache growth", "decoding", "reference", "update classifier", "update all")
     assert all(f"\n{name} " in printed for name in (*names, "kernel apply"))
     assert "mesh fsdp 8, remat products" in printed and "fits: " in printed
+    assert "data × fsdp = 8 does not divide the 4 rows read together" in printed
     (found,) = json.loads(file.read_text())
     rows = {row["name"]: row for row in found["programs"]}
     assert rows["update all"]["stages"] == ["all"] and rows["update all"]["runs"] == 2
