@@ -11,12 +11,15 @@ USAGE = """usage: ntkrl COMMAND ...
 
   train    --config=FILE [--config.section.field=value ...]   run or resume a training run
   evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
+  plan     --config=FILE --topology=v5e:4x4 [--search] ...    whether a run fits a machine, how fast
   kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
   report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
   report   --glossary                                         what every metric means, as Markdown
   export   RUN OUT [--step=N|best]                            a checkpoint as Hugging Face directory
   presets  [NAME ...]                                         objectives: formula, source and axes
 
+plan also takes --limit=6 (candidates of --search), --json=FILE and, in place of --topology,
+--table=FILE (models × machines). Topologies: v5e-16, v5p:2x2x4, …, cpu:8, gpu. No TPU is needed.
 kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=16 --layers
 --dtype=float32|float64|bfloat16 --memory_gib=8.
 
@@ -42,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
         "evaluate": _evaluate,
+        "plan": _plan,
         "kernel": _kernel,
         "report": _report,
         "export": _export,
@@ -85,6 +89,25 @@ def _evaluate(words: Sequence[str]) -> None:
     config = runtime.read_config(words)
     with runtime.together():
         evaluate.evaluate(config)
+
+
+def _plan(words: Sequence[str]) -> None:
+    from ntkrl import assembly, plan, runtime
+
+    given = [word for word in words if word.startswith("--config")]
+    rest = [word for word in words if word not in given]
+    options, places = _options(rest, ("topology", "limit", "json", "table"), ("search",))
+    if places:
+        raise ValueError(f"plan takes options only, not {' '.join(places)}.")
+    settings = assembly.read_settings(runtime.read_config(given))
+    if "table" in options:
+        if len(options) > 1:
+            raise ValueError("plan --table=FILE takes no other option: it names its machines.")
+        plan.write_table(options["table"], settings, f"ntkrl plan {' '.join(words)}")
+        return
+    if "topology" not in options:
+        raise ValueError("plan needs --topology=NAME, for example v5e-16 or cpu:8.")
+    plan.plan(settings, plan.read_options(options))
 
 
 def _kernel(words: Sequence[str]) -> None:

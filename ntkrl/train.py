@@ -220,17 +220,8 @@ class Loop:
         """Return the stage's compiled train step: one function, sharded, its state donated."""
         stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
         if (stage, rows) not in self.compiled:
-            parts = self.settings.schedule.microbatches
-            step = update.make_step(self.programs[stage], self.source.minimised, parts)
-            if self.settings.schedule.offload_optimizer:
-                step = update.offloaded(step, self.states.shardings(self.state).opt_state)
-            placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-            beside = jax.tree.map(lambda leaf: leaf.sharding, reference)
-            self.compiled[stage, rows] = jax.jit(
-                step,
-                in_shardings=(placed, runtime.row_sharding(rows, self.setup.mesh), beside),
-                out_shardings=(placed, runtime.replicated(self.setup.mesh)),
-                donate_argnums=0,
+            self.compiled[stage, rows] = assembly.jitted_step(
+                self.setup, self.programs[stage], self.source.minimised, self.state, rows, reference
             )
         return self.compiled[stage, rows]
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"models", "scoring", "ntk", "runtime"},
     {"data", "rollout", "reward", "advantage", "update", "probe", "report"},
     {"assembly"},
-    {"train", "evaluate", "inspect"},
+    {"train", "evaluate", "inspect", "plan"},
     {"main"},
     {"__main__"},
 ]

@@ -9,11 +9,13 @@ from ntkrl.assembly.collect import (
 )
 from ntkrl.assembly.keeping import Keeper, best_of
 from ntkrl.assembly.preferences import PreferenceSource
+from ntkrl.assembly.rewards import is_code
 from ntkrl.assembly.rollouts import RolloutSource
 from ntkrl.assembly.settings import RunSettings, read_settings
 from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model, check_vocabulary
 from ntkrl.assembly.sources import SupervisedSource, Turn
 from ntkrl.assembly.states import States
+from ntkrl.assembly.steps import jitted_step
 
 SOURCES = {"rl": RolloutSource, "sft": SupervisedSource, "reward": PreferenceSource}
 
@@ -37,6 +39,8 @@ __all__ = [
     "collect",
     "draw_probe_set",
     "evaluate",
+    "is_code",
+    "jitted_step",
     "make_evaluation_sample",
     "read_settings",
 ]

@@ -70,18 +70,19 @@ def _name(spec: str) -> str:
     """How a function is called in metrics."""
     if spec in reward.BUILT_IN:
         return spec
-    return spec.rpartition(":")[2] if _is_code(spec) else Path(spec).name
+    return spec.rpartition(":")[2] if is_code(spec) else Path(spec).name
 
 
-def _is_code(spec: str) -> bool:
-    return spec.rpartition(":")[0].endswith(".py")
+def is_code(spec: str) -> bool:
+    """Tell whether a reward function is code, of this package or a user's, and no model."""
+    return spec in reward.BUILT_IN or spec.rpartition(":")[0].endswith(".py")
 
 
 def _function(
     spec: str, name: str, settings: RewardSettings, mesh: Mesh, given: dict[str, Any]
 ) -> reward.RewardFunction:
     given = {**given, "on_failure": settings.on_failure}
-    coded = spec in reward.BUILT_IN or _is_code(spec)
+    coded = is_code(spec)
     directory = Path(spec) if coded else models.local_directory(spec)
     if coded or not directory.is_dir():
         options = settings.options[spec] if spec in settings.options else {}

@@ -25,7 +25,7 @@ from ntkrl.models.family import REMAT, Adapters, Family, Running
 from ntkrl.models.hub import local_directory
 from ntkrl.models.lora import Lora, is_adapter
 from ntkrl.models.placing import placements, read_params
-from ntkrl.models.scorers import New, check_scorer, export_scorer, load_scorer
+from ntkrl.models.scorers import New, check_scorer, describe_scorer, export_scorer, load_scorer
 from ntkrl.types import Array, Params, Policy
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "build",
     "check",
     "describe",
+    "describe_scorer",
     "export",
     "export_adapter",
     "export_scorer",
@@ -227,16 +228,20 @@ def describe(
     compute_dtype: Any = None,
     remat: str = "products",
     mesh: Mesh | None = None,
+    lora: Lora | None = None,
 ) -> tuple[Policy, Params]:
     """Return what `build` would, with shapes (jax.ShapeDtypeStruct) in place of arrays.
 
     Args:
       architecture, config, dtype, compute_dtype, remat, mesh: as in `build`.
+      lora: as in `load`.
 
     Raises:
       ValueError: unknown architecture or impossible config.
     """
     family, parsed = _new(architecture, config)
+    if lora is not None:
+        parsed = dataclasses.replace(parsed, adapters=lora.adapters(family))
     return assemble(family, parsed, dtype, compute_dtype, _running(remat, mesh), None)
 
 

@@ -50,15 +50,53 @@ def load_scorer(
     """
     directory = hub.local_directory(path)
     raw = files.read_config(directory)
-    name, known = named(raw), (*SCORERS, armorm.ARCHITECTURE)
+    name = named(raw)
     if new is not None and name in FAMILIES:
         raw = {**raw, "num_labels": 1, "id2label": {"0": "LABEL_0"}, "pad_token_id": new.pad_id}
         name = FAMILIES[name].scorer
     else:
         new = None
+    found = _described({**raw, "architectures": [name]}, dtype, mesh, compute_dtype, directory)
+    scorer, shapes, family, parsed = found
+    leaves = trees.named_leaves(shapes)
+    if new is None:
+        found = read_params(directory, family, leaves, mesh)
+    else:
+        stored = {leaf: shape for leaf, shape in leaves.items() if leaf != SCORE[0][0]}
+        found = read_params(directory, FAMILIES[parsed.architecture], stored, mesh, tied=True)
+        found[SCORE[0][0]] = _start(leaves[SCORE[0][0]], parsed, new, family, mesh)
+    ordered = [found[leaf] for leaf in leaves]
+    return scorer, jax.tree.unflatten(jax.tree.structure(shapes), ordered)
+
+
+def describe_scorer(
+    raw: dict[str, Any],
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    compute_dtype: Any = None,
+    source: str | Path = "config.json",
+) -> tuple[Scorer, Params]:
+    """Return what `load_scorer` would, with shapes (jax.ShapeDtypeStruct) in place of arrays.
+
+    Args:
+      raw: config.json entries.
+      dtype, mesh, compute_dtype: as in `load_scorer`.
+      source: where they are from, for messages.
+
+    Raises:
+      ValueError: an unknown architecture or impossible entries.
+    """
+    return _described(raw, dtype, mesh, compute_dtype, source)[:2]
+
+
+def _described(
+    raw: dict[str, Any], dtype: Any, mesh: Mesh | None, compute_dtype: Any, source: str | Path
+) -> tuple[Scorer, Params, Family, Any]:
+    """Return the Scorer, the shapes of its params, and family and config of its trunk."""
+    name, known = named(raw), (*SCORERS, armorm.ARCHITECTURE)
     if name not in known:
         raise ValueError(
-            f"{directory}: architecture {name!r} is no reward model known here; known are "
+            f"{source}: architecture {name!r} is no reward model known here; known are "
             f"{', '.join(sorted(known))}."
         )
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -68,17 +106,8 @@ def load_scorer(
         family, parsed, heads, make = _classifier(raw, SCORERS[name], wide)
     headless = dataclasses.replace(parsed, tie_word_embeddings=True)
     running = Running(mesh=mesh)
-    policy, trunk = assemble(family, headless, dtype, compute_dtype, running, str(directory))
-    shapes = {**trunk, **heads}
-    leaves = trees.named_leaves(shapes)
-    if new is None:
-        found = read_params(directory, family, leaves, mesh)
-    else:
-        stored = {leaf: shape for leaf, shape in leaves.items() if leaf != SCORE[0][0]}
-        found = read_params(directory, FAMILIES[parsed.architecture], stored, mesh, tied=True)
-        found[SCORE[0][0]] = _start(leaves[SCORE[0][0]], parsed, new, family, mesh)
-    ordered = [found[leaf] for leaf in leaves]
-    return make(policy), jax.tree.unflatten(jax.tree.structure(shapes), ordered)
+    policy, trunk = assemble(family, headless, dtype, compute_dtype, running, str(source))
+    return make(policy), {**trunk, **heads}, family, parsed
 
 
 def check_scorer(path: str | Path) -> int:

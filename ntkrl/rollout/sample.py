@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,15 +82,15 @@ class Sampler:
         width, budget = prompts.tokens.shape[1], self.settings.max_completion_tokens
         _check_length(self.policy, width, budget)
         chunk = self.settings.chunk_steps
-        columns = self._columns(width, 1 + chunk)
+        columns = self.columns(width, 1 + chunk)
         if self.settings.gather_params:
-            params = self._gathered(params)
+            params = self.gathering(params)(params)
         live, written, left = self.programs["prefill"](columns, params, prompts, key)
         parts = decode.parts_of(self.mesh, written.mask.shape[0])
         drawn, looked = 1, np.zeros(written.mask.shape[0], np.int64)
         live, written, left = self._stop(live, written, looked, left)
         while drawn < budget and left:
-            live = self._resize(live, parts, left, self._columns(width, drawn + chunk))
+            live = self._resize(live, parts, left, self.columns(width, drawn + chunk))
             live, written, left = self.programs["read_on"](params, live, written, jnp.int32(drawn))
             drawn = min(drawn + chunk, budget)
             live, written, left = self._stop(live, written, looked, left)
@@ -99,8 +100,8 @@ class Sampler:
         """Return how many programs were compiled so far."""
         return sum(program._cache_size() for program in self.programs.values())
 
-    def _gathered(self, params: Params) -> Params:
-        """Return the params as the decoding steps read them: cast, and gathered over fsdp."""
+    def gathering(self, params: Params) -> Any:
+        """Return the program that casts params and gathers them over fsdp, to be decoded with."""
         if "gather" not in self.programs:
             dtype, where = self.settings.params_dtype, None
             if self.mesh is not None:
@@ -111,9 +112,9 @@ class Sampler:
                 return held if dtype is None else jax.tree.map(lambda p: p.astype(dtype), held)
 
             self.programs["gather"] = jax.jit(cast, out_shardings=where)
-        return self.programs["gather"](params)
+        return self.programs["gather"]
 
-    def _columns(self, width: int, drawn: int) -> int:
+    def columns(self, width: int, drawn: int) -> int:
         """Return the cache's columns while up to `drawn` tokens of each row are drawn."""
         # the last token is drawn and never read
         read, most = drawn - 1, self.settings.max_completion_tokens - 1

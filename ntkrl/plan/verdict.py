@@ -1,0 +1,69 @@
+"""What to turn when a program does not fit: chosen from what it is and what fills the memory."""
+
+from __future__ import annotations
+
+from ntkrl.plan.chips import Chip
+from ntkrl.plan.measure import Row
+from ntkrl.plan.programs import GENERATION, SCORING, UPDATE, Run
+
+
+def verdict(run: Run, row: Row, chip: Chip) -> str:
+    """Return "fits", or what is missing and the first knob to turn."""
+    if row.failed is not None and row.peak_gib is None:
+        return row.failed
+    if row.fits(chip):
+        return "fits"
+    return f"does not fit: needs {row.peak_gib:.1f} GiB; {knob(run, row, chip)}"
+
+
+def knob(run: Run, row: Row, chip: Chip) -> str:
+    """Return the first setting to change, as it would be written on the command line."""
+    lying = row.own_gib + row.beside_gib
+    settings, compute = run.settings, run.settings.model.compute_dtype
+    narrow = settings.model.dtype if compute is None else compute
+    if row.name.startswith("evaluation ") and row.rows > 1:
+        return f"lower eval.prompts = {settings.evaluation.prompts}"
+    if row.part == GENERATION and settings.rollout.gather_params:
+        return "set rollout.gather_params=False"
+    if chip.memory_gib is not None and lying > chip.memory_gib:
+        return _smaller_state(run, row)
+    if row.part == UPDATE:
+        if row.rows > 1:
+            return f"set schedule.microbatches={2 * settings.schedule.microbatches}"
+        if settings.model.remat != "all" and not row.name.endswith(_heads(run)):
+            return "set model.remat=all"
+    if row.part == GENERATION and row.name != "prefill":
+        cache = settings.rollout.cache_dtype
+        if (narrow if cache is None else cache) == "float32":
+            return "set rollout.cache_dtype=bfloat16"
+    if row.part == SCORING and row.name.startswith("reward "):
+        if row.rows > 1:
+            return f"set reward.batch_size={settings.reward.batch_size // 2}"
+        if settings.reward.dtype == "float32":
+            return "set reward.dtype=bfloat16"
+    elif narrow == "float32":
+        return "set model.compute_dtype=bfloat16"
+    if row.part == UPDATE and settings.schedule.chunk_tokens > 256:
+        return f"set schedule.chunk_tokens={settings.schedule.chunk_tokens // 2}"
+    if row.part in (GENERATION, SCORING) and row.rows > 1:
+        return f"lower data.prompts_per_step = {settings.data.prompts_per_step}"
+    return f"raise mesh.tensor = {run.mesh.shape['tensor']}, or take more chips"
+
+
+def _heads(run: Run) -> tuple[str, ...]:
+    """Return the names of stages that read no body."""
+    return tuple(stage.stage.name for stage in run.stages if stage.head_alone)
+
+
+def _smaller_state(run: Run, row: Row) -> str:
+    """Return what makes the arrays smaller that lie there all the time."""
+    settings, shape = run.settings, run.mesh.shape
+    if shape["data"] > 1:
+        return f"spread the params: set mesh.data=1 mesh.fsdp={shape['data'] * shape['fsdp']}"
+    if run.rewards and settings.reward.dtype == "float32":
+        return "set reward.dtype=bfloat16"
+    if row.part != UPDATE and not settings.schedule.offload_optimizer:
+        return "set schedule.offload_optimizer=True"
+    if not settings.model.lora["rank"]:
+        return "take more chips, or train adapters with model.lora.rank=16"
+    return "take more chips, or keep params in bfloat16 with model.dtype=bfloat16"

@@ -1,0 +1,165 @@
+"""`ntkrl plan` as a user meets it."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from ntkrl import assembly, runtime
+from ntkrl.main import main
+from ntkrl.plan import command, measure, programs, topology, verdict
+from ntkrl.plan.chips import CHIPS
+from tests.plan.test_programs import MODEL, WORDS, run_of, settings  # noqa: F401
+
+
+@pytest.fixture
+def words(tmp_path):
+    """The command's words for a tiny run."""
+    assert len(jax.devices()) == 8  # made before a plan asks for fewer
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    given = ["--config=configs/cfrl.py", f"--config.model.path={tmp_path}", *WORDS]
+    return ["plan", *given, "--config.reward.function=exact_match"]
+
+
+def test_a_plan(words, tmp_path, capsys):
+    """story: every program of a run on eight virtual devices, printed and written."""
+    file = tmp_path / "rows.json"
+    assert main([*words, "--topology=cpu:8", f"--json={file}"]) == 0
+    printed = capsys.readouterr().out
+    names = ("prefill", "cache growth", "decoding", "reference", "update classifier", "update all")
+    assert all(f"\n{name} " in printed for name in (*names, "kernel apply"))
+    assert "mesh fsdp 8, remat products" in printed and "fits: " in printed
+    assert "data × fsdp = 8 does not divide the 4 rows read together" in printed
+    (found,) = json.loads(file.read_text())
+    rows = {row["name"]: row for row in found["programs"]}
+    assert rows["update all"]["stages"] == ["all"] and rows["update all"]["runs"] == 2
+    assert rows["reference from features"]["stages"] == ["classifier"]
+    assert all(row["verdict"] == "fits" and row["peak_gib"] > 0 for row in rows.values())
+    assert rows["decoding"]["flops"] > 0 and rows["decoding"]["collectives"]["all-gather"]
+
+
+def test_a_search(words, tmp_path, capsys):
+    """story: two meshes that divide heads and rows; the one that spreads the params needs less."""
+    file = tmp_path / "rows.json"
+    words = ["--config=configs/sft.py" if "configs/" in one else one for one in words]
+    words += ["--topology=cpu:4", "--search", "--limit=2", f"--json={file}"]
+    assert main(words) == 0
+    head, _, rest = capsys.readouterr().out.partition("the first in full:")
+    assert len(head.splitlines()) == 5 and "kernel apply" not in rest and "update all" in rest
+    found = json.loads(file.read_text())
+    assert [one["mesh"]["fsdp"] for one in found] == [2, 1]
+    peaks = [one["programs"][0]["peak_gib"] for one in found]
+    assert peaks[0] < peaks[1]
+
+
+def test_meshes_of_a_search(settings):  # noqa: F811
+    """by hand: 8 devices, 2 heads, 4 rows a step: tensor 2, rows over 4; three ways each."""
+    run = run_of(settings("rl"))
+    found = [(one.mesh, one.model.remat) for one in command.choices(run.settings, run)]
+    meshes = [{"data": d, "fsdp": 4 // d, "tensor": 2} for d in (1, 2, 4)]
+    assert [mesh for mesh, _ in found[:3]] == meshes
+    assert [remat for _, remat in found[::3]] == ["products", "all", "none"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("v5e:4x4", ("v5e", "4x4")),
+        ("v5e-16", ("v5e", "4x4")),
+        ("v5e-64", ("v5e", "8x8")),
+        ("v5e-256", ("v5e", "16x16")),
+        ("v5p-32", ("v5p", "2x2x4")),  # cores: 16 chips
+        ("v5p:2x2x4", ("v5p", "2x2x4")),
+        ("v6e-16", ("v6e", "4x4")),
+        ("v4-8", ("v4", "2x2x1")),
+    ],
+)
+def test_names_of_machines(name, shape):
+    """by hand: friendly names and shapes."""
+    assert topology.shape_of(name) == shape
+
+
+MISTAKES = [
+    (["--topology=v7x-16"], "--topology=v7x-16 is not known; there are v4:2x2x1 and the like"),
+    (["--topology=v5e:2x2x4"], "is not known"),
+    (["--topology=v5p-7"], "is not known"),
+    (["--topology=cpu:64"], "there are 8 CPU devices"),
+    (["--topology=cpu:8", "--limit=none"], "--limit=none must be a whole number"),
+    (["--topology=cpu:8", "--limit=0"], "--limit must be at least 1"),
+    (["--topology=cpu:8", "--config.mesh.fsdp=3"], "does not fit 8 devices"),
+    (["--topology=cpu:8", "--config.model.path=org/name"], "its shape is not known; give"),
+    (["--topology=cpu:8", "--config.data.max_prompt_tokens=90"], "exceed the model's context"),
+    (["--topology=cpu:8", "--config.reward.function=org/name"], "its shape is not known; give"),
+    (["--topology=cpu:8", "--table=x.md"], "takes no other option"),
+    (["--topology=cpu:8", "x"], "plan takes options only"),
+    ([], "plan needs --topology=NAME"),
+]
+
+
+@pytest.mark.parametrize(("more", "told"), MISTAKES)
+def test_mistakes_are_told(words, more, told, capsys):
+    """story: a sentence and status 2, no stack trace."""
+    assert main([*words, *more]) == 2
+    said = capsys.readouterr().err
+    assert told in said and "Traceback" not in said
+
+
+def test_no_compiler_is_told(words, monkeypatch, capsys):
+    """story: what to install where libtpu is missing."""
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    assert main([*words, "--topology=v5e-16"]) == 2
+    assert "pip install 'ntkrl[tpu-plan]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cfrl", "grpo", "rl", "sft"])
+def test_the_papers_configs(name):
+    """story: each loads, and describes Pythia-2.8B with its own objective and stages."""
+    given = [f"--config=configs/paper/{name}.py", "--config.data.path=x.jsonl"]
+    run = run_of(assembly.read_settings(runtime.read_config(given)))
+    assert run.policy.config.num_hidden_layers == 32 and run.mesh.shape["fsdp"] == 8
+    batch, _ = programs.minibatch(run, len(run.stages) - 1)
+    assert batch.tokens.shape == ((32 if name == "sft" else 16), 1024)
+    assert list(run.rewards) == ([] if name == "sft" else ["ArmoRM-Llama3-8B-v0.1"])
+
+
+REFUSALS = [
+    (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (320.00G) exceeds available HBM (15.75G).",
+        320.0,
+    ),
+    (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 18.20G of 15.75G hbm. Exceeded hbm capacity by 2.45G.",
+        18.2,
+    ),
+    ("RESOURCE_EXHAUSTED: Used 900.50M of 15.75G hbm", 900.5 / 1024),
+    ("RESOURCE_EXHAUSTED", None),
+]
+
+
+@pytest.mark.parametrize(("message", "needed"), REFUSALS)
+def test_refusals(message, needed):
+    """by hand: what the compiler says it would need."""
+    found = measure.needed_gib(message)
+    assert found == needed if needed is None else found == pytest.approx(needed)
+
+
+KNOBS = [
+    ("update", {"rows": 2}, [], "schedule.microbatches=2"),
+    ("update", {}, [], "model.remat=all"),
+    ("update", {}, ["--config.model.remat=all"], "model.compute_dtype=bfloat16"),
+    ("generation", {}, [], "rollout.cache_dtype=bfloat16"),
+    ("scoring", {}, [], "model.compute_dtype=bfloat16"),
+    ("update", {"own_gib": 20.0}, ["--config.mesh.data=4"], "mesh.data=1 mesh.fsdp=8"),
+]
+
+
+@pytest.mark.parametrize(("part", "changes", "more", "knob"), KNOBS)
+def test_what_to_turn(settings, part, changes, more, knob):  # noqa: F811
+    """by hand: the first knob, by what the program is and what fills the memory."""
+    row = measure.Row(part, part, ("all",), 1.0, 1, 1.0, 1.0, 0.0, 30.0, 28.0)
+    row = dataclasses.replace(row, **changes)
+    said = verdict.verdict(run_of(settings("rl", *more)), row, CHIPS["v5e"])
+    assert said == f"does not fit: needs 30.0 GiB; {said.partition('; ')[2]}" and knob in said

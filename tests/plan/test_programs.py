@@ -1,0 +1,204 @@
+"""The programs of a run, described by shapes, against the run itself and arithmetic by hand."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from ntkrl import assembly, data, models, reward, runtime
+from ntkrl.assembly.sources import split
+from ntkrl.plan import measure, networks, programs, topology
+from ntkrl.plan.chips import Chip
+from ntkrl.plan.shapes import SHAPES
+from tests.toys import TINY
+
+MODEL = {**TINY, "architectures": ["GPTNeoXForCausalLM"], "vocab_size": 24}
+WORDS = [
+    "--config.data.prompts_per_step=4",
+    "--config.data.max_prompt_tokens=8",
+    "--config.rollout.completions_per_prompt=2",
+    "--config.rollout.max_completion_tokens=24",
+    "--config.schedule.minibatches=2",
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=-1",
+]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Read the settings of a tiny run; its model directory holds nothing but config.json."""
+    assert len(jax.devices()) == 8  # made before a plan asks for fewer
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+
+    def read(config="cfrl", *more):
+        given = [f"--config=configs/{config}.py", f"--config.model.path={tmp_path}", *WORDS, *more]
+        if config != "sft":
+            given.append("--config.reward.function=exact_match")
+        return assembly.read_settings(runtime.read_config(given))
+
+    return read
+
+
+def run_of(settings, count=8):
+    """A Run on virtual devices."""
+    return programs.described(settings, topology.machine(f"cpu:{count}").devices)
+
+
+def compiled(run, part):
+    """The rows of a part, by name; the others are not compiled."""
+    found, steps, result = {}, run.programs(probe=False), None
+    while True:
+        try:
+            program = steps.send(result)
+        except StopIteration:
+            return found
+        result = None
+        if program.part == part:
+            found[program.name], result = measure.measure(run, program, Chip())
+
+
+def test_flops_of_an_update(settings):
+    """oracle: 6 N T of the layers, 3 products of T² in attention, 6 V D of the head's rows."""
+    width, inner, layers = MODEL["hidden_size"], MODEL["intermediate_size"], 2
+    one = settings("rl", "--config.model.remat=none")
+    rows, length, budget = 4, 32, 24
+    per_layer = 4 * width * width + 2 * width * inner
+    body = 6 * layers * per_layer * rows * length
+    attention = 3 * layers * 2 * (2 * length * length * width) * rows
+    head = 6 * MODEL["vocab_size"] * width * rows * budget
+    found = compiled(run_of(one, 1), programs.UPDATE)["update all"]
+    assert found.flops == body + attention + head
+
+
+def test_stage_one_has_no_body(settings):
+    """by hand: logits and dW of the minibatch's rows, and their remaking nowhere."""
+    found = compiled(run_of(settings(), 1), programs.UPDATE)["update classifier"]
+    assert found.flops == 2 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"] * 4 * 24
+
+
+def test_decoding_reads_every_token(settings):
+    """by hand: two chunks of 16 of 23 tokens; each token multiplies 8 rows by every weight."""
+    width, inner, layers, rows = MODEL["hidden_size"], MODEL["intermediate_size"], 2, 8
+    found = compiled(run_of(settings("rl"), 1), programs.GENERATION)
+    assert found["decoding"].runs == 2 and found["cache growth"].runs == 1
+    products = layers * (4 * width * width + 2 * width * inner) + MODEL["vocab_size"] * width
+    attention = layers * 2 * (8 + 23) * width
+    assert found["decoding"].flops == 16 * rows * 2 * (products + attention)
+
+
+def test_shapes_are_those_of_a_run(settings):
+    """law: the batch, the state and their places are what the loop hands to its step."""
+    one = settings("cfrl")
+    run = run_of(one)
+    policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
+    setup = dataclasses.replace(run.setup, policy=policy, params=params)
+    source = assembly.SOURCES["rl"](setup)
+    for number, stage in enumerate(run.stages):
+        batch, reference = programs.minibatch(run, number)
+        made = _minibatch(source, setup, stage)
+        expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == expected
+        placed = runtime.place_rows(made, run.mesh)
+        same = jax.tree.map(
+            lambda a, b: a.sharding.is_equivalent_to(b.sharding, b.ndim), batch, placed
+        )
+        assert all(jax.tree.leaves(same))
+        assert reference is None
+
+
+def _minibatch(source, setup, stage):
+    """Draw completions at full length and make the first minibatch of them."""
+    rows = np.arange(4)
+    sample = source.samplers[stage.head_alone]
+    prompts = data.prompt_batch([[1] * 8] * 4, rows, 0, 8)
+    rollout = sample(setup.params, runtime.place_rows(prompts, setup.mesh), jax.random.key(1))
+    features = rollout.features
+    rollout = runtime.fetch(rollout.replace(features=None)).replace(features=features)
+    found = assembly.Collected(
+        rollout=rollout,
+        texts=["x"] * 8,
+        result=reward.RewardResult(np.arange(8.0), {}, {}, {}, frozenset()),
+    )
+    turn = assembly.Turn(
+        setup.params, setup.params, stage, True, 0, jax.random.key(2), lambda name: None
+    )
+    batch, _ = source._batch(turn, found)
+    return split(batch, 2)[0]
+
+
+def test_what_lies_beside_a_program(settings):
+    """by hand: two copies of the params all through, Adam's moments of the head in stage one."""
+    run = run_of(settings(), 1)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.params))
+    rows = compiled(run, programs.UPDATE)
+    moments = 4 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"]
+    assert rows["update classifier"].beside_gib * 2**30 == 4 * count
+    own = rows["update classifier"].own_gib * 2**30
+    batch = jax.tree.leaves(programs.minibatch(run, 0)[0])
+    inputs = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in batch)
+    assert own == pytest.approx(4 * count + moments + inputs, abs=16)  # and counters
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "ArmoRM" not in name])
+def test_published_shapes(name):
+    """by hand: parameters as published, to a thousandth."""
+    billions = {
+        "EleutherAI/pythia-1b": 1.011781632,
+        "EleutherAI/pythia-2.8b": 2.775208960,
+        "meta-llama/Meta-Llama-3-8B": 8.030261248,
+        "meta-llama/Llama-3.2-1B": 1.235814400,
+        "Qwen/Qwen3-8B": 8.190735360,
+    }
+    raw = networks.read_entries(name)
+    _, shapes = models.describe(raw["architectures"][0], raw)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert count == round(billions[name] * 1e9)
+
+
+def test_armorm_has_its_published_size():
+    """by hand: 7.51 billion parameters, heads in float32."""
+    raw = networks.read_entries("RLHFlow/ArmoRM-Llama3-8B-v0.1")
+    scorer, shapes = models.describe_scorer(raw, jax.numpy.bfloat16)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert round(count / 1e9, 2) == 7.51
+    assert len(scorer.names) == 20 and shapes["reward"]["weight"].dtype == "float32"
+
+
+@pytest.fixture
+def v5e():
+    """Sixteen described chips."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'ntkrl[tpu-plan]'")
+    return topology.machine("v5e-16")
+
+
+@pytest.mark.slow
+def test_a_program_that_does_not_fit_a_tpu(settings, v5e):
+    """story: 40 GiB doubled are a row that says what they need, not a crash."""
+    run = programs.described(settings("rl"), v5e.devices)
+    array = run.whole(jax.ShapeDtypeStruct((40, 1 << 28), np.float32))
+    call = jax.jit(lambda x: 2 * x + x[::-1])
+    big = programs.Program("big", programs.UPDATE, ("all",), call, (array,), frozenset())
+    row, compiled = measure.measure(run, big, v5e.chip)
+    assert compiled is None and not row.fits(v5e.chip)
+    assert row.failed.startswith("does not fit: needs ") and row.peak_gib > 80
+
+
+@pytest.mark.slow
+def test_a_tpu_compiles_it(settings, v5e):
+    """story: a tiny run for 16 chips of v5e, by the TPU's compiler: all programs fit."""
+    machine = v5e
+    run = programs.described(settings(), machine.devices)
+    steps, result, names = run.programs(), None, []
+    while True:
+        try:
+            program = steps.send(result)
+        except StopIteration:
+            break
+        row, result = measure.measure(run, program, machine.chip)
+        names.append(row.name)
+        assert row.fits(machine.chip), row
+        assert row.roofline > 0
+    assert {"prefill", "decoding", "update classifier", "update all", "kernel apply"} <= {*names}
