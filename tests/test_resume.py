@@ -1,5 +1,6 @@
 """Runs that are killed, asked to leave, moved to other devices or robbed of their disk go on."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file
 
 from ntkrl.main import main
 from tests.children import Children
-from tests.test_train import STAGES, base, lines, words
+from tests.test_train import ROOT, STAGES, base, lines, words
 
 __all__ = ["base"]  # a fixture
 
@@ -159,13 +160,18 @@ def stopped(children, command, run, changes, **given):
 def test_sigterm_saves_and_leaves(base, children, whole, tmp_path, capsys):
     """story: SIGTERM saves after the rollout step under way, status 75; the command goes on."""
     run = tmp_path / "run"
+    rewards = shutil.copy(ROOT / "tests" / "toy_rewards.py", tmp_path)
+    function = f"--config.reward.function={rewards}:score"
     rarely = "--config.checkpoint.every_steps=100"
-    step = stopped(children, arguments(base, run, rarely), run, 8)
+    step = stopped(children, arguments(base, run, rarely, function), run, 8)
     assert 1 <= step < 10
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
     ranked = [f"--config.checkpoint.{word}" for word in ("keep=1", "keep_best=1", "best_mode=min")]
-    status, output = children.run(arguments(base, run, *ranked))
+    with open(rewards, "a") as file:
+        file.write("# the same, in other words\n")
+    status, output = children.run(arguments(base, run, *ranked, function))
     assert status == 0, output
+    assert f"{rewards} has changed since step {step} was saved" in output
     assert "the config has changed: checkpoint.every_steps: 100 -> 1 (when and what" in output
     assert_same(whole, run)
     # of those saved since then, the one with the least reward stays beside the newest
@@ -207,6 +213,12 @@ def test_damaged_checkpoints(base, children, whole, tmp_path):
     assert f"going back to step {step - 2}" in output
     assert (run / "checkpoints" / f"{step}.damaged").is_dir()
     assert_same(whole, run)
+    swapped = json.loads((other / "config.json").read_text()) | {"seed": 5}
+    (other / "config.json").write_text(json.dumps(swapped))
+    status, output = children.run(arguments(base, other, kept, "--config.seed=5"))
+    assert status == 2 and f"the checkpoint of step {step} in {other}" in output
+    assert "was begun with another config: seed: 0 -> 5." in output
+    (other / "config.json").write_text(json.dumps(swapped | {"seed": 0}))
     damage(other / "checkpoints" / str(step - 2))
     before = (other / "metrics.jsonl").read_bytes()
     status, output = children.run(arguments(base, other, kept))
