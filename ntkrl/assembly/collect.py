@@ -173,6 +173,27 @@ def collect(
     return Collected(rollout=drawn, texts=texts, result=result)
 
 
+def collect_in_parts(
+    setup: Setup, sample: Sample, params: Params, prompts: Prompts, rows: np.ndarray, key: Array
+) -> Collected:
+    """Do `collect` for any number of prompts, as many completions at a time as in training.
+
+    What a prompt gets depends on the key and its own row alone, so that parts change nothing. The
+    last part is filled up with its own prompts, drawn again and left out.
+    """
+    settings = setup.settings
+    at_once = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
+    group = settings.evaluation.samples_per_prompt
+    size = min(max(at_once // group, 1), len(rows))
+    parts = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        found = collect(setup, sample, params, prompts, np.resize(part, size), key)
+        parts.append(found.take(np.arange(len(part) * group)))
+    pad = setup.tokenizer.pad_token_id
+    return functools.reduce(lambda first, second: joined(first, second, pad), parts)
+
+
 def evaluate(
     setup: Setup, sample: Sample, params: Params, key: Array
 ) -> tuple[dict[str, float], list[Collected]]:
@@ -193,7 +214,7 @@ def evaluate(
     group = settings.samples_per_prompt
     rounds, collected = [], []
     for repeat_key in jax.random.split(key, settings.repeats):
-        found = collect(setup, sample, params, setup.held_out, rows, repeat_key)
+        found = collect_in_parts(setup, sample, params, setup.held_out, rows, repeat_key)
         solved_B = found.result.rewards >= settings.success_threshold
         distinct_P, solutions_P = probe.distinct_counts(found.texts, solved_B, group)
         rounds.append(

@@ -41,7 +41,8 @@ with runtime.together():
         checkpoints.save(step, state, {"step": step})
     checkpoints.settle()
     if jax.process_index() == 0:
-        path = max(checkpoints.directory.glob("2/state/**/d/*"), key=lambda path: path.stat().st_size)
+        paths = checkpoints.directory.glob("2/state/**/d/*")
+        path = max(paths, key=lambda path: path.stat().st_size)
         held = bytearray(path.read_bytes())
         held[len(held) // 2] ^= 4
         path.write_bytes(held)
