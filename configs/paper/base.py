@@ -32,7 +32,7 @@ def get_config():
     config.schedule.minibatches = 2
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.eval.every_steps = 40
-    config.eval.prompts = 16  # sampled together; the paper's 500 are for the final evaluation
+    config.eval.prompts = 16  # while training; the paper's 500 are for the final evaluation
     config.eval.samples_per_prompt = 10
     config.checkpoint.keep = 6
     return config

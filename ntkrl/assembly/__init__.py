@@ -6,6 +6,7 @@ from ntkrl.assembly.collect import (
     draw_probe_set,
     evaluate,
     make_evaluation_sample,
+    prompts_together,
 )
 from ntkrl.assembly.keeping import Keeper, best_of
 from ntkrl.assembly.preferences import PreferenceSource
@@ -42,5 +43,6 @@ __all__ = [
     "is_code",
     "jitted_step",
     "make_evaluation_sample",
+    "prompts_together",
     "read_settings",
 ]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import data, models, probe, reward, rollout, runtime
-from ntkrl.assembly.settings import DTYPES
+from ntkrl.assembly.settings import DTYPES, RunSettings
 from ntkrl.assembly.setup import Prompts, Setup
 from ntkrl.numerics import bucket_length
 from ntkrl.types import Array, Params, ProbeSet, PromptBatch, Rollout
@@ -173,18 +173,23 @@ def collect(
     return Collected(rollout=drawn, texts=texts, result=result)
 
 
+def prompts_together(settings: RunSettings) -> int:
+    """Return how many held-out prompts are sampled together: as many completions as in training."""
+    completions = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
+    most = max(completions // settings.evaluation.samples_per_prompt, 1)
+    return min(most, settings.evaluation.prompts)
+
+
 def collect_in_parts(
     setup: Setup, sample: Sample, params: Params, prompts: Prompts, rows: np.ndarray, key: Array
 ) -> Collected:
-    """Do `collect` for any number of prompts, as many completions at a time as in training.
+    """Do `collect` for any number of prompts, some at a time.
 
     What a prompt gets depends on the key and its own row alone, so that parts change nothing. The
     last part is filled up with its own prompts, drawn again and left out.
     """
-    settings = setup.settings
-    at_once = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
-    group = settings.evaluation.samples_per_prompt
-    size = min(max(at_once // group, 1), len(rows))
+    group = setup.settings.evaluation.samples_per_prompt
+    size = min(prompts_together(setup.settings), len(rows))
     parts = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
