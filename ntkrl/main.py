@@ -26,7 +26,7 @@ kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=
 Configs live in configs/; every field has its meaning in configs/base.py.
 Set NTKRL_TRACEBACK=1 to see where an error came from.
 Exit statuses: 0 done, 2 a mistake of the user's, 70 another process of the run failed or was lost,
-130 interrupted."""
+75 saved and left when asked to, 130 interrupted."""
 
 PREEMPTED = 75
 """Exit status of a run that was asked to leave: EX_TEMPFAIL, try again."""
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status.
 
     0: done. 2: a user's mistake, or a disk that takes no more. 75: asked to leave by SIGTERM, and
-    saved. 130: interrupted. The last two go on where they were with the same command.
+    saved. 130: interrupted. The last two go on where they were with the same command. A failure in
+    one of several processes ends it here and now, the others with 70 (see runtime.together).
 
     Args:
       argv: words after the program's name; None for the process's own.

@@ -158,13 +158,13 @@ def test_a_reward_model_in_two_processes(base, tmp_path, four_devices):  # noqa:
     alike(one, several, 3)
 
 
-def killed_after(processes, run, count, victim):
-    """Kill one process once the run has written so many lines."""
+def struck_after(processes, run, count, victim, blow=signal.SIGKILL):
+    """Send one process a signal once the run has written so many lines."""
     path, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while not (path.exists() and path.read_text().count("\n") >= count):
         assert time.monotonic() < deadline and processes[0].poll() is None
         time.sleep(0.01)
-    processes[victim].send_signal(signal.SIGKILL)
+    processes[victim].send_signal(blow)
     return ends(processes, seconds=120)
 
 
@@ -174,7 +174,7 @@ def test_killed_and_resumed_in_two_processes(tmp_path):
     train([*sft(whole, 40), "--config.checkpoint.every_steps=10"], 2, 1)
     arguments = [*sft(broken, 40), "--config.checkpoint.every_steps=10"]
     processes = start(2, ["-m", "ntkrl", *arguments], SILENCE="3")
-    (status, text), (killed, _) = killed_after(processes, broken, 16, victim=1)
+    (status, text), (killed, _) = struck_after(processes, broken, 16, victim=1)
     assert killed == -signal.SIGKILL and status == 70, text
     said = text[text.rindex("\nntkrl: ") :]
     assert f"process 1 ({HOST}) gave no sign of life for 3 s" in said
@@ -184,6 +184,17 @@ def test_killed_and_resumed_in_two_processes(tmp_path):
     assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
     exported = [run / "export" / "model.safetensors" for run in (whole, broken)]
     assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_one_process_asked_to_leave(tmp_path):
+    """story: a SIGTERM of one is heard by both, which save the same step and end with 75."""
+    run = tmp_path / "run"
+    processes = start(2, ["-m", "ntkrl", *sft(run, 400)])
+    found = struck_after(processes, run, 10, victim=1, blow=signal.SIGTERM)
+    assert [status for status, _ in found] == [75, 75], found
+    saved = {text.split("saved step ")[1].split(";")[0] for _, text in found}
+    assert len(saved) == 1 and (run / "checkpoints" / saved.pop()).is_dir()
 
 
 def test_a_reward_that_hangs_on_one_host(base, tmp_path):  # noqa: F811
