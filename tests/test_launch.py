@@ -74,6 +74,12 @@ sys.exit(int(status))
 """
 
 
+def hear_all():
+    """Let a child be told to end by any signal."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Desk:
     """A place with stub tools on PATH, where scripts run."""
 
@@ -124,6 +130,7 @@ class Desk:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=hear_all,  # a suite under nohup hands on that some are ignored
         )
         self.started.append(process)
         for _ in range(int(settings.get("PROCESSES", 1))):

@@ -169,12 +169,15 @@ def struck_after(processes, run, count, victim, blow=signal.SIGKILL):
 
 
 def test_killed_and_resumed_in_two_processes(tmp_path):
-    """story: a worker is killed, the other names it and what is left; resumed, the same bits."""
+    """story: a worker is killed, the other names it and what is left; resumed, the same bits.
+
+    The save of step 20 waits for that of step 10, so that one of them is there.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train([*sft(whole, 40), "--config.checkpoint.every_steps=10"], 2, 1)
     arguments = [*sft(broken, 40), "--config.checkpoint.every_steps=10"]
     processes = start(2, ["-m", "ntkrl", *arguments], SILENCE="3")
-    (status, text), (killed, _) = struck_after(processes, broken, 16, victim=1)
+    (status, text), (killed, _) = struck_after(processes, broken, 24, victim=1)
     assert killed == -signal.SIGKILL and status == 70, text
     said = text[text.rindex("\nntkrl: ") :]
     assert f"process 1 ({HOST}) gave no sign of life for 3 s" in said
