@@ -74,10 +74,12 @@ sys.exit(int(status))
 """
 
 
-def hear_all():
-    """Let a child be told to end by any signal."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+HEARING = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):  # a suite under nohup hands on that they are ignored
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Desk:
@@ -124,13 +126,12 @@ class Desk:
     def start(self, script, *words, **settings):
         """Start a script and wait until `started` was printed by every process."""
         process = subprocess.Popen(
-            [*self.command(script), *words],
+            [sys.executable, "-c", HEARING, *self.command(script), *words],
             env={**self.environment, **settings},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            preexec_fn=hear_all,  # a suite under nohup hands on that some are ignored
         )
         self.started.append(process)
         for _ in range(int(settings.get("PROCESSES", 1))):
