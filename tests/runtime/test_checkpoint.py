@@ -103,7 +103,8 @@ def test_saving_does_not_wait_and_sees_no_later_step(tmp_path, monkeypatch):
     go_on, write = threading.Event(), serialization.async_serialize_from_host
 
     async def held_up(*given, **named):
-        await asyncio.to_thread(go_on.wait, 60)
+        if not await asyncio.to_thread(go_on.wait, 60):
+            go_on.set()  # saving waited for this, and fails below
         return await write(*given, **named)
 
     monkeypatch.setattr(serialization, "async_serialize_from_host", held_up)
