@@ -180,6 +180,15 @@ def test_growing_caches_and_leaving_rows_change_nothing():
     assert small.compilations() - before <= 25 + 4 + 20 + 1
 
 
+def test_the_cache_grows_in_powers_of_two():
+    """by hand: 5 columns of prompt, then 4, 8, 16, 32 and at most the 39 tokens that are read."""
+    policy, _ = toy()
+    small = rollout.Sampler(policy, settings(max_completion_tokens=40, chunk_steps=4))
+    drawn = (1, 5, 6, 9, 10, 17, 18, 33, 34, 40)
+    grown = [small.columns(5, count) - 5 for count in drawn]
+    assert grown == [4, 4, 8, 8, 16, 16, 32, 32, 39, 39]
+
+
 def test_nothing_recompiles():
     """law: further batches of the same shapes compile nothing."""
     policy, params = neox()
