@@ -17,6 +17,20 @@ from ntkrl.vocabulary import Head
 from ntkrl.vocabulary.tiles import Tile, Tiling, cut, tile_count, tile_logits
 
 
+def log_normaliser(
+    head: Head, features: Array, temperature: float, chunk_vocabulary: int | None
+) -> Array:
+    """Return log Σ_v exp z_v of one position, a scalar; arguments as in `log_probs_by_tile`."""
+    rows, count = tile_count(head, Tiling(temperature, chunk_vocabulary, 0))
+
+    def add(held: Array, number: Array) -> tuple[Array, None]:
+        z_1R = tile_logits(head, cut(head, rows, number), features[None], temperature)
+        return jnp.logaddexp(held, jax.nn.logsumexp(z_1R)), None
+
+    low = jnp.full((), -jnp.inf, jnp.promote_types(features.dtype, jnp.float32))
+    return jax.lax.scan(add, low, jnp.arange(count, dtype=jnp.int32))[0]
+
+
 def log_probs_by_tile(
     head: Head, features: Array, temperature: float, chunk_vocabulary: int | None
 ) -> Callable[[Array], tuple[Tile, Array]]:
@@ -31,22 +45,12 @@ def log_probs_by_tile(
     Returns:
       `number -> (tile, log π [R])` (nats), with −∞ at rows that the tile before had.
     """
-    tiling = Tiling(temperature, chunk_vocabulary, 0)
-    rows, count = tile_count(head, tiling)
-
-    def tile_of(number: Array) -> tuple[Tile, Array]:
-        tile = cut(head, rows, number)
-        return tile, tile_logits(head, tile, features[None], temperature)[0]
-
-    def add(held: Array, number: Array) -> tuple[Array, None]:
-        return jnp.logaddexp(held, jax.nn.logsumexp(tile_of(number)[1])), None
-
-    low = jnp.full((), -jnp.inf, jnp.promote_types(features.dtype, jnp.float32))
-    normaliser, _ = jax.lax.scan(add, low, jnp.arange(count, dtype=jnp.int32))
+    rows, _ = tile_count(head, Tiling(temperature, chunk_vocabulary, 0))
+    normaliser = log_normaliser(head, features, temperature, chunk_vocabulary)
 
     def log_probs_of(number: Array) -> tuple[Tile, Array]:
-        tile, z_R = tile_of(number)
-        return tile, z_R - normaliser
+        tile = cut(head, rows, number)
+        return tile, tile_logits(head, tile, features[None], temperature)[0] - normaliser
 
     return log_probs_of
 
