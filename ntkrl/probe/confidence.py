@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.numerics import at_least_float32, masked_total, mean
+from ntkrl.numerics import at_least_float32, einsum, masked_total, mean
 from ntkrl.probe.tiles import log_probs_by_tile, sum_over_tiles
 from ntkrl.types import Array
 from ntkrl.vocabulary import Head, TokenStatistics
+from ntkrl.vocabulary.tiles import products
 
 
 @jax.jit
@@ -104,10 +105,11 @@ def entropy_changes_by_tile(
             sums = {}
             for part, matrix in matrices.items():
                 rows = jax.lax.dynamic_slice_in_dim(matrix, tile.start, pi_R.shape[0])
-                dz_R = head.scale / temperature * (at_least_float32(rows) @ vectors[part])
+                dz_R = einsum("rd,d->r", at_least_float32(rows), vectors[part])
+                dz_R *= head.scale / temperature
                 if head.soft_cap is not None:
-                    raw = head.scale * _raw(tile.weight, tile.bias, phi_D)
-                    dz_R *= 1 - jnp.tanh(raw / head.soft_cap) ** 2
+                    raw_R = products(phi_D, tile.weight, tile.bias, head.scale)
+                    dz_R *= 1 - jnp.tanh(raw_R / head.soft_cap) ** 2
                 sums[part] = (weight_R @ dz_R, pi_R @ dz_R)
             return jnp.sum(weight_R), sums
 
@@ -115,11 +117,6 @@ def entropy_changes_by_tile(
         return {part: moment * at_pi - at_log for part, (at_log, at_pi) in sums.items()}
 
     return jax.lax.map(position, given, batch_size=chunk_tokens)
-
-
-def _raw(weight_RD: Array, bias_R: Array | None, phi_D: Array) -> Array:
-    raw_R = at_least_float32(weight_RD) @ phi_D
-    return raw_R if bias_R is None else raw_R + bias_R
 
 
 class Covariance(NamedTuple):
@@ -153,16 +150,16 @@ def advantage_covariance(
     Source: Cui et al. 2505.22617, section 4 (Clip-Cov and KL-Cov act on the top 2e-4).
     """
     first, second = at_least_float32(log_probs), at_least_float32(advantages)
-    products = jnp.where(
+    together = jnp.where(
         mask,
         (first - mean(masked_total(first, mask))) * (second - mean(masked_total(second, mask))),
         0,
     )
     count = jnp.sum(mask)
-    falling = -jnp.sort(jnp.where(mask, -products, jnp.inf).ravel())
+    falling = -jnp.sort(jnp.where(mask, -together, jnp.inf).ravel())
     top = jnp.arange(falling.size) < jnp.clip(jnp.round(fraction * count), 1, count)
     return Covariance(
-        products, mean(masked_total(products, mask)), mean(masked_total(falling, top))
+        together, mean(masked_total(together, mask)), mean(masked_total(falling, top))
     )
 
 

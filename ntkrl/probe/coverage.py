@@ -153,7 +153,8 @@ def support_change(
 
     Args:
       first, second: per prompt the answers sampled from each policy, as many from either.
-      correct: per prompt the answers known to be correct.
+      correct: per prompt the answers known to be correct; those that either policy was rewarded
+        for where no more are known, which leaves `neither` at 0.
       least: samples an answer must have to count as reached, ≥ 1; over the samples drawn it is
         the threshold ε on π(answer).
 

@@ -65,7 +65,7 @@ def leading_direction(matrix: Array, iterations: int = 500) -> Leading:
     out and the vectors are some mixture of both pairs.
 
     Args:
-      matrix: `[M, N]`.
+      matrix: `[M, N]`; stacked layers by vmap.
       iterations: at most so many, ≥ 1; fewer once v moves by less than √ε.
 
     Returns:

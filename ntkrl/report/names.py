@@ -141,8 +141,8 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "weights/linearity_pooled": ("fraction", "variance of all entries that such lines explain"),
     # what a batch holds to learn from
     "signal/reward_variance": ("reward²", "mean over prompts of the variance of its rewards"),
-    "signal/gradient_mean_square": ("norm²", "‖mean g‖² of per-sample gradients"),
-    "signal/gradient_noise": ("norm²", "tr Cov(g)"),
+    "signal/mean_square": ("norm²", "‖mean g‖² of per-sample gradients"),
+    "signal/noise": ("norm²", "tr Cov(g) of them"),
     "signal/signal_to_noise": ("ratio", "‖mean g‖²/tr Cov(g)"),
     "signal/noise_scale": ("samples", "tr Cov(g)/‖E g‖², the denominator unbiased"),
     "signal/entropy_share": (
