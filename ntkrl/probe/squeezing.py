@@ -129,7 +129,7 @@ def squeezing(
     Args:
       before, after: of the same O positions and tokens on either side of an update.
       advantages: `[O]` of the sampled tokens; positions with 0 are left out.
-      edges: k rising probabilities that cut [0, 1] in k + 1 bins.
+      edges: k rising probabilities that cut [0, 1] in k + 1 bins, each with its lower edge.
 
     Returns:
       `[2, k + 1]` arrays, first row A < 0, second A > 0: `tokens` (count), and mean changes

@@ -109,10 +109,10 @@ def update_rank(change: Array, leading: Leading) -> dict[str, Array]:
     `feature_measures`.
     """
     change = at_least_float32(change)
-    # of the smaller side, and of unit norm: squares of squares of small steps would underflow
     wide = change.T if change.shape[0] > change.shape[1] else change
     norm = jnp.linalg.norm(wide)
-    gram = einsum("mn,kn->mk", wide / norm, wide / norm)
+    # divided before it is squared: fourth powers of small steps underflow
+    gram = einsum("mn,kn->mk", wide, wide) / norm**2
     energy = jnp.square(leading.value / norm)
     return {
         "change_norm": norm,

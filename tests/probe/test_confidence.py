@@ -171,3 +171,6 @@ def test_squeezing_by_hand():
     np.testing.assert_allclose(found["greedy"], [[1, 0, 2, 0], [4, 0, 0, 0]])
     np.testing.assert_allclose(found["sampled"], [[-1, 0, -1, 0], [-1, 0, 0, 0]], rtol=1e-6)
     np.testing.assert_allclose(found["others"], [[-1, 0, -1, 0], [-1, 0, 0, 0]])
+    sure = Masses(*[jnp.zeros(1)] * 3)  # π = 1 is an edge, and belongs above it
+    found = squeezing(sure, sure, jnp.ones(1), (0.5, 1.0))
+    assert found["tokens"].tolist() == [[0, 0, 0], [0, 0, 1]]

@@ -52,7 +52,7 @@ def test_self_bleu_by_hand():
 
 def test_self_bleu_by_loops():
     """oracle: modified precision with every reference looked at; lengths tie at the third text."""
-    texts = ["a b a b c d", "a b c", "b c a b c", "d d a b", "a"]
+    texts = ["a b a b c d", "a b z", "b c a b c", "d d a b", "a z"]
     words = [text.split() for text in texts]
 
     def count(text, gram):
@@ -133,5 +133,7 @@ def test_support_by_hand():
     assert found.score == pytest.approx(2 * (2 / 9) / 1) and found.change == 0.0
     # with two samples needed: b falls from both, e is gained
     assert support_change(first, second, correct, least=2) == Support(0, 1, 2, 2)
+    rates = Support(kept=3, lost=1, gained=2, neither=0)
+    assert (rates.retention, rates.discovery, rates.change) == (3 / 4, 2 / 5, 1 / 6)
     nothing = Support(0, 0, 0, 3)
     assert math.isnan(nothing.retention) and math.isnan(nothing.change)

@@ -23,8 +23,8 @@ def test_p_values_by_hand():
     """by hand: three differences of one sign give 2/8; equal values give 1; pairs, not groups."""
     assert paired_difference([1.0, 5.0, 9.0], [1.1, 5.3, 9.2]).p_value == 0.25
     assert paired_difference([1.0, 2.0], [1.0, 2.0]).p_value == 1.0
-    # ties of 0.1 + 0.2 and 0.3 count, though floats tell them apart: +++, and all but 0.3 turned
-    assert paired_difference(np.zeros(3), [0.1, 0.2, -0.3]).p_value == 1.0
+    # no sum of ±0.8 ± 0.2 ± 0.6 ± 0.7 is nearer to 0 than 0.3; floats would tell ties apart: 14
+    assert paired_difference(np.zeros(4), [0.8, 0.2, -0.6, -0.7]).p_value == 16 / 16
 
 
 def test_drawn_p_value_meets_the_exact_one():

@@ -47,16 +47,16 @@ def test_rank_by_svd(x64, shape):
 
 
 def test_one_direction_in_single_precision():
-    """by hand: 1e-9 u vᵀ has rank 1 by every count, though its fourth powers underflow."""
+    """by hand: 1e-12 u vᵀ has rank 1 by every count, though its fourth powers underflow."""
     u, v = jnp.array([3.0, 4.0]) / 5, jnp.array([1.0, 2.0, 2.0]) / 3
-    change = 1e-9 * u[:, None] * v[None]
+    change = 1e-12 * u[:, None] * v[None]
     lead = leading_direction(change)
     found = update_rank(change, lead)
     for name in ("stable_rank", "effective_rank", "leading_energy"):
         np.testing.assert_allclose(found[name], 1.0, rtol=1e-5)
     # the opposite step has the same u and v up to sign, and cosine −1
     np.testing.assert_allclose(direction_cosine(lead, leading_direction(-change)), -1, rtol=1e-5)
-    turned = leading_direction(1e-9 * u[:, None] * jnp.array([[2.0, -1.0, 0.0]]))
+    turned = leading_direction(1e-12 * u[:, None] * jnp.array([[2.0, -1.0, 0.0]]))
     np.testing.assert_allclose(direction_cosine(lead, turned), 0.0, atol=1e-5)
     assert float(leading_direction(jnp.zeros((2, 3))).value) == 0.0
 
