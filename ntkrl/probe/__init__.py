@@ -1,8 +1,31 @@
 """What changed on a fixed set of completions, and what first-order theory said would change.
 
-Also what the kernel of given contexts is made of.
+Also what the kernel of given contexts is made of, and measures of learning dynamics as pure
+functions, by subject:
+
+    confidence, squeezing    of next-token distributions: entropy and what moves it, who gains
+    divergence               between two policies on the same contexts
+    geometry, drift          of features and kernels; sums the head kernel sees
+    classifier, weights, linearity  of the head's matrix, of updates, of paths over checkpoints
+    signal                   what a batch holds to learn from
+    diversity, coverage      of texts and samples
+    intervals                bootstrap and paired tests
 """
 
+from ntkrl.probe import (
+    classifier,
+    confidence,
+    coverage,
+    divergence,
+    diversity,
+    drift,
+    geometry,
+    intervals,
+    linearity,
+    signal,
+    squeezing,
+    weights,
+)
 from ntkrl.probe.diversity import distinct_counts, pass_at_k
 from ntkrl.probe.features import feature_measures
 from ntkrl.probe.kernels import KernelPlan, kernel_measures, plan_kernel
@@ -12,9 +35,21 @@ __all__ = [
     "KernelPlan",
     "ProbeReading",
     "Prober",
+    "classifier",
+    "confidence",
+    "coverage",
     "distinct_counts",
+    "divergence",
+    "diversity",
+    "drift",
     "feature_measures",
+    "geometry",
+    "intervals",
     "kernel_measures",
+    "linearity",
     "pass_at_k",
     "plan_kernel",
+    "signal",
+    "squeezing",
+    "weights",
 ]

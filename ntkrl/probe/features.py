@@ -34,19 +34,31 @@ def feature_measures(
     phi_OD, start_OD = at_least_float32(features), at_least_float32(start_features)
     gram_OO = phi_OD @ phi_OD.T
     norms_O = jnp.sqrt(jnp.diagonal(gram_OO))
-    cosines_OO = gram_OO / jnp.maximum(norms_O[:, None] * norms_O[None, :], 1e-30)
-    same_row = rows[:, None] == rows[None, :]
-    same_group = groups[:, None] == groups[None, :]
+    cosines_OO, pairs = cosines_of(gram_OO), kinds_of_pairs(rows, groups)
     distinct = ~jnp.eye(rows.shape[0], dtype=bool)
-    pairs = {
-        "cosine_within_response": same_row & distinct,
-        "cosine_across_responses": same_group & ~same_row,
-        "cosine_across_prompts": ~same_group,
+    measures = {
+        f"cosine_{kind}": mean(masked_total(cosines_OO, mask)) for kind, mask in pairs.items()
     }
-    measures = {name: mean(masked_total(cosines_OO, mask)) for name, mask in pairs.items()}
     return measures | {
         "positive_pairs": mean(masked_total((gram_OO > 0) * 1.0, distinct)),
         "effective_rank": jnp.trace(gram_OO) ** 2 / jnp.sum(gram_OO**2),
         "feature_norm": jnp.mean(norms_O),
         "feature_distortion": jnp.mean(jnp.linalg.norm(phi_OD - start_OD, axis=-1)),
+    }
+
+
+def cosines_of(gram_OO: Array) -> Array:
+    """Return the cosines `[O, O]` of vectors from their Gram matrix."""
+    norms_O = jnp.sqrt(jnp.diagonal(gram_OO))
+    return gram_OO / jnp.maximum(norms_O[:, None] * norms_O[None, :], 1e-30)
+
+
+def kinds_of_pairs(rows: Array, groups: Array) -> dict[str, Array]:
+    """Return `[O, O]` masks of pairs of distinct tokens, by what the two have in common."""
+    same_row = rows[:, None] == rows[None, :]
+    same_group = groups[:, None] == groups[None, :]
+    return {
+        "within_response": same_row & ~jnp.eye(rows.shape[0], dtype=bool),
+        "across_responses": same_group & ~same_row,
+        "across_prompts": ~same_group,
     }

@@ -1,0 +1,126 @@
+"""Intervals and paired tests for few seeds or many prompts; seeded, in numpy.
+
+What is resampled are the rows of the values: give one row per independent unit (a prompt, a seed),
+not one per completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A statistic and its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Paired(NamedTuple):
+    """A mean difference of paired values.
+
+    difference, low, high: mean of b − a and its bootstrap interval.
+    p_value: two-sided, in (0, 1]; the chance of a mean as far from 0 were the signs of the
+      differences those of fair coins.
+    patterns: sign patterns that stands on, and `exact` whether those are all 2ⁿ.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    patterns: int
+    exact: bool
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *columns: np.ndarray,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Return a statistic with its percentile bootstrap interval.
+
+    Quantiles are values that occurred, so that a statistic may be infinite. With few rows the
+    interval is too short: of n rows only n different values exist.
+
+    Args:
+      statistic: of arrays shaped as the columns, a number.
+      *columns: arrays with n ≥ 1 rows each, resampled together.
+      level: what the interval covers, in (0, 1).
+      draws: resamples.
+      seed: of the resampling.
+
+    Returns:
+      Interval.
+
+    Raises:
+      ValueError: columns without rows, or of different numbers of them.
+
+    Source: Efron & Tibshirani 1993, section 13.3.
+    """
+    arrays = [np.asarray(column) for column in columns]
+    sizes = {len(array) for array in arrays}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"columns need equally many rows, one or more, not {sorted(sizes)}.")
+    (size,) = sizes
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(draws):
+        rows = rng.integers(size, size=size)
+        found.append(statistic(*(array[rows] for array in arrays)))
+    tail = (1 - level) / 2
+    low, high = np.quantile(found, [tail, 1 - tail], method="inverted_cdf")
+    return Interval(float(statistic(*arrays)), float(low), float(high))
+
+
+def mean_interval(values: np.ndarray, **settings: float) -> Interval:
+    """Return the mean of `[n]` values with its interval; settings as in `bootstrap`."""
+    return bootstrap(np.mean, np.asarray(values, float), **settings)
+
+
+def paired_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Paired:
+    """Test whether b differs from a in the mean, by flipping signs of paired differences.
+
+    All 2ⁿ patterns are taken where they are no more than `draws` (n ≤ 13 at 10 000): then the
+    p-value is exact, and no smaller than 2/2ⁿ. Else `draws` random patterns are, and the one seen
+    counts among them: (1 + hits)/(1 + draws).
+
+    Args:
+      first, second: a and b `[n]`, pair by pair (the same seed or prompt), n ≥ 1.
+      level, draws, seed: as in `bootstrap`.
+
+    Returns:
+      Paired.
+
+    Raises:
+      ValueError: different numbers of values, or none.
+
+    Source: Fisher 1935; Phipson & Smyth 2010 (the added one).
+    """
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"pairs need two lists of equal length, not {a.shape} and {b.shape}.")
+    gaps = b - a
+    value, low, high = mean_interval(gaps, level=level, draws=draws, seed=seed)
+    exact = 2 ** len(gaps) <= draws
+    if exact:
+        bits = np.arange(2 ** len(gaps))[:, None] >> np.arange(len(gaps))[None] & 1
+    else:
+        bits = np.random.default_rng(seed).integers(2, size=(draws, len(gaps)))
+    means = (1 - 2 * bits) @ gaps / len(gaps)
+    # sums in another order differ in the last bits from the one seen
+    hits = np.sum(np.abs(means) >= abs(value) - 1e-12 * np.abs(gaps).max())
+    p_value = hits / len(bits) if exact else (1 + hits) / (1 + len(bits))
+    return Paired(value, low, high, float(p_value), len(bits), exact)
