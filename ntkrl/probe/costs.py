@@ -76,8 +76,8 @@ def estimates(way: Way, given: Given, memory_gib: float) -> dict[str, Estimate]:
     item = max(4, *(leaf.dtype.itemsize for leaf in jax.tree.leaves(given.params)))
     tokens = given.targets.shape[0]
     output = (1 + len(way.members.names)) * 2 * tokens * terms * rows
-    # a gradient, its change, and one on the way; logits of the probe tokens
-    change = 3 * s.trained + tokens * way.policy.vocab_size
+    # a gradient and its change; logits of the probe tokens
+    change = 2 * s.trained + tokens * way.policy.vocab_size
     fixed, each = output + count * s.values, s.read + terms * (change + count * s.layer)
     chunk = _fitting(memory_gib * GIB / item - fixed, each, rows)
     work = rows * (s.sample + terms * s.head)
@@ -132,6 +132,9 @@ def _sizes(way: Way, given: Given) -> Sizes:
     def rows(chosen: Params, rest: Params, *sequence: Array) -> list[Array]:
         return parts.gradients(network, way.members, chosen, rest, sequence)
 
+    def terms(chosen: Params, rest: Params, batch: Any) -> Any:
+        return way.terms(trees.merge(chosen, rest), batch)
+
     def sample(chosen: Params, rest: Params, batch: Any) -> Params:
         return accounts.pulled(way, trees.merge(chosen, rest), batch)[0]
 
@@ -140,7 +143,6 @@ def _sizes(way: Way, given: Given) -> Sizes:
 
     reading = trace(read, chosen, rest, tokens, mask)
     forward, (values, layer) = flops(reading), _made(reading)
-    sampling = trace(sample, chosen, rest, batch)
     step = chosen, given.opt_state, chosen
     changing = flops(trace(change, *step)) - flops(trace(way.optimizer.update, *step))
     kind = jax.tree.leaves(chosen)[0].dtype
@@ -150,13 +152,13 @@ def _sizes(way: Way, given: Given) -> Sizes:
     head = way.policy.vocab_size * way.policy.feature_size * given.targets.shape[0]
     sequences = given.contexts.mask.shape[0]
     return Sizes(
-        sample=flops(sampling) + len(way.names) * changing,
+        sample=flops(trace(sample, chosen, rest, batch)) + len(way.names) * changing,
         push=sequences * (flops(trace(push, chosen, chosen, rest, tokens, mask)) - forward),
         rows=flops(trace(rows, chosen, rest, tokens, mask, positions, pull)) if moving else 0,
         head=2 * head * (way.policy.head_weight in trees.names(chosen)),
         values=values,
         layer=layer,
-        read=_made(sampling)[0],
+        read=_made(trace(terms, chosen, rest, batch))[0],
         trained=trained,
         body=moving,
     )
