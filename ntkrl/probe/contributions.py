@@ -165,7 +165,9 @@ def gradients(
     """
     body, other = trees.partition(chosen, members.body)
 
-    def sequence(tokens: Array, mask: Array, positions_P: Array, pull_PAD: Array) -> Params:
+    def sequence(given: tuple[Array, Array, Array, Array]) -> Params:
+        tokens, mask, positions_P, pull_PAD = given
+
         def read(own: Params) -> Array:
             params = trees.merge(trees.merge(own, other), rest)
             return network.read(params, tokens[None], mask[None])[0]
@@ -177,7 +179,8 @@ def gradients(
 
         return jax.vmap(jax.vmap(token, (None, 0)))(positions_P, pull_PAD)
 
-    found = jax.vmap(sequence)(*sequences)
+    # one after another: a fifth faster than together on a CPU, whose caches they fill
+    found = jax.lax.map(sequence, sequences)
     return [leaf.reshape(-1, *leaf.shape[3:]) for leaf in jax.tree.leaves(found)]
 
 

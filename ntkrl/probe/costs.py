@@ -27,6 +27,8 @@ from ntkrl.types import Array, Params
 
 FORMS = ("push", "gram")
 GIB = 2**30
+MOST = 32
+"""Samples at a time: more are no faster, and fill caches (measured on two CPU cores)."""
 
 
 class Estimate(NamedTuple):
@@ -79,7 +81,7 @@ def estimates(way: Way, given: Given, memory_gib: float) -> dict[str, Estimate]:
     # a gradient and its change; logits of the probe tokens
     change = 2 * s.trained + tokens * way.policy.vocab_size
     fixed, each = output + count * s.values, s.read + terms * (change + count * s.layer)
-    chunk = _fitting(memory_gib * GIB / item - fixed, each, rows)
+    chunk = _fitting(memory_gib * GIB / item - fixed, each, min(rows, MOST))
     work = rows * (s.sample + terms * s.head)
     found = {
         "push": Estimate(
@@ -89,16 +91,17 @@ def estimates(way: Way, given: Given, memory_gib: float) -> dict[str, Estimate]:
         )
     }
     if s.body:
-        sequence, each = s.values + 2 * width * (s.body + s.layer), s.read + terms * change
-        room = memory_gib * GIB / item - output
+        sequence, each = 2 * width * s.body, s.read + terms * change
+        fixed = output + s.values + 2 * width * s.layer
+        room = memory_gib * GIB / item - fixed
         block = _fitting(room / 2, sequence, count)
-        chunk = _fitting(room - block * sequence, each, rows)
+        chunk = _fitting(room - block * sequence, each, min(rows, MOST))
         blocks = -(-count // block)
         work = rows * (blocks * s.sample + terms * s.head) + count * s.rows
         found["gram"] = Estimate(
             *("gram", chunk, block),
             flops=float(work + 4 * blocks * block * width * s.body * rows * terms),
-            bytes=int(item * (output + block * sequence + chunk * each)),
+            bytes=int(item * (fixed + block * sequence + chunk * each)),
         )
     return found
 
