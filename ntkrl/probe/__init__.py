@@ -1,7 +1,7 @@
 """What changed on a fixed set of completions, and what first-order theory said would change.
 
-Also what the kernel of given contexts is made of, and measures of learning dynamics as pure
-functions, by subject:
+Also what the kernel of given contexts is made of, what each sample of an optimizer step did (the
+ledger), and measures of learning dynamics as pure functions, by subject:
 
     confidence, squeezing    of next-token distributions: entropy and what moves it, who gains
     divergence               between two policies on the same contexts
@@ -29,10 +29,12 @@ from ntkrl.probe import (
 from ntkrl.probe.diversity import distinct_counts, pass_at_k
 from ntkrl.probe.features import feature_measures
 from ntkrl.probe.kernels import KernelPlan, kernel_measures, plan_kernel
+from ntkrl.probe.ledger import Ledger, ledger_measures
 from ntkrl.probe.step import Prober, ProbeReading
 
 __all__ = [
     "KernelPlan",
+    "Ledger",
     "ProbeReading",
     "Prober",
     "classifier",
@@ -46,6 +48,7 @@ __all__ = [
     "geometry",
     "intervals",
     "kernel_measures",
+    "ledger_measures",
     "linearity",
     "pass_at_k",
     "plan_kernel",

@@ -157,6 +157,31 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "predict/correlation": ("correlation", "between predicted and actual change over probe tokens"),
 }
 
+# the step ledger: what each part of one optimizer step did to the probe tokens
+_LEDGER = {
+    "policy": "the policy term of all samples",
+    "kl": "the KL term of all samples",
+    "bonus": "the entropy bonus of all samples",
+    "momentum": "the optimizer's state from before",
+    "decay": "weight decay",
+    "optimizer": "what no column accounts for; rounding, unless the optimizer is not linear",
+    "curvature": "what first order leaves out",
+    "head": "all terms of the samples, through the head's role (R)",
+    "body": "all terms of the samples, through the features (G)",
+    "positive": "all terms of samples with A > 0",
+    "negative": "all terms of samples with A < 0",
+    "self": "all terms of samples that answer the probe token's own prompt",
+    "others": "all terms of samples that answer other prompts",
+}
+for _part, _what in _LEDGER.items():
+    GLOSSARY[f"ledger/{_part}_share"] = ("share", f"⟨Δ_part, Δ⟩/⟨Δ, Δ⟩, Δ measured; {_what}")
+    GLOSSARY[f"ledger/{_part}_entropy"] = ("nats", f"mean ΔH of probe tokens; {_what}")
+GLOSSARY |= {
+    "ledger/actual_entropy": ("nats", "mean measured ΔH of probe tokens in the step"),
+    "ledger/optimizer_size": ("ratio", "‖Δ_optimizer‖ / ‖Δ‖ over probe tokens' log-probs"),
+    "ledger/curvature_size": ("ratio", "‖Δ_curvature‖ / ‖Δ‖ over probe tokens' log-probs"),
+}
+
 # names that carry a word of their own: reward functions' names, what they log, parts, parameters
 FAMILIES: dict[str, tuple[str, str]] = {
     "rewards/<fn>/mean": ("reward", "mean of a reward function where it applies, unweighted"),

@@ -1,0 +1,238 @@
+"""The program of the step ledger: gradients of the terms, what became of them, what that did.
+
+Samples are taken `chunk` at a time; their gradients are written out, changed as the optimizer
+changed the whole gradient, and laid against the probe tokens by one of the two forms of
+ntkrl.probe.contributions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ntkrl import ntk, trees
+from ntkrl.ntk.contexts import Grouped
+from ntkrl.ntk.network import as_network
+from ntkrl.probe import contributions as parts
+from ntkrl.probe import held
+from ntkrl.types import Array, Params, Policy, Total
+
+Terms = Callable[[Params, Any], dict[str, Total]]
+COLUMNS = ("momentum", "decay", "optimizer")
+
+
+class Way(NamedTuple):
+    """How a ledger is made; static.
+
+    policy, terms, optimizer, trained, microbatches: as in Ledger.
+    members: groups of the trained leaves.
+    names: of the terms.
+    by: "group" or "sample".
+    form: "push" or "gram".
+    chunk: samples at a time.
+    block: probe sequences whose gradients are written out at a time.
+    """
+
+    policy: Policy
+    terms: Terms
+    optimizer: optax.GradientTransformation
+    trained: tuple[bool, ...]
+    microbatches: int
+    members: parts.Members
+    names: tuple[str, ...]
+    by: str
+    form: str = "push"
+    chunk: int = 1
+    block: int = 1
+
+
+class Given(NamedTuple):
+    """What a ledger is made of.
+
+    params, opt_state: before the step.
+    batch: B rows.
+    contexts, targets: the probe tokens, `sequences` the contexts by sequence.
+    """
+
+    params: Params
+    opt_state: Any
+    batch: Any
+    contexts: ntk.Contexts
+    sequences: Grouped
+    targets: Array
+
+
+class Found(NamedTuple):
+    """What a ledger holds, measures in the order of MEASURES, the head before the groups.
+
+    actual: `[2, O]` measured change.
+    columns: `[1 + G, 2, O, K]` of COLUMNS, after the terms where they are by group.
+    samples: `[1 + G, 2, O, T, B]`, or None by group.
+    """
+
+    actual: Array
+    columns: Array
+    samples: Array | None
+
+
+@functools.partial(jax.jit, static_argnames=("way",))
+def read(way: Way, given: Given, after: Params) -> Found:
+    """Account for a step."""
+    network = as_network(way.policy)
+    chosen, _ = trees.partition(given.params, way.trained)
+    ended, _ = trees.partition(after, way.trained)
+    grads_T, counts_T = _whole_gradients(way, given)
+    applied = _applied(way, given, grads_T)
+    terms_T = jax.vmap(applied.push)(grads_T)
+    left = jax.tree.map(
+        lambda new, old, terms, *others: new - old - jnp.sum(terms, axis=0) - sum(others),
+        *(ended, chosen, terms_T, applied.momentum, applied.decay),
+    )
+    changes = jax.tree.map(lambda *rows: jnp.stack(rows), applied.momentum, applied.decay, left)
+    if way.by == "group":
+        changes = jax.tree.map(lambda *rows: jnp.concatenate(rows), terms_T, changes)
+    side = parts.side_of(network, given.params, given.contexts, given.targets)
+    push = _first_order(way, given, side)
+    one_KGAO = jax.lax.map(
+        lambda change: push(jax.tree.map(lambda leaf: leaf[None], change))[..., 0], changes
+    )
+    later = parts.side_of(network, after, given.contexts, given.targets)
+    samples = None
+    if way.by == "sample":
+        samples = by_sample(way, given, applied, counts_T, side, push)
+    return Found(later.values - side.values, jnp.moveaxis(one_KGAO, 0, -1), samples)
+
+
+def by_sample(
+    way: Way,
+    given: Given,
+    applied: held.Applied,
+    counts: Array,
+    side: parts.Side,
+    push: Callable[[Params], Array],
+) -> Array:
+    """Return the contributions of every sample and term `[1 + G, 2, O, T, B]`."""
+
+    def changes(row: Any) -> Params:
+        return sample_changes(way, given.params, applied, counts, row)
+
+    if way.form == "push":
+        found_B = jax.lax.map(lambda row: push(changes(row)), given.batch, batch_size=way.chunk)
+        return jnp.moveaxis(found_B, 0, -1)
+    found_NBGAOT = jax.lax.map(
+        lambda block: _block(way, given, changes, block), _blocks(way, given, side)
+    )
+    n, rows, groups, measures, tokens, terms = found_NBGAOT.shape
+    found = jnp.transpose(found_NBGAOT, (2, 3, 0, 4, 5, 1))
+    found = found.reshape(groups, measures, n * tokens, terms, rows)
+    return found[:, :, given.sequences.slots]
+
+
+def sample_changes(
+    way: Way, params: Params, applied: held.Applied, counts: Array, row: Any
+) -> Params:
+    """Return what the terms of one sample changed, T in front."""
+    one = jax.tree.map(lambda leaf: leaf[None], row)
+    return jax.vmap(applied.push)(_over(pulled(way, params, one)[0], counts))
+
+
+def _first_order(way: Way, given: Given, side: parts.Side) -> Callable[[Params], Array]:
+    """Return the map from K changes to `[1 + G, 2, O, K]`, by JVPs."""
+    network = as_network(way.policy)
+    chosen, rest = trees.partition(given.params, way.trained)
+    push = parts.pusher(network, way.members, chosen, rest, given.contexts, side)
+    return lambda changes: jnp.concatenate(
+        [parts.by_head(network, side, changes)[None], push(changes)]
+    )
+
+
+def _blocks(way: Way, given: Given, side: parts.Side) -> tuple[Any, parts.Side]:
+    """Return the probe set by blocks of sequences, and the side of their slots."""
+    sequences, (count, width) = given.sequences, given.sequences.positions.shape
+    blocks = -(-count // way.block)
+    room = blocks * way.block
+
+    def cut(leaf: Array) -> Array:
+        # sequences at the end are repeated with cotangents of zero
+        padding = [(0, room - count)] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.pad(leaf, padding, mode="edge").reshape(blocks, way.block, *leaf.shape[1:])
+
+    def laid(values_O: Array) -> Array:
+        empty = jnp.zeros((room * width, *values_O.shape[1:]), values_O.dtype)
+        whole = empty.at[sequences.slots].set(values_O)
+        return whole.reshape(blocks, way.block * width, *values_O.shape[1:])
+
+    head, body = (
+        jnp.moveaxis(laid(jnp.moveaxis(leaf, 1, 0)), 2, 1) for leaf in (side.head, side.body)
+    )
+    own = parts.Side(laid(side.values.T), laid(side.features), head, body)
+    return tuple(map(cut, (sequences.tokens, sequences.mask, sequences.positions))), own
+
+
+def _block(
+    way: Way, given: Given, changes: Callable[[Any], Params], block: tuple[Any, parts.Side]
+) -> Array:
+    """Return `[B, 1 + G, 2, slots, T]` of a block of probe sequences."""
+    (tokens, mask, positions), side = block
+    network = as_network(way.policy)
+    chosen, rest = trees.partition(given.params, way.trained)
+    pull_SPAD = jnp.moveaxis(side.body, 0, 1).reshape(*positions.shape, *side.body.shape[::2])
+    sequences = (tokens, mask, positions, pull_SPAD)
+    rows = parts.gradients(network, way.members, chosen, rest, sequences)
+
+    def sample(row: Any) -> Array:
+        own = changes(row)
+        head_AOT = parts.by_head(network, side, own)
+        body_GRT = parts.against(way.members, rows, own)
+        body_GOAT = body_GRT.reshape(len(body_GRT), -1, *head_AOT.shape[::2])
+        return jnp.concatenate([head_AOT[None], jnp.moveaxis(body_GOAT, 2, 1)])
+
+    return jax.lax.map(sample, given.batch, batch_size=way.chunk)
+
+
+def _applied(way: Way, given: Given, grads: Params) -> held.Applied:
+    whole = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), grads)
+    chosen, _ = trees.partition(given.params, way.trained)
+    return held.applied(way.optimizer, whole, given.opt_state, chosen)
+
+
+def _whole_gradients(way: Way, given: Given) -> tuple[Params, Array]:
+    """Return the gradients of the terms' means, T in front, and what they were divided by."""
+
+    def cut(leaf: Array) -> Array:
+        return leaf.reshape(way.microbatches, -1, *leaf.shape[1:])
+
+    def add(sums: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, pulled(way, given.params, part)), None
+
+    batches = jax.tree.map(cut, given.batch)
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    shapes = jax.eval_shape(lambda part: pulled(way, given.params, part), first)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (grads, counts_T), _ = jax.lax.scan(add, nothing, batches)
+    counts_T = jnp.maximum(counts_T, 1)
+    return _over(grads, counts_T), counts_T
+
+
+def _over(grads: Params, counts: Array) -> Params:
+    return jax.tree.map(
+        lambda leaf: (leaf / counts.reshape(-1, *(1,) * (leaf.ndim - 1))).astype(leaf.dtype), grads
+    )
+
+
+def pulled(way: Way, params: Params, rows: Any) -> tuple[Params, Array]:
+    """Return gradients of the terms' sums over rows, and their counts, T in front."""
+    chosen, rest = trees.partition(params, way.trained)
+
+    def totals(chosen: Params) -> tuple[Array, Array]:
+        found = way.terms(trees.merge(chosen, rest), rows)
+        sums, counts = zip(*(found[name] for name in way.names), strict=True)
+        return jnp.stack(sums), jnp.stack(counts)
+
+    sums_T, pull, counts_T = jax.vjp(totals, chosen, has_aux=True)
+    return jax.vmap(pull)(jnp.eye(len(way.names), dtype=sums_T.dtype))[0], counts_T

@@ -1,0 +1,135 @@
+"""What a step ledger costs beside the training it accounts for: `python -m tests.bench.ledger`.
+
+A GPT-NeoX as small as the quickstart's (D = 96, 3 layers, V = 18), 16 prompts of 8 tokens with 8
+completions of 12 tokens each, GRPO with its KL in the loss, Adam; a probe set of 8 × 2 such
+completions. A training step is generation and update. Medians in turns, compiled before the clock
+starts. FLOPs of the samples' contributions are those of `Ledger.estimates`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ntkrl
+from ntkrl import probe, rollout, scoring, update
+from ntkrl.types import ProbeSet, PromptBatch, UpdateBatch
+from tests.bench import measure
+
+CONFIG = {
+    "vocab_size": 18,
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "max_position_embeddings": 64,
+    "rotary_pct": 0.25,
+}
+PROMPTS, GROUP, PROMPT, LENGTH = 16, 8, 8, 12
+PROBE_PROMPTS, PROBE_GROUP = 8, 2
+EVERY = {"sample": 50, "group": 10}
+"""Steps between ledgers that the overhead is given for."""
+OBJECTIVE = update.Objective(kl_place="loss", kl_coefficient=0.04)
+
+
+def draw(policy: Any, params: Any, prompts: int, group: int, seed: int) -> Any:
+    """Return a function that samples completions of random prompts."""
+    tokens = np.random.default_rng(seed).integers(2, CONFIG["vocab_size"], (prompts, PROMPT))
+    batch = PromptBatch(
+        tokens=jnp.asarray(tokens),
+        mask=jnp.ones(tokens.shape, bool),
+        rows=jnp.arange(prompts),
+        copies=jnp.zeros(prompts, int),
+    )
+    # no token ends a completion: all have the full length
+    sample = rollout.Sampler(policy, rollout.SamplerSettings(group, LENGTH, 1.0, -1, 0))
+    return lambda: sample(params, batch, jax.random.key(seed))
+
+
+def update_batch(drawn: Any) -> UpdateBatch:
+    """Return what the step sees, with advantages drawn at random."""
+    mask = drawn.completion_mask
+    return UpdateBatch(
+        tokens=drawn.tokens,
+        mask=drawn.mask,
+        completion_mask=mask,
+        old_log_probs=drawn.sampler_log_probs,
+        ref_log_probs=drawn.sampler_log_probs - 0.1,
+        advantages=jax.random.normal(jax.random.key(2), (len(mask), 1)) * jnp.ones(mask.shape),
+    )
+
+
+def terms_of(policy: Any) -> Any:
+    """Return the terms of OBJECTIVE, each without the other."""
+    bare = dataclasses.replace(OBJECTIVE, kl_place="off", kl_coefficient=0.0)
+
+    def terms(params: Any, batch: UpdateBatch) -> dict[str, Any]:
+        found = scoring.score(policy, params, batch.tokens, batch.mask, LENGTH)
+        still = batch.replace(advantages=jnp.zeros_like(batch.advantages))
+        return {
+            "policy": update.policy_loss(bare, LENGTH, found, batch)[0],
+            "kl": update.policy_loss(OBJECTIVE, LENGTH, found, still)[0],
+        }
+
+    return terms
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    repeats = parser.parse_args().repeats
+    policy, params = ntkrl.build("GPTNeoXForCausalLM", CONFIG, jax.random.key(0))
+    stage = update.Stage("all", 1, ((".*", 3e-4),), max_grad_norm=1.0)
+    program = update.stage_program(stage, policy, params)
+    minimised = update.policy_objective(
+        policy, lambda found, batch: update.policy_loss(OBJECTIVE, LENGTH, found, batch)
+    )
+    step = jax.jit(update.make_step(program, minimised))
+    generate = draw(policy, params, PROMPTS, GROUP, 0)
+    batch = update_batch(generate())
+    before, _ = step(update.init_state(program, params, jax.random.key(0)), batch)
+    after, _ = step(before, batch)
+    chosen = draw(policy, params, PROBE_PROMPTS, PROBE_GROUP, 1)()
+    rows = jnp.arange(PROBE_PROMPTS).repeat(PROBE_GROUP)
+    held = (chosen.tokens, chosen.mask, chosen.completion_mask, rows)
+    names = ("tokens", "mask", "completion_mask", "groups")
+    probe_set = ProbeSet(**dict(zip(names, held, strict=True)))
+    prober = probe.Prober(policy, probe_set, params)
+    terms, where = terms_of(policy), (prober.contexts, prober.targets)
+    static = policy, terms, program.optimizer, program.trained
+    ledgers = {"group": probe.Ledger(*static, by="group")}
+    ledgers |= {form: probe.Ledger(*static, form=form) for form in ("push", "gram")}
+    calls = {"generation": generate, "update": lambda: step(before, batch)}
+    calls["prediction"] = lambda: prober.compare(before.params, after.params)
+    for name, ledger in ledgers.items():
+        calls[name] = lambda own=ledger: own.read(before, after.params, batch, *where)
+    seconds = measure.medians_in_turns(calls, repeats, jax.block_until_ready)
+    whole = seconds["generation"] + seconds["update"]
+    estimates = ledgers["push"].estimates(before, batch, *where)
+    table = []
+    for name, value in seconds.items():
+        row = {"call": name, "seconds": value, "of_a_step": value / whole}
+        if name in ledgers:
+            every = EVERY["group" if name == "group" else "sample"]
+            row |= {"every": every, "of_training": value / whole / every}
+        if name in estimates:
+            row |= {"flops": estimates[name].flops, "MiB": estimates[name].bytes / 2**20}
+        table.append(row)
+    columns = ("call", "seconds", "of_a_step", "every", "of_training", "flops", "MiB")
+    print(f"{jax.devices()[0].device_kind}; auto takes {chosen_form(estimates)}")
+    print(measure.table(table, columns))
+
+
+def chosen_form(estimates: dict[str, Any]) -> str:
+    """Return the form of fewest FLOPs."""
+    return min(estimates, key=lambda name: estimates[name].flops)
+
+
+if __name__ == "__main__":
+    main()
