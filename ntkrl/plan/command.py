@@ -184,9 +184,9 @@ def choices(settings: RunSettings, run: Run) -> Iterator[RunSettings]:
         if heads % tensor == 0
     ]
     spread = [one for one in shapes if step % (one["data"] * one["fsdp"]) == 0]
-    shapes = spread if spread else shapes
     # where every device reads all rows, tensor parts are what divides the work
-    shapes.sort(key=lambda one: (one["data"], one["tensor"] if spread else -one["tensor"]))
+    shapes, sign = (spread, 1) if spread else (shapes, -1)
+    shapes = sorted(shapes, key=lambda one: (one["data"], sign * one["tensor"]))
     for remat, shape in itertools.product(REMATS, shapes):
         model = dataclasses.replace(settings.model, remat=remat)
         yield dataclasses.replace(settings, mesh=shape, model=model)

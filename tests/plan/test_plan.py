@@ -60,6 +60,10 @@ def test_meshes_of_a_search(settings):  # noqa: F811
     meshes = [{"data": d, "fsdp": 4 // d, "tensor": 2} for d in (1, 2, 4)]
     assert [mesh for mesh, _ in found[:3]] == meshes
     assert [remat for _, remat in found[::3]] == ["products", "all", "none"]
+    # twice the rows reach 8 devices without tensor parts, which come first then
+    data = dataclasses.replace(run.settings.data, prompts_per_step=8)
+    more = next(command.choices(dataclasses.replace(run.settings, data=data), run))
+    assert more.mesh == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 @pytest.mark.parametrize(
