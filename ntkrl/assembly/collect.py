@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import data, models, probe, reward, rollout, runtime
-from ntkrl.assembly.settings import DTYPES, RunSettings
+from ntkrl import data, models, probe, reward, rollout, runtime, trees
+from ntkrl.assembly.settings import DTYPES
 from ntkrl.assembly.setup import Prompts, Setup
 from ntkrl.numerics import bucket_length
 from ntkrl.types import Array, Params, ProbeSet, PromptBatch, Rollout
@@ -173,11 +174,17 @@ def collect(
     return Collected(rollout=drawn, texts=texts, result=result)
 
 
-def prompts_together(settings: RunSettings) -> int:
-    """Return how many held-out prompts are sampled together: as many completions as in training."""
-    completions = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
-    most = max(completions // settings.evaluation.samples_per_prompt, 1)
-    return min(most, settings.evaluation.prompts)
+def prompts_together(setup: Setup) -> int:
+    """Return how many held-out prompts are sampled together.
+
+    They have about as many completions as a step in training, and so many that the mesh divides
+    them.
+    """
+    settings, parts = setup.settings, trees.row_parts(setup.mesh)
+    group = settings.evaluation.samples_per_prompt
+    most = settings.data.prompts_per_step * settings.rollout.completions_per_prompt // group
+    step = parts // math.gcd(group, parts)
+    return min(max(most // step, 1) * step, settings.evaluation.prompts)
 
 
 def collect_in_parts(
@@ -189,7 +196,7 @@ def collect_in_parts(
     last part is filled up with its own prompts, drawn again and left out.
     """
     group = setup.settings.evaluation.samples_per_prompt
-    size = min(prompts_together(setup.settings), len(rows))
+    size = min(prompts_together(setup), len(rows))
     parts = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]

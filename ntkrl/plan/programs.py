@@ -156,7 +156,7 @@ class Run:
         scored = settings.evaluation.every_steps is not None and settings.reward.functions
         if probe and scored:
             sampler = assembly.make_evaluation_sample(self.setup)
-            yield from generation(self, sampler, assembly.prompts_together(settings), PROBE)
+            yield from generation(self, sampler, assembly.prompts_together(self.setup), PROBE)
         if probe:
             s = kernel.setting(
                 self.policy, self.params, self.mesh, self.settings.data.max_prompt_tokens
