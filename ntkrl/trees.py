@@ -199,6 +199,12 @@ def row_parts(mesh: Mesh) -> int:
     return _size(mesh, ROWS)
 
 
+def blocks(mesh: Mesh | None, rows: int) -> int:
+    """Return over how many blocks rows are spread: 1 where the mesh does not divide them."""
+    parts = 1 if mesh is None else row_parts(mesh)
+    return 1 if rows % parts else parts
+
+
 def _size(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in axes)
 

@@ -81,7 +81,7 @@ def everything(case, mesh):
         advantages=np.repeat(rng.normal(size=(len(mask), 1)), mask.shape[1], 1).astype(np.float32),
     )
     program = update.stage_program(update.Stage(**STAGE), policy, params)
-    spread = rollout.decode.parts_of(mesh, len(mask))
+    spread = trees.blocks(mesh, len(mask))
     objective = update.policy_objective(policy, loss, chunk_tokens=BUDGET, spread=spread)
     state = update.init_state(program, params, jax.random.key(0))
     step = jax.jit(update.make_step(program, objective, microbatches=2))

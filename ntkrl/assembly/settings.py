@@ -233,6 +233,12 @@ class RunSettings:
     probe: ProbeSettings
     logging: report.LoggingSettings
 
+    @property
+    def minibatch_rows(self) -> int:
+        """Completions, examples or pairs of an optimizer step."""
+        each = self.rollout.completions_per_prompt if self.method == "rl" else 1
+        return self.data.prompts_per_step // self.schedule.minibatches * each
+
 
 def read_settings(config: ConfigDict) -> RunSettings:
     """Read every section.
@@ -300,8 +306,7 @@ def _division_problems(found: RunSettings) -> list[str]:
             f"schedule.minibatches = {schedule.minibatches} must divide "
             f"data.prompts_per_step = {prompts}."
         ]
-    each = found.rollout.completions_per_prompt if found.method == "rl" else 1
-    rows = prompts // schedule.minibatches * each
+    rows = found.minibatch_rows
     if rows % schedule.microbatches:
         return [
             f"schedule.microbatches = {schedule.microbatches} must divide the {rows} rows of a "

@@ -101,12 +101,10 @@ class Setup(Start):
     @property
     def spread(self) -> int:
         """Blocks of a part of a minibatch that lie on devices of their own."""
-        schedule, parts = self.settings.schedule, trees.row_parts(self.mesh)
-        each = self.settings.rollout.completions_per_prompt if self.settings.method == "rl" else 1
-        rows = self.settings.data.prompts_per_step * each
-        packed = self.settings.data.packing  # rows are made a multiple
-        rows //= schedule.minibatches * schedule.microbatches
-        return parts if packed or rows % parts == 0 else 1
+        if self.settings.data.packing:  # rows are made a multiple
+            return trees.row_parts(self.mesh)
+        rows = self.settings.minibatch_rows // self.settings.schedule.microbatches
+        return trees.blocks(self.mesh, rows)
 
     @property
     def stages(self) -> tuple[update.Stage, ...]:

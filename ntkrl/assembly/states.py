@@ -30,12 +30,12 @@ class States:
     def described(self, program: update.StageProgram) -> TrainState:
         """Return the structure, shapes and places of a state in a stage; params are the setup's."""
         state = self._bare()
+        return state.replace(opt_state=self.moments(program, state))
+
+    def moments(self, program: update.StageProgram, state: TrainState) -> Any:
+        """Return shapes and places of a fresh opt_state; the state may be of shapes itself."""
         shapes, _, home = self._places(functools.partial(_fresh, program), state)
-
-        def leaf(shape: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-
-        return state.replace(opt_state=jax.tree.map(leaf, shapes, home))
+        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, home)
 
     def next(self, program: update.StageProgram, state: TrainState) -> TrainState:
         """Return the state a stage starts from, given the one its predecessor ended with."""

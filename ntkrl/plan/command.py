@@ -173,9 +173,7 @@ def choices(settings: RunSettings, run: Run) -> Iterator[RunSettings]:
     every device, where others do not.
     """
     config, devices = run.policy.config, run.mesh.size
-    schedule, group = settings.schedule, settings.rollout.completions_per_prompt
-    group = group if settings.method == "rl" else 1
-    step = settings.data.prompts_per_step * group // schedule.minibatches // schedule.microbatches
+    step = settings.minibatch_rows // settings.schedule.microbatches
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
     shapes = [
         {"data": data, "fsdp": devices // tensor // data, "tensor": tensor}

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkrl import assembly, data, runtime, trees, update
+from ntkrl import assembly, data, rollout, runtime, trees, update
 from ntkrl.assembly.settings import RunSettings
 from ntkrl.numerics import bucket_length
 from ntkrl.plan import kernel, networks
+from ntkrl.reward.networks import rows_together
 from ntkrl.scoring import head_of
 from ntkrl.types import PromptBatch, TrainState, UpdateBatch
 
@@ -76,12 +77,7 @@ class Run:
         self.policy, self.params = networks.describe_policy(settings.model, mesh)
         self.rewards = networks.describe_rewards(settings, mesh)
         width, budget = settings.data.max_prompt_tokens, settings.rollout.max_completion_tokens
-        if width + budget > self.policy.max_tokens:
-            raise ValueError(
-                f"prompts of {width} tokens and completions of {budget} exceed the model's context "
-                f"of {self.policy.max_tokens}; lower data.max_prompt_tokens or "
-                "rollout.max_completion_tokens."
-            )
+        rollout.check_length(self.policy, width, budget)
         self.setup = assembly.Setup(
             policy=self.policy,
             params=self.params,
@@ -95,6 +91,7 @@ class Run:
             rewards=None,
         )
         self.source = assembly.SOURCES[settings.method](self.setup)
+        self.states = assembly.States(self.setup)
         # epochs are of a length that only the prompts know, and no program depends on
         stages = [stage.in_steps(1 << 20) for stage in settings.stages]
         self.stages = update.stage_programs(
@@ -119,16 +116,9 @@ class Run:
 
     def state(self, stage: update.StageProgram) -> TrainState:
         """Describe the state a stage's steps start from."""
-        state = jax.eval_shape(
-            lambda params, key: update.init_state(stage, params, key), self.params, self.key
-        )
-        state = networks.placed(state, self.policy.sharding, self.mesh)
-        if not self.settings.schedule.offload_optimizer:
-            return state
-        where = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
-        where = runtime.on_host(where, state.opt_state)
-        moments = jax.tree.map(lambda leaf, at: leaf.update(sharding=at), state.opt_state, where)
-        return state.replace(opt_state=moments)
+        step = self.whole(jax.ShapeDtypeStruct((), jnp.int32))
+        bare = TrainState(step=step, params=self.params, opt_state=None, key=self.key)
+        return bare.replace(opt_state=self.states.moments(stage, bare))
 
     def trees(self, stage: update.StageProgram) -> dict[str, Any]:
         """Return what lies on the devices all through a stage, by name."""
@@ -232,7 +222,7 @@ def generation(run: Run, sampler: Any, count: int, part: str) -> Steps:
 def references(run: Run) -> Steps:
     """Yield how the drawn tokens are read under other params before a step."""
     source, objective = run.source, run.settings.objective
-    rollout, fixed = drawn(run), True
+    taken, fixed = drawn(run), True
     beside = run.params if objective.needs_distribution else None
     reads: dict[tuple[str, str, Any], list[str]] = {}
     for stage in run.stages:
@@ -242,12 +232,12 @@ def references(run: Run) -> Steps:
         if source.compares:
             name = "reference from features" if fixed else "reference"
             reads.setdefault((name, START, fixed), []).append(stage.stage.name)
-    rows = run.per_device(rollout.tokens.shape[0])
+    rows = run.per_device(taken.tokens.shape[0])
     for (name, held, stored), stages in reads.items():
         other = beside if held == START else None
-        features = rollout.features if stored else None
-        arguments = (run.params, other, rollout.tokens, rollout.mask, features)
-        given = {"length": rollout.completion_mask.shape[1], "whole": other is not None}
+        features = taken.features if stored else None
+        arguments = (run.params, other, taken.tokens, taken.mask, features)
+        given = {"length": taken.completion_mask.shape[1], "whole": other is not None}
         names = {held, POLICY} if other is not None else {held}
         yield Program(
             *(name, SCORING, tuple(stages), source.read, arguments, frozenset(names)),
@@ -260,8 +250,7 @@ def reward_models(run: Run) -> Steps:
     """Yield the scoring of texts by each reward model: as long as ours, in their batches."""
     settings = run.settings
     texts = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
-    parts = trees.row_parts(run.mesh)
-    batch = -(-settings.reward.batch_size // parts) * parts
+    batch = rows_together(settings.reward.batch_size, run.mesh)
     length = settings.data.max_prompt_tokens + settings.rollout.max_completion_tokens
     for name, (scorer, params) in run.rewards.items():
         length = bucket_length(min(length, scorer.max_tokens), scorer.max_tokens)

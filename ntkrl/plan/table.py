@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ntkrl.assembly.settings import RunSettings
 from ntkrl.plan import topology
-from ntkrl.plan.command import Found, choices, compiled
+from ntkrl.plan.command import WHOLE, Found, choices, compiled
 from ntkrl.plan.printing import TIMED, mesh_name, shown
 from ntkrl.plan.programs import described
 from ntkrl.plan.topology import Machine
@@ -52,8 +52,7 @@ def write_table(path: str, settings: RunSettings, command: str) -> None:
 
 def _best(settings: RunSettings, model: str, machine: Machine) -> tuple[Found, RunSettings]:
     given = dataclasses.replace(settings.model, path=model, template=None)
-    mesh = {"data": 1, "fsdp": -1, "tensor": 1}
-    one = dataclasses.replace(settings, model=given, mesh=mesh)
+    one = dataclasses.replace(settings, model=given, mesh=WHOLE)
     chosen = next(choices(one, described(one, machine.devices)))
     chosen = dataclasses.replace(chosen, model=given)
     return compiled(chosen, machine), chosen

@@ -9,9 +9,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkrl import runtime
+from ntkrl import runtime, trees
 from ntkrl.reward.texts import Texts
 from ntkrl.types import Params, Scorer
+
+
+def rows_together(batch_size: int, mesh: Mesh) -> int:
+    """Return how many texts are read at a time: a batch, filled up to what the mesh divides."""
+    parts = trees.row_parts(mesh)
+    return -(-batch_size // parts) * parts
 
 
 class NetworkReward:
@@ -42,8 +48,7 @@ class NetworkReward:
         """
         self.texts = Texts(scorer, tokenizer)
         self.scorer, self.params, self.mesh = scorer, params, mesh
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.batch_size = -(-batch_size // rows) * rows
+        self.batch_size = rows_together(batch_size, mesh)
         self.score = jax.jit(scorer.score)
 
     def __call__(

@@ -1,7 +1,7 @@
 """Prompts → completions, with what was recorded while drawing them."""
 
 from ntkrl.rollout.external import ExternalSampler, load_engine
-from ntkrl.rollout.sample import Sampler
+from ntkrl.rollout.sample import Sampler, check_length
 from ntkrl.rollout.settings import SamplerSettings
 
-__all__ = ["ExternalSampler", "Sampler", "SamplerSettings", "load_engine"]
+__all__ = ["ExternalSampler", "Sampler", "SamplerSettings", "check_length", "load_engine"]

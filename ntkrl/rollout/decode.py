@@ -66,12 +66,6 @@ def request_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
     return jax.vmap(of_prompt)(prompts.rows, prompts.copies).reshape(-1)
 
 
-def parts_of(mesh: Mesh | None, rows: int) -> int:
-    """Return over how many blocks rows are spread: 1 where the mesh does not divide them."""
-    spread = 1 if mesh is None else trees.row_parts(mesh)
-    return 1 if rows % spread else spread
-
-
 def prefill(
     policy: Policy,
     settings: SamplerSettings,
@@ -111,7 +105,7 @@ def prefill(
     )
     strip = _blank(settings, phi_BD, 1)
     live, strip = _draw(policy, settings, params, live, strip, phi_BD, jnp.int32(0), jnp.int32(0))
-    parts = parts_of(mesh, rows)
+    parts = trees.blocks(mesh, rows)
     written = _blank(settings, phi_BD, settings.max_completion_tokens)
     written = _paste(written, strip, live, jnp.int32(0), parts)
     return _spread(live, mesh), trees.spread_rows(written, mesh), _left(live, mesh, parts)
@@ -153,7 +147,7 @@ def read_on(
     like = jnp.zeros((live.rows.shape[0], policy.feature_size), _feature_dtype(written))
     strip = _blank(settings, like, settings.chunk_steps)
     _, live, strip = jax.lax.while_loop(unfinished, step, (start, live, strip))
-    parts = parts_of(mesh, written.mask.shape[0])
+    parts = trees.blocks(mesh, written.mask.shape[0])
     written = _paste(written, strip, live, start, parts)
     return live, trees.spread_rows(written, mesh), _left(live, mesh, parts)
 
@@ -216,7 +210,7 @@ def cut(
         finished=written.finished | ended_B,
     )
     live = live.replace(done=live.done | ended_B[live.rows])
-    parts = parts_of(mesh, written.mask.shape[0])
+    parts = trees.blocks(mesh, written.mask.shape[0])
     return _spread(live, mesh), trees.spread_rows(written, mesh), _left(live, mesh, parts)
 
 

@@ -80,13 +80,13 @@ class Sampler:
           ValueError: (before tracing) prompts and completions exceed the context.
         """
         width, budget = prompts.tokens.shape[1], self.settings.max_completion_tokens
-        _check_length(self.policy, width, budget)
+        check_length(self.policy, width, budget)
         chunk = self.settings.chunk_steps
         columns = self.columns(width, 1 + chunk)
         if self.settings.gather_params:
             params = self.gathering(params)(params)
         live, written, left = self.programs["prefill"](columns, params, prompts, key)
-        parts = decode.parts_of(self.mesh, written.mask.shape[0])
+        parts = trees.blocks(self.mesh, written.mask.shape[0])
         drawn, looked = 1, np.zeros(written.mask.shape[0], np.int64)
         live, written, left = self._stop(live, written, looked, left)
         while drawn < budget and left:
@@ -158,7 +158,12 @@ class Sampler:
         return self.programs["rollout"](count, length, prompts, written)
 
 
-def _check_length(policy: Policy, prompt_length: int, budget: int) -> None:
+def check_length(policy: Policy, prompt_length: int, budget: int) -> None:
+    """Check that prompts and completions fit the model's context.
+
+    Raises:
+      ValueError: they exceed it.
+    """
     if prompt_length + budget > policy.max_tokens:
         raise ValueError(
             f"prompts of {prompt_length} tokens and completions of {budget} exceed the model's "

@@ -14,6 +14,8 @@ import json
 import logging
 import math
 import shutil
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ from ntkrl.types import Array, Params, TrainState
 
 # what goes wrong comes as an exception too, and is told in a sentence
 logging.getLogger("absl").addFilter(lambda record: record.levelno > logging.ERROR)
+
+WRITER_SECONDS = 60.0  # for what writes on after a save has failed
+LOOKS, LOOK_SECONDS = 5, 0.1  # without anything new, until it is taken to have ended
 
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -186,6 +191,7 @@ class Checkpoints:
         if jax.process_count() == 1:  # several would have to agree on what happened
             with contextlib.suppress(Exception):
                 self.manager.close()
+            _let_end(self.directory)
             self.manager = self._open()
         return NotSavedError(f"the checkpoint of step {step} could not be written: {_cause(error)}")
 
@@ -299,6 +305,24 @@ def _bits(leaf: Array) -> Array:
 
 def _digest(position: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
+
+
+def _let_end(directory: Path) -> None:
+    """Remove what a failed save left, until nothing comes back.
+
+    After an error of one write Orbax's threads and TensorStore's, which nobody can wait for, finish
+    the others, and make the directories anew.
+    """
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            thread.join(WRITER_SECONDS)
+    quiet, end = 0, time.monotonic() + WRITER_SECONDS
+    while quiet < LOOKS and time.monotonic() < end:
+        left = list(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+        quiet = 0 if left else quiet + 1
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(LOOK_SECONDS)
 
 
 def _drop_broken_metrics(directory: Path) -> None:
