@@ -134,7 +134,7 @@ class PromptBatch:
     tokens: `[P, T]` int32, left-padded.
     mask: `[P, T]` bool, True on real tokens.
     rows: `[P]` int32, row of each prompt in its prompt set.
-    copies: `[P]` int32, how often that row stands earlier in the batch.
+    copies: `[P]` int32, how often that row was asked before with this key.
     """
 
     tokens: Array

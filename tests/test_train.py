@@ -208,11 +208,12 @@ def test_evaluate(base, tmp_path, capsys):
     rows = [json.loads(line) for line in saved.with_suffix(".jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 2 * 2  # prompts, samples, repeats
     assert set(rows[0]) == {"prompt", "completion", "reward", "repeat"}
-    # in parts of three prompts and one
-    parts = [f"--config.run_dir={tmp_path / 'parts'}", "--config.data.prompts_per_step=3"]
-    assert main([*arguments, *parts]) == 0
-    again = tmp_path / "parts" / "evaluations" / saved.with_suffix(".jsonl").name
-    assert again.read_text() == saved.with_suffix(".jsonl").read_text()
+    # in parts of three prompts and one; one sample of a prompt at a time
+    for parts in ("data.prompts_per_step=3", "rollout.completions_per_prompt=1"):
+        place = f"--config.run_dir={tmp_path / parts}"
+        assert main([*arguments, place, f"--config.{parts}"]) == 0
+        again = tmp_path / parts / "evaluations" / saved.with_suffix(".jsonl").name
+        assert again.read_text() == saved.with_suffix(".jsonl").read_text()
     assert main(["evaluate", "--config=configs/rl.py", "--config.reward.function=expressions"]) == 2
     assert "model.path is missing" in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path / "x")]) == 2

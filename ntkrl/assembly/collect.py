@@ -120,14 +120,19 @@ def make_evaluation_sample(setup: Setup) -> Sample:
     settings = setup.settings.evaluation
     given = settings.temperature
     temperature = setup.settings.rollout.temperature if given is None else given
-    return make_sample(setup, settings.samples_per_prompt, temperature)
+    return make_sample(setup, samples_together(setup), temperature)
 
 
-def prompt_batch(setup: Setup, prompts: Prompts, rows: Sequence[int] | np.ndarray) -> PromptBatch:
+def prompt_batch(
+    setup: Setup,
+    prompts: Prompts,
+    rows: Sequence[int] | np.ndarray,
+    copies: np.ndarray | None = None,
+) -> PromptBatch:
     """Tokenise and place some prompts; padded to one of few lengths."""
     longest = max(len(prompts.encoded[row]) for row in rows)
     length = bucket_length(longest, setup.settings.data.max_prompt_tokens)
-    batch = data.prompt_batch(prompts.encoded, rows, setup.tokenizer.pad_token_id, length)
+    batch = data.prompt_batch(prompts.encoded, rows, setup.tokenizer.pad_token_id, length, copies)
     return runtime.place_rows(batch, setup.mesh)
 
 
@@ -139,6 +144,7 @@ def collect(
     rows: Sequence[int] | np.ndarray,
     key: Array,
     clock: Clock = lambda name: None,
+    copies: np.ndarray | None = None,
 ) -> Collected:
     """Sample completions of some prompts and reward them.
 
@@ -150,11 +156,12 @@ def collect(
       rows: `[P]` which prompts.
       key: consumed.
       clock: called with "sample" and "reward" when each is done.
+      copies: `[P]` how often each was asked before; None counts within `rows`.
 
     Raises:
       ValueError: what the reward functions did wrong.
     """
-    drawn = sample(params, prompt_batch(setup, prompts, rows), key)
+    drawn = sample(params, prompt_batch(setup, prompts, rows, copies), key)
     features = drawn.features
     drawn = runtime.fetch(drawn.replace(features=None)).replace(features=features)
     clock("sample")
@@ -174,6 +181,15 @@ def collect(
     return Collected(rollout=drawn, texts=texts, result=result)
 
 
+def samples_together(setup: Setup) -> int:
+    """Return how many samples of a held-out prompt are drawn together: at most a step's."""
+    wanted, most = (
+        setup.settings.evaluation.samples_per_prompt,
+        setup.settings.rollout.completions_per_prompt,
+    )
+    return max(count for count in range(1, most + 1) if wanted % count == 0)
+
+
 def prompts_together(setup: Setup) -> int:
     """Return how many held-out prompts are sampled together.
 
@@ -181,27 +197,32 @@ def prompts_together(setup: Setup) -> int:
     them.
     """
     settings, parts = setup.settings, trees.row_parts(setup.mesh)
-    group = settings.evaluation.samples_per_prompt
+    group = samples_together(setup)
     most = settings.data.prompts_per_step * settings.rollout.completions_per_prompt // group
     step = parts // math.gcd(group, parts)
-    return min(max(most // step, 1) * step, settings.evaluation.prompts)
+    asked = settings.evaluation.prompts * (settings.evaluation.samples_per_prompt // group)
+    return min(max(most // step, 1) * step, asked)
 
 
 def collect_in_parts(
     setup: Setup, sample: Sample, params: Params, prompts: Prompts, rows: np.ndarray, key: Array
 ) -> Collected:
-    """Do `collect` for any number of prompts, some at a time.
+    """Do `collect` for any number of prompts, some at a time, and for some of their samples.
 
-    What a prompt gets depends on the key and its own row alone, so that parts change nothing. The
-    last part is filled up with its own prompts, drawn again and left out.
+    What a prompt gets depends on the key, its own row and the number of the sample alone, so that
+    parts change nothing. The last part is filled up with its own prompts, drawn again and left out.
     """
-    group = setup.settings.evaluation.samples_per_prompt
+    group = samples_together(setup)
+    rounds = setup.settings.evaluation.samples_per_prompt // group
+    rows, copies = np.repeat(rows, rounds), np.tile(np.arange(rounds), len(rows))
     size = min(prompts_together(setup), len(rows))
     parts = []
     for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        found = collect(setup, sample, params, prompts, np.resize(part, size), key)
-        parts.append(found.take(np.arange(len(part) * group)))
+        own = np.arange(start, min(start + size, len(rows)))
+        filled = np.resize(own, size)
+        given = (setup, sample, params, prompts, rows[filled], key)
+        found = collect(*given, copies=copies[filled])
+        parts.append(found.take(np.arange(len(own) * group)))
     pad = setup.tokenizer.pad_token_id
     return functools.reduce(lambda first, second: joined(first, second, pad), parts)
 

@@ -15,7 +15,11 @@ from ntkrl.types import PromptBatch, UpdateBatch
 
 
 def prompt_batch(
-    encoded: Sequence[Sequence[int]], rows: Sequence[int] | np.ndarray, pad_id: int, length: int
+    encoded: Sequence[Sequence[int]],
+    rows: Sequence[int] | np.ndarray,
+    pad_id: int,
+    length: int,
+    copies: np.ndarray | None = None,
 ) -> PromptBatch:
     """Left-pad the prompts of some rows.
 
@@ -24,6 +28,7 @@ def prompt_batch(
       rows: `[P]` which of them.
       pad_id: token written where the mask is False.
       length: T, at least the longest chosen prompt (tokens).
+      copies: `[P]` how often each was asked before; None counts within `rows`.
 
     Returns:
       tokens and mask `[P, length]`, rows and copies `[P]`.
@@ -33,12 +38,13 @@ def prompt_batch(
     """
     tokens_PT, mask_PT = _padded(encoded, rows, pad_id, length, left=True)
     rows_P = np.asarray(rows, np.int32)
-    earlier_PP = np.triu(rows_P[:, None] == rows_P[None], 1)
+    if copies is None:
+        copies = np.triu(rows_P[:, None] == rows_P[None], 1).sum(axis=0)
     return PromptBatch(
         tokens=jnp.asarray(tokens_PT),
         mask=jnp.asarray(mask_PT),
         rows=jnp.asarray(rows_P),
-        copies=jnp.asarray(earlier_PP.sum(axis=0), jnp.int32),
+        copies=jnp.asarray(copies, jnp.int32),
     )
 
 

@@ -21,9 +21,9 @@ def knob(run: Run, row: Row, chip: Chip) -> str:
     lying = row.own_gib + row.beside_gib
     settings, compute = run.settings, run.settings.model.compute_dtype
     narrow = settings.model.dtype if compute is None else compute
-    if row.name.startswith("evaluation ") and row.rows > 1:
-        return f"lower eval.prompts = {settings.evaluation.prompts}"
-    if row.part == GENERATION and settings.rollout.gather_params:
+    # an evaluation draws as many completions together as a step does
+    draws = row.part == GENERATION or row.name.startswith("evaluation ")
+    if draws and settings.rollout.gather_params:
         return "set rollout.gather_params=False"
     if chip.memory_gib is not None and lying > chip.memory_gib:
         return _smaller_state(run, row)
@@ -32,7 +32,7 @@ def knob(run: Run, row: Row, chip: Chip) -> str:
             return f"set schedule.microbatches={2 * settings.schedule.microbatches}"
         if settings.model.remat != "all" and not row.name.endswith(_heads(run)):
             return "set model.remat=all"
-    if row.part == GENERATION and row.name != "prefill":
+    if draws and not row.name.endswith("prefill"):
         cache = settings.rollout.cache_dtype
         if (narrow if cache is None else cache) == "float32":
             return "set rollout.cache_dtype=bfloat16"
@@ -45,7 +45,7 @@ def knob(run: Run, row: Row, chip: Chip) -> str:
         return "set model.compute_dtype=bfloat16"
     if row.part == UPDATE and settings.schedule.chunk_tokens > 256:
         return f"set schedule.chunk_tokens={settings.schedule.chunk_tokens // 2}"
-    if row.part in (GENERATION, SCORING) and row.rows > 1:
+    if (draws or row.part == SCORING) and row.rows > 1:
         return f"lower data.prompts_per_step = {settings.data.prompts_per_step}"
     return f"raise mesh.tensor = {run.mesh.shape['tensor']}, or take more chips"
 

@@ -55,13 +55,13 @@ class Written:
 def request_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
     """Return a key per completion `[P · N]`, whatever else is in the batch.
 
-    It depends on the prompt's row in its set, on how often that row stands earlier in the batch,
-    and on the number of the completion.
+    It depends on the prompt's row in its set and on the number of the completion, counted through
+    all copies of the prompt: N at a time or all at once are the same draws.
     """
 
     def of_prompt(row: Array, copy: Array) -> Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, row), copy)
-        return jax.vmap(lambda number: jax.random.fold_in(own, number))(jnp.arange(count))
+        own, numbers = jax.random.fold_in(key, row), copy * count + jnp.arange(count)
+        return jax.vmap(lambda number: jax.random.fold_in(own, number))(numbers)
 
     return jax.vmap(of_prompt)(prompts.rows, prompts.copies).reshape(-1)
 

@@ -218,6 +218,9 @@ def test_what_a_prompt_gets_does_not_depend_on_the_batch():
     copied = sample(params, twice.replace(copies=jnp.array([0, 1])), key)
     assert not np.array_equal(copied.tokens[:3], copied.tokens[3:])
     assert len({tuple(row) for row in np.asarray(copied.tokens).tolist()}) > 3
+    many = rollout.Sampler(policy, settings(max_completion_tokens=12, completions_per_prompt=6))
+    at_once = many(params, jax.tree.map(lambda leaf: leaf[:1], two), key)
+    np.testing.assert_array_equal(at_once.tokens, copied.tokens)
 
 
 def test_greedy_takes_the_likeliest():
