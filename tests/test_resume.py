@@ -166,7 +166,10 @@ def test_sigterm_saves_and_leaves(base, children, whole, tmp_path, capsys):
     step = stopped(children, arguments(base, run, rarely, function), run, 8)
     assert 1 <= step < 10
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
-    ranked = [f"--config.checkpoint.{word}" for word in ("keep=1", "keep_best=1", "best_mode=min")]
+    left = {int(line["rollout_step"]): line["reward"] for line in lines(whole)[1 + step :]}
+    mode, better = ("max", max) if min(left, key=left.get) == 10 else ("min", min)
+    ranked = [f"--config.checkpoint.{word}" for word in ("keep=1", "keep_best=1")]
+    ranked.append(f"--config.checkpoint.best_mode={mode}")
     with open(rewards, "a") as file:
         file.write("# the same, in other words\n")
     status, output = children.run(arguments(base, run, *ranked, function))
@@ -174,9 +177,8 @@ def test_sigterm_saves_and_leaves(base, children, whole, tmp_path, capsys):
     assert f"{rewards} has changed since step {step} was saved" in output
     assert "the config has changed: checkpoint.every_steps: 100 -> 1 (when and what" in output
     assert_same(whole, run)
-    # of those saved since then, the one with the least reward stays beside the newest
-    rewards = {int(line["rollout_step"]): line["reward"] for line in lines(run)[1 + step :]}
-    best = min(rewards, key=rewards.get)
+    # of those saved since then, the best stays beside the newest
+    best = better(left, key=left.get)
     held = {path.name for path in (run / "checkpoints").iterdir()}
     assert held == {str(best), "10"} and best < 10
     for name, number in ((f"--step={best}", best), ("--step=best", best), ("--step=10", 10)):
