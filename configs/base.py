@@ -193,6 +193,15 @@ def get_config():
     config.probe.every_steps = 10  # None: no probe
     config.probe.prompts = 8
     config.probe.completions_per_prompt = 2
+    # "own" sampled from the starting model, "other" the own ones of another prompt, "shuffled" the
+    # own ones in random order; "reference", "rejected", "paraphrased" from columns of the prompts
+    config.probe.families = ("own",)
+    # what each sample, momentum and decay did to the probe tokens in one optimizer step; holds
+    # several copies of the trained params beside training
+    config.probe.ledger_every_steps = 50  # None: no ledger
+    config.probe.ledger_by = "sample"  # or "group": the minibatch together, cheaper
+    config.probe.ledger_groups = ((".*", "body"),)  # parts of the network in its role below W
+    config.probe.ledger_memory_gib = 2.0
 
     # beside metrics.jsonl, which is always written; a run may be resumed with another choice
     config.logging = ConfigDict()

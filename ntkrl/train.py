@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import assembly, probe, report, runtime, update
-from ntkrl.types import Array, Params, TrainState
+from ntkrl import assembly, report, runtime, update
+from ntkrl.types import Array, TrainState
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
 EVAL_STREAM, PROBE_STREAM = 1, 2
@@ -94,13 +93,13 @@ class Loop:
         self.compiled: dict[tuple[int, int], Any] = {}
         self.states = assembly.States(setup)
         self.keeper = assembly.Keeper(self.settings, config, directory, self.source.headline)
-        self.prober, self.eval_sample = None, None
+        self.watcher, self.eval_sample = None, None
         if setup.held_out is not None and setup.policy is not None:
             self.eval_sample = assembly.make_evaluation_sample(setup)
-            if self.settings.probe.every_steps is not None:
+            if self.settings.probe.looks:
                 # the same seed for every run of a model, so that runs share one probe set
-                probe_set = assembly.draw_probe_set(setup, _stream(0, PROBE_STREAM, 0))
-                self.prober = probe.Prober(setup.policy, probe_set, setup.params)
+                key = _stream(0, PROBE_STREAM, 0)
+                self.watcher = assembly.Watcher(setup, self.source, self.programs, directory, key)
         self.clock = _Clock()
 
     def run(self) -> None:
@@ -115,6 +114,8 @@ class Loop:
             self._writer(start if start else -1, kept) as writer,
             tqdm(total=total, initial=start, **shown) as bar,
         ):
+            if self.watcher is not None:
+                self.watcher.begin()
             if start == 0:
                 writer.write(0, self._evaluate(0) | self._read_probe())
                 self.clock.lap()
@@ -157,15 +158,14 @@ class Loop:
         turn = self._turn(rollout_step, key)
         batches, metrics = self.source.batches(turn)
         self.tokens_seen += int(sum(np.count_nonzero(batch.mask) for batch in batches))
-        probing = bool(batches) and self.prober is not None
-        probing = probing and _due(self.settings.probe.every_steps, rollout_step)
+        looking = bool(batches) and self.watcher is not None and self.watcher.due(rollout_step)
+        stage = self.progress.stage
         reference = self.source.reference_head(turn)
         logged: list[dict[str, float]] = []
         todo = batches * self.settings.schedule.inner_epochs
         for number, batch in enumerate(todo, start=1):
-            # the step donates its state, so a probe needs a copy of what it started from
-            copied = probing and number == len(todo)
-            before = jax.tree.map(jnp.copy, self.state.params) if copied else None
+            if looking and number == len(todo):  # the step donates its state
+                before = self.watcher.keep(self.state, stage, rollout_step)
             placed = runtime.place_rows(batch, self.setup.mesh)
             self.state, values = self._step(placed, reference)(self.state, placed, reference)
             logged.append({name: float(value) for name, value in values.items()})
@@ -175,7 +175,10 @@ class Loop:
         self.clock("update")
         metrics |= self.source.summary(logged)
         metrics |= self._count(metrics, rollout_step)
-        return metrics | self._probe(before) if probing else metrics
+        if looking:
+            metrics |= self.watcher.look(before, self.state, batch, reference, stage)
+            metrics |= self._read_probe()
+        return metrics
 
     def _turn(self, rollout_step: int, key: Array) -> assembly.Turn:
         so_far = self.programs[: self.progress.stage + 1]
@@ -237,18 +240,10 @@ class Loop:
             "its max_grad_norm."
         )
 
-    def _probe(self, before: Params) -> dict[str, float]:
-        metrics, arrays = self.prober.compare(before, self.state.params)
-        path = self.directory / "probes" / f"step_{int(self.state.step):06d}.npz"
-        if runtime.is_writer():
-            runtime.save_arrays(path, arrays)
-        return metrics | self._read_probe()
-
     def _read_probe(self) -> dict[str, float]:
-        if self.prober is None:
+        if self.watcher is None:
             return {}
-        reading = self.prober.read(self.state.params)
-        measures = self.prober.measures(self.state.params, reading)
+        measures = self.watcher.read(self.state.params)
         self.clock("probe")
         return measures
 

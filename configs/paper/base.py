@@ -34,6 +34,7 @@ def get_config():
     config.eval.every_steps = 40
     config.eval.prompts = 16  # while training; the paper's 500 are for the final evaluation
     config.eval.samples_per_prompt = 10
+    config.probe.ledger_every_steps = None  # on 16 chips there is no room for its copies
     config.checkpoint.keep = 6
     return config
 

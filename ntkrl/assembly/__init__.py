@@ -3,7 +3,6 @@
 from ntkrl.assembly.collect import (
     Collected,
     collect,
-    draw_probe_set,
     evaluate,
     make_evaluation_sample,
     prompts_together,
@@ -17,6 +16,7 @@ from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model
 from ntkrl.assembly.sources import SupervisedSource, Turn
 from ntkrl.assembly.states import States
 from ntkrl.assembly.steps import jitted_step
+from ntkrl.assembly.watching import Watcher
 
 SOURCES = {"rl": RolloutSource, "sft": SupervisedSource, "reward": PreferenceSource}
 
@@ -33,12 +33,12 @@ __all__ = [
     "States",
     "SupervisedSource",
     "Turn",
+    "Watcher",
     "assemble",
     "assemble_model",
     "best_of",
     "check_vocabulary",
     "collect",
-    "draw_probe_set",
     "evaluate",
     "is_code",
     "jitted_step",

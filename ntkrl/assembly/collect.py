@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import data, models, probe, reward, rollout, runtime, trees
 from ntkrl.assembly.settings import DTYPES
 from ntkrl.assembly.setup import Prompts, Setup
 from ntkrl.numerics import bucket_length
-from ntkrl.types import Array, Params, ProbeSet, PromptBatch, Rollout
+from ntkrl.types import Array, Params, PromptBatch, Rollout
 
 Sample = Callable[[Params, PromptBatch, Array], Rollout]
 Clock = Callable[[str], None]
@@ -264,19 +263,3 @@ def evaluate(
     means = [one["eval/reward"] for one in rounds]
     metrics["eval/reward_sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
     return metrics, collected
-
-
-def draw_probe_set(setup: Setup, key: Array) -> ProbeSet:
-    """Sample the probe set from the starting model: held-out prompts, its own completions."""
-    settings = setup.settings.probe
-    temperature = setup.settings.rollout.temperature
-    sample = make_sample(setup, settings.completions_per_prompt, temperature)
-    rows = np.arange(min(settings.prompts, setup.held_out.size))
-    batch = prompt_batch(setup, setup.held_out, rows)
-    drawn = runtime.fetch(sample(setup.params, batch, key))
-    return ProbeSet(
-        tokens=jnp.asarray(drawn.tokens),
-        mask=jnp.asarray(drawn.mask),
-        completion_mask=jnp.asarray(drawn.completion_mask),
-        groups=jnp.repeat(jnp.asarray(rows), settings.completions_per_prompt),
-    )

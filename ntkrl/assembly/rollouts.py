@@ -46,6 +46,9 @@ class RolloutSource:
         self.minimised = update.policy_objective(
             setup.policy, self.loss, self.temperature, chunk, setup.spread
         )
+        budget = settings.rollout.max_completion_tokens
+        read = self.temperature, chunk * setup.spread
+        self.terms = update.policy_terms(setup.policy, self.objective, budget, *read)
         self.read = jax.jit(self._read, static_argnames=("length", "whole"))
         self.weigh = jax.jit(functools.partial(weigh, self.objective, self.group))
 

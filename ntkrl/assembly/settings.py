@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ntkrl import models, report, rollout, runtime, update
 from ntkrl.assembly.files import DataSettings, names
+from ntkrl.assembly.probe_settings import ProbeSettings
 from ntkrl.assembly.schedule import ScheduleSettings, read_stages
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -78,20 +79,6 @@ class EvalSettings:
     def __post_init__(self):
         if self.temperature is not None and not self.temperature >= 0:
             raise ValueError(f"eval.temperature must be ≥ 0 or None, not {self.temperature}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeSettings:
-    """The probe set and how often it is read.
-
-    every_steps: rollout steps between probes, or None for none.
-    prompts: held-out prompts (at most).
-    completions_per_prompt: completions of each, sampled from the starting model.
-    """
-
-    every_steps: int | None
-    prompts: int
-    completions_per_prompt: int
 
 
 @dataclasses.dataclass(frozen=True)

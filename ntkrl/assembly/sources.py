@@ -47,6 +47,7 @@ class SupervisedSource:
         self.minimised = update.policy_objective(
             setup.policy, update.supervised_loss, chunk_tokens=chunk, spread=setup.spread
         )
+        self.terms = update.supervised_terms(setup.policy, chunk * setup.spread)
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """What is evaluated beside sampled completions: nothing."""

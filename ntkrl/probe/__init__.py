@@ -26,13 +26,15 @@ from ntkrl.probe import (
     squeezing,
     weights,
 )
+from ntkrl.probe.batch import step_measures
 from ntkrl.probe.diversity import distinct_counts, pass_at_k
 from ntkrl.probe.features import feature_measures
 from ntkrl.probe.kernels import KernelPlan, kernel_measures, plan_kernel
-from ntkrl.probe.ledger import Ledger, ledger_measures
+from ntkrl.probe.ledger import BY, Ledger, ledger_measures
 from ntkrl.probe.step import Prober, ProbeReading
 
 __all__ = [
+    "BY",
     "KernelPlan",
     "Ledger",
     "ProbeReading",
@@ -54,5 +56,6 @@ __all__ = [
     "plan_kernel",
     "signal",
     "squeezing",
+    "step_measures",
     "weights",
 ]

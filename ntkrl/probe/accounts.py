@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
 from ntkrl.ntk.contexts import Grouped
@@ -22,14 +23,14 @@ from ntkrl.probe import contributions as parts
 from ntkrl.probe import held
 from ntkrl.types import Array, Params, Policy, Total
 
-Terms = Callable[[Params, Any], dict[str, Total]]
+Terms = Callable[[Params, Any, Any], dict[str, Total]]
 COLUMNS = ("momentum", "decay", "optimizer")
 
 
 class Way(NamedTuple):
     """How a ledger is made; static.
 
-    policy, terms, optimizer, trained, microbatches: as in Ledger.
+    policy, terms, optimizer, trained, microbatches, mesh: as in Ledger.
     members: groups of the trained leaves.
     names: of the terms.
     by: "group" or "sample".
@@ -43,6 +44,7 @@ class Way(NamedTuple):
     optimizer: optax.GradientTransformation
     trained: tuple[bool, ...]
     microbatches: int
+    mesh: Mesh | None
     members: parts.Members
     names: tuple[str, ...]
     by: str
@@ -55,13 +57,14 @@ class Given(NamedTuple):
     """What a ledger is made of.
 
     params, opt_state: before the step.
-    batch: B rows.
+    batch: B rows. beside: what the terms are given with all of them.
     contexts, targets: the probe tokens, `sequences` the contexts by sequence.
     """
 
     params: Params
     opt_state: Any
     batch: Any
+    beside: Any
     contexts: ntk.Contexts
     sequences: Grouped
     targets: Array
@@ -105,7 +108,8 @@ def read(way: Way, given: Given, after: Params) -> Found:
     samples = None
     if way.by == "sample":
         samples = by_sample(way, given, applied, counts_T, side, push)
-    return Found(later.values - side.values, jnp.moveaxis(one_KGAO, 0, -1), samples)
+    found = Found(later.values - side.values, jnp.moveaxis(one_KGAO, 0, -1), samples)
+    return jax.tree.map(lambda leaf: trees.replicate(leaf, way.mesh), found)
 
 
 def by_sample(
@@ -119,7 +123,7 @@ def by_sample(
     """Return the contributions of every sample and term `[1 + G, 2, O, T, B]`."""
 
     def changes(row: Any) -> Params:
-        return sample_changes(way, given.params, applied, counts, row)
+        return sample_changes(way, given, applied, counts, row)
 
     if way.form == "push":
         found_B = jax.lax.map(lambda row: push(changes(row)), given.batch, batch_size=way.chunk)
@@ -134,11 +138,11 @@ def by_sample(
 
 
 def sample_changes(
-    way: Way, params: Params, applied: held.Applied, counts: Array, row: Any
+    way: Way, given: Given, applied: held.Applied, counts: Array, row: Any
 ) -> Params:
     """Return what the terms of one sample changed, T in front."""
     one = jax.tree.map(lambda leaf: leaf[None], row)
-    return jax.vmap(applied.push)(_over(pulled(way, params, one)[0], counts))
+    return jax.vmap(applied.push)(_over(pulled(way, given, one)[0], counts))
 
 
 def _first_order(way: Way, given: Given, side: parts.Side) -> Callable[[Params], Array]:
@@ -208,11 +212,11 @@ def _whole_gradients(way: Way, given: Given) -> tuple[Params, Array]:
         return leaf.reshape(way.microbatches, -1, *leaf.shape[1:])
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, pulled(way, given.params, part)), None
+        return jax.tree.map(jnp.add, sums, pulled(way, given, part)), None
 
     batches = jax.tree.map(cut, given.batch)
     first = jax.tree.map(lambda leaf: leaf[0], batches)
-    shapes = jax.eval_shape(lambda part: pulled(way, given.params, part), first)
+    shapes = jax.eval_shape(lambda part: pulled(way, given, part), first)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (grads, counts_T), _ = jax.lax.scan(add, nothing, batches)
     counts_T = jnp.maximum(counts_T, 1)
@@ -225,12 +229,12 @@ def _over(grads: Params, counts: Array) -> Params:
     )
 
 
-def pulled(way: Way, params: Params, rows: Any) -> tuple[Params, Array]:
+def pulled(way: Way, given: Given, rows: Any) -> tuple[Params, Array]:
     """Return gradients of the terms' sums over rows, and their counts, T in front."""
-    chosen, rest = trees.partition(params, way.trained)
+    chosen, rest = trees.partition(given.params, way.trained)
 
     def totals(chosen: Params) -> tuple[Array, Array]:
-        found = way.terms(trees.merge(chosen, rest), rows)
+        found = way.terms(trees.merge(chosen, rest), rows, given.beside)
         sums, counts = zip(*(found[name] for name in way.names), strict=True)
         return jnp.stack(sums), jnp.stack(counts)
 

@@ -135,11 +135,12 @@ def _sizes(way: Way, given: Given) -> Sizes:
     def rows(chosen: Params, rest: Params, *sequence: Array) -> list[Array]:
         return parts.gradients(network, way.members, chosen, rest, sequence)
 
-    def terms(chosen: Params, rest: Params, batch: Any) -> Any:
-        return way.terms(trees.merge(chosen, rest), batch)
+    def terms(chosen: Params, rest: Params, batch: Any, beside: Any) -> Any:
+        return way.terms(trees.merge(chosen, rest), batch, beside)
 
-    def sample(chosen: Params, rest: Params, batch: Any) -> Params:
-        return accounts.pulled(way, trees.merge(chosen, rest), batch)[0]
+    def sample(chosen: Params, rest: Params, batch: Any, beside: Any) -> Params:
+        own = given._replace(params=trees.merge(chosen, rest), beside=beside)
+        return accounts.pulled(way, own, batch)[0]
 
     def change(grads: Params, state: Any, params: Params) -> Params:
         return held.applied(way.optimizer, grads, state, params).push(grads)
@@ -155,13 +156,13 @@ def _sizes(way: Way, given: Given) -> Sizes:
     head = way.policy.vocab_size * way.policy.feature_size * given.targets.shape[0]
     sequences = given.contexts.mask.shape[0]
     return Sizes(
-        sample=flops(trace(sample, chosen, rest, batch)) + len(way.names) * changing,
+        sample=flops(trace(sample, chosen, rest, batch, given.beside)) + len(way.names) * changing,
         push=sequences * (flops(trace(push, chosen, chosen, rest, tokens, mask)) - forward),
         rows=flops(trace(rows, chosen, rest, tokens, mask, positions, pull)) if moving else 0,
         head=2 * head * (way.policy.head_weight in trees.names(chosen)),
         values=values,
         layer=layer,
-        read=_made(trace(terms, chosen, rest, batch))[0],
+        read=_made(trace(terms, chosen, rest, batch, given.beside))[0],
         trained=trained,
         body=moving,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -62,3 +64,26 @@ def kinds_of_pairs(rows: Array, groups: Array) -> dict[str, Array]:
         "across_responses": same_group & ~same_row,
         "across_prompts": ~same_group,
     }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def completion_cosines(features: Array, rows: Array, completions: int) -> Array:
+    """Return the mean cosine of features between completions, `[S, S]`.
+
+    Args:
+      features: `[O, D]`.
+      rows: `[O]` completion each token belongs to, in [0, S).
+      completions: S.
+
+    Returns:
+      Means over pairs of tokens, on the diagonal of distinct ones; 0 where there is no such pair.
+    """
+    phi_OD = at_least_float32(features)
+    unit_OD = phi_OD / jnp.maximum(jnp.linalg.norm(phi_OD, axis=1, keepdims=True), 1e-30)
+    sums_SD = jax.ops.segment_sum(unit_OD, rows, completions)
+    counts_S = jax.ops.segment_sum(jnp.ones(rows.shape, unit_OD.dtype), rows, completions)
+    own_S = jax.ops.segment_sum(jnp.sum(unit_OD**2, axis=1), rows, completions)
+    same_SS = jnp.eye(completions, dtype=unit_OD.dtype)
+    pairs_SS = counts_S[:, None] * counts_S[None] - same_SS * counts_S[None]
+    totals_SS = sums_SD @ sums_SD.T - same_SS * own_S[None]
+    return totals_SS / jnp.maximum(pairs_SS, 1)

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
 from ntkrl.ntk.contexts import checked, grouped
@@ -40,9 +41,9 @@ class Ledger:
     """A step ledger bound to a stage.
 
     policy: the network's functions.
-    terms: `(params, rows of a batch) -> {name: Total}`, the terms of the loss that the step
-        minimised, each divided by its own count; they add up over rows. Keep one function object:
-        compiled programs are found by it.
+    terms: `(params, rows of a batch, beside) -> {name: Total}`, the terms of the loss that the
+        step minimised, each divided by its own count; they add up over rows. Keep one function
+        object: compiled programs are found by it.
     optimizer: transformation of the trained leaves' gradients.
     trained: one bool per leaf of the params, in leaf order.
     groups: `(pattern, name)` tuples over the parameters in the features' role, as in `ntk.kernel`.
@@ -52,6 +53,7 @@ class Ledger:
         `memory_gib` allows.
     memory_gib: what the samples' contributions may use beyond params and state (GiB).
     microbatches: equal parts of the rows that the whole gradient is read in.
+    mesh: over which params and batch are spread, or None.
     """
 
     policy: Policy
@@ -63,6 +65,7 @@ class Ledger:
     form: str = "auto"
     memory_gib: float = 2.0
     microbatches: int = 1
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         problems = []
@@ -75,8 +78,22 @@ class Ledger:
         if problems:
             raise ValueError("ledger: " + "; ".join(problems) + ".")
 
+    def check(self, params: Params) -> None:
+        """Check that the groups fit the params, as `read` does.
+
+        Raises:
+          ValueError: they do not.
+        """
+        members_of(self.groups, self.policy, params, self.trained)
+
     def read(
-        self, before: TrainState, after: Params, batch: Any, contexts: ntk.Contexts, targets: Array
+        self,
+        before: TrainState,
+        after: Params,
+        batch: Any,
+        contexts: ntk.Contexts,
+        targets: Array,
+        beside: Any = None,
     ) -> dict[str, np.ndarray]:
         """Account for one step.
 
@@ -86,6 +103,7 @@ class Ledger:
           batch: what it saw, arrays with B rows in front.
           contexts: O probe contexts.
           targets: `[O]` the probe tokens.
+          beside: what the terms are given beside rows (the Head compared with, or None).
 
         Returns:
           Arrays by name, for "log_prob" and "entropy" (nats): `log_prob/<column>/<group>`, with
@@ -97,20 +115,25 @@ class Ledger:
           ValueError: contexts that do not fit, groups that do not cover the params, a term called
             like a column, rows that `microbatches` does not divide.
         """
-        given = self._given(before, batch, contexts, targets)
+        given = self._given(before, batch, contexts, targets, beside)
         way = _way(self, *_shapes(given))
         return _named(way, jax.device_get(accounts.read(way, given, after)))
 
     def estimates(
-        self, before: TrainState, batch: Any, contexts: ntk.Contexts, targets: Array
+        self,
+        before: TrainState,
+        batch: Any,
+        contexts: ntk.Contexts,
+        targets: Array,
+        beside: Any = None,
     ) -> dict[str, Estimate]:
         """Return what each form of the samples' contributions costs; arguments as for `read`."""
-        shapes = _shapes(self._given(before, batch, contexts, targets))
+        shapes = _shapes(self._given(before, batch, contexts, targets, beside))
         given = jax.tree.unflatten(shapes[0], shapes[1:])
         return estimates(_way(self, *shapes), given, self.memory_gib)
 
     def _given(
-        self, before: TrainState, batch: Any, contexts: ntk.Contexts, targets: Array
+        self, before: TrainState, batch: Any, contexts: ntk.Contexts, targets: Array, beside: Any
     ) -> Given:
         network = as_network(self.policy)
         seen = checked(contexts, "contexts", network, before.params, is_policy=True)
@@ -120,7 +143,8 @@ class Ledger:
                 f"ledger: {rows} rows cannot be cut in {self.microbatches} equal parts; choose a "
                 "divisor of the rows as microbatches."
             )
-        return Given(before.params, before.opt_state, batch, seen, grouped(seen), targets)
+        state = before.params, before.opt_state
+        return Given(*state, batch, beside, seen, grouped(seen), targets)
 
 
 def _shapes(given: Given) -> tuple[Any, ...]:
@@ -132,12 +156,13 @@ def _shapes(given: Given) -> tuple[Any, ...]:
 def _way(ledger: Ledger, treedef: Any, *shapes: Any) -> Way:
     """Return how the ledger of a step of these shapes is made."""
     given = jax.tree.unflatten(treedef, shapes)
-    names = tuple(jax.eval_shape(ledger.terms, given.params, given.batch))
+    names = tuple(jax.eval_shape(ledger.terms, given.params, given.batch, given.beside))
     taken = sorted({*COLUMNS, "actual", "curvature"} & {*names})
     if taken:
         raise ValueError(f"ledger: terms may not be called {', '.join(taken)}; rename them.")
     way = Way(
-        *(ledger.policy, ledger.terms, ledger.optimizer, ledger.trained, ledger.microbatches),
+        *(ledger.policy, ledger.terms, ledger.optimizer, ledger.trained),
+        *(ledger.microbatches, ledger.mesh),
         members=members_of(ledger.groups, ledger.policy, given.params, ledger.trained),
         names=names,
         by=ledger.by,

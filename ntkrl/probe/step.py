@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import ntk, trees
-from ntkrl.probe.features import feature_measures
+from ntkrl import ntk
+from ntkrl.probe.classifier import classifier_measures
+from ntkrl.probe.confidence import confidence_measures
+from ntkrl.probe.divergence import divergences
+from ntkrl.probe.features import completion_cosines, feature_measures
+from ntkrl.probe.geometry import cosine_variances, feature_drift
 from ntkrl.scoring import head_of
 from ntkrl.types import Array, Params, Policy, ProbeSet
-from ntkrl.vocabulary import token_statistics
+from ntkrl.vocabulary import Head, TokenStatistics, token_statistics
 
 
 class ProbeReading(NamedTuple):
     """The probe set under one set of params.
 
     features: `[O, D]`.
-    log_probs: `[O]` of the probe tokens (nats).
-    entropy: `[O]` (nats).
-    max_prob: `[O]`.
+    statistics: of the probe tokens, `[O]` each.
     """
 
     features: Array
-    log_probs: Array
-    entropy: Array
-    max_prob: Array
+    statistics: TokenStatistics
 
 
 class Prober:
     """A probe set bound to a policy; holds where training started from, to measure drift."""
 
-    def __init__(self, policy: Policy, probe_set: ProbeSet, start_params: Params):
+    def __init__(
+        self,
+        policy: Policy,
+        probe_set: ProbeSet,
+        start_params: Params,
+        families: Mapping[str, np.ndarray] | None = None,
+    ):
+        """Read the probe set once.
+
+        Args:
+          policy: the network's functions.
+          probe_set: the completions.
+          start_params: where training starts from.
+          families: by name `[O]` bool, which tokens belong to it; measures without a family's name
+            are of the first. None for one family of all.
+        """
         rows, columns = np.nonzero(np.asarray(probe_set.completion_mask))
         completion_start = probe_set.tokens.shape[1] - probe_set.completion_mask.shape[1]
         self.policy = policy
@@ -46,25 +63,38 @@ class Prober:
         )
         self.targets = probe_set.tokens[rows, columns + completion_start]
         self.rows, self.groups = jnp.asarray(rows), probe_set.groups[rows]
+        self.families = {"own": np.ones(len(rows), bool)} if families is None else families
+        first = np.nonzero(next(iter(self.families.values())))[0]
+        self.places = (jnp.asarray(first), self.rows, self.groups)
         self.start_features = self.read(start_params).features
-        self.start_head = trees.named_leaves(start_params)[policy.head_weight]
+        self.start_head = head_of(policy, start_params)
 
     def read(self, params: Params) -> ProbeReading:
         """Read every probe token under the params."""
         return _read(self.policy, params, self.contexts, self.targets)
 
-    def measures(self, params: Params, reading: ProbeReading) -> dict[str, float]:
-        """Return the `probe/…` metrics of a reading."""
-        head = trees.named_leaves(params)[self.policy.head_weight]
-        found = feature_measures(reading.features, self.start_features, self.rows, self.groups)
-        found |= {
-            "entropy": jnp.mean(reading.entropy),
-            "confidence": jnp.mean(reading.max_prob),
-            "log_prob": jnp.mean(reading.log_probs),
-            "head_norm": jnp.linalg.norm(head),
-            "head_distance": jnp.linalg.norm(head - self.start_head),
-        }
-        return {f"probe/{name}": float(value) for name, value in found.items()}
+    def measures(self, params: Params) -> dict[str, float]:
+        """Return the `probe/…` metrics of the params."""
+        reading = self.read(params)
+        start = self.start_head, self.start_features
+        found = _measures((head_of(self.policy, params), reading), start, *self.places)
+        found |= classifier_measures(head_of(self.policy, params).weight, self.start_head.weight)[0]
+        if len(self.families) > 1:
+            for family, own in self.families.items():
+                of = confidence_measures(reading.statistics, jnp.asarray(own))
+                names = ("log_prob", "entropy", "confidence")
+                found |= {f"{family}/{name}": of[name] for name in names}
+        numbers = {f"probe/{name}": float(value) for name, value in found.items()}
+        # before the head has moved its change has no rank
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+    def cosines(self, params: Params) -> np.ndarray:
+        """Return the mean cosine of features `[S, S]` between the S completions.
+
+        On the diagonal of distinct tokens of one completion, 0 where there is but one.
+        """
+        features = self.read(params).features
+        return np.asarray(completion_cosines(features, self.rows, self.contexts.mask.shape[0]))
 
     def compare(
         self, before: Params, after: Params
@@ -85,9 +115,9 @@ class Prober:
         parts = ntk.predict(self.policy, before, direction, self.contexts, self.targets)
         old, new = self.read(before), self.read(after)
         arrays = {f"predicted_{name}": np.asarray(value) for name, value in parts.items()}
-        arrays["actual"] = np.asarray(new.log_probs - old.log_probs)
+        arrays["actual"] = np.asarray(new.statistics.log_probs - old.statistics.log_probs)
         for name in ("log_probs", "entropy", "max_prob"):
-            arrays[name] = np.asarray(old._asdict()[name])
+            arrays[name] = np.asarray(old.statistics._asdict()[name])
         return comparison(arrays), arrays
 
 
@@ -121,5 +151,25 @@ def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
 def _read(policy: Policy, params: Params, contexts: ntk.Contexts, targets_O: Array) -> ProbeReading:
     features_NTD = policy.features(params, contexts.tokens, contexts.mask)
     phi_OD = features_NTD[contexts.rows, contexts.positions]
-    statistics = token_statistics(head_of(policy, params), phi_OD, targets_O)
-    return ProbeReading(phi_OD, statistics.log_probs, statistics.entropy, statistics.max_prob)
+    return ProbeReading(phi_OD, token_statistics(head_of(policy, params), phi_OD, targets_O))
+
+
+@jax.jit
+def _measures(
+    policy: tuple[Head, ProbeReading],
+    start: tuple[Head, Array],
+    chosen: Array,
+    rows: Array,
+    groups: Array,
+) -> dict[str, Array]:
+    """Return what is measured of the chosen probe tokens."""
+    (head, reading), (start_head, start_OD) = policy, start
+    phi_OD, start_OD = reading.features[chosen], start_OD[chosen]
+    statistics = jax.tree.map(lambda leaf: leaf[chosen], reading.statistics)
+    found = confidence_measures(statistics, jnp.ones(chosen.shape, bool))
+    places = rows[chosen], groups[chosen]
+    found |= feature_measures(phi_OD, start_OD, *places)
+    found |= cosine_variances(phi_OD, *places) | feature_drift(phi_OD, start_OD)
+    apart = divergences((head, phi_OD), (start_head, start_OD), chunk_vocabulary=8192)
+    names = ("kl_to_start", "kl_from_start", "total_variation")
+    return found | dict(zip(names, map(jnp.mean, apart), strict=True))

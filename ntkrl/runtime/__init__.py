@@ -23,7 +23,14 @@ from ntkrl.runtime.processes import (
     tell,
     together,
 )
-from ntkrl.runtime.rundir import changes, check_claim, claim, config_identity, save_arrays
+from ntkrl.runtime.rundir import (
+    changes,
+    check_claim,
+    claim,
+    config_identity,
+    save_arrays,
+    save_text,
+)
 
 __all__ = [
     "Best",
@@ -51,6 +58,7 @@ __all__ = [
     "replicated",
     "row_sharding",
     "save_arrays",
+    "save_text",
     "saved",
     "settings",
     "several",

@@ -86,10 +86,15 @@ def claim(directory: Path, given: Mapping[str, Any]) -> None:
     """
     if check_claim(directory, given) == []:
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "config.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(given, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(given, indent=2, sort_keys=True) + "\n"
+    save_text(directory / "config.json", text)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

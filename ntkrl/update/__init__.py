@@ -14,6 +14,7 @@ from ntkrl.update.stages import (
 )
 from ntkrl.update.step import init_state, make_step, next_state, offloaded, policy_objective
 from ntkrl.update.stopping import Progress, advanced, entered, steps_left
+from ntkrl.update.terms import policy_terms, supervised_terms
 from ntkrl.update.weights import (
     correction_weights,
     counted_tokens,
@@ -47,6 +48,7 @@ __all__ = [
     "offloaded",
     "policy_loss",
     "policy_objective",
+    "policy_terms",
     "preference_loss",
     "preference_objective",
     "stage_program",
@@ -54,4 +56,5 @@ __all__ = [
     "steps_left",
     "steps_taken",
     "supervised_loss",
+    "supervised_terms",
 ]

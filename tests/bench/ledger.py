@@ -9,7 +9,6 @@ starts. FLOPs of the samples' contributions are those of `Ledger.estimates`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkrl
-from ntkrl import probe, rollout, scoring, update
+from ntkrl import probe, rollout, update
 from ntkrl.types import ProbeSet, PromptBatch, UpdateBatch
 from tests.bench import measure
 
@@ -64,21 +63,6 @@ def update_batch(drawn: Any) -> UpdateBatch:
     )
 
 
-def terms_of(policy: Any) -> Any:
-    """Return the terms of OBJECTIVE, each without the other."""
-    bare = dataclasses.replace(OBJECTIVE, kl_place="off", kl_coefficient=0.0)
-
-    def terms(params: Any, batch: UpdateBatch) -> dict[str, Any]:
-        found = scoring.score(policy, params, batch.tokens, batch.mask, LENGTH)
-        still = batch.replace(advantages=jnp.zeros_like(batch.advantages))
-        return {
-            "policy": update.policy_loss(bare, LENGTH, found, batch)[0],
-            "kl": update.policy_loss(OBJECTIVE, LENGTH, found, still)[0],
-        }
-
-    return terms
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -101,7 +85,7 @@ def main() -> None:
     names = ("tokens", "mask", "completion_mask", "groups")
     probe_set = ProbeSet(**dict(zip(names, held, strict=True)))
     prober = probe.Prober(policy, probe_set, params)
-    terms, where = terms_of(policy), (prober.contexts, prober.targets)
+    terms, where = update.policy_terms(policy, OBJECTIVE, LENGTH), (prober.contexts, prober.targets)
     static = policy, terms, program.optimizer, program.trained
     ledgers = {"group": probe.Ledger(*static, by="group")}
     ledgers |= {form: probe.Ledger(*static, form=form) for form in ("push", "gram")}

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import ntkrl
-from ntkrl import ntk, probe, scoring, update
+from ntkrl import ntk, probe, update
 from ntkrl.probe import accounts
 from ntkrl.probe import ledger as ledger_module
 from ntkrl.probe.contributions import MEASURES
@@ -25,29 +25,6 @@ OBJECTIVE = update.Objective(
 )
 FIELDS = {"name": "x", "steps": 9, "parameters": ((".*", 1e-3),), "max_grad_norm": 0.5}
 NAMES = ("policy", "kl", "bonus")
-
-
-def terms_of(policy, objective, budget=BUDGET):
-    """Wire the update room's loss to a ledger: its terms, each without the others."""
-    bare = dataclasses.replace(objective, kl_coefficient=0.0, kl_place="off", entropy_coefficient=0)
-    parts = {"policy": bare}
-    if objective.kl_place == "loss":
-        parts["kl"] = dataclasses.replace(objective, entropy_coefficient=0.0)
-    if objective.entropy_coefficient:
-        weight = objective.entropy_coefficient
-        parts["bonus"] = dataclasses.replace(bare, entropy_coefficient=weight)
-
-    def terms(params, batch):
-        statistics = scoring.score(policy, params, batch.tokens, batch.mask, budget)
-        still = batch.replace(advantages=jnp.zeros_like(batch.advantages), penalties=None)
-        return {
-            name: update.policy_loss(own, budget, statistics, batch if name == "policy" else still)[
-                0
-            ]
-            for name, own in parts.items()
-        }
-
-    return terms
 
 
 def model(kind):
@@ -78,7 +55,8 @@ class Case:
 
     def begin(self, policy, params):
         """Bind the stage to a model; no step is taken yet."""
-        self.policy, self.terms = policy, terms_of(policy, self.objective)
+        self.policy = policy
+        self.terms = update.policy_terms(policy, self.objective, BUDGET)
         self.program = update.stage_program(self.stage, policy, params)
         self.before = self.after = update.init_state(self.program, params, jax.random.key(0))
         self.batch = make_batch(policy.vocab_size)
@@ -286,7 +264,7 @@ def test_curvature_is_second_order():
 
 def compiled(ledger, given):
     """The compiled program of a ledger."""
-    given = ledger._given(*given)
+    given = ledger._given(*given, None)
     way = ledger_module._way(ledger, *ledger_module._shapes(given))
     return accounts.read.lower(way, given, given.params).compile()
 
@@ -355,6 +333,6 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match='groups: "head" names the head'):
         case.read(groups=((".*", "head"),))
     terms = case.terms
-    case.terms = lambda params, batch: {"decay": terms(params, batch)["policy"]}
+    case.terms = lambda *given: {"decay": terms(*given)["policy"]}
     with pytest.raises(ValueError, match="terms may not be called decay"):
         case.read()

@@ -1,0 +1,64 @@
+"""What a run looks at while it trains: the config's probe section."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ntkrl import probe
+
+COLUMNS = {
+    "reference": ("completion", "chosen"),
+    "rejected": ("rejected",),
+    "paraphrased": ("paraphrased",),
+}
+"""Families that come with the prompts, and the columns they are read from."""
+DRAWN = ("own", "other", "shuffled")
+FAMILIES = (*DRAWN, *COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSettings:
+    """The probe set and how often it is read.
+
+    every_steps: rollout steps between probes, or None for none.
+    prompts: held-out prompts (at most).
+    completions_per_prompt: completions of each, sampled from the starting model.
+    families: of completions, see assembly/probe_set.py; measures are of the first.
+    ledger_every_steps: rollout steps between ledgers of the last optimizer step, or None for none.
+    ledger_by: "sample", or "group" for the minibatch together (see probe.Ledger).
+    ledger_groups: `(pattern, name)` over parameters that change the features.
+    ledger_memory_gib: what the samples' contributions may use (GiB).
+    """
+
+    every_steps: int | None
+    prompts: int
+    completions_per_prompt: int
+    families: tuple[str, ...]
+    ledger_every_steps: int | None
+    ledger_by: str
+    ledger_groups: tuple[tuple[str, str], ...]
+    ledger_memory_gib: float
+
+    @property
+    def looks(self) -> bool:
+        """Whether there is anything to look at."""
+        return (self.every_steps, self.ledger_every_steps) != (None, None)
+
+    def __post_init__(self):
+        problems, known = [], [name for name in self.families if name in FAMILIES]
+        if not known or len(set(known)) < len(self.families):
+            problems.append(
+                f"families must be different ones of {', '.join(FAMILIES)}, not "
+                f"{', '.join(map(str, self.families)) or 'none'}"
+            )
+        if self.ledger_by not in probe.BY:
+            problems.append(
+                f"ledger_by must be one of {', '.join(probe.BY)}, not {self.ledger_by!r}"
+            )
+        if not self.ledger_memory_gib > 0:
+            problems.append(f"ledger_memory_gib must be > 0, not {self.ledger_memory_gib}")
+        for name in ("every_steps", "ledger_every_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                problems.append(f"{name} must be ≥ 1 or None, not {getattr(self, name)}")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")

@@ -1,0 +1,229 @@
+"""What a run looks at while it trains: the probe set, and accounts of single optimizer steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkrl import data, probe, runtime, trees, update
+from ntkrl.assembly.probe_set import FORMAT, make_probes, prompt_texts, rows_of, save_probes
+from ntkrl.assembly.setup import Setup
+from ntkrl.types import Array, Params, TrainState, UpdateBatch
+from ntkrl.vocabulary import Head
+
+COPIES = 6  # of the trained params that a ledger holds beside one gradient per term
+
+
+class Watcher:
+    """The probe set of a run, and what is made of it.
+
+    A probe compares an optimizer step with its first-order prediction; a ledger accounts for one,
+    sample by sample. Both need what the step began with, which the step itself overwrites: `keep`
+    copies it before, `look` reads it after.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        source: Any,
+        programs: Sequence[update.StageProgram],
+        directory: Path,
+        key: Array,
+    ):
+        """Draw or read the probe set.
+
+        Args:
+          setup: the run, with held-out prompts.
+          source: of its batches.
+          programs: of its stages.
+          directory: the run's.
+          key: consumed.
+
+        Raises:
+          ValueError: what `make_probes` raises, or groups that do not cover the params.
+        """
+        self.setup, self.source, self.programs = setup, source, programs
+        self.directory, self.refused = directory, False
+        self.settings = setup.settings.probe
+        self.ledgers = [self._ledger(program) for program in programs]
+        for ledger in self.ledgers:
+            ledger.check(setup.params)
+        self.probes = make_probes(setup, directory, key)
+        families = rows_of(self.probes.held, self.probes.families)
+        self.prober = probe.Prober(setup.policy, self.probes.held, setup.params, families)
+
+    def begin(self) -> None:
+        """Write the probe set, where the run directory has none yet."""
+        path = self.directory / "probes" / "set.json"
+        if runtime.is_writer() and not path.exists():
+            save_probes(self.probes, self.directory)
+
+    def due(self, rollout_step: int) -> bool:
+        """Tell whether the last optimizer step of a rollout step is looked at."""
+        wanted = self.settings.every_steps, self.settings.ledger_every_steps
+        return any(_due(every, rollout_step) for every in wanted)
+
+    def keep(self, state: TrainState, stage: int, rollout_step: int) -> TrainState:
+        """Copy of a state what is needed of it once the step has been taken."""
+        accounts, moments = _due(self.settings.ledger_every_steps, rollout_step), None
+        if accounts and self._fits(state, self.programs[stage]):
+            moments = jax.tree.map(_on_device, state.opt_state)
+        copied = jax.tree.map(jnp.copy, state.params)
+        return state.replace(params=copied, opt_state=jax.tree.map(jnp.copy, moments))
+
+    def look(
+        self,
+        before: TrainState,
+        after: TrainState,
+        batch: UpdateBatch,
+        reference: Head | None,
+        stage: int,
+    ) -> dict[str, float]:
+        """Compare and account for one optimizer step.
+
+        Args:
+          before: from `keep`.
+          after: the state the step ended with.
+          batch: what it saw, on the host.
+          reference: the Head it compared with, or None.
+          stage: number of the stage.
+
+        Returns:
+          The `predict/…`, `probe/…`, `signal/…`, `weights/…` and `ledger/…` metrics of the step;
+          arrays are written.
+        """
+        metrics, arrays = self.prober.compare(before.params, after.params)
+        arrays["cosines"] = self.prober.cosines(after.params)
+        name = f"step_{int(after.step):06d}"
+        if runtime.is_writer():
+            runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
+        placed = runtime.place_rows(batch, self.setup.mesh)
+        if not self.setup.settings.data.packing:
+            given = self.setup.settings.rollout.temperature, self._chunk
+            found = probe.step_measures(
+                self.setup.policy, before.params, after.params, placed, *given
+            )
+            metrics |= jax.tree.map(float, found)
+        moved, _ = probe.weights.update_sparsity(self.setup.params, after.params)
+        metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
+        if before.opt_state is not None:
+            step = before, after.params, placed, reference
+            metrics |= self._account(step, batch, name, stage)
+        return metrics
+
+    def read(self, params: Params) -> dict[str, float]:
+        """Return the measures of the probe set."""
+        return self.prober.measures(params)
+
+    @property
+    def _chunk(self) -> int:
+        return self.setup.settings.schedule.chunk_tokens * self.setup.spread
+
+    def _account(
+        self,
+        step: tuple[TrainState, Params, UpdateBatch, Head | None],
+        batch: UpdateBatch,
+        name: str,
+        stage: int,
+    ) -> dict[str, float]:
+        before, after, placed, reference = step
+        where = self.prober.contexts, self.prober.targets
+        arrays = self.ledgers[stage].read(before, after, placed, *where, reference)
+        advantages_B = _means(batch.advantages, batch.completion_mask)
+        by_sample = self.settings.ledger_by == "sample"
+        given = (advantages_B, self._own(batch)) if by_sample else ()
+        if runtime.is_writer():
+            told = self._told(batch, advantages_B, self.programs[stage].stage.name)
+            runtime.save_text(self.directory / "ledger" / f"{name}.json", json.dumps(told))
+            runtime.save_arrays(self.directory / "ledger" / f"{name}.npz", arrays)
+        return probe.ledger_measures(arrays, *given)
+
+    def _ledger(self, program: update.StageProgram) -> probe.Ledger:
+        return probe.Ledger(
+            *(self.setup.policy, self.source.terms, program.optimizer, program.trained),
+            groups=self.settings.ledger_groups,
+            by=self.settings.ledger_by,
+            memory_gib=self.settings.ledger_memory_gib,
+            microbatches=self.setup.settings.schedule.microbatches,
+            mesh=self.setup.mesh,
+        )
+
+    def _fits(self, state: TrainState, program: update.StageProgram) -> bool:
+        """Tell whether a ledger's copies fit the device; said once where they do not."""
+        free = _free_bytes(jax.local_devices()[0])
+        chosen, _ = trees.partition(state.params, program.trained)
+        one = sum(_bytes_here(leaf) for leaf in jax.tree.leaves(chosen))
+        needed = COPIES * one + self.settings.ledger_memory_gib * 2**30
+        fits = free is None or needed < free
+        if not fits and not self.refused:
+            self.refused = True
+            runtime.tell(
+                f"no ledger: it needs about {needed / 2**30:.1f} GiB on a device beside training, "
+                f"{free / 2**30:.1f} are free; lower probe.ledger_memory_gib, spread the params "
+                "over more devices, or set probe.ledger_every_steps=None."
+            )
+        return all(runtime.agree("whether a ledger fits", fits))
+
+    def _own(self, batch: UpdateBatch) -> np.ndarray | None:
+        """Tell which samples answer the probe token's own prompt; None where none does."""
+        probes = self.probes.held
+        asked_S, asked_B = (
+            _prompts(one.tokens, one.mask, one.completion_mask.shape[1]) for one in (probes, batch)
+        )
+        own_OB = np.asarray([[prompt == other for other in asked_B] for prompt in asked_S], bool)[
+            np.asarray(self.prober.rows)
+        ]
+        return own_OB if own_OB.any() else None
+
+    def _told(self, batch: UpdateBatch, advantages: np.ndarray, stage: str) -> dict[str, Any]:
+        tokenizer, length = self.setup.tokenizer, batch.completion_mask.shape[1]
+        end = tokenizer.eos_token_id
+        texts, _ = data.decode_completions(tokenizer, batch.tokens, batch.completion_mask, end)
+        prompts = prompt_texts(tokenizer, batch.tokens, batch.mask, length)
+        return {
+            "format": FORMAT,
+            "by": self.settings.ledger_by,
+            "digest": self.probes.digest,
+            "stage": stage,
+            "samples": [
+                {"prompt": prompt, "completion": text, "advantage": float(value), "row": None}
+                for prompt, text, value in zip(prompts, texts, advantages, strict=True)
+            ],
+        }
+
+
+def _due(every_steps: int | None, rollout_step: int) -> bool:
+    return every_steps is not None and rollout_step % every_steps == 0
+
+
+def _means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    counts = np.maximum(np.sum(mask, axis=1), 1)
+    return np.sum(np.where(mask, values, 0), axis=1) / counts
+
+
+def _prompts(tokens: Array, mask: Array, length: int) -> list[tuple[int, ...]]:
+    before = (np.asarray(leaf)[:, : leaf.shape[1] - length] for leaf in (tokens, mask))
+    return [tuple(row[keep > 0].tolist()) for row, keep in zip(*before, strict=True)]
+
+
+def _on_device(leaf: Array) -> Array:
+    """Return an array that may have waited on the host."""
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+
+
+def _bytes_here(leaf: Array) -> int:
+    return leaf.addressable_shards[0].data.nbytes
+
+
+def _free_bytes(device: jax.Device) -> int | None:
+    """Return how much memory a device has left, or None where it does not say."""
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats["bytes_in_use"]

@@ -1,0 +1,126 @@
+"""Probes and ledgers of whole runs: what they write, and what may go wrong."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ntkrl.assembly.probe_settings import FAMILIES
+from ntkrl.main import main
+from ntkrl.report.names import is_known
+from tests.test_train import STAGES, base, lines, one_device, words  # noqa: F401
+
+LEDGER = ["--config.probe.ledger_every_steps=2", "--config.eval.every_steps=4"]
+
+
+def accounts(run):
+    """Arrays and texts of every ledger of a run."""
+    found = {}
+    for path in sorted((run / "ledger").glob("*.npz")):
+        with np.load(path) as file:
+            arrays = {name: file[name].astype(float) for name in file.files}
+        found[path.stem] = arrays, json.loads(path.with_suffix(".json").read_text())
+    return found
+
+
+def whole(arrays, measure):
+    """Sum all columns and the curvature of a measure."""
+    columns = [v for name, v in arrays.items() if name.startswith(measure) and "actual" not in name]
+    return sum(v.sum(axis=1) if v.ndim == 2 else v for v in columns)
+
+
+def test_a_ledger_of_every_stage(base, tmp_path):  # noqa: F811
+    """story: columns add up to what was measured, and are of the texts that stand beside them."""
+    run = tmp_path / "run"
+    more = ["--config.probe.families=('own', 'other', 'shuffled')", *LEDGER, *STAGES]
+    assert main(words(base, run, *more, config="cfrl")) == 0
+    told = json.loads((run / "probes" / "set.json").read_text())
+    assert [one["family"] for one in told["completions"]] == sum(
+        ([family] * 4 for family in FAMILIES[:3]), []
+    )
+    own, other, shuffled = (told["completions"][i : i + 4] for i in (0, 4, 8))
+    assert [one["text"] for one in other] == [own[i]["text"] for i in (2, 3, 0, 1)]
+    assert all(
+        sorted(a["tokens"]) == sorted(b["tokens"]) and a["tokens"][-1] == b["tokens"][-1]
+        for a, b in zip(own, shuffled, strict=True)
+    )
+    tokens = sum(len(one["tokens"]) for one in told["completions"])
+    found = accounts(run)
+    assert list(found) == [
+        "step_000002",
+        "step_000004",
+        "step_000006",
+        "step_000008",
+        "step_000010",
+    ]
+    for name, (arrays, beside) in found.items():
+        stage = "classifier" if int(name[5:]) <= 4 else "all"
+        assert beside["stage"] == stage and beside["digest"] == told["digest"]
+        assert len(beside["samples"]) == 8 and all(one["prompt"] for one in beside["samples"])
+        assert arrays["log_prob/policy/head"].shape == (tokens, 8)
+        for measure in ("log_prob", "entropy"):
+            actual = arrays[f"{measure}/actual"]
+            assert np.abs(actual).max() > 1e-6
+            np.testing.assert_allclose(whole(arrays, measure), actual, atol=1e-6)
+        moved = np.abs(arrays["log_prob/policy/body"]).max()
+        assert moved == 0 if stage == "classifier" else moved > 1e-7
+        with np.load(run / "probes" / f"{name}.npz") as file:
+            np.testing.assert_allclose(file["actual"], arrays["log_prob/actual"], atol=1e-6)
+            assert file["cosines"].shape == (12, 12)
+    names = {name for line in lines(run) for name in line}
+    assert {"ledger/policy_share", "ledger/positive_share", "probe/other/log_prob"} <= names
+    assert {"probe/squeeze_greedy", "signal/entropy_share", "weights/unchanged"} <= names
+    assert all(map(is_known, names))
+
+
+def test_other_forms_of_a_ledger(base, tmp_path):  # noqa: F811
+    """story: by group with a KL and an entropy bonus in the loss; supervised; on eight devices."""
+    more = ["--config.objective.preset=grpo", "--config.objective.kl_coefficient=0.1"]
+    more += ["--config.objective.entropy_coefficient=0.01", "--config.probe.ledger_by=group"]
+    groups = "(('layers/[0-9]+/mlp/.*', 'mlp'), ('.*', 'rest'))"
+    more += [f"--config.probe.ledger_groups={groups}", "--config.stages[0].steps=2", *LEDGER]
+    run = tmp_path / "group"
+    assert main(words(base, run, *more)) == 0
+    arrays, _ = accounts(run)["step_000002"]
+    parts = {name.split("/", 1)[1] for name in arrays if name.startswith("log_prob")}
+    terms = ("policy", "kl", "bonus", "momentum", "decay", "optimizer")
+    roles = ("head", "mlp", "rest")
+    assert parts == {f"{t}/{r}" for t in terms for r in roles} | {"actual", "curvature"}
+    np.testing.assert_allclose(whole(arrays, "log_prob"), arrays["log_prob/actual"], atol=1e-6)
+
+
+def test_a_resumed_run_reads_the_same_probe_set(base, tmp_path):  # noqa: F811
+    """law: the probe set is read back, ledgers are the same; a damaged set is named."""
+    run, more = tmp_path / "run", ["--config.stages[0].steps=4", *LEDGER]
+    assert main(words(base, run, *more)) == 0
+    first = accounts(run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    (run / "ledger" / "step_000004.npz").unlink()
+    (run / "finished").unlink()
+    assert main(words(base, run, *more)) == 0
+    second = accounts(run)
+    assert list(first) == list(second) == ["step_000002", "step_000004"]
+    for name in first:
+        assert first[name][1] == second[name][1]
+        jax.tree.map(np.testing.assert_array_equal, first[name][0], second[name][0])
+    place = run / "probes" / "set.npz"
+    place.write_bytes(place.read_bytes()[:100])
+    (run / "finished").unlink()
+    assert main(words(base, run, *more)) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("probe.families=('own', 'mine')", "families must be different ones of own, other"),
+        ("probe.families=('rejected',)", "has no column rejected; add it"),
+        ("probe.ledger_by=token", "ledger_by must be one of group, sample, not 'token'"),
+        ("probe.ledger_groups=(('layers', 'x'),)", "matches no parameter"),
+    ],
+)
+def test_mistakes(base, tmp_path, capsys, setting, said):  # noqa: F811
+    """law: told before anything is trained."""
+    assert main(words(base, tmp_path / "run", f"--config.{setting}", *LEDGER)) == 2
+    assert said in capsys.readouterr().err
