@@ -201,7 +201,7 @@ def get_config():
     config.probe.ledger_every_steps = 50  # None: no ledger
     config.probe.ledger_by = "sample"  # or "group": the minibatch together, cheaper
     config.probe.ledger_groups = ((".*", "body"),)  # parts of the network in its role below W
-    config.probe.ledger_memory_gib = 2.0
+    config.probe.memory_gib = 2.0  # to read the probe set, and for the samples of a ledger
 
     # beside metrics.jsonl, which is always written; a run may be resumed with another choice
     config.logging = ConfigDict()

@@ -70,6 +70,7 @@ def rl(base, run, scorer):  # noqa: F811
         "--config.stages[0].optimizer=sgd",
         "--config.stages[1].optimizer=sgd",
         "--config.logging.tensorboard=True",
+        "--config.probe.ledger_every_steps=2",
     ]
 
 
@@ -95,14 +96,14 @@ def test_rl_in_several_processes(base, scorer, tmp_path, four_devices, shape):  
     alike(one, several, 4)
     moved, held = (load_file(r / "model.safetensors") for r in (one / "export", base))
     assert max(np.abs(moved[name] - held[name]).max() for name in held) > 1e-3
-    for place in ("", "probes", "tensorboard", "export", "checkpoints"):
+    for place in ("", "probes", "ledger", "tensorboard", "export", "checkpoints"):
         kinds = [sorted(entry.name for entry in (r / place).iterdir()) for r in (one, several)]
         if place == "tensorboard":  # files are called by their time
             kinds = [len(names) for names in kinds]
         assert kinds[0] == kinds[1]
-    for path in sorted((one / "probes").iterdir()):
+    for path in sorted(one.glob("[pl]*/*.npz")):
         for name, array in np.load(path).items():
-            theirs = np.load(several / "probes" / path.name)[name]
+            theirs = np.load(several / path.relative_to(one))[name]
             np.testing.assert_allclose(theirs, array, rtol=1e-4, atol=1e-5)
 
 

@@ -178,6 +178,7 @@ def test_a_mesh_of_eight_trains_alike(base, tmp_path, monkeypatch):
         "--config.stages[0].steps=3",
         "--config.stages[0].optimizer=sgd",
         "--config.stages[0].parameters=(('.*', 1e-1),)",
+        "--config.probe.ledger_every_steps=2",
     ]
     assert main(words(base, alone, *more)) == 0
     monkeypatch.setattr(jax, "devices", jax.local_devices)
@@ -186,8 +187,13 @@ def test_a_mesh_of_eight_trains_alike(base, tmp_path, monkeypatch):
     for one, eight in zip(lines(alone), lines(spread), strict=True):
         assert one.keys() == eight.keys()
         for name in set(one) - {"stage"}:
-            if not name.startswith(("predict/", "sampling/")):  # ratios of rounding
+            # ratios of rounding
+            if not name.startswith(("predict/", "sampling/", "ledger/", "weights/unchanged")):
                 assert eight[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    ledgers = [np.load(run / "ledger" / "step_000002.npz") for run in (alone, spread)]
+    assert ledgers[0].files == ledgers[1].files
+    for name in ledgers[0].files:
+        np.testing.assert_allclose(*(ledger[name] for ledger in ledgers), rtol=1e-3, atol=1e-5)
     first, second = (load_file(run / "export" / "model.safetensors") for run in (alone, spread))
     start = load_file(base / "model.safetensors")
     moved = max(np.abs(first[name] - start[name]).max() for name in first)

@@ -27,7 +27,7 @@ class ProbeSettings:
     ledger_every_steps: rollout steps between ledgers of the last optimizer step, or None for none.
     ledger_by: "sample", or "group" for the minibatch together (see probe.Ledger).
     ledger_groups: `(pattern, name)` over parameters that change the features.
-    ledger_memory_gib: what the samples' contributions may use (GiB).
+    memory_gib: what reading the probe set and the samples' contributions may use (GiB).
     """
 
     every_steps: int | None
@@ -37,7 +37,7 @@ class ProbeSettings:
     ledger_every_steps: int | None
     ledger_by: str
     ledger_groups: tuple[tuple[str, str], ...]
-    ledger_memory_gib: float
+    memory_gib: float
 
     @property
     def looks(self) -> bool:
@@ -55,8 +55,8 @@ class ProbeSettings:
             problems.append(
                 f"ledger_by must be one of {', '.join(probe.BY)}, not {self.ledger_by!r}"
             )
-        if not self.ledger_memory_gib > 0:
-            problems.append(f"ledger_memory_gib must be > 0, not {self.ledger_memory_gib}")
+        if not self.memory_gib > 0:
+            problems.append(f"memory_gib must be > 0, not {self.memory_gib}")
         for name in ("every_steps", "ledger_every_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 problems.append(f"{name} must be ≥ 1 or None, not {getattr(self, name)}")

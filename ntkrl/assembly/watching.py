@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,10 @@ class Watcher:
             ledger.check(setup.params)
         self.probes = make_probes(setup, directory, key)
         families = rows_of(self.probes.held, self.probes.families)
-        self.prober = probe.Prober(setup.policy, self.probes.held, setup.params, families)
+        self.prober = probe.Prober(
+            *(setup.policy, self.probes.held, setup.params, families),
+            memory_gib=self.settings.memory_gib,
+        )
 
     def begin(self) -> None:
         """Write the probe set, where the run directory has none yet."""
@@ -133,8 +137,8 @@ class Watcher:
         stage: int,
     ) -> dict[str, float]:
         before, after, placed, reference = step
-        where = self.prober.contexts, self.prober.targets
-        arrays = self.ledgers[stage].read(before, after, placed, *where, reference)
+        account = functools.partial(self.ledgers[stage].read, before, after, placed)
+        arrays = self.prober.each(functools.partial(account, beside=reference))
         advantages_B = _means(batch.advantages, batch.completion_mask)
         by_sample = self.settings.ledger_by == "sample"
         given = (advantages_B, self._own(batch)) if by_sample else ()
@@ -149,7 +153,7 @@ class Watcher:
             *(self.setup.policy, self.source.terms, program.optimizer, program.trained),
             groups=self.settings.ledger_groups,
             by=self.settings.ledger_by,
-            memory_gib=self.settings.ledger_memory_gib,
+            memory_gib=self.settings.memory_gib,
             microbatches=self.setup.settings.schedule.microbatches,
             mesh=self.setup.mesh,
         )
@@ -159,13 +163,13 @@ class Watcher:
         free = _free_bytes(jax.local_devices()[0])
         chosen, _ = trees.partition(state.params, program.trained)
         one = sum(_bytes_here(leaf) for leaf in jax.tree.leaves(chosen))
-        needed = COPIES * one + self.settings.ledger_memory_gib * 2**30
+        needed = COPIES * one + self.settings.memory_gib * 2**30
         fits = free is None or needed < free
         if not fits and not self.refused:
             self.refused = True
             runtime.tell(
                 f"no ledger: it needs about {needed / 2**30:.1f} GiB on a device beside training, "
-                f"{free / 2**30:.1f} are free; lower probe.ledger_memory_gib, spread the params "
+                f"{free / 2**30:.1f} are free; lower probe.memory_gib, spread the params "
                 "over more devices, or set probe.ledger_every_steps=None."
             )
         return all(runtime.agree("whether a ledger fits", fits))

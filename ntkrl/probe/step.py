@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from ntkrl.probe.geometry import cosine_variances, feature_drift
 from ntkrl.scoring import head_of
 from ntkrl.types import Array, Params, Policy, ProbeSet
 from ntkrl.vocabulary import Head, TokenStatistics, token_statistics
+
+BYTES = 16  # of a logit and what is made of it
 
 
 class ProbeReading(NamedTuple):
@@ -42,6 +44,7 @@ class Prober:
         probe_set: ProbeSet,
         start_params: Params,
         families: Mapping[str, np.ndarray] | None = None,
+        memory_gib: float | None = None,
     ):
         """Read the probe set once.
 
@@ -51,6 +54,8 @@ class Prober:
           start_params: where training starts from.
           families: by name `[O]` bool, which tokens belong to it; measures without a family's name
             are of the first. None for one family of all.
+          memory_gib: what the logits of completions read together may take (GiB), at least those of
+            one; None to read all together.
         """
         rows, columns = np.nonzero(np.asarray(probe_set.completion_mask))
         completion_start = probe_set.tokens.shape[1] - probe_set.completion_mask.shape[1]
@@ -62,6 +67,11 @@ class Prober:
             probe_set.mask,
         )
         self.targets = probe_set.tokens[rows, columns + completion_start]
+        count, length = probe_set.completion_mask.shape
+        if memory_gib is not None:
+            each = BYTES * length * policy.vocab_size
+            count = int(max(1, min(count, memory_gib * 2**30 // each)))
+        self.blocks = tuple(_cut(self.contexts, self.targets, count))
         self.rows, self.groups = jnp.asarray(rows), probe_set.groups[rows]
         self.families = {"own": np.ones(len(rows), bool)} if families is None else families
         first = np.nonzero(next(iter(self.families.values())))[0]
@@ -69,9 +79,22 @@ class Prober:
         self.start_features = self.read(start_params).features
         self.start_head = head_of(policy, start_params)
 
+    def each(self, call: Callable[[ntk.Contexts, Array], Any]) -> Any:
+        """Call for some completions at a time; join what comes, arrays with their tokens in front.
+
+        Args:
+          call: `(contexts, targets) -> tree of [O', …]`; one shape for all.
+        """
+        found = []
+        for contexts, targets, kept in self.blocks:
+            found.append(jax.tree.map(lambda leaf: leaf[:kept], call(contexts, targets)))
+        if len(found) == 1:
+            return found[0]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
     def read(self, params: Params) -> ProbeReading:
         """Read every probe token under the params."""
-        return _read(self.policy, params, self.contexts, self.targets)
+        return self.each(functools.partial(_read, self.policy, params))
 
     def measures(self, params: Params) -> dict[str, float]:
         """Return the `probe/…` metrics of the params."""
@@ -112,7 +135,7 @@ class Prober:
           last three as read before the step.
         """
         direction = jax.tree.map(jnp.subtract, after, before)
-        parts = ntk.predict(self.policy, before, direction, self.contexts, self.targets)
+        parts = self.each(functools.partial(ntk.predict, self.policy, before, direction))
         old, new = self.read(before), self.read(after)
         arrays = {f"predicted_{name}": np.asarray(value) for name, value in parts.items()}
         arrays["actual"] = np.asarray(new.statistics.log_probs - old.statistics.log_probs)
@@ -145,6 +168,26 @@ def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
         metrics["predict/relative_error"] = float(error)
         metrics["predict/correlation"] = float(centred @ predicted / scale)
     return metrics
+
+
+def _cut(
+    contexts: ntk.Contexts, targets: Array, count: int
+) -> Iterator[tuple[ntk.Contexts, Array, int]]:
+    """Yield blocks of `count` completions, in one shape: contexts, targets, how many count."""
+    rows, total = np.asarray(contexts.rows), contexts.tokens.shape[0]
+    starts = range(0, total, count)
+    own = [np.nonzero((start <= rows) & (rows < start + count))[0] for start in starts]
+    widest = max(map(len, own))
+    for start, places in zip(starts, own, strict=True):
+        first = min(start, total - count)  # the last block reads some again
+        filled = np.pad(places, (0, widest - len(places)), mode="edge")
+        block = ntk.Contexts(
+            contexts.tokens[first : first + count],
+            contexts.positions[filled],
+            contexts.rows[filled] - first,
+            contexts.mask[first : first + count],
+        )
+        yield block, targets[filled], len(places)
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))

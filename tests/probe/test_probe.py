@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ntkrl import probe, update
-from ntkrl.probe.step import comparison
+from ntkrl.probe.step import BYTES, comparison
 from ntkrl.types import ProbeSet
 from tests.toys import toy_params, toy_policy
 from tests.update.test_step import make_batch, rloo
@@ -128,3 +128,26 @@ def test_prediction_of_a_real_adam_step(x64, rows):
     measures = prober.measures(after.params)
     moved = float(jnp.linalg.norm(after.params["head"] - params["head"]))
     np.testing.assert_allclose(measures["probe/head_distance"], moved, rtol=1e-6)
+
+
+def test_a_large_probe_set_is_read_in_blocks(x64):
+    """law: a few completions at a time give what all together give."""
+    policy = toy_policy()
+    params = toy_params(policy, dtype=jnp.float64)
+    after = jax.tree.map(lambda leaf: leaf * 1.01, params)
+    given = policy, probe_set(policy.vocab_size), params
+    whole = probe.Prober(*given)
+    each = BYTES * given[1].completion_mask.shape[1] * policy.vocab_size / 2**30
+    for count, blocks in ((1, 4), (3, 2)):
+        cut = probe.Prober(*given, memory_gib=count * each)
+        assert len(cut.blocks) == blocks and len({b[1].shape for b in cut.blocks}) == 1
+        for found, wanted in zip(
+            cut.compare(params, after)[1].items(),
+            whole.compare(params, after)[1].items(),
+            strict=True,
+        ):
+            assert found[0] == wanted[0]
+            np.testing.assert_allclose(found[1], wanted[1], rtol=1e-10)
+        measures = whole.measures(after)
+        for name, value in cut.measures(after).items():
+            assert value == pytest.approx(measures[name], rel=1e-9), name
