@@ -201,6 +201,10 @@ def get_config():
     config.probe.ledger_every_steps = 50  # None: no ledger
     config.probe.ledger_by = "sample"  # or "group": the minibatch together, cheaper
     config.probe.ledger_groups = ((".*", "body"),)  # parts of the network in its role below W
+    # exact kernels of some probe tokens: laziness, alignment with the start, tr G / tr R
+    config.probe.kernel_every_steps = placeholder(int)  # None: none; one costs contexts × D passes
+    config.probe.kernel_contexts = 8
+    config.probe.kernel_layers = False  # shares of layers too
     config.probe.memory_gib = 2.0  # to read the probe set, and for the samples of a ledger
 
     # beside metrics.jsonl, which is always written; a run may be resumed with another choice

@@ -117,7 +117,7 @@ class Loop:
             if self.watcher is not None:
                 self.watcher.begin()
             if start == 0:
-                writer.write(0, self._evaluate(0) | self._read_probe())
+                writer.write(0, self._evaluate(0) | self._read_probe(0))
                 self.clock.lap()
             while left > 0 and not self.notice.reached(rollout_step):
                 rollout_step += 1
@@ -177,7 +177,7 @@ class Loop:
         metrics |= self._count(metrics, rollout_step)
         if looking:
             metrics |= self.watcher.look(before, self.state, batch, reference, stage)
-            metrics |= self._read_probe()
+            metrics |= self._read_probe(rollout_step)
         return metrics
 
     def _turn(self, rollout_step: int, key: Array) -> assembly.Turn:
@@ -240,10 +240,10 @@ class Loop:
             "its max_grad_norm."
         )
 
-    def _read_probe(self) -> dict[str, float]:
+    def _read_probe(self, rollout_step: int) -> dict[str, float]:
         if self.watcher is None:
             return {}
-        measures = self.watcher.read(self.state.params)
+        measures = self.watcher.read(self.state.params, rollout_step)
         self.clock("probe")
         return measures
 

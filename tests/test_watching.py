@@ -80,6 +80,7 @@ def test_other_forms_of_a_ledger(base, tmp_path):  # noqa: F811
     more = ["--config.objective.preset=grpo", "--config.objective.kl_coefficient=0.1"]
     more += ["--config.objective.entropy_coefficient=0.01", "--config.probe.ledger_by=group"]
     groups = "(('layers/[0-9]+/mlp/.*', 'mlp'), ('.*', 'rest'))"
+    more += ["--config.probe.kernel_every_steps=2", "--config.probe.kernel_layers=True"]
     more += [f"--config.probe.ledger_groups={groups}", "--config.stages[0].steps=2", *LEDGER]
     run = tmp_path / "group"
     assert main(words(base, run, *more)) == 0
@@ -89,6 +90,11 @@ def test_other_forms_of_a_ledger(base, tmp_path):  # noqa: F811
     roles = ("head", "mlp", "rest")
     assert parts == {f"{t}/{r}" for t in terms for r in roles} | {"actual", "curvature"}
     np.testing.assert_allclose(whole(arrays, "log_prob"), arrays["log_prob/actual"], atol=1e-6)
+    first, last = lines(run)[0], lines(run)[-1]
+    assert first["probe/laziness_head"] == 0 < last["probe/laziness_head"] < 1
+    assert first["probe/cka_body"] == pytest.approx(1) and last["probe/body_to_head"] > 0
+    layers = [value for name, value in last.items() if name.startswith("probe/layer_share/")]
+    assert len(layers) > 2 and sum(layers) == pytest.approx(1)
 
 
 def test_a_resumed_run_reads_the_same_probe_set(base, tmp_path):  # noqa: F811

@@ -14,6 +14,7 @@ COLUMNS = {
 """Families that come with the prompts, and the columns they are read from."""
 DRAWN = ("own", "other", "shuffled")
 FAMILIES = (*DRAWN, *COLUMNS)
+CADENCES = ("every_steps", "ledger_every_steps", "kernel_every_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,9 @@ class ProbeSettings:
     ledger_every_steps: rollout steps between ledgers of the last optimizer step, or None for none.
     ledger_by: "sample", or "group" for the minibatch together (see probe.Ledger).
     ledger_groups: `(pattern, name)` over parameters that change the features.
+    kernel_every_steps: rollout steps between exact kernels of some probe tokens, or None for none.
+    kernel_contexts: how many tokens, ≥ 2; every one costs D passes backward.
+    kernel_layers: whether shares of layers are told too, each at the cost of another body kernel.
     memory_gib: what reading the probe set and the samples' contributions may use (GiB).
     """
 
@@ -37,12 +41,15 @@ class ProbeSettings:
     ledger_every_steps: int | None
     ledger_by: str
     ledger_groups: tuple[tuple[str, str], ...]
+    kernel_every_steps: int | None
+    kernel_contexts: int
+    kernel_layers: bool
     memory_gib: float
 
     @property
     def looks(self) -> bool:
         """Whether there is anything to look at."""
-        return (self.every_steps, self.ledger_every_steps) != (None, None)
+        return any(getattr(self, name) is not None for name in CADENCES)
 
     def __post_init__(self):
         problems, known = [], [name for name in self.families if name in FAMILIES]
@@ -57,7 +64,9 @@ class ProbeSettings:
             )
         if not self.memory_gib > 0:
             problems.append(f"memory_gib must be > 0, not {self.memory_gib}")
-        for name in ("every_steps", "ledger_every_steps"):
+        if self.kernel_contexts < 2:
+            problems.append(f"kernel_contexts must be ≥ 2, not {self.kernel_contexts}")
+        for name in CADENCES:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 problems.append(f"{name} must be ≥ 1 or None, not {getattr(self, name)}")
         if problems:

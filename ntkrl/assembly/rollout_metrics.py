@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ntkrl import runtime
+from ntkrl import probe, runtime
 from ntkrl.assembly.collect import Collected
 
 
@@ -21,16 +21,16 @@ def rollout_metrics(found: Collected, group: int) -> dict[str, float]:
 
     Source: TRL 1.16's RLOOTrainer, but for `reward_group_std`, TRL's `reward_std` until 0.26.
     """
-    # float64: in float32 a group of equal rewards may have a spread of rounding
     rewards_PN = found.result.rewards.astype(np.float64).reshape(-1, group)
-    spread_P = rewards_PN.std(axis=1, ddof=1)
+    variances_P, signal = probe.signal.reward_signal(rewards_PN)
     lengths_B = np.asarray(found.rollout.completion_mask).sum(axis=1)
     ended_B = np.asarray(found.rollout.finished)
     metrics = {
         "reward": float(rewards_PN.mean()),
         "reward_std": float(rewards_PN.std(ddof=1)),
-        "reward_group_std": float(spread_P.mean()),
-        "frac_reward_zero_std": float(np.mean(spread_P == 0)),
+        "reward_group_std": float(np.sqrt(variances_P).mean()),
+        "frac_reward_zero_std": signal["frac_reward_zero_std"],
+        "signal/reward_variance": signal["reward_variance"],
         "completions/clipped_ratio": float(1 - np.mean(ended_B)),
     }
     for suffix, lengths in (("length", lengths_B), ("terminated_length", lengths_B[ended_B])):

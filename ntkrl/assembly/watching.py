@@ -14,6 +14,7 @@ import numpy as np
 
 from ntkrl import data, probe, runtime, trees, update
 from ntkrl.assembly.probe_set import FORMAT, make_probes, prompt_texts, rows_of, save_probes
+from ntkrl.assembly.probe_settings import CADENCES
 from ntkrl.assembly.setup import Setup
 from ntkrl.types import Array, Params, TrainState, UpdateBatch
 from ntkrl.vocabulary import Head
@@ -52,6 +53,10 @@ class Watcher:
         self.setup, self.source, self.programs = setup, source, programs
         self.directory, self.refused = directory, False
         self.settings = setup.settings.probe
+        if self.settings.kernel_every_steps is not None and runtime.several():
+            raise ValueError(
+                "probe.kernel_every_steps: exact kernels are for one process; set it to None."
+            )
         self.ledgers = [self._ledger(program) for program in programs]
         for ledger in self.ledgers:
             ledger.check(setup.params)
@@ -70,8 +75,7 @@ class Watcher:
 
     def due(self, rollout_step: int) -> bool:
         """Tell whether the last optimizer step of a rollout step is looked at."""
-        wanted = self.settings.every_steps, self.settings.ledger_every_steps
-        return any(_due(every, rollout_step) for every in wanted)
+        return any(_due(getattr(self.settings, name), rollout_step) for name in CADENCES)
 
     def keep(self, state: TrainState, stage: int, rollout_step: int) -> TrainState:
         """Copy of a state what is needed of it once the step has been taken."""
@@ -121,9 +125,27 @@ class Watcher:
             metrics |= self._account(step, batch, name, stage)
         return metrics
 
-    def read(self, params: Params) -> dict[str, float]:
-        """Return the measures of the probe set."""
-        return self.prober.measures(params)
+    def read(self, params: Params, rollout_step: int) -> dict[str, float]:
+        """Return the measures of the probe set, and of kernels on it where they are due."""
+        measures = self.prober.measures(params)
+        if not _due(self.settings.kernel_every_steps, rollout_step):
+            return measures
+        now, start = self._kernel(params), self.start_kernel
+        found = probe.drift.kernel_drift(now, start)
+        if self.settings.kernel_layers:
+            shares = probe.drift.layer_shares(now["layers"], now["trace_layers"])
+            found |= {f"layer_share/{group}": share for group, share in shares.items()}
+        return measures | {f"probe/{name}": value for name, value in found.items()}
+
+    @functools.cached_property
+    def start_kernel(self) -> dict[str, np.ndarray]:
+        """The kernel of the probe's contexts before training."""
+        return self._kernel(self.setup.params)
+
+    def _kernel(self, params: Params) -> dict[str, np.ndarray]:
+        contexts, settings = self.prober.some(self.settings.kernel_contexts), self.settings
+        given = self.setup.policy, params, contexts, settings.kernel_layers, settings.memory_gib
+        return probe.kernel_traces(probe.plan_kernel(*given))
 
     @property
     def _chunk(self) -> int:

@@ -29,7 +29,7 @@ from ntkrl.probe import (
 from ntkrl.probe.batch import step_measures
 from ntkrl.probe.diversity import distinct_counts, pass_at_k
 from ntkrl.probe.features import feature_measures
-from ntkrl.probe.kernels import KernelPlan, kernel_measures, plan_kernel
+from ntkrl.probe.kernels import KernelPlan, kernel_measures, kernel_traces, plan_kernel
 from ntkrl.probe.ledger import BY, Ledger, ledger_measures
 from ntkrl.probe.step import Prober, ProbeReading
 
@@ -50,6 +50,7 @@ __all__ = [
     "geometry",
     "intervals",
     "kernel_measures",
+    "kernel_traces",
     "ledger_measures",
     "linearity",
     "pass_at_k",

@@ -138,6 +138,12 @@ def kernel_measures(
     return {name: np.asarray(value) for name, value in found.items()}
 
 
+def kernel_traces(plan: KernelPlan) -> dict[str, np.ndarray]:
+    """Compute of what this module lists `head`, traces and shares alone; on the host."""
+    found = {"head": plan.kernel.head} | _traces(plan, lambda done, doing: None)[0]
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
 def _blocks(kernel: ntk.Kernel) -> list[slice]:
     """Cut the contexts in blocks whose M fits its part of the memory."""
     numbers = BODY_FRACTION * kernel.budget / kernel.head.dtype.itemsize

@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array
 
 
-@jax.jit
-def reward_signal(rewards: Array, tolerance: float = 0.0) -> tuple[Array, dict[str, Array]]:
+def reward_signal(
+    rewards: np.ndarray, tolerance: float = 0.0
+) -> tuple[np.ndarray, dict[str, float]]:
     """Return the variance of the rewards of each prompt, which bounds how fast it can improve.
 
     Args:
@@ -25,13 +27,13 @@ def reward_signal(rewards: Array, tolerance: float = 0.0) -> tuple[Array, dict[s
 
     Source: Razin et al. 2503.15477.
     """
-    rewards = at_least_float32(rewards)
-    variances_P = jnp.var(rewards, axis=1, ddof=1)
+    rewards_PN = np.asarray(rewards, np.float64)
+    variances_P = rewards_PN.var(axis=1, ddof=1)
     # the spread and not the variance says "equal": the mean of equal numbers may be off by a bit
-    equal_P = jnp.ptp(rewards, axis=1) == 0
+    equal_P = np.ptp(rewards_PN, axis=1) == 0
     return variances_P, {
-        "reward_variance": jnp.mean(variances_P),
-        "frac_reward_zero_std": jnp.mean(equal_P | (jnp.sqrt(variances_P) <= tolerance)),
+        "reward_variance": float(np.mean(variances_P)),
+        "frac_reward_zero_std": float(np.mean(equal_P | (np.sqrt(variances_P) <= tolerance))),
     }
 
 

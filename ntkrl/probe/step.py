@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -91,6 +92,15 @@ class Prober:
         if len(found) == 1:
             return found[0]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
+    def some(self, count: int) -> ntk.Contexts:
+        """Return so many contexts (at most) of the first family, evenly spread."""
+        first = np.asarray(self.places[0])
+        chosen = first[np.unique(np.linspace(0, len(first) - 1, count).round().astype(int))]
+        whole = self.contexts
+        return dataclasses.replace(
+            whole, positions=whole.positions[chosen], rows=whole.rows[chosen]
+        )
 
     def read(self, params: Params) -> ProbeReading:
         """Read every probe token under the params."""
