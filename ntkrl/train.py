@@ -177,6 +177,7 @@ class Loop:
         metrics |= self._count(metrics, rollout_step)
         if looking:
             metrics |= self.watcher.look(before, self.state, batch, reference, stage)
+            self.clock("look")
             metrics |= self._read_probe(rollout_step)
         return metrics
 

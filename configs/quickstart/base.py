@@ -28,5 +28,5 @@ def get_config():
     config.eval.every_steps = 600
     config.eval.samples_per_prompt = 16
     config.eval.repeats = 4
-    config.probe.every_steps = None
+    config.probe.every_steps = config.probe.ledger_every_steps = None
     return config

@@ -111,6 +111,8 @@ class Watcher:
         name = f"step_{int(after.step):06d}"
         if runtime.is_writer():
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
+        if not self.setup.settings.data.packing:
+            batch = self._widened(batch)
         placed = runtime.place_rows(batch, self.setup.mesh)
         if not self.setup.settings.data.packing:
             given = self.setup.settings.rollout.temperature, self._chunk
@@ -150,6 +152,23 @@ class Watcher:
     @property
     def _chunk(self) -> int:
         return self.setup.settings.schedule.chunk_tokens * self.setup.spread
+
+    def _widened(self, batch: UpdateBatch) -> UpdateBatch:
+        """Pad to the longest prompts and completions there can be: one shape, compiled once."""
+        settings, length = self.setup.settings, batch.completion_mask.shape[1]
+        after = settings.rollout.max_completion_tokens - length
+        before = settings.data.max_prompt_tokens - (batch.tokens.shape[1] - length)
+        fills = {"tokens": self.setup.tokenizer.pad_token_id}
+
+        def wide(name: str, leaf: Array | None) -> Array | None:
+            if leaf is None:
+                return None
+            left = before if name in ("tokens", "mask") else 0
+            sides = [(0, 0), (left, after)] + [(0, 0)] * (leaf.ndim - 2)
+            pad = np.pad if isinstance(leaf, np.ndarray) else jnp.pad
+            return pad(leaf, sides, constant_values=fills[name] if name in fills else 0)
+
+        return batch.replace(**{name: wide(name, leaf) for name, leaf in batch.items()})
 
     def _account(
         self,

@@ -160,6 +160,7 @@ GLOSSARY: dict[str, tuple[str, str]] = {
 # the step ledger: what each part of one optimizer step did to the probe tokens
 _LEDGER = {
     "policy": "the policy term of all samples",
+    "likelihood": "the likelihood of all examples (supervised training)",
     "kl": "the KL term of all samples",
     "bonus": "the entropy bonus of all samples",
     "momentum": "the optimizer's state from before",

@@ -1,9 +1,9 @@
 """What a step ledger costs beside the training it accounts for: `python -m tests.bench.ledger`.
 
-A GPT-NeoX as small as the quickstart's (D = 96, 3 layers, V = 18), 16 prompts of 8 tokens with 8
-completions of 12 tokens each, GRPO with its KL in the loss, Adam; a probe set of 8 × 2 such
-completions. A training step is generation and update. Medians in turns, compiled before the clock
-starts. FLOPs of the samples' contributions are those of `Ledger.estimates`.
+The quickstart's shapes: a GPT-NeoX of D = 96, 2 layers, V = 18; 15 prompts of 8 tokens with 8
+completions of 12 tokens each, RLOO, Adam; a probe set of 8 × 2 such completions. --kl: GRPO with a
+KL in the loss, a second term. A training step is generation and update. Medians in turns, compiled
+before the clock starts. FLOPs of the samples' contributions are those of `Ledger.estimates`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from tests.bench import measure
 CONFIG = {
     "vocab_size": 18,
     "hidden_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 384,
     "max_position_embeddings": 64,
     "rotary_pct": 0.25,
 }
-PROMPTS, GROUP, PROMPT, LENGTH = 16, 8, 8, 12
+PROMPTS, GROUP, PROMPT, LENGTH = 15, 8, 8, 12
 PROBE_PROMPTS, PROBE_GROUP = 8, 2
 EVERY = {"sample": 50, "group": 10}
 """Steps between ledgers that the overhead is given for."""
-OBJECTIVE = update.Objective(kl_place="loss", kl_coefficient=0.04)
+WITH_KL = update.Objective(kl_place="loss", kl_coefficient=0.04)
 
 
 def draw(policy: Any, params: Any, prompts: int, group: int, seed: int) -> Any:
@@ -67,12 +67,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--kl", action="store_true", help="with a KL in the loss")
+    given = parser.parse_args()
+    objective = WITH_KL if given.kl else update.PRESETS["rloo"]
     policy, params = ntkrl.build("GPTNeoXForCausalLM", CONFIG, jax.random.key(0))
     stage = update.Stage("all", 1, ((".*", 3e-4),), max_grad_norm=1.0)
     program = update.stage_program(stage, policy, params)
     minimised = update.policy_objective(
-        policy, lambda found, batch: update.policy_loss(OBJECTIVE, LENGTH, found, batch)
+        policy, lambda found, batch: update.policy_loss(objective, LENGTH, found, batch)
     )
     step = jax.jit(update.make_step(program, minimised))
     generate = draw(policy, params, PROMPTS, GROUP, 0)
@@ -85,7 +87,7 @@ def main() -> None:
     names = ("tokens", "mask", "completion_mask", "groups")
     probe_set = ProbeSet(**dict(zip(names, held, strict=True)))
     prober = probe.Prober(policy, probe_set, params)
-    terms, where = update.policy_terms(policy, OBJECTIVE, LENGTH), (prober.contexts, prober.targets)
+    terms, where = update.policy_terms(policy, objective, LENGTH), (prober.contexts, prober.targets)
     static = policy, terms, program.optimizer, program.trained
     ledgers = {"group": probe.Ledger(*static, by="group")}
     ledgers |= {form: probe.Ledger(*static, form=form) for form in ("push", "gram")}
@@ -93,7 +95,7 @@ def main() -> None:
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
     for name, ledger in ledgers.items():
         calls[name] = lambda own=ledger: own.read(before, after.params, batch, *where)
-    seconds = measure.medians_in_turns(calls, repeats, jax.block_until_ready)
+    seconds = measure.medians_in_turns(calls, given.repeats, jax.block_until_ready)
     whole = seconds["generation"] + seconds["update"]
     estimates = ledgers["push"].estimates(before, batch, *where)
     table = []
