@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,9 @@ class Watcher:
         moved, _ = probe.weights.update_sparsity(self.setup.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
         if before.opt_state is not None:
+            ranks = probe.weights.update_ranks(self.setup.params, after.params)
+            named = {f"weights/{n}/{kind}": float(v) for n in ranks for kind, v in ranks[n].items()}
+            metrics |= {name: value for name, value in named.items() if math.isfinite(value)}
             step = before, after.params, placed, reference
             metrics |= self._account(step, batch, name, stage)
         return metrics

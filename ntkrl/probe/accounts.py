@@ -128,9 +128,13 @@ def by_sample(
     if way.form == "push":
         found_B = jax.lax.map(lambda row: push(changes(row)), given.batch, batch_size=way.chunk)
         return jnp.moveaxis(found_B, 0, -1)
-    found_NBGAOT = jax.lax.map(
-        lambda block: _block(way, given, changes, block), _blocks(way, given, side)
-    )
+    blocks = _blocks(way, given, side)
+    if way.block >= len(given.sequences.positions):
+        # all at once: tokens alone, without the slots that shorter sequences leave empty
+        one = jax.tree.map(lambda leaf: leaf[0], blocks)
+        found_BGAOT = _block(way, given, changes, one, (side, given.sequences.slots))
+        return jnp.transpose(found_BGAOT, (1, 2, 3, 4, 0))
+    found_NBGAOT = jax.lax.map(lambda block: _block(way, given, changes, block), blocks)
     n, rows, groups, measures, tokens, terms = found_NBGAOT.shape
     found = jnp.transpose(found_NBGAOT, (2, 3, 0, 4, 5, 1))
     found = found.reshape(groups, measures, n * tokens, terms, rows)
@@ -179,15 +183,28 @@ def _blocks(way: Way, given: Given, side: parts.Side) -> tuple[Any, parts.Side]:
 
 
 def _block(
-    way: Way, given: Given, changes: Callable[[Any], Params], block: tuple[Any, parts.Side]
+    way: Way,
+    given: Given,
+    changes: Callable[[Any], Params],
+    block: tuple[Any, parts.Side],
+    kept: tuple[parts.Side, Array] | None = None,
 ) -> Array:
-    """Return `[B, 1 + G, 2, slots, T]` of a block of probe sequences."""
+    """Return `[B, 1 + G, 2, slots, T]` of a block of probe sequences, or of kept tokens of it.
+
+    kept: their side and slots.
+    """
     (tokens, mask, positions), side = block
     network = as_network(way.policy)
     chosen, rest = trees.partition(given.params, way.trained)
     pull_SPAD = jnp.moveaxis(side.body, 0, 1).reshape(*positions.shape, *side.body.shape[::2])
     sequences = (tokens, mask, positions, pull_SPAD)
     rows = parts.gradients(network, way.members, chosen, rest, sequences)
+    if kept is not None:
+        side, slots_O = kept
+        rows = [
+            leaf.reshape(-1, 2, *leaf.shape[1:])[slots_O].reshape(-1, *leaf.shape[1:])
+            for leaf in rows
+        ]
 
     def sample(row: Any) -> Array:
         own = changes(row)

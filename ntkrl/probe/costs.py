@@ -5,7 +5,7 @@ of the gradients of one probe sequence's P tokens, θ the trained numbers in the
 samples, T terms, G groups that hold some of θ, S probe sequences in n blocks:
 
     push    B f + B T G J
-    gram    n B f + S r + B T 2 (2 S P) θ
+    gram    n B f + S r + B T 2 (2 S P) θ, with O in place of S P where n = 1
 
 and 2 B T O V D more in both for a trained head. f, J and r are counted in the traced programs;
 work counts matrix products. Memory is reckoned from above.
@@ -97,10 +97,11 @@ def estimates(way: Way, given: Given, memory_gib: float) -> dict[str, Estimate]:
         block = _fitting(room / 2, sequence, count)
         chunk = _fitting(room - block * sequence, each, min(rows, MOST))
         blocks = -(-count // block)
+        slots = tokens if blocks == 1 else blocks * block * width
         work = rows * (blocks * s.sample + terms * s.head) + count * s.rows
         found["gram"] = Estimate(
             *("gram", chunk, block),
-            flops=float(work + 4 * blocks * block * width * s.body * rows * terms),
+            flops=float(work + 4 * slots * s.body * rows * terms),
             bytes=int(item * (fixed + block * sequence + chunk * each)),
         )
     return found

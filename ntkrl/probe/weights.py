@@ -122,6 +122,27 @@ def update_rank(change: Array, leading: Leading) -> dict[str, Array]:
     }
 
 
+@jax.jit
+def update_ranks(before: Params, after: Params) -> dict[str, dict[str, Array]]:
+    """Return `update_rank` of every matrix by its leaf's name, of stacked ones the mean over them.
+
+    Args:
+      before, after: params on either side; leaves of two or three axes count.
+    """
+
+    def one(change_MN: Array) -> dict[str, Array]:
+        return update_rank(change_MN, leading_direction(change_MN))
+
+    first, second = trees.named_leaves(before), trees.named_leaves(after)
+    found = {}
+    for name, leaf in first.items():
+        if leaf.ndim in (2, 3):
+            change = at_least_float32(second[name]) - at_least_float32(leaf)
+            of_each = jax.vmap(one)(change.reshape(-1, *change.shape[-2:]))
+            found[name] = jax.tree.map(jnp.mean, of_each)
+    return found
+
+
 def direction_cosine(first: Leading, second: Leading) -> Array:
     """Return ⟨u vᵀ, u' v'ᵀ⟩ = (u·u')(v·v') of two leading directions, a scalar in [−1, 1].
 

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from ntkrl.probe.linearity import extend_line, extrapolate, line_fit, start_line
-from ntkrl.probe.weights import direction_cosine, leading_direction, update_rank, update_sparsity
+from ntkrl.probe.weights import (
+    direction_cosine,
+    leading_direction,
+    update_rank,
+    update_ranks,
+    update_sparsity,
+)
 
 
 def test_sparsity_by_hand():
@@ -91,3 +97,22 @@ def test_extrapolation_by_hand():
     assert found.dtype == jnp.bfloat16 and float(found[0]) == 7.0
     with pytest.raises(ValueError, match="not of 5 twice"):
         extrapolate(first, second, 5, 5, 9)
+
+
+def test_ranks_of_stacked_matrices():
+    """law: of a stack the mean over its matrices; vectors are left out."""
+    rng = np.random.default_rng(5)
+    before = {"stack": jnp.asarray(rng.normal(size=(2, 4, 3))), "bias": jnp.zeros(4)}
+    after = {"stack": before["stack"] + 0.1 * rng.normal(size=(2, 4, 3)), "bias": jnp.ones(4)}
+    found = update_ranks(before, after)
+    assert set(found) == {"stack"}
+    moved = np.asarray(after["stack"] - before["stack"])
+    squares = np.linalg.svd(moved, compute_uv=False) ** 2
+    expected = {
+        "change_norm": np.sqrt(squares.sum(axis=1)),
+        "stable_rank": squares.sum(axis=1) / squares[:, 0],
+        "effective_rank": squares.sum(axis=1) ** 2 / (squares**2).sum(axis=1),
+        "leading_energy": squares[:, 0] / squares.sum(axis=1),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(found["stack"][name], values.mean(), rtol=1e-4)
