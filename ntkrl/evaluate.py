@@ -47,13 +47,14 @@ def evaluate(config: ConfigDict) -> dict[str, float]:
         )
     sample = assembly.make_evaluation_sample(setup)
     key = jax.random.fold_in(jax.random.key(settings.seed), EVALUATE_STREAM)
-    metrics, collected = assembly.evaluate(setup, sample, setup.params, key)
+    shown = runtime.is_writer()
+    metrics, evaluated = assembly.evaluate(setup, sample, setup.params, key, progress=shown)
     if runtime.is_writer():
         _write(
             setup,
             directory / "evaluations" / f"{_label(settings.model.path)}.json",
             metrics,
-            collected,
+            evaluated.collected,
         )
     return metrics
 

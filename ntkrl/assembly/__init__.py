@@ -1,8 +1,8 @@
 """From a config to the pieces the loops move: the floor under train.py and evaluate.py."""
 
-from ntkrl.assembly.collect import (
-    Collected,
-    collect,
+from ntkrl.assembly.collect import Collected, collect
+from ntkrl.assembly.evaluation import (
+    Evaluated,
     evaluate,
     make_evaluation_sample,
     prompts_together,
@@ -23,6 +23,7 @@ SOURCES = {"rl": RolloutSource, "sft": SupervisedSource, "reward": PreferenceSou
 __all__ = [
     "SOURCES",
     "Collected",
+    "Evaluated",
     "Keeper",
     "PreferenceSource",
     "Prompts",

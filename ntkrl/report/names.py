@@ -123,8 +123,11 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "probe/advantage_alignment": ("ratio", "aᵀKa/(tr K ‖a‖²), a the stacked A (e_y − π)"),
     # texts and samples of one policy, or of two
     "diversity/self_bleu": ("score", "mean BLEU of a completion against the prompt's others"),
-    "diversity/distinct_answers": ("count", "distinct extracted answers per prompt"),
-    "diversity/answer_entropy": ("nats", "entropy of the extracted answers of a prompt, plug-in"),
+    "diversity/distinct_answers": (
+        "count",
+        "distinct final answers per prompt (whole texts if unmarked)",
+    ),
+    "diversity/answer_entropy": ("nats", "entropy of the final answers of a prompt, plug-in"),
     "diversity/crossing_k": ("samples", "k from which the start's pass@k lies above the policy's"),
     "diversity/support_kept": ("answers", "correct ones that the start and the policy reach"),
     "diversity/support_lost": ("answers", "correct ones that the start alone reaches"),
