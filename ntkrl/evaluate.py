@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def evaluate(
       step: of the checkpoint, as in `export`.
 
     Returns:
-      The `eval/…` metrics.
+      The `eval/…` and `diversity/…` metrics, with `_low` and `_high` ends of intervals.
 
     Raises:
       ValueError: a mistake in the config or the files it names, nothing to evaluate on, or what
@@ -57,6 +58,8 @@ def evaluate(
     params = setup.params if held is None else held.restore(setup.params)
     shown = runtime.is_writer()
     metrics, evaluated = assembly.evaluate(setup, sample, params, key, progress=shown)
+    for name, values in evaluated.by_prompt.items():
+        metrics |= assembly.mean_interval(name, values)
     if runtime.is_writer():
         name = _label(settings.model.path) if held is None else held.name
         path = directory / "evaluations" / f"{name}.json"
@@ -82,10 +85,29 @@ def _write(
         for name in functions
     }
     reward.write_rewards(path.with_suffix(".rewards.json"), by_function)
-    path.write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name, value in metrics.items():
-        print(f"{name:28s} {value:.4f}")
+    # JSON has neither NaN nor infinity
+    plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    settings = setup.settings.evaluation
+    print(_table(metrics))
+    drawn = settings.samples_per_prompt * settings.repeats
+    prompts = len(collected[0].texts) // settings.samples_per_prompt
+    against = "" if settings.base is None else f" against {settings.base}"
+    print(f"{prompts} prompts × {drawn} samples{against}; intervals: 95 %, bootstrap over prompts")
     print(f"samples: {path.with_suffix('.jsonl')}, rewards: {path.with_suffix('.rewards.json')}")
+
+
+def _table(metrics: dict[str, float]) -> str:
+    """Lay metrics out with their intervals."""
+    lines = []
+    for name, value in metrics.items():
+        line = f"{name:28s} {value:10.4f}"
+        if f"{name}_low" in metrics:
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            line += f"    {low:.4f} to {high:.4f}"
+        if not name.endswith(("_low", "_high")):
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def export(run: str, out: str, step: int | str | None = None) -> None:

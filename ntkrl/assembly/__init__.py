@@ -1,5 +1,6 @@
 """From a config to the pieces the loops move: the floor under train.py and evaluate.py."""
 
+from ntkrl.assembly.against import mean_interval
 from ntkrl.assembly.collect import Collected, collect
 from ntkrl.assembly.evaluation import (
     Evaluated,
@@ -44,6 +45,7 @@ __all__ = [
     "is_code",
     "jitted_step",
     "make_evaluation_sample",
+    "mean_interval",
     "prompts_together",
     "read_settings",
 ]

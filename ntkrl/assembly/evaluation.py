@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ntkrl import probe, reward, trees
+from ntkrl.assembly.against import Samples, compare, powers
 from ntkrl.assembly.collect import Collected, Sample, collect, joined, make_sample
 from ntkrl.assembly.settings import EvalSettings
 from ntkrl.assembly.setup import Prompts, Setup
@@ -110,7 +111,8 @@ def evaluate(
 
     Returns:
       `(metrics, evaluated)`: the `eval/…` and `diversity/…` metrics (`eval/reward_sd` is the
-      standard deviation of the mean reward over repeats, 0 for one repeat), and what they are of.
+      standard deviation of the mean reward over repeats, 0 for one repeat), with those of
+      `compare` where the config has a base, and what they are of.
     """
     settings = setup.settings.evaluation
     rows = np.arange(min(settings.prompts, setup.held_out.size))
@@ -124,7 +126,17 @@ def evaluate(
     metrics = {name: float(np.mean(values)) for name, values in by_prompt.items()}
     means = [np.mean(one["eval/reward"]) for one in each]
     metrics["eval/reward_sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+    if setup.base is not None:
+        own = _pooled(collected, settings.samples_per_prompt)
+        metrics |= compare(setup.base, own, settings.success_threshold)
     return metrics, Evaluated(collected, by_prompt)
+
+
+def _pooled(collected: Sequence[Collected], group: int) -> Samples:
+    """Put the repeats' samples of each prompt together."""
+    texts = [np.array(found.texts, object).reshape(-1, group) for found in collected]
+    rewards = [found.result.rewards.reshape(-1, group) for found in collected]
+    return Samples(np.concatenate(texts, axis=1).tolist(), np.concatenate(rewards, axis=1))
 
 
 def prompt_measures(
@@ -168,8 +180,3 @@ def prompt_measures(
     if group > 1:
         found["diversity/self_bleu"] = np.array([probe.diversity.self_bleu(g) for g in groups])
     return found
-
-
-def powers(samples: int) -> list[int]:
-    """Return the powers of two up to a number of samples, and the number."""
-    return sorted({2**i for i in range(samples.bit_length())} | {samples})

@@ -67,6 +67,8 @@ class EvalSettings:
     repeats: independent samplings; their spread is the noise of the measurement.
     success_threshold: a completion with at least this reward counts as solved.
     temperature: of these samples, ≥ 0 (0: greedy); None for rollout's.
+    base: samples of an earlier evaluation on the same prompts that these are compared with
+        (evaluations/NAME.jsonl, with NAME.rewards.json beside it), or None.
     """
 
     every_steps: int | None
@@ -75,6 +77,7 @@ class EvalSettings:
     repeats: int
     success_threshold: float
     temperature: float | None
+    base: str | None
 
     def __post_init__(self):
         if self.temperature is not None and not self.temperature >= 0:
