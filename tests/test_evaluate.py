@@ -177,6 +177,10 @@ MISTAKES = {
     "two configs": (["--run=RUN", "--config=configs/rl.py"], "a run has a config of its own"),
     "key": (["--run=RUN", "--config.eval.promts=3"], 'Did you mean "prompts"'),
     "type": (["--run=RUN", "--config.eval.prompts=many"], "many"),
+    "counts": (
+        ["--run=RUN", "--config.eval.samples_per_prompt=0", "--config.eval.repeats=0"],
+        "eval.samples_per_prompt must be ≥ 1, not 0; eval.repeats must be ≥ 1, not 0.",
+    ),
     "no base": (["--run=RUN", "--config.eval.base=/none.jsonl"], "/none.jsonl: no such file"),
     "no samples": (["--run=RUN", "--config.eval.base=x.json"], "x.json is no file of samples"),
     "prompts": (["--run=RUN", "--config.eval.prompts=6"], "other prompts: 2 of the 6 asked here"),

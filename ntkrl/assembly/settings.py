@@ -80,8 +80,15 @@ class EvalSettings:
     base: str | None
 
     def __post_init__(self):
+        problems = []
+        for name in ("every_steps", "prompts", "samples_per_prompt", "repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"eval.{name} must be ≥ 1, not {value}")
         if self.temperature is not None and not self.temperature >= 0:
-            raise ValueError(f"eval.temperature must be ≥ 0 or None, not {self.temperature}.")
+            problems.append(f"eval.temperature must be ≥ 0 or None, not {self.temperature}")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
