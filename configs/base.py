@@ -188,6 +188,9 @@ def get_config():
     config.eval.repeats = 1
     config.eval.success_threshold = 1.0
     config.eval.temperature = placeholder(float)  # None: rollout's; 0: greedy
+    # .jsonl of an earlier evaluation on these prompts, such as the starting model's: win rate and
+    # support against it; None: compare with nothing
+    config.eval.base = placeholder(str)
 
     config.probe = ConfigDict()
     config.probe.every_steps = 10  # None: no probe

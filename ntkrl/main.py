@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 USAGE = """usage: ntkrl COMMAND ...
 
   train    --config=FILE [--config.section.field=value ...]   run or resume a training run
   evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
+  evaluate --run=RUN [--step=N|best] [--config...=value ...]  or a checkpoint of a run
   plan     --config=FILE --topology=v5e:4x4 [--search] ...    whether a run fits a machine, how fast
   kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
   report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
@@ -87,9 +88,15 @@ def _train(words: Sequence[str]) -> int | None:
 def _evaluate(words: Sequence[str]) -> None:
     from ntkrl import evaluate, runtime
 
-    config = runtime.read_config(words)
+    own = [word for word in words if word.startswith(("--run", "--step"))]
+    options, _ = _options(own, ("run", "step"))
+    if "step" in options and "run" not in options:
+        raise ValueError("--step names a checkpoint of a run; give --run=RUN too.")
+    run = options["run"] if "run" in options else None
+    saved = None if run is None else evaluate.config_of(run)
+    config = runtime.read_config([word for word in words if word not in own], saved)
     with runtime.together():
-        evaluate.evaluate(config)
+        evaluate.evaluate(config, run, _step(options))
 
 
 def _plan(words: Sequence[str]) -> None:
@@ -154,12 +161,17 @@ def _export(words: Sequence[str]) -> None:
     options, places = _options(words, ("step",))
     if len(places) != 2:
         raise ValueError("export needs a run directory and an output directory.")
+    evaluate.export(places[0], places[1], _step(options))
+
+
+def _step(options: Mapping[str, str]) -> int | str | None:
+    """Read which checkpoint is meant; None: the newest."""
     step = options["step"] if "step" in options else None
     if step is not None and step.isdigit():
-        step = int(step)
-    elif step not in (None, "best"):
+        return int(step)
+    if step not in (None, "best"):
         raise ValueError(f"--step={step} must be a whole number, or best.")
-    evaluate.export(places[0], places[1], step)
+    return step
 
 
 def _presets(words: Sequence[str]) -> None:

@@ -580,15 +580,23 @@ def test_paper_dry_run(desk):
     for line in lines:
         words = dict(word.partition("=")[::2] for word in shlex.split(line))
         verb = "train" if "launch/local.sh" in words else line.split()[3]
-        found.append((verb, words.get("--config"), words.get("--config.model.path")))
-    sft = "runs/sft/export"
-    expected = [("train", "configs/paper/sft.py", "m"), ("evaluate", "configs/paper/rl.py", sft)]
+        names = ("eval.prompts", "eval.samples_per_prompt", "eval.base", "data.eval_path")
+        given = tuple(words.get(f"--config.{name}") for name in names)
+        found.append((verb, words.get("--config"), words.get("--config.model.path"), given))
+    sft, start, test = "runs/sft/export", "runs/sft/evaluations/sft.jsonl", "d/test.jsonl"
+    rl, learns = "configs/paper/rl.py", (None, None, None, test)
+    expected = [
+        ("train", "configs/paper/sft.py", "m", (None,) * 4),
+        ("evaluate", rl, sft, ("500", "10", None, "d/prompts.jsonl")),
+        ("evaluate", rl, sft, ("500", "10", None, test)),
+    ]
     for method in ("rl", "grpo", "cfrl"):
-        config = f"configs/paper/{method}.py"
-        expected += [("train", config, sft), ("evaluate", config, f"runs/{method}-0/export")]
-    assert status == 0 and found == [*expected, ("report", None, None)]
+        config, export = f"configs/paper/{method}.py", f"runs/{method}-0/export"
+        expected.append(("train", config, sft, learns))
+        expected.append(("evaluate", config, export, ("500", "10", start, test)))
+    assert status == 0 and found == [*expected, ("report", None, None, (None,) * 4)]
     statistics = "--config.reward.normalisation=runs/statistics/evaluations/sft.rewards.json"
-    assert sum(statistics in line and "--config.mesh.fsdp=8" in line for line in lines) == 6
+    assert sum(statistics in line and "--config.mesh.fsdp=8" in line for line in lines) == 7
     assert lines[-1].endswith("report runs/rl-0 runs/grpo-0 runs/cfrl-0 --out=runs/report")
 
 
@@ -601,10 +609,11 @@ def test_paper_goes_on_where_it_stopped(desk):
     done.parent.mkdir(parents=True)
     done.touch()
     settings = {**PAPER, "DATA": str(desk.place), "RUNS": str(runs), "NTKRL": desk.program}
-    # sft, rl and its evaluation, then a mistake in grpo
-    status, lines, told = desk.run("paper", STATUSES="0 0 0 2", **settings)
-    assert status == 2 and len(lines) == 4 and f"{done} is there" in told
-    assert [line.split()[1] for line in lines] == ["train", "train", "evaluate", "train"]
+    # sft and its evaluation, rl and its evaluation, then a mistake in grpo
+    status, lines, told = desk.run("paper", STATUSES="0 0 0 0 2", **settings)
+    assert status == 2 and f"{done} is there" in told
+    verbs = ["train", "evaluate", "train", "evaluate", "train"]
+    assert [line.split()[1] for line in lines] == verbs
     assert "grpo.py" in lines[-1]
 
 

@@ -44,8 +44,13 @@ def base(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Runs of this file use one device of the eight, as a user's laptop would."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    alone(monkeypatch)
+
+
+def alone(patch):
+    """Work in the checkout, with one device."""
+    patch.chdir(ROOT)
+    patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
 
 
 def words(base, run, *more, config="rl"):

@@ -1,8 +1,9 @@
 """From a config to the pieces the loops move: the floor under train.py and evaluate.py."""
 
-from ntkrl.assembly.collect import (
-    Collected,
-    collect,
+from ntkrl.assembly.against import mean_interval
+from ntkrl.assembly.collect import Collected, collect
+from ntkrl.assembly.evaluation import (
+    Evaluated,
     evaluate,
     make_evaluation_sample,
     prompts_together,
@@ -23,6 +24,7 @@ SOURCES = {"rl": RolloutSource, "sft": SupervisedSource, "reward": PreferenceSou
 __all__ = [
     "SOURCES",
     "Collected",
+    "Evaluated",
     "Keeper",
     "PreferenceSource",
     "Prompts",
@@ -43,6 +45,7 @@ __all__ = [
     "is_code",
     "jitted_step",
     "make_evaluation_sample",
+    "mean_interval",
     "prompts_together",
     "read_settings",
 ]

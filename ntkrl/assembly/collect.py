@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from ntkrl import data, models, probe, reward, rollout, runtime, trees
+from ntkrl import data, models, reward, rollout, runtime
 from ntkrl.assembly.settings import DTYPES
 from ntkrl.assembly.setup import Prompts, Setup
 from ntkrl.numerics import bucket_length
@@ -114,14 +113,6 @@ def make_sample(
     return rollout.Sampler(setup.policy, sampler_settings, find_stop, setup.mesh)
 
 
-def make_evaluation_sample(setup: Setup) -> Sample:
-    """Return the `sample` of held-out evaluation."""
-    settings = setup.settings.evaluation
-    given = settings.temperature
-    temperature = setup.settings.rollout.temperature if given is None else given
-    return make_sample(setup, samples_together(setup), temperature)
-
-
 def prompt_batch(
     setup: Setup,
     prompts: Prompts,
@@ -178,88 +169,3 @@ def collect(
     )
     clock("reward")
     return Collected(rollout=drawn, texts=texts, result=result)
-
-
-def samples_together(setup: Setup) -> int:
-    """Return how many samples of a held-out prompt are drawn together: at most a step's."""
-    wanted, most = (
-        setup.settings.evaluation.samples_per_prompt,
-        setup.settings.rollout.completions_per_prompt,
-    )
-    return max(count for count in range(1, most + 1) if wanted % count == 0)
-
-
-def prompts_together(setup: Setup) -> int:
-    """Return how many held-out prompts are sampled together.
-
-    They have about as many completions as a step in training, and so many that the mesh divides
-    them.
-    """
-    settings, parts = setup.settings, trees.row_parts(setup.mesh)
-    group = samples_together(setup)
-    most = settings.data.prompts_per_step * settings.rollout.completions_per_prompt // group
-    step = parts // math.gcd(group, parts)
-    asked = settings.evaluation.prompts * (settings.evaluation.samples_per_prompt // group)
-    return min(max(most // step, 1) * step, asked)
-
-
-def collect_in_parts(
-    setup: Setup, sample: Sample, params: Params, prompts: Prompts, rows: np.ndarray, key: Array
-) -> Collected:
-    """Do `collect` for any number of prompts, some at a time, and for some of their samples.
-
-    What a prompt gets depends on the key, its own row and the number of the sample alone, so that
-    parts change nothing. The last part is filled up with its own prompts, drawn again and left out.
-    """
-    group = samples_together(setup)
-    rounds = setup.settings.evaluation.samples_per_prompt // group
-    rows, copies = np.repeat(rows, rounds), np.tile(np.arange(rounds), len(rows))
-    size = min(prompts_together(setup), len(rows))
-    parts = []
-    for start in range(0, len(rows), size):
-        own = np.arange(start, min(start + size, len(rows)))
-        filled = np.resize(own, size)
-        given = (setup, sample, params, prompts, rows[filled], key)
-        found = collect(*given, copies=copies[filled])
-        parts.append(found.take(np.arange(len(own) * group)))
-    pad = setup.tokenizer.pad_token_id
-    return functools.reduce(lambda first, second: joined(first, second, pad), parts)
-
-
-def evaluate(
-    setup: Setup, sample: Sample, params: Params, key: Array
-) -> tuple[dict[str, float], list[Collected]]:
-    """Score a policy on the held-out prompts.
-
-    Args:
-      setup: the run, with held-out prompts.
-      sample: drawing `evaluation.samples_per_prompt` completions per prompt.
-      params: of the policy.
-      key: consumed.
-
-    Returns:
-      `(metrics, collected)`: the `eval/…` metrics (means over repeats; `eval/reward_sd` is the
-      standard deviation of the mean reward over repeats, 0 for one repeat), and each repeat.
-    """
-    settings = setup.settings.evaluation
-    rows = np.arange(min(settings.prompts, setup.held_out.size))
-    group = settings.samples_per_prompt
-    rounds, collected = [], []
-    for repeat_key in jax.random.split(key, settings.repeats):
-        found = collect_in_parts(setup, sample, params, setup.held_out, rows, repeat_key)
-        solved_B = found.result.rewards >= settings.success_threshold
-        distinct_P, solutions_P = probe.distinct_counts(found.texts, solved_B, group)
-        rounds.append(
-            {
-                "eval/reward": float(np.mean(found.result.rewards)),
-                "eval/pass@1": float(np.mean(solved_B)),
-                "eval/pass@k": float(np.mean(solved_B.reshape(-1, group).any(axis=1))),
-                "eval/distinct_solutions": float(np.mean(solutions_P)),
-                "eval/distinct_completions": float(np.mean(distinct_P / group)),
-            }
-        )
-        collected.append(found)
-    metrics = {name: float(np.mean([one[name] for one in rounds])) for name in rounds[0]}
-    means = [one["eval/reward"] for one in rounds]
-    metrics["eval/reward_sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
-    return metrics, collected

@@ -214,7 +214,7 @@ def best_of(settings: CheckpointSettings, headline: str) -> runtime.Best | None:
 def _files(settings: RunSettings) -> list[str]:
     """List the files, of those the config names, whose content reaches the numbers of a run."""
     given = [spec.rpartition(":")[0] for spec, _ in settings.reward.functions]
-    given += [settings.reward.normalisation, settings.model.template]
+    given += [settings.reward.normalisation, settings.model.template, settings.evaluation.base]
     if settings.rollout.engine is not None:
         given.append(settings.rollout.engine.rpartition(":")[0])
     for listed in (settings.data.path, settings.data.eval_path):

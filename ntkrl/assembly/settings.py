@@ -67,6 +67,8 @@ class EvalSettings:
     repeats: independent samplings; their spread is the noise of the measurement.
     success_threshold: a completion with at least this reward counts as solved.
     temperature: of these samples, ≥ 0 (0: greedy); None for rollout's.
+    base: samples of an earlier evaluation on the same prompts that these are compared with
+        (evaluations/NAME.jsonl, with NAME.rewards.json beside it), or None.
     """
 
     every_steps: int | None
@@ -75,10 +77,18 @@ class EvalSettings:
     repeats: int
     success_threshold: float
     temperature: float | None
+    base: str | None
 
     def __post_init__(self):
+        problems = []
+        for name in ("every_steps", "prompts", "samples_per_prompt", "repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"eval.{name} must be ≥ 1, not {value}")
         if self.temperature is not None and not self.temperature >= 0:
-            raise ValueError(f"eval.temperature must be ≥ 0 or None, not {self.temperature}.")
+            problems.append(f"eval.temperature must be ≥ 0 or None, not {self.temperature}")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime, trees, update
+from ntkrl.assembly.against import Samples, read_base
 from ntkrl.assembly.files import names
 from ntkrl.assembly.rewards import Problems, reward_set
 from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
@@ -90,13 +91,14 @@ class Setup(Start):
     """What both loops need.
 
     settings: the config, read. train, held_out: prompts. rewards: None for supervised runs
-    without.
+    without. base: samples that evaluations are compared with, or None.
     """
 
     settings: RunSettings
     train: Prompts
     held_out: Prompts | None
     rewards: reward.RewardSet | None
+    base: Samples | None
 
     @property
     def spread(self) -> int:
@@ -126,7 +128,7 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
     """
     problems = Problems()
     mesh = runtime.make_mesh(**settings.mesh)
-    rewards, rows, tokenizer, train, held_out = None, None, None, None, None
+    rewards, rows, tokenizer, train, held_out, base = None, None, None, None, None, None
     with problems:
         if settings.reward.functions:
             rewards = reward_set(settings.reward, mesh)
@@ -146,9 +148,14 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
             with problems:
                 if prompts is not None:
                     rewards.check_columns(prompts.columns)
+    if settings.evaluation.base is not None and held_out is not None and rewards is not None:
+        with problems:
+            base = read_base(settings.evaluation, held_out.prompt_set, rewards)
     problems.finish()
-    start = _start(settings, mesh, source, tokenizer)
-    return Setup(**vars(start), settings=settings, train=train, held_out=held_out, rewards=rewards)
+    start = vars(_start(settings, mesh, source, tokenizer))
+    return Setup(
+        **start, settings=settings, train=train, held_out=held_out, rewards=rewards, base=base
+    )
 
 
 def assemble_model(settings: RunSettings, run_directory: Path) -> Start:

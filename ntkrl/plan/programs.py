@@ -89,6 +89,7 @@ class Run:
             train=None,
             held_out=None,
             rewards=None,
+            base=None,
         )
         self.source = assembly.SOURCES[settings.method](self.setup)
         self.states = assembly.States(self.setup)

@@ -9,8 +9,8 @@ without JAX: what needs it (`reward.networks`) is imported by its own name.
 from ntkrl.reward.expressions import evaluate, score
 from ntkrl.reward.functions import RewardFunction, RewardResult, RewardSet
 from ntkrl.reward.loading import load_function, open_function
-from ntkrl.reward.normalisation import read_normalisation, write_rewards
-from ntkrl.reward.verifiers import BUILT_IN
+from ntkrl.reward.normalisation import read_normalisation, read_rewards, write_rewards
+from ntkrl.reward.verifiers import BUILT_IN, final_answer
 
 __all__ = [
     "BUILT_IN",
@@ -18,9 +18,11 @@ __all__ = [
     "RewardResult",
     "RewardSet",
     "evaluate",
+    "final_answer",
     "load_function",
     "open_function",
     "read_normalisation",
+    "read_rewards",
     "score",
     "write_rewards",
 ]

@@ -232,7 +232,7 @@ class RewardSet:
         per_function = {name: one.rewards for name, one in by_name.items()}
         metrics = _joined(one.metrics for one in by_name.values())
         return RewardResult(
-            rewards=self._sum(per_function, completions),
+            rewards=self.total(per_function, completions),
             per_function=per_function,
             logged={name: sum(values) / len(values) for name, values in metrics.items()},
             extra=_joined(one.extra for one in by_name.values()),
@@ -265,9 +265,18 @@ class RewardSet:
             )
         return found
 
-    def _sum(
+    def total(
         self, per_function: Mapping[str, np.ndarray], completions: Sequence[str]
     ) -> np.ndarray:
+        """Return the weighted sum `[B]` of rewards after shift and scale.
+
+        Args:
+          per_function: name to `[B]`, NaN where a function does not apply.
+          completions: B texts, for messages.
+
+        Raises:
+          ValueError: a row to which no function applies.
+        """
         values_FB = np.stack([per_function[f.name] for f in self.functions]).astype(np.float64)
         absent_FB = np.isnan(values_FB)
         idle = np.flatnonzero(absent_FB.all(axis=0))

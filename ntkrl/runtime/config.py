@@ -15,21 +15,23 @@ from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 from ml_collections.config_flags import config_path
 
 Settings = TypeVar("Settings")
 EMPTIED = re.compile(r"--config\.[^.=]+\.[^.=]+=None")
 
 
-def read_config(arguments: Sequence[str]) -> ConfigDict:
-    """Read `--config=FILE` and its overrides.
+def read_config(arguments: Sequence[str], saved: ConfigDict | None = None) -> ConfigDict:
+    """Read `--config=FILE` and its overrides, or overrides of a saved config alone.
 
     Args:
       arguments: command-line words after the command's name.
+      saved: from `from_json`; takes the file's place.
 
     Raises:
-      ValueError: no config, a file that does not load, a key that does not exist, a value of the
-        wrong type, or words that are no flags.
+      ValueError: no config or two, a file that does not load, a key that does not exist, a value
+        of the wrong type, or words that are no flags.
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # config files import configs.base
@@ -38,6 +40,10 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
         at = arguments.index("--config")
         arguments[at : at + 2] = [f"--config={arguments[at + 1]}"]
     named = [word for word in arguments if word.startswith("--config=")]
+    if saved is not None:
+        if named:
+            raise ValueError(f"{named[-1]}: a run has a config of its own; leave out one of both.")
+        return _overridden(arguments, saved, "config.json", saved)
     if not named:
         raise ValueError("--config=FILE is missing, for example --config=configs/base.py.")
     path = named[-1].removeprefix("--config=").split(":")[0]
@@ -46,12 +52,18 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
             f"--config={path}: no such file; configs/ is read relative to {Path.cwd()}."
         )
     plain, _ = _parse(named[-1:], path)
+    return _overridden(arguments, plain, path, None)
+
+
+def _overridden(
+    arguments: Sequence[str], plain: ConfigDict, path: str, saved: ConfigDict | None
+) -> ConfigDict:
     problems = [problem for word in arguments if (problem := _unknown_key(word, plain))]
     if problems:
         raise ValueError("\n".join(problems))
     # None is no value of a typed flag, and what many settings are turned off by
     emptied = [word for word in arguments if EMPTIED.fullmatch(word)]
-    config, rest = _parse([word for word in arguments if word not in emptied], path)
+    config, rest = _parse([word for word in arguments if word not in emptied], path, saved)
     for word in emptied:
         with config.ignore_type():
             config_path.set_value(word[len("--config.") : -len("=None")], config, None)
@@ -60,12 +72,16 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     return config
 
 
-def _parse(arguments: Sequence[str], path: str) -> tuple[ConfigDict, list[str]]:
+def _parse(
+    arguments: Sequence[str], path: str, saved: ConfigDict | None = None
+) -> tuple[ConfigDict, list[str]]:
     found = flags.FlagValues()
     words = ["ntkrl", *arguments]
-    config_flags.DEFINE_config_file(
-        "config", None, "Path of a config file.", flag_values=found, sys_argv=words
-    )
+    given = {"flag_values": found, "sys_argv": words}
+    if saved is None:
+        config_flags.DEFINE_config_file("config", None, "Path of a config file.", **given)
+    else:
+        config_flags.DEFINE_config_dict("config", saved, **given)
     try:
         rest = found(words)
         return found.config, rest
@@ -132,8 +148,16 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> ConfigDict:
-    """Return the ConfigDict that `to_json` came from (lists stay lists)."""
-    return ConfigDict(dict(values))
+    """Return the ConfigDict that `to_json` came from; what is None may be set to anything."""
+    return ConfigDict({name: _typed(value) for name, value in values.items()})
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _typed(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return tuple(value)
+    return placeholder(object) if value is None else value
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:

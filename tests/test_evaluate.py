@@ -1,0 +1,225 @@
+"""Evaluation: measures by hand, then whole evaluations through the command line."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from ntkrl.assembly import against, evaluation
+from ntkrl.assembly.settings import EvalSettings
+from ntkrl.main import main
+from ntkrl.report.names import is_known
+from tests.test_train import alone, base, lines, one_device, words
+
+__all__ = ["base", "one_device"]  # fixtures
+
+GIVEN = {
+    "every_steps": 1,
+    "prompts": 2,
+    "samples_per_prompt": 4,
+    "repeats": 1,
+    "success_threshold": 1.0,
+    "temperature": None,
+    "base": None,
+}
+
+
+def test_measures_of_prompts():
+    """by hand: pass@k, best-of-N, n-grams and answers of two prompts with four samples each."""
+    texts = ["a b", "a b", "a c", "", "so #### 7", "no #### 7.", "#### 8", r"\boxed{7}"]
+    rewards = np.array([1, 0, 1, 0, 0, 0.5, 0, 0], np.float32)
+    found = evaluation.prompt_measures(texts, rewards, EvalSettings(**GIVEN))
+    expected = {
+        "eval/reward": [0.5, 0.125],
+        "eval/pass@1": [0.5, 0],
+        "eval/pass@k": [1, 0],
+        "eval/distinct_solutions": [2, 0],
+        "eval/distinct_completions": [0.75, 1],
+        "diversity/pass@1": [0.5, 0],
+        "diversity/pass@2": [5 / 6, 0],  # of the six pairs one has no success
+        "diversity/pass@4": [1, 0],
+        "diversity/best_of_1": [0.5, 0.125],
+        "diversity/best_of_2": [5 / 6, 0.25],  # three of the six pairs hold the 0.5
+        "diversity/best_of_4": [1, 0.5],
+        "diversity/distinct_1": [3 / 6, 7 / 9],
+        "diversity/distinct_2": [2 / 3, 1],
+        "diversity/distinct_answers": [3, 2],
+        "diversity/answer_entropy": [1.5 * math.log(2), 2 * math.log(2) - 0.75 * math.log(3)],
+    }
+    assert found.keys() - expected.keys() == {"diversity/self_bleu"}
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-12, err_msg=name)
+    assert all(map(is_known, found))
+
+
+@pytest.mark.parametrize(("samples", "ks"), [(1, [1]), (8, [1, 2, 4, 8]), (10, [1, 2, 4, 8, 10])])
+def test_numbers_of_draws(samples, ks):
+    """by hand: powers of two up to the samples, and their number; one text has no self-BLEU."""
+    assert against.powers(samples) == ks
+    settings = EvalSettings(**GIVEN | {"samples_per_prompt": samples})
+    found = evaluation.prompt_measures(["x"] * samples, np.ones(samples), settings)
+    assert [name for name in found if "pass@" in name][2:] == [f"diversity/pass@{k}" for k in ks]
+    assert ("diversity/self_bleu" in found) == (samples > 1)
+
+
+def test_comparison():
+    """by hand: wins, gaps and support of two samples for each of two prompts."""
+    base = against.Samples([["1", "2"], ["x", "x"]], np.array([[0, 1], [0, 0]]))
+    own = against.Samples([["3", "2"], ["y", "x"]], np.array([[1, 1], [0, 0]]))
+    found = against.compare(base, own, 1.0)
+    expected = {
+        "eval/win_rate": (0.75 + 0.5) / 2,  # of four pairs two are won and two equal; all equal
+        "eval/win_rate_low": 0.5,  # one of four resamples is twice the second prompt
+        "eval/win_rate_high": 0.75,
+        "eval/reward_difference": 0.25,
+        "eval/reward_difference_low": 0.0,
+        "eval/reward_difference_high": 0.5,
+        "diversity/crossing_k": math.inf,  # 0.25 and 0.5 against 0.5 and 0.5
+        "diversity/crossing_k_low": math.inf,
+        "diversity/crossing_k_high": math.inf,
+        "diversity/support_kept": 1,
+        "diversity/support_lost": 0,
+        "diversity/support_gained": 1,
+        "diversity/support_neither": 0,
+        "diversity/support_retention": 1,
+        "diversity/support_discovery": 0.5,
+        "diversity/support_score": 2 / 3,
+        "diversity/support_change": 0.5,
+    }
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert all(map(is_known, found))
+    turned = against.compare(own, base, 1.0)
+    assert turned["eval/win_rate"] == 1 - found["eval/win_rate"]
+    assert turned["diversity/crossing_k"] == 1.0 and turned["diversity/support_lost"] == 1
+    assert math.isnan(against.compare(base, own, 9.0)["diversity/support_retention"])
+
+
+@pytest.fixture(scope="module")
+def saved(base, tmp_path_factory):
+    """The samples that an evaluation of the starting model saved."""
+    place = tmp_path_factory.mktemp("saved")
+    with pytest.MonkeyPatch.context() as patch:
+        alone(patch)
+        assert main(["evaluate", *words(base, place)[1:]]) == 0
+    return next(samples(place))
+
+
+@pytest.fixture(scope="module")
+def run(base, saved, tmp_path_factory):
+    """A run of four steps, of which 2 and 4 are kept, and 4 is exported."""
+    place = tmp_path_factory.mktemp("runs") / "own"
+    more = ["--config.stages[0].steps=4", "--config.stages[0].parameters=(('.*', 1e-2),)"]
+    more += ["--config.eval.every_steps=2", "--config.checkpoint.keep_best=1"]
+    more += ["--config.checkpoint.best_metric=eval/reward", f"--config.eval.base={saved}"]
+    more += ["--config.probe.every_steps=None"]
+    with pytest.MonkeyPatch.context() as patch:
+        alone(patch)
+        assert main(words(base, place, *more)) == 0
+    return place
+
+
+def samples(place):
+    """The samples of an evaluation, as written."""
+    return (place / "evaluations").glob("*.jsonl")
+
+
+def test_checkpoints_of_a_run(run, base, tmp_path, capsys):
+    """story: a checkpoint scores what its export scores, by the run's own config or another."""
+    assert main(["evaluate", f"--run={run}"]) == 0, capsys.readouterr().err
+    (newest,) = samples(run)
+    assert newest.name == "own-step-4.jsonl"
+    exported = [f"--config.run_dir={tmp_path}", "--config.eval.every_steps=2"]
+    assert main(["evaluate", *words(run / "export", tmp_path)[1:], *exported]) == 0
+    (again,) = samples(tmp_path)
+    assert again.read_text() == newest.read_text()
+    other = ["--step=2", f"--config.run_dir={tmp_path}", "--config.eval.prompts=3"]
+    other += ["--config.reward.normalisation=None", "--config.rollout.stop=('+',)"]
+    assert main(["evaluate", f"--run={run}", *other]) == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in (again.parent / "own-step-2.jsonl").open()]
+    assert (
+        len(rows) == 6
+        and [row["reward"] for row in rows]
+        != [json.loads(line)["reward"] for line in newest.open()][:6]
+    )
+    assert main(["evaluate", f"--run={run}", "--step=best"]) == 0
+    told = capsys.readouterr().out
+    assert "4 prompts × 2 samples against" in told
+
+
+def test_against_a_base(run, saved, base, tmp_path, capsys):
+    """story: training and evaluation tell wins over the base, whose rewards are weighed anew."""
+    scores = [line for line in lines(run) if "eval/reward" in line]
+    assert [line["rollout_step"] for line in scores[1:]] == [2, 4]
+    before = json.loads(saved.with_suffix(".json").read_text())["eval/reward"]
+    for line in scores:
+        assert line["eval/win_rate_low"] <= line["eval/win_rate"] <= line["eval/win_rate_high"]
+        gap = line["eval/reward"] - before
+        assert line["eval/reward_difference"] == pytest.approx(gap, abs=1e-6)
+    weighed = ["--config.reward.weights=(3.0,)", f"--config.eval.base={saved}"]
+    assert main(["evaluate", *words(base, tmp_path, *weighed)[1:]]) == 0
+    (found,) = (tmp_path / "evaluations").glob(saved.with_suffix(".json").name)
+    measured = json.loads(found.read_text())
+    assert measured["eval/reward"] == pytest.approx(3 * before) and before > 0
+    assert measured["eval/win_rate"] == 0.5 and measured["eval/reward_difference"] == 0.0
+    assert measured["eval/reward_low"] < measured["eval/reward"] < measured["eval/reward_high"]
+    assert all(map(is_known, measured))
+    assert measured["diversity/crossing_k"] is None  # equal curves do not cross
+    assert re.search(r"eval/win_rate +0.5000 +0\.\d+ to 0\.\d+\n", capsys.readouterr().out)
+
+
+MISTAKES = {
+    "no run": (["--run=/nowhere"], "/nowhere is no run directory"),
+    "step alone": (["--step=3"], "--step names a checkpoint of a run; give --run=RUN too"),
+    "step": (["--run=RUN", "--step=3"], "has no checkpoint of step 3; kept are: 2, 4."),
+    "word": (["--run=RUN", "--step=last"], "--step=last must be a whole number, or best."),
+    "two configs": (["--run=RUN", "--config=configs/rl.py"], "a run has a config of its own"),
+    "key": (["--run=RUN", "--config.eval.promts=3"], 'Did you mean "prompts"'),
+    "type": (["--run=RUN", "--config.eval.prompts=many"], "many"),
+    "counts": (
+        ["--run=RUN", "--config.eval.samples_per_prompt=0", "--config.eval.repeats=0"],
+        "eval.samples_per_prompt must be ≥ 1, not 0; eval.repeats must be ≥ 1, not 0.",
+    ),
+    "no base": (["--run=RUN", "--config.eval.base=/none.jsonl"], "/none.jsonl: no such file"),
+    "no samples": (["--run=RUN", "--config.eval.base=x.json"], "x.json is no file of samples"),
+    "prompts": (["--run=RUN", "--config.eval.prompts=6"], "other prompts: 2 of the 6 asked here"),
+    "samples": (
+        ["--run=RUN", "--config.eval.samples_per_prompt=4"],
+        "holds 2 samples of a prompt, and 4 are drawn here",
+    ),
+    "rewards": (
+        ["--run=RUN", "--config.reward.function=repetition"],
+        "has rewards of score, this config of repetition",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_one_message(run, capsys, mistake):
+    """law: exit status 2, the cause and the way out, no trace."""
+    given, message = mistake
+    assert main(["evaluate", *(word.replace("RUN", str(run)) for word in given)]) == 2
+    text = capsys.readouterr().err
+    assert message in text and "Traceback" not in text
+
+
+def test_mistakes_of_a_base_are_told_together(run, saved, tmp_path, capsys):
+    """law: lost rewards and other prompts are one message, with what else the config has wrong."""
+    path = tmp_path / "sft.jsonl"
+    path.write_text(saved.read_text().replace('"prompt": "1', '"prompt": "0'))
+    given = [f"--config.eval.base={path}", "--config.reward.function=exact_match"]
+    assert main(["evaluate", f"--run={run}", *given]) == 2
+    text = capsys.readouterr().err
+    for message in (
+        f"{path} is of other prompts",
+        "sft.rewards.json cannot be read",
+        "requires 'answer'",
+    ):
+        assert message in text
+    path.with_suffix(".rewards.json").write_text('{"rewards": {"score": [0.5, null]}}')
+    assert main(["evaluate", f"--run={run}", f"--config.eval.base={path}"]) == 2
+    assert "has 8 samples, and rewards beside it are 2 of score" in capsys.readouterr().err
+    path.with_suffix(".rewards.json").write_text('{"rewards": {"score": [[]]}}')
+    assert main(["evaluate", f"--run={run}", f"--config.eval.base={path}"]) == 2
+    assert "'score' is no list of numbers" in capsys.readouterr().err
