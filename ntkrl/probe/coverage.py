@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ntkrl.probe.diversity import pass_at_k
 from ntkrl.intervals import Interval, bootstrap
+from ntkrl.probe.diversity import pass_at_k
 
 
 def pass_curves(successes: Sequence[int], samples: int, ks: Sequence[int]) -> np.ndarray:

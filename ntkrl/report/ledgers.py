@@ -16,6 +16,7 @@ from ntkrl.report.probes import ProbeTexts, read_arrays, read_object, step_files
 MEASURES = ("log_prob", "entropy")
 OTHERS = ("momentum", "decay", "optimizer")
 """Columns that are no term of the loss, so that no sample has a share of them."""
+ORDER = ("kl", "bonus", *OTHERS, "curvature")
 TOLERANCE = 1e-3
 """Of the parts' sizes, what they may miss the actual change by: float32 rounding and no more."""
 
@@ -155,10 +156,9 @@ def _parts(arrays: dict[str, np.ndarray], measure: str) -> dict[str, np.ndarray]
 
 
 def part_order(part: str) -> tuple[int, str, bool]:
-    """Order parts: terms (R before G), momentum, decay, optimizer, curvature."""
-    last = (*OTHERS, "curvature")
+    """Order parts: the terms (the KL and bonus last, R before G), then ORDER."""
     term = part.split(" ")[0]
-    return (1 + last.index(part) if part in last else 0, term, part.endswith("G"))
+    return (1 + ORDER.index(term) if term in ORDER else 0, term, part.endswith("G"))
 
 
 def _influence(arrays: dict[str, np.ndarray]) -> np.ndarray:

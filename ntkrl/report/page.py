@@ -11,9 +11,11 @@ import html
 import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from ntkrl.report import glossary
@@ -23,6 +25,8 @@ from ntkrl.report.style import CSS
 from ntkrl.report.table import COLUMNS, Row, Stat, number, spread, summary_rows, table_notes
 
 DOTS_PER_INCH = 180
+FORMATS = {"png": {"Software": None}, "svg": {"Creator": None, "Date": None}}
+"""Figures' files, and what they must not say so that equal runs give equal bytes."""
 
 
 def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os.PathLike) -> Path:
@@ -44,29 +48,36 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
     out.mkdir(parents=True, exist_ok=True)
     images: dict[str, bytes | None] = {}
     for spec in FIGURES:
-        image = render(spec, runs)
-        target = out / f"{spec.stem}.png"
-        if image is None:
-            target.unlink(missing_ok=True)  # of an earlier report in the same place
-        else:
-            target.write_bytes(image)
-        images[spec.stem] = image
+        drawn = render(spec, runs)
+        for suffix in FORMATS:
+            target = out / f"{spec.stem}.{suffix}"
+            if drawn is None:
+                target.unlink(missing_ok=True)  # of an earlier report in the same place
+            else:
+                target.write_bytes(drawn[suffix])
+        images[spec.stem] = None if drawn is None else drawn["png"]
     page = out / "index.html"
     page.write_text(compose(runs, images), encoding="utf-8")
     return page
 
 
-def render(spec: FigureSpec, runs: Sequence[Run]) -> bytes | None:
-    """Draw one figure as PNG, None when no run has data for it."""
+def render(spec: FigureSpec, runs: Sequence[Run]) -> dict[str, bytes] | None:
+    """Draw one figure in every format, None when no run has data for it."""
     figure = spec.draw(runs)
-    return None if figure is None else as_png(figure)
+    if figure is None:
+        return None
+    drawn = {"png": saved(figure, "png")}
+    figure.set_layout_engine("none")  # what the first has laid out stays
+    return drawn | {"svg": saved(figure, "svg")}
 
 
-def as_png(figure: Figure) -> bytes:
-    """Return a figure as PNG; equal figures give equal bytes."""
+def saved(figure: Figure, suffix: str) -> bytes:
+    """Return a figure as file of a format; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    # without the version of matplotlib in the file
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "ntkrl"}):
+        # texts of runs may hold characters the font lacks; their boxes say so
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format=suffix, dpi=DOTS_PER_INCH, metadata=FORMATS[suffix])
     return buffer.getvalue()
 
 
@@ -191,8 +202,8 @@ def _table(rows: Sequence[Row]) -> str:
 def _figures(images: dict[str, bytes | None]) -> str:
     shown = [_figure(spec, images[spec.stem]) for spec in FIGURES]
     return (
-        '<section><h2>Figures</h2>\n<p class="small">With several seeds: thin line per seed, bold '
-        'mean, band from lowest to highest.</p>\n<div class="figures">\n'
+        '<section><h2>Figures</h2>\n<p class="small">With several seeds: thin line per seed, '
+        'bold mean, band from lowest to highest unless named otherwise.</p>\n<div class="figures">\n'
         + "\n".join(shown)
         + "\n</div></section>"
     )

@@ -3,9 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 
 from ntkrl.report import read_run
+from ntkrl.report.influence import influence_map
 from ntkrl.report.runs import comparable
+from ntkrl.report.waterfall import entropy_waterfall, means
 from tests.report.conftest import SAMPLES, SIZE, ledger_arrays, write_ledger, write_probe_set
 
 
@@ -14,7 +17,7 @@ def test_ledger_by_hand(run_paths):
     run = read_run(run_paths[0])
     assert sorted(run.ledgers) == [5, 10] and run.notes == ()
     ledger, arrays = run.ledgers[10], ledger_arrays(10)
-    names = ["kl R", "kl G", "policy R", "policy G", "momentum", "decay", "optimizer", "curvature"]
+    names = ["policy R", "policy G", "kl R", "kl G", "momentum", "decay", "optimizer", "curvature"]
     assert list(ledger.parts["entropy"]) == names
     for measure in ("log_prob", "entropy"):
         parts = ledger.parts[measure]
@@ -128,3 +131,31 @@ def test_different_probe_sets_are_refused(run_paths):
         assert "eval/reward" in names and "entropy" in names
         assert not any(name.startswith(("probe/", "predict/", "ledger/")) for name in names)
     assert runs[1].probes and "probe/entropy" in runs[1].metrics[0]
+
+
+def test_waterfall_by_hand(run_paths):
+    """By hand: bars are means over tokens and seeds, end to end, and reach the actual change."""
+    runs = [read_run(path) for path in run_paths[:2]]
+    values = means([run.ledgers[10] for run in runs], "entropy")
+    arrays = [ledger_arrays(10), ledger_arrays(11)]
+    curvature = np.mean([one["entropy/curvature"] for one in arrays])
+    assert values["curvature"] == pytest.approx(curvature, rel=1e-4)
+    (axis,) = entropy_waterfall(runs).axes
+    assert axis.get_title(loc="left") == "rl, step 10, mean of 2 runs"
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axis.patches]
+    for (_, end), (start, _) in zip(bars[:-1], bars[1:-1], strict=False):
+        assert start == pytest.approx(end)
+    assert bars[-1] == pytest.approx((0.0, np.mean([one["entropy/actual"] for one in arrays])))
+    assert bars[-2][1] == pytest.approx(bars[-1][1], abs=1e-6)
+
+
+def test_influence_map_by_hand(run_paths):
+    """By hand: rows fall by advantage, the least influential is left out, tokens are summed."""
+    run = read_run(run_paths[0])
+    ledger = run.ledgers[10]
+    ledger.influence[:, 2] = 0.0
+    ledger.influence[:, 1] = 0.25
+    rows, values = influence_map(ledger, run.texts, 3)
+    assert rows == [3, 1, 0]
+    np.testing.assert_allclose(values[1], [2.5] * 5)
+    np.testing.assert_allclose(values[0][1], ledger.influence[10:20, 3].sum())

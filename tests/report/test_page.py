@@ -48,7 +48,8 @@ def test_page_is_complete_and_self_contained(run_paths, tmp_path):
     assert len(sources) == tags.count("img") == len(FIGURES)
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     names = sorted(path.name for path in page.parent.iterdir())
-    assert names == sorted([f"{spec.stem}.png" for spec in FIGURES] + ["index.html"])
+    files = [f"{spec.stem}.{suffix}" for spec in FIGURES for suffix in ("png", "svg")]
+    assert names == sorted([*files, "index.html"])
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
     assert all(f"<code>{name}</code>" in text for name in GLOSSARY)
     assert "<code>rewards/&lt;fn&gt;/mean</code>" in text and "<code>train/reward</code>" in text
@@ -56,7 +57,8 @@ def test_page_is_complete_and_self_contained(run_paths, tmp_path):
     assert "missing" not in re.sub(r"<style>.*</style>", "", text, flags=re.S)
     # Law: order of arguments and place of writing do not change a byte.
     again = write_report(run_paths[::-1], tmp_path / "again")
-    assert again.read_bytes() == page.read_bytes()
+    for file in page.parent.iterdir():
+        assert (again.parent / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_names_are_escaped(run_paths, tmp_path):
@@ -106,4 +108,4 @@ def test_imports():
     assert found.returncode == 0, found.stderr
     assert "ntkrl.report.page" in found.stdout
     rooms = {name.split(".")[1] for name in ast.literal_eval(found.stdout)}
-    assert rooms == {"report"}
+    assert rooms == {"intervals", "report"}
