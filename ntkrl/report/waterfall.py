@@ -66,10 +66,12 @@ def ledger_shares(runs: Sequence[Run]) -> Figure | None:
                 steps, values = coinciding(curves)
                 look = {"color": SHARES[part][1], "linestyle": SHARES[part][2], "linewidth": 1.8}
                 axis.plot(steps, values.mean(axis=0), marker="o", markersize=3.5, **look)
+                low, high = values.min(axis=0), values.max(axis=0)
+                axis.fill_between(steps, low, high, color=look["color"], alpha=0.18, linewidth=0)
         for level in (0.0, 1.0):
             axis.axhline(level, color=REFERENCE_GREY, linewidth=0.8)
         axis.set_ylabel("share", fontsize=12)
-        mean = f", mean of {len(group)} runs" if len(group) > 1 else ""
+        mean = f", mean of {len(group)} runs, lowest to highest" if len(group) > 1 else ""
         axis.set_title(f"{shown(name)}{mean}", fontsize=11, loc="left", pad=16)
     draw_stages(axes, runs)
     label_steps(axes[-1])
@@ -148,6 +150,7 @@ def _waterfall(axis: Axes, values: dict[str, float]) -> None:
             textcoords="offset points",
             va="center",
             fontsize=10,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )
     axis.axvline(0, color=REFERENCE_GREY, linewidth=0.8)
     axis.set_yticks(range(len(names)), [shown(name, 16) for name in names])
