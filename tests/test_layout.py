@@ -8,7 +8,7 @@ PACKAGE = ROOT / "ntkrl"
 
 FLOORS = [
     {"types"},
-    {"numerics", "trees"},
+    {"numerics", "trees", "intervals"},
     {"vocabulary"},
     {"models", "scoring", "ntk", "runtime"},
     {"data", "rollout", "reward", "advantage", "update", "probe", "report"},

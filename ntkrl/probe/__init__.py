@@ -9,7 +9,6 @@ ledger), and measures of learning dynamics as pure functions, by subject:
     classifier, weights, linearity  of the head's matrix, of updates, of paths over checkpoints
     signal                   what a batch holds to learn from
     diversity, coverage      of texts and samples
-    intervals                bootstrap and paired tests
 """
 
 from ntkrl.probe import (
@@ -20,7 +19,6 @@ from ntkrl.probe import (
     diversity,
     drift,
     geometry,
-    intervals,
     linearity,
     signal,
     squeezing,
@@ -48,7 +46,6 @@ __all__ = [
     "drift",
     "feature_measures",
     "geometry",
-    "intervals",
     "kernel_measures",
     "kernel_traces",
     "ledger_measures",

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ntkrl.intervals import Interval, bootstrap
 from ntkrl.probe.diversity import pass_at_k
-from ntkrl.probe.intervals import Interval, bootstrap
 
 
 def pass_curves(successes: Sequence[int], samples: int, ks: Sequence[int]) -> np.ndarray:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ntkrl.report import curves, influence, waterfall
 from ntkrl.report.plotting import (
     REFERENCE_GREY,
     WIDTH_INCHES,
@@ -279,5 +280,56 @@ FIGURES: tuple[FigureSpec, ...] = (
         "fine-tuning, training the classifier first helps by distorting features less. Compare "
         "with the reward figure before giving the same account of a difference in RL.",
         features,
+    ),
+    FigureSpec(
+        "ledger_log_prob",
+        "What moved the log-probs in one step",
+        "The last step whose ledger was kept, as a sum: each bar starts where the one above "
+        "ends, and all together give the measured change (actual). Terms of the loss are split "
+        "by road: R through the classifier, G through the rest of the network. Momentum is what "
+        "earlier steps still do, curvature what first order leaves out. Means over probe tokens.",
+        waterfall.log_prob_waterfall,
+    ),
+    FigureSpec(
+        "ledger_entropy",
+        "What moved the entropy in one step",
+        "The same account of the entropy on the probe set. A part to the left of its start "
+        "narrows the policy; whether samples, the KL term or momentum do it calls for different "
+        "remedies.",
+        waterfall.entropy_waterfall,
+    ),
+    FigureSpec(
+        "ledger_shares",
+        "Shares of the measured change",
+        "The same parts over training, as shares of the measured change of log-probs. R, G, "
+        "momentum, decay, curvature (and what the optimizer adds) give 1 together; below 0 a "
+        "part works against the change. KL is a part of R and G.",
+        waterfall.ledger_shares,
+    ),
+    FigureSpec(
+        "influence",
+        "Which sample moved which probe completion",
+        "Rows are completions of the last accounted minibatch, by advantage; columns are probe "
+        f"completions. Red raises, blue lowers their log-probability. At most "
+        f"{influence.MAX_SAMPLES} samples, those with the largest total; the first seed of a "
+        "method.",
+        influence.influence,
+    ),
+    FigureSpec(
+        "feature_similarity",
+        "Similarity of probe completions' features",
+        "Mean cosine of the features of any two probe completions, at the first and the last "
+        "probe, of the first seed. Where a column is near 1, the classifier's part of an update "
+        "spills over to that completion.",
+        influence.similarity,
+    ),
+    FigureSpec(
+        "sampling_curves",
+        "What many samples of one prompt reach",
+        "Pass@k: chance that one of k samples succeeds; best of N: mean of the largest reward of "
+        "N. Dashed: starting model, bold: last evaluation. If bold lies above at the left and "
+        "below at the right, the policy became surer of fewer answers. Bands: 95 % bootstrap "
+        "over seeds; with few seeds they are too narrow.",
+        curves.sampling,
     ),
 )

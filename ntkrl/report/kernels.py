@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import unicodedata
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from ntkrl.report.page import as_png
+from ntkrl.report.page import saved
 from ntkrl.report.plotting import (
     MARKERS,
     PALETTE,
@@ -42,10 +41,7 @@ WRITTEN_CONTEXTS = 8
 
 def write_kernel(path: Path, arrays: Arrays) -> None:
     """Draw the arrays of a kernel.npz into a PNG."""
-    with warnings.catch_warnings():
-        # prompts may hold characters the font lacks; their boxes say so
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        path.write_bytes(as_png(draw_kernel(arrays)))
+    path.write_bytes(saved(draw_kernel(arrays), "png"))
 
 
 def draw_kernel(arrays: Arrays) -> Figure:

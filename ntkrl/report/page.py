@@ -1,7 +1,7 @@
 """The report page: figures as files, and one HTML file that needs nothing beside it.
 
-The page has no scripts and no references to outside; every text from a run is escaped. Equal
-run directories give equal bytes.
+The page refers to nothing outside; every text from a run is escaped, or data to a script that sets
+it as text. Equal run directories give equal bytes.
 """
 
 from __future__ import annotations
@@ -11,18 +11,24 @@ import html
 import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from ntkrl.report import glossary
+from ntkrl.report.embed import step_views
 from ntkrl.report.figures import FIGURES, FigureSpec
-from ntkrl.report.runs import Run, read_runs
+from ntkrl.report.runs import Run, comparable, read_runs
 from ntkrl.report.style import CSS
 from ntkrl.report.table import COLUMNS, Row, Stat, number, spread, summary_rows, table_notes
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 DOTS_PER_INCH = 180
+FORMATS = {"png": {"Software": None}, "svg": {"Creator": None, "Date": None}}
+"""Figures' files, and what they must not say so that equal runs give equal bytes."""
 
 
 def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os.PathLike) -> Path:
@@ -39,43 +45,58 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
     Raises:
       ValueError: no run, a run given twice, or a path that is no run directory.
     """
-    runs = read_runs(run_paths)
+    given = read_runs(run_paths)
+    runs, refusal = comparable(given)
     out = Path(out_directory)
     out.mkdir(parents=True, exist_ok=True)
     images: dict[str, bytes | None] = {}
     for spec in FIGURES:
-        image = render(spec, runs)
-        target = out / f"{spec.stem}.png"
-        if image is None:
-            target.unlink(missing_ok=True)  # of an earlier report in the same place
-        else:
-            target.write_bytes(image)
-        images[spec.stem] = image
+        drawn = render(spec, runs)
+        for suffix in FORMATS:
+            target = out / f"{spec.stem}.{suffix}"
+            if drawn is None:
+                target.unlink(missing_ok=True)  # of an earlier report in the same place
+            else:
+                target.write_bytes(drawn[suffix])
+        images[spec.stem] = None if drawn is None else drawn["png"]
     page = out / "index.html"
-    page.write_text(compose(runs, images), encoding="utf-8")
+    # base64 writes three bytes as four
+    taken = sum(len(image) * 4 // 3 for image in images.values() if image is not None)
+    views = step_views(given, taken)
+    page.write_text(compose(runs, images, refusal, views), encoding="utf-8")
     return page
 
 
-def render(spec: FigureSpec, runs: Sequence[Run]) -> bytes | None:
-    """Draw one figure as PNG, None when no run has data for it."""
+def render(spec: FigureSpec, runs: Sequence[Run]) -> dict[str, bytes] | None:
+    """Draw one figure in every format, None when no run has data for it."""
     figure = spec.draw(runs)
-    return None if figure is None else as_png(figure)
+    if figure is None:
+        return None
+    drawn = {"png": saved(figure, "png")}
+    figure.set_layout_engine("none")  # what the first has laid out stays
+    return drawn | {"svg": saved(figure, "svg")}
 
 
-def as_png(figure: Figure) -> bytes:
-    """Return a figure as PNG; equal figures give equal bytes."""
+def saved(figure: Figure, suffix: str) -> bytes:
+    """Return a figure as file of a format; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    # without the version of matplotlib in the file
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "ntkrl"}):
+        # texts of runs may hold characters the font lacks; their boxes say so
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format=suffix, dpi=DOTS_PER_INCH, metadata=FORMATS[suffix])
     return buffer.getvalue()
 
 
-def compose(runs: Sequence[Run], images: dict[str, bytes | None]) -> str:
+def compose(
+    runs: Sequence[Run], images: dict[str, bytes | None], refusal: str = "", views: str = ""
+) -> str:
     """Put the page together.
 
     Args:
       runs: the runs, ordered.
       images: PNG per figure stem, None for a figure without data.
+      refusal: what is not compared and why.
+      views: the section of single steps.
 
     Returns:
       The HTML text.
@@ -85,9 +106,11 @@ def compose(runs: Sequence[Run], images: dict[str, bytes | None]) -> str:
     parts = [
         "<h1>Learning dynamics of RL post-training</h1>",
         f'<p class="lead">{_text(methods)} · {len(runs)} run{"s" if len(runs) > 1 else ""}</p>',
+        f'<p class="refusal">{_text(refusal)}</p>' if refusal else "",
         _summary(rows),
         _table(rows),
         _figures(images),
+        views,
         _notes(runs),
         _glossary(),
     ]
@@ -95,6 +118,7 @@ def compose(runs: Sequence[Run], images: dict[str, bytes | None]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{_text(methods)}: learning dynamics</title>\n<style>\n{CSS}</style>\n</head>\n"
         "<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
@@ -191,10 +215,9 @@ def _table(rows: Sequence[Row]) -> str:
 def _figures(images: dict[str, bytes | None]) -> str:
     shown = [_figure(spec, images[spec.stem]) for spec in FIGURES]
     return (
-        '<section><h2>Figures</h2>\n<p class="small">With several seeds: thin line per seed, bold '
-        'mean, band from lowest to highest.</p>\n<div class="figures">\n'
-        + "\n".join(shown)
-        + "\n</div></section>"
+        '<section><h2>Figures</h2>\n<p class="small">With several seeds: thin line per seed, '
+        "bold mean, band from lowest to highest unless named otherwise.</p>\n"
+        '<div class="figures">\n' + "\n".join(shown) + "\n</div></section>"
     )
 
 

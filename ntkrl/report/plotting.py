@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from ntkrl.report.names import GLOSSARY
 from ntkrl.report.runs import Run, by_name, series, stage_ends
@@ -159,13 +161,20 @@ def draw_stages(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
         )
 
 
-def finish(figure: Figure, runs: Sequence[Run], extra: Sequence[tuple[Line2D, str]] = ()) -> Figure:
-    """Add the legend of methods (and what else is drawn) below the panels."""
+def finish(
+    figure: Figure,
+    runs: Sequence[Run],
+    extra: Sequence[tuple[Artist, str]] = (),
+    band: str = "lowest to highest",
+) -> Figure:
+    """Add the legend of methods, of bands over seeds (and what else is drawn) below the panels."""
     entries = [
         (Line2D([], [], color=look.color, marker=look.marker, linewidth=2.2, markersize=5), name)
         for name, look in looks(runs).items()
     ]
     labels = [shown(f"{name}{_seeds(runs, name)}") for _, name in entries]
+    if any(len(group) > 1 for group in by_name(runs).values()):
+        extra = [*extra, (Patch(color=REFERENCE_GREY, alpha=0.18), f"band: {band}")]
     labels.extend(text for _, text in extra)
     handles = [handle for handle, _ in entries] + [handle for handle, _ in extra]
     columns = 2 if len(labels) > 1 and max(map(len, labels)) <= 26 else 1

@@ -10,19 +10,19 @@ import dataclasses
 import json
 import math
 import os
-import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ntkrl.report.ledgers import StepLedger, read_ledgers
 from ntkrl.report.names import is_known
+from ntkrl.report.probes import ProbeTexts, read_probes, read_texts
 from ntkrl.report.writers import FINISHED_FILE, METRICS_FILE, TIMINGS_FILE
 
-PROBE_ARRAYS = ("actual", "predicted_head", "predicted_body")
-"""Arrays a probe file must hold, `[O]` each, nats; `predicted_cross` is there for a tied head."""
+OF_PROBES = ("probe/", "predict/", "ledger/")
+"""Metrics that are read on the probe set."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +35,10 @@ class Run:
     config: the whole config.
     metrics: lines of metrics.jsonl in order of writing.
     timings: lines of timings.jsonl in order of writing.
-    probes: per step, arrays `[O]` over probe tokens.
+    texts: the probe set in words, None in older runs.
+    probes: per step, arrays `[O]` over probe tokens, and `cosines` `[S, S]`.
+    ledgers: per step, its account.
+    evaluations: by name, the metrics of `ntkrl evaluate`.
     finished: True when the run ended normally.
     notes: what is missing or odd, in words.
     """
@@ -46,7 +49,10 @@ class Run:
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     timings: list[dict[str, Any]]
+    texts: ProbeTexts | None
     probes: dict[int, dict[str, np.ndarray]]
+    ledgers: dict[int, StepLedger]
+    evaluations: dict[str, dict[str, float]]
     finished: bool
     notes: tuple[str, ...]
 
@@ -67,9 +73,13 @@ def read_run(path: str | os.PathLike) -> Run:
     config = _read_config(path)
     metrics, metric_notes = _read_lines(path / METRICS_FILE)
     timings, timing_notes = _read_lines(path / TIMINGS_FILE)
-    probes, probe_notes = _read_probes(path / "probes")
+    texts, text_notes = read_texts(path)
+    probes, probe_notes = read_probes(path, texts)
+    ledgers, ledger_notes = read_ledgers(path, texts)
+    evaluations, evaluation_notes = _read_evaluations(path / "evaluations")
     finished = (path / FINISHED_FILE).exists()
-    notes = [*metric_notes, *_content_notes(metrics), *timing_notes, *probe_notes]
+    notes = [*metric_notes, *_content_notes(metrics), *timing_notes, *text_notes]
+    notes += [*probe_notes, *ledger_notes, *evaluation_notes]
     if not finished:
         last = max((line["step"] for line in metrics), default=0)
         notes.insert(0, f"not finished: still running or stopped; last step seen is {last}")
@@ -80,7 +90,10 @@ def read_run(path: str | os.PathLike) -> Run:
         config=config,
         metrics=metrics,
         timings=timings,
+        texts=texts,
         probes=probes,
+        ledgers=ledgers,
+        evaluations=evaluations,
         finished=finished,
         notes=tuple(notes),
     )
@@ -118,6 +131,39 @@ def by_name(runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:
     for run in ordered(runs):
         groups[run.name] = (*groups[run.name], run) if run.name in groups else (run,)
     return groups
+
+
+def comparable(runs: Sequence[Run]) -> tuple[tuple[Run, ...], str]:
+    """Take from runs what was read on different tokens.
+
+    Args:
+      runs: any runs.
+
+    Returns:
+      runs: the same, without probes, ledgers and the metrics of probe tokens where digests of
+        their probe sets differ.
+      refusal: which runs have which set, in words; "" where nothing differs.
+    """
+    digests: dict[str, list[str]] = {}
+    for run in ordered(runs):
+        if run.texts is not None:
+            digests.setdefault(run.texts.digest, []).append(run.path.name)
+    if len(digests) < 2:
+        return tuple(runs), ""
+    sets = "; ".join(f"{', '.join(names)}: set {digest}" for digest, names in digests.items())
+    refusal = (
+        f"Refused: comparing these runs on their probe sets, since they were probed on different "
+        f"tokens ({sets}). Figures, columns and tests of probe tokens are left out."
+    )
+    return tuple(_without_probes(run) for run in runs), refusal
+
+
+def _without_probes(run: Run) -> Run:
+    metrics = [
+        {name: value for name, value in line.items() if not name.startswith(OF_PROBES)}
+        for line in run.metrics
+    ]
+    return dataclasses.replace(run, metrics=metrics, probes={}, ledgers={})
 
 
 def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -231,37 +277,17 @@ def _content_notes(metrics: Sequence[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _read_probes(directory: Path) -> tuple[dict[int, dict[str, np.ndarray]], list[str]]:
-    """Read `step_*.npz`; a file that cannot be used is named and left out."""
-    probes, notes = {}, []
-    for path in sorted(directory.glob("step_*.npz")):
-        match = re.fullmatch(r"step_(\d+)\.npz", path.name)
-        if match is None:
+def _read_evaluations(directory: Path) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Read `NAME.json`, which holds metrics, beside `NAME.rewards.json`, which does not."""
+    evaluations, notes = {}, []
+    for path in sorted(directory.glob("*.json")):
+        if path.name.endswith(".rewards.json"):
             continue
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: np.asarray(file[key]) for key in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            notes.append(f"probes/{path.name} cannot be read and was left out")
-            continue
-        problem = _probe_problem(arrays)
-        if problem is not None:
-            notes.append(f"probes/{path.name} {problem} and was left out")
-            continue
-        probes[int(match.group(1))] = arrays
-    if not probes:
-        notes.append("no probe files (probes/step_*.npz)")
-    return probes, notes
-
-
-def _probe_problem(arrays: dict[str, np.ndarray]) -> str | None:
-    missing = [name for name in PROBE_ARRAYS if name not in arrays]
-    if missing:
-        return f"has no {', '.join(missing)}"
-    used = [name for name in (*PROBE_ARRAYS, "predicted_cross") if name in arrays]
-    shapes = {arrays[name].shape for name in used}
-    if len(shapes) > 1 or arrays["actual"].ndim != 1:
-        return f"has arrays of shapes {sorted(shapes)}"
-    if not all(np.isfinite(arrays[name]).all() for name in used):
-        return "has values that are not finite"
-    return None
+            told = json.loads(path.read_text(encoding="utf-8"))
+            evaluations[path.stem] = {
+                name: math.nan if told[name] is None else float(told[name]) for name in sorted(told)
+            }
+        except (OSError, ValueError, TypeError):
+            notes.append(f"evaluations/{path.name} cannot be read and was left out")
+    return evaluations, notes

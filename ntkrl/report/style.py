@@ -43,6 +43,43 @@ figure {
 figure img { display: block; width: 100%; height: auto; background: #ffffff; padding: 8px; }
 figcaption { padding: 10px 14px 12px; color: var(--ink); }
 .missing { border-style: dashed; }
+.refusal { border-left: 4px solid #d55e00; padding: 6px 12px; }
+#steps h3 { font-size: 1rem; margin: 20px 0 6px; }
+.controls { display: flex; flex-wrap: wrap; gap: 8px 16px; }
+.controls label { display: flex; gap: 8px; align-items: center; max-width: 100%; }
+.controls label, .bars th { overflow-wrap: normal; }
+.controls select { font: inherit; min-width: 0; max-width: 100%; }
+.controls input { min-width: 0; }
+.scale { display: flex; gap: 8px; align-items: center; margin: 4px 0; font-size: 0.9rem; }
+.ramp {
+  width: 96px; height: 12px; border: 1px solid var(--line);
+  background: linear-gradient(90deg, rgba(30, 120, 220, 0.7), transparent, rgba(215, 70, 50, 0.7));
+}
+.bars { width: 100%; }
+.bars th, .bars td { padding: 3px 10px; border: 0; text-align: left; overflow-wrap: normal; }
+.bars td:nth-child(2) { text-align: right; }
+.bars .bar { width: 55%; min-width: 100px; }
+.bar span { display: block; height: 14px; }
+.map th, .map td { border: 1px solid var(--line); padding: 2px 6px; min-width: 0; }
+.map td { width: 26px; min-width: 26px; height: 26px; cursor: pointer; }
+.map thead th { text-align: center; }
+.map th:first-child { position: sticky; left: 0; background: var(--card); min-width: 5.5em; }
+.chosen, .map td:focus { outline: 2px solid var(--ink); outline-offset: -2px; }
+.tokens, .prompt, .details dd { white-space: pre-wrap; }
+.prompt { color: var(--soft); margin: 6px 0; }
+.tokens { font-family: ui-monospace, Menlo, Consolas, monospace; line-height: 1.9; margin: 6px 0; }
+.tokens span { cursor: pointer; padding: 3px 0; }
+.details {
+  border: 1px solid var(--line); border-radius: 8px; background: var(--card);
+  padding: 4px 14px; margin: 8px 0; height: 16em; overflow: auto;
+}
+.details dl { display: grid; grid-template-columns: minmax(5em, auto) 1fr; gap: 2px 14px; }
+@media (max-width: 600px) {
+  .details.long { height: 22em; }
+  .long dl { display: block; }
+}
+.details dt { color: var(--soft); max-width: 14em; }
+.details dd { margin: 0; }
 summary { cursor: pointer; font-weight: 600; margin: 28px 0 8px; }
 code { font-size: 0.9em; }
 """

@@ -1,4 +1,4 @@
-"""Synthetic run directories: two methods, two seeds each, with probes."""
+"""Synthetic run directories: two methods, two seeds each, with probes and ledgers."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,10 @@ import pytest
 
 STEPS = 20
 STAGE_END = 8
+FAMILIES = ("own", "own", "other", "own", "shuffled")
+LENGTH = 10
+SIZE = LENGTH * len(FAMILIES)
+SAMPLES = 4
 
 
 def metrics_lines(staged: bool, offset: float) -> list[dict]:
@@ -26,10 +30,16 @@ def metrics_lines(staged: bool, offset: float) -> list[dict]:
             line |= {"probe/confidence": 0.4 + 0.01 * step, "probe/head_norm": 10.0 + step}
             line |= {"probe/cosine_within_response": 0.8, "probe/cosine_across_responses": 0.7}
             line |= {"probe/cosine_across_prompts": 0.6, "probe/feature_distortion": 0.1 * step}
+            for k in (1, 2, 4):
+                line[f"diversity/pass@{k}"] = 1 - (0.9 - 0.02 * step) ** k
+                line[f"diversity/best_of_{k}"] = 0.1 * k + 0.01 * step + offset
         if step > 0 and step % 5 == 0:
             head = 1.0 if line["stage"] == "classifier" else 0.25 + 0.01 * step
             line |= {"predict/head_share": head, "predict/body_share": 1.0 - head}
             line |= {"predict/correlation": 0.9, "predict/relative_error": 0.2}
+            line |= {"ledger/head_share": 0.5, "ledger/body_share": 0.2}
+            line |= {"ledger/momentum_share": 0.2, "ledger/decay_share": 0.01}
+            line |= {"ledger/kl_share": 0.1, "ledger/curvature_share": 0.09}
         lines.append(line)
     return lines
 
@@ -49,9 +59,64 @@ def write_run(path: Path, name: str, seed: int, staged: bool = False, offset: fl
     for step in (5, 10):
         arrays = {"predicted_head": 0.3 * wave, "predicted_body": 0.7 * wave}
         arrays |= {"actual": 1.25 * wave, "log_probs": -(wave**2)}
+        arrays["cosines"] = np.full((5, 5), 0.05 * step) + np.eye(5) * 0.5
         np.savez(path / "probes" / f"step_{step:06d}.npz", **arrays)
+        write_ledger(path, step, seed)
+    write_probe_set(path)
+    (path / "evaluations").mkdir()
+    (path / "evaluations" / "best.json").write_text('{"eval/reward": 0.5, "diversity/pass@2": 1}')
     (path / "finished").touch()
     return path
+
+
+def write_probe_set(path: Path, digest: str = "d1ge57") -> None:
+    """Write the probe set of two prompts; the tokens of a completion are numbered."""
+    completions = [
+        {
+            "prompt": number // 3,
+            "family": family,
+            "text": f"text {number} </script><b>",
+            "tokens": [f" {number}.{token}" for token in range(LENGTH)],
+        }
+        for number, family in enumerate(FAMILIES)
+    ]
+    told = {"format": 1, "digest": digest, "prompts": ["2+2=", "say <hi>"]}
+    (path / "probes" / "set.json").write_text(json.dumps(told | {"completions": completions}))
+
+
+def ledger_arrays(seed: int, by: str = "sample") -> dict[str, np.ndarray]:
+    """Columns of small numbers that add up to `actual`."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for measure in ("log_prob", "entropy"):
+        columns = {}
+        for term, size in (("policy", 0.02), ("kl", 0.002)):
+            for group in ("head", "body"):
+                columns[f"{term}/{group}"] = size * rng.normal(size=(SIZE, SAMPLES))
+        for column in ("momentum", "decay", "optimizer"):
+            for group in ("head", "body"):
+                columns[f"{column}/{group}"] = 0.005 * rng.normal(size=SIZE)
+        if by == "group":
+            columns = {k: v.sum(axis=1) if v.ndim == 2 else v for k, v in columns.items()}
+        arrays |= {f"{measure}/{name}": values for name, values in columns.items()}
+        curvature = arrays[f"{measure}/curvature"] = 0.003 * rng.normal(size=SIZE)
+        flat = [values.sum(axis=1) if values.ndim == 2 else values for values in columns.values()]
+        arrays[f"{measure}/actual"] = np.sum(flat, axis=0) + curvature
+    return {name: values.astype(np.float32) for name, values in arrays.items()}
+
+
+def write_ledger(path: Path, step: int, seed: int, by: str = "sample", **changes: object) -> Path:
+    """Write the two files of a ledger; `changes` replace what its JSON says."""
+    (path / "ledger").mkdir(exist_ok=True)
+    samples = [
+        {"prompt": "2+2=", "completion": f"sample {b} </script>", "advantage": b - 1.5, "row": b}
+        for b in range(SAMPLES)
+    ]
+    told = {"format": 1, "by": by, "digest": "d1ge57", "stage": "all", "samples": samples}
+    file = path / "ledger" / f"step_{step:06d}.npz"
+    file.with_suffix(".json").write_text(json.dumps(told | changes))
+    np.savez(file, **ledger_arrays(seed + step, by))
+    return file
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import ast
 import html.parser
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from ntkrl.report import write_report
 from ntkrl.report.figures import FIGURES
 from ntkrl.report.names import GLOSSARY
+from tests.report.conftest import write_probe_set
 
 PACKAGE = Path(__file__).parents[2] / "ntkrl"
 
@@ -41,14 +43,15 @@ def test_page_is_complete_and_self_contained(run_paths, tmp_path):
     parsed = _Tags(text)
     assert parsed.open == []
     tags = [tag for tag, _ in parsed.tags]
-    assert "script" not in tags and "link" not in tags
+    assert tags.count("script") == 2 and "link" not in tags
     for word in ("http:", "https:", "url(", "@import", "href="):
         assert word not in text
     sources = re.findall(r'src="([^"]*)"', text)
     assert len(sources) == tags.count("img") == len(FIGURES)
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     names = sorted(path.name for path in page.parent.iterdir())
-    assert names == sorted([f"{spec.stem}.png" for spec in FIGURES] + ["index.html"])
+    files = [f"{spec.stem}.{suffix}" for spec in FIGURES for suffix in ("png", "svg")]
+    assert names == sorted([*files, "index.html"])
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
     assert all(f"<code>{name}</code>" in text for name in GLOSSARY)
     assert "<code>rewards/&lt;fn&gt;/mean</code>" in text and "<code>train/reward</code>" in text
@@ -56,7 +59,8 @@ def test_page_is_complete_and_self_contained(run_paths, tmp_path):
     assert "missing" not in re.sub(r"<style>.*</style>", "", text, flags=re.S)
     # Law: order of arguments and place of writing do not change a byte.
     again = write_report(run_paths[::-1], tmp_path / "again")
-    assert again.read_bytes() == page.read_bytes()
+    for file in page.parent.iterdir():
+        assert (again.parent / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_names_are_escaped(run_paths, tmp_path):
@@ -65,16 +69,23 @@ def test_names_are_escaped(run_paths, tmp_path):
     for path in run_paths[:2]:
         (path / "config.json").write_text(json.dumps({"name": name, "seed": 0}))
     text = write_report(run_paths[:2], tmp_path / "out").read_text(encoding="utf-8")
-    assert "<script" not in text
     assert "&lt;script&gt;alert(&quot;$x$&quot;)&lt;/script&gt;" in text
-    assert _Tags(text).open == []
+    parsed = _Tags(text)
+    assert parsed.open == []
+    scripts = [attrs for tag, attrs in parsed.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "step-data"}, {}]
+    # the texts of samples and probe completions hold </script> and <b> too
+    assert text.count("</script>") == 2 and parsed.tags.count(("b", {})) == 3
+    (data,) = re.findall(r'id="step-data">(.*?)</script>', text)
+    told = json.loads(data)["runs"][0]
+    assert told["name"] == name and told["completions"][0]["text"] == "text 0 </script><b>"
 
 
 def test_missing_things_are_said(run_paths, tmp_path):
     """Story: no probes, a cut line, nothing but training rewards: the page builds and says so."""
     path, out = run_paths[0], tmp_path / "out"
-    for file in (path / "probes").iterdir():
-        file.unlink()
+    for directory in ("probes", "ledger"):
+        shutil.rmtree(path / directory)
     (path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
     out.mkdir()
     (out / "head_share.png").write_bytes(b"of an earlier report")
@@ -82,7 +93,20 @@ def test_missing_things_are_said(run_paths, tmp_path):
     assert "no probe files" in text and "is cut short and was left out" in text
     assert "no held-out evaluation after the start" in text
     assert text.count("missing, no run has data for it") == len(FIGURES) - 1
+    assert "<script" not in text
     assert [file.name for file in out.glob("*.png")] == ["reward.png"]
+
+
+def test_different_probe_sets_are_refused_on_the_page(run_paths, tmp_path):
+    """Story: one run of another probe set: no probe figure, named, and its own steps are shown."""
+    write_probe_set(run_paths[0], "an0ther")
+    text = write_report(run_paths, tmp_path / "out").read_text(encoding="utf-8")
+    assert text.count("Refused: comparing these runs") == 1 and "rl-0: set an0ther" in text
+    assert not (tmp_path / "out" / "predicted_actual.png").exists()
+    assert (tmp_path / "out" / "entropy.png").exists()
+    assert "ledger/step_000005.npz is of probe set d1ge57, the run has an0ther; refused" in text
+    (data,) = re.findall(r'id="step-data">(.*?)</script>', text)
+    assert len(json.loads(data)["runs"]) == 3
 
 
 def test_no_run_directory(tmp_path):
@@ -106,4 +130,4 @@ def test_imports():
     assert found.returncode == 0, found.stderr
     assert "ntkrl.report.page" in found.stdout
     rooms = {name.split(".")[1] for name in ast.literal_eval(found.stdout)}
-    assert rooms == {"report"}
+    assert rooms == {"intervals", "report"}

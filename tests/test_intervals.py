@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ntkrl.probe.intervals import bootstrap, mean_interval, paired_difference
+from ntkrl.intervals import bootstrap, mean_interval, paired_difference
 
 
 def test_exact_p_value_by_enumeration():

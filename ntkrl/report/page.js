@@ -1,0 +1,269 @@
+// The views of single steps on the report page: influence of samples, changes token by token.
+// Every text comes from the run and is set as text alone. Without scripts the figures remain.
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("step-data").textContent);
+  const views = document.getElementById("step-views");
+  const state = { run: 0, step: 0, completion: 0, measure: "log_prob", part: "actual" };
+  const MEASURES = { log_prob: "Δ log π of the token", entropy: "ΔH at the token" };
+  const PARTS = {
+    actual: "actual", R: "R: classifier", G: "G: the rest", momentum: "momentum",
+    decay: "decay", optimizer: "optimizer", curvature: "curvature",
+  };
+
+  // Arrays come as whole numbers of a unit.
+  function unpack(packed) {
+    return packed.values.map((value) => value * packed.unit);
+  }
+  for (const one of data.runs.flatMap((run) => run.steps)) {
+    for (const parts of Object.values(one.measures)) {
+      for (const part of Object.keys(parts)) parts[part] = unpack(parts[part]);
+    }
+    if (one.rows) one.rows = one.rows.map(unpack);
+  }
+
+  function make(tag, parent, text, className) {
+    const element = document.createElement(tag);
+    if (text !== undefined) element.textContent = text;
+    if (className) element.className = className;
+    parent.append(element);
+    return element;
+  }
+
+  function number(value) {
+    const text = Math.abs(value) > 0 && Math.abs(value) < 1e-3
+      ? value.toExponential(1) : String(Number(value.toPrecision(3)));
+    return (value > 0 ? "+" : "") + text.replace(/-/g, "−");
+  }
+
+  // Red raises, blue lowers; see-through, so that text stays readable on light and dark.
+  function tint(element, value, limit) {
+    const share = limit > 0 ? Math.min(1, Math.abs(value) / limit) : 0;
+    const color = value > 0 ? "215, 70, 50" : "30, 120, 220";
+    element.style.backgroundColor = `rgba(${color}, ${(0.7 * share).toFixed(3)})`;
+  }
+
+  function largest(values) {
+    return values.reduce((limit, value) => Math.max(limit, Math.abs(value)), 0);
+  }
+
+  function mean(values) {
+    return values.reduce((sum, value) => sum + value, 0) / values.length;
+  }
+
+  function scale(parent, limit, unit) {
+    const line = make("p", parent, undefined, "scale");
+    make("span", line, `${number(-limit)} lowers`);
+    make("span", line, undefined, "ramp");
+    make("span", line, `${number(limit)} raises (${unit})`);
+  }
+
+  function control(parent, words, element) {
+    const label = make("label", parent, words);
+    label.append(element);
+    return element;
+  }
+
+  function choice(parent, words, options, chosen, change) {
+    const select = control(parent, words, document.createElement("select"));
+    for (const [value, text] of options) {
+      const option = make("option", select, text);
+      option.value = value;
+      option.selected = String(value) === String(chosen);
+    }
+    select.addEventListener("change", () => change(select.value));
+    return select;
+  }
+
+  // One tab stop for many cells: arrows move between them, `tell` runs wherever one arrives.
+  function roving(cells, columns, tell) {
+    cells.forEach((cell, index) => {
+      cell.tabIndex = index === 0 ? 0 : -1;
+      for (const event of ["mouseenter", "focus", "click"]) {
+        cell.addEventListener(event, () => {
+          for (const other of cells) other.classList.remove("chosen");
+          cell.classList.add("chosen");
+          tell(index, event);
+        });
+      }
+      cell.addEventListener("keydown", (event) => {
+        const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
+        if (!(event.key in move)) return;
+        event.preventDefault();
+        const next = cells[index + move[event.key]];
+        if (!next) return;
+        cell.tabIndex = -1;
+        next.tabIndex = 0;
+        next.focus();
+      });
+    });
+  }
+
+  function details(parent, hint, className) {
+    const panel = make("div", parent, undefined, className);
+    panel.tabIndex = 0;
+    panel.setAttribute("aria-live", "polite");
+    make("p", panel, hint);
+    return (rows) => {
+      panel.replaceChildren();
+      const list = make("dl", panel);
+      for (const [name, text] of rows) {
+        make("dt", list, name);
+        make("dd", list, text);
+      }
+    };
+  }
+
+  const controls = make("div", views, undefined, "controls");
+  const parts = make("div", views);
+  const map = make("div", views);
+  const tokens = make("div", views);
+
+  function run() { return data.runs[state.run]; }
+  function step() { return run().steps[state.step]; }
+
+  function drawControls() {
+    controls.replaceChildren();
+    const runs = data.runs.map((one, index) => [index, `${one.name}, seed ${one.seed}`]);
+    choice(controls, "run", runs, state.run, (value) => {
+      Object.assign(state, { run: Number(value), completion: 0 });
+      state.step = run().steps.length - 1;
+      drawControls();
+      draw();
+    });
+    const slider = document.createElement("input");
+    const last = run().steps.length - 1;
+    Object.assign(slider, { type: "range", min: 0, max: last, step: 1, value: state.step });
+    slider.disabled = last === 0;
+    const label = control(controls, "step", slider).parentElement;
+    const shown = make("output", label);
+    const tell = () => {
+      shown.textContent = `${step().step} (stage ${step().stage})`;
+      slider.setAttribute("aria-valuetext", shown.textContent);
+    };
+    tell();
+    slider.addEventListener("input", () => {
+      state.step = Number(slider.value);
+      tell();
+      draw();
+    });
+    const measures = Object.entries(MEASURES);
+    choice(controls, "measure", measures, state.measure, (value) => {
+      state.measure = value;
+      draw();
+    });
+  }
+
+  function drawParts() {
+    parts.replaceChildren();
+    make("h3", parts, `What the step was made of: mean ${MEASURES[state.measure]} (nats)`);
+    const given = Object.entries(step().measures[state.measure]);
+    const means = given.map(([, values]) => mean(values));
+    const limit = largest(means);
+    const table = make("table", make("div", parts, undefined, "scroll"), undefined, "bars");
+    given.forEach(([part], index) => {
+      const row = make("tr", table);
+      make("th", row, PARTS[part]).scope = "row";
+      make("td", row, number(means[index]));
+      const bar = make("span", make("td", row, undefined, "bar"));
+      const width = limit > 0 ? 50 * Math.abs(means[index]) / limit : 0;
+      bar.style.width = `${width}%`;
+      bar.style.marginLeft = `${means[index] < 0 ? 50 - width : 50}%`;
+      tint(bar, means[index], Math.abs(means[index]));
+    });
+  }
+
+  function drawMap() {
+    map.replaceChildren();
+    make("h3", map, "Which sample moved which probe completion: Σ Δ log π over its tokens");
+    if (!step().rows) {
+      make("p", map, "The ledger of this step keeps samples together (probe.ledger_by), so there "
+        + "is no map.", "small");
+      return;
+    }
+    const limit = largest(step().rows.flat());
+    scale(map, limit, "nats");
+    const box = make("div", map, undefined, "scroll");
+    const table = make("table", box, undefined, "map");
+    table.setAttribute("role", "grid");
+    const head = make("tr", make("thead", table));
+    make("th", head, "advantage of the sample").scope = "col";
+    run().completions.forEach((_, index) => { make("th", head, index + 1).scope = "col"; });
+    const body = make("tbody", table);
+    const cells = [];
+    step().rows.forEach((values, index) => {
+      const row = make("tr", body);
+      make("th", row, number(step().samples[index].advantage)).scope = "row";
+      for (const value of values) {
+        const cell = make("td", row);
+        cell.setAttribute("aria-label", `${number(value)} nats`);
+        tint(cell, value, limit);
+        cells.push(cell);
+      }
+    });
+    const tell = details(map, "Point at a cell, tap it, or move with the arrow keys.", "details long");
+    const columns = run().completions.length;
+    roving(cells, columns, (index, event) => {
+      const column = index % columns;
+      const sample = step().samples[Math.floor(index / columns)];
+      const probe = run().completions[column];
+      tell([
+        ["Σ Δ log π", `${number(step().rows[Math.floor(index / columns)][column])} nats`],
+        ["sample", `${sample.prompt}\n→ ${sample.completion}`],
+        ["its advantage", number(sample.advantage)],
+        [`probe completion ${column + 1}, ${probe.family}`, `${probe.prompt}\n→ ${probe.text}`],
+      ]);
+      if (event === "click" && probe.tokens && state.completion !== column) {
+        state.completion = column;
+        drawTokens();
+      }
+    });
+  }
+
+  function drawTokens() {
+    tokens.replaceChildren();
+    make("h3", tokens, `A probe completion, token by token: ${MEASURES[state.measure]}`);
+    const bar = make("div", tokens, undefined, "controls");
+    const completions = run().completions
+      .map((one, index) => [index, `${index + 1} · ${one.family} · ${one.text.slice(0, 40)}`])
+      .filter(([index]) => run().completions[index].tokens);
+    choice(bar, "completion", completions, state.completion, (value) => {
+      state.completion = Number(value);
+      drawTokens();
+    });
+    const given = step().measures[state.measure];
+    const options = Object.keys(given).map((part) => [part, PARTS[part]]);
+    choice(bar, "part", options, state.part, (value) => {
+      state.part = value;
+      drawTokens();
+    });
+    const probe = run().completions[state.completion];
+    const values = given[state.part].slice(probe.start, probe.start + probe.tokens.length);
+    const limit = largest(values);
+    scale(tokens, limit, "nats");
+    make("p", tokens, probe.prompt, "prompt");
+    const line = make("p", tokens, undefined, "tokens");
+    const cells = probe.tokens.map((text, index) => {
+      const cell = make("span", line, text.replace(/\n/g, "⏎\n") || "∅");
+      tint(cell, values[index], limit);
+      return cell;
+    });
+    const tell = details(tokens, "Point at a token, tap it, or move with the arrow keys.", "details");
+    roving(cells, 1, (index) => {
+      const rows = Object.entries(given).map(([part, all]) =>
+        [PARTS[part], `${number(all[probe.start + index])} nats`]);
+      tell([["token", JSON.stringify(probe.tokens[index])], ...rows]);
+    });
+  }
+
+  function draw() {
+    if (!(state.part in step().measures[state.measure])) state.part = "actual";
+    drawParts();
+    drawMap();
+    drawTokens();
+  }
+
+  state.step = run().steps.length - 1;
+  drawControls();
+  draw();
+})();
