@@ -29,6 +29,7 @@ def children(tmp_path_factory):
 def arguments(base, run, *more):
     """A classifier-first run that saves after every step."""
     more = [*STAGES, "--config.checkpoint.every_steps=1", *more]
+    more.append("--config.probe.ledger_every_steps=5")
     return words(base, run, *more, config="cfrl")
 
 
@@ -46,11 +47,14 @@ def assert_same(whole, broken):
     assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
     exported = [run / "export" / "model.safetensors" for run in (whole, broken)]
     assert exported[0].read_bytes() == exported[1].read_bytes()
-    probes = [sorted(path.name for path in (run / "probes").iterdir()) for run in (whole, broken)]
-    assert probes[0] == probes[1] and len(probes[0]) == 5
-    for name in probes[0]:
-        for key, array in np.load(whole / "probes" / name).items():
-            np.testing.assert_array_equal(array, np.load(broken / "probes" / name)[key])
+    looks = [sorted(p.relative_to(run) for p in run.glob("[pl]*/*.*")) for run in (whole, broken)]
+    assert looks[0] == looks[1] and len(looks[0]) == 2 + 6 + 2 * 2  # the set, probes, ledgers
+    for name in looks[0]:
+        if name.suffix == ".json":
+            assert (whole / name).read_bytes() == (broken / name).read_bytes()
+            continue
+        for key, array in np.load(whole / name).items():
+            np.testing.assert_array_equal(array, np.load(broken / name)[key])
 
 
 def seen(run):

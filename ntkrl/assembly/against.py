@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkrl import data, probe, reward
+from ntkrl import data, intervals, probe, reward
 from ntkrl.assembly.rewards import Problems
 from ntkrl.assembly.settings import EvalSettings
 
@@ -171,10 +171,10 @@ def compare(base: Samples, own: Samples, threshold: float) -> dict[str, float]:
 
 def mean_interval(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Return a mean over prompts under a metric's name, with `_low` and `_high`."""
-    return _named(name, probe.intervals.mean_interval(np.asarray(values), draws=DRAWS))
+    return _named(name, intervals.mean_interval(np.asarray(values), draws=DRAWS))
 
 
-def _named(name: str, interval: probe.intervals.Interval) -> dict[str, float]:
+def _named(name: str, interval: intervals.Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 

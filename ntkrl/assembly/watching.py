@@ -70,7 +70,7 @@ class Watcher:
 
     def begin(self) -> None:
         """Write the probe set, where the run directory has none yet."""
-        path = self.directory / "probes" / "set.json"
+        path = self.directory / "probes" / "set.npz"
         if runtime.is_writer() and not path.exists():
             save_probes(self.probes, self.directory)
 
