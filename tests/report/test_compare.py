@@ -33,13 +33,18 @@ def test_pairs_by_hand(run_paths):
     assert one.found.p_value == 0.5 and one.found.exact
 
 
-def test_last_common_step_by_hand(run_paths):
-    """By hand: a run that stopped at step 10 is compared with the other at step 10."""
-    metrics = run_paths[0] / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(True)[:13]))
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_last_common_step_by_hand(run_paths, stopped):
+    """By hand: a run that stopped at step 10 is compared with the other at step 10, not at 0."""
+    metrics = run_paths[stopped] / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(True)
+    metrics.write_text("".join(lines[:13]))
     runs = [read_run(path) for path in run_paths]
     assert _of(comparisons(runs), "eval/reward").found.difference == pytest.approx(0.0)
     assert _of(comparisons(runs), "probe/entropy").found.difference == pytest.approx(0.0)
+    metrics.write_text(lines[0])
+    one = _of(comparisons([read_run(path) for path in run_paths]), "eval/reward")
+    assert one.seeds == 1 and one.found is None
 
 
 def test_too_few_seeds_are_said(run_paths, tmp_path):

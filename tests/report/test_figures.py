@@ -77,6 +77,9 @@ def test_sampling_curves_by_hand(runs):
     band = best_of.collections[0].get_paths()[0].vertices
     np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [0.3, 0.7])
     np.testing.assert_allclose(pass_at.lines[1].get_ydata(), [0.5, 0.75, 0.9375])
+    del runs[0].metrics[1:]
+    (start,) = sampling(runs[:1]).axes[0].lines  # the start must not pose as the end
+    assert start.get_linestyle() == "--"
 
 
 def test_prediction_by_hand(runs):
