@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,7 @@ USAGE = """usage: ntkrl COMMAND ...
   plan     --config=FILE --topology=v5e:4x4 [--search] ...    whether a run fits a machine, how fast
   kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
   report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
+  report   --text RUN [RUN ...]                               the same in words, in the terminal
   report   --glossary                                         what every metric means, as Markdown
   export   RUN OUT [--step=N|best]                            a checkpoint as Hugging Face directory
   presets  [NAME ...]                                         objectives: formula, source and axes
@@ -140,7 +142,7 @@ def _alone(command: str) -> None:
 def _report(words: Sequence[str]) -> None:
     from ntkrl import report
 
-    options, runs = _options(words, ("out",), ("glossary",))
+    options, runs = _options(words, ("out",), ("glossary", "text"))
     if "glossary" in options:
         if len(words) > 1:
             raise ValueError("report --glossary takes no runs and no other option.")
@@ -148,6 +150,12 @@ def _report(words: Sequence[str]) -> None:
         return
     if not runs:
         raise ValueError("report needs at least one run directory, for example runs/rl.")
+    if "text" in options:
+        if "out" in options:
+            raise ValueError("report --text writes no files; leave --out away, or --text.")
+        columns, encoding = shutil.get_terminal_size((100, 24)).columns, sys.stdout.encoding
+        print(report.format_text(runs, columns, encoding))
+        return
     out = options["out"] if "out" in options else os.path.join(runs[0], "report")
     page = report.write_report(runs, out)
     print(report.format_table([report.read_run(run) for run in runs]))

@@ -4,7 +4,7 @@ Promise: a report is built from run directories alone, without an accelerator, w
 on or after it crashed; what is missing is said in words; equal directories give equal bytes. The
 kernels of a model on prompts have a figure of their own.
 
-May import numpy, matplotlib, the loggers' packages and the standard library, and no other room:
+May import numpy, matplotlib, the loggers' packages, the standard library and `ntkrl.intervals`:
 never jax.
 """
 
@@ -19,6 +19,7 @@ from ntkrl.report.names import is_known as is_known
 from ntkrl.report.page import write_report as write_report
 from ntkrl.report.runs import read_run as read_run
 from ntkrl.report.table import format_table as format_table
+from ntkrl.report.text import format_text as format_text
 from ntkrl.report.writers import MetricsWriter as MetricsWriter
 from ntkrl.report.writers import NoWriter as NoWriter
 from ntkrl.report.writers import mark_finished as mark_finished

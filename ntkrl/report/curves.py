@@ -1,4 +1,4 @@
-"""Curves over the number of samples: pass@k and best-of-N, before and after training."""
+"""Curves over the number of samples, and over steps those of a ledger's parts and of families."""
 
 from __future__ import annotations
 
@@ -11,11 +11,34 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ntkrl.intervals import mean_interval
-from ntkrl.report.plotting import REFERENCE_GREY, finish, looks, panels
+from ntkrl.report.plotting import (
+    PALETTE,
+    REFERENCE_GREY,
+    coinciding,
+    draw_stages,
+    finish,
+    has,
+    label_steps,
+    looks,
+    panels,
+    shown,
+)
 from ntkrl.report.runs import Run, by_name, series
+from ntkrl.report.waterfall import COLORS
 
 ROWS = (("pass@", "pass@k (fraction)", "k"), ("best_of_", "best of N (reward)", "N"))
 DRAWS = 2000
+KINDS = ("own", "other", "reference", "rejected", "paraphrased", "shuffled")
+"""Families of probe completions, in the order of their colours."""
+SHARES = {
+    "head": ("R (head)", COLORS["R"], "-"),
+    "body": ("G (body)", COLORS["G"], "-"),
+    "momentum": ("momentum", COLORS["momentum"], "-"),
+    "decay": ("decay", COLORS["decay"], "-"),
+    "kl": ("KL, in R and G", "#56B4E9", "--"),
+    "curvature": ("curvature", COLORS["curvature"], "-"),
+}
+"""Parts of the `ledger/<part>_share` metrics: words, colour and line."""
 
 
 def sampling(runs: Sequence[Run]) -> Figure | None:
@@ -42,6 +65,59 @@ def sampling(runs: Sequence[Run]) -> Figure | None:
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     dashed = Line2D([], [], color=REFERENCE_GREY, linestyle="--", linewidth=1.4)
     return finish(figure, runs, [(dashed, "dashed: starting model")], "95 % bootstrap")
+
+
+def ledger_shares(runs: Sequence[Run]) -> Figure | None:
+    """Draw the parts' shares of the measured change over steps, one panel per method."""
+    lines = {f"ledger/{part}_share": look for part, look in SHARES.items()}
+    figure = _by_method(runs, "Shares of the measured change", "share", lines)
+    for axis in () if figure is None else figure.axes:
+        for level in (0.0, 1.0):
+            axis.axhline(level, color=REFERENCE_GREY, linewidth=0.8)
+    return figure
+
+
+def families(runs: Sequence[Run]) -> Figure | None:
+    """Draw the log-prob of each family of probe completions, one panel per method."""
+    lines = {
+        f"probe/{kind}/log_prob": (kind, color, "-")
+        for kind, color in zip(KINDS, PALETTE, strict=True)
+    }
+    return _by_method(
+        runs, "Log-probability by kind of probe completion", "mean log π (nats)", lines
+    )
+
+
+def _by_method(
+    runs: Sequence[Run], title: str, words: str, lines: dict[str, tuple[str, str, str]]
+) -> Figure | None:
+    """Draw metrics, each with its words, colour and line, over steps: a panel per method."""
+    lines = {metric: look for metric, look in lines.items() if has(runs, metric)}
+    if not lines:
+        return None
+    groups = by_name(runs)
+    figure, axes = panels(len(groups), title)
+    for axis, (name, group) in zip(axes, groups.items(), strict=True):
+        for metric, (_, color, style) in lines.items():
+            curves = [curve for curve in (series(run, metric) for run in group) if curve[0].size]
+            if curves:
+                steps, values = coinciding(curves)
+                look = {"color": color, "linestyle": style, "marker": "o", "markersize": 3.5}
+                axis.plot(steps, values.mean(axis=0), linewidth=1.8, **look)
+                low, high = values.min(axis=0), values.max(axis=0)
+                axis.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+        mean = f", mean of {len(group)} runs, lowest to highest" if len(group) > 1 else ""
+        axis.set_title(f"{shown(name)}{mean}", fontsize=11, loc="left", pad=16)
+        axis.set_ylabel(words, fontsize=12)
+    draw_stages(axes, runs)
+    label_steps(axes[-1])
+    handles = [
+        Line2D([], [], color=color, linestyle=style, linewidth=1.8)
+        for _, color, style in lines.values()
+    ]
+    named = [name for name, _, _ in lines.values()]
+    figure.legend(handles, named, loc="outside lower left", ncols=3, fontsize=11, frameon=False)
+    return figure
 
 
 def _numbers(run: Run, kind: str) -> list[int]:

@@ -304,7 +304,16 @@ FIGURES: tuple[FigureSpec, ...] = (
         "The same parts over training, as shares of the measured change of log-probs. R, G, "
         "momentum, decay, curvature (and what the optimizer adds) give 1 together; below 0 a "
         "part works against the change. KL is a part of R and G.",
-        waterfall.ledger_shares,
+        curves.ledger_shares,
+    ),
+    FigureSpec(
+        "probe_families",
+        "Log-probability by kind of probe completion",
+        "Mean log-probability of the tokens of the policy's own first samples, of samples of other "
+        "prompts, of reference and rejected answers, of paraphrases and of shuffled tokens. If "
+        "shuffled text falls with all others, mass moves to what no completion holds; if samples "
+        "of other prompts rise, updates spill over.",
+        curves.families,
     ),
     FigureSpec(
         "influence",

@@ -27,18 +27,18 @@ NAMED = 20
 
 def influence(runs: Sequence[Run]) -> Figure | None:
     """Draw the influence of samples on probe completions, one panel per method."""
-    chosen = [run for group in by_name(runs).values() for run in group if _last_by_sample(run)]
+    chosen = [run for group in by_name(runs).values() for run in group if last_by_sample(run)]
     chosen = list({run.name: run for run in reversed(chosen)}.values())[::-1][:MAX_PANELS]
     if not chosen:
         return None
-    maps = [influence_map(_last_by_sample(run), run.texts) for run in chosen]
+    maps = [influence_map(last_by_sample(run), run.texts) for run in chosen]
     heights = [0.17 * len(rows) + 1.1 for rows, _ in maps]
     figure = Figure((WIDTH_INCHES, sum(heights) + 0.4), layout="constrained", facecolor="white")
     title = "Which sample moved which probe completion"
     figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
     axes = figure.subplots(len(chosen), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, run, (rows, values) in zip(axes, chosen, maps, strict=True):
-        ledger = _last_by_sample(run)
+        ledger = last_by_sample(run)
         limit = float(np.abs(values).max(initial=0)) or 1.0
         image = axis.imshow(
             values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
@@ -110,7 +110,8 @@ def similarity(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-def _last_by_sample(run: Run) -> StepLedger | None:
+def last_by_sample(run: Run) -> StepLedger | None:
+    """Return the last ledger that keeps samples apart."""
     steps = [step for step, ledger in run.ledgers.items() if ledger.influence is not None]
     return run.ledgers[max(steps)] if steps else None
 

@@ -19,6 +19,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from ntkrl.report import glossary
+from ntkrl.report.compare import comparison_section
 from ntkrl.report.embed import step_views
 from ntkrl.report.figures import FIGURES, FigureSpec
 from ntkrl.report.runs import Run, comparable, read_runs
@@ -109,8 +110,10 @@ def compose(
         f'<p class="refusal">{_text(refusal)}</p>' if refusal else "",
         _summary(rows),
         _table(rows),
+        comparison_section(runs),
         _figures(images),
         views,
+        _evaluations(runs),
         _notes(runs),
         _glossary(),
     ]
@@ -232,6 +235,28 @@ def _figure(spec: FigureSpec, image: bytes | None) -> str:
         f'<figure id="{spec.stem}"><img alt="{_text(spec.title)}" '
         f'src="data:image/png;base64,{data}"><figcaption>{_text(spec.caption)}</figcaption>'
         "</figure>"
+    )
+
+
+def _evaluations(runs: Sequence[Run]) -> str:
+    """Show what `ntkrl evaluate` measured, a column each."""
+    found = [(run, name, told) for run in runs for name, told in run.evaluations.items()]
+    if not found:
+        return ""
+    heads = "".join(
+        f'<th scope="col">{_text(f"{run.name}, seed {run.seed}: {name}")}</th>'
+        for run, name, _ in found
+    )
+    rows = []
+    for metric in sorted({metric for _, _, told in found for metric in told}):
+        cells = [number(told[metric]) if metric in told else "–" for _, _, told in found]
+        values = "".join(f"<td>{cell}</td>" for cell in cells)
+        rows.append(f'<tr><th scope="row"><code>{_text(metric)}</code></th>{values}</tr>')
+    return (
+        '<section><h2>Evaluations</h2>\n<div class="scroll" tabindex="0"><table>\n'
+        f'<thead><tr><th scope="col">metric</th>{heads}</tr></thead>\n<tbody>\n'
+        + "\n".join(rows)
+        + "\n</tbody></table></div></section>"
     )
 
 

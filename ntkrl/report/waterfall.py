@@ -10,34 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from ntkrl.report.ledgers import StepLedger
-from ntkrl.report.plotting import (
-    PALETTE,
-    REFERENCE_GREY,
-    WIDTH_INCHES,
-    coinciding,
-    draw_stages,
-    dress,
-    has,
-    label_steps,
-    panels,
-    shown,
-)
-from ntkrl.report.runs import Run, by_name, series
+from ntkrl.report.plotting import PALETTE, REFERENCE_GREY, WIDTH_INCHES, dress, shown
+from ntkrl.report.runs import Run, by_name
 
 COLORS = {"R": PALETTE[0], "G": PALETTE[1], "momentum": PALETTE[3], "decay": PALETTE[5]}
 COLORS |= {"optimizer": "#999999", "curvature": PALETTE[2], "actual": "#222222"}
-SHARES = {
-    "head": ("R (head)", COLORS["R"], "-"),
-    "body": ("G (body)", COLORS["G"], "-"),
-    "momentum": ("momentum", COLORS["momentum"], "-"),
-    "decay": ("decay", COLORS["decay"], "-"),
-    "kl": ("KL, in R and G", "#56B4E9", "--"),
-    "curvature": ("curvature", COLORS["curvature"], "-"),
-}
-"""Parts of the `ledger/<part>_share` metrics: words, colour and line."""
 QUANTITY = {"log_prob": "mean Δ log π", "entropy": "mean ΔH"}
 
 
@@ -49,39 +28,6 @@ def log_prob_waterfall(runs: Sequence[Run]) -> Figure | None:
 def entropy_waterfall(runs: Sequence[Run]) -> Figure | None:
     """Draw what each part did to the entropy on the probe tokens, one panel per method."""
     return _waterfalls(runs, "entropy", "What moved the entropy in one step")
-
-
-def ledger_shares(runs: Sequence[Run]) -> Figure | None:
-    """Draw the parts' shares of the measured change over steps, one panel per method."""
-    parts = [part for part in SHARES if has(runs, f"ledger/{part}_share")]
-    if not parts:
-        return None
-    groups = by_name(runs)
-    figure, axes = panels(len(groups), "Shares of the measured change")
-    for axis, (name, group) in zip(axes, groups.items(), strict=True):
-        for part in parts:
-            curves = [series(run, f"ledger/{part}_share") for run in group]
-            curves = [curve for curve in curves if curve[0].size]
-            if curves:
-                steps, values = coinciding(curves)
-                look = {"color": SHARES[part][1], "linestyle": SHARES[part][2], "linewidth": 1.8}
-                axis.plot(steps, values.mean(axis=0), marker="o", markersize=3.5, **look)
-                low, high = values.min(axis=0), values.max(axis=0)
-                axis.fill_between(steps, low, high, color=look["color"], alpha=0.18, linewidth=0)
-        for level in (0.0, 1.0):
-            axis.axhline(level, color=REFERENCE_GREY, linewidth=0.8)
-        axis.set_ylabel("share", fontsize=12)
-        mean = f", mean of {len(group)} runs, lowest to highest" if len(group) > 1 else ""
-        axis.set_title(f"{shown(name)}{mean}", fontsize=11, loc="left", pad=16)
-    draw_stages(axes, runs)
-    label_steps(axes[-1])
-    handles = [
-        Line2D([], [], color=SHARES[part][1], linestyle=SHARES[part][2], linewidth=1.8)
-        for part in parts
-    ]
-    words = [SHARES[part][0] for part in parts]
-    figure.legend(handles, words, loc="outside lower left", ncols=3, fontsize=11, frameon=False)
-    return figure
 
 
 def means(ledgers: Sequence[StepLedger], measure: str) -> dict[str, float]:

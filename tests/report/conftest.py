@@ -30,6 +30,7 @@ def metrics_lines(staged: bool, offset: float) -> list[dict]:
             line |= {"probe/confidence": 0.4 + 0.01 * step, "probe/head_norm": 10.0 + step}
             line |= {"probe/cosine_within_response": 0.8, "probe/cosine_across_responses": 0.7}
             line |= {"probe/cosine_across_prompts": 0.6, "probe/feature_distortion": 0.1 * step}
+            line |= {"probe/own/log_prob": -1.0, "probe/shuffled/log_prob": -5 - 0.1 * step}
             for k in (1, 2, 4):
                 line[f"diversity/pass@{k}"] = 1 - (0.9 - 0.02 * step) ** k
                 line[f"diversity/best_of_{k}"] = 0.1 * k + 0.01 * step + offset

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ntkrl.report import read_run
+from ntkrl.report.curves import families, ledger_shares, sampling
 from ntkrl.report.figures import FIGURES, agreement, pooled_changes, prediction, reward, shares
 from ntkrl.report.plotting import coinciding, looks, shown
 
@@ -52,6 +53,33 @@ def test_cross_share_has_a_panel_when_there_is_one(runs):
     assert len(shares(runs).axes) == 2
     runs[0].metrics[-1]["predict/cross_share"] = 0.1
     assert len(shares(runs).axes) == 3
+
+
+def test_curves_of_parts_by_hand(runs):
+    """By hand: a panel per method, a line per family or part that is there, mean over seeds."""
+    runs[0].metrics[-1]["probe/own/log_prob"] = -2.0
+    upper, lower = families(runs).axes
+    assert [len(axis.lines) for axis in (upper, lower)] == [2 + 1, 2 + 1]  # the stage's end too
+    np.testing.assert_allclose(lower.lines[0].get_ydata(), [-1, -1, -1, -1, -1.5])
+    np.testing.assert_allclose(lower.lines[1].get_ydata(), [-5, -5.5, -6, -6.5, -7])
+    words = [text.get_text() for text in ledger_shares(runs).legends[0].get_texts()]
+    assert words == ["R (head)", "G (body)", "momentum", "decay", "KL, in R and G", "curvature"]
+
+
+def test_sampling_curves_by_hand(runs):
+    """By hand: dashed at step 0, bold at the last step, a band over two seeds 0.1 apart."""
+    pass_at, best_of = sampling(runs[:2]).axes
+    assert pass_at.get_xlabel() == "samples per prompt, k"
+    start, end = best_of.lines
+    np.testing.assert_array_equal(end.get_xdata(), [1, 2, 4])
+    np.testing.assert_allclose(start.get_ydata(), [0.15, 0.25, 0.45])
+    np.testing.assert_allclose(end.get_ydata(), [0.35, 0.45, 0.65])
+    band = best_of.collections[0].get_paths()[0].vertices
+    np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [0.3, 0.7])
+    np.testing.assert_allclose(pass_at.lines[1].get_ydata(), [0.5, 0.75, 0.9375])
+    del runs[0].metrics[1:]
+    (start,) = sampling(runs[:1]).axes[0].lines  # the start must not pose as the end
+    assert start.get_linestyle() == "--"
 
 
 def test_prediction_by_hand(runs):

@@ -1,6 +1,7 @@
 """Tests of reading step ledgers and probe sets, and of runs that were probed differently."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -159,3 +160,15 @@ def test_influence_map_by_hand(run_paths):
     assert rows == [3, 1, 0]
     np.testing.assert_allclose(values[1], [2.5] * 5)
     np.testing.assert_allclose(values[0][1], ledger.influence[10:20, 3].sum())
+
+
+def test_older_runs_have_none_of_it(run_paths):
+    """By hand: a run without set, ledgers, evaluations and cosines is complete all the same."""
+    path = run_paths[0]
+    (path / "probes" / "set.json").unlink()
+    for name in ("ledger", "evaluations"):
+        shutil.rmtree(path / name)
+    run = read_run(path)
+    assert run.notes == () and run.texts is None and sorted(run.probes) == [5, 10]
+    assert run.ledgers == {} and run.evaluations == {}
+    assert entropy_waterfall([run]) is None

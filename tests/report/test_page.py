@@ -56,6 +56,7 @@ def test_page_is_complete_and_self_contained(run_paths, tmp_path):
     assert all(f"<code>{name}</code>" in text for name in GLOSSARY)
     assert "<code>rewards/&lt;fn&gt;/mean</code>" in text and "<code>train/reward</code>" in text
     assert "held-out reward 0.150 → <strong>0.550 ± 0.071</strong> (+20.0 noise units)" in text
+    assert text.count(": best</th>") == 4 and "<code>diversity/pass@2</code></th><td>1.000" in text
     assert "missing" not in re.sub(r"<style>.*</style>", "", text, flags=re.S)
     # Law: order of arguments and place of writing do not change a byte.
     again = write_report(run_paths[::-1], tmp_path / "again")
