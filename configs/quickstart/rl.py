@@ -22,6 +22,5 @@ def get_config():
     config.eval.samples_per_prompt = 32
     config.eval.repeats = 8
     config.probe.every_steps = 10
-    config.probe.families = ("own", "other", "shuffled")
-    config.probe.kernel_every_steps = 50
+    config.probe.kernel_every_steps = 100
     return config
