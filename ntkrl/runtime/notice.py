@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+SAME_SECONDS = 5.0
+"""In which a second SIGTERM is the first one, sent twice."""
 
 
 class PreemptedError(Exception):
@@ -19,11 +24,12 @@ class Notice:
 
     A single process listens to SIGTERM. Several share one notice: JAX, which owns the signal then,
     passes a SIGTERM of any of them on and names a step after which all leave, so that all save the
-    same one. A second SIGTERM ends the process at once.
+    same one. Another SIGTERM later ends the process at once; within some seconds it is the same
+    request, which a scheduler and a launcher may both pass on.
     """
 
     def __init__(self):
-        self.told = False
+        self.told, self.when = False, 0.0
         self.before: Any = None
 
     def __enter__(self) -> Notice:
@@ -37,8 +43,11 @@ class Notice:
             signal.signal(signal.SIGTERM, self.before)
 
     def _tell(self, number: int, frame: Any) -> None:
-        self.told = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        now = time.monotonic()
+        if self.told and now - self.when > SAME_SECONDS:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.told, self.when = True, self.when if self.told else now
 
     def reached(self, step: int) -> bool:
         """Return whether to save and leave after a step.

@@ -44,6 +44,7 @@ def test_by_hand():
     assert found == pytest.approx(
         {
             "reward": 2.0,
+            "signal/reward_variance": 1.0,  # of 2 and 0
             # deviations −2 0 1 1: 6 / 3 (6 / 4 would be the biased one)
             "reward_std": 2**0.5,
             # (√2 + 0) / 2: that of 0 and 2 is √(2 / 1)

@@ -61,15 +61,32 @@ with runtime.together():
 """
 
 
-def test_sigterm_is_told_once():
-    """law: the first SIGTERM is noted and the next one ends the process; afterwards as before."""
+LEAVING = """
+import os, signal
+from ntkrl import runtime
+from ntkrl.runtime import notice as room
+
+with runtime.Notice() as notice:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(notice.reached(1), flush=True)
+    notice.when -= room.SAME_SECONDS
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here")
+"""
+
+
+def test_sigterm_sent_twice_is_one_request():
+    """law: a SIGTERM is noted, its copy ignored, and a later one ends; afterwards as before."""
     before = signal.getsignal(signal.SIGTERM)
     with runtime.Notice() as notice:
         assert not notice.reached(0)
         os.kill(os.getpid(), signal.SIGTERM)
         assert notice.reached(1) and notice.reached(2)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before
+    command = [sys.executable, "-c", LEAVING]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (child.stdout, child.returncode) == ("True\n", -signal.SIGTERM)
 
 
 def two(program, *arguments):
