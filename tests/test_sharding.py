@@ -111,7 +111,9 @@ def spread_cases():
     for case in EACH:
         for name, sizes in MESHES.items():
             slow = name in ("4x2", "2x4") and case not in ("gpt-neox", "llama 3")
-            yield pytest.param(case, sizes, id=f"{case}-{name}", marks=[pytest.mark.slow] * slow)
+            # what one device finds is found once, where the family's tests stay together
+            marks = [pytest.mark.xdist_group(case)] + [pytest.mark.slow] * slow
+            yield pytest.param(case, sizes, id=f"{case}-{name}", marks=marks)
 
 
 @pytest.mark.parametrize(("case", "sizes"), [*spread_cases()])

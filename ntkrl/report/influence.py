@@ -104,7 +104,7 @@ def similarity(runs: Sequence[Run]) -> Figure | None:
             axis.set_title(f"{shown(run.name, 14)}, step {step}", fontsize=11, loc="left")
         for axis in axes[len(steps) :]:
             axis.remove()
-    bar = figure.colorbar(image, ax=grid, location="bottom", shrink=0.7, aspect=30)
+    bar = figure.colorbar(image, ax=figure.axes, location="bottom", shrink=0.7, aspect=30)
     bar.set_label("mean cosine of features", fontsize=12)
     bar.outline.set_visible(False)
     return figure

@@ -224,7 +224,7 @@ TIMINGS: dict[str, tuple[str, str]] = {
     "timings/<activity>_seconds": ("seconds", "any other activity, such as eval"),
     "step_time": ("seconds", "the whole rollout step without probes and evaluations"),
 }
-NOT_TRAINING = ("probe_seconds", "eval_seconds")
+NOT_TRAINING = ("probe_seconds", "look_seconds", "eval_seconds")
 
 _TRL_TOO = (
     *("num_tokens", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "grad_norm"),
