@@ -168,10 +168,15 @@ def _told(setup: Setup, held: ProbeSet, families: tuple[str, ...]) -> Probes:
     return Probes(held, families, told["digest"], told)
 
 
-def prompt_texts(tokenizer: Any, tokens: Array, mask: Array, length: int) -> list[str]:
-    """Return what stands before the last `length` columns of each row, as text."""
+def prompt_ids(tokens: Array, mask: Array, length: int) -> list[list[int]]:
+    """Return the tokens that stand before the last `length` columns of each row."""
     before = (np.asarray(leaf)[:, : leaf.shape[1] - length] for leaf in (tokens, mask))
-    return [tokenizer.decode(row[keep > 0]) for row, keep in zip(*before, strict=True)]
+    return [row[keep > 0].tolist() for row, keep in zip(*before, strict=True)]
+
+
+def prompt_texts(tokenizer: Any, tokens: Array, mask: Array, length: int) -> list[str]:
+    """Return `prompt_ids` as text."""
+    return [tokenizer.decode(ids) for ids in prompt_ids(tokens, mask, length)]
 
 
 def rows_of(held: ProbeSet, families: Sequence[str]) -> dict[str, np.ndarray]:

@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import data, probe, runtime, trees, update
-from ntkrl.assembly.probe_set import FORMAT, make_probes, prompt_texts, rows_of, save_probes
+from ntkrl.assembly.probe_set import (
+    FORMAT,
+    make_probes,
+    prompt_ids,
+    prompt_texts,
+    rows_of,
+    save_probes,
+)
 from ntkrl.assembly.probe_settings import CADENCES
 from ntkrl.assembly.setup import Setup
 from ntkrl.types import Array, Params, TrainState, UpdateBatch
@@ -108,7 +115,6 @@ class Watcher:
           arrays are written.
         """
         metrics, arrays = self.prober.compare(before.params, after.params)
-        arrays["cosines"] = self.prober.cosines(after.params)
         name = f"step_{int(after.step):06d}"
         if runtime.is_writer():
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
@@ -223,7 +229,8 @@ class Watcher:
         """Tell which samples answer the probe token's own prompt; None where none does."""
         probes = self.probes.held
         asked_S, asked_B = (
-            _prompts(one.tokens, one.mask, one.completion_mask.shape[1]) for one in (probes, batch)
+            prompt_ids(one.tokens, one.mask, one.completion_mask.shape[1])
+            for one in (probes, batch)
         )
         own_OB = np.asarray([[prompt == other for other in asked_B] for prompt in asked_S], bool)[
             np.asarray(self.prober.rows)
@@ -254,11 +261,6 @@ def _due(every_steps: int | None, rollout_step: int) -> bool:
 def _means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     counts = np.maximum(np.sum(mask, axis=1), 1)
     return np.sum(np.where(mask, values, 0), axis=1) / counts
-
-
-def _prompts(tokens: Array, mask: Array, length: int) -> list[tuple[int, ...]]:
-    before = (np.asarray(leaf)[:, : leaf.shape[1] - length] for leaf in (tokens, mask))
-    return [tuple(row[keep > 0].tolist()) for row, keep in zip(*before, strict=True)]
 
 
 def _on_device(leaf: Array) -> Array:

@@ -121,14 +121,6 @@ class Prober:
         # before the head has moved its change has no rank
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
-    def cosines(self, params: Params) -> np.ndarray:
-        """Return the mean cosine of features `[S, S]` between the S completions.
-
-        On the diagonal of distinct tokens of one completion, 0 where there is but one.
-        """
-        features = self.read(params).features
-        return np.asarray(completion_cosines(features, self.rows, self.contexts.mask.shape[0]))
-
     def compare(
         self, before: Params, after: Params
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -142,13 +134,16 @@ class Prober:
         Returns:
           `(metrics, arrays)`: the `predict/…` metrics, and `[O]` arrays `actual`,
           `predicted_head`, `predicted_body`, `log_probs`, `entropy`, `max_prob` (nats), the
-          last three as read before the step.
+          last three as read before the step; and `cosines` `[S, S]` after it, see
+          `completion_cosines`.
         """
         direction = jax.tree.map(jnp.subtract, after, before)
         parts = self.each(functools.partial(ntk.predict, self.policy, before, direction))
         old, new = self.read(before), self.read(after)
         arrays = {f"predicted_{name}": np.asarray(value) for name, value in parts.items()}
         arrays["actual"] = np.asarray(new.statistics.log_probs - old.statistics.log_probs)
+        places = self.rows, self.contexts.mask.shape[0]
+        arrays["cosines"] = np.asarray(completion_cosines(new.features, *places))
         for name in ("log_probs", "entropy", "max_prob"):
             arrays[name] = np.asarray(old.statistics._asdict()[name])
         return comparison(arrays), arrays
