@@ -14,7 +14,7 @@ from ntkrl.report.influence import influence_map, last_by_sample
 from ntkrl.report.plotting import coinciding
 from ntkrl.report.runs import Run, by_name, comparable, read_runs, series
 from ntkrl.report.table import format_table, number
-from ntkrl.report.waterfall import QUANTITY, last_ledgers, means
+from ntkrl.report.waterfall import QUANTITY, bars, last_ledgers, means
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 PLAIN = {**dict(zip(BLOCKS, "_.-=+*%#", strict=True)), "→": ">", "−": "-", "–": "-", "±": "~"}
@@ -116,15 +116,12 @@ def _ledgers(runs: Sequence[Run], width: int) -> Iterator[str]:
 
 def waterfall_lines(values: dict[str, float], width: int) -> list[str]:
     """Draw parts as bars, each from where the one above ends; "actual", the last, from 0."""
-    names, room = list(values), width - 31
-    ends = np.cumsum([values[name] for name in names[:-1]])
-    starts = np.array([0.0, *ends[:-1], 0.0])
-    ends = np.array([*ends, values["actual"]])
+    room, (starts, ends) = width - 31, bars(values)
     low, high = min(0.0, ends.min()), max(0.0, ends.max())
     scale = (room - 1) / (high - low) if high > low else 0.0
     zero = round(-low * scale)
     lines = []
-    for name, start, end in zip(names, starts, ends, strict=True):
+    for name, start, end in zip(values, starts, ends, strict=True):
         left, right = sorted((round((start - low) * scale), round((end - low) * scale)))
         bar = [" "] * room
         bar[zero] = "│"

@@ -49,6 +49,12 @@ def last_ledgers(runs: Sequence[Run]) -> list[StepLedger]:
     return [ledgers[max(common) if common else max(ledgers)] for ledgers in with_some]
 
 
+def bars(values: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return where bars start and end: each where the one above ends; "actual", the last, at 0."""
+    ends = np.cumsum(list(values.values())[:-1])
+    return np.array([0.0, *ends[:-1], 0.0]), np.array([*ends, values["actual"]])
+
+
 def color_of(part: str) -> str:
     """Return the colour of a part: terms by their role."""
     return COLORS[part if part in COLORS else part[-1]]
@@ -60,11 +66,11 @@ def _waterfalls(runs: Sequence[Run], measure: str, title: str) -> Figure | None:
     if not groups:
         return None
     found = {name: means(ledgers, measure) for name, ledgers in groups.items()}
-    bars = [len(values) for values in found.values()]
-    size = (WIDTH_INCHES, 0.27 * sum(bars) + 1.05 * len(bars) + 0.4)
+    counts = [len(values) for values in found.values()]
+    size = (WIDTH_INCHES, 0.27 * sum(counts) + 1.05 * len(counts) + 0.4)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
-    axes = figure.subplots(len(found), 1, squeeze=False, height_ratios=bars)[:, 0]
+    axes = figure.subplots(len(found), 1, squeeze=False, height_ratios=counts)[:, 0]
     for axis, (name, values) in zip(axes, found.items(), strict=True):
         _waterfall(axis, values)
         axis.set_xlabel(f"{QUANTITY[measure]} of the probe tokens (nats)", fontsize=12)
@@ -81,10 +87,7 @@ def _step(ledgers: Sequence[StepLedger]) -> str:
 def _waterfall(axis: Axes, values: dict[str, float]) -> None:
     dress(axis)
     axis.grid(False, axis="y")
-    names = list(values)
-    ends = np.cumsum([values[name] for name in names[:-1]])
-    starts = np.array([0.0, *ends[:-1], 0.0])
-    ends = np.array([*ends, values["actual"]])
+    names, (starts, ends) = list(values), bars(values)
     for row, (name, start, end) in enumerate(zip(names, starts, ends, strict=True)):
         axis.barh(row, end - start, 0.72, left=start, color=color_of(name))
         if row + 1 < len(names):
