@@ -72,6 +72,9 @@ def get_config():
     config.model.template = placeholder(str)
     # rows of the vocabulary; None: as stored, or the tokenizer's entries where a template adds some
     config.model.vocab_size = placeholder(int)
+    # JSONL of prompts with completions, such as an evaluation's samples: the same network in
+    # coordinates in which the features of their tokens vary in all directions
+    config.model.whiten = placeholder(str)
 
     config.data = ConfigDict()
     # JSONL in TRL's forms, several files by commas; None: the built-in expressions
@@ -152,6 +155,7 @@ def get_config():
     config.objective.correction_cap = placeholder(float)
     config.objective.overlong = placeholder(str)
     config.objective.group_filter = placeholder(str)
+    config.objective.signs = placeholder(str)
 
     config.schedule = ConfigDict()
     config.schedule.minibatches = 1

@@ -14,6 +14,7 @@ USAGE = """usage: ntkrl COMMAND ...
   evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
   evaluate --run=RUN [--step=N|best] [--config...=value ...]  or a checkpoint of a run
   plan     --config=FILE --topology=v5e:4x4 [--search] ...    whether a run fits a machine, how fast
+  study    --config=FILE [--page] ...                         many runs, their claims, a page
   kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
   report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
   report   --text RUN [RUN ...]                               the same in words, in the terminal
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "plan": _plan,
+        "study": _study,
         "kernel": _kernel,
         "report": _report,
         "export": _export,
@@ -118,6 +120,16 @@ def _plan(words: Sequence[str]) -> None:
     if "topology" not in options:
         raise ValueError("plan needs --topology=NAME, for example v5e-16 or cpu:8.")
     plan.plan(settings, plan.read_options(options))
+
+
+def _study(words: Sequence[str]) -> None:
+    from ntkrl import runtime, study
+
+    _alone("study")
+    config = runtime.read_config([word for word in words if word != "--page"])
+    file = [word for word in words if word.startswith("--config=")][-1].removeprefix("--config=")
+    settings = runtime.settings(study.StudySettings, config, "study")
+    print(f"page: {study.run_study(settings, file, '--page' in words)}")
 
 
 def _kernel(words: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ FLOORS = [
     {"models", "scoring", "ntk", "runtime"},
     {"data", "rollout", "reward", "advantage", "update", "probe", "report"},
     {"assembly"},
-    {"train", "evaluate", "inspect", "plan"},
+    {"train", "evaluate", "inspect", "plan", "study"},
     {"main"},
     {"__main__"},
 ]
@@ -23,7 +23,7 @@ FRONT_DOOR = {"models", "ntk"}
 # third-party packages that one room alone may import
 OWNERS = {
     "flax": {"models"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "study"},
     "orbax": {"runtime"},
     "ml_collections": {"runtime", "assembly", "train", "evaluate"},
     "transformers": {"data"},

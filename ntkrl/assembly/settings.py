@@ -31,6 +31,8 @@ class ModelSettings:
     lora: rank (0 for no adapters), alpha and modules of models.Lora.
     template: chat template given to the tokenizer (see data.read_template), or None.
     vocab_size: rows of the vocabulary, or None for what the model and the tokenizer need.
+    whiten: JSONL of texts (prompt, completion) on whose tokens features are made diverse
+        (see models.whitened), or None.
     """
 
     path: str | None
@@ -43,6 +45,7 @@ class ModelSettings:
     lora: dict[str, Any]
     template: str | None
     vocab_size: int | None
+    whiten: str | None
 
     def __post_init__(self):
         if self.untie and self.lora["rank"]:

@@ -15,6 +15,7 @@ from ntkrl.assembly.against import Samples, read_base
 from ntkrl.assembly.files import names
 from ntkrl.assembly.rewards import Problems, reward_set
 from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
+from ntkrl.assembly.whitening import whitened
 from ntkrl.types import Params, Policy, Scorer
 
 REQUIRED = {
@@ -220,12 +221,14 @@ def _start(settings: RunSettings, mesh: Mesh, source: str, tokenizer: Any) -> St
     if rows != policy.vocab_size:
         policy, params = models.resized(policy, params, rows, mesh)
     check_vocabulary(tokenizer, rows, source)
+    if settings.model.whiten is not None:
+        policy, params = whitened(settings, policy, params, tokenizer, mesh)
     return Start(policy, params, tokenizer, source, mesh, None)
 
 
 def _scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, Params]:
     given = settings.model
-    unused = [name for name in ("untie", "vocab_size") if getattr(given, name)]
+    unused = [name for name in ("untie", "vocab_size", "whiten") if getattr(given, name)]
     unused += ["remat"] if given.remat != "products" else []
     unused += ["lora"] if given.lora["rank"] else []
     if unused:

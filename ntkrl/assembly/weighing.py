@@ -66,7 +66,8 @@ def weigh(
     counted_BC = update.counted_tokens(objective, mask, finished, rewards, group)
     log_probs = (old_log_probs, ref_log_probs)
     paid_BC = update.reward_penalties(objective, *log_probs, mask, kl)
-    advantages_BC = advantages(objective, group, rewards, paid_BC, mask)
+    found_BC = advantages(objective, group, rewards, paid_BC, mask)
+    advantages_BC = update.of_signs(objective, found_BC)
     correction_BC = update.correction_weights(objective, old_log_probs, behaviour_log_probs, mask)
     advantages_BC, penalties = update.covariance_weights(
         objective, old_log_probs, advantages_BC * correction_BC, counted_BC, key

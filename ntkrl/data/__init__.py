@@ -6,7 +6,13 @@ downloaded silently; the batch at a position is a pure function of the position.
 """
 
 from ntkrl.data.batches import prompt_batch, supervised_batch
-from ntkrl.data.expressions import characters, save_tokenizer, supervised_set, targets
+from ntkrl.data.expressions import (
+    characters,
+    save_tokenizer,
+    solutions,
+    supervised_set,
+    targets,
+)
 from ntkrl.data.expressions import prompt_set as expression_prompts
 from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
 from ntkrl.data.packing import packed_batches
@@ -42,6 +48,7 @@ __all__ = [
     "spread",
     "stop_finder",
     "supervised_batch",
+    "solutions",
     "supervised_set",
     "take",
     "targets",

@@ -26,6 +26,7 @@ from ntkrl.models.hub import local_directory
 from ntkrl.models.lora import Lora, is_adapter
 from ntkrl.models.placing import placements, read_params
 from ntkrl.models.scorers import New, check_scorer, describe_scorer, export_scorer, load_scorer
+from ntkrl.models.whitening import unwhitened, whitened
 from ntkrl.types import Array, Params, Policy
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "resized",
     "tokenizer_directory",
     "untied",
+    "whitened",
 ]
 
 
@@ -268,8 +270,8 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
 
 
 def stored(policy: Policy, params: Params) -> dict[str, np.ndarray]:
-    """Return the tensors of a full Hugging Face directory by name; adapters are merged."""
-    family = _family_of_policy(policy)
+    """Return the tensors of a full Hugging Face directory by name, merged and unwhitened."""
+    family, params = _family_of_policy(policy), unwhitened(params)
     if policy.config.adapters is not None:
         params = lora_files.merged(params, policy.config.adapters)
     return files.stored_tensors(family.weights, trees.named_leaves(params))

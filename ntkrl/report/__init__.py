@@ -8,6 +8,7 @@ May import numpy, matplotlib, the loggers' packages, the standard library and `n
 never jax.
 """
 
+from ntkrl.report.figures import FIGURES as FIGURES
 from ntkrl.report.glossary import format_glossary as format_glossary
 from ntkrl.report.kernels import format_kernel as format_kernel
 from ntkrl.report.kernels import write_kernel as write_kernel
@@ -16,8 +17,12 @@ from ntkrl.report.loggers import check_loggers as check_loggers
 from ntkrl.report.loggers import open_loggers as open_loggers
 from ntkrl.report.names import ALIASES as ALIASES
 from ntkrl.report.names import is_known as is_known
+from ntkrl.report.page import document as document
+from ntkrl.report.page import saved as saved
 from ntkrl.report.page import write_report as write_report
+from ntkrl.report.runs import Run as Run
 from ntkrl.report.runs import read_run as read_run
+from ntkrl.report.runs import series as series
 from ntkrl.report.table import format_table as format_table
 from ntkrl.report.text import format_text as format_text
 from ntkrl.report.writers import MetricsWriter as MetricsWriter

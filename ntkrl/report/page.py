@@ -117,12 +117,22 @@ def compose(
         _notes(runs),
         _glossary(),
     ]
+    return document(f"{methods}: learning dynamics", parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Return a page of its own: no script or picture from elsewhere.
+
+    Args:
+      title: in words.
+      parts: HTML of its sections.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{_text(methods)}: learning dynamics</title>\n<style>\n{CSS}</style>\n</head>\n"
+        f"<title>{_text(title)}</title>\n<style>\n{CSS}</style>\n</head>\n"
         "<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
 

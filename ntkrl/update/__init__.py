@@ -20,6 +20,7 @@ from ntkrl.update.weights import (
     counted_tokens,
     covariance_weights,
     equal_groups,
+    of_signs,
     reward_penalties,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "make_step",
     "reward_penalties",
     "next_state",
+    "of_signs",
     "offloaded",
     "policy_loss",
     "policy_objective",

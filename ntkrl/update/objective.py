@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "correction_level": ("token", "sequence"),
     "overlong": ("keep", "mask"),
     "group_filter": ("off", "drop", "resample"),
+    "signs": ("both", "positive", "negative"),
 }
 
 
@@ -70,6 +71,8 @@ class Objective:
     overlong: completions cut by the budget: "keep", or "mask" them out of the loss.
     group_filter: groups of equal rewards: "off", "drop" them from the loss, or "resample" other
       prompts in their stead.
+    signs: of the advantages that are learned from: "both", or "positive" or "negative" ones alone,
+      the others being 0 (Zhu et al. 2506.01347).
     """
 
     advantage: str = "leave_one_out"
@@ -93,6 +96,7 @@ class Objective:
     correction_cap: float = 2.0
     overlong: str = "keep"
     group_filter: str = "off"
+    signs: str = "both"
 
     def __post_init__(self):
         problems = [

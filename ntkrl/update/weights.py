@@ -69,6 +69,15 @@ def equal_groups(rewards: Array, group_size: int) -> Array:
     return jnp.all(rewards_PN == rewards_PN[:, :1], axis=1)
 
 
+def of_signs(objective: Objective, advantages: Array) -> Array:
+    """Return advantages with those of the sign that is not learned from at 0."""
+    if objective.signs == "positive":
+        return jnp.maximum(advantages, 0.0)
+    if objective.signs == "negative":
+        return jnp.minimum(advantages, 0.0)
+    return advantages
+
+
 def correction_weights(
     objective: Objective, old_log_probs: Array, behaviour_log_probs: Array, mask: Array
 ) -> Array:
