@@ -13,13 +13,11 @@ from ntkrl import data, runtime
 
 ASIDE = 6
 """Training targets that rates are chosen by."""
-FORM = 1
-"""Which form of expression supervised runs learn: a product and a sum."""
 PAIRS_PER_PROMPT = 64
 
 
 def write_prompts(root: Path) -> None:
-    """Write train, validation and test prompts, and right answers of one form for the first.
+    """Write train, validation and test prompts, and right answers `a*b+c` for the first.
 
     The targets set aside are spread over the training targets by rank.
     """
@@ -36,7 +34,9 @@ def write_prompts(root: Path) -> None:
     answers = [
         {**_prompt(target), "completion": text}
         for target in parts["train"]
-        for text in data.solutions(target)[FORM]
+        for form in data.solutions(target)
+        for text in form
+        if "*" in text and "+" in text
     ]
     _write(root / "data" / "supervised.jsonl", answers)
 

@@ -293,6 +293,18 @@ def test_what_does_not_count():
     assert rows(group_filter="resample", overlong="mask") == [False, False, True, False]
 
 
+def test_one_sign_alone():
+    """by hand: advantages of the other sign are 0."""
+    given = jnp.array([[1.5, -0.5], [0.0, -2.0]])
+
+    def kept(signs):
+        return np.asarray(update.of_signs(update.Objective(signs=signs), given)).tolist()
+
+    assert kept("both") == given.tolist()
+    assert kept("positive") == [[1.5, 0.0], [0.0, 0.0]]
+    assert kept("negative") == [[0.0, -0.5], [0.0, -2.0]]
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_on_policy_gradient_is_the_policy_gradient(x64, name):
     """law: at ratio 1 the gradient is that of −A log π, weighted as the aggregation says."""
