@@ -98,8 +98,10 @@ def base_model(size, values):
     width, layers = SIZES[size]
     config.model.new.hidden_size, config.model.new.intermediate_size = width, 4 * width
     config.model.new.num_hidden_layers = layers
-    config.stages[0].steps = values["base_steps"]
-    config.eval.every_steps = max(values["base_steps"], 1)
+    # larger models learn faster
+    steps = values["base_steps"] if size == "small" else values["base_steps"] // 3
+    config.stages[0].steps = max(steps, 1)
+    config.eval.every_steps = max(steps, 1)
     config.eval.repeats = 1
     return config
 
@@ -132,7 +134,7 @@ def rl(size, values):
     config.data.prompts_per_step = 12  # half of the training targets
     config.stages = (base.stage("all", steps, ((".*", values["body"]),)),)
     config.checkpoint.every_steps = max(steps, 1)
-    config.eval.every_steps = max(steps // 10, 1)
+    config.eval.every_steps = max(steps // 8, 1)
     config.eval.samples_per_prompt, config.eval.repeats = values["samples"], 2
     config.probe.every_steps = max(steps // 20, 1)
     config.probe.ledger_every_steps = max(steps // 4, 1)

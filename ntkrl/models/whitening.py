@@ -2,8 +2,8 @@
 
 φ' = C φ and W' = W C⁻¹ with C = s (S + ρ (tr S/D) I)^(−1/2), S the mean of φ φᵀ over some contexts
 and s such that ‖φ'‖² has the mean that ‖φ‖² had. W'φ' = Wφ: the network is the same function, and
-the body's kernel the same; what changes is R = ⟨φ', φ''⟩ I, whose inner products between
-different contexts are now small and of either sign. A control for what features that vary little do.
+the body's kernel the same; what changes is R = ⟨φ', φ''⟩ I, whose inner products between other
+contexts are now small and of either sign. A control for what features that vary little do.
 """
 
 from __future__ import annotations

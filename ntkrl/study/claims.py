@@ -41,7 +41,8 @@ class Verdict(NamedTuple):
 def verdicts(results: Results) -> list[Verdict]:
     """Return every claim's verdict, by question."""
     listed = []
-    for size, arms in results.study.arms.items():
+    for size in results.study.sizes:
+        arms = results.study.arms[size]
         pairs = [("rl", "cfrl")] + ([("rlhf", "rlhf_first")] if "rlhf" in arms else [])
         for plain, first in pairs:
             listed += _of_pair(results, size, plain, first)
@@ -191,7 +192,7 @@ def support(results: Results, size: str) -> Verdict:
 
 
 class Versus(NamedTuple):
-    """A claim that the second of two arms has more (sign 1) or less (−1) of a measure than the first.
+    """A claim that the second of two arms has more (sign 1) or less (−1) of a measure.
 
     task: what it was tested on. With sign 0 nothing is claimed.
     """
@@ -265,7 +266,7 @@ def _above(
     """Judge whether the mean lies above a limit."""
     interval = found.mean_interval(values)
     if interval is None:
-        return Verdict(question, task, claim, "–", UNKNOWN)
+        return Verdict(question, task, claim, "-", UNKNOWN)
     judged = _judged(interval.value - limit, interval.low - limit)
     told = interval if shown is None else found.mean_interval(shown)
     return Verdict(question, task, claim, _interval(told), judged)
@@ -293,7 +294,7 @@ def _versus(
     measure: Callable[[found.Run], float],
     sign: int,
 ) -> Verdict:
-    """Judge whether the second arm has more (sign 1) or less (−1) of a measure; 0 judges nothing."""
+    """Judge whether the second arm has more (sign 1) or less (−1) of a measure; 0: neither."""
     one, other = (results.over_seeds(size, arm, measure) for arm in arms)
     told = _difference(question, task, claim, one, other, sign)
     if told.verdict == UNKNOWN:
@@ -309,7 +310,7 @@ def _difference(
     """Judge whether other − one has a sign."""
     test = found.paired(one, other)
     if test is None:
-        return Verdict(question, task, claim, "–", UNKNOWN)
+        return Verdict(question, task, claim, "-", UNKNOWN)
     low = test.low if sign > 0 else -test.high
     judged = _judged(sign * test.difference, low) if sign else ""
     return Verdict(question, task, claim, _paired(test), judged)

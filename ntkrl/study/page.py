@@ -24,14 +24,23 @@ QUESTIONS = {
     5: "Is it for LP-FT's reasons?",
     6: "What do many samples of one prompt reach?",
 }
-SHOWN = ("reward", "entropy", "confidence", "distinct_solutions", "feature_cosines", "head_share")
-MARKS = {HOLDS: "●", PARTLY: "◐", FAILS: "○", UNKNOWN: "–", "": ""}
+SHOWN = (
+    *("reward", "entropy", "confidence", "distinct_solutions", "feature_cosines", "head_share"),
+    "sampling_curves",
+)
+MARKS = {HOLDS: "●", PARTLY: "◐", FAILS: "○", UNKNOWN: "-", "": ""}
 OWN = {
-    "errors": (figures.errors, "Thin lines: seeds. Where the error grows as the rate, the theory is "
-               "the right first order and what is left is curvature."),
-    "layers": (figures.layers, "What the head would read if the network ended after so many layers; "
-               "mean over seeds, band from lowest to highest. Same completions for all."),
-}  # fmt: skip
+    "errors": (
+        figures.errors,
+        "Thin lines: seeds. Where the error grows as the rate, the theory is the right first "
+        "order and what is left is curvature.",
+    ),
+    "layers": (
+        figures.layers,
+        "What the head would read if the network ended after so many layers; mean over seeds, "
+        "band from lowest to highest. Same completions for all.",
+    ),
+}
 GROUPS = {
     "RL and classifier first": ("rl", "cfrl"),
     "Length of stage 1": ("rl", "cfrl_short", "cfrl", "cfrl_long"),
@@ -58,10 +67,10 @@ def write_page(results: Results, verdicts: Sequence[Verdict], command: str) -> P
     seeds = f"{len(study.seeds)} seeds, each with a base model of its own"
     parts = [
         "<h1>Study: learning dynamics of RL post-training</h1>",
-        f'<p class="lead">{len(verdicts)} claims and figures · {seeds} · <code>{command}</code></p>',
+        f'<p class="lead">{len(verdicts)} numbers · {seeds} · <code>{command}</code></p>',
         _missing(results),
         *(_question(number, verdicts) for number in QUESTIONS),
-        *(_size(results, size) for size in study.arms),
+        *(_size(results, size) for size in study.sizes),
         _rates(study.root / study.tuned / "rates.json"),
         _commands(study.root / "commands.txt"),
     ]
@@ -141,7 +150,7 @@ def _drawn(runs: Sequence[Run], prefix: str) -> Iterator[str]:
     draws: dict[str, tuple[Callable[[Sequence[Run]], Figure | None], str]] = {
         spec.stem: (spec.draw, spec.caption) for spec in FIGURES
     }
-    for stem in (*SHOWN, "sampling"):
+    for stem in SHOWN:
         draw, caption = draws[stem]
         figure = draw(runs)
         if figure is not None:

@@ -68,6 +68,11 @@ class StudySettings:
             raise ValueError("study: " + "; ".join(problems) + ".")
 
     @property
+    def sizes(self) -> list[str]:
+        """Sizes, small ones first: rates shrink as widths grow."""
+        return sorted(self.arms, key=lambda size: -self.scales[size])
+
+    @property
     def root(self) -> Path:
         """Directory of the study."""
         return Path(self.run_dir)
@@ -103,7 +108,7 @@ class Commands:
     def phases(self) -> Iterator[tuple[str, list[Job]]]:
         """Yield what may run together, in order; a phase needs the ones before to have ended."""
         study = self.study
-        every = {size: (*study.seeds,) for size in study.arms}
+        every = {size: (*study.seeds,) for size in study.sizes}
         every[study.tuned] += study.tuning_seeds
         pairs = [(size, seed) for size, seeds in every.items() for seed in seeds]
         yield "base models", [self.train(size, "base", seed) for size, seed in pairs]
@@ -150,12 +155,12 @@ class Commands:
         """Yield the runs that count."""
         study = self.study
         chosen = self.chosen()
-        for size, arms in study.arms.items():
+        for size in study.sizes:
             scaled = {
                 arm: {key: rate * study.scales[size] for key, rate in rates.items()}
                 for arm, rates in chosen.items()
             }
-            for seed, arm in itertools.product(study.seeds, arms):
+            for seed, arm in itertools.product(study.seeds, study.arms[size]):
                 if arm.startswith("sgd"):
                     for number, rate in enumerate(study.sgd_rates):
                         place = study.place(size, f"{arm}_{number}", seed)

@@ -54,8 +54,8 @@ class Results:
     def missing(self) -> list[str]:
         """Runs that are not there or not finished, in words."""
         lost = []
-        for size, arms in self.study.arms.items():
-            for arm in arms:
+        for size in self.study.sizes:
+            for arm in self.study.arms[size]:
                 if arm.startswith("sgd"):
                     continue
                 seeds = [s for s in self.study.seeds if not _finished(self.run(size, arm, s))]
@@ -101,7 +101,7 @@ def seconds(run: Run, step: float) -> float:
     spent: dict[str, list[float]] = {}
     for line in run.timings:
         if line["step"] in stages:
-            told = [line[n] for a in TRAINING if (n := f"timings/{a}_seconds") in line]
+            told = [line[n] for a in TRAINING if (n := f"{a}_seconds") in line]
             spent.setdefault(stages[line["step"]], []).append(sum(told))
     counts = {s: sum(1 for at, own in stages.items() if own == s and at <= step) for s in spent}
     return float(sum(np.median(spent[stage]) * counts[stage] for stage in spent))

@@ -17,7 +17,7 @@ PAIRS_PER_PROMPT = 64
 
 
 def write_prompts(root: Path) -> None:
-    """Write train, validation and test prompts, and right answers `a*b+c` for the first.
+    """Write train, validation and test prompts, and right answers `a+b+c-d` for the first.
 
     The targets set aside are spread over the training targets by rank.
     """
@@ -36,7 +36,7 @@ def write_prompts(root: Path) -> None:
         for target in parts["train"]
         for form in data.solutions(target)
         for text in form
-        if "*" in text and "+" in text
+        if "-" in text
     ]
     _write(root / "data" / "supervised.jsonl", answers)
 
