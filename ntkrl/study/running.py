@@ -33,14 +33,15 @@ def run_jobs(title: str, jobs: Sequence[Job], together: int, root: Path) -> None
     todo = [job for job in jobs if not job.done.exists()]
     cores = _shares(together)
     running: dict[int, tuple[Job, subprocess.Popen]] = {}
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=title) as bar:
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=title, mininterval=1) as bar:
         try:
             while todo or running:
                 for slot in range(together):
                     if todo and slot not in running:
                         job = todo.pop(0)
                         running[slot] = job, _start(job, root, cores[slot])
-                bar.set_postfix_str(", ".join(job.name for job, _ in running.values()))
+                names = ", ".join(job.name for job, _ in running.values())
+                bar.set_postfix_str(names, refresh=False)
                 for slot, (job, process) in list(running.items()):
                     if process.poll() is not None:
                         del running[slot]
