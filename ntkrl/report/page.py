@@ -78,13 +78,13 @@ def render(spec: FigureSpec, runs: Sequence[Run]) -> dict[str, bytes] | None:
     return drawn | {"svg": saved(figure, "svg")}
 
 
-def saved(figure: Figure, suffix: str) -> bytes:
+def saved(figure: Figure, suffix: str, dots_per_inch: int = DOTS_PER_INCH) -> bytes:
     """Return a figure as file of a format; equal figures give equal bytes."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "ntkrl"}):
         # texts of runs may hold characters the font lacks; their boxes say so
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format=suffix, dpi=DOTS_PER_INCH, metadata=FORMATS[suffix])
+        figure.savefig(buffer, format=suffix, dpi=dots_per_inch, metadata=FORMATS[suffix])
     return buffer.getvalue()
 
 

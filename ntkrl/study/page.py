@@ -24,10 +24,12 @@ QUESTIONS = {
     5: "Is it for LP-FT's reasons?",
     6: "What do many samples of one prompt reach?",
 }
-SHOWN = (
+WHOLE = (
     *("reward", "entropy", "confidence", "distinct_solutions", "feature_cosines", "head_share"),
     "sampling_curves",
 )
+SHORT = ("reward", "confidence", "distinct_solutions")
+DOTS_PER_INCH = 110
 MARKS = {HOLDS: "●", PARTLY: "◐", FAILS: "○", UNKNOWN: "-", "": ""}
 OWN = {
     "errors": (
@@ -42,14 +44,15 @@ OWN = {
     ),
 }
 GROUPS = {
-    "RL and classifier first": ("rl", "cfrl"),
-    "Length of stage 1": ("rl", "cfrl_short", "cfrl", "cfrl_long"),
-    "Objectives": ("rl", "grpo", "reinforce"),
-    "Diverse features": ("rl", "whitened"),
-    "Signs of advantages": ("rl", "positive", "negative"),
-    "Supervised control": ("sft", "sft_first"),
-    "Learned reward": ("rlhf", "rlhf_first"),
+    "RL and classifier first": (("rl", "cfrl"), WHOLE),
+    "Length of stage 1": (("rl", "cfrl_short", "cfrl", "cfrl_long"), SHORT),
+    "Objectives": (("rl", "grpo", "reinforce"), SHORT),
+    "Diverse features": (("rl", "whitened"), (*SHORT, "feature_cosines", "head_share")),
+    "Signs of advantages": (("rl", "positive", "negative"), SHORT),
+    "Supervised control": (("sft", "sft_first"), ("reward", "features_classifier")),
+    "Learned reward": (("rlhf", "rlhf_first"), WHOLE),
 }
+"""What is drawn together: arms, and the report's figures of them."""
 
 
 def write_page(results: Results, verdicts: Sequence[Verdict], command: str) -> Path:
@@ -131,10 +134,10 @@ def _size(results: Results, size: str) -> str:
             own.append(_figure(f"{size}-{stem}", figure, caption))
     if own:
         found.append('<div class="figures">\n' + "\n".join(own) + "\n</div>")
-    for title, arms in GROUPS.items():
+    for title, (arms, stems) in GROUPS.items():
         runs = [run for arm in arms for run in _runs(results, size, arm)]
         if len({run.name for run in runs}) > 1:
-            drawn = "\n".join(_drawn(runs, f"{size}-{title}"))
+            drawn = "\n".join(_drawn(runs, f"{size}-{title}", stems))
             found.append(f'<h3>{_text(title)}</h3>\n<div class="figures">\n{drawn}\n</div>')
     return "\n".join([*found, "</section>"])
 
@@ -146,11 +149,11 @@ def _runs(results: Results, size: str, arm: str) -> Iterator[Run]:
             yield run
 
 
-def _drawn(runs: Sequence[Run], prefix: str) -> Iterator[str]:
+def _drawn(runs: Sequence[Run], prefix: str, stems: Sequence[str]) -> Iterator[str]:
     draws: dict[str, tuple[Callable[[Sequence[Run]], Figure | None], str]] = {
         spec.stem: (spec.draw, spec.caption) for spec in FIGURES
     }
-    for stem in SHOWN:
+    for stem in stems:
         draw, caption = draws[stem]
         figure = draw(runs)
         if figure is not None:
@@ -158,7 +161,7 @@ def _drawn(runs: Sequence[Run], prefix: str) -> Iterator[str]:
 
 
 def _figure(name: str, figure: Figure, caption: str) -> str:
-    data = base64.b64encode(saved(figure, "png")).decode("ascii")
+    data = base64.b64encode(saved(figure, "png", DOTS_PER_INCH)).decode("ascii")
     return (
         f'<figure id="{_text(name)}"><img alt="{_text(name)}" '
         f'src="data:image/png;base64,{data}"><figcaption>{_text(caption)}</figcaption></figure>'

@@ -197,7 +197,7 @@ def test_verdicts_of_known_numbers(tmp_path):
     }
     assert set(account.values()) == {"partly", "does not hold"}
     share = told["R makes most of the change of entropy: share > ½"]
-    assert (share.verdict, share.number) == ("does not hold", "0.25 [0.25, 0.25]")
+    assert (share.verdict, share.number) == ("does not hold", "0.25 [0.25, 0.25], p = 0.031")
     gap = next(one for claim, one in told.items() if "best-of-N closes" in claim)
     assert gap.verdict == "holds" and "lead 0.2 to 0" in gap.number
     support = next(one for claim, one in told.items() if "loses more than it gains" in claim)
