@@ -1,8 +1,8 @@
 """The paper's claims, each with a number, an interval over seeds and a verdict.
 
 What a verdict takes was written before any run of the study: `holds` where the whole interval is
-on the claimed side and, for a difference or a value above a limit, p ≤ 0.05; `partly` where the mean
-lies there; else `does not hold`. Intervals are 95 %, bootstrap over seeds, and too narrow for so
+on the claimed side and, for a difference or a value above a limit, p ≤ 0.05; `partly` where only
+the mean is; else `does not hold`. Intervals are 95 %, bootstrap over seeds, and too narrow for so
 few; p-values are those of all sign flips over seeds, which six seeds let sink to 0.03.
 """
 
