@@ -1,6 +1,7 @@
 """Settings of the whole suite: eight virtual CPU devices, no implicit rank promotion."""
 
 import os
+import subprocess
 from importlib.metadata import version
 
 FLAGS = ["--xla_force_host_platform_device_count=8"]
@@ -45,6 +46,22 @@ def let_go_of_programs():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a given size, remounted by calling again."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mounted(size, *how):
+        mount = ["mount", "-t", "tmpfs", "-o", ",".join([*how, f"size={size}"]), "tmpfs", place]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a tmpfs needs to be root")
+        return place
+
+    yield mounted
+    subprocess.run(["umount", place], capture_output=True, check=False)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import numpy as np
@@ -263,22 +262,6 @@ def test_another_number_of_devices(base, children, tmp_path):
     assert max(np.abs(held[0][name] - start[name]).max() for name in start) > 1e-3
     for name in start:
         np.testing.assert_allclose(held[1][name], held[0][name], atol=1e-5)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of a given size, remounted by calling again."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mounted(size, *how):
-        mount = ["mount", "-t", "tmpfs", "-o", ",".join([*how, f"size={size}"]), "tmpfs", place]
-        if subprocess.run(mount, capture_output=True, check=False).returncode:
-            pytest.skip("mounting a tmpfs needs to be root")
-        return place
-
-    yield mounted
-    subprocess.run(["umount", place], capture_output=True, check=False)
 
 
 def test_full_disk(base, children, whole, small_disk, tmp_path):

@@ -29,7 +29,8 @@ class Row:
 
     name, part, stages, runs, rows: see Program.
     peak_gib: memory at its peak, with what else lies there (GiB); None where it was not compiled.
-    own_gib: its arguments. scratch_gib: its peak beyond them. beside_gib: of the run's other trees.
+    own_gib: its arguments. scratch_gib: its peak beyond them. beside_gib: of what else lies there,
+        kept_gib of it for the run's looks, see Program.kept.
     flops, passes, traffic, received: see hlo.Cost. collectives: by kind, `(count, bytes)`.
     seconds: by roofline, of compute, memory and links; empty where the chip's rates are not known.
     failed: why the compiler refused, or None.
@@ -53,6 +54,7 @@ class Row:
     collectives: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     failed: str | None = None
+    kept_gib: float = 0.0
 
     @property
     def roofline(self) -> float:
@@ -68,7 +70,7 @@ class Row:
 
 def measure(run: Run, program: Program, chip: Chip) -> tuple[Row, Compiled | None]:
     """Compile a program; a refusal for want of memory is a Row that says how much it needs."""
-    own = held_bytes(program.arguments) / GIB
+    own, kept = (held_bytes(tree) / GIB for tree in (program.arguments, program.kept))
     row = Row(
         name=program.name,
         part=program.part,
@@ -76,8 +78,9 @@ def measure(run: Run, program: Program, chip: Chip) -> tuple[Row, Compiled | Non
         runs=program.runs,
         rows=program.rows,
         own_gib=own,
-        beside_gib=_beside(run, program) / GIB,
+        beside_gib=_beside(run, program) / GIB + kept,
         compile_seconds=0.0,
+        kept_gib=kept,
     )
     start = time.perf_counter()
     try:

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from ntkrl import assembly, data, rollout, runtime, trees, update
 from ntkrl.assembly.settings import RunSettings
 from ntkrl.numerics import bucket_length
-from ntkrl.plan import kernel, networks
+from ntkrl.plan import kernel, ledgers, networks
+from ntkrl.plan.batches import drawn, minibatch
 from ntkrl.reward.networks import rows_together
-from ntkrl.scoring import head_of
-from ntkrl.types import PromptBatch, TrainState, UpdateBatch
+from ntkrl.types import PromptBatch, TrainState
 
 GENERATION, SCORING, UPDATE, PROBE = PARTS = ("generation", "scoring", "update", "probe")
 START, POLICY, OPTIMIZER = "starting params", "params", "optimizer state"
@@ -47,6 +47,7 @@ class Program:
     runs: how often it runs in a rollout step.
     trips: of a loop that ends by data.
     rows: that a device reads at a time.
+    kept: trees that lie there while it runs, beside its arguments and the Run's trees.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Program:
     trips: int = 1
     rows: int = 1
     keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kept: Any = ()
 
 
 class Run:
@@ -129,11 +131,29 @@ class Run:
             found["reference params"] = self.params
         return found | {f"reward {name}": params for name, (_, params) in self.rewards.items()}
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether held-out completions are sampled and scored."""
+        settings = self.settings
+        return settings.evaluation.every_steps is not None and bool(settings.reward.functions)
+
+    @property
+    def watches(self) -> bool:
+        """Whether steps are looked at, which needs held-out prompts (see assembly.Watcher)."""
+        files = self.settings.data
+        held_out = files.path is None or files.eval_path is not None or files.held_out > 0
+        return self.settings.probe.looks and self.evaluates and held_out
+
+    def kept(self, stage: update.StageProgram) -> list[Any]:
+        """Return the copies that lie there during a step that is looked at."""
+        return ledgers.kept(self.settings.probe, self.state(stage)) if self.watches else []
+
     def programs(self, probe: bool = True) -> Steps:
         """Yield every program; sent back is what it was compiled to, or None where it was not.
 
         Args:
-          probe: with what is no part of a step: evaluation's samples, the product with a kernel.
+          probe: with what is no part of most steps: copies for a look at one, ledgers,
+            evaluation's samples, the product with a kernel.
         """
         settings = self.settings
         if settings.method == "rl":
@@ -143,9 +163,10 @@ class Run:
             yield from generation(self, sampler, prompts, GENERATION)
             yield from references(self)
             yield from reward_models(self)
-        yield from updates(self)
-        scored = settings.evaluation.every_steps is not None and settings.reward.functions
-        if probe and scored:
+        yield from updates(self, probe)
+        if probe and self.watches and settings.probe.ledger_every_steps is not None:
+            yield from accounts(self)
+        if probe and self.evaluates:
             sampler = assembly.make_evaluation_sample(self.setup)
             yield from generation(self, sampler, assembly.prompts_together(self.setup), PROBE)
         if probe:
@@ -190,8 +211,10 @@ def generation(run: Run, sampler: Any, count: int, part: str) -> Steps:
         call = sampler.programs[program]
         trips = chunk if program == "read_on" else 1
         mine = held if any(one is run.params for one in arguments) else frozenset()
-        often = runs if stages else 0.0
-        return Program(label + name, part, stages, call, arguments, mine, often, trips, rows)
+        # a gathered copy lies there while the cache grows too
+        beside = () if any(params is one for one in (run.params, *arguments)) else params
+        given = (part, stages, call, arguments, mine, runs if stages else 0.0, trips, rows)
+        return Program(label + name, *given, kept=beside)
 
     params = run.params
     if sampler.settings.gather_params:
@@ -263,20 +286,31 @@ def reward_models(run: Run) -> Steps:
         yield Program(f"reward {name}", *given, run.per_device(batch))
 
 
-def updates(run: Run) -> Steps:
-    """Yield each stage's train step."""
+def updates(run: Run, watched: bool = False) -> Steps:
+    """Yield each stage's train step; watched: as it is when it is looked at."""
     schedule = run.settings.schedule
     for number, stage in enumerate(run.stages):
         state, (batch, reference) = run.state(stage), minibatch(run, number)
         count = batch.tokens.shape[0]
         step = assembly.jitted_step(run.setup, stage, run.source.minimised, state, count, reference)
         rows = run.per_device(count)
-        held = {POLICY, OPTIMIZER} | ({START} if reference is not None else set())
-        name = f"update {stage.stage.name}"
+        name, kept = f"update {stage.stage.name}", run.kept(stage) if watched else ()
         arguments = (state, batch, reference)
-        given = (UPDATE, (stage.stage.name,), step, arguments, frozenset(held))
+        # a reference's head is counted twice, in the batch's company and with its params
+        given = (UPDATE, (stage.stage.name,), step, arguments, frozenset({POLICY, OPTIMIZER}))
         parts = -(-rows // schedule.microbatches)
-        yield Program(name, *given, runs=float(schedule.updates), rows=parts)
+        yield Program(name, *given, runs=float(schedule.updates), rows=parts, kept=kept)
+
+
+def accounts(run: Run) -> Steps:
+    """Yield each stage's step ledger; the params it ended with are the policy's."""
+    every = run.settings.probe.ledger_every_steps
+    for number, stage in enumerate(run.stages):
+        state, given = run.state(stage), minibatch(run, number)
+        call = ledgers.read_call(run.setup, run.source.terms, stage, state, *given)
+        own = (PROBE, (stage.stage.name,), call.read, call.arguments, frozenset({POLICY}))
+        name, often = f"ledger {stage.stage.name}", call.blocks / every
+        yield Program(name, *own, runs=often, rows=call.together)
 
 
 def crowded(run: Run) -> str | None:
@@ -289,75 +323,6 @@ def crowded(run: Run) -> str | None:
         f"data × fsdp = {parts} does not divide the {rows} rows read together in a step: devices "
         "repeat each other's work; raise data.prompts_per_step or mesh.tensor"
     )
-
-
-class Drawn(NamedTuple):
-    """Shapes of a rollout as the loop has it: see types.Rollout."""
-
-    tokens: Any
-    mask: Any
-    completion_mask: Any
-    features: Any
-
-
-def drawn(run: Run) -> Drawn:
-    """Describe a whole rollout, every prompt and completion at its full length."""
-    settings = run.settings
-    rows = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
-    budget = settings.rollout.max_completion_tokens
-    width = settings.data.max_prompt_tokens + budget
-    tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-    mask = jax.ShapeDtypeStruct((rows, width), jnp.bool_)
-    dtype = jax.eval_shape(run.policy.features, run.params, tokens, mask).dtype
-    features = jax.ShapeDtypeStruct((rows, budget, run.policy.feature_size), dtype)
-    return Drawn(*run.rows((tokens, mask, mask.update(shape=(rows, budget)), features)))
-
-
-def minibatch(run: Run, number: int) -> tuple[UpdateBatch, Any]:
-    """Describe the batch and the reference's head that a stage's step is given."""
-    settings, parts = run.settings, run.settings.schedule.minibatches
-    if settings.method == "sft":
-        return run.rows(_supervised(run)), None
-    whole, objective = drawn(run), settings.objective
-    rows, budget = whole.completion_mask.shape
-    each = rows // parts
-    log_probs = jax.ShapeDtypeStruct((rows, budget), jnp.float32)
-    rewards, finished = (jax.ShapeDtypeStruct((rows,), d) for d in (jnp.float32, jnp.bool_))
-    kl = log_probs if objective.needs_distribution and run.source.compares else None
-    log = (log_probs,) * 3
-    weights = jax.eval_shape(
-        run.source.weigh, rewards, *log, whole.completion_mask, finished, kl, run.key
-    )
-    beside = objective.kl_place == "loss" and objective.needs_distribution
-    batch = UpdateBatch(
-        tokens=whole.tokens,
-        mask=whole.mask,
-        completion_mask=weights["mask"],
-        old_log_probs=log_probs,
-        ref_log_probs=log_probs,
-        advantages=weights["advantages"],
-        penalties=weights["penalties"],
-        features=whole.features if run.stages[number].head_alone else None,
-        ref_features=whole.features if beside else None,
-    )
-    batch = jax.tree.map(lambda leaf: leaf.update(shape=(each, *leaf.shape[1:])), batch)
-    return run.rows(batch), head_of(run.policy, run.params) if beside else None
-
-
-def _supervised(run: Run) -> Any:
-    """Describe a supervised minibatch; packed, as if every example filled a row."""
-    settings = run.settings
-    count = settings.data.prompts_per_step // settings.schedule.minibatches
-    prompt, budget = settings.data.max_prompt_tokens, settings.rollout.max_completion_tokens
-    prompts, completions, rows = [[0] * prompt], [[0] * budget], [0] * count
-
-    def batch() -> UpdateBatch:
-        if not settings.data.packing:
-            return data.supervised_batch(prompts, completions, rows, 0, prompt, budget)
-        multiple = trees.row_parts(run.mesh) * settings.schedule.microbatches
-        return data.packed_batches(prompts, completions, [rows], 0, prompt + budget, multiple)[0]
-
-    return jax.eval_shape(batch)
 
 
 def _prompts(count: int, width: int) -> PromptBatch:

@@ -79,9 +79,10 @@ def _line(model: str, machine: Machine, found: Found, settings: RunSettings) -> 
 HEAD = """# What the paper's run takes
 
 Written by `{}`: every program compiled by the TPU's
-compiler for chips that were not there. Peak is of one chip, with all that the run keeps there;
-seconds are of a rollout step of the last stage by roofline, which no run goes below. The mesh is
-the first that a search tries, not the best of it. No TPU has measured any of this.
+compiler for chips that were not there. Peak is of one chip, with all that the run keeps there but
+for copies that a probe or ledger takes; seconds are of a rollout step of the last stage by
+roofline, which no run goes below. The mesh is the first that a search tries, not the best of it.
+No TPU has measured any of this.
 """
 
 

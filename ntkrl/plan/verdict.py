@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ntkrl.assembly.probe_settings import CADENCES
 from ntkrl.plan.chips import Chip
 from ntkrl.plan.measure import Row
-from ntkrl.plan.programs import GENERATION, SCORING, UPDATE, Run
+from ntkrl.plan.programs import GENERATION, PROBE, SCORING, UPDATE, Run
 
 
 def verdict(run: Run, row: Row, chip: Chip) -> str:
@@ -25,6 +26,10 @@ def knob(run: Run, row: Row, chip: Chip) -> str:
     draws = row.part == GENERATION or row.name.startswith("evaluation ")
     if draws and settings.rollout.gather_params:
         return "set rollout.gather_params=False"
+    if row.part == PROBE and row.name.startswith("ledger "):
+        return _smaller_ledger(run, row, chip)
+    if chip.memory_gib is not None and 0 < row.peak_gib - chip.memory_gib <= row.kept_gib:
+        return _no_looks(run)
     if chip.memory_gib is not None and lying > chip.memory_gib:
         return _smaller_state(run, row)
     if row.part == UPDATE:
@@ -53,6 +58,23 @@ def knob(run: Run, row: Row, chip: Chip) -> str:
 def _heads(run: Run) -> tuple[str, ...]:
     """Return the names of stages that read no body."""
     return tuple(stage.stage.name for stage in run.stages if stage.head_alone)
+
+
+def _smaller_ledger(run: Run, row: Row, chip: Chip) -> str:
+    """Return what makes a ledger smaller; to turn it off where what lies there is too much."""
+    limit, lying = chip.memory_gib, row.own_gib + row.beside_gib
+    # which also says how many probe completions are read together
+    if row.rows > 1 and (limit is None or lying <= limit):
+        return f"set probe.memory_gib={run.settings.probe.memory_gib / 2:g}"
+    return "set probe.ledger_every_steps=None"
+
+
+def _no_looks(run: Run) -> str:
+    """Return what does without the copies that are kept during a step."""
+    names = [name for name in CADENCES if getattr(run.settings.probe, name) is not None]
+    if "ledger_every_steps" in names:  # its copies are the larger ones
+        names = ["ledger_every_steps"]
+    return "set " + " ".join(f"probe.{name}=None" for name in names)
 
 
 def _smaller_state(run: Run, row: Row) -> str:

@@ -109,7 +109,7 @@ def _by_method(
         mean = f", mean of {len(group)} runs, lowest to highest" if len(group) > 1 else ""
         axis.set_title(f"{shown(name)}{mean}", fontsize=11, loc="left", pad=16)
         axis.set_ylabel(words, fontsize=12)
-    draw_stages(axes, runs)
+        draw_stages([axis], group)
     label_steps(axes[-1])
     handles = [
         Line2D([], [], color=color, linestyle=style, linewidth=1.8)

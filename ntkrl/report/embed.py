@@ -29,6 +29,15 @@ LADDER = (
     *((1, 1, tokens) for tokens in (16, 4)),
 )
 """Seeds per method, steps per run and completions by token, until there is room for it."""
+EXPLAINED = (
+    "What one optimizer step changed on the probe completions, as a sum of parts. R and G: what "
+    "the step's own minibatch did through the classifier, and through the rest of the network. "
+    "Momentum: gradients of earlier minibatches. Decay: weight decay. Optimizer: what an optimizer "
+    "does that is not linear in its gradient; for most of them nothing. Curvature: what first "
+    "order leaves out. Kinds of probe completions: own, drawn from the starting model; other, of "
+    "another prompt; shuffled, the own tokens in random order; reference, rejected and "
+    "paraphrased, given with the prompts."
+)
 
 
 def step_views(runs: Sequence[Run], taken: int = 0) -> str:
@@ -65,9 +74,10 @@ def step_views(runs: Sequence[Run], taken: int = 0) -> str:
     script = importlib.resources.files("ntkrl.report").joinpath("page.js").read_text("utf-8")
     return (
         '<section id="steps"><h2>One step, sample by sample and token by token</h2>\n'
-        f'<p class="small">{html.escape(_limits(len(chosen), total, steps, tokens))}</p>\n'
+        f'<p class="small">{html.escape(EXPLAINED)}</p>\n'
         "<noscript><p>These views need scripts; the figures above show the last step.</p>"
         '</noscript>\n<div id="step-views"></div>\n'
+        f'<p class="small">{html.escape(_limits(len(chosen), total, steps, tokens))}</p>\n'
         f'<script type="application/json" id="step-data">{data}</script>\n'
         f"<script>\n{script}</script></section>"
     )

@@ -90,16 +90,18 @@ def similarity(runs: Sequence[Run]) -> Figure | None:
     shown_cosines = [
         run.probes[step]["cosines"] for run, steps in chosen.values() for step in steps
     ]
-    # features of one model mostly point the same way; a scale from −1 would hide all differences
-    low = float(min(np.nanmin(cosines) for cosines in shown_cosines))
-    low, cmap = (-1.0, "RdBu_r") if low < 0 else (np.floor(20 * low - 0.5) / 20, "Blues")
+    # features of one model mostly point the same way; a scale from −1 to 1 would hide differences
+    low, high = (
+        float(of([of(cosines) for cosines in shown_cosines])) for of in (np.nanmin, np.nanmax)
+    )
+    largest = min(1.0, max(1.0, np.ceil(20 * max(high, -low))) / 20)
+    low, cmap = (-largest, "RdBu_r") if low < 0 else (np.floor(20 * low - 0.5) / 20, "Blues")
     for axes, (run, steps) in zip(grid, chosen.values(), strict=True):
         for axis, step in zip(axes, steps, strict=False):
             cosines = run.probes[step]["cosines"]
-            image = axis.imshow(cosines, cmap=cmap, vmin=low, vmax=1, interpolation="nearest")
+            image = axis.imshow(cosines, cmap=cmap, vmin=low, vmax=largest, interpolation="nearest")
             _label_completions(axis, len(cosines))
-            if len(cosines) <= NAMED:
-                axis.set_yticks(range(len(cosines)), range(1, len(cosines) + 1))
+            axis.set_yticks(*_numbers(len(cosines)))
             axis.set_ylabel("probe completion", fontsize=10)
             axis.set_title(f"{shown(run.name, 14)}, step {step}", fontsize=11, loc="left")
         for axis in axes[len(steps) :]:
@@ -119,9 +121,14 @@ def last_by_sample(run: Run) -> StepLedger | None:
 def _label_completions(axis: Axes, count: int) -> None:
     axis.spines[:].set_visible(False)
     axis.tick_params(labelsize=8, length=2)
-    if count <= NAMED:
-        axis.set_xticks(range(count), range(1, count + 1))
+    axis.set_xticks(*_numbers(count))
     axis.set_xlabel("probe completion", fontsize=10)
+
+
+def _numbers(count: int) -> tuple[list[int], list[int]]:
+    """Return places and labels of ticks: the first is 1, and of many every tenth is named."""
+    named = range(1, count + 1) if count <= NAMED else [1, *range(10, count + 1, 10)]
+    return [number - 1 for number in named], list(named)
 
 
 def _bar(axis: Axes, image: AxesImage, words: str) -> None:

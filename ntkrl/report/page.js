@@ -4,8 +4,11 @@
 (() => {
   const data = JSON.parse(document.getElementById("step-data").textContent);
   const views = document.getElementById("step-views");
-  const state = { run: 0, step: 0, completion: 0, measure: "log_prob", part: "actual" };
-  const MEASURES = { log_prob: "Δ log π of the token", entropy: "ΔH at the token" };
+  // token: the one whose parts are told, null for that which changed most
+  const state = { run: 0, step: 0, completion: 0, token: null };
+  Object.assign(state, { measure: "log_prob", part: "actual" });
+  const MEASURES = { log_prob: "Δ log π", entropy: "ΔH" };
+  const WORDS = { log_prob: "log-probability", entropy: "entropy" };
   const PARTS = {
     actual: "actual", R: "R: classifier", G: "G: the rest", momentum: "momentum",
     decay: "decay", optimizer: "optimizer", curvature: "curvature",
@@ -75,16 +78,25 @@
     return select;
   }
 
-  // One tab stop for many cells: arrows move between them, `tell` runs wherever one arrives.
-  function roving(cells, columns, tell) {
+  // Where the largest change is, up or down.
+  function strongest(values) {
+    return values.reduce((best, value, index) =>
+      Math.abs(value) > Math.abs(values[best]) ? index : best, 0);
+  }
+
+  // One tab stop for many cells, `first` to begin with: arrows move between them, and `tell` runs
+  // wherever one arrives.
+  function roving(cells, columns, first, tell) {
+    function choose(index, event) {
+      for (const other of cells) other.classList.remove("chosen");
+      cells[index].classList.add("chosen");
+      tell(index, event);
+    }
+    if (cells.length) choose(first, "start");
     cells.forEach((cell, index) => {
-      cell.tabIndex = index === 0 ? 0 : -1;
+      cell.tabIndex = index === first ? 0 : -1;
       for (const event of ["mouseenter", "focus", "click"]) {
-        cell.addEventListener(event, () => {
-          for (const other of cells) other.classList.remove("chosen");
-          cell.classList.add("chosen");
-          tell(index, event);
-        });
+        cell.addEventListener(event, () => choose(index, event));
       }
       cell.addEventListener("keydown", (event) => {
         const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
@@ -100,10 +112,10 @@
   }
 
   function details(parent, hint, className) {
+    make("p", parent, hint, "small");
     const panel = make("div", parent, undefined, className);
     panel.tabIndex = 0;
     panel.setAttribute("aria-live", "polite");
-    make("p", panel, hint);
     return (rows) => {
       panel.replaceChildren();
       const list = make("dl", panel);
@@ -126,7 +138,7 @@
     controls.replaceChildren();
     const runs = data.runs.map((one, index) => [index, `${one.name}, seed ${one.seed}`]);
     choice(controls, "run", runs, state.run, (value) => {
-      Object.assign(state, { run: Number(value), completion: 0 });
+      Object.assign(state, { run: Number(value), completion: 0, token: null });
       state.step = run().steps.length - 1;
       drawControls();
       draw();
@@ -147,7 +159,8 @@
       tell();
       draw();
     });
-    const measures = Object.entries(MEASURES);
+    const measures = Object.keys(MEASURES)
+      .map((name) => [name, `${WORDS[name]}, ${MEASURES[name]}`]);
     choice(controls, "measure", measures, state.measure, (value) => {
       state.measure = value;
       draw();
@@ -156,13 +169,20 @@
 
   function drawParts() {
     parts.replaceChildren();
-    make("h3", parts, `What the step was made of: mean ${MEASURES[state.measure]} (nats)`);
+    const measure = MEASURES[state.measure];
+    make("h3", parts, `What the step was made of: mean ${measure} of the probe tokens`);
     const given = Object.entries(step().measures[state.measure]);
     const means = given.map(([, values]) => mean(values));
     const limit = largest(means);
     const table = make("table", make("div", parts, undefined, "scroll"), undefined, "bars");
+    const head = make("tr", make("thead", table));
+    for (const name of ["part", "mean (nats)"]) make("th", head, name).scope = "col";
+    const sides = make("th", head, undefined, "bar");
+    sides.scope = "col";
+    for (const side of ["lowers", "raises"]) make("span", sides, side);
+    const body = make("tbody", table);
     given.forEach(([part], index) => {
-      const row = make("tr", table);
+      const row = make("tr", body);
       make("th", row, PARTS[part]).scope = "row";
       make("td", row, number(means[index]));
       const bar = make("span", make("td", row, undefined, "bar"));
@@ -173,9 +193,28 @@
     });
   }
 
+  // The map's head: axes, families of probe completions that stand together, and numbers.
+  function drawColumns(head) {
+    const [names, families, numbers] = [1, 2, 3].map(() => make("tr", head));
+    const samples = make("th", names, "sample: its advantage", "side");
+    Object.assign(samples, { scope: "col", rowSpan: 3 });
+    const all = make("th", names, "probe completion: kind and number", "over");
+    Object.assign(all, { scope: "colgroup", colSpan: run().completions.length });
+    let last = null;
+    run().completions.forEach(({ family }, index) => {
+      if (last && last.textContent === family) {
+        last.colSpan += 1;
+      } else {
+        last = make("th", families, family, "over");
+        Object.assign(last, { scope: "colgroup", title: family });
+      }
+      make("th", numbers, index + 1).scope = "col";
+    });
+  }
+
   function drawMap() {
     map.replaceChildren();
-    make("h3", map, "Which sample moved which probe completion: Σ Δ log π over its tokens");
+    make("h3", map, "Which sample moved which probe completion: Δ log π, summed over its tokens");
     if (!step().rows) {
       make("p", map, "The ledger of this step keeps samples together (probe.ledger_by), so there "
         + "is no map.", "small");
@@ -186,14 +225,12 @@
     const box = make("div", map, undefined, "scroll");
     const table = make("table", box, undefined, "map");
     table.setAttribute("role", "grid");
-    const head = make("tr", make("thead", table));
-    make("th", head, "advantage of the sample").scope = "col";
-    run().completions.forEach((_, index) => { make("th", head, index + 1).scope = "col"; });
+    drawColumns(make("thead", table));
     const body = make("tbody", table);
     const cells = [];
     step().rows.forEach((values, index) => {
       const row = make("tr", body);
-      make("th", row, number(step().samples[index].advantage)).scope = "row";
+      make("th", row, number(step().samples[index].advantage), "side").scope = "row";
       for (const value of values) {
         const cell = make("td", row);
         cell.setAttribute("aria-label", `${number(value)} nats`);
@@ -201,20 +238,22 @@
         cells.push(cell);
       }
     });
-    const tell = details(map, "Point at a cell, tap it, or move with the arrow keys.", "details long");
+    const hint = "Point at a cell, tap it, or move with the arrow keys; a click shows the probe "
+      + "completion below, token by token.";
+    const tell = details(map, hint, "details long");
     const columns = run().completions.length;
-    roving(cells, columns, (index, event) => {
+    roving(cells, columns, strongest(step().rows.flat()), (index, event) => {
       const column = index % columns;
       const sample = step().samples[Math.floor(index / columns)];
       const probe = run().completions[column];
       tell([
-        ["Σ Δ log π", `${number(step().rows[Math.floor(index / columns)][column])} nats`],
+        ["sum of Δ log π", `${number(step().rows[Math.floor(index / columns)][column])} nats`],
         ["sample", `${sample.prompt}\n→ ${sample.completion}`],
         ["its advantage", number(sample.advantage)],
         [`probe completion ${column + 1}, ${probe.family}`, `${probe.prompt}\n→ ${probe.text}`],
       ]);
       if (event === "click" && probe.tokens && state.completion !== column) {
-        state.completion = column;
+        Object.assign(state, { completion: column, token: null });
         drawTokens();
       }
     });
@@ -222,13 +261,13 @@
 
   function drawTokens() {
     tokens.replaceChildren();
-    make("h3", tokens, `A probe completion, token by token: ${MEASURES[state.measure]}`);
+    make("h3", tokens, `A probe completion, token by token: ${MEASURES[state.measure]} of each`);
     const bar = make("div", tokens, undefined, "controls");
     const completions = run().completions
       .map((one, index) => [index, `${index + 1} · ${one.family} · ${one.text.slice(0, 40)}`])
       .filter(([index]) => run().completions[index].tokens);
     choice(bar, "completion", completions, state.completion, (value) => {
-      state.completion = Number(value);
+      Object.assign(state, { completion: Number(value), token: null });
       drawTokens();
     });
     const given = step().measures[state.measure];
@@ -248,8 +287,12 @@
       tint(cell, values[index], limit);
       return cell;
     });
-    const tell = details(tokens, "Point at a token, tap it, or move with the arrow keys.", "details");
-    roving(cells, 1, (index) => {
+    const hint = "Point at a token, tap it, or move with the arrow keys; the parts of its change "
+      + "add up to the actual one.";
+    const tell = details(tokens, hint, "details");
+    const first = state.token === null ? strongest(values) : state.token;
+    roving(cells, 1, first, (index, event) => {
+      if (event !== "start") state.token = index;
       const rows = Object.entries(given).map(([part, all]) =>
         [PARTS[part], `${number(all[probe.start + index])} nats`]);
       tell([["token", JSON.stringify(probe.tokens[index])], ...rows]);

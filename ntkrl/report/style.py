@@ -32,13 +32,10 @@ thead th { vertical-align: bottom; color: var(--soft); min-width: 4.5em; overflo
 th:first-child { text-align: left; min-width: 6.5em; }
 .glossary th, .glossary td { text-align: left; vertical-align: top; white-space: normal; }
 .glossary td { min-width: 6em; overflow-wrap: normal; }
-.figures {
-  display: grid; gap: 16px; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
-}
+.figures { columns: 440px; column-gap: 16px; }
 figure {
-  margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  overflow: hidden;
+  margin: 0 0 16px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  overflow: hidden; break-inside: avoid;
 }
 figure img { display: block; width: 100%; height: auto; background: #ffffff; padding: 8px; }
 figcaption { padding: 10px 14px 12px; color: var(--ink); }
@@ -50,21 +47,36 @@ figcaption { padding: 10px 14px 12px; color: var(--ink); }
 .controls label, .bars th { overflow-wrap: normal; }
 .controls select { font: inherit; min-width: 0; max-width: 100%; }
 .controls input { min-width: 0; }
-.scale { display: flex; gap: 8px; align-items: center; margin: 4px 0; font-size: 0.9rem; }
+.scale {
+  display: flex; gap: 8px; align-items: center; margin: 4px 0; font-size: 0.9rem;
+  white-space: nowrap;
+}
 .ramp {
-  width: 96px; height: 12px; border: 1px solid var(--line);
+  flex: 0 1 96px; min-width: 24px; height: 12px; border: 1px solid var(--line);
   background: linear-gradient(90deg, rgba(30, 120, 220, 0.7), transparent, rgba(215, 70, 50, 0.7));
 }
 .bars { width: 100%; }
 .bars th, .bars td { padding: 3px 10px; border: 0; text-align: left; overflow-wrap: normal; }
-.bars td:nth-child(2) { text-align: right; }
-.bars .bar { width: 55%; min-width: 100px; }
-.bar span { display: block; height: 14px; }
-.map th, .map td { border: 1px solid var(--line); padding: 2px 6px; min-width: 0; }
-.map td { width: 26px; min-width: 26px; height: 26px; cursor: pointer; }
-.map thead th { text-align: center; }
-.map th:first-child { position: sticky; left: 0; background: var(--card); min-width: 5.5em; }
-.chosen, .map td:focus { outline: 2px solid var(--ink); outline-offset: -2px; }
+.bars th:first-child { width: 9em; }
+.bars :is(th, td):nth-child(2) { width: 8em; text-align: right; white-space: nowrap; }
+.bars .bar {
+  min-width: 9em;
+  background: linear-gradient(var(--line), var(--line)) center / 1px 100% no-repeat content-box;
+}
+.bars td span { display: block; height: 14px; }
+.bars th span { display: inline-block; width: 50%; text-align: center; }
+.map th, .map td { border: 1px solid var(--line); padding: 2px; min-width: 0; }
+.map td { width: 26px; min-width: 26px; height: 26px; cursor: pointer; scroll-margin: 15em 7em; }
+.map thead th { text-align: center; font-size: 0.8rem; }
+.map .over {
+  max-width: 0; overflow: hidden; text-align: left; text-overflow: ellipsis; white-space: nowrap;
+}
+.map .side {
+  position: sticky; left: 0; background: var(--card); min-width: 5.5em; padding: 2px 8px;
+  text-align: left;
+}
+.chosen { outline: 2px solid var(--ink); outline-offset: -2px; }
+:is(.map td, .tokens span):focus:not(.chosen) { outline: none; }
 .tokens, .prompt, .details dd { white-space: pre-wrap; }
 .prompt { color: var(--soft); margin: 6px 0; }
 .tokens { font-family: ui-monospace, Menlo, Consolas, monospace; line-height: 1.9; margin: 6px 0; }
@@ -73,13 +85,18 @@ figcaption { padding: 10px 14px 12px; color: var(--ink); }
   border: 1px solid var(--line); border-radius: 8px; background: var(--card);
   padding: 4px 14px; margin: 8px 0; height: 16em; overflow: auto;
 }
-.details dl { display: grid; grid-template-columns: minmax(5em, auto) 1fr; gap: 2px 14px; }
-@media (max-width: 600px) {
-  .details.long { height: 22em; }
-  .long dl { display: block; }
+.details.long {
+  position: sticky; bottom: 8px; height: 9em; box-shadow: 0 0 12px var(--line);
 }
+.details dl { display: grid; grid-template-columns: minmax(5em, auto) 1fr; gap: 2px 14px; }
+.details.long dl { grid-template-columns: auto 1fr auto 2fr; }
 .details dt { color: var(--soft); max-width: 14em; }
 .details dd { margin: 0; }
+@media (max-width: 800px) {
+  .details.long { height: 16em; font-size: 0.9rem; }
+  .details.long dl { display: block; }
+  .long dd { margin: 0 0 4px 1em; }
+}
 summary { cursor: pointer; font-weight: 600; margin: 28px 0 8px; }
 code { font-size: 0.9em; }
 """

@@ -7,6 +7,7 @@ found by the sum of bits saved beside every array, since the files hold no check
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -14,6 +15,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -35,7 +37,23 @@ logging.getLogger("absl").addFilter(lambda record: record.levelno > logging.ERRO
 WRITER_SECONDS = 60.0  # for what writes on after a save has failed
 LOOKS, LOOK_SECONDS = 5, 0.1  # without anything new, until it is taken to have ended
 
+_told_before = sys.unraisablehook
+
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
+def _late(told: Any) -> bool:
+    """Tell whether a write has ended that nobody waits for, since another one has failed.
+
+    TensorStore's threads then call a loop of Orbax's that is closed, with no Python code between.
+    """
+    trace = told.exc_traceback
+    if told.object is not None or trace is None or str(told.exc_value) != "Event loop is closed":
+        return False
+    return trace.tb_frame.f_code is asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+
+
+sys.unraisablehook = lambda told: None if _late(told) else _told_before(told)
 
 
 class DamagedError(Exception):

@@ -25,10 +25,12 @@ def words(tmp_path):
 def test_a_plan(words, tmp_path, capsys):
     """story: every program of a run on eight virtual devices, printed and written."""
     file = tmp_path / "rows.json"
-    assert main([*words, "--topology=cpu:8", f"--json={file}"]) == 0
+    few = ["--config.probe.ledger_by=group", "--config.probe.prompts=1"]
+    assert main([*words, *few, "--topology=cpu:8", f"--json={file}"]) == 0
     printed = capsys.readouterr().out
     names = ("prefill", "cache growth", "decoding", "reference", "update classifier", "update all")
-    assert all(f"\n{name} " in printed for name in (*names, "kernel apply"))
+    names += ("ledger classifier", "ledger all", "kernel apply")
+    assert all(f"\n{name} " in printed for name in names)
     assert "mesh fsdp 8, remat products" in printed and "fits: " in printed
     assert "data × fsdp = 8 does not divide the 4 rows read together" in printed
     (found,) = json.loads(file.read_text())
@@ -150,6 +152,7 @@ def test_refusals(message, needed):
     assert found == needed if needed is None else found == pytest.approx(needed)
 
 
+NO_LEDGER = "--config.probe.ledger_every_steps=None"
 KNOBS = [
     ("update", {"rows": 2}, [], "schedule.microbatches=2"),
     ("update", {}, [], "model.remat=all"),
@@ -157,13 +160,21 @@ KNOBS = [
     ("generation", {}, [], "rollout.cache_dtype=bfloat16"),
     ("scoring", {}, [], "model.compute_dtype=bfloat16"),
     ("update", {"own_gib": 20.0}, ["--config.mesh.data=4"], "mesh.data=1 mesh.fsdp=8"),
+    ("update", {"kept_gib": 15.0}, [], "probe.ledger_every_steps=None"),
+    ("update", {"kept_gib": 15.0}, [NO_LEDGER], "probe.every_steps=None"),
+    ("update", {"kept_gib": 14.0}, [], "model.remat=all"),  # the copies are not to blame
+    ("generation", {}, ["--config.rollout.gather_params=True"], "rollout.gather_params=False"),
+    (programs.PROBE, {"rows": 5}, [], "probe.memory_gib=1"),
+    (programs.PROBE, {}, [], "probe.ledger_every_steps=None"),
+    (programs.PROBE, {"rows": 5, "own_gib": 20.0}, [], "probe.ledger_every_steps=None"),
 ]
 
 
 @pytest.mark.parametrize(("part", "changes", "more", "knob"), KNOBS)
 def test_what_to_turn(settings, part, changes, more, knob):  # noqa: F811
     """by hand: the first knob, by what the program is and what fills the memory."""
-    row = measure.Row(part, part, ("all",), 1.0, 1, 1.0, 1.0, 0.0, 30.0, 28.0)
+    name = "ledger all" if part == programs.PROBE else part
+    row = measure.Row(name, part, ("all",), 1.0, 1, 1.0, 1.0, 0.0, 30.0, 28.0)
     row = dataclasses.replace(row, **changes)
     said = verdict.verdict(run_of(settings("rl", *more)), row, CHIPS["v5e"])
     assert said == f"does not fit: needs 30.0 GiB; {said.partition('; ')[2]}" and knob in said

@@ -1,18 +1,24 @@
 """The programs of a run, described by shapes, against the run itself and arithmetic by hand."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl import assembly, data, models, reward, runtime
+from ntkrl import assembly, data, models, probe, reward, runtime
 from ntkrl.assembly.sources import split
 from ntkrl.plan import measure, networks, programs, topology
 from ntkrl.plan.chips import Chip
 from ntkrl.plan.shapes import SHAPES
+from ntkrl.probe import accounts
+from ntkrl.types import ProbeSet
 from tests.toys import TINY
 
 MODEL = {**TINY, "architectures": ["GPTNeoXForCausalLM"], "vocab_size": 24}
@@ -47,9 +53,10 @@ def run_of(settings, count=8):
     return programs.described(settings, topology.machine(f"cpu:{count}").devices)
 
 
-def compiled(run, part):
+def compiled(run, part, steps=None):
     """The rows of a part, by name; the others are not compiled."""
-    found, steps, result = {}, run.programs(probe=False), None
+    found, result = {}, None
+    steps = run.programs(probe=False) if steps is None else steps
     while True:
         try:
             program = steps.send(result)
@@ -58,6 +65,16 @@ def compiled(run, part):
         result = None
         if program.part == part:
             found[program.name], result = measure.measure(run, program, Chip())
+
+
+def first(steps):
+    """The first of some programs."""
+    return (step for step in itertools.islice(steps, 1))
+
+
+def bytes_of(params):
+    """Bytes of a tree, whole."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def test_flops_of_an_update(settings):
@@ -140,6 +157,111 @@ def test_what_lies_beside_a_program(settings):
     batch = jax.tree.leaves(programs.minibatch(run, 0)[0])
     inputs = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in batch)
     assert own == pytest.approx(4 * count + moments + inputs, abs=16)  # and counters
+
+
+def test_a_gathered_copy(settings):
+    """by hand: the params whole on each device while it samples, and gathered no more."""
+    run = run_of(settings("rl", "--config.rollout.gather_params=True"))
+    rows, whole = compiled(run, programs.GENERATION), bytes_of(run.params)
+    assert rows["gathering"].scratch_gib * 2**30 >= whole
+    assert rows["gathering"].collectives["all-gather"][1] > whole / 2
+    assert rows["cache growth"].kept_gib * 2**30 == whole
+    for name in ("prefill", "decoding"):
+        assert rows[name].kept_gib == 0 and rows[name].own_gib * 2**30 > whole
+        # beside the copy lie the starting params, the policy's and its moments, in eight parts
+        held = [run.params, run.params, run.state(run.stages[0]).opt_state]
+        assert rows[name].beside_gib * 2**30 == sum(map(networks.held_bytes, held))
+    assert rows["decoding"].received < 100 < whole  # flags and places of rows
+
+
+def test_a_ledger_by_hand(settings):
+    """by hand: params before and after and the moments before are read; kept while it steps."""
+    one = settings("cfrl", "--config.probe.ledger_by=group", "--config.probe.prompts=2")
+    run = run_of(one, 1)
+    whole, moments = bytes_of(run.params), 4 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"]
+    (row,) = compiled(run, programs.PROBE, first(programs.accounts(run))).values()
+    assert row.name == "ledger classifier" and row.stages == ("classifier",)
+    assert row.runs == 1 / 50 and row.flops > 0
+    batch = bytes_of(programs.minibatch(run, 0)[0])
+    tokens = 2 * 2 * 32 * (4 + 1)
+    own = row.own_gib * 2**30 - 2 * whole - moments - batch
+    assert 2 * tokens <= own < 2 * tokens + 30 * 96  # and places of 96 probe tokens
+    assert row.beside_gib * 2**30 == pytest.approx(whole + moments, abs=16)
+    kept = [networks.held_bytes(run.kept(stage)) for stage in run.stages]
+    assert kept == [pytest.approx(whole + moments, abs=16), pytest.approx(3 * whole, abs=100)]
+    watched, alone = (
+        compiled(run, programs.UPDATE, first(programs.updates(run, looked)))["update classifier"]
+        for looked in (True, False)
+    )
+    assert watched.kept_gib * 2**30 == kept[0] and alone.kept_gib == 0
+    assert watched.peak_gib - alone.peak_gib == pytest.approx(watched.kept_gib)
+
+
+@pytest.mark.parametrize("change", ["every_steps", "eval", "held_out"])
+def test_no_looks_no_copies(settings, change):
+    """by hand: without looks, or held-out prompts to look at, nothing is kept and no ledger."""
+    words = {
+        "every_steps": [
+            "--config.probe.every_steps=None",
+            "--config.probe.ledger_every_steps=None",
+        ],
+        "eval": ["--config.eval.every_steps=None"],
+        "held_out": ["--config.data.path=x.jsonl", "--config.data.held_out=0.0"],
+    }
+    run = run_of(settings("rl", *words[change]), 1)
+    assert run.kept(run.stages[0]) == []
+    names = [program.name for program in programs.updates(run, True)]
+    assert names == ["update all"] and not run.watches
+
+
+def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
+    """law: a real ledger is made in the way, and of the shapes and places, that were planned."""
+    families = "--config.probe.families=('own', 'reference')"
+    one = settings("rl", families, "--config.probe.memory_gib=3.6e-5", "--config.probe.prompts=4")
+    run = run_of(one)
+    policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
+    setup = dataclasses.replace(run.setup, policy=policy, params=params)
+    source, stage = assembly.SOURCES["rl"](setup), run.stages[0]
+    # what a Watcher has, but for the held-out prompts
+    watcher = types.SimpleNamespace(setup=setup, source=source, settings=one.probe)
+    watcher.programs, watcher._fits = run.stages, lambda *given: True
+    made = assembly.Watcher._ledger(watcher, stage)
+    state = assembly.States(setup).first(stage)
+    before = assembly.Watcher.keep(watcher, state, 0, one.probe.ledger_every_steps)
+    seen, _ = programs.minibatch(run, 0)  # see test_shapes_are_those_of_a_run
+    batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
+    prompts = data.supervised_batch([[1] * 8] * 12, [[1] * 24] * 12, range(12), 0, 8, 24)
+    held = ProbeSet(
+        tokens=prompts.tokens,
+        mask=prompts.mask,
+        completion_mask=prompts.completion_mask,
+        groups=jnp.arange(12),
+    )
+    prober = probe.Prober(policy, held, params, memory_gib=one.probe.memory_gib)
+    calls = []
+
+    def read(*given):
+        calls.append(given)
+        raise StopIteration
+
+    monkeypatch.setattr(accounts, "read", read)
+    with pytest.raises(StopIteration):
+        prober.each(functools.partial(made.read, before, state.params, batch))
+    # the program of the plan's own network has other functions of the same names
+    (way, given, after), (planned,) = calls[0], programs.accounts(run)
+    bound = {"policy": None, "terms": None, "optimizer": None}
+    assert planned.arguments[0]._replace(**bound) == way._replace(**bound)
+    assert planned.name == "ledger all" and planned.runs == len(prober.blocks) / 50 == 3 / 50
+    assert planned.rows == prober.blocks[0][0].tokens.shape[0] == 4
+    for real, shapes in zip((given, after), planned.arguments[1:], strict=True):
+        expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), real) == expected
+    kept = run.kept(stage)
+    for real, shapes in zip((before.params, before.opt_state), kept, strict=True):
+        same = jax.tree.map(
+            lambda a, b: a.sharding.is_equivalent_to(b.sharding, b.ndim), shapes, real
+        )
+        assert all(jax.tree.leaves(same))
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if "ArmoRM" not in name])

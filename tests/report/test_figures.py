@@ -6,6 +6,7 @@ import pytest
 from ntkrl.report import read_run
 from ntkrl.report.curves import families, ledger_shares, sampling
 from ntkrl.report.figures import FIGURES, agreement, pooled_changes, prediction, reward, shares
+from ntkrl.report.influence import similarity
 from ntkrl.report.plotting import coinciding, looks, shown
 
 
@@ -59,11 +60,28 @@ def test_curves_of_parts_by_hand(runs):
     """By hand: a panel per method, a line per family or part that is there, mean over seeds."""
     runs[0].metrics[-1]["probe/own/log_prob"] = -2.0
     upper, lower = families(runs).axes
-    assert [len(axis.lines) for axis in (upper, lower)] == [2 + 1, 2 + 1]  # the stage's end too
+    assert [len(axis.lines) for axis in (upper, lower)] == [2 + 1, 2]  # cfrl's stage ends too
     np.testing.assert_allclose(lower.lines[0].get_ydata(), [-1, -1, -1, -1, -1.5])
     np.testing.assert_allclose(lower.lines[1].get_ydata(), [-5, -5.5, -6, -6.5, -7])
     words = [text.get_text() for text in ledger_shares(runs).legends[0].get_texts()]
     assert words == ["R (head)", "G (body)", "momentum", "decay", "KL, in R and G", "curvature"]
+
+
+def test_similarity_by_hand(runs):
+    """By hand: completions are numbered from 1; colours reach as far as the cosines do."""
+    for count, step in ((5, 5), (25, 10)):
+        cosines = 0.31 * np.eye(count) - 0.02
+        for run in runs:
+            run.probes[step]["cosines"] = cosines
+    first, last = similarity(runs[:1]).axes[:2]
+    assert [tick.get_text() for tick in first.get_xticklabels()] == [*"12345"]
+    assert [tick.get_text() for tick in last.get_yticklabels()] == ["1", "10", "20"]
+    assert last.get_yticks().tolist() == [0, 9, 19]
+    assert last.images[0].get_clim() == (-0.3, 0.3)
+    for run in runs:
+        for step in (5, 10):
+            run.probes[step]["cosines"] = 0.5 + 0.1 * np.eye(5)
+    assert similarity(runs[:1]).axes[0].images[0].get_clim() == (0.45, 0.6)
 
 
 def test_sampling_curves_by_hand(runs):

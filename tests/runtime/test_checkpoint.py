@@ -3,7 +3,9 @@
 import asyncio
 import json
 import shutil
+import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import serialization
 
 from ntkrl import runtime, trees, update
+from ntkrl.runtime import checkpoint
 from ntkrl.runtime.checkpoint import bit_sums
+from ntkrl.types import TrainState
 from tests.update.test_step import ADAM, HEAD, neox
 
 
@@ -240,3 +244,36 @@ def test_bit_sums():
     alone = int(np.sum(np.asarray(long).view(np.uint32), dtype=np.uint32))
     spread = NamedSharding(runtime.make_mesh(2, 2, 2), PartitionSpec("data", "tensor"))
     assert bit_sums([long]) == bit_sums([jax.device_put(long, spread)]) == {"0": alone}
+
+
+@pytest.fixture
+def unraisable(monkeypatch):
+    """What is told of exceptions that nobody can catch."""
+    told = []
+    monkeypatch.setattr(checkpoint, "_told_before", told.append)
+    return told
+
+
+def test_writes_that_end_late_are_not_told(small_disk, unraisable):
+    """story: on a full disk one sentence, and no trace of each other array's write."""
+    params = {f"{n}": jax.random.normal(jax.random.key(n), (256, 256)) for n in range(40)}
+    state = TrainState(step=jnp.int32(0), params=params, opt_state=None, key=jax.random.key(0))
+    checkpoints = runtime.Checkpoints(small_disk("4m") / "c", keep=1)
+    with pytest.raises(runtime.NotSavedError, match="no space left on the device"):
+        checkpoints.save(1, state, {})
+        checkpoints.settle()
+    checkpoints.close()
+    assert unraisable == [] and checkpoints.steps() == []
+
+
+def test_others_are_told(unraisable):
+    """by hand: a closed loop that our own code called, and any other exception."""
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with pytest.raises(RuntimeError, match="Event loop is closed") as closed:
+        loop.call_soon_threadsafe(print)
+    late = closed.value.__traceback__.tb_next
+    for error, trace in ((closed.value, closed.tb), (ValueError("x"), late), (closed.value, late)):
+        given = {"exc_type": type(error), "exc_value": error, "exc_traceback": trace}
+        sys.unraisablehook(types.SimpleNamespace(**given, err_msg=None, object=None))
+    assert [str(one.exc_value) for one in unraisable] == ["Event loop is closed", "x"]

@@ -1,0 +1,106 @@
+"""A step ledger as a program of shapes, and the copies a run keeps while it takes the step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkrl import ntk, probe, runtime, update
+from ntkrl.assembly.probe_settings import DRAWN, ProbeSettings
+from ntkrl.assembly.setup import Setup
+from ntkrl.probe import accounts, ledger
+from ntkrl.probe.step import BYTES
+from ntkrl.types import TrainState, UpdateBatch
+
+
+class ReadCall(NamedTuple):
+    """A call of `accounts.read` described.
+
+    read: the jitted function. arguments: for its `lower`. blocks: parts of the probe set it is
+    called for. together: completions of each.
+    """
+
+    read: Any
+    arguments: tuple[Any, ...]
+    blocks: int
+    together: int
+
+
+def kept(settings: ProbeSettings, state: TrainState) -> list[Any]:
+    """Return what is copied of a state before a step that is looked at: see Watcher.keep."""
+    if settings.ledger_every_steps is None:
+        return [state.params]
+    return [state.params, _on_devices(state.opt_state)]
+
+
+def read_call(
+    setup: Setup,
+    terms: accounts.Terms,
+    stage: update.StageProgram,
+    state: TrainState,
+    batch: UpdateBatch,
+    reference: Any,
+) -> ReadCall:
+    """Describe the ledger of a stage's step: see Watcher.look.
+
+    Args:
+      setup: the run.
+      terms: of its source.
+      stage: bound to the params.
+      state: shapes of what the step began with.
+      batch, reference: of what it saw, every row at its full length.
+    """
+    settings = setup.settings.probe
+    contexts, targets, blocks = probe_tokens(setup)
+    made = probe.Ledger(
+        *(setup.policy, terms, stage.optimizer, stage.trained),
+        groups=settings.ledger_groups,
+        by=settings.ledger_by,
+        memory_gib=settings.memory_gib,
+        microbatches=setup.settings.schedule.microbatches,
+        mesh=setup.mesh,
+    )
+    before = state.replace(opt_state=_on_devices(state.opt_state))
+    given = made._given(before, batch, contexts, targets, reference)
+    way = ledger._way(made, *ledger._shapes(given))
+    whole = runtime.replicated(setup.mesh)
+
+    def placed(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=whole)
+
+    arguments = (way, jax.tree.map(placed, given), state.params)
+    return ReadCall(accounts.read, arguments, blocks, contexts.tokens.shape[0])
+
+
+def probe_tokens(setup: Setup) -> tuple[ntk.Contexts, Any, int]:
+    """Return one block of a run's probe set, every completion at its full length.
+
+    Returns:
+      contexts, targets: as a Prober cuts them, of tokens that are all zero.
+      blocks: how many there are.
+    """
+    settings, asked = setup.settings, setup.settings.probe
+    width, budget = settings.data.max_prompt_tokens, settings.rollout.max_completion_tokens
+    each = [asked.completions_per_prompt if one in DRAWN else 1 for one in asked.families]
+    total = asked.prompts * sum(each)
+    room = asked.memory_gib * 2**30 // (BYTES * budget * setup.policy.vocab_size)
+    count = int(max(1, min(total, room)))
+    contexts = ntk.Contexts(
+        np.zeros((count, width + budget), np.int32),
+        np.tile(width - 1 + np.arange(budget), count),
+        np.repeat(np.arange(count), budget),
+        np.ones((count, width + budget), bool),
+    )
+    return contexts, jnp.zeros(count * budget, jnp.int32), -(-total // count)
+
+
+def _on_devices(opt_state: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: leaf.update(sharding=leaf.sharding.with_memory_kind("device")), opt_state
+    )
