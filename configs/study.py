@@ -99,7 +99,7 @@ def base_model(size, values):
     config.model.new.hidden_size, config.model.new.intermediate_size = width, 4 * width
     config.model.new.num_hidden_layers = layers
     # larger models learn faster
-    steps = values["base_steps"] if size == "small" else values["base_steps"] // 3
+    steps = values["base_steps"] if size == "small" else 2 * values["base_steps"] // 3
     config.stages[0].steps = max(steps, 1)
     config.eval.every_steps = max(steps, 1)
     config.eval.repeats = 1
