@@ -124,10 +124,10 @@ class Loop:
                 metrics = self._advance(rollout_step)
                 left = update.steps_left(self.stages, self.progress)
                 last = left == 0
-                if last or _due(self.settings.evaluation.every_steps, rollout_step):
+                if last or assembly.due(self.settings.evaluation.every_steps, rollout_step):
                     metrics |= self._evaluate(rollout_step)
                 writer.write(int(self.state.step), metrics)
-                if last or _due(self.settings.checkpoint.every_steps, rollout_step):
+                if last or assembly.due(self.settings.checkpoint.every_steps, rollout_step):
                     self._save(rollout_step, metrics)
                 self.keeper.settle(wait=False)
                 runtime.saved(self.keeper.newest())
@@ -209,7 +209,7 @@ class Loop:
         self.progress = update.advanced(program.stage, self.progress, metrics)
         if self.progress.ended is not None:
             runtime.tell(f"stage {program.stage.name!r} ends: {self.progress.ended}")
-        if _due(self.settings.schedule.reference_sync_steps, rollout_step):
+        if assembly.due(self.settings.schedule.reference_sync_steps, rollout_step):
             alpha = self.settings.schedule.reference_mixup_alpha
             self.reference = self.mix(self.state.params, self.reference, alpha)
         taken = update.steps_taken(self.state.opt_state)
@@ -321,10 +321,6 @@ def _check_shared(directory: Path) -> None:
                 "give a run_dir on a file system that all hosts share."
             )
         time.sleep(0.5)
-
-
-def _due(every_steps: int | None, rollout_step: int) -> bool:
-    return every_steps is not None and rollout_step % every_steps == 0
 
 
 def _stream(seed: int, stream: int, number: int) -> Array:

@@ -12,6 +12,7 @@ from ntkrl.assembly.keeping import Keeper, best_of
 from ntkrl.assembly.preferences import PreferenceSource
 from ntkrl.assembly.rewards import is_code
 from ntkrl.assembly.rollouts import RolloutSource
+from ntkrl.assembly.schedule import due
 from ntkrl.assembly.settings import RunSettings, read_settings
 from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model, check_vocabulary
 from ntkrl.assembly.sources import SupervisedSource, Turn
@@ -41,6 +42,7 @@ __all__ = [
     "best_of",
     "check_vocabulary",
     "collect",
+    "due",
     "evaluate",
     "is_code",
     "jitted_step",

@@ -23,6 +23,7 @@ from ntkrl.assembly.probe_set import (
     save_probes,
 )
 from ntkrl.assembly.probe_settings import CADENCES
+from ntkrl.assembly.schedule import due
 from ntkrl.assembly.setup import Setup
 from ntkrl.types import Array, Params, TrainState, UpdateBatch
 from ntkrl.vocabulary import Head
@@ -83,11 +84,11 @@ class Watcher:
 
     def due(self, rollout_step: int) -> bool:
         """Tell whether the last optimizer step of a rollout step is looked at."""
-        return any(_due(getattr(self.settings, name), rollout_step) for name in CADENCES)
+        return any(due(getattr(self.settings, name), rollout_step) for name in CADENCES)
 
     def keep(self, state: TrainState, stage: int, rollout_step: int) -> TrainState:
         """Copy of a state what is needed of it once the step has been taken."""
-        accounts, moments = _due(self.settings.ledger_every_steps, rollout_step), None
+        accounts, moments = due(self.settings.ledger_every_steps, rollout_step), None
         if accounts and self._fits(state, self.programs[stage]):
             moments = jax.tree.map(_on_device, state.opt_state)
         copied = jax.tree.map(jnp.copy, state.params)
@@ -140,7 +141,7 @@ class Watcher:
     def read(self, params: Params, rollout_step: int) -> dict[str, float]:
         """Return the measures of the probe set, and of kernels on it where they are due."""
         measures = self.prober.measures(params)
-        if not _due(self.settings.kernel_every_steps, rollout_step):
+        if not due(self.settings.kernel_every_steps, rollout_step):
             return measures
         now, start = self._kernel(params), self.start_kernel
         found = probe.drift.kernel_drift(now, start)
@@ -252,10 +253,6 @@ class Watcher:
                 for prompt, text, value in zip(prompts, texts, advantages, strict=True)
             ],
         }
-
-
-def _due(every_steps: int | None, rollout_step: int) -> bool:
-    return every_steps is not None and rollout_step % every_steps == 0
 
 
 def _means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
