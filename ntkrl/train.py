@@ -90,7 +90,7 @@ class Loop:
             self.stages, setup.network, setup.params, self.settings.schedule.updates
         )
         self.mix = jax.jit(optax.incremental_update, donate_argnums=1)
-        self.compiled: dict[tuple[int, int], Any] = {}
+        self.compiled: dict[tuple[int, int, bool], Any] = {}
         self.states = assembly.States(setup)
         self.keeper = assembly.Keeper(self.settings, config, directory, self.source.headline)
         self.watcher, self.eval_sample = None, None
@@ -117,7 +117,8 @@ class Loop:
             if self.watcher is not None:
                 self.watcher.begin()
             if start == 0:
-                writer.write(0, self._evaluate(0) | self._read_probe(0))
+                measures = {} if self.watcher is None else self.watcher.read(self.state.params, 0)
+                writer.write(0, self._evaluate(0) | measures)
                 self.clock.lap()
             while left > 0 and not self.notice.reached(rollout_step):
                 rollout_step += 1
@@ -163,11 +164,14 @@ class Loop:
         reference = self.source.reference_head(turn)
         logged: list[dict[str, float]] = []
         todo = batches * self.settings.schedule.inner_epochs
+        apart, gradients = False, []
         for number, batch in enumerate(todo, start=1):
             if looking and number == len(todo):  # the step donates its state
                 before = self.watcher.keep(self.state, stage, rollout_step)
+                apart = before.opt_state is not None
             placed = runtime.place_rows(batch, self.setup.mesh)
-            self.state, values = self._step(placed, reference)(self.state, placed, reference)
+            step = self._step(placed, reference, apart)
+            self.state, values, *gradients = step(self.state, placed, reference)
             logged.append({name: float(value) for name, value in values.items()})
             self._check_finite(logged[-1], rollout_step)
             if number == 1:
@@ -176,9 +180,9 @@ class Loop:
         metrics |= self.source.summary(logged)
         metrics |= self._count(metrics, rollout_step)
         if looking:
-            metrics |= self.watcher.look(before, self.state, batch, reference, stage)
+            seen = before, self.state, batch, reference, *gradients
+            metrics |= self.watcher.look(assembly.Seen(*seen), stage, rollout_step)
             self.clock("look")
-            metrics |= self._read_probe(rollout_step)
         return metrics
 
     def _turn(self, rollout_step: int, key: Array) -> assembly.Turn:
@@ -220,14 +224,14 @@ class Loop:
             "learning_rate": program.learning_rate(max(taken - 1, 0)),
         }
 
-    def _step(self, batch: Any, reference: Any) -> Any:
-        """Return the stage's compiled train step: one function, sharded, its state donated."""
+    def _step(self, batch: Any, reference: Any, apart: bool) -> Any:
+        """Return the stage's compiled train step, or that which hands its gradients out."""
         stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
-        if (stage, rows) not in self.compiled:
-            self.compiled[stage, rows] = assembly.jitted_step(
-                self.setup, self.programs[stage], self.source.minimised, self.state, rows, reference
-            )
-        return self.compiled[stage, rows]
+        if (stage, rows, apart) not in self.compiled:
+            minimised = self.source.terms if apart else self.source.minimised
+            given = self.setup, self.programs[stage], minimised, self.state, rows, reference
+            self.compiled[stage, rows, apart] = assembly.jitted_step(*given, apart)
+        return self.compiled[stage, rows, apart]
 
     def _check_finite(self, values: dict[str, float], rollout_step: int) -> None:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
@@ -240,13 +244,6 @@ class Loop:
             f"checkpoint is {self.keeper.last_good()}. Lower the stage's learning rate or set "
             "its max_grad_norm."
         )
-
-    def _read_probe(self, rollout_step: int) -> dict[str, float]:
-        if self.watcher is None:
-            return {}
-        measures = self.watcher.read(self.state.params, rollout_step)
-        self.clock("probe")
-        return measures
 
     def _evaluate(self, rollout_step: int) -> dict[str, Any]:
         beside = self.source.evaluate(self.state.params)

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,21 @@ from ntkrl.types import Array, Params, TrainState, UpdateBatch
 from ntkrl.vocabulary import Head
 
 COPIES = 6  # of the trained params that a ledger holds beside one gradient per term
+
+
+class Seen(NamedTuple):
+    """An optimizer step that is looked at.
+
+    before: from `Watcher.keep`. after: the state it ended with. batch: what it saw, on the host.
+    reference: the Head it compared with, or None. gradients: by term of the loss, where a ledger
+    is made of it.
+    """
+
+    before: TrainState
+    after: TrainState
+    batch: UpdateBatch
+    reference: Head | None
+    gradients: update.Gradients | None = None
 
 
 class Watcher:
@@ -94,34 +109,27 @@ class Watcher:
         copied = jax.tree.map(jnp.copy, state.params)
         return state.replace(params=copied, opt_state=jax.tree.map(jnp.copy, moments))
 
-    def look(
-        self,
-        before: TrainState,
-        after: TrainState,
-        batch: UpdateBatch,
-        reference: Head | None,
-        stage: int,
-    ) -> dict[str, float]:
-        """Compare and account for one optimizer step.
+    def look(self, step: Seen, stage: int, rollout_step: int) -> dict[str, float]:
+        """Compare and account for one optimizer step, and read the probe set after it.
 
         Args:
-          before: from `keep`.
-          after: the state the step ended with.
-          batch: what it saw, on the host.
-          reference: the Head it compared with, or None.
+          step: what is looked at.
           stage: number of the stage.
+          rollout_step: that it belongs to.
 
         Returns:
           The `predict/…`, `probe/…`, `signal/…`, `weights/…` and `ledger/…` metrics of the step;
           arrays are written.
         """
-        metrics, arrays = self.prober.compare(before.params, after.params)
+        before, after = step.before, step.after
+        metrics, arrays, (old, new) = self.prober.compare(before.params, after.params)
+        metrics |= self.read(after.params, rollout_step, new)
         name = f"step_{int(after.step):06d}"
         if runtime.is_writer():
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
         if not self.setup.settings.data.packing:
-            batch = self._widened(batch)
-        placed = runtime.place_rows(batch, self.setup.mesh)
+            step = step._replace(batch=self._widened(step.batch))
+        placed = runtime.place_rows(step.batch, self.setup.mesh)
         if not self.setup.settings.data.packing:
             given = self.setup.settings.rollout.temperature, self._chunk
             found = probe.step_measures(
@@ -134,13 +142,15 @@ class Watcher:
             ranks = probe.weights.update_ranks(self.setup.params, after.params)
             named = {f"weights/{n}/{kind}": float(v) for n in ranks for kind, v in ranks[n].items()}
             metrics |= {name: value for name, value in named.items() if math.isfinite(value)}
-            step = before, after.params, placed, reference
-            metrics |= self._account(step, batch, name, stage)
+            both = (arrays["actual"], np.asarray(new.statistics.entropy - old.statistics.entropy))
+            metrics |= self._account(step, placed, np.stack(both, axis=1), name, stage)
         return metrics
 
-    def read(self, params: Params, rollout_step: int) -> dict[str, float]:
+    def read(
+        self, params: Params, rollout_step: int, reading: probe.ProbeReading | None = None
+    ) -> dict[str, float]:
         """Return the measures of the probe set, and of kernels on it where they are due."""
-        measures = self.prober.measures(params)
+        measures = self.prober.measures(params, reading)
         if not due(self.settings.kernel_every_steps, rollout_step):
             return measures
         now, start = self._kernel(params), self.start_kernel
@@ -182,15 +192,16 @@ class Watcher:
         return batch.replace(**{name: wide(name, leaf) for name, leaf in batch.items()})
 
     def _account(
-        self,
-        step: tuple[TrainState, Params, UpdateBatch, Head | None],
-        batch: UpdateBatch,
-        name: str,
-        stage: int,
+        self, step: Seen, placed: UpdateBatch, actual: np.ndarray, name: str, stage: int
     ) -> dict[str, float]:
-        before, after, placed, reference = step
-        account = functools.partial(self.ledgers[stage].read, before, after, placed)
-        arrays = self.prober.each(functools.partial(account, beside=reference))
+        batch, read = step.batch, self.ledgers[stage].read
+
+        def account(*where: Any) -> dict[str, np.ndarray]:
+            *probed, actual_O2 = where
+            beside = step.reference, step.gradients, actual_O2.T
+            return read(step.before, step.after.params, placed, *probed, *beside)
+
+        arrays = self.prober.each(account, actual)
         advantages_B = _means(batch.advantages, batch.completion_mask)
         by_sample = self.settings.ledger_by == "sample"
         given = (advantages_B, self._own(batch)) if by_sample else ()

@@ -17,13 +17,14 @@ import optax
 from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
-from ntkrl.ntk.contexts import Grouped
+from ntkrl.ntk.contexts import Grouped, features_at
 from ntkrl.ntk.network import as_network
 from ntkrl.probe import contributions as parts
 from ntkrl.probe import held
 from ntkrl.types import Array, Params, Policy, Total
 
-Terms = Callable[[Params, Any, Any], dict[str, Total]]
+Terms = Callable[[Params, Any, Any], tuple[dict[str, Total], Any]]
+Gradients = dict[str, tuple[Params, Array]]
 COLUMNS = ("momentum", "decay", "optimizer")
 
 
@@ -59,6 +60,7 @@ class Given(NamedTuple):
     params, opt_state: before the step.
     batch: B rows. beside: what the terms are given with all of them.
     contexts, targets: the probe tokens, `sequences` the contexts by sequence.
+    gradients, actual: as in `Ledger.read`.
     """
 
     params: Params
@@ -68,6 +70,8 @@ class Given(NamedTuple):
     contexts: ntk.Contexts
     sequences: Grouped
     targets: Array
+    gradients: Gradients | None
+    actual: Array | None
 
 
 class Found(NamedTuple):
@@ -87,7 +91,7 @@ class Found(NamedTuple):
 def read(way: Way, given: Given, after: Params) -> Found:
     """Account for a step."""
     network = as_network(way.policy)
-    chosen, _ = trees.partition(given.params, way.trained)
+    chosen, rest = trees.partition(given.params, way.trained)
     ended, _ = trees.partition(after, way.trained)
     grads_T, counts_T = _whole_gradients(way, given)
     applied = _applied(way, given, grads_T)
@@ -99,16 +103,18 @@ def read(way: Way, given: Given, after: Params) -> Found:
     changes = jax.tree.map(lambda *rows: jnp.stack(rows), applied.momentum, applied.decay, left)
     if way.by == "group":
         changes = jax.tree.map(lambda *rows: jnp.concatenate(rows), terms_T, changes)
-    side = parts.side_of(network, given.params, given.contexts, given.targets)
-    push = _first_order(way, given, side)
-    one_KGAO = jax.lax.map(
-        lambda change: push(jax.tree.map(lambda leaf: leaf[None], change))[..., 0], changes
-    )
-    later = parts.side_of(network, after, given.contexts, given.targets)
+    phi_OD, moved = parts.linearised(network, chosen, rest, given.contexts)
+    side = parts.side_of(network, given.params, phi_OD, given.targets)
+    push = _first_order(way, side, moved)
+    one_KGAO = jax.lax.map(lambda change: _unless_zero(push, change), changes)
+    actual = given.actual
+    if actual is None:
+        later_OD = features_at(network, after, given.contexts)
+        actual = parts.side_of(network, after, later_OD, given.targets).values - side.values
     samples = None
     if way.by == "sample":
         samples = by_sample(way, given, applied, counts_T, side, push)
-    found = Found(later.values - side.values, jnp.moveaxis(one_KGAO, 0, -1), samples)
+    found = Found(actual, jnp.moveaxis(one_KGAO, 0, -1), samples)
     return jax.tree.map(lambda leaf: trees.replicate(leaf, way.mesh), found)
 
 
@@ -149,13 +155,27 @@ def sample_changes(
     return jax.vmap(applied.push)(_over(pulled(way, given, one)[0], counts))
 
 
-def _first_order(way: Way, given: Given, side: parts.Side) -> Callable[[Params], Array]:
+def _first_order(
+    way: Way, side: parts.Side, moved: Callable[[Params], Array]
+) -> Callable[[Params], Array]:
     """Return the map from K changes to `[1 + G, 2, O, K]`, by JVPs."""
     network = as_network(way.policy)
-    chosen, rest = trees.partition(given.params, way.trained)
-    push = parts.pusher(network, way.members, chosen, rest, given.contexts, side)
+    push = parts.pusher(way.members, moved, side)
     return lambda changes: jnp.concatenate(
         [parts.by_head(network, side, changes)[None], push(changes)]
+    )
+
+
+def _unless_zero(push: Callable[[Params], Array], change: Params) -> Array:
+    """Push one change; one of zeros (decay where there is none) costs nothing."""
+
+    def pushed(change: Params) -> Array:
+        return push(jax.tree.map(lambda leaf: leaf[None], change))[..., 0]
+
+    shape = jax.eval_shape(pushed, change)
+    some = jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(change)])
+    return jax.lax.cond(
+        jnp.any(some), pushed, lambda _: jnp.zeros(shape.shape, shape.dtype), change
     )
 
 
@@ -224,6 +244,11 @@ def _applied(way: Way, given: Given, grads: Params) -> held.Applied:
 
 def _whole_gradients(way: Way, given: Given) -> tuple[Params, Array]:
     """Return the gradients of the terms' means, T in front, and what they were divided by."""
+    if given.gradients is not None:
+        grads, counts = zip(*(given.gradients[name] for name in way.names), strict=True)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads), jnp.maximum(
+            jnp.stack(counts), 1
+        )
 
     def cut(leaf: Array) -> Array:
         return leaf.reshape(way.microbatches, -1, *leaf.shape[1:])
@@ -251,7 +276,7 @@ def pulled(way: Way, given: Given, rows: Any) -> tuple[Params, Array]:
     chosen, rest = trees.partition(given.params, way.trained)
 
     def totals(chosen: Params) -> tuple[Array, Array]:
-        found = way.terms(trees.merge(chosen, rest), rows, given.beside)
+        found, _ = way.terms(trees.merge(chosen, rest), rows, given.beside)
         sums, counts = zip(*(found[name] for name in way.names), strict=True)
         return jnp.stack(sums), jnp.stack(counts)
 

@@ -28,7 +28,7 @@ from ntkrl.ntk.contexts import checked, grouped
 from ntkrl.ntk.network import as_network
 from ntkrl.ntk.predict import BODY
 from ntkrl.probe import accounts
-from ntkrl.probe.accounts import COLUMNS, Found, Given, Terms, Way
+from ntkrl.probe.accounts import COLUMNS, Found, Given, Gradients, Terms, Way
 from ntkrl.probe.contributions import MEASURES, members_of
 from ntkrl.probe.costs import FORMS, Estimate, choose, estimates
 from ntkrl.types import Array, Params, Policy, TrainState
@@ -41,9 +41,9 @@ class Ledger:
     """A step ledger bound to a stage.
 
     policy: the network's functions.
-    terms: `(params, rows of a batch, beside) -> {name: Total}`, the terms of the loss that the
-        step minimised, each divided by its own count; they add up over rows. Keep one function
-        object: compiled programs are found by it.
+    terms: `(params, rows of a batch, beside) -> ({name: Total}, measures)`, the terms of the loss
+        that the step minimised, each divided by its own count; they add up over rows. Measures
+        are not read. Keep one function object: compiled programs are found by it.
     optimizer: transformation of the trained leaves' gradients.
     trained: one bool per leaf of the params, in leaf order.
     groups: `(pattern, name)` tuples over the parameters in the features' role, as in `ntk.kernel`.
@@ -94,6 +94,8 @@ class Ledger:
         contexts: ntk.Contexts,
         targets: Array,
         beside: Any = None,
+        gradients: Gradients | None = None,
+        actual: Array | None = None,
     ) -> dict[str, np.ndarray]:
         """Account for one step.
 
@@ -104,6 +106,10 @@ class Ledger:
           contexts: O probe contexts.
           targets: `[O]` the probe tokens.
           beside: what the terms are given beside rows (the Head compared with, or None).
+          gradients: by term the gradient of its mean and its count, where the step handed them
+            out (`update.make_step_apart`); None to make them again.
+          actual: `[2, O]` measured change of log π and entropy, where it is known; None to read
+            the probe tokens after the step.
 
         Returns:
           Arrays by name, for "log_prob" and "entropy" (nats): `log_prob/<column>/<group>`, with
@@ -117,6 +123,7 @@ class Ledger:
         """
         given = self._given(before, batch, contexts, targets, beside)
         way = _way(self, *_shapes(given))
+        given = given._replace(gradients=gradients, actual=actual)
         return _named(way, jax.device_get(accounts.read(way, given, after)))
 
     def estimates(
@@ -144,7 +151,7 @@ class Ledger:
                 "divisor of the rows as microbatches."
             )
         state = before.params, before.opt_state
-        return Given(*state, batch, beside, seen, grouped(seen), targets)
+        return Given(*state, batch, beside, seen, grouped(seen), targets, None, None)
 
 
 def _shapes(given: Given) -> tuple[Any, ...]:
@@ -156,7 +163,7 @@ def _shapes(given: Given) -> tuple[Any, ...]:
 def _way(ledger: Ledger, treedef: Any, *shapes: Any) -> Way:
     """Return how the ledger of a step of these shapes is made."""
     given = jax.tree.unflatten(treedef, shapes)
-    names = tuple(jax.eval_shape(ledger.terms, given.params, given.batch, given.beside))
+    names = tuple(jax.eval_shape(ledger.terms, given.params, given.batch, given.beside)[0])
     taken = sorted({*COLUMNS, "actual", "curvature"} & {*names})
     if taken:
         raise ValueError(f"ledger: terms may not be called {', '.join(taken)}; rename them.")

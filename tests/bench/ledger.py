@@ -2,7 +2,8 @@
 
 The quickstart's shapes: a GPT-NeoX of D = 96, 2 layers, V = 18; 15 prompts of 8 tokens with 8
 completions of 12 tokens each, RLOO, Adam; a probe set of 8 × 2 such completions. --kl: GRPO with a
-KL in the loss, a second term. A training step is generation and update. Medians in turns, compiled
+KL in the loss, a second term. A training step is generation and update; what a ledger takes is its
+own time and what the update that hands out its gradients takes more. Medians in turns, compiled
 before the clock starts. FLOPs of the samples' contributions are those of `Ledger.estimates`.
 """
 
@@ -76,7 +77,9 @@ def main() -> None:
     minimised = update.policy_objective(
         policy, lambda found, batch: update.policy_loss(objective, LENGTH, found, batch)
     )
+    parts = update.policy_objective(policy, update.policy_terms(objective, LENGTH))
     step = jax.jit(update.make_step(program, minimised))
+    apart = jax.jit(update.make_step_apart(program, parts))
     generate = draw(policy, params, PROMPTS, GROUP, 0)
     batch = update_batch(generate())
     before, _ = step(update.init_state(program, params, jax.random.key(0)), batch)
@@ -87,14 +90,19 @@ def main() -> None:
     names = ("tokens", "mask", "completion_mask", "groups")
     probe_set = ProbeSet(**dict(zip(names, held, strict=True)))
     prober = probe.Prober(policy, probe_set, params)
-    terms, where = update.policy_terms(policy, objective, LENGTH), (prober.contexts, prober.targets)
-    static = policy, terms, program.optimizer, program.trained
+    where = prober.contexts, prober.targets
+    static = policy, parts, program.optimizer, program.trained
+    _, _, (old, new) = prober.compare(before.params, after.params)
+    moved = jax.tree.map(np.subtract, new.statistics, old.statistics)
+    known = {"gradients": apart(before, batch)[2]}
+    known["actual"] = np.stack([moved.log_probs, moved.entropy])
     ledgers = {"group": probe.Ledger(*static, by="group")}
     ledgers |= {form: probe.Ledger(*static, form=form) for form in ("push", "gram")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
+    calls["apart"] = lambda: apart(before, batch)
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
     for name, ledger in ledgers.items():
-        calls[name] = lambda own=ledger: own.read(before, after.params, batch, *where)
+        calls[name] = lambda own=ledger: own.read(before, after.params, batch, *where, **known)
     seconds = measure.medians_in_turns(calls, given.repeats, jax.block_until_ready)
     whole = seconds["generation"] + seconds["update"]
     estimates = ledgers["push"].estimates(before, batch, *where)
@@ -103,7 +111,8 @@ def main() -> None:
         row = {"call": name, "seconds": value, "of_a_step": value / whole}
         if name in ledgers:
             every = EVERY["group" if name == "group" else "sample"]
-            row |= {"every": every, "of_training": value / whole / every}
+            more = value + seconds["apart"] - seconds["update"]
+            row |= {"every": every, "of_training": more / whole / every}
         if name in estimates:
             row |= {"flops": estimates[name].flops, "MiB": estimates[name].bytes / 2**20}
         table.append(row)

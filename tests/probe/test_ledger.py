@@ -48,15 +48,15 @@ class Case:
             return update.policy_loss(objective, BUDGET, statistics, batch)
 
         minimised = update.policy_objective(self.policy, loss)
-        step = jax.jit(update.make_step(self.program, minimised, microbatches))
+        self.step = jax.jit(update.make_step(self.program, minimised, microbatches))
         for number in range(steps):
             self.before, self.batch = self.after, make_batch(self.policy.vocab_size, seed=number)
-            self.after, _ = step(self.before, self.batch)
+            self.after, _ = self.step(self.before, self.batch)
 
     def begin(self, policy, params):
         """Bind the stage to a model; no step is taken yet."""
         self.policy = policy
-        self.terms = update.policy_terms(policy, self.objective, BUDGET)
+        self.terms = update.policy_objective(policy, update.policy_terms(self.objective, BUDGET))
         self.program = update.stage_program(self.stage, policy, params)
         self.before = self.after = update.init_state(self.program, params, jax.random.key(0))
         self.batch = make_batch(policy.vocab_size)
@@ -72,11 +72,11 @@ class Case:
         """Arguments of `Ledger.estimates`."""
         return self.before, self.batch, self.prober.contexts, self.prober.targets
 
-    def read(self, **settings):
-        """Arrays of the step's ledger."""
-        contexts, targets = self.prober.contexts, self.prober.targets
-        ledger = self.ledger(**settings)
-        return ledger.read(self.before, self.after.params, self.batch, contexts, targets)
+    def read(self, known=None, **settings):
+        """Arrays of the step's ledger; known: further arguments of `Ledger.read`."""
+        where = self.prober.contexts, self.prober.targets
+        given = self.before, self.after.params, self.batch, *where
+        return self.ledger(**settings).read(*given, **({} if known is None else known))
 
     def measured(self, params):
         """Log-probs and entropies of the probe tokens `[2, O]`, by plain functions."""
@@ -158,7 +158,7 @@ def test_what_is_not_linear_is_shown():
     case = Case()
     optimizer = optax.lion(1e-3)
     state = optimizer.init(case.before.params)
-    grads = jax.grad(lambda p: sum(t.total for t in case.terms(p, case.batch).values()))
+    grads = jax.grad(lambda p: sum(t.total for t in case.terms(p, case.batch)[0].values()))
     updates, _ = optimizer.update(grads(case.before.params), state, case.before.params)
     case.before = case.before.replace(opt_state=state)
     case.after = case.after.replace(params=optax.apply_updates(case.before.params, updates))
@@ -179,7 +179,7 @@ def test_samples_by_hand():
 
     def gradient(term, rows):
         own = jax.tree.map(lambda leaf: leaf[rows], batch)
-        found = jax.grad(lambda p: case.terms(p, own)[term].total)(before)
+        found = jax.grad(lambda p: case.terms(p, own)[0][term].total)(before)
         return {name: leaf / count for name, leaf in found.items()}
 
     grads = {term: jax.jit(lambda r, t=term: gradient(t, r)) for term in NAMES}
@@ -237,6 +237,26 @@ def test_parts_of_a_batch_change_nothing():
             scale = np.abs(first_order(samples, name.split("/")[0])).max()
             own = [v if v.ndim == 1 else v.sum(axis=1) for v in (value, found[name])]
             np.testing.assert_allclose(*own, rtol=0, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_the_step_hands_out_its_gradients(microbatches):
+    """law: the step apart is the step; its gradients, and what was measured, change no column."""
+    case = Case(optimizer="adamw", weight_decay=0.5)
+    step = jax.jit(update.make_step_apart(case.program, case.terms, microbatches))
+    after, metrics, gradients = step(case.before, case.batch)
+    plain, wanted = case.step(case.before, case.batch)
+    assert metrics.keys() == wanted.keys() and gradients.keys() == {*NAMES}
+    for found in ((after.params, plain.params), (metrics, wanted)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *found)
+    actual = case.measured(case.after.params) - case.measured(case.before.params)
+    known = {"gradients": gradients, "actual": actual}
+    for by in probe.BY:
+        whole, given = case.read(by=by), case.read(known, by=by)
+        assert whole.keys() == given.keys()
+        for name, value in whole.items():
+            scale = np.abs(first_order(whole, name.split("/")[0])).max()
+            np.testing.assert_allclose(given[name], value, rtol=0, atol=1e-10 * scale)
 
 
 def test_head_alone_is_exact_in_the_logits():
@@ -335,6 +355,6 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match='groups: "head" names the head'):
         case.read(groups=((".*", "head"),))
     terms = case.terms
-    case.terms = lambda *given: {"decay": terms(*given)["policy"]}
+    case.terms = lambda *given: ({"decay": terms(*given)[0]["policy"]}, None)
     with pytest.raises(ValueError, match="terms may not be called decay"):
         case.read()
