@@ -172,6 +172,7 @@ class RolloutSource:
             ref_log_probs=np.asarray(ref_log_probs),
             advantages=weights["advantages"],
             penalties=weights["penalties"],
+            kl_advantages=weights["kl_advantages"],
             features=drawn.features,
             ref_features=reading["features"] if self.reference_head(turn) else None,
         )

@@ -169,7 +169,8 @@ GLOSSARY: dict[str, tuple[str, str]] = {
 _LEDGER = {
     "policy": "the policy term of all samples",
     "likelihood": "the likelihood of all examples (supervised training)",
-    "kl": "the KL term of all samples",
+    "kl": "the KL of all samples, in the loss or, where advantages are linear in it, in the reward "
+    "(else, as under group_normalised, in policy)",
     "bonus": "the entropy bonus of all samples",
     "momentum": "the optimizer's state from before",
     "decay": "weight decay",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
-from ntkrl.types import Total, UpdateBatch
+from ntkrl.types import Array, Total, UpdateBatch
 from ntkrl.update.loss import Measures, policy_loss, supervised_loss
 from ntkrl.update.objective import Objective
 from ntkrl.update.rows import Loss
@@ -21,7 +22,8 @@ def policy_terms(objective: Objective, budget: int) -> Loss:
 
     Returns:
       `(statistics, batch) -> ({name: Total}, Measures)`, for `policy_objective`: "policy", with
-      "kl" where the KL stands in the loss and "bonus" where entropy is rewarded.
+      "kl" where the KL stands in the loss, or in the reward and the batch says which part of the
+      advantages it makes; and "bonus" where entropy is rewarded.
     """
     bare = dataclasses.replace(objective, kl_coefficient=0.0, kl_place="off", entropy_coefficient=0)
     beside = {}
@@ -34,12 +36,38 @@ def policy_terms(objective: Objective, budget: int) -> Loss:
     def terms(statistics: TokenStatistics, batch: UpdateBatch) -> tuple[dict[str, Total], Measures]:
         _, measures = policy_loss(objective, budget, statistics, batch)
         found = {"policy": policy_loss(bare, budget, statistics, batch)[0]}
+        if batch.kl_advantages is not None:
+            whole, count = found["policy"]
+            part = _of_part(bare, budget, statistics, batch, batch.kl_advantages)
+            found = {"policy": Total(whole - part, count), "kl": Total(part, count)}
         still = batch.replace(advantages=jnp.zeros_like(batch.advantages), penalties=None)
         for name, own in beside.items():
             found[name] = policy_loss(own, budget, statistics, still)[0]
         return found, measures
 
     return terms
+
+
+def _of_part(
+    objective: Objective,
+    budget: int,
+    statistics: TokenStatistics,
+    batch: UpdateBatch,
+    part: Array,
+) -> Array:
+    """Return the share of a part of the advantages in the summed loss.
+
+    The surrogate of a token grows in proportion to its advantage, and which of its branches counts
+    (clipped or not) is for the whole advantage to say: so the share is the derivative along the
+    part, and the shares of parts add up.
+    """
+
+    def summed(advantages: Array) -> Array:
+        return policy_loss(objective, budget, statistics, batch.replace(advantages=advantages))[
+            0
+        ].total
+
+    return jax.jvp(summed, (batch.advantages,), (part.astype(batch.advantages.dtype),))[1]
 
 
 def supervised_terms(

@@ -1,15 +1,17 @@
 """What a step ledger costs beside the training it accounts for: `python -m tests.bench.ledger`.
 
 The quickstart's shapes: a GPT-NeoX of D = 96, 2 layers, V = 18; 15 prompts of 8 tokens with 8
-completions of 12 tokens each, RLOO, Adam; a probe set of 8 × 2 such completions. --kl: GRPO with a
-KL in the loss, a second term. A training step is generation and update; what a ledger takes is its
-own time and what the update that hands out its gradients takes more. Medians in turns, compiled
-before the clock starts. FLOPs of the samples' contributions are those of `Ledger.estimates`.
+completions of 12 tokens each, RLOO, Adam; a probe set of 8 × 2 such completions. The KL is in the
+reward, a second term of the ledger; --no-kl: there is none; --kl: it is in the loss, by GRPO. A
+training step is generation and update; what a ledger takes is its own time and what the update
+that hands out its gradients takes more. Medians in turns, compiled before the clock starts. FLOPs
+of the samples' contributions are those of `Ledger.estimates`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 import jax
@@ -51,7 +53,7 @@ def draw(policy: Any, params: Any, prompts: int, group: int, seed: int) -> Any:
     return lambda: sample(params, batch, jax.random.key(seed))
 
 
-def update_batch(drawn: Any) -> UpdateBatch:
+def update_batch(drawn: Any, kl_in_reward: bool) -> UpdateBatch:
     """Return what the step sees, with advantages drawn at random."""
     mask = drawn.completion_mask
     return UpdateBatch(
@@ -61,6 +63,7 @@ def update_batch(drawn: Any) -> UpdateBatch:
         old_log_probs=drawn.sampler_log_probs,
         ref_log_probs=drawn.sampler_log_probs - 0.1,
         advantages=jax.random.normal(jax.random.key(2), (len(mask), 1)) * jnp.ones(mask.shape),
+        kl_advantages=0.1 * jnp.ones(mask.shape) if kl_in_reward else None,
     )
 
 
@@ -68,9 +71,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--kl", action="store_true", help="with a KL in the loss")
+    parser.add_argument("--kl", action="store_true", help="in the loss")
+    parser.add_argument("--no-kl", action="store_true", help="no KL at all")
     given = parser.parse_args()
     objective = WITH_KL if given.kl else update.PRESETS["rloo"]
+    if given.no_kl:
+        objective = dataclasses.replace(objective, kl_place="off", kl_coefficient=0.0)
     policy, params = ntkrl.build("GPTNeoXForCausalLM", CONFIG, jax.random.key(0))
     stage = update.Stage("all", 1, ((".*", 3e-4),), max_grad_norm=1.0)
     program = update.stage_program(stage, policy, params)
@@ -81,7 +87,7 @@ def main() -> None:
     step = jax.jit(update.make_step(program, minimised))
     apart = jax.jit(update.make_step_apart(program, parts))
     generate = draw(policy, params, PROMPTS, GROUP, 0)
-    batch = update_batch(generate())
+    batch = update_batch(generate(), objective.kl_place == "reward")
     before, _ = step(update.init_state(program, params, jax.random.key(0)), batch)
     after, _ = step(before, batch)
     chosen = draw(policy, params, PROBE_PROMPTS, PROBE_GROUP, 1)()

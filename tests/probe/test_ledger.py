@@ -14,6 +14,7 @@ from ntkrl.probe import accounts
 from ntkrl.probe import ledger as ledger_module
 from ntkrl.probe.contributions import MEASURES
 from ntkrl.report.names import GLOSSARY, is_known
+from ntkrl.scoring import score
 from tests.probe.test_probe import probe_set
 from tests.toys import TINY, toy_params, toy_policy
 from tests.update.test_step import make_batch
@@ -257,6 +258,37 @@ def test_the_step_hands_out_its_gradients(microbatches):
         for name, value in whole.items():
             scale = np.abs(first_order(whole, name.split("/")[0])).max()
             np.testing.assert_allclose(given[name], value, rtol=0, atol=1e-10 * scale)
+
+
+CLIPPED = update.Objective(
+    clip_low=0.1, clip_high=0.1, dual_clip=1.2, kl_place="reward", kl_coefficient=0.3
+)
+
+
+def test_the_kl_in_the_reward_is_a_column():
+    """law: clipped or not, columns of the parts of the advantages add up to that of the whole."""
+    case = Case(objective=CLIPPED)
+    whole, advantages = case.read(), case.batch.advantages
+    assert "log_prob/kl/head" not in whole
+    read = score(case.policy, case.before.params, case.batch.tokens, case.batch.mask, 3)
+    ratio = jnp.exp(read.log_probs - case.batch.old_log_probs)
+    assert jnp.any(jnp.abs(ratio - 1) > 0.2) and jnp.any(jnp.abs(ratio - 1) < 0.1)
+    part = jax.random.normal(jax.random.key(5), advantages.shape)
+    columns = {}
+    for name, own in (("some", part), ("rest", advantages - part), ("all", advantages)):
+        case.batch = case.batch.replace(kl_advantages=own)
+        columns[name] = case.read()
+    for measure in MEASURES:
+        for group in ("head", "body"):
+            policy, kl = (
+                {n: found[f"{measure}/{term}/{group}"] for n, found in columns.items()}
+                for term in ("policy", "kl")
+            )
+            wanted = whole[f"{measure}/policy/{group}"]
+            assert_close(kl["all"], wanted)
+            assert_close(kl["some"] + policy["some"], wanted)
+            assert_close(kl["rest"], policy["some"])
+            assert np.abs(kl["some"]).max() > 0.1 * np.abs(wanted).max()
 
 
 def test_head_alone_is_exact_in_the_logits():
