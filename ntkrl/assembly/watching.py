@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import data, probe, runtime, trees, update
+from ntkrl import data, ntk, probe, runtime, trees, update
+from ntkrl.assembly.history import History, direction_arrays
 from ntkrl.assembly.probe_set import (
     FORMAT,
     make_probes,
@@ -76,6 +77,7 @@ class Watcher:
         """
         self.setup, self.source, self.programs = setup, source, programs
         self.directory, self.refused = directory, False
+        self.history = History(directory / "probes")
         self.settings = setup.settings.probe
         if self.settings.kernel_every_steps is not None and runtime.several():
             raise ValueError(
@@ -124,24 +126,28 @@ class Watcher:
         before, after = step.before, step.after
         metrics, arrays, (old, new) = self.prober.compare(before.params, after.params)
         metrics |= self.read(after.params, rollout_step, new)
-        name = f"step_{int(after.step):06d}"
+        number = int(after.step)
+        name = f"step_{number:06d}"
+        if before.opt_state is not None:
+            found, kept = self._directions(after.params, number)
+            metrics, arrays = metrics | found, arrays | kept
         if runtime.is_writer():
+            metrics |= self.history.straightness(number, arrays["log_probs"])
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
         if not self.setup.settings.data.packing:
             step = step._replace(batch=self._widened(step.batch))
         placed = runtime.place_rows(step.batch, self.setup.mesh)
         if not self.setup.settings.data.packing:
-            given = self.setup.settings.rollout.temperature, self._chunk
+            given = self.setup.settings.rollout.temperature, self._chunk, self._group(step.batch)
             found = probe.step_measures(
                 self.setup.policy, before.params, after.params, placed, *given
             )
             metrics |= jax.tree.map(float, found)
+            if due(self.settings.kernel_every_steps, rollout_step):
+                metrics |= self._alignment(before.params, step.batch)
         moved, _ = probe.weights.update_sparsity(self.setup.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
         if before.opt_state is not None:
-            ranks = probe.weights.update_ranks(self.setup.params, after.params)
-            named = {f"weights/{n}/{kind}": float(v) for n in ranks for kind, v in ranks[n].items()}
-            metrics |= {name: value for name, value in named.items() if math.isfinite(value)}
             both = (arrays["actual"], np.asarray(new.statistics.entropy - old.statistics.entropy))
             metrics |= self._account(step, placed, np.stack(both, axis=1), name, stage)
         return metrics
@@ -159,6 +165,43 @@ class Watcher:
             shares = probe.drift.layer_shares(now["layers"], now["trace_layers"])
             found |= {f"layer_share/{group}": share for group, share in shares.items()}
         return measures | {f"probe/{name}": value for name, value in found.items()}
+
+    def _directions(
+        self, params: Params, number: int
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Return how matrices have moved since the start, and the directions that are kept."""
+        ranks, leading = probe.weights.update_ranks(self.setup.params, params)
+        named = {f"weights/{n}/{kind}": float(v) for n in ranks for kind, v in ranks[n].items()}
+        metrics = {name: value for name, value in named.items() if math.isfinite(value)}
+        leading = runtime.fetch(leading)
+        moved = {name: own for name, own in leading.items() if np.all(own.value > 0)}
+        if runtime.is_writer():
+            metrics |= self.history.turning(number, moved)
+        return metrics, direction_arrays(moved)
+
+    def _group(self, batch: UpdateBatch) -> int | None:
+        """Return how many adjacent rows answer one prompt, where they are compared."""
+        group = self.setup.settings.rollout.completions_per_prompt
+        alone = self.setup.settings.method != "rl" or group < 2
+        return None if alone or len(batch.tokens) % group else group
+
+    def _alignment(self, params: Params, batch: UpdateBatch) -> dict[str, float]:
+        """Return how far the kernel of some of a batch's tokens leads where advantages push."""
+        mask, length = np.asarray(batch.completion_mask), batch.completion_mask.shape[1]
+        rows, columns = np.nonzero(mask & (np.asarray(batch.advantages) != 0))
+        if not len(rows):
+            return {}
+        count = self.settings.kernel_contexts
+        some = np.linspace(0, len(rows) - 1, count).round().astype(int)
+        rows, columns = rows[some], columns[some] + batch.tokens.shape[1] - length
+        tokens, seen = np.asarray(batch.tokens)[rows], np.asarray(batch.mask)[rows]
+        contexts = ntk.Contexts(jnp.asarray(tokens), columns - 1, np.arange(count), seen)
+        advantages = np.asarray(batch.advantages)[rows, columns - tokens.shape[1] + length]
+        found = probe.batch_alignment(
+            *(self.setup.policy, params, contexts, tokens[np.arange(count), columns]),
+            *(advantages, self.settings.memory_gib),
+        )
+        return {"probe/advantage_alignment": found}
 
     @functools.cached_property
     def start_kernel(self) -> dict[str, np.ndarray]:
@@ -196,10 +239,14 @@ class Watcher:
     ) -> dict[str, float]:
         batch, read = step.batch, self.ledgers[stage].read
 
+        noises = []
+
         def account(*where: Any) -> dict[str, np.ndarray]:
             *probed, actual_O2 = where
             beside = step.reference, step.gradients, actual_O2.T
-            return read(step.before, step.after.params, placed, *probed, *beside)
+            found = read(step.before, step.after.params, placed, *probed, *beside)
+            noises.append(found.noise)
+            return found.arrays
 
         arrays = self.prober.each(account, actual)
         advantages_B = _means(batch.advantages, batch.completion_mask)
@@ -209,7 +256,11 @@ class Watcher:
             told = self._told(batch, advantages_B, self.programs[stage].stage.name)
             runtime.save_text(self.directory / "ledger" / f"{name}.json", json.dumps(told))
             runtime.save_arrays(self.directory / "ledger" / f"{name}.npz", arrays)
-        return probe.ledger_measures(arrays, *given)
+        metrics = probe.ledger_measures(arrays, *given)
+        if by_sample:
+            noise = {f"signal/{name}": float(v) for name, v in noises[0]._asdict().items()}
+            metrics |= {name: value for name, value in noise.items() if math.isfinite(value)}
+        return metrics
 
     def _ledger(self, program: update.StageProgram) -> probe.Ledger:
         return probe.Ledger(

@@ -27,7 +27,13 @@ from ntkrl.probe import (
 from ntkrl.probe.batch import step_measures
 from ntkrl.probe.diversity import distinct_counts, pass_at_k
 from ntkrl.probe.features import feature_measures
-from ntkrl.probe.kernels import KernelPlan, kernel_measures, kernel_traces, plan_kernel
+from ntkrl.probe.kernels import (
+    KernelPlan,
+    batch_alignment,
+    kernel_measures,
+    kernel_traces,
+    plan_kernel,
+)
 from ntkrl.probe.ledger import BY, Ledger, ledger_measures
 from ntkrl.probe.step import Prober, ProbeReading
 
@@ -37,6 +43,7 @@ __all__ = [
     "Ledger",
     "ProbeReading",
     "Prober",
+    "batch_alignment",
     "classifier",
     "confidence",
     "coverage",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,9 +31,21 @@ from ntkrl.probe import accounts
 from ntkrl.probe.accounts import COLUMNS, Found, Given, Gradients, Terms, Way
 from ntkrl.probe.contributions import MEASURES, members_of
 from ntkrl.probe.costs import FORMS, Estimate, choose, estimates
+from ntkrl.probe.signal import GradientNoise
 from ntkrl.types import Array, Params, Policy, TrainState
 
 BY = ("group", "sample")
+
+
+class Account(NamedTuple):
+    """What a ledger says of a step.
+
+    arrays: by name, see `Ledger.read`.
+    noise: of the samples' gradients as they are before clipping; None by group.
+    """
+
+    arrays: dict[str, np.ndarray]
+    noise: GradientNoise | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +108,7 @@ class Ledger:
         beside: Any = None,
         gradients: Gradients | None = None,
         actual: Array | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> Account:
         """Account for one step.
 
         Args:
@@ -112,10 +124,10 @@ class Ledger:
             the probe tokens after the step.
 
         Returns:
-          Arrays by name, for "log_prob" and "entropy" (nats): `log_prob/<column>/<group>`, with
-          columns the terms (`[O, B]` by sample, else `[O]`), "momentum", "decay" and "optimizer"
-          (`[O]`), groups "head" and those given; `log_prob/actual` and `log_prob/curvature`
-          (`[O]`). Columns and curvature add up to the actual change.
+          Account. Its arrays are, for "log_prob" and "entropy" (nats): `log_prob/<column>/<group>`,
+          with columns the terms (`[O, B]` by sample, else `[O]`), "momentum", "decay" and
+          "optimizer" (`[O]`), groups "head" and those given; `log_prob/actual` and
+          `log_prob/curvature` (`[O]`). Columns and curvature add up to the actual change.
 
         Raises:
           ValueError: contexts that do not fit, groups that do not cover the params, a term called
@@ -124,7 +136,8 @@ class Ledger:
         given = self._given(before, batch, contexts, targets, beside)
         way = _way(self, *_shapes(given))
         given = given._replace(gradients=gradients, actual=actual)
-        return _named(way, jax.device_get(accounts.read(way, given, after)))
+        found = jax.device_get(accounts.read(way, given, after))
+        return Account(_named(way, found), found.noise)
 
     def estimates(
         self,

@@ -13,6 +13,7 @@ from ntkrl import ntk, probe, update
 from ntkrl.probe import accounts
 from ntkrl.probe import ledger as ledger_module
 from ntkrl.probe.contributions import MEASURES
+from ntkrl.probe.signal import gradient_noise
 from ntkrl.report.names import GLOSSARY, is_known
 from ntkrl.scoring import score
 from tests.probe.test_probe import probe_set
@@ -77,7 +78,9 @@ class Case:
         """Arrays of the step's ledger; known: further arguments of `Ledger.read`."""
         where = self.prober.contexts, self.prober.targets
         given = self.before, self.after.params, self.batch, *where
-        return self.ledger(**settings).read(*given, **({} if known is None else known))
+        found = self.ledger(**settings).read(*given, **({} if known is None else known))
+        self.noise = found.noise
+        return found.arrays
 
     def measured(self, params):
         """Log-probs and entropies of the probe tokens `[2, O]`, by plain functions."""
@@ -195,6 +198,12 @@ def test_samples_by_hand():
         (adam, *_), _ = state[name].inner_state
         nu = adam.nu[name] * 0.999 + 0.001 * (factor * whole[name]) ** 2
         scale[name] = -1e-3 * factor * 0.1 / (1 - 0.9**3) / (np.sqrt(nu / (1 - 0.999**3)) + 1e-8)
+    rows = [
+        sum(grads[t](np.array([row]))[n] for t in NAMES).ravel() for row in range(8) for n in before
+    ]
+    rows = 8 * jnp.stack([jnp.concatenate(rows[3 * row : 3 * row + 3]) for row in range(8)])
+    for found, wanted in zip(case.noise, gradient_noise(rows @ rows.T), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9)
     push = jax.jit(lambda change: jax.jvp(case.measured, (before,), (change,))[1])
     for term in NAMES:
         for row in range(8):
