@@ -198,10 +198,12 @@ def test_samples_by_hand():
         (adam, *_), _ = state[name].inner_state
         nu = adam.nu[name] * 0.999 + 0.001 * (factor * whole[name]) ** 2
         scale[name] = -1e-3 * factor * 0.1 / (1 - 0.9**3) / (np.sqrt(nu / (1 - 0.999**3)) + 1e-8)
-    rows = [
-        sum(grads[t](np.array([row]))[n] for t in NAMES).ravel() for row in range(8) for n in before
-    ]
-    rows = 8 * jnp.stack([jnp.concatenate(rows[3 * row : 3 * row + 3]) for row in range(8)])
+
+    def flat(row):
+        own = [grads[term](np.array([row])) for term in NAMES]
+        return jnp.concatenate([sum(one[name] for one in own).ravel() for name in before])
+
+    rows = 8 * jnp.stack([flat(row) for row in range(8)])
     for found, wanted in zip(case.noise, gradient_noise(rows @ rows.T), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-9)
     push = jax.jit(lambda change: jax.jvp(case.measured, (before,), (change,))[1])
