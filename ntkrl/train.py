@@ -165,10 +165,11 @@ class Loop:
         logged: list[dict[str, float]] = []
         todo = batches * self.settings.schedule.inner_epochs
         apart, gradients = False, []
-        for number, batch in enumerate(todo, start=1):
+        for number, own in enumerate(todo, start=1):
+            batch = own
             if looking and number == len(todo):  # the step donates its state
-                before = self.watcher.keep(self.state, stage, rollout_step)
-                apart = before.opt_state is not None
+                seen = self.watcher.keep(self.state, batch, reference, stage, rollout_step)
+                batch, apart = seen.batch, seen.before.opt_state is not None
             placed = runtime.place_rows(batch, self.setup.mesh)
             step = self._step(placed, reference, apart)
             self.state, values, *gradients = step(self.state, placed, reference)
@@ -180,8 +181,8 @@ class Loop:
         metrics |= self.source.summary(logged)
         metrics |= self._count(metrics, rollout_step)
         if looking:
-            seen = before, self.state, batch, reference, *gradients
-            metrics |= self.watcher.look(assembly.Seen(*seen), stage, rollout_step)
+            ended = {"after": self.state} | ({"gradients": gradients[0]} if apart else {})
+            metrics |= self.watcher.look(seen._replace(**ended), stage, rollout_step)
             self.clock("look")
         return metrics
 

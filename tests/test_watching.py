@@ -70,6 +70,8 @@ def test_a_ledger_of_every_stage(base, tmp_path, capsys):  # noqa: F811
     names = {name for line in lines(run) for name in line}
     assert {"ledger/policy_share", "ledger/positive_share", "probe/other/log_prob"} <= names
     assert {"probe/squeeze_greedy", "signal/entropy_share", "weights/unchanged"} <= names
+    assert {"probe/ches", "probe/head_sum_wrong", "signal/noise", "ledger/kl_share"} <= names
+    assert {"probe/linearity", "weights/direction_cosine"} <= names
     assert all(map(is_known, names))
     place = run / "probes" / "set.npz"  # resumed runs read it (tests/test_resume.py)
     place.write_bytes(place.read_bytes()[:100])
@@ -95,6 +97,7 @@ def test_other_forms_of_a_ledger(base, tmp_path):  # noqa: F811
     np.testing.assert_allclose(whole(arrays, "log_prob"), arrays["log_prob/actual"], atol=1e-6)
     first, last = lines(run)[0], lines(run)[-1]
     assert first["probe/laziness_head"] == 0 < last["probe/laziness_head"] < 1
+    assert 0 <= last["probe/advantage_alignment"] <= 1
     assert first["probe/cka_body"] == pytest.approx(1) and last["probe/body_to_head"] > 0
     layers = [value for name, value in last.items() if name.startswith("probe/layer_share/")]
     assert len(layers) > 2 and sum(layers) == pytest.approx(1)

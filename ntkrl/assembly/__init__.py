@@ -18,7 +18,7 @@ from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model
 from ntkrl.assembly.sources import SupervisedSource, Turn
 from ntkrl.assembly.states import States
 from ntkrl.assembly.steps import jitted_step
-from ntkrl.assembly.watching import Seen, Watcher
+from ntkrl.assembly.watching import Watcher
 
 SOURCES = {"rl": RolloutSource, "sft": SupervisedSource, "reward": PreferenceSource}
 
@@ -31,7 +31,6 @@ __all__ = [
     "Prompts",
     "RolloutSource",
     "RunSettings",
-    "Seen",
     "Setup",
     "Start",
     "States",

@@ -35,15 +35,17 @@ COPIES = 6  # of the trained params that a ledger holds beside one gradient per 
 class Seen(NamedTuple):
     """An optimizer step that is looked at.
 
-    before: from `Watcher.keep`. after: the state it ended with. batch: what it saw, on the host.
-    reference: the Head it compared with, or None. gradients: by term of the loss, where a ledger
-    is made of it.
+    before: copies of what the step began with. batch: what it sees, on the host. reference: the
+    Head it compares with, or None. shares: `[B]` of the KL in the reward in the samples'
+    advantages, where it is one number each and the batch therefore does not tell; or None.
+    after: the state it ended with. gradients: by term of the loss, where a ledger is made of it.
     """
 
     before: TrainState
-    after: TrainState
     batch: UpdateBatch
     reference: Head | None
+    shares: np.ndarray | None
+    after: TrainState | None = None
     gradients: update.Gradients | None = None
 
 
@@ -103,13 +105,28 @@ class Watcher:
         """Tell whether the last optimizer step of a rollout step is looked at."""
         return any(due(getattr(self.settings, name), rollout_step) for name in CADENCES)
 
-    def keep(self, state: TrainState, stage: int, rollout_step: int) -> TrainState:
-        """Copy of a state what is needed of it once the step has been taken."""
+    def keep(
+        self,
+        state: TrainState,
+        batch: UpdateBatch,
+        reference: Head | None,
+        stage: int,
+        rollout_step: int,
+    ) -> Seen:
+        """Copy of a state what is needed of it once the step has been taken; say what it sees.
+
+        Where the gradients of the KL's and the rest's part of a sample are the same but for a
+        factor, the step and the ledger by sample are spared a term.
+        """
         accounts, moments = due(self.settings.ledger_every_steps, rollout_step), None
         if accounts and self._fits(state, self.programs[stage]):
             moments = jax.tree.map(_on_device, state.opt_state)
         copied = jax.tree.map(jnp.copy, state.params)
-        return state.replace(params=copied, opt_state=jax.tree.map(jnp.copy, moments))
+        before = state.replace(params=copied, opt_state=jax.tree.map(jnp.copy, moments))
+        shares = kl_shares(batch) if self.settings.ledger_by == "sample" else None
+        if shares is not None:
+            batch = batch.replace(kl_advantages=None)
+        return Seen(before, batch, reference, shares)
 
     def look(self, step: Seen, stage: int, rollout_step: int) -> dict[str, float]:
         """Compare and account for one optimizer step, and read the probe set after it.
@@ -249,6 +266,8 @@ class Watcher:
             return found.arrays
 
         arrays = self.prober.each(account, actual)
+        if step.shares is not None:
+            arrays = probe.split_term(arrays, "policy", "kl", step.shares)
         advantages_B = _means(batch.advantages, batch.completion_mask)
         by_sample = self.settings.ledger_by == "sample"
         given = (advantages_B, self._own(batch)) if by_sample else ()
@@ -315,6 +334,22 @@ class Watcher:
                 for prompt, text, value in zip(prompts, texts, advantages, strict=True)
             ],
         }
+
+
+def kl_shares(batch: UpdateBatch) -> np.ndarray | None:
+    """Return which share `[B]` of each sample's advantage the KL in the reward has, if it is one.
+
+    A sample without an advantage has a share of 0. None where the batch does not tell the KL's
+    part, and where advantages differ along a completion.
+    """
+    if batch.kl_advantages is None:
+        return None
+    given = (np.asarray(leaf) for leaf in (batch.advantages, batch.kl_advantages))
+    masked = [np.ma.masked_array(leaf, ~np.asarray(batch.completion_mask)) for leaf in given]
+    if any(np.ma.filled(np.ptp(leaf, axis=1), 0).any() for leaf in masked):
+        return None
+    whole_B, part_B = (np.ma.filled(leaf.max(axis=1), 0) for leaf in masked)
+    return np.divide(part_B, whole_B, out=np.zeros_like(part_B), where=whole_B != 0)
 
 
 def _means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

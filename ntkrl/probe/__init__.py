@@ -34,7 +34,7 @@ from ntkrl.probe.kernels import (
     kernel_traces,
     plan_kernel,
 )
-from ntkrl.probe.ledger import BY, Ledger, ledger_measures
+from ntkrl.probe.ledger import BY, Ledger, ledger_measures, split_term
 from ntkrl.probe.step import Prober, ProbeReading
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "pass_at_k",
     "plan_kernel",
     "signal",
+    "split_term",
     "squeezing",
     "step_measures",
     "weights",

@@ -128,12 +128,21 @@ def group_measures(
         name: mean(masked_total(score_P, high_P > low_P))
         for name, score_P in zip(("ches", "ches_normalised"), scores, strict=True)
     }
+    weighed = (features, targets, weights_BC)
+    found |= _sums_by_prompt(head, weighed, group, temperature)
+    return {f"probe/{name}": value for name, value in found.items()}
+
+
+def _sums_by_prompt(
+    head: Head, weighed: tuple[Array, Array, Array], group: int, temperature: float
+) -> dict[str, Array]:
+    """Return the means of `head_sums` within prompts; weighed: features, tokens and A `[B, C]`."""
+    features, targets, weights_BC = weighed
     positive_BC, negative_BC = jnp.maximum(weights_BC, 0), jnp.minimum(weights_BC, 0)
     given_BCK = jnp.stack([positive_BC, negative_BC, weights_BC > 0], axis=-1)
 
     def by_prompt(leaf: Array) -> Array:
-        tokens = group * leaf.shape[1]
-        return leaf.reshape(-1, tokens, *leaf.shape[2:])
+        return leaf.reshape(-1, group * leaf.shape[1], *leaf.shape[2:])
 
     def prompt(own: tuple[Array, Array, Array]) -> Array:
         return head_sums(head, *own, temperature, TILE)
@@ -141,6 +150,7 @@ def group_measures(
     sums_PUK = jax.lax.map(prompt, tuple(map(by_prompt, (features, targets, given_BCK))))
     up_PU, down_PU = by_prompt(weights_BC > 0), by_prompt(weights_BC < 0)
     wanted = (("positive", up_PU), ("negative", up_PU), ("wrong", down_PU))
-    for number, (name, counted_PU) in enumerate(wanted):
-        found[f"head_sum_{name}"] = mean(masked_total(sums_PUK[..., number], counted_PU))
-    return {f"probe/{name}": value for name, value in found.items()}
+    return {
+        f"head_sum_{name}": mean(masked_total(sums_PUK[..., number], counted_PU))
+        for number, (name, counted_PU) in enumerate(wanted)
+    }

@@ -216,6 +216,28 @@ def _summed(values: np.ndarray) -> np.ndarray:
     return values if values.ndim == 1 else values.sum(axis=1, dtype=np.float64)
 
 
+def split_term(
+    arrays: dict[str, np.ndarray], term: str, part: str, shares: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Take a part out of the columns of a term.
+
+    Args:
+      arrays: of a ledger by sample.
+      term: whose samples' contributions are split.
+      part: name of the new term.
+      shares: `[B]` of the part in each sample's contribution.
+    """
+    found = {}
+    for name, value in arrays.items():
+        measure, column, *group = name.split("/", 2)
+        if column == term:
+            own = value * shares
+            found |= {f"{measure}/{part}/{group[0]}": own, name: value - own}
+        else:
+            found[name] = value
+    return found
+
+
 def ledger_measures(
     arrays: dict[str, np.ndarray],
     advantages: np.ndarray | None = None,

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ntkrl.numerics import primal
 from ntkrl.types import Array, Total, UpdateBatch
@@ -99,8 +100,10 @@ def loss_by_rows(
 
 
 def sums_of(totals: Totals) -> list[Array]:
-    """Return the sums of a Total, or of each by name."""
-    return [totals.total] if isinstance(totals, Total) else [t.total for t in totals.values()]
+    """Return the sum of a Total, or those of each, in the order of their names."""
+    if isinstance(totals, Total):
+        return [totals.total]
+    return [totals[name].total for name in sorted(totals)]
 
 
 def _part(
@@ -156,7 +159,11 @@ def _backward(static: Any, residuals: Any, given: Any) -> tuple[Any, Any, None]:
     factors = sums_of(given[0])
 
     def joined(*pulled: Array) -> Array:
-        parts = (factor * own for factor, own in zip(factors, pulled, strict=True))
+        parts = (
+            factor * own
+            for factor, own in zip(factors, pulled, strict=True)
+            if not isinstance(factor, SymbolicZero)
+        )
         return sum(parts).astype(pulled[0].dtype)
 
     head, phi = (jax.tree.map(joined, *of_terms) for of_terms in residuals)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import ntkrl
-from ntkrl import ntk, probe, update
+from ntkrl import ntk, numerics, probe, update
 from ntkrl.probe import accounts
 from ntkrl.probe import ledger as ledger_module
 from ntkrl.probe.contributions import MEASURES
@@ -261,6 +261,11 @@ def test_the_step_hands_out_its_gradients(microbatches):
     assert metrics.keys() == wanted.keys() and gradients.keys() == {*NAMES}
     for found in ((after.params, plain.params), (metrics, wanted)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *found)
+    bare = dataclasses.replace(OBJECTIVE, kl_place="off", kl_coefficient=0, entropy_coefficient=0)
+    alone = update.policy_objective(case.policy, lambda *read: update.policy_loss(bare, 3, *read))
+    total = jax.jit(jax.grad(lambda params: numerics.mean(alone(params, case.batch, None)[0])))
+    for name, leaf in total(case.before.params).items():
+        assert_close(gradients["policy"][0][name], leaf)
     actual = case.measured(case.after.params) - case.measured(case.before.params)
     known = {"gradients": gradients, "actual": actual}
     for by in probe.BY:
@@ -279,11 +284,14 @@ CLIPPED = update.Objective(
 def test_the_kl_in_the_reward_is_a_column():
     """law: clipped or not, columns of the parts of the advantages add up to that of the whole."""
     case = Case(objective=CLIPPED)
-    whole, advantages = case.read(), case.batch.advantages
-    assert "log_prob/kl/head" not in whole
     read = score(case.policy, case.before.params, case.batch.tokens, case.batch.mask, 3)
-    ratio = jnp.exp(read.log_probs - case.batch.old_log_probs)
-    assert jnp.any(jnp.abs(ratio - 1) > 0.2) and jnp.any(jnp.abs(ratio - 1) < 0.1)
+    gap = 0.2 * jax.random.normal(jax.random.key(4), read.log_probs.shape)
+    assert jnp.any(gap > 0.2) and jnp.any(gap < -0.2) and jnp.any(jnp.abs(gap) < 0.05)
+    advantages = case.batch.advantages.astype(float)  # one number along a completion
+    held = {"old_log_probs": read.log_probs - gap, "advantages": advantages}
+    case.batch = case.batch.replace(**held)
+    whole = case.read()
+    assert "log_prob/kl/head" not in whole
     part = jax.random.normal(jax.random.key(5), advantages.shape)
     columns = {}
     for name, own in (("some", part), ("rest", advantages - part), ("all", advantages)):
@@ -300,6 +308,13 @@ def test_the_kl_in_the_reward_is_a_column():
             assert_close(kl["some"] + policy["some"], wanted)
             assert_close(kl["rest"], policy["some"])
             assert np.abs(kl["some"]).max() > 0.1 * np.abs(wanted).max()
+    shares = np.random.default_rng(6).normal(size=8)
+    case.batch = case.batch.replace(kl_advantages=advantages * shares[:, None])
+    found, split = case.read(), probe.split_term(whole, "policy", "kl", shares)
+    assert found.keys() == split.keys()
+    for name, value in found.items():
+        scale = np.abs(first_order(whole, name.split("/")[0])).max()
+        np.testing.assert_allclose(split[name], value, rtol=0, atol=1e-10 * scale)
 
 
 def test_head_alone_is_exact_in_the_logits():
