@@ -118,7 +118,7 @@ def test_the_kl_in_the_reward_has_its_part_of_the_advantages(x64, name):
     """law: without the KL the advantages are less by that part, corrected and cut as the whole."""
     held = draws(0, spread=0.0) | {"behaviour": draws(0)["log_probs"]}
     more = {"correction": "truncate", "correction_cap": 1.1, "covariance_range": (-9.0, 9.0)}
-    given = {"kl_place": "reward", "kl_coefficient": 0.5, "advantage": name, "clip": "none", **more}
+    given = {"kl_place": "reward", "kl_coefficient": 5.0, "advantage": name, "clip": "none", **more}
     objective = update.Objective(**given)
     found = prepared(objective, **held)[1]
     bare = dataclasses.replace(objective, kl_coefficient=0.0)
