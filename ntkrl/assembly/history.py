@@ -41,8 +41,10 @@ class History:
           or more.
         """
         if self.line is None:
-            for number, arrays in self._before(step):
-                self._extend(number, arrays["log_probs"])
+            for number, path in self._before(step):
+                arrays = read_arrays(path)
+                if arrays is not None:
+                    self._extend(number, arrays["log_probs"])
         self._extend(step, log_probs)
         if self.line.count < 3:
             return {}
@@ -61,24 +63,21 @@ class History:
           `weights/<leaf>/direction_cosine`, the mean over layers, and `weights/direction_cosine`,
           the mean over leaves; of leaves that had moved before.
         """
-        for _, arrays in reversed(self._before(step)):
+        for _, path in reversed(self._before(step)):
+            arrays = read_arrays(path)
+            held = {} if arrays is None else arrays
             known = {
-                name: own for name, own in leading.items() if f"{DIRECTION}/{name}/left" in arrays
+                name: own for name, own in leading.items() if f"{DIRECTION}/{name}/left" in held
             }
             if known:
-                cosines = {name: _cosine(own, arrays, name) for name, own in known.items()}
+                cosines = {name: _cosine(own, held, name) for name, own in known.items()}
                 found = {f"weights/{name}/direction_cosine": c for name, c in cosines.items()}
                 return found | {"weights/direction_cosine": float(np.mean([*cosines.values()]))}
         return {}
 
-    def _before(self, step: int) -> list[tuple[int, dict[str, np.ndarray]]]:
-        """Read the looks before a step; those after it are of a run that will go on otherwise."""
-        found = [
-            (number, read_arrays(path))
-            for number, path in step_files(self.directory, ".npz")
-            if number < step
-        ]
-        return [(number, arrays) for number, arrays in found if arrays is not None]
+    def _before(self, step: int) -> list[tuple[int, Path]]:
+        """Find the looks before a step; those after it are of a run that goes on otherwise."""
+        return [found for found in step_files(self.directory, ".npz") if found[0] < step]
 
     def _extend(self, step: int, log_probs: np.ndarray) -> None:
         add = probe.linearity.extend_line

@@ -340,9 +340,9 @@ def kl_shares(batch: UpdateBatch) -> np.ndarray | None:
     """Return which share `[B]` of each sample's advantage the KL in the reward has, if it is one.
 
     A sample without an advantage has a share of 0. None where the batch does not tell the KL's
-    part, and where advantages differ along a completion.
+    part, where advantages differ along a completion, and where they are not all that pulls.
     """
-    if batch.kl_advantages is None:
+    if batch.kl_advantages is None or batch.penalties is not None:
         return None
     given = (np.asarray(leaf) for leaf in (batch.advantages, batch.kl_advantages))
     masked = [np.ma.masked_array(leaf, ~np.asarray(batch.completion_mask)) for leaf in given]

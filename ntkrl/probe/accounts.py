@@ -40,6 +40,7 @@ class Way(NamedTuple):
     form: "push" or "gram".
     chunk: samples at a time.
     block: probe sequences whose gradients are written out at a time.
+    columns: changes other than the samples' that are pushed at a time.
     """
 
     policy: Policy
@@ -54,6 +55,7 @@ class Way(NamedTuple):
     form: str = "push"
     chunk: int = 1
     block: int = 1
+    columns: int = 1
 
 
 class Given(NamedTuple):
@@ -110,7 +112,12 @@ def read(way: Way, given: Given, after: Params) -> Found:
     phi_OD, moved = parts.linearised(network, chosen, rest, given.contexts)
     side = parts.side_of(network, given.params, phi_OD, given.targets)
     push = _first_order(way, side, moved)
-    one_KGAO = jax.lax.map(lambda change: _unless_zero(push, change), changes)
+
+    def pushed(change: Params) -> Array:
+        return push(jax.tree.map(lambda leaf: leaf[None], change))[..., 0]
+
+    # together: four times as fast as one after another on a CPU
+    one_KGAO = jax.lax.map(pushed, changes, batch_size=way.columns)
     actual = given.actual
     if actual is None:
         later_OD = features_at(network, after, given.contexts)
@@ -183,19 +190,6 @@ def _first_order(
     push = parts.pusher(way.members, moved, side)
     return lambda changes: jnp.concatenate(
         [parts.by_head(network, side, changes)[None], push(changes)]
-    )
-
-
-def _unless_zero(push: Callable[[Params], Array], change: Params) -> Array:
-    """Push one change; one of zeros (decay where there is none) costs nothing."""
-
-    def pushed(change: Params) -> Array:
-        return push(jax.tree.map(lambda leaf: leaf[None], change))[..., 0]
-
-    shape = jax.eval_shape(pushed, change)
-    some = jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(change)])
-    return jax.lax.cond(
-        jnp.any(some), pushed, lambda _: jnp.zeros(shape.shape, shape.dtype), change
     )
 
 

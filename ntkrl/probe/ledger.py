@@ -61,8 +61,8 @@ class Ledger:
     groups: `(pattern, name)` tuples over the parameters in the features' role, as in `ntk.kernel`.
     by: "group" for the samples of a batch together, "sample" for each of them.
     form: of the samples' contributions: "push", one JVP over the probe set for each, "gram", inner
-        products with the gradients of all probe tokens, or "auto" for the fewest FLOPs that
-        `memory_gib` allows.
+        products with the gradients of all probe tokens, or "auto" for the one that should take
+        least time in what `memory_gib` allows.
     memory_gib: what the samples' contributions may use beyond params and state (GiB).
     microbatches: equal parts of the rows that the whole gradient is read in.
     mesh: over which params and batch are spread, or None.
@@ -187,9 +187,10 @@ def _way(ledger: Ledger, treedef: Any, *shapes: Any) -> Way:
         names=names,
         by=ledger.by,
     )
+    found = estimates(way, given, ledger.memory_gib)
+    way = way._replace(columns=found["push"].chunk * len(names))
     if ledger.by == "group":
         return way
-    found = estimates(way, given, ledger.memory_gib)
     best = choose(found, ledger.form, ledger.memory_gib)
     return way._replace(form=best.form, chunk=best.chunk, block=best.block)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 
 import ntkrl
 from ntkrl import probe, rollout, update
+from ntkrl.probe.costs import choose
 from ntkrl.types import ProbeSet, PromptBatch, UpdateBatch
 from tests.bench import measure
 
@@ -100,36 +102,34 @@ def main() -> None:
     static = policy, parts, program.optimizer, program.trained
     _, _, (old, new) = prober.compare(before.params, after.params)
     moved = jax.tree.map(np.subtract, new.statistics, old.statistics)
-    known = {"gradients": apart(before, batch)[2]}
-    known["actual"] = np.stack([moved.log_probs, moved.entropy])
+    actual = np.stack([moved.log_probs, moved.entropy])
+    # by sample the KL's part is a factor, see `Watcher.keep`
+    seen = {"group": batch, "sample": batch.replace(kl_advantages=None)}
+    known = {by: {"gradients": apart(before, own)[2], "actual": actual} for by, own in seen.items()}
     ledgers = {"group": probe.Ledger(*static, by="group")}
     ledgers |= {form: probe.Ledger(*static, form=form) for form in ("push", "gram")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
-    calls["apart"] = lambda: apart(before, batch)
+    calls |= {f"apart, {by}": lambda own=own: apart(before, own) for by, own in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
     for name, ledger in ledgers.items():
-        calls[name] = lambda own=ledger: own.read(before, after.params, batch, *where, **known)
+        told = before, after.params, seen[ledger.by], *where
+        calls[name] = functools.partial(ledger.read, *told, **known[ledger.by])
     seconds = measure.medians_in_turns(calls, given.repeats, jax.block_until_ready)
     whole = seconds["generation"] + seconds["update"]
-    estimates = ledgers["push"].estimates(before, batch, *where)
+    estimates = ledgers["push"].estimates(before, seen["sample"], *where)
     table = []
     for name, value in seconds.items():
         row = {"call": name, "seconds": value, "of_a_step": value / whole}
         if name in ledgers:
-            every = EVERY["group" if name == "group" else "sample"]
-            more = value + seconds["apart"] - seconds["update"]
+            every = EVERY[ledgers[name].by]
+            more = value + seconds[f"apart, {ledgers[name].by}"] - seconds["update"]
             row |= {"every": every, "of_training": more / whole / every}
         if name in estimates:
             row |= {"flops": estimates[name].flops, "MiB": estimates[name].bytes / 2**20}
         table.append(row)
     columns = ("call", "seconds", "of_a_step", "every", "of_training", "flops", "MiB")
-    print(f"{jax.devices()[0].device_kind}; auto takes {chosen_form(estimates)}")
+    print(f"{jax.devices()[0].device_kind}; auto takes {choose(estimates, 'auto', 2.0).form}")
     print(measure.table(table, columns))
-
-
-def chosen_form(estimates: dict[str, Any]) -> str:
-    """Return the form of fewest FLOPs."""
-    return min(estimates, key=lambda name: estimates[name].flops)
 
 
 if __name__ == "__main__":
