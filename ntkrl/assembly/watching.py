@@ -344,11 +344,14 @@ def kl_shares(batch: UpdateBatch) -> np.ndarray | None:
     """
     if batch.kl_advantages is None or batch.penalties is not None:
         return None
-    given = (np.asarray(leaf) for leaf in (batch.advantages, batch.kl_advantages))
-    masked = [np.ma.masked_array(leaf, ~np.asarray(batch.completion_mask)) for leaf in given]
-    if any(np.ma.filled(np.ptp(leaf, axis=1), 0).any() for leaf in masked):
-        return None
-    whole_B, part_B = (np.ma.filled(leaf.max(axis=1), 0) for leaf in masked)
+    mask, parts_B = np.asarray(batch.completion_mask), []
+    for leaf in (batch.advantages, batch.kl_advantages):
+        low_B = np.min(leaf, axis=1, where=mask, initial=np.inf)
+        high_B = np.max(leaf, axis=1, where=mask, initial=-np.inf)
+        if np.any(low_B < high_B):
+            return None
+        parts_B.append(np.where(mask.any(axis=1), high_B, 0))
+    whole_B, part_B = parts_B
     return np.divide(part_B, whole_B, out=np.zeros_like(part_B), where=whole_B != 0)
 
 
