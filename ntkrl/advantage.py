@@ -225,3 +225,5 @@ ESTIMATORS: dict[str, Callable[[Array, int], Array]] = {
     "batch_scaled": batch_scaled,
     "max_likelihood": max_likelihood,
 }
+LINEAR = ("unchanged", "batch_mean", "leave_one_out", "group_mean")
+"""Those of a sum of rewards that are the sum of the rewards' own."""

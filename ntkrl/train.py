@@ -90,7 +90,7 @@ class Loop:
             self.stages, setup.network, setup.params, self.settings.schedule.updates
         )
         self.mix = jax.jit(optax.incremental_update, donate_argnums=1)
-        self.compiled: dict[tuple[int, int], Any] = {}
+        self.compiled: dict[tuple[int, int, bool], Any] = {}
         self.states = assembly.States(setup)
         self.keeper = assembly.Keeper(self.settings, config, directory, self.source.headline)
         self.watcher, self.eval_sample = None, None
@@ -117,17 +117,18 @@ class Loop:
             if self.watcher is not None:
                 self.watcher.begin()
             if start == 0:
-                writer.write(0, self._evaluate(0) | self._read_probe(0))
+                measures = {} if self.watcher is None else self.watcher.read(self.state.params, 0)
+                writer.write(0, self._evaluate(0) | measures)
                 self.clock.lap()
             while left > 0 and not self.notice.reached(rollout_step):
                 rollout_step += 1
                 metrics = self._advance(rollout_step)
                 left = update.steps_left(self.stages, self.progress)
                 last = left == 0
-                if last or _due(self.settings.evaluation.every_steps, rollout_step):
+                if last or assembly.due(self.settings.evaluation.every_steps, rollout_step):
                     metrics |= self._evaluate(rollout_step)
                 writer.write(int(self.state.step), metrics)
-                if last or _due(self.settings.checkpoint.every_steps, rollout_step):
+                if last or assembly.due(self.settings.checkpoint.every_steps, rollout_step):
                     self._save(rollout_step, metrics)
                 self.keeper.settle(wait=False)
                 runtime.saved(self.keeper.newest())
@@ -163,11 +164,15 @@ class Loop:
         reference = self.source.reference_head(turn)
         logged: list[dict[str, float]] = []
         todo = batches * self.settings.schedule.inner_epochs
-        for number, batch in enumerate(todo, start=1):
+        apart, gradients = False, []
+        for number, own in enumerate(todo, start=1):
+            batch = assembly.bare(own)
             if looking and number == len(todo):  # the step donates its state
-                before = self.watcher.keep(self.state, stage, rollout_step)
+                seen = self.watcher.keep(self.state, own, reference, stage, rollout_step)
+                batch, apart = seen.batch, seen.before.opt_state is not None
             placed = runtime.place_rows(batch, self.setup.mesh)
-            self.state, values = self._step(placed, reference)(self.state, placed, reference)
+            step = self._step(placed, reference, apart)
+            self.state, values, *gradients = step(self.state, placed, reference)
             logged.append({name: float(value) for name, value in values.items()})
             self._check_finite(logged[-1], rollout_step)
             if number == 1:
@@ -176,9 +181,9 @@ class Loop:
         metrics |= self.source.summary(logged)
         metrics |= self._count(metrics, rollout_step)
         if looking:
-            metrics |= self.watcher.look(before, self.state, batch, reference, stage)
+            ended = {"after": self.state} | ({"gradients": gradients[0]} if apart else {})
+            metrics |= self.watcher.look(seen._replace(**ended), stage, rollout_step)
             self.clock("look")
-            metrics |= self._read_probe(rollout_step)
         return metrics
 
     def _turn(self, rollout_step: int, key: Array) -> assembly.Turn:
@@ -209,7 +214,7 @@ class Loop:
         self.progress = update.advanced(program.stage, self.progress, metrics)
         if self.progress.ended is not None:
             runtime.tell(f"stage {program.stage.name!r} ends: {self.progress.ended}")
-        if _due(self.settings.schedule.reference_sync_steps, rollout_step):
+        if assembly.due(self.settings.schedule.reference_sync_steps, rollout_step):
             alpha = self.settings.schedule.reference_mixup_alpha
             self.reference = self.mix(self.state.params, self.reference, alpha)
         taken = update.steps_taken(self.state.opt_state)
@@ -220,14 +225,14 @@ class Loop:
             "learning_rate": program.learning_rate(max(taken - 1, 0)),
         }
 
-    def _step(self, batch: Any, reference: Any) -> Any:
-        """Return the stage's compiled train step: one function, sharded, its state donated."""
+    def _step(self, batch: Any, reference: Any, apart: bool) -> Any:
+        """Return the stage's compiled train step, or that which hands its gradients out."""
         stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
-        if (stage, rows) not in self.compiled:
-            self.compiled[stage, rows] = assembly.jitted_step(
-                self.setup, self.programs[stage], self.source.minimised, self.state, rows, reference
-            )
-        return self.compiled[stage, rows]
+        if (stage, rows, apart) not in self.compiled:
+            minimised = self.source.terms if apart else self.source.minimised
+            given = self.setup, self.programs[stage], minimised, self.state, rows, reference
+            self.compiled[stage, rows, apart] = assembly.jitted_step(*given, apart)
+        return self.compiled[stage, rows, apart]
 
     def _check_finite(self, values: dict[str, float], rollout_step: int) -> None:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
@@ -240,13 +245,6 @@ class Loop:
             f"checkpoint is {self.keeper.last_good()}. Lower the stage's learning rate or set "
             "its max_grad_norm."
         )
-
-    def _read_probe(self, rollout_step: int) -> dict[str, float]:
-        if self.watcher is None:
-            return {}
-        measures = self.watcher.read(self.state.params, rollout_step)
-        self.clock("probe")
-        return measures
 
     def _evaluate(self, rollout_step: int) -> dict[str, Any]:
         beside = self.source.evaluate(self.state.params)
@@ -321,10 +319,6 @@ def _check_shared(directory: Path) -> None:
                 "give a run_dir on a file system that all hosts share."
             )
         time.sleep(0.5)
-
-
-def _due(every_steps: int | None, rollout_step: int) -> bool:
-    return every_steps is not None and rollout_step % every_steps == 0
 
 
 def _stream(seed: int, stream: int, number: int) -> Array:

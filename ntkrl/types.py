@@ -178,6 +178,8 @@ class UpdateBatch:
     ref_log_probs: `[B, C]` log-probs of the reference policy (nats).
     advantages: `[B, C]` weight on each token's score function, any correction folded in.
     penalties: `[B, C]` coefficient of |log π − log π_old| at each token, or None for none.
+    kl_advantages: `[B, C]` the part of the advantages that comes from the KL in the reward; None
+        without one, and where advantages do not split.
     features: `[B, C, D]` that predict each completion token, where the body need not be read
         again because the step does not move it; or None.
     ref_features: `[B, C, D]` of the reference policy, where its whole distribution is needed.
@@ -190,6 +192,7 @@ class UpdateBatch:
     ref_log_probs: Array
     advantages: Array
     penalties: Array | None = None
+    kl_advantages: Array | None = None
     features: Array | None = None
     ref_features: Array | None = None
 

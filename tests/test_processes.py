@@ -38,7 +38,7 @@ def alike(one, several, steps):
         assert mine.keys() == theirs.keys()
         for name in set(mine) - {"stage"}:
             # ratios and differences of rounding are not
-            if not name.startswith(("predict/relative", "sampling/")):
+            if not name.startswith(("predict/relative", "sampling/", "signal/noise_scale")):
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-6), name
         assert mine.get("stage") == theirs.get("stage")
     exported = [load_file(run / "export" / "model.safetensors") for run in (one, several)]
@@ -104,6 +104,9 @@ def test_rl_in_several_processes(base, scorer, tmp_path, four_devices, shape):  
     for path in sorted(one.glob("[pl]*/*.npz")):
         for name, array in np.load(path).items():
             theirs = np.load(several / path.relative_to(one))[name]
+            if name.startswith("direction/"):  # of power iteration, which stops at √ε
+                np.testing.assert_allclose(np.sum(theirs * array, axis=-1), 1, atol=1e-4)
+                continue
             np.testing.assert_allclose(theirs, array, rtol=1e-4, atol=1e-5)
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from ntkrl.assembly.probe_settings import FAMILIES
+from ntkrl.assembly.watching import kl_shares
 from ntkrl.main import main
 from ntkrl.report.names import is_known
+from ntkrl.types import UpdateBatch
 from tests.test_train import STAGES, base, lines, one_device, words  # noqa: F401
 
 LEDGER = ["--config.probe.ledger_every_steps=2", "--config.eval.every_steps=4"]
@@ -70,6 +72,8 @@ def test_a_ledger_of_every_stage(base, tmp_path, capsys):  # noqa: F811
     names = {name for line in lines(run) for name in line}
     assert {"ledger/policy_share", "ledger/positive_share", "probe/other/log_prob"} <= names
     assert {"probe/squeeze_greedy", "signal/entropy_share", "weights/unchanged"} <= names
+    assert {"probe/ches", "probe/head_sum_wrong", "signal/noise", "ledger/kl_share"} <= names
+    assert {"probe/linearity", "weights/direction_cosine"} <= names
     assert all(map(is_known, names))
     place = run / "probes" / "set.npz"  # resumed runs read it (tests/test_resume.py)
     place.write_bytes(place.read_bytes()[:100])
@@ -95,9 +99,25 @@ def test_other_forms_of_a_ledger(base, tmp_path):  # noqa: F811
     np.testing.assert_allclose(whole(arrays, "log_prob"), arrays["log_prob/actual"], atol=1e-6)
     first, last = lines(run)[0], lines(run)[-1]
     assert first["probe/laziness_head"] == 0 < last["probe/laziness_head"] < 1
+    assert 0 <= last["probe/advantage_alignment"] <= 1
     assert first["probe/cka_body"] == pytest.approx(1) and last["probe/body_to_head"] > 0
     layers = [value for name, value in last.items() if name.startswith("probe/layer_share/")]
     assert len(layers) > 2 and sum(layers) == pytest.approx(1)
+
+
+def test_shares_of_the_kl_by_hand():
+    """by hand: 1 of 4, 0 of nothing, nothing counted; None where a token differs or others pull."""
+    mask = np.array([[True, True], [True, False], [False, False]])
+    whole = np.array([[4.0, 4.0], [0.0, 7.0], [3.0, 5.0]])
+    part = np.array([[1.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
+    given = dict.fromkeys(("tokens", "mask", "old_log_probs", "ref_log_probs"), mask)
+    batch = UpdateBatch(completion_mask=mask, advantages=whole, kl_advantages=part, **given)
+    assert kl_shares(batch).tolist() == [0.25, 0.0, 0.0]
+    whole[0, 1] = 3.0
+    assert kl_shares(batch) is None
+    whole[0, 1] = 4.0
+    assert kl_shares(batch.replace(penalties=part)) is None
+    assert kl_shares(batch.replace(kl_advantages=None)) is None
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from ntkrl.assembly.keeping import Keeper, best_of
 from ntkrl.assembly.preferences import PreferenceSource
 from ntkrl.assembly.rewards import is_code
 from ntkrl.assembly.rollouts import RolloutSource
+from ntkrl.assembly.schedule import due
 from ntkrl.assembly.settings import RunSettings, read_settings
 from ntkrl.assembly.setup import Prompts, Setup, Start, assemble, assemble_model, check_vocabulary
 from ntkrl.assembly.sources import SupervisedSource, Turn
 from ntkrl.assembly.states import States
 from ntkrl.assembly.steps import jitted_step
-from ntkrl.assembly.watching import Watcher
+from ntkrl.assembly.watching import Watcher, bare
 
 SOURCES = {"rl": RolloutSource, "sft": SupervisedSource, "reward": PreferenceSource}
 
@@ -36,11 +37,13 @@ __all__ = [
     "SupervisedSource",
     "Turn",
     "Watcher",
+    "bare",
     "assemble",
     "assemble_model",
     "best_of",
     "check_vocabulary",
     "collect",
+    "due",
     "evaluate",
     "is_code",
     "jitted_step",

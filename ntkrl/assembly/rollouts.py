@@ -42,13 +42,11 @@ class RolloutSource:
             keep: make_sample(setup, self.group, settings.rollout.temperature, keep)
             for keep in (False, True)
         }
-        chunk = settings.schedule.chunk_tokens
-        self.minimised = update.policy_objective(
-            setup.policy, self.loss, self.temperature, chunk, setup.spread
+        given = self.temperature, settings.schedule.chunk_tokens, setup.spread
+        terms = update.policy_terms(self.objective, settings.rollout.max_completion_tokens)
+        self.minimised, self.terms = (
+            update.policy_objective(setup.policy, loss, *given) for loss in (self.loss, terms)
         )
-        budget = settings.rollout.max_completion_tokens
-        read = self.temperature, chunk * setup.spread
-        self.terms = update.policy_terms(setup.policy, self.objective, budget, *read)
         self.read = jax.jit(self._read, static_argnames=("length", "whole"))
         self.weigh = jax.jit(functools.partial(weigh, self.objective, self.group))
 
@@ -174,6 +172,7 @@ class RolloutSource:
             ref_log_probs=np.asarray(ref_log_probs),
             advantages=weights["advantages"],
             penalties=weights["penalties"],
+            kl_advantages=weights["kl_advantages"],
             features=drawn.features,
             ref_features=reading["features"] if self.reference_head(turn) else None,
         )

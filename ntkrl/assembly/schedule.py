@@ -67,6 +67,11 @@ class ScheduleSettings:
         return self.minibatches * self.inner_epochs
 
 
+def due(every_steps: int | None, rollout_step: int) -> bool:
+    """Tell whether what happens every so many rollout steps (None: never) happens after this."""
+    return every_steps is not None and rollout_step % every_steps == 0
+
+
 def read_stages(config: ConfigDict) -> tuple[update.Stage, ...]:
     """Read every row and check how they follow each other.
 

@@ -43,11 +43,11 @@ class SupervisedSource:
 
     def __init__(self, setup: Setup):
         self.setup, self.position = setup, 0
-        chunk = setup.settings.schedule.chunk_tokens
-        self.minimised = update.policy_objective(
-            setup.policy, update.supervised_loss, chunk_tokens=chunk, spread=setup.spread
+        given = {"chunk_tokens": setup.settings.schedule.chunk_tokens, "spread": setup.spread}
+        self.minimised, self.terms = (
+            update.policy_objective(setup.policy, loss, **given)
+            for loss in (update.supervised_loss, update.supervised_terms)
         )
-        self.terms = update.supervised_terms(setup.policy, chunk * setup.spread)
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """What is evaluated beside sampled completions: nothing."""

@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import data, probe, runtime, trees, update
+from ntkrl import data, ntk, probe, runtime, trees, update
+from ntkrl.assembly.history import History, direction_arrays
 from ntkrl.assembly.probe_set import (
     FORMAT,
     make_probes,
@@ -23,11 +24,29 @@ from ntkrl.assembly.probe_set import (
     save_probes,
 )
 from ntkrl.assembly.probe_settings import CADENCES
+from ntkrl.assembly.schedule import due
 from ntkrl.assembly.setup import Setup
 from ntkrl.types import Array, Params, TrainState, UpdateBatch
 from ntkrl.vocabulary import Head
 
 COPIES = 6  # of the trained params that a ledger holds beside one gradient per term
+
+
+class Seen(NamedTuple):
+    """An optimizer step that is looked at.
+
+    before: copies of what the step began with. batch: what it sees, on the host. reference: the
+    Head it compares with, or None. shares: `[B]` of the KL in the reward in the samples'
+    advantages, where it is one number each and the batch therefore does not tell; or None.
+    after: the state it ended with. gradients: by term of the loss, where a ledger is made of it.
+    """
+
+    before: TrainState
+    batch: UpdateBatch
+    reference: Head | None
+    shares: np.ndarray | None
+    after: TrainState | None = None
+    gradients: update.Gradients | None = None
 
 
 class Watcher:
@@ -60,6 +79,7 @@ class Watcher:
         """
         self.setup, self.source, self.programs = setup, source, programs
         self.directory, self.refused = directory, False
+        self.history = History(directory / "probes")
         self.settings = setup.settings.probe
         if self.settings.kernel_every_steps is not None and runtime.several():
             raise ValueError(
@@ -83,64 +103,79 @@ class Watcher:
 
     def due(self, rollout_step: int) -> bool:
         """Tell whether the last optimizer step of a rollout step is looked at."""
-        return any(_due(getattr(self.settings, name), rollout_step) for name in CADENCES)
+        return any(due(getattr(self.settings, name), rollout_step) for name in CADENCES)
 
-    def keep(self, state: TrainState, stage: int, rollout_step: int) -> TrainState:
-        """Copy of a state what is needed of it once the step has been taken."""
-        accounts, moments = _due(self.settings.ledger_every_steps, rollout_step), None
-        if accounts and self._fits(state, self.programs[stage]):
-            moments = jax.tree.map(_on_device, state.opt_state)
-        copied = jax.tree.map(jnp.copy, state.params)
-        return state.replace(params=copied, opt_state=jax.tree.map(jnp.copy, moments))
-
-    def look(
+    def keep(
         self,
-        before: TrainState,
-        after: TrainState,
+        state: TrainState,
         batch: UpdateBatch,
         reference: Head | None,
         stage: int,
-    ) -> dict[str, float]:
-        """Compare and account for one optimizer step.
+        rollout_step: int,
+    ) -> Seen:
+        """Copy of a state what is needed of it once the step has been taken; say what it sees.
+
+        Where the gradients of the KL's and the rest's part of a sample are the same but for a
+        factor, the step and the ledger by sample are spared a term.
+        """
+        accounts, moments = due(self.settings.ledger_every_steps, rollout_step), None
+        if accounts and self._fits(state, self.programs[stage]):
+            moments = jax.tree.map(_on_device, state.opt_state)
+        copied = jax.tree.map(jnp.copy, state.params)
+        before = state.replace(params=copied, opt_state=jax.tree.map(jnp.copy, moments))
+        shares = None
+        if moments is not None and self.settings.ledger_by == "sample":
+            shares = kl_shares(batch)
+        if moments is None or shares is not None:
+            batch = bare(batch)
+        return Seen(before, batch, reference, shares)
+
+    def look(self, step: Seen, stage: int, rollout_step: int) -> dict[str, float]:
+        """Compare and account for one optimizer step, and read the probe set after it.
 
         Args:
-          before: from `keep`.
-          after: the state the step ended with.
-          batch: what it saw, on the host.
-          reference: the Head it compared with, or None.
+          step: what is looked at.
           stage: number of the stage.
+          rollout_step: that it belongs to.
 
         Returns:
           The `predict/…`, `probe/…`, `signal/…`, `weights/…` and `ledger/…` metrics of the step;
           arrays are written.
         """
-        metrics, arrays = self.prober.compare(before.params, after.params)
-        name = f"step_{int(after.step):06d}"
+        before, after = step.before, step.after
+        metrics, arrays, (old, new) = self.prober.compare(before.params, after.params)
+        metrics |= self.read(after.params, rollout_step, new)
+        number = int(after.step)
+        name = f"step_{number:06d}"
+        if before.opt_state is not None:
+            found, kept = self._directions(after.params, number)
+            metrics, arrays = metrics | found, arrays | kept
         if runtime.is_writer():
+            metrics |= self.history.straightness(number, arrays["log_probs"])
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
         if not self.setup.settings.data.packing:
-            batch = self._widened(batch)
-        placed = runtime.place_rows(batch, self.setup.mesh)
+            step = step._replace(batch=self._widened(step.batch))
+        placed = runtime.place_rows(step.batch, self.setup.mesh)
         if not self.setup.settings.data.packing:
-            given = self.setup.settings.rollout.temperature, self._chunk
-            found = probe.step_measures(
-                self.setup.policy, before.params, after.params, placed, *given
-            )
+            given = self.setup.settings.rollout.temperature, self._chunk, self._group(step.batch)
+            both = before.params, after.params
+            found = probe.step_measures(self.setup.policy, *both, bare(placed), *given)
             metrics |= jax.tree.map(float, found)
+            if due(self.settings.kernel_every_steps, rollout_step):
+                metrics |= self._alignment(before.params, step.batch)
         moved, _ = probe.weights.update_sparsity(self.setup.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
         if before.opt_state is not None:
-            ranks = probe.weights.update_ranks(self.setup.params, after.params)
-            named = {f"weights/{n}/{kind}": float(v) for n in ranks for kind, v in ranks[n].items()}
-            metrics |= {name: value for name, value in named.items() if math.isfinite(value)}
-            step = before, after.params, placed, reference
-            metrics |= self._account(step, batch, name, stage)
+            both = (arrays["actual"], np.asarray(new.statistics.entropy - old.statistics.entropy))
+            metrics |= self._account(step, placed, np.stack(both, axis=1), name, stage)
         return metrics
 
-    def read(self, params: Params, rollout_step: int) -> dict[str, float]:
+    def read(
+        self, params: Params, rollout_step: int, reading: probe.ProbeReading | None = None
+    ) -> dict[str, float]:
         """Return the measures of the probe set, and of kernels on it where they are due."""
-        measures = self.prober.measures(params)
-        if not _due(self.settings.kernel_every_steps, rollout_step):
+        measures = self.prober.measures(params, reading)
+        if not due(self.settings.kernel_every_steps, rollout_step):
             return measures
         now, start = self._kernel(params), self.start_kernel
         found = probe.drift.kernel_drift(now, start)
@@ -148,6 +183,43 @@ class Watcher:
             shares = probe.drift.layer_shares(now["layers"], now["trace_layers"])
             found |= {f"layer_share/{group}": share for group, share in shares.items()}
         return measures | {f"probe/{name}": value for name, value in found.items()}
+
+    def _directions(
+        self, params: Params, number: int
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Return how matrices have moved since the start, and the directions that are kept."""
+        ranks, leading = probe.weights.update_ranks(self.setup.params, params)
+        named = {f"weights/{n}/{kind}": float(v) for n in ranks for kind, v in ranks[n].items()}
+        metrics = {name: value for name, value in named.items() if math.isfinite(value)}
+        leading = runtime.fetch(leading)
+        moved = {name: own for name, own in leading.items() if np.all(own.value > 0)}
+        if runtime.is_writer():
+            metrics |= self.history.turning(number, moved)
+        return metrics, direction_arrays(moved)
+
+    def _group(self, batch: UpdateBatch) -> int | None:
+        """Return how many adjacent rows answer one prompt, where they are compared."""
+        group = self.setup.settings.rollout.completions_per_prompt
+        alone = self.setup.settings.method != "rl" or group < 2
+        return None if alone or len(batch.tokens) % group else group
+
+    def _alignment(self, params: Params, batch: UpdateBatch) -> dict[str, float]:
+        """Return how far the kernel of some of a batch's tokens leads where advantages push."""
+        mask, length = np.asarray(batch.completion_mask), batch.completion_mask.shape[1]
+        rows, columns = np.nonzero(mask & (np.asarray(batch.advantages) != 0))
+        if not len(rows):
+            return {}
+        count = self.settings.kernel_contexts
+        some = np.linspace(0, len(rows) - 1, count).round().astype(int)
+        rows, columns = rows[some], columns[some] + batch.tokens.shape[1] - length
+        tokens, seen = np.asarray(batch.tokens)[rows], np.asarray(batch.mask)[rows]
+        contexts = ntk.Contexts(jnp.asarray(tokens), columns - 1, np.arange(count), seen)
+        advantages = np.asarray(batch.advantages)[rows, columns - tokens.shape[1] + length]
+        found = probe.batch_alignment(
+            *(self.setup.policy, params, contexts, tokens[np.arange(count), columns]),
+            *(advantages, self.settings.memory_gib),
+        )
+        return {"probe/advantage_alignment": found}
 
     @functools.cached_property
     def start_kernel(self) -> dict[str, np.ndarray]:
@@ -181,15 +253,22 @@ class Watcher:
         return batch.replace(**{name: wide(name, leaf) for name, leaf in batch.items()})
 
     def _account(
-        self,
-        step: tuple[TrainState, Params, UpdateBatch, Head | None],
-        batch: UpdateBatch,
-        name: str,
-        stage: int,
+        self, step: Seen, placed: UpdateBatch, actual: np.ndarray, name: str, stage: int
     ) -> dict[str, float]:
-        before, after, placed, reference = step
-        account = functools.partial(self.ledgers[stage].read, before, after, placed)
-        arrays = self.prober.each(functools.partial(account, beside=reference))
+        batch, read = step.batch, self.ledgers[stage].read
+
+        noises = []
+
+        def account(*where: Any) -> dict[str, np.ndarray]:
+            *probed, actual_O2 = where
+            beside = step.reference, step.gradients, actual_O2.T
+            found = read(step.before, step.after.params, placed, *probed, *beside)
+            noises.append(found.noise)
+            return found.arrays
+
+        arrays = self.prober.each(account, actual)
+        if step.shares is not None:
+            arrays = probe.split_term(arrays, "policy", "kl", step.shares)
         advantages_B = _means(batch.advantages, batch.completion_mask)
         by_sample = self.settings.ledger_by == "sample"
         given = (advantages_B, self._own(batch)) if by_sample else ()
@@ -197,7 +276,11 @@ class Watcher:
             told = self._told(batch, advantages_B, self.programs[stage].stage.name)
             runtime.save_text(self.directory / "ledger" / f"{name}.json", json.dumps(told))
             runtime.save_arrays(self.directory / "ledger" / f"{name}.npz", arrays)
-        return probe.ledger_measures(arrays, *given)
+        metrics = probe.ledger_measures(arrays, *given)
+        if by_sample:
+            noise = {f"signal/{name}": float(v) for name, v in noises[0]._asdict().items()}
+            metrics |= {name: value for name, value in noise.items() if math.isfinite(value)}
+        return metrics
 
     def _ledger(self, program: update.StageProgram) -> probe.Ledger:
         return probe.Ledger(
@@ -254,8 +337,28 @@ class Watcher:
         }
 
 
-def _due(every_steps: int | None, rollout_step: int) -> bool:
-    return every_steps is not None and rollout_step % every_steps == 0
+def bare(batch: Any) -> Any:
+    """Return a batch as a step takes it that makes no account: in which the KL is no part apart."""
+    return batch.replace(kl_advantages=None) if isinstance(batch, UpdateBatch) else batch
+
+
+def kl_shares(batch: UpdateBatch) -> np.ndarray | None:
+    """Return which share `[B]` of each sample's advantage the KL in the reward has, if it is one.
+
+    A sample without an advantage has a share of 0. None where the batch does not tell the KL's
+    part, where advantages differ along a completion, and where they are not all that pulls.
+    """
+    if batch.kl_advantages is None or batch.penalties is not None:
+        return None
+    mask, parts_B = np.asarray(batch.completion_mask), []
+    for leaf in (batch.advantages, batch.kl_advantages):
+        low_B = np.min(leaf, axis=1, where=mask, initial=np.inf)
+        high_B = np.max(leaf, axis=1, where=mask, initial=-np.inf)
+        if np.any(low_B < high_B):
+            return None
+        parts_B.append(np.where(mask.any(axis=1), high_B, 0))
+    whole_B, part_B = parts_B
+    return np.divide(part_B, whole_B, out=np.zeros_like(part_B), where=whole_B != 0)
 
 
 def _means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

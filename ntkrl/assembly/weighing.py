@@ -61,17 +61,24 @@ def weigh(
       key: consumed by covariance "clip".
 
     Returns:
-      `mask` (tokens that count), `advantages` and `penalties` of an UpdateBatch, and `metrics`.
+      `mask` (tokens that count), `advantages`, `kl_advantages` and `penalties` of an UpdateBatch,
+      and `metrics`.
     """
     counted_BC = update.counted_tokens(objective, mask, finished, rewards, group)
     log_probs = (old_log_probs, ref_log_probs)
     paid_BC = update.reward_penalties(objective, *log_probs, mask, kl)
     found_BC = advantages(objective, group, rewards, paid_BC, mask)
-    advantages_BC = update.of_signs(objective, found_BC)
     correction_BC = update.correction_weights(objective, old_log_probs, behaviour_log_probs, mask)
+    whole_BC = update.of_signs(objective, found_BC) * correction_BC
     advantages_BC, penalties = update.covariance_weights(
-        objective, old_log_probs, advantages_BC * correction_BC, counted_BC, key
+        objective, old_log_probs, whole_BC, counted_BC, key
     )
+    kl_BC = None
+    in_reward = objective.kl_place == "reward" and objective.needs_reference
+    if in_reward and objective.advantage in advantage.LINEAR:
+        kl_BC = advantages(objective, group, jnp.zeros_like(rewards), paid_BC, mask)
+        taken_out_BC = (advantages_BC == 0) & (found_BC != 0)
+        kl_BC = jnp.where(taken_out_BC, 0.0, kl_BC * correction_BC)
     metrics = {}
     if objective.correction != "off":
         name, count = "sampling/importance_sampling_ratio", jnp.maximum(jnp.sum(mask), 1)
@@ -81,6 +88,7 @@ def weigh(
     return {
         "mask": counted_BC,
         "advantages": advantages_BC,
+        "kl_advantages": kl_BC,
         "penalties": penalties,
         "metrics": metrics,
     }

@@ -37,8 +37,12 @@ def drawn(run: Run) -> Drawn:
     return Drawn(*run.rows((tokens, mask, mask.update(shape=(rows, budget)), features)))
 
 
-def minibatch(run: Run, number: int) -> tuple[UpdateBatch, Any]:
-    """Describe the batch and the reference's head that a stage's step is given."""
+def minibatch(run: Run, number: int, accounted: bool = False) -> tuple[UpdateBatch, Any]:
+    """Describe the batch and the reference's head that a stage's step is given.
+
+    accounted: whether a ledger is made of the step; by sample it takes the KL's part of the
+    advantages for a factor (`assembly.watching.kl_shares`).
+    """
     settings, parts = run.settings, run.settings.schedule.minibatches
     if settings.method == "sft":
         return run.rows(_supervised(run)), None
@@ -52,6 +56,7 @@ def minibatch(run: Run, number: int) -> tuple[UpdateBatch, Any]:
     weights = jax.eval_shape(
         run.source.weigh, rewards, *log, whole.completion_mask, finished, kl, run.key
     )
+    told = accounted and settings.probe.ledger_by == "group"
     beside = objective.kl_place == "loss" and objective.needs_distribution
     batch = UpdateBatch(
         tokens=whole.tokens,
@@ -60,6 +65,7 @@ def minibatch(run: Run, number: int) -> tuple[UpdateBatch, Any]:
         old_log_probs=log_probs,
         ref_log_probs=log_probs,
         advantages=weights["advantages"],
+        kl_advantages=weights["kl_advantages"] if told else None,
         penalties=weights["penalties"],
         features=whole.features if run.stages[number].head_alone else None,
         ref_features=whole.features if beside else None,

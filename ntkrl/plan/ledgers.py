@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import ntk, probe, runtime, update
+from ntkrl import ntk, probe, runtime, trees, update
 from ntkrl.assembly.probe_settings import DRAWN, ProbeSettings
 from ntkrl.assembly.setup import Setup
 from ntkrl.probe import accounts, ledger
@@ -67,6 +67,19 @@ def read_call(
     given = made._given(before, batch, contexts, targets, reference)
     way = ledger._way(made, *ledger._shapes(given))
     whole = runtime.replicated(setup.mesh)
+    step = update.make_step_apart(stage, terms, setup.settings.schedule.microbatches)
+    grads = jax.eval_shape(step, state, batch, reference)[2]
+    chosen, _ = trees.partition(state.params, stage.trained)
+
+    def laid(own: Any, leaf: Any) -> Any:
+        return own.update(sharding=leaf.sharding)
+
+    gradients = {
+        name: (jax.tree.map(laid, own, chosen), count.update(sharding=whole))
+        for name, (own, count) in grads.items()
+    }
+    actual = jax.ShapeDtypeStruct((2, len(targets)), jnp.float32, sharding=whole)
+    given = given._replace(gradients=gradients, actual=actual)
 
     def placed(leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):

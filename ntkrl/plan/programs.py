@@ -306,7 +306,7 @@ def accounts(run: Run) -> Steps:
     """Yield each stage's step ledger; the params it ended with are the policy's."""
     every = run.settings.probe.ledger_every_steps
     for number, stage in enumerate(run.stages):
-        state, given = run.state(stage), minibatch(run, number)
+        state, given = run.state(stage), minibatch(run, number, accounted=True)
         call = ledgers.read_call(run.setup, run.source.terms, stage, state, *given)
         own = (PROBE, (stage.stage.name,), call.read, call.arguments, frozenset({POLICY}))
         name, often = f"ledger {stage.stage.name}", call.blocks / every

@@ -27,8 +27,14 @@ from ntkrl.probe import (
 from ntkrl.probe.batch import step_measures
 from ntkrl.probe.diversity import distinct_counts, pass_at_k
 from ntkrl.probe.features import feature_measures
-from ntkrl.probe.kernels import KernelPlan, kernel_measures, kernel_traces, plan_kernel
-from ntkrl.probe.ledger import BY, Ledger, ledger_measures
+from ntkrl.probe.kernels import (
+    KernelPlan,
+    batch_alignment,
+    kernel_measures,
+    kernel_traces,
+    plan_kernel,
+)
+from ntkrl.probe.ledger import BY, Ledger, ledger_measures, split_term
 from ntkrl.probe.step import Prober, ProbeReading
 
 __all__ = [
@@ -37,6 +43,7 @@ __all__ = [
     "Ledger",
     "ProbeReading",
     "Prober",
+    "batch_alignment",
     "classifier",
     "confidence",
     "coverage",
@@ -53,6 +60,7 @@ __all__ = [
     "pass_at_k",
     "plan_kernel",
     "signal",
+    "split_term",
     "squeezing",
     "step_measures",
     "weights",

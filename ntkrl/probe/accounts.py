@@ -17,13 +17,16 @@ import optax
 from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
-from ntkrl.ntk.contexts import Grouped
+from ntkrl.ntk.contexts import Grouped, features_at
 from ntkrl.ntk.network import as_network
+from ntkrl.numerics import at_least_float32
 from ntkrl.probe import contributions as parts
 from ntkrl.probe import held
+from ntkrl.probe.signal import GradientNoise, noise_of
 from ntkrl.types import Array, Params, Policy, Total
 
-Terms = Callable[[Params, Any, Any], dict[str, Total]]
+Terms = Callable[[Params, Any, Any], tuple[dict[str, Total], Any]]
+Gradients = dict[str, tuple[Params, Array]]
 COLUMNS = ("momentum", "decay", "optimizer")
 
 
@@ -37,6 +40,7 @@ class Way(NamedTuple):
     form: "push" or "gram".
     chunk: samples at a time.
     block: probe sequences whose gradients are written out at a time.
+    columns: changes other than the samples' that are pushed at a time.
     """
 
     policy: Policy
@@ -51,6 +55,7 @@ class Way(NamedTuple):
     form: str = "push"
     chunk: int = 1
     block: int = 1
+    columns: int = 1
 
 
 class Given(NamedTuple):
@@ -59,6 +64,7 @@ class Given(NamedTuple):
     params, opt_state: before the step.
     batch: B rows. beside: what the terms are given with all of them.
     contexts, targets: the probe tokens, `sequences` the contexts by sequence.
+    gradients, actual: as in `Ledger.read`.
     """
 
     params: Params
@@ -68,6 +74,8 @@ class Given(NamedTuple):
     contexts: ntk.Contexts
     sequences: Grouped
     targets: Array
+    gradients: Gradients | None
+    actual: Array | None
 
 
 class Found(NamedTuple):
@@ -76,18 +84,20 @@ class Found(NamedTuple):
     actual: `[2, O]` measured change.
     columns: `[1 + G, 2, O, K]` of COLUMNS, after the terms where they are by group.
     samples: `[1 + G, 2, O, T, B]`, or None by group.
+    noise: of the samples' gradients, or None by group.
     """
 
     actual: Array
     columns: Array
     samples: Array | None
+    noise: GradientNoise | None
 
 
 @functools.partial(jax.jit, static_argnames=("way",))
 def read(way: Way, given: Given, after: Params) -> Found:
     """Account for a step."""
     network = as_network(way.policy)
-    chosen, _ = trees.partition(given.params, way.trained)
+    chosen, rest = trees.partition(given.params, way.trained)
     ended, _ = trees.partition(after, way.trained)
     grads_T, counts_T = _whole_gradients(way, given)
     applied = _applied(way, given, grads_T)
@@ -99,16 +109,25 @@ def read(way: Way, given: Given, after: Params) -> Found:
     changes = jax.tree.map(lambda *rows: jnp.stack(rows), applied.momentum, applied.decay, left)
     if way.by == "group":
         changes = jax.tree.map(lambda *rows: jnp.concatenate(rows), terms_T, changes)
-    side = parts.side_of(network, given.params, given.contexts, given.targets)
-    push = _first_order(way, given, side)
-    one_KGAO = jax.lax.map(
-        lambda change: push(jax.tree.map(lambda leaf: leaf[None], change))[..., 0], changes
-    )
-    later = parts.side_of(network, after, given.contexts, given.targets)
-    samples = None
+    phi_OD, moved = parts.linearised(network, chosen, rest, given.contexts)
+    side = parts.side_of(network, given.params, phi_OD, given.targets)
+    push = _first_order(way, side, moved)
+
+    def pushed(change: Params) -> Array:
+        return push(jax.tree.map(lambda leaf: leaf[None], change))[..., 0]
+
+    # together: four times as fast as one after another on a CPU
+    one_KGAO = jax.lax.map(pushed, changes, batch_size=way.columns)
+    actual = given.actual
+    if actual is None:
+        later_OD = features_at(network, after, given.contexts)
+        actual = parts.side_of(network, after, later_OD, given.targets).values - side.values
+    samples, noise = None, None
     if way.by == "sample":
-        samples = by_sample(way, given, applied, counts_T, side, push)
-    found = Found(later.values - side.values, jnp.moveaxis(one_KGAO, 0, -1), samples)
+        samples, squares_B = by_sample(way, given, applied, counts_T, side, push)
+        rows = squares_B.shape[0]  # the mean of B g_i is the gradient
+        noise = noise_of(rows**2 * squares_B, _square(jax.tree.map(_summed, grads_T)))
+    found = Found(actual, jnp.moveaxis(one_KGAO, 0, -1), samples, noise)
     return jax.tree.map(lambda leaf: trees.replicate(leaf, way.mesh), found)
 
 
@@ -119,41 +138,56 @@ def by_sample(
     counts: Array,
     side: parts.Side,
     push: Callable[[Params], Array],
-) -> Array:
-    """Return the contributions of every sample and term `[1 + G, 2, O, T, B]`."""
+) -> tuple[Array, Array]:
+    """Return the contributions of every sample and term `[1 + G, 2, O, T, B]`, and ‖g‖² `[B]`."""
 
-    def changes(row: Any) -> Params:
+    def changes(row: Any) -> tuple[Params, Array]:
         return sample_changes(way, given, applied, counts, row)
 
+    def pushed(row: Any) -> tuple[Array, Array]:
+        own, square = changes(row)
+        return push(own), square
+
     if way.form == "push":
-        found_B = jax.lax.map(lambda row: push(changes(row)), given.batch, batch_size=way.chunk)
-        return jnp.moveaxis(found_B, 0, -1)
+        found_B, squares_B = jax.lax.map(pushed, given.batch, batch_size=way.chunk)
+        return jnp.moveaxis(found_B, 0, -1), squares_B
     blocks = _blocks(way, given, side)
     if way.block >= len(given.sequences.positions):
         # all at once: tokens alone, without the slots that shorter sequences leave empty
         one = jax.tree.map(lambda leaf: leaf[0], blocks)
-        found_BGAOT = _block(way, given, changes, one, (side, given.sequences.slots))
-        return jnp.transpose(found_BGAOT, (1, 2, 3, 4, 0))
-    found_NBGAOT = jax.lax.map(lambda block: _block(way, given, changes, block), blocks)
+        kept = side, given.sequences.slots
+        found_BGAOT, squares_B = _block(way, given, changes, one, kept)
+        return jnp.transpose(found_BGAOT, (1, 2, 3, 4, 0)), squares_B
+    found_NBGAOT, squares_NB = jax.lax.map(lambda block: _block(way, given, changes, block), blocks)
     n, rows, groups, measures, tokens, terms = found_NBGAOT.shape
     found = jnp.transpose(found_NBGAOT, (2, 3, 0, 4, 5, 1))
     found = found.reshape(groups, measures, n * tokens, terms, rows)
-    return found[:, :, given.sequences.slots]
+    return found[:, :, given.sequences.slots], squares_NB[0]
 
 
 def sample_changes(
     way: Way, given: Given, applied: held.Applied, counts: Array, row: Any
-) -> Params:
-    """Return what the terms of one sample changed, T in front."""
+) -> tuple[Params, Array]:
+    """Return what the terms of one sample changed, T in front, and its whole gradient's ‖g‖²."""
     one = jax.tree.map(lambda leaf: leaf[None], row)
-    return jax.vmap(applied.push)(_over(pulled(way, given, one)[0], counts))
+    grads_T = _over(pulled(way, given, one)[0], counts)
+    return jax.vmap(applied.push)(grads_T), _square(jax.tree.map(_summed, grads_T))
 
 
-def _first_order(way: Way, given: Given, side: parts.Side) -> Callable[[Params], Array]:
+def _summed(leaf: Array) -> Array:
+    return jnp.sum(leaf, axis=0)
+
+
+def _square(tree: Params) -> Array:
+    return sum(jnp.sum(jnp.square(at_least_float32(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def _first_order(
+    way: Way, side: parts.Side, moved: Callable[[Params], Array]
+) -> Callable[[Params], Array]:
     """Return the map from K changes to `[1 + G, 2, O, K]`, by JVPs."""
     network = as_network(way.policy)
-    chosen, rest = trees.partition(given.params, way.trained)
-    push = parts.pusher(network, way.members, chosen, rest, given.contexts, side)
+    push = parts.pusher(way.members, moved, side)
     return lambda changes: jnp.concatenate(
         [parts.by_head(network, side, changes)[None], push(changes)]
     )
@@ -185,13 +219,13 @@ def _blocks(way: Way, given: Given, side: parts.Side) -> tuple[Any, parts.Side]:
 def _block(
     way: Way,
     given: Given,
-    changes: Callable[[Any], Params],
+    changes: Callable[[Any], tuple[Params, Array]],
     block: tuple[Any, parts.Side],
     kept: tuple[parts.Side, Array] | None = None,
-) -> Array:
+) -> tuple[Array, Array]:
     """Return `[B, 1 + G, 2, slots, T]` of a block of probe sequences, or of kept tokens of it.
 
-    kept: their side and slots.
+    And `[B]` ‖g‖² of the samples' gradients. kept: their side and slots.
     """
     (tokens, mask, positions), side = block
     network = as_network(way.policy)
@@ -206,24 +240,29 @@ def _block(
             for leaf in rows
         ]
 
-    def sample(row: Any) -> Array:
-        own = changes(row)
+    def sample(row: Any) -> tuple[Array, Array]:
+        own, square = changes(row)
         head_AOT = parts.by_head(network, side, own)
         body_GRT = parts.against(way.members, rows, own)
         body_GOAT = body_GRT.reshape(len(body_GRT), -1, *head_AOT.shape[::2])
-        return jnp.concatenate([head_AOT[None], jnp.moveaxis(body_GOAT, 2, 1)])
+        return jnp.concatenate([head_AOT[None], jnp.moveaxis(body_GOAT, 2, 1)]), square
 
     return jax.lax.map(sample, given.batch, batch_size=way.chunk)
 
 
 def _applied(way: Way, given: Given, grads: Params) -> held.Applied:
-    whole = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), grads)
+    whole = jax.tree.map(_summed, grads)
     chosen, _ = trees.partition(given.params, way.trained)
     return held.applied(way.optimizer, whole, given.opt_state, chosen)
 
 
 def _whole_gradients(way: Way, given: Given) -> tuple[Params, Array]:
     """Return the gradients of the terms' means, T in front, and what they were divided by."""
+    if given.gradients is not None:
+        grads, counts = zip(*(given.gradients[name] for name in way.names), strict=True)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads), jnp.maximum(
+            jnp.stack(counts), 1
+        )
 
     def cut(leaf: Array) -> Array:
         return leaf.reshape(way.microbatches, -1, *leaf.shape[1:])
@@ -251,7 +290,7 @@ def pulled(way: Way, given: Given, rows: Any) -> tuple[Params, Array]:
     chosen, rest = trees.partition(given.params, way.trained)
 
     def totals(chosen: Params) -> tuple[Array, Array]:
-        found = way.terms(trees.merge(chosen, rest), rows, given.beside)
+        found, _ = way.terms(trees.merge(chosen, rest), rows, given.beside)
         sums, counts = zip(*(found[name] for name in way.names), strict=True)
         return jnp.stack(sums), jnp.stack(counts)
 

@@ -82,9 +82,8 @@ class Side(NamedTuple):
     body: Array
 
 
-def side_of(network: Network, params: Params, contexts: ntk.Contexts, targets: Array) -> Side:
-    """Read the probe tokens, and how their measures change with the head and the features."""
-    phi_OD = features_at(network, params, contexts)
+def side_of(network: Network, params: Params, phi_OD: Array, targets: Array) -> Side:
+    """Read the probe tokens' features, and how measures change with the head and the features."""
     log_pi_OV = jax.nn.log_softmax(network.logits(params, phi_OD), axis=-1)
     pi_OV = jnp.exp(log_pi_OV)
     entropy_O = -jnp.sum(pi_OV * log_pi_OV, axis=-1)
@@ -115,16 +114,17 @@ def by_head(network: Network, side: Side, changes: Params) -> Array:
     return jnp.broadcast_to(found, (*side.head.shape[:2], count))
 
 
+def linearised(
+    network: Network, chosen: Params, rest: Params, contexts: ntk.Contexts
+) -> tuple[Array, Callable[[Params], Array]]:
+    """Return the features `[O, D]` at the contexts, and what a change of `chosen` does to them."""
+    return jax.linearize(lambda c: features_at(network, trees.merge(c, rest), contexts), chosen)
+
+
 def pusher(
-    network: Network,
-    members: Members,
-    chosen: Params,
-    rest: Params,
-    contexts: ntk.Contexts,
-    side: Side,
+    members: Members, push: Callable[[Params], Array], side: Side
 ) -> Callable[[Params], Array]:
-    """Return the map from K changes to `[G, 2, O, K]`, by JVPs."""
-    _, push = jax.linearize(lambda c: features_at(network, trees.merge(c, rest), contexts), chosen)
+    """Return the map from K changes to `[G, 2, O, K]`, by JVPs (`push`, see `linearised`)."""
     held = sorted({group for own in members.used for group in own})
     if not held:
         return lambda changes: jnp.zeros(

@@ -7,8 +7,10 @@ samples, T terms, G groups that hold some of θ, S probe sequences in n blocks:
     push    B f + B T G J
     gram    n B f + S r + B T 2 (2 S P) θ, with O in place of S P where n = 1
 
-and 2 B T O V D more in both for a trained head. f, J and r are counted in the traced programs;
-work counts matrix products. Memory is reckoned from above.
+and 2 B T O V D more in both for a trained head. The columns that are no sample's are T + 3 JVPs
+by group, three by sample; the gradients that they need the step hands out, at a pass backward for
+each term beyond the first. f, J and r are counted in the traced programs; work counts matrix
+products. Memory is reckoned from above.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from ntkrl.types import Array, Params
 
 FORMS = ("push", "gram")
 GIB = 2**30
-MOST = 32
+MOST = {"push": 8, "gram": 32}
 """Samples at a time: more are no faster, and fill caches (measured on two CPU cores)."""
+SLOWER = 6
+"""How much longer FLOPs of single tokens' gradients take than others (measured there too)."""
 
 
 class Estimate(NamedTuple):
@@ -38,6 +42,7 @@ class Estimate(NamedTuple):
     chunk: samples at a time.
     block: probe sequences whose gradients are written out at a time (gram).
     flops: of matrix products.
+    time: flops, but those of single tokens' gradients SLOWER times; forms are chosen by it.
     bytes: working memory beyond params and state.
     """
 
@@ -45,6 +50,7 @@ class Estimate(NamedTuple):
     chunk: int
     block: int
     flops: float
+    time: float
     bytes: int
 
 
@@ -81,12 +87,13 @@ def estimates(way: Way, given: Given, memory_gib: float) -> dict[str, Estimate]:
     # a gradient and its change; logits of the probe tokens
     change = 2 * s.trained + tokens * way.policy.vocab_size
     fixed, each = output + count * s.values, s.read + terms * (change + count * s.layer)
-    chunk = _fitting(memory_gib * GIB / item - fixed, each, min(rows, MOST))
-    work = rows * (s.sample + terms * s.head)
+    chunk = _fitting(memory_gib * GIB / item - fixed, each, min(rows, MOST["push"]))
+    work = float(rows * (s.sample + terms * s.head + terms * moving * s.push))
     found = {
         "push": Estimate(
             *("push", chunk, count),
-            flops=float(work + rows * terms * moving * s.push),
+            flops=work,
+            time=work,
             bytes=int(item * (fixed + chunk * each)),
         )
     }
@@ -95,13 +102,14 @@ def estimates(way: Way, given: Given, memory_gib: float) -> dict[str, Estimate]:
         fixed = output + s.values + 2 * width * s.layer
         room = memory_gib * GIB / item - fixed
         block = _fitting(room / 2, sequence, count)
-        chunk = _fitting(room - block * sequence, each, min(rows, MOST))
+        chunk = _fitting(room - block * sequence, each, min(rows, MOST["gram"]))
         blocks = -(-count // block)
         slots = tokens if blocks == 1 else blocks * block * width
-        work = rows * (blocks * s.sample + terms * s.head) + count * s.rows
+        work = rows * (blocks * s.sample + terms * s.head) + 4 * slots * s.body * rows * terms
         found["gram"] = Estimate(
             *("gram", chunk, block),
-            flops=float(work + 4 * slots * s.body * rows * terms),
+            flops=float(work + count * s.rows),
+            time=float(work + count * s.rows * SLOWER),
             bytes=int(item * (fixed + block * sequence + chunk * each)),
         )
     return found
@@ -113,7 +121,7 @@ def choose(found: dict[str, Estimate], form: str, memory_gib: float) -> Estimate
         return found[form]
     fitting = [one for one in found.values() if one.bytes <= memory_gib * GIB]
     if fitting:
-        return min(fitting, key=lambda one: one.flops)
+        return min(fitting, key=lambda one: one.time)
     return min(found.values(), key=lambda one: one.bytes)
 
 

@@ -146,15 +146,64 @@ def head_influence(
     return head.scale**2 * alike_OU * (inner_OU + (head.bias is not None))
 
 
-def _scores(head: Head, tile: Tile, phi_OD: Array, y_O: Array, normaliser_O: Array) -> Array:
+def head_sums(
+    head: Head,
+    features: Array,
+    tokens: Array,
+    weights: Array,
+    temperature: float = 1.0,
+    chunk_vocabulary: int | None = None,
+) -> Array:
+    """Return Σ_u w_u I(o, u) over all tokens u of a set at each of them, for K weightings.
+
+    I is `head_influence`; linear in its second token, so the sums need no pairs: they are what a
+    step of the head along Σ_u w_u g_u φ_uᵀ does.
+
+    Args:
+      head: the head's arrays.
+      features, tokens: `[O, D]` and int `[O]`.
+      weights: w `[O, K]`, 0 at tokens that do not count.
+      temperature: divides the logits; > 0.
+      chunk_vocabulary: vocabulary rows whose logits exist at a time, ≥ 1; None for all.
+
+    Returns:
+      `[O, K]` (nats per unit of learning rate times weight).
+    """
+    rows, _ = tile_count(head, Tiling(temperature, chunk_vocabulary, 0))
+    phi_OD, weights_OK = at_least_float32(features), at_least_float32(weights)
+    normaliser_O = jax.vmap(
+        lambda phi_D: log_normaliser(head, phi_D, temperature, chunk_vocabulary)
+    )(phi_OD)
+
+    def term(number: Array) -> Array:
+        tile = cut(head, rows, number)
+        g_OR = _scores(head, tile, phi_OD, tokens, normaliser_O, temperature)
+        step_KRD = einsum("ukd,ur->krd", weights_OK[..., None] * phi_OD[:, None], g_OR)
+        found_OK = einsum("okd,od->ok", einsum("or,krd->okd", g_OR, step_KRD), phi_OD)
+        if head.bias is None:
+            return found_OK
+        return found_OK + einsum("or,kr->ok", g_OR, einsum("uk,ur->kr", weights_OK, g_OR))
+
+    return (head.scale / temperature) ** 2 * sum_over_tiles(term, head, chunk_vocabulary)
+
+
+def _scores(
+    head: Head,
+    tile: Tile,
+    phi_OD: Array,
+    y_O: Array,
+    normaliser_O: Array,
+    temperature: float = 1.0,
+) -> Array:
     """Return a tile `[O, R]` of g = e_y − π, times the slopes of a soft-cap."""
-    z_OR = tile_logits(head, tile, phi_OD, 1.0)
+    z_OR = tile_logits(head, tile, phi_OD, temperature)
     ids_R = tile.start + jnp.arange(z_OR.shape[1])
     hit_OR = (ids_R[None] == y_O[:, None]) & tile.fresh[None]
     g_OR = hit_OR - jnp.exp(z_OR - normaliser_O[:, None])
     if head.soft_cap is None:
         return g_OR
-    return jnp.where(tile.fresh[None], g_OR * (1 - jnp.square(z_OR / head.soft_cap)), 0)
+    slopes_OR = 1 - jnp.square(z_OR * (temperature / head.soft_cap))
+    return jnp.where(tile.fresh[None], g_OR * slopes_OR, 0)
 
 
 @jax.jit

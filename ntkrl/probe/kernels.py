@@ -30,7 +30,10 @@ import numpy as np
 
 from ntkrl import ntk
 from ntkrl.numerics import einsum
+from ntkrl.probe.drift import advantage_alignment
+from ntkrl.scoring import head_of
 from ntkrl.types import Array, Params, Policy
+from ntkrl.vocabulary import token_statistics
 
 Progress = Callable[[int, str], None]
 """Called with the number of steps done and the name of the next."""
@@ -142,6 +145,39 @@ def kernel_traces(plan: KernelPlan) -> dict[str, np.ndarray]:
     """Compute of what this module lists `head`, traces and shares alone; on the host."""
     found = {"head": plan.kernel.head} | _traces(plan, lambda done, doing: None)[0]
     return {name: np.asarray(value) for name, value in found.items()}
+
+
+def batch_alignment(
+    policy: Policy,
+    params: Params,
+    contexts: ntk.Contexts,
+    targets: np.ndarray,
+    advantages: np.ndarray,
+    memory_gib: float = 8.0,
+) -> float:
+    """Return `drift.advantage_alignment` of the whole kernel at some tokens of a batch.
+
+    Args:
+      policy, params: of the network.
+      contexts: O contexts.
+      targets: `[O]` the tokens that follow.
+      advantages: `[O]` of them, not all 0.
+      memory_gib: what a kernel may use beyond the params (GiB).
+    """
+    gram = ntk.score_gram(policy, params, contexts, targets, memory_gib=memory_gib)
+    found = []
+    for number in range(contexts.count):  # of pairs o = u alone
+        here = slice(number, number + 1)
+        one = dataclasses.replace(
+            contexts, positions=contexts.positions[here], rows=contexts.rows[here]
+        )
+        kernel = ntk.kernel(policy, params, one, memory_gib=memory_gib)
+        read = kernel.readings[0].features, jnp.asarray(targets[here])
+        statistics = token_statistics(head_of(policy, params), *read)
+        square = 1 - 2 * jnp.exp(statistics.log_probs[0]) + statistics.sum_squares[0]
+        found.append((float(kernel.trace()[0, 0]), float(square)))
+    traces, squares = np.asarray(found).T
+    return advantage_alignment(np.asarray(gram), np.diag(traces), advantages, squares)
 
 
 def _blocks(kernel: ntk.Kernel) -> list[slice]:

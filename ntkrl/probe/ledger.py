@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,12 +28,24 @@ from ntkrl.ntk.contexts import checked, grouped
 from ntkrl.ntk.network import as_network
 from ntkrl.ntk.predict import BODY
 from ntkrl.probe import accounts
-from ntkrl.probe.accounts import COLUMNS, Found, Given, Terms, Way
+from ntkrl.probe.accounts import COLUMNS, Found, Given, Gradients, Terms, Way
 from ntkrl.probe.contributions import MEASURES, members_of
 from ntkrl.probe.costs import FORMS, Estimate, choose, estimates
+from ntkrl.probe.signal import GradientNoise
 from ntkrl.types import Array, Params, Policy, TrainState
 
 BY = ("group", "sample")
+
+
+class Account(NamedTuple):
+    """What a ledger says of a step.
+
+    arrays: by name, see `Ledger.read`.
+    noise: of the samples' gradients as they are before clipping; None by group.
+    """
+
+    arrays: dict[str, np.ndarray]
+    noise: GradientNoise | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +53,16 @@ class Ledger:
     """A step ledger bound to a stage.
 
     policy: the network's functions.
-    terms: `(params, rows of a batch, beside) -> {name: Total}`, the terms of the loss that the
-        step minimised, each divided by its own count; they add up over rows. Keep one function
-        object: compiled programs are found by it.
+    terms: `(params, rows of a batch, beside) -> ({name: Total}, measures)`, the terms of the loss
+        that the step minimised, each divided by its own count; they add up over rows. Measures
+        are not read. Keep one function object: compiled programs are found by it.
     optimizer: transformation of the trained leaves' gradients.
     trained: one bool per leaf of the params, in leaf order.
     groups: `(pattern, name)` tuples over the parameters in the features' role, as in `ntk.kernel`.
     by: "group" for the samples of a batch together, "sample" for each of them.
     form: of the samples' contributions: "push", one JVP over the probe set for each, "gram", inner
-        products with the gradients of all probe tokens, or "auto" for the fewest FLOPs that
-        `memory_gib` allows.
+        products with the gradients of all probe tokens, or "auto" for the one that should take
+        least time in what `memory_gib` allows.
     memory_gib: what the samples' contributions may use beyond params and state (GiB).
     microbatches: equal parts of the rows that the whole gradient is read in.
     mesh: over which params and batch are spread, or None.
@@ -94,7 +106,9 @@ class Ledger:
         contexts: ntk.Contexts,
         targets: Array,
         beside: Any = None,
-    ) -> dict[str, np.ndarray]:
+        gradients: Gradients | None = None,
+        actual: Array | None = None,
+    ) -> Account:
         """Account for one step.
 
         Args:
@@ -104,12 +118,16 @@ class Ledger:
           contexts: O probe contexts.
           targets: `[O]` the probe tokens.
           beside: what the terms are given beside rows (the Head compared with, or None).
+          gradients: by term the gradient of its mean and its count, where the step handed them
+            out (`update.make_step_apart`); None to make them again.
+          actual: `[2, O]` measured change of log π and entropy, where it is known; None to read
+            the probe tokens after the step.
 
         Returns:
-          Arrays by name, for "log_prob" and "entropy" (nats): `log_prob/<column>/<group>`, with
-          columns the terms (`[O, B]` by sample, else `[O]`), "momentum", "decay" and "optimizer"
-          (`[O]`), groups "head" and those given; `log_prob/actual` and `log_prob/curvature`
-          (`[O]`). Columns and curvature add up to the actual change.
+          Account. Its arrays are, for "log_prob" and "entropy" (nats): `log_prob/<column>/<group>`,
+          with columns the terms (`[O, B]` by sample, else `[O]`), "momentum", "decay" and
+          "optimizer" (`[O]`), groups "head" and those given; `log_prob/actual` and
+          `log_prob/curvature` (`[O]`). Columns and curvature add up to the actual change.
 
         Raises:
           ValueError: contexts that do not fit, groups that do not cover the params, a term called
@@ -117,7 +135,9 @@ class Ledger:
         """
         given = self._given(before, batch, contexts, targets, beside)
         way = _way(self, *_shapes(given))
-        return _named(way, jax.device_get(accounts.read(way, given, after)))
+        given = given._replace(gradients=gradients, actual=actual)
+        found = jax.device_get(accounts.read(way, given, after))
+        return Account(_named(way, found), found.noise)
 
     def estimates(
         self,
@@ -144,7 +164,7 @@ class Ledger:
                 "divisor of the rows as microbatches."
             )
         state = before.params, before.opt_state
-        return Given(*state, batch, beside, seen, grouped(seen), targets)
+        return Given(*state, batch, beside, seen, grouped(seen), targets, None, None)
 
 
 def _shapes(given: Given) -> tuple[Any, ...]:
@@ -156,7 +176,7 @@ def _shapes(given: Given) -> tuple[Any, ...]:
 def _way(ledger: Ledger, treedef: Any, *shapes: Any) -> Way:
     """Return how the ledger of a step of these shapes is made."""
     given = jax.tree.unflatten(treedef, shapes)
-    names = tuple(jax.eval_shape(ledger.terms, given.params, given.batch, given.beside))
+    names = tuple(jax.eval_shape(ledger.terms, given.params, given.batch, given.beside)[0])
     taken = sorted({*COLUMNS, "actual", "curvature"} & {*names})
     if taken:
         raise ValueError(f"ledger: terms may not be called {', '.join(taken)}; rename them.")
@@ -167,9 +187,10 @@ def _way(ledger: Ledger, treedef: Any, *shapes: Any) -> Way:
         names=names,
         by=ledger.by,
     )
+    found = estimates(way, given, ledger.memory_gib)
+    way = way._replace(columns=found["push"].chunk * len(names))
     if ledger.by == "group":
         return way
-    found = estimates(way, given, ledger.memory_gib)
     best = choose(found, ledger.form, ledger.memory_gib)
     return way._replace(form=best.form, chunk=best.chunk, block=best.block)
 
@@ -194,6 +215,28 @@ def _named(way: Way, found: Found) -> dict[str, np.ndarray]:
 def _summed(values: np.ndarray) -> np.ndarray:
     """Sum over samples where there are any."""
     return values if values.ndim == 1 else values.sum(axis=1, dtype=np.float64)
+
+
+def split_term(
+    arrays: dict[str, np.ndarray], term: str, part: str, shares: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Take a part out of the columns of a term.
+
+    Args:
+      arrays: of a ledger by sample.
+      term: whose samples' contributions are split.
+      part: name of the new term.
+      shares: `[B]` of the part in each sample's contribution.
+    """
+    found = {}
+    for name, value in arrays.items():
+        measure, column, *group = name.split("/", 2)
+        if column == term:
+            own = value * shares
+            found |= {f"{measure}/{part}/{group[0]}": own, name: value - own}
+        else:
+            found[name] = value
+    return found
 
 
 def ledger_measures(

@@ -68,9 +68,13 @@ def gradient_noise(gram: Array) -> GradientNoise:
     Source: McCandlish et al. 1812.06162, section 2.2 and appendix A.1.
     """
     gram = at_least_float32(gram)
-    size = gram.shape[0]
-    mean_square = jnp.mean(gram)
-    noise = (jnp.trace(gram) - size * mean_square) / (size - 1)
+    return noise_of(jnp.diagonal(gram), jnp.mean(gram))
+
+
+def noise_of(squares: Array, mean_square: Array) -> GradientNoise:
+    """Return `gradient_noise` of what it needs of the Gram matrix: `[B]` ‖g_i‖², and ‖ḡ‖²."""
+    size = squares.shape[0]
+    noise = (jnp.sum(squares) - size * mean_square) / (size - 1)
     return GradientNoise(
         mean_square, noise, mean_square / noise, noise / (mean_square - noise / size)
     )

@@ -72,7 +72,7 @@ class Prober:
         if memory_gib is not None:
             each = BYTES * length * policy.vocab_size
             count = int(max(1, min(count, memory_gib * 2**30 // each)))
-        self.blocks = tuple(_cut(self.contexts, self.targets, count))
+        self.blocks = tuple(_cut(self.contexts, count))
         self.rows, self.groups = jnp.asarray(rows), probe_set.groups[rows]
         self.families = {"own": np.ones(len(rows), bool)} if families is None else families
         first = np.nonzero(next(iter(self.families.values())))[0]
@@ -80,15 +80,17 @@ class Prober:
         self.start_features = self.read(start_params).features
         self.start_head = head_of(policy, start_params)
 
-    def each(self, call: Callable[[ntk.Contexts, Array], Any]) -> Any:
+    def each(self, call: Callable[..., Any], *beside: Array) -> Any:
         """Call for some completions at a time; join what comes, arrays with their tokens in front.
 
         Args:
-          call: `(contexts, targets) -> tree of [O', …]`; one shape for all.
+          call: `(contexts, targets, *beside) -> tree of [O', …]`; one shape for all.
+          beside: `[O, …]` arrays that the call is given its tokens of.
         """
         found = []
-        for contexts, targets, kept in self.blocks:
-            found.append(jax.tree.map(lambda leaf: leaf[:kept], call(contexts, targets)))
+        for contexts, places, kept in self.blocks:
+            given = (leaf[places] for leaf in (self.targets, *beside))
+            found.append(jax.tree.map(lambda leaf: leaf[:kept], call(contexts, *given)))
         if len(found) == 1:
             return found[0]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
@@ -106,9 +108,10 @@ class Prober:
         """Read every probe token under the params."""
         return self.each(functools.partial(_read, self.policy, params))
 
-    def measures(self, params: Params) -> dict[str, float]:
-        """Return the `probe/…` metrics of the params."""
-        reading = self.read(params)
+    def measures(self, params: Params, reading: ProbeReading | None = None) -> dict[str, float]:
+        """Return the `probe/…` metrics of the params; reading: of them, where there is one."""
+        if reading is None:
+            reading = self.read(params)
         start = self.start_head, self.start_features
         found = _measures((head_of(self.policy, params), reading), start, *self.places)
         found |= classifier_measures(head_of(self.policy, params).weight, self.start_head.weight)[0]
@@ -123,7 +126,7 @@ class Prober:
 
     def compare(
         self, before: Params, after: Params
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    ) -> tuple[dict[str, float], dict[str, np.ndarray], tuple[ProbeReading, ProbeReading]]:
         """Compare the change of the probe tokens' log-probs with its first-order prediction.
 
         The direction is what the optimizer really did, θ_after − θ_before, whatever it is.
@@ -132,10 +135,10 @@ class Prober:
           before, after: params on either side of one optimizer step.
 
         Returns:
-          `(metrics, arrays)`: the `predict/…` metrics, and `[O]` arrays `actual`,
+          `(metrics, arrays, readings)`: the `predict/…` metrics; `[O]` arrays `actual`,
           `predicted_head`, `predicted_body`, `log_probs`, `entropy`, `max_prob` (nats), the
-          last three as read before the step; and `cosines` `[S, S]` after it, see
-          `completion_cosines`.
+          last three as read before the step, and `cosines` `[S, S]` after it, see
+          `completion_cosines`; and the readings before and after.
         """
         direction = jax.tree.map(jnp.subtract, after, before)
         parts = self.each(functools.partial(ntk.predict, self.policy, before, direction))
@@ -146,7 +149,7 @@ class Prober:
         arrays["cosines"] = np.asarray(completion_cosines(new.features, *places))
         for name in ("log_probs", "entropy", "max_prob"):
             arrays[name] = np.asarray(old.statistics._asdict()[name])
-        return comparison(arrays), arrays
+        return comparison(arrays), arrays, (old, new)
 
 
 def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
@@ -175,10 +178,8 @@ def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
     return metrics
 
 
-def _cut(
-    contexts: ntk.Contexts, targets: Array, count: int
-) -> Iterator[tuple[ntk.Contexts, Array, int]]:
-    """Yield blocks of `count` completions, in one shape: contexts, targets, how many count."""
+def _cut(contexts: ntk.Contexts, count: int) -> Iterator[tuple[ntk.Contexts, np.ndarray, int]]:
+    """Yield blocks of `count` completions, in one shape: contexts, their places, how many count."""
     rows, total = np.asarray(contexts.rows), contexts.tokens.shape[0]
     starts = range(0, total, count)
     own = [np.nonzero((start <= rows) & (rows < start + count))[0] for start in starts]
@@ -192,7 +193,7 @@ def _cut(
             contexts.rows[filled] - first,
             contexts.mask[first : first + count],
         )
-        yield block, targets[filled], len(places)
+        yield block, filled, len(places)
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))

@@ -123,24 +123,31 @@ def update_rank(change: Array, leading: Leading) -> dict[str, Array]:
 
 
 @jax.jit
-def update_ranks(before: Params, after: Params) -> dict[str, dict[str, Array]]:
+def update_ranks(
+    before: Params, after: Params
+) -> tuple[dict[str, dict[str, Array]], dict[str, Leading]]:
     """Return `update_rank` of every matrix by its leaf's name, of stacked ones the mean over them.
 
     Args:
       before, after: params on either side; leaves of two or three axes count.
+
+    Returns:
+      `(measures, leading)` by name; the leading directions of L stacked matrices (or of one) have
+      L in front.
     """
 
-    def one(change_MN: Array) -> dict[str, Array]:
-        return update_rank(change_MN, leading_direction(change_MN))
+    def one(change_MN: Array) -> tuple[dict[str, Array], Leading]:
+        leading = leading_direction(change_MN)
+        return update_rank(change_MN, leading), leading
 
     first, second = trees.named_leaves(before), trees.named_leaves(after)
-    found = {}
+    found, leading = {}, {}
     for name, leaf in first.items():
         if leaf.ndim in (2, 3):
             change = at_least_float32(second[name]) - at_least_float32(leaf)
-            of_each = jax.vmap(one)(change.reshape(-1, *change.shape[-2:]))
+            of_each, leading[name] = jax.vmap(one)(change.reshape(-1, *change.shape[-2:]))
             found[name] = jax.tree.map(jnp.mean, of_each)
-    return found
+    return found, leading
 
 
 def direction_cosine(first: Leading, second: Leading) -> Array:

@@ -123,6 +123,27 @@ def features(runs: Sequence[Run]) -> Figure | None:
     return _stacked(runs, "How far features and classifier move", rows)
 
 
+def neighbours(runs: Sequence[Run]) -> Figure | None:
+    """Draw what a prompt's other completions do to the good ones through the head."""
+    rows = (
+        ("probe/ches_normalised", "alike (CHES)"),
+        ("probe/head_sum_positive", "help"),
+        ("probe/head_sum_negative", "harm"),
+        ("probe/head_sum_wrong", "spill"),
+    )
+    return _stacked(runs, "What completions of one prompt do to each other", rows)
+
+
+def paths(runs: Sequence[Run]) -> Figure | None:
+    """Draw how straight log-probs and weights move, and how noisy their direction is."""
+    rows = (
+        ("probe/linearity", "log-probs on a line"),
+        ("weights/direction_cosine", "ΔW, same direction"),
+        ("signal/signal_to_noise", "gradient signal"),
+    )
+    return _stacked(runs, "How straight training runs", rows)
+
+
 def pooled_changes(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
     """Join the probe tokens of all probed steps of the runs.
 
@@ -280,6 +301,26 @@ FIGURES: tuple[FigureSpec, ...] = (
         "fine-tuning, training the classifier first helps by distorting features less. Compare "
         "with the reward figure before giving the same account of a difference in RL.",
         features,
+    ),
+    FigureSpec(
+        "straightness",
+        "How straight training runs",
+        "How well straight lines in the step explain the log-probs of probe tokens so far (mean "
+        "R², 1: every token rises or falls at one rate); cosine of the direction in which weight "
+        "matrices have moved most with that at the ledger before (1: the same); and the squared "
+        "mean of the samples' gradients over their variance (well below 1 over the number of "
+        "samples: the batch hardly tells the gradient from noise).",
+        paths,
+    ),
+    FigureSpec(
+        "neighbours",
+        "What completions of one prompt do to each other",
+        "All through the classifier alone. Alike: how near the features of a prompt's best and "
+        "worst completion lie; above 0, pushing the worst down takes the best along. Help and "
+        "harm: what completions above and below the mean do to the log-probs of tokens of those "
+        "above it; where harm outweighs help, good answers are held down. Spill: what good "
+        "answers do for the tokens of bad ones.",
+        neighbours,
     ),
     FigureSpec(
         "ledger_log_prob",

@@ -109,10 +109,19 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "probe/feature_distortion_relative": ("ratio", "mean ‖φ_t − φ_0‖/‖φ_0‖ on the probe set"),
     "probe/feature_cosine_start": ("cosine", "mean cosine of φ_t and φ_0"),
     "probe/feature_norm_ratio": ("ratio", "mean ‖φ_t‖/‖φ_0‖"),
-    "probe/ches": ("norm²", "mean ⟨Σφ⁺, Σφ⁻⟩ − ‖Σφ⁺‖² over pairs of completions"),
+    "probe/ches": ("norm²", "mean ⟨Σφ⁺, Σφ⁻⟩ − ‖Σφ⁺‖², best and worst completion of a prompt by A"),
     "probe/ches_normalised": ("norm²", "the same of means over tokens"),
-    "probe/head_sum_positive": ("nats/rate", "mean Σ_u A_u gᵀR(o, u)g_u over A_u > 0, same prompt"),
-    "probe/head_sum_negative": ("nats/rate", "the same over A_u < 0"),
+    "probe/head_sum_positive": (
+        "nats/rate",
+        "mean Σ_u A_u gᵀR(o, u)g_u over u of the same prompt with A_u > 0, at tokens o with A > 0",
+    ),
+    "probe/head_sum_negative": ("nats/rate", "the same over u with A_u < 0 (minus both: GWHES)"),
+    "probe/head_sum_wrong": ("nats/rate", "mean Σ_u gᵀR(o, u)g_u, A_u > 0, at o with A < 0 (NTHR)"),
+    "probe/linearity": (
+        "fraction",
+        "mean R² of lines through the tokens' log π at all looks so far",
+    ),
+    "probe/linearity_pooled": ("fraction", "variance of all tokens that such lines explain"),
     "probe/head_row_norm": ("norm", "mean norm of the rows of W"),
     "probe/head_row_norm_max": ("norm", "largest norm of a row of W"),
     "probe/head_stable_rank": ("directions", "‖W‖_F²/‖W‖_2²"),
@@ -145,11 +154,12 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     # parameters over steps and checkpoints
     "weights/bf16_visible": ("fraction", "entries whose bfloat16 rounding differs from θ_0's"),
     "weights/unchanged": ("fraction", "entries with |θ_t − θ_0| ≤ 1e-5"),
+    "weights/direction_cosine": ("cosine", "weights/<leaf>/direction_cosine, mean over leaves"),
     "weights/linearity": ("fraction", "mean R² of a line through each entry that moved"),
     "weights/linearity_pooled": ("fraction", "variance of all entries that such lines explain"),
     # what a batch holds to learn from
     "signal/reward_variance": ("reward²", "mean over prompts of the variance of its rewards"),
-    "signal/mean_square": ("norm²", "‖mean g‖² of per-sample gradients"),
+    "signal/mean_square": ("norm²", "‖mean g‖² of per-sample gradients, before clipping"),
     "signal/noise": ("norm²", "tr Cov(g) of them"),
     "signal/signal_to_noise": ("ratio", "‖mean g‖²/tr Cov(g)"),
     "signal/noise_scale": ("samples", "tr Cov(g)/‖E g‖², the denominator unbiased"),
@@ -169,7 +179,8 @@ GLOSSARY: dict[str, tuple[str, str]] = {
 _LEDGER = {
     "policy": "the policy term of all samples",
     "likelihood": "the likelihood of all examples (supervised training)",
-    "kl": "the KL term of all samples",
+    "kl": "the KL of all samples, in the loss or, where advantages are linear in it, in the reward "
+    "(else, as under group_normalised, in policy)",
     "bonus": "the entropy bonus of all samples",
     "momentum": "the optimizer's state from before",
     "decay": "weight decay",

@@ -12,7 +12,15 @@ from ntkrl.update.stages import (
     stage_program,
     stage_programs,
 )
-from ntkrl.update.step import init_state, make_step, next_state, offloaded, policy_objective
+from ntkrl.update.step import (
+    Gradients,
+    init_state,
+    make_step,
+    make_step_apart,
+    next_state,
+    offloaded,
+    policy_objective,
+)
 from ntkrl.update.stopping import Progress, advanced, entered, steps_left
 from ntkrl.update.terms import policy_terms, supervised_terms
 from ntkrl.update.weights import (
@@ -27,6 +35,7 @@ from ntkrl.update.weights import (
 __all__ = [
     "CHOICES",
     "FORMULAS",
+    "Gradients",
     "PRESETS",
     "Measures",
     "Objective",
@@ -44,6 +53,7 @@ __all__ = [
     "init_state",
     "kl_estimate",
     "make_step",
+    "make_step_apart",
     "reward_penalties",
     "next_state",
     "of_signs",

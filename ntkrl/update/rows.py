@@ -14,13 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ntkrl.numerics import primal
 from ntkrl.types import Array, Total, UpdateBatch
 from ntkrl.update.loss import Measures
 from ntkrl.vocabulary import Head, TokenStatistics, logit_statistics, logits
 
-Loss = Callable[[TokenStatistics, UpdateBatch], tuple[Total, Measures]]
+Totals = Total | dict[str, Total]
+"""Of a loss, or of each of its terms by name."""
+Loss = Callable[[TokenStatistics, UpdateBatch], tuple[Totals, Measures]]
 
 
 def split_rows(tree: Any, parts: int) -> Any:
@@ -42,7 +45,7 @@ def join_rows(values: Array, rows: int) -> Array:
     return jnp.moveaxis(values, 0, 1).reshape(-1, *values.shape[2:])[:rows]
 
 
-def add(left: tuple[Total, Measures], right: tuple[Total, Measures]) -> tuple[Total, Measures]:
+def add(left: tuple[Totals, Measures], right: tuple[Totals, Measures]) -> tuple[Totals, Measures]:
     """Add the losses and measures of two parts of a batch."""
     total, totals = jax.tree.map(jnp.add, (left[0], left[1].totals), (right[0], right[1].totals))
     maxima = jax.tree.map(jnp.maximum, left[1].maxima, right[1].maxima)
@@ -73,19 +76,19 @@ def over_parts(
 
 
 def add_pulled(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Add `((Total, Measures), gradients)` of two parts of a batch."""
+    """Add `((Totals, Measures), gradients)` of two parts of a batch."""
     return add(left[0], right[0]), jax.tree.map(jnp.add, left[1], right[1])
 
 
 def loss_by_rows(
     loss: Loss, temperature: float, parts: int, head: Head, features: Array, batch: UpdateBatch
-) -> tuple[Total, Measures]:
+) -> tuple[Totals, Measures]:
     """Return what `loss` says of a batch, reading `parts` chunks of its rows one after another.
 
-    Differentiable in head and features, through the Total's sum alone.
+    Differentiable in head and features, through the sums of the Totals alone.
 
     Args:
-      loss: of completions; its Total and Measures must add up over them.
+      loss: of completions; its Totals and Measures must add up over them.
       temperature: divides the logits; > 0.
       parts: chunks ≥ 1.
       head: the head's arrays.
@@ -96,9 +99,16 @@ def loss_by_rows(
     return _whole((loss, temperature, parts), head, features, plain)
 
 
+def sums_of(totals: Totals) -> list[Array]:
+    """Return the sum of a Total, or those of each, in the order of their names."""
+    if isinstance(totals, Total):
+        return [totals.total]
+    return [totals[name].total for name in sorted(totals)]
+
+
 def _part(
     loss: Loss, temperature: float, head: Head, phi: Array, batch: UpdateBatch
-) -> tuple[Total, Measures]:
+) -> tuple[Totals, Measures]:
     targets = batch.tokens[:, -batch.completion_mask.shape[1] :]
     return loss(logit_statistics(logits(head, phi) / temperature, targets), batch)
 
@@ -106,7 +116,7 @@ def _part(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _whole(
     static: tuple[Loss, float, int], head: Head, features: Array, batch: UpdateBatch
-) -> tuple[Total, Measures]:
+) -> tuple[Totals, Measures]:
     loss, temperature, parts = static
     if parts == 1:
         return _part(loss, temperature, head, features, batch)
@@ -121,23 +131,42 @@ def _forward(static: tuple[Loss, float, int], head: Any, features: Any, batch: A
     moved = tuple(number for number, wanted in enumerate((for_head, for_phi)) if wanted)
 
     def pull(part: tuple[Array, UpdateBatch]) -> Any:
-        def value(head: Head, phi: Array) -> tuple[Array, tuple[Total, Measures]]:
-            found = _part(loss, temperature, head, phi, part[1])
-            return found[0].total, found
+        given = (head, part[0])
 
-        (_, found), pulled = jax.value_and_grad(value, argnums=moved, has_aux=True)(head, part[0])
-        pulled = dict(zip(moved, pulled, strict=True))
-        return (found, pulled[0] if for_head else None), pulled[1] if for_phi else None
+        def value(*own: Any) -> tuple[list[Array], tuple[Totals, Measures]]:
+            whole = dict(enumerate(given)) | dict(zip(moved, own, strict=True))
+            found = _part(loss, temperature, whole[0], whole[1], part[1])
+            return sums_of(found[0]), found
+
+        values, back, found = jax.vjp(value, *(given[n] for n in moved), has_aux=True)
+        pulled = [dict(zip(moved, back(unit), strict=True)) for unit in _units(values)]
+        of_head, of_phi = ([one[n] if n in moved else None for one in pulled] for n in (0, 1))
+        return (found, of_head), of_phi
 
     cut = split_rows((features, batch), parts)
     (found, d_head), d_phi = over_parts(pull, cut, add_pulled)
-    d_phi = None if d_phi is None else join_rows(d_phi, features.shape[0])
-    return found, (d_head, d_phi)
+    return found, (d_head, jax.tree.map(lambda leaf: join_rows(leaf, features.shape[0]), d_phi))
+
+
+def _units(values: list[Array]) -> list[list[Array]]:
+    """Return the cotangents that pick out each of some scalars."""
+    one = [jnp.ones_like(value) for value in values]
+    still = [jnp.zeros_like(value) for value in values]
+    return [[*still[:n], one[n], *still[n + 1 :]] for n in range(len(values))]
 
 
 def _backward(static: Any, residuals: Any, given: Any) -> tuple[Any, Any, None]:
-    factor = given[0].total
-    head, phi = jax.tree.map(lambda pulled: (factor * pulled).astype(pulled.dtype), residuals)
+    factors = sums_of(given[0])
+
+    def joined(*pulled: Array) -> Array:
+        parts = (
+            factor * own
+            for factor, own in zip(factors, pulled, strict=True)
+            if not isinstance(factor, SymbolicZero)
+        )
+        return sum(parts).astype(pulled[0].dtype)
+
+    head, phi = (jax.tree.map(joined, *of_terms) for of_terms in residuals)
     return head, phi, None
 
 

@@ -14,14 +14,16 @@ from ntkrl.scoring import completion_features, head_of
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures
-from ntkrl.update.rows import Loss, add_pulled, loss_by_rows, over_parts, split_rows
+from ntkrl.update.rows import Loss, Totals, add_pulled, loss_by_rows, over_parts, split_rows
 from ntkrl.update.stages import StageProgram
 from ntkrl.vocabulary import Head, token_statistics
 
 TILE_VOCABULARY = 8192
 """Vocabulary rows of a tile of logits."""
 
-Objective = Callable[[Params, Any, Head | None], tuple[Total, Measures]]
+Objective = Callable[[Params, Any, Head | None], tuple[Totals, Measures]]
+Gradients = dict[str, tuple[Params, Array]]
+"""By term of the loss the gradient of its mean, of the trained leaves, and what it counted."""
 
 
 def init_state(program: StageProgram, params: Params, key: Array, step: int = 0) -> TrainState:
@@ -59,19 +61,20 @@ def policy_objective(
 
     Args:
       policy: the network's functions.
-      loss: `(statistics, batch) -> (Total, Measures)`, which add up over completions.
+      loss: `(statistics, batch) -> (Total, Measures)`, which add up over completions; or with a
+        Total for each of its terms by name, as those of `policy_terms`.
       temperature: the sampling temperature (log-probs are of the tempered policy).
       chunk_tokens: positions whose logits exist at a time on a device.
       spread: blocks of rows that lie on devices of their own, ≥ 1.
 
     Returns:
-      `(params, batch, reference) -> (Total, Measures)`; `reference` is the Head that goes with the
-      batch's `ref_features`, or None.
+      `(params, batch, reference) -> (Total, Measures)`, or Totals by name; `reference` is the Head
+      that goes with the batch's `ref_features`, or None.
     """
 
     def objective(
         params: Params, batch: UpdateBatch, reference: Head | None = None
-    ) -> tuple[Total, Measures]:
+    ) -> tuple[Totals, Measures]:
         rows, length = batch.completion_mask.shape
         features = batch.features
         if features is None:
@@ -108,7 +111,6 @@ def make_step(
     def step(
         state: TrainState, batch: Any, reference: Head | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        _check_divisible(batch, microbatches)
         chosen, rest = trees.partition(state.params, program.trained)
 
         def value(chosen: Params, part: Any) -> tuple[Array, tuple[Total, Measures]]:
@@ -119,22 +121,75 @@ def make_step(
             (_, found), grads = jax.value_and_grad(value, has_aux=True)(chosen, part)
             return found, grads
 
-        if microbatches == 1:
-            (total, measures), grads = pull(batch)
-        else:
-            cut = split_rows(batch, microbatches)
-            found, _ = over_parts(lambda part: (pull(part), None), cut, add_pulled)
-            (total, measures), grads = found
-        count = jnp.maximum(total.count, 1)
-        grads = jax.tree.map(lambda leaf: (leaf / count).astype(leaf.dtype), grads)
-        updates, opt_state = program.optimizer.update(grads, state.opt_state, chosen)
-        params = trees.merge(optax.apply_updates(chosen, updates), rest)
-        metrics = {name: numerics.mean(found) for name, found in measures.totals.items()}
-        metrics |= measures.maxima
-        metrics |= {"loss": numerics.mean(total), "grad_norm": optax.tree.norm(grads)}
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        (total, measures), grads = _pulled(pull, batch, microbatches)
+        return _taken(program, state, _over(grads, total), numerics.mean(total), measures)
 
     return step
+
+
+def make_step_apart(
+    program: StageProgram, objective: Objective, microbatches: int = 1
+) -> Callable[..., tuple[TrainState, dict[str, Array], Gradients]]:
+    """Return the step of `make_step` that hands out the gradients it was made of.
+
+    It takes a pass backward for each term, where `make_step` takes one for all.
+
+    Args:
+      program, microbatches: as in `make_step`.
+      objective: `(params, batch, reference) -> ({name: Total}, Measures)`.
+
+    Returns:
+      `step(state, batch, reference=None) -> (state, metrics, Gradients)`; the gradients add up to
+      the one that the optimizer was given.
+    """
+
+    def step(
+        state: TrainState, batch: Any, reference: Head | None = None
+    ) -> tuple[TrainState, dict[str, Array], Gradients]:
+        chosen, rest = trees.partition(state.params, program.trained)
+
+        def values(chosen: Params, part: Any) -> tuple[dict[str, Array], tuple[Totals, Measures]]:
+            found = objective(trees.merge(chosen, rest), part, reference)
+            return {name: total.total for name, total in found[0].items()}, found
+
+        def pull(part: Any) -> tuple[tuple[Totals, Measures], dict[str, Params]]:
+            grads, found = jax.jacrev(values, has_aux=True)(chosen, part)
+            return found, grads
+
+        (totals, measures), grads = _pulled(pull, batch, microbatches)
+        apart = {name: (_over(grads[name], one), one.count) for name, one in totals.items()}
+        whole = jax.tree.map(lambda *leaves: sum(leaves), *(own for own, _ in apart.values()))
+        loss = sum(map(numerics.mean, totals.values()))
+        return *_taken(program, state, whole, loss, measures), apart
+
+    return step
+
+
+def _pulled(pull: Callable[[Any], Any], batch: Any, microbatches: int) -> Any:
+    """Read a batch in parts: totals and measures, and gradients of the totals' sums."""
+    _check_divisible(batch, microbatches)
+    if microbatches == 1:
+        return pull(batch)
+    cut = split_rows(batch, microbatches)
+    return over_parts(lambda part: (pull(part), None), cut, add_pulled)[0]
+
+
+def _over(grads: Params, total: Total) -> Params:
+    count = jnp.maximum(total.count, 1)
+    return jax.tree.map(lambda leaf: (leaf / count).astype(leaf.dtype), grads)
+
+
+def _taken(
+    program: StageProgram, state: TrainState, grads: Params, loss: Array, measures: Measures
+) -> tuple[TrainState, dict[str, Array]]:
+    """Let the optimizer take its step; return the state it ends with and what is logged."""
+    chosen, rest = trees.partition(state.params, program.trained)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, chosen)
+    params = trees.merge(optax.apply_updates(chosen, updates), rest)
+    metrics = {name: numerics.mean(found) for name, found in measures.totals.items()}
+    metrics |= measures.maxima
+    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 def offloaded(step: Callable[..., Any], shardings: Any) -> Callable[..., Any]:

@@ -1,14 +1,18 @@
 """What a step ledger costs beside the training it accounts for: `python -m tests.bench.ledger`.
 
 The quickstart's shapes: a GPT-NeoX of D = 96, 2 layers, V = 18; 15 prompts of 8 tokens with 8
-completions of 12 tokens each, RLOO, Adam; a probe set of 8 × 2 such completions. --kl: GRPO with a
-KL in the loss, a second term. A training step is generation and update. Medians in turns, compiled
-before the clock starts. FLOPs of the samples' contributions are those of `Ledger.estimates`.
+completions of 12 tokens each, RLOO, Adam; a probe set of 8 × 2 such completions. The KL is in the
+reward, a second term of the ledger; --no-kl: there is none; --kl: it is in the loss, by GRPO. A
+training step is generation and update; what a ledger takes is its own time and what the update
+that hands out its gradients takes more. Medians in turns, compiled before the clock starts. FLOPs
+of the samples' contributions are those of `Ledger.estimates`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +21,7 @@ import numpy as np
 
 import ntkrl
 from ntkrl import probe, rollout, update
+from ntkrl.probe.costs import choose
 from ntkrl.types import ProbeSet, PromptBatch, UpdateBatch
 from tests.bench import measure
 
@@ -50,7 +55,7 @@ def draw(policy: Any, params: Any, prompts: int, group: int, seed: int) -> Any:
     return lambda: sample(params, batch, jax.random.key(seed))
 
 
-def update_batch(drawn: Any) -> UpdateBatch:
+def update_batch(drawn: Any, kl_in_reward: bool) -> UpdateBatch:
     """Return what the step sees, with advantages drawn at random."""
     mask = drawn.completion_mask
     return UpdateBatch(
@@ -60,6 +65,7 @@ def update_batch(drawn: Any) -> UpdateBatch:
         old_log_probs=drawn.sampler_log_probs,
         ref_log_probs=drawn.sampler_log_probs - 0.1,
         advantages=jax.random.normal(jax.random.key(2), (len(mask), 1)) * jnp.ones(mask.shape),
+        kl_advantages=0.1 * jnp.ones(mask.shape) if kl_in_reward else None,
     )
 
 
@@ -67,18 +73,23 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--kl", action="store_true", help="with a KL in the loss")
+    parser.add_argument("--kl", action="store_true", help="in the loss")
+    parser.add_argument("--no-kl", action="store_true", help="no KL at all")
     given = parser.parse_args()
     objective = WITH_KL if given.kl else update.PRESETS["rloo"]
+    if given.no_kl:
+        objective = dataclasses.replace(objective, kl_place="off", kl_coefficient=0.0)
     policy, params = ntkrl.build("GPTNeoXForCausalLM", CONFIG, jax.random.key(0))
     stage = update.Stage("all", 1, ((".*", 3e-4),), max_grad_norm=1.0)
     program = update.stage_program(stage, policy, params)
     minimised = update.policy_objective(
         policy, lambda found, batch: update.policy_loss(objective, LENGTH, found, batch)
     )
+    parts = update.policy_objective(policy, update.policy_terms(objective, LENGTH))
     step = jax.jit(update.make_step(program, minimised))
+    apart = jax.jit(update.make_step_apart(program, parts))
     generate = draw(policy, params, PROMPTS, GROUP, 0)
-    batch = update_batch(generate())
+    batch = update_batch(generate(), objective.kl_place == "reward")
     before, _ = step(update.init_state(program, params, jax.random.key(0)), batch)
     after, _ = step(before, batch)
     chosen = draw(policy, params, PROBE_PROMPTS, PROBE_GROUP, 1)()
@@ -87,34 +98,38 @@ def main() -> None:
     names = ("tokens", "mask", "completion_mask", "groups")
     probe_set = ProbeSet(**dict(zip(names, held, strict=True)))
     prober = probe.Prober(policy, probe_set, params)
-    terms, where = update.policy_terms(policy, objective, LENGTH), (prober.contexts, prober.targets)
-    static = policy, terms, program.optimizer, program.trained
+    where = prober.contexts, prober.targets
+    static = policy, parts, program.optimizer, program.trained
+    _, _, (old, new) = prober.compare(before.params, after.params)
+    moved = jax.tree.map(np.subtract, new.statistics, old.statistics)
+    actual = np.stack([moved.log_probs, moved.entropy])
+    # by sample the KL's part is a factor, see `Watcher.keep`
+    seen = {"group": batch, "sample": batch.replace(kl_advantages=None)}
+    known = {by: {"gradients": apart(before, own)[2], "actual": actual} for by, own in seen.items()}
     ledgers = {"group": probe.Ledger(*static, by="group")}
     ledgers |= {form: probe.Ledger(*static, form=form) for form in ("push", "gram")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
+    calls |= {f"apart, {by}": lambda own=own: apart(before, own) for by, own in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
     for name, ledger in ledgers.items():
-        calls[name] = lambda own=ledger: own.read(before, after.params, batch, *where)
+        told = before, after.params, seen[ledger.by], *where
+        calls[name] = functools.partial(ledger.read, *told, **known[ledger.by])
     seconds = measure.medians_in_turns(calls, given.repeats, jax.block_until_ready)
     whole = seconds["generation"] + seconds["update"]
-    estimates = ledgers["push"].estimates(before, batch, *where)
+    estimates = ledgers["push"].estimates(before, seen["sample"], *where)
     table = []
     for name, value in seconds.items():
         row = {"call": name, "seconds": value, "of_a_step": value / whole}
         if name in ledgers:
-            every = EVERY["group" if name == "group" else "sample"]
-            row |= {"every": every, "of_training": value / whole / every}
+            every = EVERY[ledgers[name].by]
+            more = value + seconds[f"apart, {ledgers[name].by}"] - seconds["update"]
+            row |= {"every": every, "of_training": more / whole / every}
         if name in estimates:
             row |= {"flops": estimates[name].flops, "MiB": estimates[name].bytes / 2**20}
         table.append(row)
     columns = ("call", "seconds", "of_a_step", "every", "of_training", "flops", "MiB")
-    print(f"{jax.devices()[0].device_kind}; auto takes {chosen_form(estimates)}")
+    print(f"{jax.devices()[0].device_kind}; auto takes {choose(estimates, 'auto', 2.0).form}")
     print(measure.table(table, columns))
-
-
-def chosen_form(estimates: dict[str, Any]) -> str:
-    """Return the form of fewest FLOPs."""
-    return min(estimates, key=lambda name: estimates[name].flops)
 
 
 if __name__ == "__main__":

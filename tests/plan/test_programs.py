@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl import assembly, data, models, probe, reward, runtime
+from ntkrl import assembly, data, models, probe, reward, runtime, update
 from ntkrl.assembly.sources import split
 from ntkrl.plan import measure, networks, programs, topology
 from ntkrl.plan.chips import Chip
@@ -115,7 +115,7 @@ def test_shapes_are_those_of_a_run(settings):
     source = assembly.SOURCES["rl"](setup)
     for number, stage in enumerate(run.stages):
         batch, reference = programs.minibatch(run, number)
-        made = _minibatch(source, setup, stage)
+        made = assembly.bare(_minibatch(source, setup, stage))
         expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == expected
         placed = runtime.place_rows(made, run.mesh)
@@ -182,9 +182,9 @@ def test_a_ledger_by_hand(settings):
     (row,) = compiled(run, programs.PROBE, first(programs.accounts(run))).values()
     assert row.name == "ledger classifier" and row.stages == ("classifier",)
     assert row.runs == 1 / 50 and row.flops > 0
-    batch = bytes_of(programs.minibatch(run, 0)[0])
-    tokens = 2 * 2 * 32 * (4 + 1)
-    own = row.own_gib * 2**30 - 2 * whole - moments - batch
+    batch = bytes_of(programs.minibatch(run, 0, accounted=True)[0])
+    tokens, gradients, measured = 2 * 2 * 32 * (4 + 1), 2 * moments // 2, 4 * 2 * 96
+    own = row.own_gib * 2**30 - 2 * whole - moments - batch - gradients - measured
     assert 2 * tokens <= own < 2 * tokens + 30 * 96  # and places of 96 probe tokens
     assert row.beside_gib * 2**30 == pytest.approx(whole + moments, abs=16)
     kept = [networks.held_bytes(run.kept(stage)) for stage in run.stages]
@@ -227,9 +227,12 @@ def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
     watcher.programs, watcher._fits = run.stages, lambda *given: True
     made = assembly.Watcher._ledger(watcher, stage)
     state = assembly.States(setup).first(stage)
-    before = assembly.Watcher.keep(watcher, state, 0, one.probe.ledger_every_steps)
-    seen, _ = programs.minibatch(run, 0)  # see test_shapes_are_those_of_a_run
-    batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
+    planned, _ = programs.minibatch(run, 0, accounted=True)  # see test_shapes_are_those_of_a_run
+    batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), planned)
+    due = one.probe.ledger_every_steps
+    before = assembly.Watcher.keep(watcher, state, batch, None, 0, due).before
+    step = jax.jit(update.make_step_apart(stage, source.terms))
+    _, _, gradients = step(before, batch)
     prompts = data.supervised_batch([[1] * 8] * 12, [[1] * 24] * 12, range(12), 0, 8, 24)
     held = ProbeSet(
         tokens=prompts.tokens,
@@ -246,7 +249,9 @@ def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
 
     monkeypatch.setattr(accounts, "read", read)
     with pytest.raises(StopIteration):
-        prober.each(functools.partial(made.read, before, state.params, batch))
+        shape = (2, len(prober.blocks[0][1]))
+        beside = {"gradients": gradients, "actual": jnp.zeros(shape)}
+        prober.each(functools.partial(made.read, before, state.params, batch, **beside))
     # the program of the plan's own network has other functions of the same names
     (way, given, after), (planned,) = calls[0], programs.accounts(run)
     bound = {"policy": None, "terms": None, "optimizer": None}

@@ -1,10 +1,14 @@
 """Drift of features and kernels, and sums of the head kernel, against dense kernels in float64."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ntkrl import ntk, probe
+from ntkrl.probe.batch import group_measures
 from ntkrl.probe.drift import (
     advantage_alignment,
     centred_alignment,
@@ -17,10 +21,12 @@ from ntkrl.probe.geometry import (
     cosine_variances,
     feature_drift,
     head_influence,
+    head_sums,
     token_sums,
 )
 from ntkrl.vocabulary import Head
 from tests.ntk.networks import HEADS, VOCAB, contexts, network
+from tests.toys import toy_params, toy_policy
 
 HERE = contexts(True)[0]
 
@@ -88,6 +94,47 @@ def test_head_influence_is_the_head_kernel(x64, kind, chunk):
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind,chunk", [("plain", None), ("all", 4)])
+def test_head_sums_are_sums_of_pairs(x64, kind, chunk):
+    """law: sums without pairs are the pairs' sums; a temperature is a scale of the logits."""
+    described, params = network(kind, False)
+    phi = ntk.kernel(described, params, HERE).readings[0].features
+    given = HEADS[kind]
+    bias = params["head_bias"] if "bias" in given else None
+    head = Head(params["head"], bias, **{name: given[name] for name in given if name != "bias"})
+    y, weights = jnp.array([1, 5, 8]), jnp.array([[1.0, 0.0], [-2.0, 0.0], [0.5, 3.0]])
+    pairs = head_influence(head, (phi, y), (phi, y))
+    found = head_sums(head, phi, y, weights, 1.0, chunk)
+    np.testing.assert_allclose(found, pairs @ weights, rtol=1e-10)
+    if head.soft_cap is None:
+        warm = dataclasses.replace(head, scale=head.scale / 2.0)
+        found = head_sums(head, phi, y, weights, 2.0, chunk)
+        np.testing.assert_allclose(found, head_sums(warm, phi, y, weights), rtol=1e-10)
+
+
+def test_group_measures_by_pairs(x64):
+    """oracle: two prompts of three completions; the second has equal advantages and no pair."""
+    rng = np.random.default_rng(3)
+    phi, y = rng.normal(size=(6, 2, 4)), rng.integers(0, 5, (6, 2))
+    mask = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]], bool)
+    each = np.array([1.0, -2.0, 0.5, 3.0, 3.0, 3.0])
+    head = Head(jnp.asarray(rng.normal(size=(5, 4))))
+    given = (jnp.asarray(leaf) for leaf in (phi, y, np.repeat(each[:, None], 2, 1), mask))
+    found = group_measures(head, *given, 3)
+    plain, scaled = ches(phi[:1], mask[:1], phi[1:2], mask[1:2])
+    assert float(found["probe/ches"]) == pytest.approx(float(plain[0]))
+    assert float(found["probe/ches_normalised"]) == pytest.approx(float(scaled[0]))
+    rows, columns = np.nonzero(mask)
+    own = jnp.asarray(phi[rows, columns]), jnp.asarray(y[rows, columns])
+    influence, a = head_influence(head, own, own), jnp.asarray(each[rows])
+    sums = token_sums(influence, a, rows // 3, rows // 3)
+    for sign in ("positive", "negative"):
+        wanted = float(jnp.mean(sums[sign][a > 0]))
+        assert float(found[f"probe/head_sum_{sign}"]) == pytest.approx(wanted)
+    spill = token_sums(influence, jnp.sign(a), rows // 3, rows // 3)["positive"][a < 0]
+    assert float(found["probe/head_sum_wrong"]) == pytest.approx(float(jnp.mean(spill)))
+
+
 def test_token_sums_by_hand():
     """by hand: of three updated tokens the last is of another prompt, the first has A > 0."""
     influence = jnp.array([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
@@ -147,3 +194,18 @@ def test_advantage_alignment_by_dense_kernels(x64):
     assert found == pytest.approx(expected, rel=1e-9)
     eye = advantage_alignment(np.diag(squares), VOCAB * np.eye(3), advantages, squares)
     assert eye == pytest.approx(1 / (3 * VOCAB))
+
+
+def test_alignment_of_a_batch(x64):
+    """oracle: by kernels of all pairs, of a toy policy's tokens."""
+    policy = toy_policy()
+    params = toy_params(policy, dtype=jnp.float64)
+    here = ntk.every_position(jax.random.randint(jax.random.key(0), (2, 3), 0, 7))
+    y, advantages = np.arange(6), np.array([1.0, -2.0, 0.5, 1.0, 0.0, 3.0])
+    kernel = ntk.kernel(policy, params, here)
+    pi = jax.nn.softmax(policy.head(params, kernel.readings[0].features))
+    squares = 1 - 2 * pi[np.arange(6), y] + np.sum(pi**2, axis=1)
+    gram = ntk.score_gram(policy, params, here, y)
+    wanted = advantage_alignment(gram, kernel.trace(), advantages, squares)
+    found = probe.batch_alignment(policy, params, here, y, advantages)
+    assert found == pytest.approx(wanted, rel=1e-10) and 0 < found < 1

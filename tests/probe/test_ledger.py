@@ -9,11 +9,13 @@ import optax
 import pytest
 
 import ntkrl
-from ntkrl import ntk, probe, update
+from ntkrl import ntk, numerics, probe, update
 from ntkrl.probe import accounts
 from ntkrl.probe import ledger as ledger_module
 from ntkrl.probe.contributions import MEASURES
+from ntkrl.probe.signal import gradient_noise
 from ntkrl.report.names import GLOSSARY, is_known
+from ntkrl.scoring import score
 from tests.probe.test_probe import probe_set
 from tests.toys import TINY, toy_params, toy_policy
 from tests.update.test_step import make_batch
@@ -48,15 +50,15 @@ class Case:
             return update.policy_loss(objective, BUDGET, statistics, batch)
 
         minimised = update.policy_objective(self.policy, loss)
-        step = jax.jit(update.make_step(self.program, minimised, microbatches))
+        self.step = jax.jit(update.make_step(self.program, minimised, microbatches))
         for number in range(steps):
             self.before, self.batch = self.after, make_batch(self.policy.vocab_size, seed=number)
-            self.after, _ = step(self.before, self.batch)
+            self.after, _ = self.step(self.before, self.batch)
 
     def begin(self, policy, params):
         """Bind the stage to a model; no step is taken yet."""
         self.policy = policy
-        self.terms = update.policy_terms(policy, self.objective, BUDGET)
+        self.terms = update.policy_objective(policy, update.policy_terms(self.objective, BUDGET))
         self.program = update.stage_program(self.stage, policy, params)
         self.before = self.after = update.init_state(self.program, params, jax.random.key(0))
         self.batch = make_batch(policy.vocab_size)
@@ -72,11 +74,13 @@ class Case:
         """Arguments of `Ledger.estimates`."""
         return self.before, self.batch, self.prober.contexts, self.prober.targets
 
-    def read(self, **settings):
-        """Arrays of the step's ledger."""
-        contexts, targets = self.prober.contexts, self.prober.targets
-        ledger = self.ledger(**settings)
-        return ledger.read(self.before, self.after.params, self.batch, contexts, targets)
+    def read(self, known=None, **settings):
+        """Arrays of the step's ledger; known: further arguments of `Ledger.read`."""
+        where = self.prober.contexts, self.prober.targets
+        given = self.before, self.after.params, self.batch, *where
+        found = self.ledger(**settings).read(*given, **({} if known is None else known))
+        self.noise = found.noise
+        return found.arrays
 
     def measured(self, params):
         """Log-probs and entropies of the probe tokens `[2, O]`, by plain functions."""
@@ -158,7 +162,7 @@ def test_what_is_not_linear_is_shown():
     case = Case()
     optimizer = optax.lion(1e-3)
     state = optimizer.init(case.before.params)
-    grads = jax.grad(lambda p: sum(t.total for t in case.terms(p, case.batch).values()))
+    grads = jax.grad(lambda p: sum(t.total for t in case.terms(p, case.batch)[0].values()))
     updates, _ = optimizer.update(grads(case.before.params), state, case.before.params)
     case.before = case.before.replace(opt_state=state)
     case.after = case.after.replace(params=optax.apply_updates(case.before.params, updates))
@@ -179,7 +183,7 @@ def test_samples_by_hand():
 
     def gradient(term, rows):
         own = jax.tree.map(lambda leaf: leaf[rows], batch)
-        found = jax.grad(lambda p: case.terms(p, own)[term].total)(before)
+        found = jax.grad(lambda p: case.terms(p, own)[0][term].total)(before)
         return {name: leaf / count for name, leaf in found.items()}
 
     grads = {term: jax.jit(lambda r, t=term: gradient(t, r)) for term in NAMES}
@@ -194,6 +198,14 @@ def test_samples_by_hand():
         (adam, *_), _ = state[name].inner_state
         nu = adam.nu[name] * 0.999 + 0.001 * (factor * whole[name]) ** 2
         scale[name] = -1e-3 * factor * 0.1 / (1 - 0.9**3) / (np.sqrt(nu / (1 - 0.999**3)) + 1e-8)
+
+    def flat(row):
+        own = [grads[term](np.array([row])) for term in NAMES]
+        return jnp.concatenate([sum(one[name] for one in own).ravel() for name in before])
+
+    rows = 8 * jnp.stack([flat(row) for row in range(8)])
+    for found, wanted in zip(case.noise, gradient_noise(rows @ rows.T), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9)
     push = jax.jit(lambda change: jax.jvp(case.measured, (before,), (change,))[1])
     for term in NAMES:
         for row in range(8):
@@ -237,6 +249,72 @@ def test_parts_of_a_batch_change_nothing():
             scale = np.abs(first_order(samples, name.split("/")[0])).max()
             own = [v if v.ndim == 1 else v.sum(axis=1) for v in (value, found[name])]
             np.testing.assert_allclose(*own, rtol=0, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_the_step_hands_out_its_gradients(microbatches):
+    """law: the step apart is the step; its gradients, and what was measured, change no column."""
+    case = Case(optimizer="adamw", weight_decay=0.5)
+    step = jax.jit(update.make_step_apart(case.program, case.terms, microbatches))
+    after, metrics, gradients = step(case.before, case.batch)
+    plain, wanted = case.step(case.before, case.batch)
+    assert metrics.keys() == wanted.keys() and gradients.keys() == {*NAMES}
+    for found in ((after.params, plain.params), (metrics, wanted)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *found)
+    bare = dataclasses.replace(OBJECTIVE, kl_place="off", kl_coefficient=0, entropy_coefficient=0)
+    alone = update.policy_objective(case.policy, lambda *read: update.policy_loss(bare, 3, *read))
+    total = jax.jit(jax.grad(lambda params: numerics.mean(alone(params, case.batch, None)[0])))
+    for name, leaf in total(case.before.params).items():
+        assert_close(gradients["policy"][0][name], leaf)
+    actual = case.measured(case.after.params) - case.measured(case.before.params)
+    known = {"gradients": gradients, "actual": actual}
+    for by in probe.BY:
+        whole, given = case.read(by=by), case.read(known, by=by)
+        assert whole.keys() == given.keys()
+        for name, value in whole.items():
+            scale = np.abs(first_order(whole, name.split("/")[0])).max()
+            np.testing.assert_allclose(given[name], value, rtol=0, atol=1e-10 * scale)
+
+
+CLIPPED = update.Objective(
+    clip_low=0.1, clip_high=0.1, dual_clip=1.2, kl_place="reward", kl_coefficient=0.3
+)
+
+
+def test_the_kl_in_the_reward_is_a_column():
+    """law: clipped or not, columns of the parts of the advantages add up to that of the whole."""
+    case = Case(objective=CLIPPED)
+    read = score(case.policy, case.before.params, case.batch.tokens, case.batch.mask, 3)
+    gap = 0.2 * jax.random.normal(jax.random.key(4), read.log_probs.shape)
+    assert jnp.any(gap > 0.2) and jnp.any(gap < -0.2) and jnp.any(jnp.abs(gap) < 0.05)
+    advantages = case.batch.advantages.astype(float)  # one number along a completion
+    held = {"old_log_probs": read.log_probs - gap, "advantages": advantages}
+    case.batch = case.batch.replace(**held)
+    whole = case.read()
+    assert "log_prob/kl/head" not in whole
+    part = jax.random.normal(jax.random.key(5), advantages.shape)
+    columns = {}
+    for name, own in (("some", part), ("rest", advantages - part), ("all", advantages)):
+        case.batch = case.batch.replace(kl_advantages=own)
+        columns[name] = case.read()
+    for measure in MEASURES:
+        for group in ("head", "body"):
+            policy, kl = (
+                {n: found[f"{measure}/{term}/{group}"] for n, found in columns.items()}
+                for term in ("policy", "kl")
+            )
+            wanted = whole[f"{measure}/policy/{group}"]
+            assert_close(kl["all"], wanted)
+            assert_close(kl["some"] + policy["some"], wanted)
+            assert_close(kl["rest"], policy["some"])
+            assert np.abs(kl["some"]).max() > 0.1 * np.abs(wanted).max()
+    shares = np.random.default_rng(6).normal(size=8)
+    case.batch = case.batch.replace(kl_advantages=advantages * shares[:, None])
+    found, split = case.read(), probe.split_term(whole, "policy", "kl", shares)
+    assert found.keys() == split.keys()
+    for name, value in found.items():
+        scale = np.abs(first_order(whole, name.split("/")[0])).max()
+        np.testing.assert_allclose(split[name], value, rtol=0, atol=1e-10 * scale)
 
 
 def test_head_alone_is_exact_in_the_logits():
@@ -335,6 +413,6 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match='groups: "head" names the head'):
         case.read(groups=((".*", "head"),))
     terms = case.terms
-    case.terms = lambda *given: {"decay": terms(*given)["policy"]}
+    case.terms = lambda *given: ({"decay": terms(*given)[0]["policy"]}, None)
     with pytest.raises(ValueError, match="terms may not be called decay"):
         case.read()

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl.probe import (
+    batch,
     classifier,
     confidence,
     coverage,
@@ -15,7 +16,7 @@ from ntkrl.probe import (
 )
 from ntkrl.probe.squeezing import Masses, squeezing
 from ntkrl.report.names import is_known
-from ntkrl.vocabulary import logit_statistics
+from ntkrl.vocabulary import Head, logit_statistics
 
 
 def test_results_are_in_the_glossary():
@@ -27,6 +28,7 @@ def test_results_are_in_the_glossary():
     masses = Masses(*[jnp.zeros(2)] * 3)
     squeezed = squeezing(masses, masses, -jnp.ones(2))
     squeezed.pop("tokens")
+    group = jnp.ones((2, 1, 2)), two[:, None], jnp.ones((2, 1)), mask[:, None]
     found = {
         "probe/": [
             *confidence.confidence_measures(logit_statistics(eye, two), mask),
@@ -36,10 +38,11 @@ def test_results_are_in_the_glossary():
             *drift.kernel_drift(kernels, kernels),
         ],
         "probe/squeeze_": squeezed,
-        "probe/head_sum_": geometry.token_sums(eye, jnp.ones(2), two, two),
         "weights/": [*weights.update_sparsity(eye, eye)[0], *linearity.line_fit(line)[1]],
+        "probe": [f"/{name}" for name in linearity.line_fit(line)[1]],
         "weights/body/mix/": weights.update_rank(eye, lead),
         "signal/": signal.GradientNoise._fields,
+        "": batch.group_measures(Head(eye), *group, 2),
         "diversity/support_": coverage.Support._fields,
     }
     names = [prefix + name for prefix, group in found.items() for name in group]

@@ -116,7 +116,7 @@ def test_prediction_of_a_real_adam_step(x64, rows):
     after, _ = update.make_step(program, update.policy_objective(policy, rloo))(
         state, make_batch(policy.vocab_size)
     )
-    metrics, arrays = prober.compare(params, after.params)
+    metrics, arrays, _ = prober.compare(params, after.params)
     count = int(np.asarray(probe_set(policy.vocab_size).completion_mask).sum())
     assert arrays["actual"].shape == (count,) and np.abs(arrays["actual"]).max() > 1e-5
     assert metrics["predict/relative_error"] < 1e-2

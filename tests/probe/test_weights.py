@@ -1,5 +1,6 @@
 """Weight changes: sparsity, rank and straightness against numpy in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,8 +105,8 @@ def test_ranks_of_stacked_matrices():
     rng = np.random.default_rng(5)
     before = {"stack": jnp.asarray(rng.normal(size=(2, 4, 3))), "bias": jnp.zeros(4)}
     after = {"stack": before["stack"] + 0.1 * rng.normal(size=(2, 4, 3)), "bias": jnp.ones(4)}
-    found = update_ranks(before, after)
-    assert set(found) == {"stack"}
+    found, leading = update_ranks(before, after)
+    assert set(found) == set(leading) == {"stack"}
     moved = np.asarray(after["stack"] - before["stack"])
     squares = np.linalg.svd(moved, compute_uv=False) ** 2
     expected = {
@@ -116,3 +117,6 @@ def test_ranks_of_stacked_matrices():
     }
     for name, values in expected.items():
         np.testing.assert_allclose(found["stack"][name], values.mean(), rtol=1e-4)
+    turned = leading["stack"].left.at[1].multiply(-1)
+    cosines = jax.vmap(direction_cosine)(leading["stack"], leading["stack"]._replace(left=turned))
+    np.testing.assert_allclose(cosines, [1, -1], rtol=1e-5)

@@ -41,6 +41,8 @@ def metrics_lines(staged: bool, offset: float) -> list[dict]:
             line |= {"ledger/head_share": 0.5, "ledger/body_share": 0.2}
             line |= {"ledger/momentum_share": 0.2, "ledger/decay_share": 0.01}
             line |= {"ledger/kl_share": 0.1, "ledger/curvature_share": 0.09}
+            line |= {"probe/ches_normalised": -0.1, "probe/head_sum_negative": -0.2}
+            line |= {"probe/linearity": 0.5, "weights/direction_cosine": 0.9}
         lines.append(line)
     return lines
 

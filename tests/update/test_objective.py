@@ -113,6 +113,28 @@ def test_every_preset_says_its_formula_and_source():
     assert set(update.CHOICES["advantage"]) == {*advantage.ESTIMATORS, "pass_at_k", "to_go"}
 
 
+@pytest.mark.parametrize("name", advantage.LINEAR)
+def test_the_kl_in_the_reward_has_its_part_of_the_advantages(x64, name):
+    """law: without the KL the advantages are less by that part, corrected and cut as the whole."""
+    held = draws(0, spread=0.0) | {"behaviour": draws(0)["log_probs"]}
+    more = {"correction": "truncate", "correction_cap": 1.1, "covariance_range": (-9.0, 9.0)}
+    given = {"kl_place": "reward", "kl_coefficient": 5.0, "advantage": name, "clip": "none", **more}
+    objective = update.Objective(**given)
+    found = prepared(objective, **held)[1]
+    bare = dataclasses.replace(objective, kl_coefficient=0.0)
+    wanted = found["advantages"] - prepared(bare, **held)[1]["advantages"]
+    np.testing.assert_allclose(found["kl_advantages"], wanted, atol=1e-12)
+    assert np.abs(wanted).max() > 0.1 and prepared(bare, **held)[1]["kl_advantages"] is None
+    cut = dataclasses.replace(objective, covariance="clip", covariance_fraction=0.5)
+    clipped, mask = prepared(cut, **held)[1], held["mask"]
+    gone = (np.asarray(clipped["advantages"]) == 0) & mask
+    assert 0 < gone.sum() < mask.sum()
+    kept = np.where(gone, 0, found["kl_advantages"])
+    np.testing.assert_array_equal(clipped["kl_advantages"], kept)
+    scaled = dataclasses.replace(objective, advantage="group_normalised")
+    assert prepared(scaled, **held)[1]["kl_advantages"] is None
+
+
 def test_rloo_by_hand():
     """by hand: ratios exp(0.1 + 0.2) = 1.35 (clipped at 1.2, A = 2) and exp(−0.1), A = −2.
 

@@ -1,0 +1,102 @@
+"""What the looks of a run so far say together, read back from `probes/` where a run resumes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ntkrl import probe
+from ntkrl.probe.weights import Leading
+from ntkrl.report.probes import read_arrays, step_files
+
+DIRECTION = "direction"
+"""`direction/<leaf>/left` and `…/right` in a probe file are singular vectors of ΔW, layers in
+front."""
+
+
+class History:
+    """How straight the probe tokens' log-probs run, and how directions of ΔW turn."""
+
+    def __init__(self, directory: Path):
+        """Read nothing yet.
+
+        Args:
+          directory: that looks write `step_*.npz` to.
+        """
+        self.directory = directory
+        self.line: probe.linearity.LineSums | None = None
+
+    def straightness(self, step: int, log_probs: np.ndarray) -> dict[str, float]:
+        """Add a look, and say how well lines in the step explain the log-probs of all of them.
+
+        Args:
+          step: the optimizer step that was looked at; rising.
+          log_probs: `[O]` before it.
+
+        Returns:
+          `probe/linearity` and `probe/linearity_pooled` (see `linearity.line_fit`), of three looks
+          or more.
+        """
+        if self.line is None:
+            for number, path in self._before(step):
+                arrays = read_arrays(path)
+                if arrays is not None:
+                    self._extend(number, arrays["log_probs"])
+        self._extend(step, log_probs)
+        if self.line.count < 3:
+            return {}
+        _, scalars = probe.linearity.line_fit(self.line)
+        found = {f"probe/{name}": float(value) for name, value in scalars.items()}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def turning(self, step: int, leading: dict[str, Leading]) -> dict[str, float]:
+        """Compare leading directions with those of the last look before that has any.
+
+        Args:
+          step: the optimizer step that was looked at.
+          leading: of ΔW by leaf, layers in front, from `weights.update_ranks`.
+
+        Returns:
+          `weights/<leaf>/direction_cosine`, the mean over layers, and `weights/direction_cosine`,
+          the mean over leaves; of leaves that had moved before.
+        """
+        for _, path in reversed(self._before(step)):
+            arrays = read_arrays(path)
+            held = {} if arrays is None else arrays
+            known = {
+                name: own for name, own in leading.items() if f"{DIRECTION}/{name}/left" in held
+            }
+            if known:
+                cosines = {name: _cosine(own, held, name) for name, own in known.items()}
+                found = {f"weights/{name}/direction_cosine": c for name, c in cosines.items()}
+                return found | {"weights/direction_cosine": float(np.mean([*cosines.values()]))}
+        return {}
+
+    def _before(self, step: int) -> list[tuple[int, Path]]:
+        """Find the looks before a step; those after it are of a run that goes on otherwise."""
+        return [found for found in step_files(self.directory, ".npz") if found[0] < step]
+
+    def _extend(self, step: int, log_probs: np.ndarray) -> None:
+        add = probe.linearity.extend_line
+        given = log_probs, float(step)
+        self.line = (
+            probe.linearity.start_line(*given) if self.line is None else add(self.line, *given)
+        )
+
+
+def direction_arrays(leading: dict[str, Leading]) -> dict[str, np.ndarray]:
+    """Return what a probe file keeps of leading directions."""
+    return {
+        f"{DIRECTION}/{name}/{side}": np.asarray(getattr(own, side))
+        for name, own in leading.items()
+        for side in ("left", "right")
+    }
+
+
+def _cosine(own: Leading, arrays: dict[str, np.ndarray], name: str) -> float:
+    sides = {side: arrays[f"{DIRECTION}/{name}/{side}"] for side in ("left", "right")}
+    cosines = jax.vmap(probe.weights.direction_cosine)(own, own._replace(**sides))
+    return float(np.mean(cosines))
