@@ -60,8 +60,8 @@ def _plan():
     # rates by grid: equally many points for both
     plan.grids = ConfigDict(
         {
-            "rl": {"body": (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3)},
-            "cfrl": {"head": (1e-3, 3e-3, 1e-2), "body": (3e-4, 7e-4)},
+            "rl": {"body": (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)},
+            "cfrl": {"head": (1e-3, 3e-3), "body": (1e-4, 2e-4, 3e-4)},
         }
     )
     plan.sgd_rates = (0.003, 0.01, 0.03, 0.1)

@@ -29,7 +29,8 @@ from ntkrl.assembly.setup import Setup
 from ntkrl.types import Array, Params, TrainState, UpdateBatch
 from ntkrl.vocabulary import Head
 
-COPIES = 6  # of the trained params that a ledger holds beside one gradient per term
+COPIES = 20
+"""Of the trained params that a ledger holds: what the compiler counts at Pythia-2.8B's size."""
 
 
 class Seen(NamedTuple):

@@ -22,7 +22,7 @@ from ntkrl.scoring import head_of
 from ntkrl.types import Array, Params, Policy, ProbeSet
 from ntkrl.vocabulary import Head, TokenStatistics, token_statistics
 
-BYTES = 16  # of a logit and what is made of it
+BYTES = 48  # of a logit, what is made of it and how that changes
 
 
 class ProbeReading(NamedTuple):

@@ -217,7 +217,7 @@ def test_no_looks_no_copies(settings, change):
 def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
     """law: a real ledger is made in the way, and of the shapes and places, that were planned."""
     families = "--config.probe.families=('own', 'reference')"
-    one = settings("rl", families, "--config.probe.memory_gib=3.6e-5", "--config.probe.prompts=4")
+    one = settings("rl", families, "--config.probe.memory_gib=1.1e-4", "--config.probe.prompts=4")
     run = run_of(one)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
     setup = dataclasses.replace(run.setup, policy=policy, params=params)

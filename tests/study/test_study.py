@@ -154,7 +154,7 @@ def test_rates_are_chosen_by_the_last_evaluations(tmp_path):
     """by hand: the grid's point of highest mean over seeds of the last two evaluations."""
     study = settings(tmp_path)
     commands = Commands(study, FILE)
-    wanted = ("rl_body=0.0003", "cfrl_body=0.0003_head=0.01")
+    wanted = ("rl_body=0.0003", "cfrl_body=0.0003_head=0.003")
     for job in commands.tuning():
         name, _, seed = job.done.parent.name.rpartition("-")
 
@@ -162,9 +162,9 @@ def test_rates_are_chosen_by_the_last_evaluations(tmp_path):
             return {"eval/reward": 0.9 if best and step >= 7 else 0.5}
 
         fabricate(study, "small/tuning", name, int(seed), change=change)
-    assert commands.chosen() == {"rl": {"body": 3e-4}, "cfrl": {"head": 1e-2, "body": 3e-4}}
+    assert commands.chosen() == {"rl": {"body": 3e-4}, "cfrl": {"head": 3e-3, "body": 3e-4}}
     told = json.loads((tmp_path / "small" / "rates.json").read_text())
-    assert [row["reward"] for row in told["rl"]["tried"]] == [0.5, 0.5, 0.9, 0.5, 0.5, 0.5]
+    assert [row["reward"] for row in told["rl"]["tried"]] == [0.5, 0.5, 0.5, 0.9, 0.5, 0.5]
 
 
 def found(study):
