@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "datasets",
             "equinox",
             "math-verify[antlr4_13_2]",
             "peft",
@@ -46,6 +47,7 @@ setup(
         ],
         "bench": ["torch==2.13.0", "trl==1.16.0"],
         "math": ["math-verify[antlr4_13_2]"],
+        "data": ["pyarrow"],
         "tensorboard": ["tensorboardX>=2.6.2"],
         "wandb": ["wandb"],
         "cuda": ["jax[cuda12]"],

@@ -77,7 +77,8 @@ def get_config():
     config.model.whiten = placeholder(str)
 
     config.data = ConfigDict()
-    # JSONL in TRL's forms, several files by commas; None: the built-in expressions
+    # rows in TRL's forms: JSONL, .json, .parquet, a split of a saved or published data set (see
+    # ntkrl/data/published.py), several by commas; None: the built-in expressions
     config.data.path = placeholder(str)
     # shares of the files in every batch, relative; None: each row of all files once an epoch
     config.data.weights = placeholder(tuple)
@@ -195,6 +196,7 @@ def get_config():
     # .jsonl of an earlier evaluation on these prompts, such as the starting model's: win rate and
     # support against it; None: compare with nothing
     config.eval.base = placeholder(str)
+    config.eval.name = placeholder(str)  # of what `ntkrl evaluate` writes; None: the model's
 
     config.probe = ConfigDict()
     config.probe.every_steps = 10  # None: no probe

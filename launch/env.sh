@@ -17,9 +17,11 @@ PORT="${PORT:-}"                          # where they meet; empty: a free one
 
 # the paper's runs (paper.sh)
 MODEL="${MODEL:-}"                        # directory of the base model, or its name on the hub
-DATA="${DATA:-}"                          # directory with sft.jsonl, prompts.jsonl, test.jsonl
+DATA="${DATA:-}"                          # directory of alpaca_farm and ultrafeedback_binarized
 REWARD="${REWARD:-}"                      # directory of the reward model
-RUNS="${RUNS:-runs/paper}"                # directory of the runs
+VARIANT="${VARIANT:-pythia-2.8b}"         # or pythia-1b, llama-3.2-1b: the settings of that model
+RUNS="${RUNS:-}"                          # directory of the runs; empty: runs/paper, or as --help says
+MINIATURE="${MINIATURE:-}"                # 1: tiny models and made-up data
 SEEDS="${SEEDS:-0}"                       # one run of each method per seed: "0 1 2"
 
 # Google Cloud (tpu_vm.sh, gke.sh)

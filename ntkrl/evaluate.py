@@ -25,8 +25,8 @@ def evaluate(
 
     Writes `evaluations/NAME.json` (metrics), `evaluations/NAME.jsonl` (every sample with its
     reward) and `evaluations/NAME.rewards.json` (rewards by function, before weights and
-    normalisation: what `reward.normalisation` reads) under the run directory, NAME being the model
-    directory's name, or the run's with the step.
+    normalisation: what `reward.normalisation` reads) under the run directory, NAME being
+    `eval.name`, else the model directory's name, or the run's with the step.
 
     Args:
       config: see configs/base.py; `model.path`, `data`, `reward`, `rollout` and `eval` count.
@@ -61,7 +61,9 @@ def evaluate(
     for name, values in evaluated.by_prompt.items():
         metrics |= assembly.mean_interval(name, values)
     if runtime.is_writer():
-        name = _label(settings.model.path) if held is None else held.name
+        name = settings.evaluation.name
+        if name is None:
+            name = _label(settings.model.path) if held is None else held.name
         path = directory / "evaluations" / f"{name}.json"
         _write(setup, path, metrics, evaluated.collected)
     return metrics
@@ -87,7 +89,8 @@ def _write(
     reward.write_rewards(path.with_suffix(".rewards.json"), by_function)
     # JSON has neither NaN nor infinity
     plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # last, and whole: an evaluation that is there is finished
+    runtime.save_text(path, json.dumps(plain, indent=2, sort_keys=True) + "\n")
     settings = setup.settings.evaluation
     print(_table(metrics))
     drawn = settings.samples_per_prompt * settings.repeats

@@ -13,6 +13,7 @@ USAGE = """usage: ntkrl COMMAND ...
   train    --config=FILE [--config.section.field=value ...]   run or resume a training run
   evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
   evaluate --run=RUN [--step=N|best] [--config...=value ...]  or a checkpoint of a run
+  prepare  --config=FILE [--config.section.field=value ...]   published data into a setting's files
   plan     --config=FILE --topology=v5e:4x4 [--search] ...    whether a run fits a machine, how fast
   study    --config=FILE [--page] ...                         many runs, their claims, a page
   kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
         "evaluate": _evaluate,
+        "prepare": _prepare,
         "plan": _plan,
         "study": _study,
         "kernel": _kernel,
@@ -101,6 +103,14 @@ def _evaluate(words: Sequence[str]) -> None:
     config = runtime.read_config([word for word in words if word not in own], saved)
     with runtime.together():
         evaluate.evaluate(config, run, _step(options))
+
+
+def _prepare(words: Sequence[str]) -> None:
+    from ntkrl import preparing, runtime
+
+    config = runtime.read_config(words)
+    with runtime.together():
+        preparing.prepare(config)
 
 
 def _plan(words: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ class Children:
         """Start a command; return its process id.
 
         Args:
-          arguments: after the program's name.
+          arguments: after the program's name; or several lists of them, for one process.
           devices: virtual devices.
           dies_in_save: kills itself when this many checkpoints are written but for their renaming.
         """
@@ -99,7 +99,9 @@ def serve() -> None:
             os.environ["XLA_FLAGS"] = request["flags"]  # read when the first device is asked for
             if request["dies_in_save"] is not None:
                 die_in_save(request["dies_in_save"])
-            sys.exit(main(request["arguments"]))
+            given = request["arguments"]
+            several = given if isinstance(given[0], list) else [given]
+            sys.exit(next((status for words in several if (status := main(words))), 0))
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

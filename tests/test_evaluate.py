@@ -23,6 +23,7 @@ GIVEN = {
     "success_threshold": 1.0,
     "temperature": None,
     "base": None,
+    "name": None,
 }
 
 
@@ -64,6 +65,14 @@ def test_numbers_of_draws(samples, ks):
     assert ("diversity/self_bleu" in found) == (samples > 1)
 
 
+def test_names_stay_in_their_directory():
+    """law: what an evaluation is called is a file's name."""
+    assert EvalSettings(**GIVEN | {"name": "test-2.a"}).name == "test-2.a"
+    for name in ("../x", "a/b", "", ".x"):
+        with pytest.raises(ValueError, match="eval.name must be letters"):
+            EvalSettings(**GIVEN | {"name": name})
+
+
 def test_comparison():
     """by hand: wins, gaps and support of two samples for each of two prompts."""
     base = against.Samples([["1", "2"], ["x", "x"]], np.array([[0, 1], [0, 0]]))
@@ -76,6 +85,11 @@ def test_comparison():
         "eval/reward_difference": 0.25,
         "eval/reward_difference_low": 0.0,
         "eval/reward_difference_high": 0.5,
+        # best of one: 0.5 before and 1 after for the first prompt; best of two: 1 and 1
+        "diversity/gap_best_of_1": 0.25,
+        "diversity/gap_best_of_1_low": 0.0,
+        "diversity/gap_best_of_1_high": 0.5,
+        **dict.fromkeys((f"diversity/gap_best_of_2{end}" for end in ("", "_low", "_high")), 0.0),
         "diversity/crossing_k": math.inf,  # 0.25 and 0.5 against 0.5 and 0.5
         "diversity/crossing_k_low": math.inf,
         "diversity/crossing_k_high": math.inf,

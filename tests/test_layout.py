@@ -13,7 +13,7 @@ FLOORS = [
     {"models", "scoring", "ntk", "runtime"},
     {"data", "rollout", "reward", "advantage", "update", "probe", "report"},
     {"assembly"},
-    {"train", "evaluate", "inspect", "plan", "study"},
+    {"train", "evaluate", "inspect", "plan", "preparing", "study"},
     {"main"},
     {"__main__"},
 ]
@@ -25,7 +25,8 @@ OWNERS = {
     "flax": {"models"},
     "matplotlib": {"report", "study"},
     "orbax": {"runtime"},
-    "ml_collections": {"runtime", "assembly", "train", "evaluate"},
+    "ml_collections": {"runtime", "assembly", "train", "evaluate", "preparing"},
+    "pyarrow": {"data", "preparing"},
     "transformers": {"data"},
     "safetensors": {"models"},
     "tensorboardX": {"report"},

@@ -45,7 +45,10 @@ def test_stages_example_is_the_config():
     assert re.sub(r"\s+", "", example) in re.sub(r"\s+", "", source)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "plan", "kernel", "report", "export"])
+COMMANDS = ["train", "evaluate", "prepare", "plan", "kernel", "report", "export"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_known(command):
     """law: every command of the table is one of the command line, and the other way round."""
     assert f"`ntkrl {command} " in TEXT and f"\n  {command} " in USAGE

@@ -1,37 +1,120 @@
-"""What the four configs of the paper's setting share: Tomihari 2601.04670 on Pythia-2.8B.
+"""What the configs of the paper's setting share: Tomihari 2601.04670.
 
 Reported by the paper: Pythia-2.8B, SFT on AlpacaFarm, RL on UltraFeedback's prompts with ArmoRM as
-reward. Taken from the public code it builds on (princeton-pli/what-makes-good-rm, on TRL 0.12.1):
-chat template, lengths, batches, rates, seeds, β, temperature, float32, no gradient clipping, reward
-scores shifted and scaled by 500 × 10 samples of the SFT policy, six checkpoints, evaluation every
-40 steps. Our choice: all 50304 rows of the vocabulary stay, where that code cuts them to 50279;
-probes; how many prompts an evaluation during training reads; the mesh.
+reward, one epoch of stage 1 and six epochs of RL, Adam, completions of up to 512 tokens, three
+runs. Taken from the public code it builds on (princeton-pli/what-makes-good-rm, on TRL 0.12.1):
+chat template, lengths, batches, rates, seeds, β, temperature, float32, no gradient clipping in RL,
+reward scores shifted and scaled by 500 × 10 samples of the SFT policy, six checkpoints, evaluation
+every 40 steps. Our choice: an epoch is a pass over the prompts, where that code counts completions
+(with two of a prompt, its six epochs are three passes); all rows of the vocabulary stay, where it
+cuts Pythia's 50304 to 50279; probes; how many prompts an evaluation during training reads; the
+mesh.
+
+Every config here takes a model's name after a colon, --config=configs/paper/rl.py:pythia-1b, of
+VARIANTS below; without one it is Pythia-2.8B. Each reads what the part before it wrote into
+runs/paper (runs/paper-NAME for another model); launch/paper.sh runs them all. With
+--config.miniature=true each runs in seconds: tiny models, made-up data, in runs/miniature.
 
 Another model is planned by --config.model.path=meta-llama/Meta-Llama-3-8B or Qwen/Qwen3-8B, with
 --config.model.template=None.
 """
 
+from typing import NamedTuple
+
 from ml_collections.config_dict import placeholder
 
 from configs import base
 
-PROMPTS = 48_908  # 80 % of train_prefs (61135): the part that RL is given; filtered ones fewer
+PROMPTS = 12_227  # 20 % of train_prefs (61135): the part that RL is given; filtered ones fewer
+TURNS = 3  # tokens that the template writes around a prompt: user, end of turn, assistant
+INPUTS = "runs/miniature/inputs"  # made up by configs/paper/data.py
 
 
-def get_config():
-    """Return the shared settings."""
-    config = base.get_config()
+class Variant(NamedTuple):
+    """A model, and what the public code changes for it.
+
+    path: name on the hub. runs: where its runs lie. supervised: what SFT learns from, or None for
+    the chosen responses of the reward model's part. prompts_per_step: of RL. epochs: of RL.
+    vocab_size: rows after SFT, or None for those it has: more where the template's two tokens would
+    leave a number that no mesh divides (our choice). untie: give the head a copy of its own before
+    RL, so that stage 1 moves it alone (our choice). in_miniature: its tiny model, and vocab_size.
+    """
+
+    path: str
+    runs: str
+    supervised: str | None
+    prompts_per_step: int
+    epochs: float
+    vocab_size: int | None
+    untie: bool
+    in_miniature: tuple[str, int | None]
+
+
+VARIANTS = {
+    # 32 completions on two GPUs, 2 of each prompt
+    "pythia-2.8b": Variant(
+        "EleutherAI/pythia-2.8b",
+        "runs/paper",
+        "data/alpaca_farm/sft",
+        prompts_per_step=16,
+        epochs=6.0,
+        vocab_size=None,
+        untie=False,
+        in_miniature=("pythia", None),
+    ),
+    # 64 completions, SFT on UltraFeedback
+    "pythia-1b": Variant(
+        "EleutherAI/pythia-1b",
+        "runs/paper-pythia-1b",
+        None,
+        prompts_per_step=32,
+        epochs=2.0,
+        vocab_size=None,
+        untie=False,
+        in_miniature=("pythia", None),
+    ),
+    "llama-3.2-1b": Variant(
+        "meta-llama/Llama-3.2-1B",
+        "runs/paper-llama-3.2-1b",
+        None,
+        prompts_per_step=32,
+        epochs=2.0,
+        vocab_size=128_512,
+        untie=True,
+        in_miniature=("llama", 264),
+    ),
+}
+
+REWARD_IN_MINIATURE = ("reward.function", f"{INPUTS}/reward")
+IN_MINIATURE = (
+    ("data.max_prompt_tokens", 32 + TURNS),
+    ("rollout.max_completion_tokens", 8),
+    ("eval.prompts", 4),
+    ("eval.samples_per_prompt", 2),
+    ("checkpoint.every_steps", 2),
+)
+
+
+def get_config(part, variant, files=()):
+    """Return the shared settings.
+
+    Args:
+      part: the name of the run and of its directory.
+      variant: a key of VARIANTS.
+      files: (field, file or directory that another part wrote) pairs.
+    """
+    config, chosen = base.get_config(), VARIANTS[variant]
+    config.name = f"paper-{part}" if variant == "pythia-2.8b" else f"{variant}-{part}"
     config.seed = 372
-    config.model.path = "EleutherAI/pythia-2.8b"
+    config.model.path = chosen.path
     config.model.template = "pythia"
-    config.data.max_prompt_tokens = 512
-    config.data.prompts_per_step = 16  # 32 completions on two GPUs, 2 of each prompt
+    config.data.max_prompt_tokens = 512 + TURNS
+    config.data.prompts_per_step = chosen.prompts_per_step
     config.rollout.completions_per_prompt = 2
     config.rollout.max_completion_tokens = 512
     config.rollout.temperature = 1.0
     config.reward.function = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
-    config.reward.dtype = "float32"  # while training; the preferences were labelled in bfloat16
-    config.schedule.minibatches = 2
+    config.reward.dtype = "float32"  # while training; the preferences are labelled in bfloat16
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.eval.every_steps = 40
     config.eval.prompts = 16  # while training; the paper's 500 are for the final evaluation
@@ -39,9 +122,20 @@ def get_config():
     # of all params it does not fit 16 chips: 26.1 GiB each by ntkrl plan
     config.probe.ledger_every_steps = placeholder(int)
     config.checkpoint.keep = 6
+    config.update_from_flattened_dict(dict(_places(chosen.runs, part, files)))
+    config.miniature = False  # true: the values of the table take the place of the others
+    config.in_miniature = (
+        ("model.path", f"{INPUTS}/{chosen.in_miniature[0]}"),
+        *IN_MINIATURE,
+        *_places("runs/miniature", part, files),
+    )
     return config
 
 
-def stage(name, parameters, **length):
-    """One row with Adam as the code has it: no clipping, no decay, no warm-up."""
-    return base.stage(name, None, parameters, max_grad_norm=None, **length)
+def _places(runs, part, files):
+    return (("run_dir", f"{runs}/{part}"), *((field, f"{runs}/{name}") for field, name in files))
+
+
+def stage(name, parameters, max_grad_norm=None, **length):
+    """One row with Adam as RL in the code has it: no clipping, no decay, no warm-up."""
+    return base.stage(name, None, parameters, max_grad_norm=max_grad_norm, **length)

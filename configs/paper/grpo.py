@@ -1,19 +1,25 @@
 """GRPO in place of RLOO, one of the paper's variants.
 
 Command: as configs/paper/rl.py, with --config=configs/paper/grpo.py.
-From the public code: that there is such a driver. Our choice: groups of eight, on as many
-completions per step, with the preset's β.
+Hardware and time: as RLOO's, for as many steps of as many completions.
+From the public code: that there is such a driver, and that its epochs count completions. Our
+choice: groups of eight, on as many completions per step and in all as RLOO's, so that six of its
+epochs are one and a half passes over the prompts; the preset's β.
 """
 
-from configs.paper import rl
+from configs.paper import base, rl
+
+GROUP = 8
 
 
-def get_config():
+def get_config(variant="pythia-2.8b"):
     """Return the config."""
-    config = rl.get_config()
-    config.name = "paper-grpo"
-    config.run_dir = "runs/paper/grpo"
+    config = rl.get_config(variant, "grpo")
+    fewer = GROUP // config.rollout.completions_per_prompt
     config.objective.preset = "grpo"
-    config.data.prompts_per_step = 4
-    config.rollout.completions_per_prompt = 8
+    config.data.prompts_per_step //= fewer
+    config.rollout.completions_per_prompt = GROUP
+    row = config.stages[0]
+    config.stages = (base.stage(row.name, row.parameters, epochs=row.epochs / fewer),)
+    config.in_miniature += (("data.prompts_per_step", 2),)
     return config

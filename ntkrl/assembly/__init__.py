@@ -10,7 +10,7 @@ from ntkrl.assembly.evaluation import (
 )
 from ntkrl.assembly.keeping import Keeper, best_of
 from ntkrl.assembly.preferences import PreferenceSource
-from ntkrl.assembly.rewards import is_code
+from ntkrl.assembly.rewards import Problems, is_code, reward_set
 from ntkrl.assembly.rollouts import RolloutSource
 from ntkrl.assembly.schedule import due
 from ntkrl.assembly.settings import RunSettings, read_settings
@@ -28,6 +28,7 @@ __all__ = [
     "Evaluated",
     "Keeper",
     "PreferenceSource",
+    "Problems",
     "Prompts",
     "RolloutSource",
     "RunSettings",
@@ -51,4 +52,5 @@ __all__ = [
     "mean_interval",
     "prompts_together",
     "read_settings",
+    "reward_set",
 ]

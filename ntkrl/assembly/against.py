@@ -76,7 +76,7 @@ def _read_samples(path: Path, place: str) -> data.PromptSet:
             f"{place} is no file of samples; name a .jsonl that `ntkrl evaluate` wrote, such as "
             "runs/sft/evaluations/sft.jsonl."
         )
-    found = data.read_jsonl(path)
+    found = data.read_set(path)
     held = found.columns["completion"] if "completion" in found.columns else [None]
     if not all(isinstance(text, str) for text in held):
         raise ValueError(f"{place}: every row needs a 'completion' of text.")
@@ -153,9 +153,12 @@ def compare(base: Samples, own: Samples, threshold: float) -> dict[str, float]:
     found = mean_interval("eval/win_rate", wins_P)
     found |= mean_interval("eval/reward_difference", gaps_P)
     both = base, own
-    solved = [one.rewards >= threshold for one in both]
     samples = own.rewards.shape[1]
     ks = powers(samples)
+    best = [np.array([probe.coverage.best_of_n(row, ks) for row in one.rewards]) for one in both]
+    for k, gap_P in zip(ks, (best[1] - best[0]).T, strict=True):
+        found |= mean_interval(f"diversity/gap_best_of_{k}", gap_P)
+    solved = [one.rewards >= threshold for one in both]
     curves = [probe.coverage.pass_curves(s.sum(axis=1), samples, ks) for s in solved]
     crossing = probe.coverage.crossing_interval(*curves, ks, draws=DRAWS)
     found |= _named("diversity/crossing_k", crossing)

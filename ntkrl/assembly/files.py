@@ -15,10 +15,11 @@ def names(given: str) -> tuple[str, ...]:
 class DataSettings:
     """Which prompts.
 
-    path: JSONL of prompts (with completions for sft), several by commas; None: the built-in task.
+    path: prompts (with completions for sft) in a form of data/published.py, several paths by
+      commas; None: the built-in task.
     weights: what share of the rows each file of `path` gives, relative and > 0; None for epochs
       that visit every row of every file once.
-    eval_path: JSONL of held-out prompts, several by commas; None holds out `held_out` of `path`.
+    eval_path: held-out prompts, likewise; None holds out `held_out` of `path`.
     held_out: fraction of each file of `path` kept for evaluation, in [0, 1).
     examples: supervised examples drawn for the built-in task (sft).
     prompts_per_step: P ≥ 1.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from ntkrl.assembly.schedule import ScheduleSettings, read_stages
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 METHODS = ("rl", "sft", "reward")
+NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ class EvalSettings:
     temperature: of these samples, ≥ 0 (0: greedy); None for rollout's.
     base: samples of an earlier evaluation on the same prompts that these are compared with
         (evaluations/NAME.jsonl, with NAME.rewards.json beside it), or None.
+    name: of what `evaluate` writes, or None for the model directory's.
     """
 
     every_steps: int | None
@@ -81,9 +84,12 @@ class EvalSettings:
     success_threshold: float
     temperature: float | None
     base: str | None
+    name: str | None
 
     def __post_init__(self):
         problems = []
+        if self.name is not None and not NAME.fullmatch(self.name):
+            problems.append(f"eval.name must be letters, digits, - . and _, not {self.name!r}")
         for name in ("every_steps", "prompts", "samples_per_prompt", "repeats"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -282,7 +288,7 @@ def read_settings(config: ConfigDict) -> RunSettings:
         logging=section(report.LoggingSettings, "logging"),
     )
     if config.method == "reward" and config.data.path is None:
-        problems.append("data.path is missing; name the JSONL of preferences to learn from.")
+        problems.append("data.path is missing; name the preferences to learn from.")
     if config.method in ("rl", "reward") and config.model.path is None:
         problems.append("model.path is missing; name the Hugging Face directory to start from.")
     if config.method != "sft" and config.data.packing:

@@ -303,7 +303,7 @@ def _prompt_sets(
     count = len(wanted)
     if files.eval_path is not None:
         wanted += [(name, held) for name in names(files.eval_path)]
-    found = _each(lambda one: data.read_jsonl(*one), wanted)
+    found = _each(lambda one: data.read_set(*one), wanted)
     train_sets, held_sets = found[:count], found[count:]
     if held_sets or not scored or files.held_out == 0:
         return train_sets, held_sets

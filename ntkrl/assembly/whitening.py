@@ -28,7 +28,7 @@ def whitened(
     Raises:
       ValueError: the file is wrong, or what `models.whitened` raises.
     """
-    texts = data.read_jsonl(settings.model.whiten, ("prompt", "completion"))
+    texts = data.read_set(settings.model.whiten, ("prompt", "completion"))
     texts = data.take(texts, range(min(MOST_TEXTS, len(texts.prompts))))
     prompt, completion = settings.data.max_prompt_tokens, settings.rollout.max_completion_tokens
     encoded = data.encode_prompts(tokenizer, texts, prompt)

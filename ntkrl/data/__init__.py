@@ -16,7 +16,8 @@ from ntkrl.data.expressions import (
 from ntkrl.data.expressions import prompt_set as expression_prompts
 from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
 from ntkrl.data.packing import packed_batches
-from ntkrl.data.prompts import PromptSet, join, read_jsonl, read_prompts
+from ntkrl.data.prompts import PromptSet, checked, join, read_prompts, read_set
+from ntkrl.data.published import Rows, files_of, needed_arrow, read_rows
 from ntkrl.data.templates import apply_template, read_template
 from ntkrl.data.tokens import (
     decode_completions,
@@ -28,20 +29,25 @@ from ntkrl.data.tokens import (
 
 __all__ = [
     "PromptSet",
+    "Rows",
     "apply_template",
     "characters",
+    "checked",
     "decode_completions",
     "encode_completions",
     "encode_prompts",
     "epoch_at",
     "expression_prompts",
+    "files_of",
     "hold_out",
     "join",
     "load_tokenizer",
+    "needed_arrow",
     "packed_batches",
     "prompt_batch",
-    "read_jsonl",
     "read_prompts",
+    "read_rows",
+    "read_set",
     "read_template",
     "rows_at",
     "save_tokenizer",

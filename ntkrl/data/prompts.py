@@ -1,4 +1,4 @@
-"""Prompts with their columns, read from a JSON Lines file and checked row by row.
+"""Prompts with their columns, read from a file or directory (see published.py), checked row by row.
 
 Two forms, as in TRL: *standard* (`{"prompt": "text"}`) and *conversational*
 (`{"prompt": [{"role": "user", "content": "text"}]}`). A file holds one of them. Where no columns
@@ -8,19 +8,19 @@ are needed, a plain text file with one prompt per line will do.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ntkrl.data.problems import listed
+from ntkrl.data.published import Rows, read_rows
 
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EXAMPLES = (
     '{"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}, '
-    "one object per line, other keys become columns"
+    "one object per line or row, other keys become columns"
 )
 
 
@@ -43,11 +43,11 @@ class PromptSet:
         return len(self.prompts) > 0 and isinstance(self.prompts[0], list)
 
 
-def read_jsonl(path: str | Path, required: Sequence[str] = ("prompt",)) -> PromptSet:
-    """Read and check a JSON Lines file.
+def read_set(path: str | Path, required: Sequence[str] = ("prompt",)) -> PromptSet:
+    """Read and check the rows of a file or a directory.
 
     Args:
-      path: a UTF-8 file with one JSON object per line; blank lines are skipped.
+      path: UTF-8 JSON Lines (blank lines are skipped), or what else published.py reads.
       required: keys every row must hold (null counts as missing); "prompt" always is one.
         "completion", "chosen" and "rejected" among them are checked too: text for standard
         prompts, a list of messages for conversational ones.
@@ -56,29 +56,35 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ("prompt",)) -> Promp
       The rows in file order. Keys other than "prompt" become columns.
 
     Raises:
-      ValueError: the file cannot be read or holds no rows, or rows are wrong; all wrong rows
-        are named as file:line in one message.
+      ValueError: what `published.read_rows` raises, no rows, or rows that are wrong; all of them
+        are named as file:line, or file and row, in one message.
     """
-    path = Path(path)
-    rows, problems = _objects(path, _bytes(path, "JSON Lines file", EXAMPLES))
+    return checked(read_rows(path), required)
+
+
+def checked(found: Rows, required: Sequence[str] = ("prompt",)) -> PromptSet:
+    """Check rows and return them as a set; see `read_set`."""
+    _, _, rows, problems = found
     if not rows and not problems:
-        raise ValueError(f"{path}: the file is empty. Expected {EXAMPLES}.")
-    form = _form(rows)
-    for line, row in rows:
-        problems += [(line, fault) for fault in _faults(row, required, form)]
+        raise ValueError(f"{found.source}: the file is empty. Expected {EXAMPLES}.")
+    form = _form(found)
+    problems = problems + [
+        (number, fault) for number, row in rows for fault in _faults(row, required, form)
+    ]
     if problems:
-        # Stable by line, since JSON mistakes are found before mistakes of content.
+        # Stable by number, since what is no object is found before mistakes of content.
         ordered = [
-            f"{path}:{line}: {fault}" for line, fault in sorted(problems, key=lambda p: p[0])
+            f"{found.place(number)}: {fault}"
+            for number, fault in sorted(problems, key=lambda p: p[0])
         ]
         raise ValueError(
-            f"{path}: problems: {len(problems)}{listed(ordered)}\nExpected {EXAMPLES}."
+            f"{found.source}: problems: {len(problems)}{listed(ordered)}\nExpected {EXAMPLES}."
         )
     names = dict.fromkeys(name for _, row in rows for name in row if name != "prompt")
     return PromptSet(
         prompts=tuple(row["prompt"] for _, row in rows),
         columns={name: [row[name] if name in row else None for _, row in rows] for name in names},
-        source=str(path),
+        source=found.source,
     )
 
 
@@ -114,7 +120,7 @@ def _column(prompt_set: PromptSet, name: str) -> list[Any]:
 
 
 def read_prompts(path: str | Path) -> PromptSet:
-    """Read a file of prompts alone: one per line if its name ends in `.txt`, else JSON Lines.
+    """Read a file of prompts alone: one per line if its name ends in `.txt`, else as `read_set`.
 
     Args:
       path: a UTF-8 file; blank lines are skipped, other white space of a text line is kept.
@@ -123,13 +129,19 @@ def read_prompts(path: str | Path) -> PromptSet:
       The prompts in file order; a text file has no columns.
 
     Raises:
-      ValueError: the file cannot be read or holds no prompts, or what `read_jsonl` raises.
+      ValueError: the file cannot be read or holds no prompts, or what `read_set` raises.
     """
     path = Path(path)
     if path.suffix != ".txt":
-        return read_jsonl(path)
+        return read_set(path)
+    if path.is_dir() or not path.exists():
+        wrong = "is a directory" if path.exists() else "no such file"
+        raise ValueError(f"{path}: {wrong}. Expected a text file with one prompt per line.")
     try:
-        text = _bytes(path, "text file", "one prompt per line").decode("utf-8")
+        # Windows editors put a byte-order mark first; it is no part of the first prompt.
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8."
@@ -141,50 +153,16 @@ def read_prompts(path: str | Path) -> PromptSet:
     return PromptSet(prompts=prompts, columns={}, source=str(path))
 
 
-def _bytes(path: Path, kind: str, form: str) -> bytes:
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; give one {kind} inside it.")
-    if not path.exists():
-        raise ValueError(f"{path}: no such file. Expected a {kind}: {form}.")
-    try:
-        # Windows editors put a byte-order mark first; it is no part of the first row.
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _objects(
-    path: Path, content: bytes
-) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
-    """Return the lines as `(line, object)` rows and `(line, fault)` problems."""
-    rows, problems = [], []
-    for line, raw in enumerate(content.split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            problems.append((line, f"not UTF-8 (byte {error.start}); save the file as UTF-8"))
-        except (ValueError, RecursionError) as error:
-            problems.append((line, f"malformed JSON: {error}"))
-        else:
-            if isinstance(row, dict):
-                rows.append((line, row))
-            else:
-                problems.append((line, f"expected a JSON object, found {type(row).__name__}"))
-    return rows, problems
-
-
-def _form(rows: list[tuple[int, dict[str, Any]]]) -> tuple[type, int] | None:
-    """Return the form of the first row with a text or list prompt, and its line."""
-    for line, row in rows:
+def _form(found: Rows) -> tuple[type, str] | None:
+    """Return the form of the first row with a text or list prompt, and which row that is."""
+    for number, row in found.rows:
         if "prompt" in row and isinstance(row["prompt"], str | list):
-            return type(row["prompt"]), line
+            return type(row["prompt"]), f"{found.unit} {number}"
     return None
 
 
 def _faults(
-    row: dict[str, Any], required: Sequence[str], form: tuple[type, int] | None
+    row: dict[str, Any], required: Sequence[str], form: tuple[type, str] | None
 ) -> list[str]:
     wanted = dict.fromkeys(("prompt", *required))
     faults = [
@@ -200,12 +178,12 @@ def _faults(
     return faults
 
 
-def _prompt_faults(prompt: Any, form: tuple[type, int] | None) -> list[str]:
+def _prompt_faults(prompt: Any, form: tuple[type, str] | None) -> list[str]:
     if not isinstance(prompt, str | list):
         return [f"'prompt' is {type(prompt).__name__}; expected text or a list of messages"]
     if form is not None and not isinstance(prompt, form[0]):
         here, there = ("a list of messages", "text")[:: 1 if isinstance(prompt, list) else -1]
-        return [f"mixed forms: this prompt is {here}, that of line {form[1]} is {there}; use one"]
+        return [f"mixed forms: this prompt is {here}, that of {form[1]} is {there}; use one"]
     if isinstance(prompt, str):
         return ["empty prompt"] if not prompt.strip() else _text_faults("'prompt'", prompt)
     faults = _message_faults("prompt", prompt)
@@ -214,7 +192,7 @@ def _prompt_faults(prompt: Any, form: tuple[type, int] | None) -> list[str]:
     return faults
 
 
-def _completion_faults(name: str, completion: Any, form: tuple[type, int] | None) -> list[str]:
+def _completion_faults(name: str, completion: Any, form: tuple[type, str] | None) -> list[str]:
     if form is None:
         return []
     if not isinstance(completion, form[0]):

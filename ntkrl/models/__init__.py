@@ -25,7 +25,14 @@ from ntkrl.models.family import REMAT, Adapters, Family, Running
 from ntkrl.models.hub import local_directory
 from ntkrl.models.lora import Lora, is_adapter
 from ntkrl.models.placing import placements, read_params
-from ntkrl.models.scorers import New, check_scorer, describe_scorer, export_scorer, load_scorer
+from ntkrl.models.scorers import (
+    New,
+    check_scorer,
+    describe_scorer,
+    export_scorer,
+    load_scorer,
+    write_new_scorer,
+)
 from ntkrl.models.whitening import unwhitened, whitened
 from ntkrl.types import Array, Params, Policy
 
@@ -47,6 +54,7 @@ __all__ = [
     "tokenizer_directory",
     "untied",
     "whitened",
+    "write_new_scorer",
 ]
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ntkrl import trees
 from ntkrl.models import armorm, files, hub
 from ntkrl.models.armorm import Described
-from ntkrl.models.assemble import assemble
+from ntkrl.models.assemble import assemble, init_params
 from ntkrl.models.families import FAMILIES, SCORERS, named
 from ntkrl.models.family import Family, Running
 from ntkrl.models.placing import placements, read_params
@@ -158,6 +158,30 @@ def export_scorer(path: str | Path, scorer: Scorer, params: Params, source: str 
     raw["tie_word_embeddings"] = False
     raw.pop("torch_dtype", None)
     files.write_model(Path(path), raw, tensors, source)
+
+
+def write_new_scorer(path: str | Path, raw: dict[str, Any], key: Array, source: str | Path) -> None:
+    """Write a reward model of any known kind with random weights, to try a pipeline out on.
+
+    Args:
+      path: directory, as in `export_scorer`.
+      raw: config.json entries.
+      key: consumed.
+      source: directory whose tokenizer files travel along.
+
+    Raises:
+      ValueError: what `describe_scorer` raises.
+    """
+    _, shapes, family, parsed = _described(raw, jnp.float32, None, None, path)
+    headless = dataclasses.replace(parsed, tie_word_embeddings=True)
+    keys = jax.random.split(key)
+    params = init_params(family, headless, keys[0], jnp.float32)
+    heads = {name: leaves for name, leaves in shapes.items() if name not in params}
+    leaves = trees.named_leaves(params)
+    for number, (name, leaf) in enumerate(trees.named_leaves(heads).items()):
+        draw = jax.random.normal(jax.random.fold_in(keys[1], number), leaf.shape, leaf.dtype)
+        leaves[name] = parsed.initializer_range * draw
+    files.write_model(Path(path), raw, files.stored_tensors(family.weights, leaves), str(source))
 
 
 def _start(leaf: Any, config: Any, new: New, family: Family, mesh: Mesh | None) -> Array:

@@ -216,6 +216,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "diversity/distinct_<n>": ("fraction", "distinct n-grams of words among those of a prompt"),
     "diversity/pass@<k>": ("fraction", "unbiased estimate that one of k samples succeeds"),
     "diversity/best_of_<n>": ("reward", "unbiased estimate of the largest of n rewards"),
+    "diversity/gap_best_of_<n>": ("reward", "the same less that of eval.base, same prompts"),
     "eval/<metric>_low": ("as metric", "lower end of its 95 % interval, bootstrap over prompts"),
     "eval/<metric>_high": ("as metric", "upper end of it"),
     "diversity/<metric>_low": ("as metric", "lower end of its 95 % interval, over prompts"),

@@ -25,6 +25,7 @@ from ntkrl.report.figures import FIGURES, FigureSpec
 from ntkrl.report.runs import Run, comparable, read_runs
 from ntkrl.report.style import CSS
 from ntkrl.report.table import COLUMNS, Row, Stat, number, spread, summary_rows, table_notes
+from ntkrl.report.tables import as_html, tables
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 DOTS_PER_INCH = 180
@@ -111,6 +112,7 @@ def compose(
         _summary(rows),
         _table(rows),
         comparison_section(runs),
+        *map(as_html, tables(runs)),
         _figures(images),
         views,
         _evaluations(runs),

@@ -20,10 +20,15 @@ from ml_collections.config_flags import config_path
 
 Settings = TypeVar("Settings")
 EMPTIED = re.compile(r"--config\.[^.=]+\.[^.=]+=None")
+MINIATURE = re.compile(r"--(no)?config\.miniature(=|$)")
 
 
 def read_config(arguments: Sequence[str], saved: ConfigDict | None = None) -> ConfigDict:
     """Read `--config=FILE` and its overrides, or overrides of a saved config alone.
+
+    A config may hold a table `in_miniature` of (field, value): with `--config.miniature=true` these
+    values take the place of the file's, and overrides that of either. No table is left in what is
+    returned.
 
     Args:
       arguments: command-line words after the command's name.
@@ -52,7 +57,15 @@ def read_config(arguments: Sequence[str], saved: ConfigDict | None = None) -> Co
             f"--config={path}: no such file; configs/ is read relative to {Path.cwd()}."
         )
     plain, _ = _parse(named[-1:], path)
-    return _overridden(arguments, plain, path, None)
+    if "in_miniature" not in plain:
+        return _overridden(arguments, plain, path, None)
+    asked, _ = _parse([*named[-1:], *(word for word in arguments if MINIATURE.match(word))], path)
+    with plain.unlocked(), plain.ignore_type():
+        table = plain.in_miniature
+        del plain.in_miniature
+        for name, value in table if asked.miniature else ():
+            config_path.set_value(name, plain, value)
+    return _overridden([word for word in arguments if word not in named], plain, path, plain)
 
 
 def _overridden(

@@ -29,7 +29,7 @@ def write_similarities(export: Path, samples: Path, out: Path) -> None:
     if out.exists():
         return
     policy, params = models.load(export)
-    texts = _first_samples(data.read_jsonl(samples, ("prompt", "completion")))
+    texts = _first_samples(data.read_set(samples, ("prompt", "completion")))
     tokenizer = data.load_tokenizer(str(export))
     encoded = data.encode_prompts(tokenizer, texts, policy.max_tokens)
     completions = data.encode_completions(tokenizer, texts, policy.max_tokens)

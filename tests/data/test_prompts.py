@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ntkrl.data.prompts import PromptSet, join, read_jsonl, read_prompts
+from ntkrl.data.prompts import PromptSet, join, read_prompts, read_set
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -18,7 +18,7 @@ def _write(tmp_path, *lines):
 
 def test_standard_rows_keep_order_and_columns(tmp_path):
     path = _write(tmp_path, {"prompt": "a", "x": 0}, "", {"prompt": "b", "y": None}, "  ")
-    rows = read_jsonl(path)
+    rows = read_set(path)
     assert rows.prompts == ("a", "b")
     # 0 is a value and None is absence; a key missing in a row is None there.
     assert rows.columns == {"x": [0, None], "y": [None, None]}
@@ -27,7 +27,7 @@ def test_standard_rows_keep_order_and_columns(tmp_path):
 
 
 def test_conversational_rows(tmp_path):
-    rows = read_jsonl(_write(tmp_path, {"prompt": USER, "answer": "4"}))
+    rows = read_set(_write(tmp_path, {"prompt": USER, "answer": "4"}))
     assert rows.prompts == (USER,)
     assert rows.conversational
     assert rows.columns == {"answer": ["4"]}
@@ -35,26 +35,26 @@ def test_conversational_rows(tmp_path):
 
 def test_completions_of_both_forms(tmp_path):
     wanted = ("prompt", "completion")
-    rows = read_jsonl(_write(tmp_path, {"prompt": "a", "completion": "b"}), wanted)
+    rows = read_set(_write(tmp_path, {"prompt": "a", "completion": "b"}), wanted)
     assert rows.columns["completion"] == ["b"]
     answer = [{"role": "assistant", "content": "hi"}]
-    rows = read_jsonl(_write(tmp_path, {"prompt": USER, "completion": answer}), wanted)
+    rows = read_set(_write(tmp_path, {"prompt": USER, "completion": answer}), wanted)
     assert rows.columns["completion"] == [answer]
 
 
 def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n')
-    assert read_jsonl(path).prompts == ("a", "b")
+    assert read_set(path).prompts == ("a", "b")
 
 
 def test_missing_file_directory_and_empty_file(tmp_path):
-    with pytest.raises(ValueError, match=r"absent.jsonl: no such file. Expected .*\"prompt\""):
-        read_jsonl(tmp_path / "absent.jsonl")
-    with pytest.raises(ValueError, match="is a directory; give one JSON Lines file"):
-        read_jsonl(tmp_path)
+    with pytest.raises(ValueError, match=r"absent.jsonl: no such file. Allowed are JSON Lines"):
+        read_set(tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match="is a directory, and holds no data file"):
+        read_set(tmp_path)
     with pytest.raises(ValueError, match=r"rows.jsonl: the file is empty. Expected"):
-        read_jsonl(_write(tmp_path, "", "  "))
+        read_set(_write(tmp_path, "", "  "))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_missing_file_directory_and_empty_file(tmp_path):
 def test_bad_row_is_named_by_line(tmp_path, row, message):
     path = _write(tmp_path, {"prompt": "good"}, "", row)
     with pytest.raises(ValueError, match=f"(?s)problems: 1\n.*rows.jsonl:3: {message}.*Expected"):
-        read_jsonl(path)
+        read_set(path)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_bad_row_is_named_by_line(tmp_path, row, message):
 )
 def test_bad_messages_are_named_by_line(tmp_path, prompt, message):
     with pytest.raises(ValueError, match=f"rows.jsonl:2: {message}"):
-        read_jsonl(_write(tmp_path, {"prompt": USER}, {"prompt": prompt}))
+        read_set(_write(tmp_path, {"prompt": USER}, {"prompt": prompt}))
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,14 @@ def test_bad_messages_are_named_by_line(tmp_path, prompt, message):
 def test_bad_completions_are_named_only_where_required(tmp_path, row, message):
     path = _write(tmp_path, row)
     with pytest.raises(ValueError, match=f"rows.jsonl:1: {message}"):
-        read_jsonl(path, required=("prompt", "completion"))
-    read_jsonl(path)
+        read_set(path, required=("prompt", "completion"))
+    read_set(path)
 
 
 def test_required_column_absent_in_a_row(tmp_path):
     path = _write(tmp_path, {"prompt": "a", "target": 0}, {"prompt": "b"})
     with pytest.raises(ValueError, match="rows.jsonl:2: no 'target'") as caught:
-        read_jsonl(path, required=("target",))
+        read_set(path, required=("target",))
     assert ":1:" not in str(caught.value)  # a target of 0 is there
 
 
@@ -128,13 +128,13 @@ def test_not_utf8_is_named_by_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl:2: not UTF-8 \(byte 12\); save"):
-        read_jsonl(path)
+        read_set(path)
 
 
 def test_all_problems_in_line_order_ten_shown(tmp_path):
     rows = [{"prompt": ""} if i % 2 else "nonsense" for i in range(13)]
     with pytest.raises(ValueError, match="problems: 13") as caught:
-        read_jsonl(_write(tmp_path, *rows))
+        read_set(_write(tmp_path, *rows))
     lines = [line for line in str(caught.value).splitlines() if "rows.jsonl:" in line][1:]
     assert [line.split("rows.jsonl:")[1].split(":")[0] for line in lines] == [
         str(i) for i in range(1, 11)
@@ -154,7 +154,7 @@ def test_text_files_hold_one_prompt_per_line(tmp_path):
 
 def test_text_files_that_cannot_be_read(tmp_path):
     path = tmp_path / "prompts.txt"
-    with pytest.raises(ValueError, match="no such file. Expected a text file: one prompt per line"):
+    with pytest.raises(ValueError, match="no such file. Expected a text file with one prompt"):
         read_prompts(path)
     path.write_bytes(b"a\n\xff\n")
     with pytest.raises(ValueError, match=r"prompts.txt: not UTF-8 \(byte 2\); save the file"):

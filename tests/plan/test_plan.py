@@ -125,7 +125,8 @@ def test_the_papers_configs(name):
     run = run_of(assembly.read_settings(runtime.read_config(given)))
     assert run.policy.config.num_hidden_layers == 32 and run.mesh.shape["fsdp"] == 8
     batch, _ = programs.minibatch(run, len(run.stages) - 1)
-    assert batch.tokens.shape == ((32 if name == "sft" else 16), 1024)
+    # 512 tokens and what the template writes around a prompt, or after a response
+    assert batch.tokens.shape == ((32, 515 + 513) if name == "sft" else (16, 515 + 512))
     assert list(run.rewards) == ([] if name == "sft" else ["ArmoRM-Llama3-8B-v0.1"])
 
 

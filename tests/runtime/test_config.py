@@ -52,6 +52,48 @@ def test_round_trip_through_json():
     assert again.stages[0].name == first.stages[0].name
 
 
+SMALL = """
+from configs import base
+
+def get_config(name="a"):
+    config = base.get_config()
+    config.name, config.model.path, config.reward.function = name, "full", "expressions"
+    config.miniature = False
+    config.in_miniature = (
+        ("model.path", "tiny"),
+        ("data.prompts_per_step", 2),
+        ("reward.function", None),
+        ("stages", (base.stage("one", 1, ((".*", 0.5),)), base.stage("two", 2, ((".*", 0.5),)))),
+    )
+    return config
+"""
+
+
+def test_a_table_of_values_for_a_miniature(tmp_path):
+    """by hand: the table above the file, overrides above the table, parts of its values too."""
+    path = tmp_path / "small.py"
+    path.write_text(SMALL)
+
+    def values(*words):
+        found = runtime.read_config([f"--config={path}:b", *words])
+        assert "in_miniature" not in found and found.name == "b"
+        steps = [stage.steps for stage in found.stages]
+        return found.model.path, found.data.prompts_per_step, found.reward.function, steps
+
+    full = ("full", 16, "expressions", [100])
+    assert values() == values("--config.miniature=false") == full
+    tiny = ("tiny", 2, None, [1, 2])
+    assert values("--config.miniature=true") == values("--config.miniature") == tiny
+    more = ["--config.data.prompts_per_step=5", "--config.stages[1].steps=7"]
+    assert values("--config.miniature=true", *more) == ("tiny", 5, None, [1, 7])
+    assert values("--config.miniature=true", "--config.model.path=None")[0] is None
+    with pytest.raises(ValueError, match=r"stages\[1\].* out of range"):
+        values(*more)
+    config = runtime.read_config([f"--config={path}", "--config.miniature=true"])
+    saved = runtime.from_json(runtime.to_json(config))
+    assert runtime.read_config(["--config.seed=1"], saved).model.path == "tiny"
+
+
 @pytest.mark.parametrize(
     "words,message",
     [

@@ -1,0 +1,215 @@
+"""The paper's pipeline in miniature: what launch/paper.sh runs, on made-up models and data."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ntkrl import runtime
+from ntkrl.assembly import read_settings
+from tests.children import Children
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ["data", "sft", "reward", "rl", "grpo", "cfrl", "evaluation"]
+VARIANTS = ["pythia-2.8b", "pythia-1b", "llama-3.2-1b"]
+
+
+def script(runs, *words, **settings):
+    """Run launch/paper.sh with a program that prints its words; return its lines."""
+    given = {"MINIATURE": "1", "RUNS": str(runs), "NTKRL": "echo ntkrl", **settings}
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "paper.sh"), *words],
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout.splitlines()
+
+
+def commands(runs, **settings):
+    """Return the words of every command of the chain."""
+    found = []
+    for line in script(runs, "--dry-run", **settings):
+        words = shlex.split(line)
+        script_words = words[: words.index("launch/local.sh") + 1] if words[0] == "env" else []
+        found.append(["train", *words[len(script_words) :]] if script_words else words[2:])
+    return found
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run):
+    """The rollout steps that were logged, the start not counted."""
+    return [line["rollout_step"] for line in lines(run)[1:]]
+
+
+def finished(children, several):
+    """Run commands in one process to their end."""
+    status, said = children.run(several)
+    assert status == 0, said
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory):
+    """Child processes that share compiled programs."""
+    found = Children(tmp_path_factory.mktemp("cache"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, children):
+    """The directories of the whole chain; CF-RL was killed in its third checkpoint."""
+    place = tmp_path_factory.mktemp("chain") / "runs"
+    found = commands(place)
+    cfrl = next(n for n, words in enumerate(found) if words[0] == "train" and "cfrl" in words[1])
+    finished(children, found[:cfrl])
+    assert children.run(found[cfrl], dies_in_save=3)[0] == -9
+    finished(children, found[cfrl:])
+    return place
+
+
+def test_the_chain(runs):
+    """story: every part wrote what the next one reads, and the report compares them."""
+    written = json.loads((runs / "data" / "summary.json").read_text())["written"]
+    assert written["rl.jsonl"] == 8 and written["sft.jsonl"] == 25
+    statistics = json.loads((runs / "sft/evaluations/statistics.rewards.json").read_text())[
+        "rewards"
+    ]
+    assert [len(values) for values in statistics.values()] == [4 * 2]
+    # an epoch of 8 prompts: two steps of four; GRPO's has groups of eight, on two prompts a step
+    for method, count in (("rl", 12), ("grpo", 6), ("cfrl", 2 + 12)):
+        assert steps(runs / f"{method}-0") == list(range(1, count + 1))
+    found = lines(runs / "cfrl-0")
+    assert [line["stage"] for line in found[1:]] == ["classifier"] * 2 + ["all"] * 12
+    # ArmoRM's shape: every attribute is logged
+    assert "logged/helpsteer-verbosity" in found[1]
+    told = json.loads((runs / "cfrl-0/evaluations/test.json").read_text())
+    assert {"eval/win_rate", "diversity/gap_best_of_2", "diversity/best_of_2"} <= set(told)
+    page = (runs / "report" / "index.html").read_text()
+    assert "How alike features are" in page and "Best of N" in page
+    assert "paper-cfrl, seed 0: test, gap" in page
+
+
+def test_configs_say_what_was_run(runs):
+    """law: no table is left in a run's config, and what the command line gave stands above it."""
+    config = json.loads((runs / "rl-0" / "config.json").read_text())
+    assert config["miniature"] is True and "in_miniature" not in config
+    assert config["data"]["prompts_per_step"] == 4
+    assert config["model"]["path"] == str(runs / "sft" / "export")
+    assert config["stages"][0]["epochs"] == 6.0
+
+
+def test_a_second_run_repeats_nothing(runs, children):
+    """law: evaluations and data that are there are not made again, trained runs say they are."""
+    left = [shlex.split(line)[1] for line in script(runs)]
+    assert left == ["train"] * 4 + ["report"]
+    before = {path: path.stat().st_mtime_ns for path in (runs / "cfrl-0").rglob("*")}
+    status, said = children.run(commands(runs)[-4])
+    assert status == 0 and "is finished; remove it to run again" in said
+    assert {path: path.stat().st_mtime_ns for path in (runs / "cfrl-0").rglob("*")} == before
+
+
+def test_a_reward_model(runs, children, tmp_path):
+    """story: trained on the pairs that are not RL's, from the SFT model."""
+    words = [
+        "train",
+        "--config=configs/paper/reward.py",
+        "--config.miniature=true",
+        f"--config.run_dir={tmp_path}",
+        f"--config.model.path={runs / 'sft' / 'export'}",
+        f"--config.data.path={runs / 'data' / 'reward.jsonl'}",
+        f"--config.data.eval_path={runs / 'data' / 'test.jsonl'}",
+    ]
+    status, said = children.run(words)
+    assert status == 0, said
+    found = lines(tmp_path)
+    assert len(found) == 1 + 4 and "eval/accuracy" in found[-1]
+    assert (tmp_path / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_read(name, variant):
+    """law: of every model, in full size and in miniature."""
+    given = [f"--config=configs/paper/{name}.py:{variant}"]
+    full = read_settings(runtime.read_config(given))
+    small = read_settings(runtime.read_config([*given, "--config.miniature=true"]))
+    assert full.model.path.lower().endswith(variant)
+    assert small.model.path.startswith("runs/miniature/")
+    assert small.rollout.max_completion_tokens < full.rollout.max_completion_tokens
+    assert full.stages[-1].epochs == small.stages[-1].epochs
+
+
+def test_the_papers_numbers():
+    """golden: what the paper reports and what its code has, but for our unit of epochs."""
+    found = {
+        name: read_settings(runtime.read_config([f"--config=configs/paper/{name}.py"]))
+        for name in CONFIGS
+    }
+    cfrl, rl, grpo = found["cfrl"], found["rl"], found["grpo"]
+    assert [stage.epochs for stage in cfrl.stages] == [1.0, 6.0]
+    assert cfrl.stages[0].parameters == (("head/.*", 1e-6), (".*", None))
+    assert rl.stages == cfrl.stages[1:]
+    counts = [one.stages[-1].epochs / one.data.prompts_per_step for one in (rl, grpo)]
+    assert counts[0] == counts[1]  # as many steps, of as many completions
+    assert rl.minibatch_rows == grpo.minibatch_rows == 16
+    assert (rl.objective.kl_coefficient, rl.objective.kl_place) == (0.05, "reward")
+    assert found["reward"].stages[0].parameters == ((".*", 5e-7),)
+    assert found["reward"].preference.centring == 0.01
+    assert found["evaluation"].evaluation.prompts == 500
+    assert found["evaluation"].evaluation.samples_per_prompt == 10
+    small = read_settings(runtime.read_config(["--config=configs/paper/rl.py:pythia-1b"]))
+    assert small.minibatch_rows == 32 and small.stages[0].epochs == 2.0
+
+
+@pytest.mark.slow
+def test_the_llama_chain(tmp_path, children):
+    """story: a tied head that is untied, tokens that are added, SFT on chosen responses."""
+    place = tmp_path / "runs"
+    finished(children, commands(place, VARIANT="llama-3.2-1b"))
+    chosen = (place / "data" / "sft.jsonl").read_text().splitlines()
+    assert len(chosen) == 32
+    config = json.loads((place / "cfrl-0" / "export" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False and config["vocab_size"] == 264
+
+
+def groups(place):
+    """Return the groups of the processes that were told of a directory."""
+    found = subprocess.check_output(["ps", "-ww", "-eo", "pgid,args"], text=True).splitlines()
+    lines_of = [line.split(maxsplit=1) for line in found]
+    return {int(group) for group, words in lines_of if str(place) in words} - {os.getpgid(0)}
+
+
+@pytest.mark.slow
+def test_the_script_goes_on_after_a_kill(tmp_path):
+    """story: killed with everything it started, run again, it ends as if nothing had happened."""
+    runs = tmp_path / "runs"
+    program = f"{sys.executable} -m ntkrl"
+    settings = {"MINIATURE": "1", "RUNS": str(runs), "NTKRL": program, "XLA_FLAGS": ""}
+    command = ["bash", str(ROOT / "launch" / "paper.sh")]
+    given = {"env": {**os.environ, **settings}, "start_new_session": True}
+    process = subprocess.Popen(command, **given)
+    until = time.monotonic() + 900
+    while not list((runs / "rl-0" / "checkpoints").glob("[0-9]*")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.2)
+    # local.sh puts the run in a group of its own: end that one too
+    os.killpg(process.pid, signal.SIGKILL)
+    for group in groups(runs):
+        os.killpg(group, signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL and len(steps(runs / "rl-0")) < 12
+    assert subprocess.run(command, **given, check=False, timeout=1800).returncode == 0
+    for method, count in (("rl", 12), ("grpo", 6), ("cfrl", 2 + 12)):
+        assert steps(runs / f"{method}-0") == list(range(1, count + 1))
+    assert (runs / "report" / "index.html").exists()
