@@ -73,7 +73,7 @@ def test_a_ledger_of_every_stage(base, tmp_path, capsys):  # noqa: F811
     assert {"ledger/policy_share", "ledger/positive_share", "probe/other/log_prob"} <= names
     assert {"probe/squeeze_greedy", "signal/entropy_share", "weights/unchanged"} <= names
     assert {"probe/ches", "probe/head_sum_wrong", "signal/noise", "ledger/kl_share"} <= names
-    assert {"probe/linearity", "weights/direction_cosine"} <= names
+    assert {"probe/linearity", "weights/linearity", "weights/direction_cosine"} <= names
     assert all(map(is_known, names))
     place = run / "probes" / "set.npz"  # resumed runs read it (tests/test_resume.py)
     place.write_bytes(place.read_bytes()[:100])

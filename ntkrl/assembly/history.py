@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -17,8 +18,12 @@ DIRECTION = "direction"
 front."""
 
 
+LINES = {"probe": "log_probs", "weights": "weights"}
+"""What is laid lines through: the array of a look, by the room of its metrics."""
+
+
 class History:
-    """How straight the probe tokens' log-probs run, and how directions of ΔW turn."""
+    """How straight log-probs and weights run, and how directions of ΔW turn."""
 
     def __init__(self, directory: Path):
         """Read nothing yet.
@@ -27,29 +32,29 @@ class History:
           directory: that looks write `step_*.npz` to.
         """
         self.directory = directory
-        self.line: probe.linearity.LineSums | None = None
+        self.lines: dict[str, probe.linearity.LineSums] = {}
 
-    def straightness(self, step: int, log_probs: np.ndarray) -> dict[str, float]:
-        """Add a look, and say how well lines in the step explain the log-probs of all of them.
+    def straightness(self, step: int, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Add a look, and say how well lines in the step explain what all of them saw.
 
         Args:
           step: the optimizer step that was looked at; rising.
-          log_probs: `[O]` before it.
+          arrays: of the look, with those of LINES, all before the step.
 
         Returns:
-          `probe/linearity` and `probe/linearity_pooled` (see `linearity.line_fit`), of three looks
-          or more.
+          `<room>/linearity` and `<room>/linearity_pooled` (see `linearity.line_fit`), of three
+          looks or more.
         """
-        if self.line is None:
+        if not self.lines:
             for number, path in self._before(step):
-                arrays = read_arrays(path)
-                if arrays is not None:
-                    self._extend(number, arrays["log_probs"])
-        self._extend(step, log_probs)
-        if self.line.count < 3:
-            return {}
-        _, scalars = probe.linearity.line_fit(self.line)
-        found = {f"probe/{name}": float(value) for name, value in scalars.items()}
+                held = read_arrays(path)
+                self._extend(number, {} if held is None else held)
+        self._extend(step, arrays)
+        found = {}
+        for room, line in self.lines.items():
+            if line.count >= 3:
+                _, scalars = probe.linearity.line_fit(line)
+                found |= {f"{room}/{name}": float(value) for name, value in scalars.items()}
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def turning(self, step: int, leading: dict[str, Leading]) -> dict[str, float]:
@@ -79,12 +84,15 @@ class History:
         """Find the looks before a step; those after it are of a run that goes on otherwise."""
         return [found for found in step_files(self.directory, ".npz") if found[0] < step]
 
-    def _extend(self, step: int, log_probs: np.ndarray) -> None:
-        add = probe.linearity.extend_line
-        given = log_probs, float(step)
-        self.line = (
-            probe.linearity.start_line(*given) if self.line is None else add(self.line, *given)
-        )
+    def _extend(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        for room, name in LINES.items():
+            if name not in arrays:
+                continue
+            given = arrays[name], float(step)
+            if room in self.lines:
+                self.lines[room] = probe.linearity.extend_line(self.lines[room], *given)
+            else:
+                self.lines[room] = probe.linearity.start_line(*given)
 
 
 def direction_arrays(leading: dict[str, Leading]) -> dict[str, np.ndarray]:

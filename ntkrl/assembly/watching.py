@@ -151,8 +151,9 @@ class Watcher:
         if before.opt_state is not None:
             found, kept = self._directions(after.params, number)
             metrics, arrays = metrics | found, arrays | kept
+        arrays["weights"] = trees.whole(probe.weights.some_entries(before.params))
         if runtime.is_writer():
-            metrics |= self.history.straightness(number, arrays["log_probs"])
+            metrics |= self.history.straightness(number, arrays)
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
         if not self.setup.settings.data.packing:
             step = step._replace(batch=self._widened(step.batch))

@@ -6,10 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ntkrl import trees
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params
+
+ENTRIES = 4096
+"""Weights that are followed through a run."""
 
 
 @jax.jit
@@ -37,6 +41,26 @@ def update_sparsity(
         for kind in ("bf16_visible", "unchanged")
     }
     return overall, by_leaf
+
+
+@jax.jit
+def some_entries(params: Params) -> Array:
+    """Return ENTRIES entries (all where there are fewer) from the same places at every call.
+
+    Args:
+      params: any tree.
+
+    Returns:
+      `[n]`, places evenly spread over all entries, leaf by leaf.
+    """
+    leaves = jax.tree.leaves(params)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    places = np.unique(np.linspace(0, ends[-1] - 1, ENTRIES).round().astype(np.int64))
+    found = []
+    for leaf, end in zip(leaves, ends, strict=True):
+        own = places[(end - leaf.size <= places) & (places < end)] - (end - leaf.size)
+        found.append(at_least_float32(leaf[np.unravel_index(own, leaf.shape)]))
+    return jnp.concatenate(found)
 
 
 def _sparsity(before: Array, after: Array, tolerance: float) -> dict[str, Array]:

@@ -138,6 +138,7 @@ def paths(runs: Sequence[Run]) -> Figure | None:
     """Draw how straight log-probs and weights move, and how noisy their direction is."""
     rows = (
         ("probe/linearity", "log-probs on a line"),
+        ("weights/linearity", "weights on a line"),
         ("weights/direction_cosine", "ΔW, same direction"),
         ("signal/signal_to_noise", "gradient signal"),
     )
@@ -305,11 +306,11 @@ FIGURES: tuple[FigureSpec, ...] = (
     FigureSpec(
         "straightness",
         "How straight training runs",
-        "How well straight lines in the step explain the log-probs of probe tokens so far (mean "
-        "R², 1: every token rises or falls at one rate); cosine of the direction in which weight "
-        "matrices have moved most with that at the ledger before (1: the same); and the squared "
-        "mean of the samples' gradients over their variance (well below 1 over the number of "
-        "samples: the batch hardly tells the gradient from noise).",
+        "How well straight lines in the step explain the log-probs of probe tokens, and 4096 "
+        "weights, so far (mean R², 1: each rises or falls at one rate); cosine of the direction "
+        "in which weight matrices have moved most with that at the ledger before (1: the same); "
+        "and the squared mean of the samples' gradients over their variance (well below 1 over "
+        "the number of samples: the batch hardly tells the gradient from noise).",
         paths,
     ),
     FigureSpec(

@@ -155,8 +155,8 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "weights/bf16_visible": ("fraction", "entries whose bfloat16 rounding differs from θ_0's"),
     "weights/unchanged": ("fraction", "entries with |θ_t − θ_0| ≤ 1e-5"),
     "weights/direction_cosine": ("cosine", "weights/<leaf>/direction_cosine, mean over leaves"),
-    "weights/linearity": ("fraction", "mean R² of a line through each entry that moved"),
-    "weights/linearity_pooled": ("fraction", "variance of all entries that such lines explain"),
+    "weights/linearity": ("fraction", "mean R² of a line through each of 4096 entries"),
+    "weights/linearity_pooled": ("fraction", "variance of these entries that such lines explain"),
     # what a batch holds to learn from
     "signal/reward_variance": ("reward²", "mean over prompts of the variance of its rewards"),
     "signal/mean_square": ("norm²", "‖mean g‖² of per-sample gradients, before clipping"),

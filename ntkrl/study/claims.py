@@ -17,6 +17,7 @@ import numpy as np
 from ntkrl.intervals import Interval, Paired
 from ntkrl.study import results as found
 from ntkrl.study.results import Results
+from ntkrl.study.similarity import read_similarities
 
 LEVEL = 0.05
 HOLDS, PARTLY, FAILS, UNKNOWN = "holds", "partly", "does not hold", "not run"
@@ -179,17 +180,50 @@ def gap(results: Results, size: str) -> Verdict:
 
 
 def support(results: Results, size: str) -> Verdict:
-    """Support: RL loses more right answers than it gains."""
-    lost, gained = (
-        results.over_seeds(size, "rl", found.last(f"diversity/support_{word}"))
-        for word in ("lost", "gained")
-    )
+    """Support: RL loses more right answers than it gains, beyond what sampling again does.
+
+    Before the first step the same model is compared with its own earlier samples: what is lost and
+    gained then is chance.
+    """
+
+    def surplus(measure: Callable[[str], Callable[[found.Run], float]]) -> np.ndarray:
+        lost, gained = (
+            results.over_seeds(size, "rl", measure(f"diversity/support_{word}"))
+            for word in ("lost", "gained")
+        )
+        return lost - gained
+
     claim = "of the right answers among the samples, RL loses more than it gains"
-    told = _difference(6, f"{size}, expressions", claim, gained, lost)
-    kept = found.mean_interval(results.over_seeds(size, "rl", found.last("diversity/support_kept")))
-    words = [_plain(found.mean_interval(values)) for values in (lost, gained)]
-    counts = f"kept {_plain(kept)}, lost {words[0]}, gained {words[1]}"
-    return told._replace(number=f"{counts}; {told.number}")
+    by_chance, after = surplus(found.first), surplus(found.last)
+    told = _difference(6, f"{size}, expressions", claim, by_chance, after)
+    words = []
+    for word in ("kept", "lost", "gained"):
+        name = f"diversity/support_{word}"
+        chance, end = (
+            _plain(found.mean_interval(results.over_seeds(size, "rl", measure(name))))
+            for measure in (found.first, found.last)
+        )
+        words.append(f"{word} {end} (by chance {chance})")
+    return told._replace(number=f"{', '.join(words)}; lost − gained: {told.number}")
+
+
+def depths(results: Results, size: str) -> Verdict:
+    """Cosines of features of other prompts by depth, before and after RL; no claim."""
+    ends = []
+    for arm in ("base", "rl"):
+        places = [results.study.place(size, arm, seed) for seed in results.study.seeds]
+        held = [read_similarities(place / "similarity.json") for place in places]
+        rows = [one["across_prompts"] for one in held if one is not None]
+        ends.append(np.mean(rows, axis=0) if rows else None)
+    claim = "cosine of features of other prompts by depth, before and after RL"
+    task = f"{size}, expressions"
+    if any(end is None for end in ends):
+        return Verdict(1, task, claim, "-", UNKNOWN)
+    told = [
+        f"{depth}: {before:.3g} to {after:.3g}"
+        for depth, (before, after) in enumerate(zip(*ends, strict=True), start=1)
+    ]
+    return Verdict(1, task, claim, f"layers {'; '.join(told)}", "")
 
 
 class Versus(NamedTuple):
@@ -245,6 +279,7 @@ COMPARED = (
     ),
 )
 OF_ARMS: tuple[tuple[str, Callable[[Results, str], Verdict]], ...] = (
+    ("rl", depths),
     ("sgd", sgd),
     ("sgd_head", sgd_head),
     ("rl", adam),

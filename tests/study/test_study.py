@@ -35,7 +35,8 @@ def lines(name, step):
     found |= {"probe/cosine_across_prompts": 0.7, "eval/distinct_completions": 0.9 - 0.1 * share}
     found |= {"probe/head_norm": 5.0, "probe/feature_distortion_relative": 0.1}
     found |= {"diversity/best_of_1": 0.3 + 0.2 * share, "diversity/best_of_64": 0.9}
-    found |= {f"diversity/support_{word}": 4.0 for word in ("kept", "lost", "gained")}
+    found |= {f"diversity/support_{word}": 4.0 for word in ("kept", "gained")}
+    found["diversity/support_lost"] = 4.0 + step
     return found | {"predict/correlation": 0.99, "predict/relative_error": 0.1}
 
 
@@ -201,7 +202,8 @@ def test_verdicts_of_known_numbers(tmp_path):
     gap = next(one for claim, one in told.items() if "best-of-N closes" in claim)
     assert gap.verdict == "holds" and "lead 0.2 to 0" in gap.number
     support = next(one for claim, one in told.items() if "loses more than it gains" in claim)
-    assert support.verdict == "does not hold"
+    assert support.verdict == "holds"
+    assert "lost 12 (by chance 4), gained 4 (by chance 4)" in support.number
     assert (
         told["the same with the head alone, whose logits are exactly linear"].verdict == "not run"
     )
