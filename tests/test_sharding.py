@@ -107,10 +107,10 @@ def alone():
 
 
 def spread_cases():
-    """Every family on every mesh; between the extremes all but two families are slow's."""
+    """Every family on every mesh; all but two families are slow's but for two meshes."""
     for case in EACH:
         for name, sizes in MESHES.items():
-            slow = name in ("4x2", "2x4") and case not in ("gpt-neox", "llama 3")
+            slow = name in ("8x1", "4x2", "2x4") and case not in ("gpt-neox", "llama 3")
             # what one device finds is found once, where the family's tests stay together
             marks = [pytest.mark.xdist_group(case)] + [pytest.mark.slow] * slow
             yield pytest.param(case, sizes, id=f"{case}-{name}", marks=marks)
