@@ -18,6 +18,7 @@ from tests.children import Children
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ["data", "sft", "reward", "rl", "grpo", "cfrl", "evaluation"]
 VARIANTS = ["pythia-2.8b", "pythia-1b", "llama-3.2-1b"]
+TOGETHER = pytest.mark.xdist_group("paper")  # the chain is run once
 
 
 def script(runs, *words, **settings):
@@ -79,6 +80,7 @@ def runs(tmp_path_factory, children):
     return place
 
 
+@TOGETHER
 def test_the_chain(runs):
     """story: every part wrote what the next one reads, and the report compares them."""
     written = json.loads((runs / "data" / "summary.json").read_text())["written"]
@@ -101,6 +103,7 @@ def test_the_chain(runs):
     assert "paper-cfrl, seed 0: test, gap" in page
 
 
+@TOGETHER
 def test_configs_say_what_was_run(runs):
     """law: no table is left in a run's config, and what the command line gave stands above it."""
     config = json.loads((runs / "rl-0" / "config.json").read_text())
@@ -110,6 +113,7 @@ def test_configs_say_what_was_run(runs):
     assert config["stages"][0]["epochs"] == 6.0
 
 
+@TOGETHER
 def test_a_second_run_repeats_nothing(runs, children):
     """law: evaluations and data that are there are not made again, trained runs say they are."""
     left = [shlex.split(line)[1] for line in script(runs)]
@@ -120,6 +124,7 @@ def test_a_second_run_repeats_nothing(runs, children):
     assert {path: path.stat().st_mtime_ns for path in (runs / "cfrl-0").rglob("*")} == before
 
 
+@TOGETHER
 def test_a_reward_model(runs, children, tmp_path):
     """story: trained on the pairs that are not RL's, from the SFT model."""
     words = [
