@@ -5,6 +5,8 @@ Command:
 Every row holds "prompt" and "completion", in TRL's standard or conversational form.
 """
 
+from ml_collections.config_dict import placeholder
+
 from configs import base
 
 
@@ -16,6 +18,6 @@ def get_config():
     config.method = "sft"
     config.data.prompts_per_step = 32
     config.stages = (base.stage("all", 200, ((".*", 1e-5),)),)
-    config.eval.every_steps = None
-    config.probe.every_steps = None
+    config.eval.every_steps = placeholder(int)
+    config.probe.every_steps = placeholder(int)
     return config

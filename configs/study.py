@@ -18,6 +18,7 @@ to neither takes RL's.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import base
 from configs.quickstart import base as quickstart_base
@@ -117,7 +118,8 @@ def reward_model(size, values):
     config.stages = (base.stage("all", 2 * values["steps"], ((".*", 3e-4),)),)
     config.eval.every_steps = max(values["steps"] // 4, 1)
     config.eval.prompts = 256
-    config.probe.every_steps = config.probe.ledger_every_steps = None
+    config.probe.every_steps = placeholder(int)
+    config.probe.ledger_every_steps = placeholder(int)
     return config
 
 
@@ -221,7 +223,7 @@ def _one_step(parameters):
         config.stages = (row,)
         config.eval.base = None
         config.eval.prompts, config.eval.samples_per_prompt, config.eval.repeats = 1, 1, 1
-        config.probe.ledger_every_steps = None
+        config.probe.ledger_every_steps = placeholder(int)
 
     return change
 

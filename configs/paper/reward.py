@@ -10,6 +10,8 @@ epoch, centring 0.01, gradients clipped at norm 1 (the default of transformers' 
 every 100 steps. Our choice: 500 pairs in an evaluation. The paper's own runs take ArmoRM itself.
 """
 
+from ml_collections.config_dict import placeholder
+
 from configs.paper import base
 
 FILES = (("data.path", "data/reward.jsonl"), ("data.eval_path", "data/test.jsonl"))
@@ -25,7 +27,7 @@ def get_config(variant="pythia-2.8b"):
     config.stages = (base.stage("all", ((".*", 5e-7),), max_grad_norm=1.0, epochs=1.0),)
     config.eval.every_steps = 100
     config.eval.prompts = 500
-    config.probe.every_steps = None
+    config.probe.every_steps = placeholder(int)
     config.in_miniature += (
         ("model.path", "runs/miniature/sft/export"),
         ("data.prompts_per_step", 8),

@@ -10,6 +10,8 @@ Llama-3.2-1B learn from the chosen responses of the reward model's part of Ultra
 choice: the longest prompt and completion, which the code bounds together.
 """
 
+from ml_collections.config_dict import placeholder
+
 from configs.paper import base
 
 
@@ -23,8 +25,8 @@ def get_config(variant="pythia-2.8b"):
     config.data.held_out = 0.0
     config.rollout.max_completion_tokens = 512 + 1  # and the end of the turn
     config.stages = (base.stage("all", ((".*", 1e-6),), max_grad_norm=1.0, epochs=1.0),)
-    config.eval.every_steps = None
-    config.probe.every_steps = None
+    config.eval.every_steps = placeholder(int)
+    config.probe.every_steps = placeholder(int)
     config.in_miniature += (
         ("model.vocab_size", base.VARIANTS[variant].in_miniature[1]),
         ("data.prompts_per_step", 8),

@@ -4,6 +4,8 @@ Command: python -m ntkrl train --config=configs/quickstart/base.py
 Hardware: two CPU cores.
 """
 
+from ml_collections.config_dict import placeholder
+
 from configs import base
 
 
@@ -28,5 +30,6 @@ def get_config():
     config.eval.every_steps = 600
     config.eval.samples_per_prompt = 16
     config.eval.repeats = 4
-    config.probe.every_steps = config.probe.ledger_every_steps = None
+    config.probe.every_steps = placeholder(int)
+    config.probe.ledger_every_steps = placeholder(int)
     return config

@@ -234,3 +234,11 @@ def test_ranking():
     other = read_settings(read("--config.checkpoint.keep_best=1", *given)).checkpoint
     assert best_of(other, "reward") == runtime.Best(1, "kl", "min")
     assert best_of(read_settings(read()).checkpoint, "reward") is None
+
+
+@pytest.mark.parametrize("name", ["sft", "paper/sft", "paper/reward", "quickstart/base"])
+def test_what_a_config_turns_off_can_be_turned_on(name):
+    """by hand: probes that a config leaves out are asked for on the command line."""
+    word = f"--config=configs/{name}.py"
+    assert runtime.read_config([word]).probe.every_steps is None
+    assert runtime.read_config([word, "--config.probe.every_steps=3"]).probe.every_steps == 3
