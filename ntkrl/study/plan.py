@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkrl import runtime
 from ntkrl.report import read_run, series
 
 Rates = Mapping[str, float]
@@ -185,7 +186,7 @@ class Commands:
             rows = [{**r, "reward": mean} for r, mean in zip(_points(grid), means, strict=True)]
             told[arm] = {"chosen": found[arm], "tried": rows}
         path = self.study.root / self.study.tuned / "rates.json"
-        path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        runtime.save_text(path, json.dumps(told, indent=2) + "\n")
         return found
 
     def train(

@@ -13,6 +13,7 @@ import numpy as np
 
 from ntkrl import intervals
 from ntkrl.report import Run, read_run, series
+from ntkrl.report.probes import read_arrays, step_files
 from ntkrl.study.plan import StudySettings
 
 TRAINING = ("sample", "reward", "score", "update", "data")
@@ -136,12 +137,11 @@ def entropy_shares(run: Run) -> tuple[float, float]:
     others (G); mean over probe tokens, summed over steps (nats).
     """
     head = body = 0.0
-    for path in sorted((run.path / "ledger").glob("*.npz")):
-        with np.load(path, allow_pickle=False) as held:
-            parts = {
-                n: held[n] for n in held.files if n.startswith("entropy/") and n.count("/") == 2
-            }
-        for name, value in parts.items():
+    for _, path in step_files(run.path / "ledger", ".npz"):
+        arrays = read_arrays(path)
+        for name, value in ({} if arrays is None else arrays).items():
+            if not name.startswith("entropy/") or name.count("/") != 2:
+                continue
             amount = float(np.sum(value) / value.shape[0])
             if name.endswith("/head"):
                 head += amount
