@@ -41,7 +41,7 @@ def run_study(study: StudySettings, file: str, page_only: bool = False) -> Path:
         write_prompts(study.root)
         for title, jobs in Commands(study, file).phases():
             if title == "reward models":
-                _write_preferences(study, jobs)
+                _write_preferences(study)
             run_jobs(title, jobs, study.jobs, study.root)
         _write_similarities(study)
     results = Results(study)
@@ -51,16 +51,14 @@ def run_study(study: StudySettings, file: str, page_only: bool = False) -> Path:
     return write_page(results, listed, f"ntkrl study --config={file}")
 
 
-def _write_preferences(study: StudySettings, jobs: list) -> None:
+def _write_preferences(study: StudySettings) -> None:
     """Pair the base models' samples, for each reward model there will be."""
-    for size in study.arms:
+    for size in study.learned:
         for seed in study.seeds:
             place = study.place(size, "base", seed)
-            wanted = study.place(size, "reward", seed) / "finished"
-            if any(job.done == wanted for job in jobs):
-                samples = place / "train" / "evaluations" / f"{place.name}.jsonl"
-                out = study.place(size, "data", seed) / "preferences.jsonl"
-                write_preferences(samples, out, seed)
+            samples = place / "train" / "evaluations" / f"{place.name}.jsonl"
+            out = study.place(size, "data", seed) / "preferences.jsonl"
+            write_preferences(samples, out, seed)
 
 
 def _write_similarities(study: StudySettings) -> None:

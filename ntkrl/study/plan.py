@@ -74,6 +74,11 @@ class StudySettings:
         return sorted(self.arms, key=lambda size: -self.scales[size])
 
     @property
+    def learned(self) -> list[str]:
+        """Sizes with arms whose reward is a learned one."""
+        return [size for size in self.sizes if any(a.startswith("rlhf") for a in self.arms[size])]
+
+    @property
     def root(self) -> Path:
         """Directory of the study."""
         return Path(self.run_dir)
@@ -121,10 +126,9 @@ class Commands:
                 for part in ("train", "test")
             ],
         )
-        wanted = [size for size, arms in study.arms.items() if any("rlhf" in a for a in arms)]
         yield (
             "reward models",
-            [self.train(size, "reward", seed) for size in wanted for seed in study.seeds],
+            [self.train(size, "reward", seed) for size in study.learned for seed in study.seeds],
         )
         yield "choice of rates", list(self.tuning())
         yield "runs", list(self.runs())
@@ -132,7 +136,7 @@ class Commands:
             "evaluations by the true reward",
             [
                 self.evaluate_truly(size, arm, seed)
-                for size in wanted
+                for size in study.learned
                 for arm in study.arms[size]
                 if arm.startswith("rlhf")
                 for seed in study.seeds

@@ -58,9 +58,10 @@ def write_preferences(samples: Path, out: Path, seed: int) -> None:
         by_prompt.setdefault(row["prompt"], []).append((row["reward"], row["completion"]))
     pairs = []
     for prompt, found in by_prompt.items():
+        room = len(pairs) + PAIRS_PER_PROMPT
         for first, second in rng.integers(len(found), size=(4 * PAIRS_PER_PROMPT, 2)):
             (high, chosen), (low, rejected) = found[first], found[second]
-            if high > low and sum(pair["prompt"] == prompt for pair in pairs) < PAIRS_PER_PROMPT:
+            if high > low and len(pairs) < room:
                 pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not pairs:
         raise ValueError(f"{samples}: completions of no prompt differ in reward; train the base.")
