@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from ntkrl import trees
 from ntkrl.models.family import Family, Running
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Cache, Params, Policy
 
 HEAD_WEIGHT = "head/weight"
@@ -70,7 +71,12 @@ def assemble(
 
 
 def _trunk(graphdef: Any, compute_dtype: Any, running: Running) -> tuple[Callable, Callable]:
-    """Return `features` and `decode` of a Policy."""
+    """Return `features` and `decode` of a Policy.
+
+    What is computed in float32 is multiplied so: accelerators otherwise take fewer bits, and two
+    programs that read one text then differ by more than importance ratios bear.
+    """
+    exact = functools.partial(jax.default_matmul_precision, "highest")
 
     def module(params: Params) -> nnx.Module:
         params = {name: leaves for name, leaves in params.items() if name != "head"}
@@ -80,10 +86,12 @@ def _trunk(graphdef: Any, compute_dtype: Any, running: Running) -> tuple[Callabl
 
     def features(params: Params, tokens: Array, mask: Array | None = None) -> Array:
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        return module(params).features(tokens, mask, None, running)[0]
+        with exact():
+            return module(params).features(tokens, mask, None, running)[0]
 
     def decode(params: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
-        return module(params).features(tokens, mask, cache, running._replace(remat="none"))
+        with exact():
+            return module(params).features(tokens, mask, cache, running._replace(remat="none"))
 
     return features, decode
 
@@ -94,7 +102,7 @@ def _head(config: Any) -> Callable[[Params, Array], Array]:
 
     def head(params: Params, features: Array) -> Array:
         weight_VD = params["embed"]["embedding"] if tied else params["head"]["weight"]
-        logits = jnp.einsum("...d,vd->...v", features, weight_VD.astype(features.dtype))
+        logits = einsum("...d,vd->...v", features, weight_VD.astype(features.dtype))
         return logits if cap is None else cap * jnp.tanh(at_least_float32(logits) / cap)
 
     return head

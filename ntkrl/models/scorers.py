@@ -21,6 +21,7 @@ from ntkrl.models.families import FAMILIES, SCORERS, named
 from ntkrl.models.family import Family, Running
 from ntkrl.models.placing import placements, read_params
 from ntkrl.models.reading import ConfigReader
+from ntkrl.numerics import einsum
 from ntkrl.types import Array, Params, Policy, Scorer
 
 SCORE = (("score/weight", "score.weight", False),)
@@ -222,7 +223,7 @@ def _last(policy: Policy, pad_id: int) -> Scorer:
         last_N = jnp.max(jnp.where(tokens != pad_id, columns, 0), axis=1)
         phi_ND = phi_NTD[jnp.arange(tokens.shape[0]), last_N]
         weight_KD = params["score"]["weight"]
-        return {"score": jnp.einsum("nd,kd->nk", phi_ND.astype(weight_KD.dtype), weight_KD)[:, 0]}
+        return {"score": einsum("nd,kd->nk", phi_ND.astype(weight_KD.dtype), weight_KD)[:, 0]}
 
     return Scorer(
         score=score,

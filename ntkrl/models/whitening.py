@@ -42,10 +42,13 @@ def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Pa
     roots_D = jnp.sqrt(jnp.maximum(values_D, 0) + RIDGE * jnp.mean(values_D))
     # mean ‖C φ‖² is Σ values / roots²
     scale = jnp.sqrt(jnp.sum(values_D) / jnp.sum(values_D / roots_D**2))
-    matrix_DD = (vectors_DD * (scale / roots_D)[None]) @ vectors_DD.T
-    inverse_DD = (vectors_DD * (roots_D / scale)[None]) @ vectors_DD.T
+    matrix_DD = einsum("dk,ek->de", vectors_DD * (scale / roots_D)[None], vectors_DD)
+    inverse_DD = einsum("dk,ek->de", vectors_DD * (roots_D / scale)[None], vectors_DD)
     weight_VD = params["head"]["weight"]
-    head = {**params["head"], "weight": (weight_VD @ inverse_DD).astype(weight_VD.dtype)}
+    head = {
+        **params["head"],
+        "weight": einsum("vd,de->ve", weight_VD, inverse_DD).astype(weight_VD.dtype),
+    }
     own = {**params, "head": head, NAME: {"matrix": matrix_DD.astype(weight_VD.dtype)}}
     features, decode = _turned(policy)
     return dataclasses.replace(policy, features=features, decode=decode, rebuild=None), own

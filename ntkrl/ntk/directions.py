@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl.ntk.contexts import Grouped
+from ntkrl.numerics import einsum
 from ntkrl.types import Array
 
 
@@ -109,7 +110,7 @@ def against(changes: Array, side: Directions) -> Array:
         change_PD = change_TD[positions_P]
         if vectors_PBD is None:
             return change_PD.reshape(-1)
-        found_PB = jnp.einsum("pd,pbd->pb", change_PD, vectors_PBD.astype(change_PD.dtype))
+        found_PB = einsum("pd,pbd->pb", change_PD, vectors_PBD.astype(change_PD.dtype))
         return jnp.sum(found_PB, axis=0) if side.summed else found_PB.reshape(-1)
 
     return jax.vmap(one)(changes, side.positions, side.vectors)

@@ -20,7 +20,7 @@ import numpy as np
 
 from ntkrl import trees
 from ntkrl.ntk import program
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params, Policy
 
 
@@ -91,7 +91,7 @@ class Network:
 
     def _before_cap(self, params: Params, features: Array) -> Array:
         wide = at_least_float32(features)
-        z = jnp.einsum("...d,vd->...v", wide, self.weight(params).astype(wide.dtype))
+        z = einsum("...d,vd->...v", wide, self.weight(params).astype(wide.dtype))
         bias = self.bias(params)
         if bias is not None:
             z = z + bias.astype(z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))

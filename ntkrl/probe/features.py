@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ntkrl.numerics import at_least_float32, masked_total, mean
+from ntkrl.numerics import at_least_float32, einsum, masked_total, mean
 from ntkrl.types import Array
 
 
@@ -34,7 +34,7 @@ def feature_measures(
     Source: Tomihari 2601.04670 (cosines), Tomihari & Sato 2405.16747 (distortion).
     """
     phi_OD, start_OD = at_least_float32(features), at_least_float32(start_features)
-    gram_OO = phi_OD @ phi_OD.T
+    gram_OO = einsum("od,pd->op", phi_OD, phi_OD)
     norms_O = jnp.sqrt(jnp.diagonal(gram_OO))
     cosines_OO, pairs = cosines_of(gram_OO), kinds_of_pairs(rows, groups)
     distinct = ~jnp.eye(rows.shape[0], dtype=bool)
@@ -85,5 +85,5 @@ def completion_cosines(features: Array, rows: Array, completions: int) -> Array:
     own_S = jax.ops.segment_sum(jnp.sum(unit_OD**2, axis=1), rows, completions)
     same_SS = jnp.eye(completions, dtype=unit_OD.dtype)
     pairs_SS = counts_S[:, None] * counts_S[None] - same_SS * counts_S[None]
-    totals_SS = sums_SD @ sums_SD.T - same_SS * own_S[None]
+    totals_SS = einsum("sd,td->st", sums_SD, sums_SD) - same_SS * own_S[None]
     return totals_SS / jnp.maximum(pairs_SS, 1)

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ntkrl.numerics import at_least_float32, primal
+from ntkrl.numerics import at_least_float32, einsum, primal
 from ntkrl.types import Array
 from ntkrl.vocabulary.moments import Sums, TokenStatistics, finish, gather, nothing, pull_logits
 from ntkrl.vocabulary.tiles import Head, Tile, Tiling, cut, tile_count, tile_logits
@@ -207,7 +207,7 @@ def _add_rows(head_sum: Head, tile: Tile, dz: Array, phi: Array) -> Head:
 
 def _product(spec: str, left: Array, right: Array, dtype: Any) -> Array:
     wide = jnp.promote_types(dtype, jnp.float32)
-    return jnp.einsum(spec, left.astype(dtype), right.astype(dtype), preferred_element_type=wide)
+    return einsum(spec, left.astype(dtype), right.astype(dtype), preferred_element_type=wide)
 
 
 _statistics.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ntkrl.numerics import einsum
 from ntkrl.types import Array
 
 
@@ -54,7 +55,7 @@ def logits(head: Head, features: Array) -> Array:
 def products(features: Array, weight_RD: Array, bias_R: Array | None, scale: float) -> Array:
     """Return s (W φ + b) `[..., R]` for some rows of the head, float32 or better."""
     wide = jnp.promote_types(features.dtype, jnp.float32)
-    found = jnp.einsum(
+    found = einsum(
         "...d,vd->...v", features, weight_RD.astype(features.dtype), preferred_element_type=wide
     )
     if bias_R is not None:

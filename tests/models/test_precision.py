@@ -1,0 +1,47 @@
+"""What is computed in float32 is multiplied in float32, whatever a chip would rather do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ntkrl import models, rollout, scoring
+from ntkrl.rollout import decode
+from ntkrl.types import PromptBatch
+
+NEOX = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+NEOX |= {"intermediate_size": 32, "max_position_embeddings": 32, "rotary_pct": 0.5}
+LLAMA = {**NEOX, "num_key_value_heads": 1, "tie_word_embeddings": True}
+LLAMA.pop("rotary_pct")
+
+
+def products(function, *arguments):
+    """The matrix products of a program as it is given to the compiler."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    found = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"), [("GPTNeoXForCausalLM", NEOX), ("LlamaForCausalLM", LLAMA)]
+)
+def test_reading_and_drawing(architecture, config):
+    """law: every product of reading, of its gradients and of decoding asks for all bits."""
+    policy, shapes = models.describe(architecture, config)
+    tokens = jax.ShapeDtypeStruct((2, 9), jnp.int32)
+
+    def read(params, tokens):
+        return scoring.score(policy, params, tokens, tokens > 0, 4).log_probs.sum()
+
+    def logits(params, tokens):
+        return policy.head(params, policy.features(params, tokens, tokens > 0))
+
+    def draw(params, tokens):
+        settings = rollout.SamplerSettings(2, 4, 1.0, eos_id=0, pad_id=1)
+        rows = jnp.arange(2)
+        batch = PromptBatch(tokens=tokens, mask=tokens > 0, rows=rows, copies=rows)
+        return decode.prefill(policy, settings, None, 12, params, batch, jax.random.key(0))[2]
+
+    for function in (jax.grad(read), logits, draw):
+        for line in products(function, shapes, tokens):
+            assert "precision = [HIGHEST, HIGHEST]" in line, line
