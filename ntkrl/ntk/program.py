@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 # calls whose insides are read as if written in place; custom derivatives stay closed
-INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
+INLINED = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "remat", "remat2", "checkpoint"}
+)
 
 
 class Constant(NamedTuple):
@@ -101,7 +103,7 @@ def flatten(closed: ClosedJaxpr) -> Program:
         for eqn in jaxpr.eqns:
             operands = tuple(look(atom) for atom in eqn.invars)
             if eqn.primitive.name in INLINED:
-                inner = eqn.params["jaxpr"]
+                inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
                 closed = isinstance(inner, ClosedJaxpr)
                 body, held_values = (inner.jaxpr, inner.consts) if closed else (inner, ())
                 results = walk(body, held_values, operands)
@@ -130,6 +132,15 @@ def flops(program: Program) -> int:
         elif name == "scan":
             total += params["length"] * flops(flatten(params["jaxpr"]))
     return total
+
+
+def scan_counts(step: Step) -> tuple[int, int]:
+    """Return how many operands of a scan are constants, and how many are carried."""
+    params = step.eqn.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carried, _ = params["ft_in"].unpack()  # JAX 0.11 on
+    return len(consts), len(carried)
 
 
 def is_traced(tree: Any) -> bool:

@@ -12,7 +12,7 @@ from ntkrl.ntk.blocks import Block
 from ntkrl.ntk.body import Body
 from ntkrl.ntk.contract import Factors
 from ntkrl.ntk.directions import cotangent
-from ntkrl.ntk.program import Constant, is_inexact
+from ntkrl.ntk.program import Constant, is_inexact, scan_counts
 from ntkrl.types import Array, Params
 
 
@@ -84,7 +84,7 @@ class Side:
     def _forward_scan(self, number: int) -> tuple[dict[int, Array], list[Array]]:
         step, inner = self.program.steps[self.runs[number][0]], self.scan(number).inner
         params = step.eqn.params
-        consts, carries = params["num_consts"], params["num_carry"]
+        consts, carries = scan_counts(step)
 
         def sequence(held: dict[int, Array]) -> tuple[list[Array], list[Array]]:
             def look(slot: int | Constant) -> Array:
@@ -156,9 +156,8 @@ class ScanBack:
         self.side, self.number = side, number
         self.step = side.program.steps[side.runs[number][0]]
         self.plan = side.scan(number)
-        params = self.step.eqn.params
-        self.first_carry = params["num_consts"]
-        self.first_xs = self.first_carry + params["num_carry"]
+        self.first_carry, carried = scan_counts(self.step)
+        self.first_xs = self.first_carry + carried
         self.values = [side.value(number, slot) for slot in self.step.inputs]
         self.given = side.taken(list(self.step.outputs))
         inner = self.plan.inner.program

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ntkrl.ntk.program import Constant, Program, Step, flatten, is_inexact
+from ntkrl.ntk.program import Constant, Program, Step, flatten, is_inexact, scan_counts
 from ntkrl.types import Array
 
 # a gradient is the same up to order of entries after these, and up to nothing after the first two
@@ -188,7 +188,7 @@ def _scan_plan(
 def _is_slice(step: Step, operand: int) -> bool:
     if step.eqn.primitive.name != "scan":
         return False
-    return operand >= step.eqn.params["num_consts"] + step.eqn.params["num_carry"]
+    return operand >= sum(scan_counts(step))
 
 
 def _kind(step: Step, operand: int, whole: bool, slots: dict[int, int]) -> str | None:

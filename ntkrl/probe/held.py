@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ntkrl.ntk.program import Constant, Program, Step, flatten, trace
+from ntkrl.ntk.program import Constant, Program, Step, flatten, scan_counts, trace
 from ntkrl.types import Array, Params
 
 ADDITIVE = frozenset(
@@ -137,8 +137,8 @@ def _unrolled(
 ) -> tuple[list[Any], list[bool]]:
     """Run a scan turn by turn, as what is kept may change from one to the next."""
     params = step.eqn.params
-    inner, first = flatten(params["jaxpr"]), params["num_consts"]
-    last = first + params["num_carry"]
+    inner, (first, carried_over) = flatten(params["jaxpr"]), scan_counts(step)
+    last = first + carried_over
     carry, flags, turns = list(values[first:last]), list(carried), []
     order = range(params["length"])
     for turn in reversed(order) if params["reverse"] else order:

@@ -9,6 +9,7 @@ import pytest
 
 import ntkrl
 from ntkrl import ntk
+from ntkrl.ntk import program
 from tests.ntk.networks import TOKENS, VOCAB, close, contexts, layered
 from tests.toys import TINY, toy_policy
 
@@ -51,6 +52,38 @@ def test_roads_agree_with_brute_force(kind, road, padded):
     kernel = ntk.kernel(*model(kind), *contexts(padded), groups=GROUPS, road=road)
     for part in ("full", "body", "mlp", "first"):
         close(kernel.dense(part), brute(kind, part, padded))
+
+
+class Groups:
+    """What JAX 0.11 tells of a scan's operands: how many are of each kind."""
+
+    def __init__(self, *counts):
+        self.counts = counts
+
+    def unpack(self):
+        return [range(count) for count in self.counts]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", ["untied", "neox"])
+def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
+    """law: where a scan groups its operands and does not count them, the same matrix comes out."""
+    told = []
+
+    def newer(eqn, *slots):
+        params = dict(eqn.params)
+        if "num_consts" in params:
+            counts = params.pop("num_consts"), params.pop("num_carry")
+            params["ft_in"] = Groups(*counts, len(eqn.invars) - sum(counts))
+            eqn = eqn.replace(params=params)
+            told.append(counts)
+        return step(eqn, *slots)
+
+    step = program.Step
+    monkeypatch.setattr(program, "Step", newer)
+    kernel = ntk.kernel(*model(kind), *contexts(True), groups=GROUPS, road="layers")
+    close(kernel.dense(), brute(kind, "full", True))
+    assert told
 
 
 @pytest.mark.usefixtures("x64")
