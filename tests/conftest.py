@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
         return
     for item in items:
         for extra in ("slow", "gpu"):
-            if extra in item.keywords:
+            if item.get_closest_marker(extra):
                 item.add_marker(pytest.mark.skip(reason=f"run with -m {extra}"))
 
 
