@@ -26,6 +26,7 @@ setup(
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11",
+        "pillow",
         "scipy",
         "safetensors>=0.5",
         "tokenizers",

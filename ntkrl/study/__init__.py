@@ -18,6 +18,7 @@ from ntkrl.study.plan import Commands, StudySettings
 from ntkrl.study.results import Results
 from ntkrl.study.running import run_jobs
 from ntkrl.study.similarity import write_similarities
+from ntkrl.study.summary import write_summaries
 from ntkrl.study.tasks import write_preferences, write_prompts
 
 __all__ = ["StudySettings", "run_study"]
@@ -32,7 +33,7 @@ def run_study(study: StudySettings, file: str, page_only: bool = False) -> Path:
       page_only: run nothing; the page says what is missing.
 
     Returns:
-      The page.
+      The page. Beside it lie the verdicts (`verdicts.md`, `verdicts.json`) and `runs.jsonl`.
 
     Raises:
       ValueError: a run failed.
@@ -48,6 +49,7 @@ def run_study(study: StudySettings, file: str, page_only: bool = False) -> Path:
     listed = verdicts(results)
     told = [verdict._asdict() for verdict in listed]
     runtime.save_text(study.root / "verdicts.json", json.dumps(told, indent=2) + "\n")
+    write_summaries(results)
     return write_page(results, listed, f"ntkrl study --config={file}")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ntkrl import runtime
 from ntkrl.report import FIGURES, Run, document, saved
@@ -30,6 +32,7 @@ WHOLE = (
 )
 SHORT = ("reward", "confidence", "distinct_solutions")
 DOTS_PER_INCH = 110
+COLOURS = 48
 MARKS = {HOLDS: "●", PARTLY: "◐", FAILS: "○", UNKNOWN: "-", "": ""}
 OWN = {
     "errors": (
@@ -161,11 +164,19 @@ def _drawn(runs: Sequence[Run], prefix: str, stems: Sequence[str]) -> Iterator[s
 
 
 def _figure(name: str, figure: Figure, caption: str) -> str:
-    data = base64.b64encode(saved(figure, "png", DOTS_PER_INCH)).decode("ascii")
+    data = base64.b64encode(_small(saved(figure, "png", DOTS_PER_INCH))).decode("ascii")
     return (
         f'<figure id="{_text(name)}"><img alt="{_text(name)}" '
         f'src="data:image/png;base64,{data}"><figcaption>{_text(caption)}</figcaption></figure>'
     )
+
+
+def _small(picture: bytes) -> bytes:
+    """Return a PNG in few colours: a page of many stays small enough to be kept."""
+    held = io.BytesIO()
+    with Image.open(io.BytesIO(picture)) as image:
+        image.convert("RGB").quantize(COLOURS).save(held, "png", optimize=True)
+    return held.getvalue()
 
 
 def _rates(path: Path) -> str:

@@ -29,7 +29,10 @@ class Results:
 
     def run(self, size: str, arm: str, seed: int) -> Run | None:
         """Return a run, None where there is none that has begun."""
-        place = self.study.place(size, arm, seed)
+        return self.at(self.study.place(size, arm, seed))
+
+    def at(self, place: Path) -> Run | None:
+        """Return the run of a directory, None where none has begun."""
         if place not in self.held:
             begun = (place / "metrics.jsonl").exists()
             self.held[place] = read_run(place) if begun else None

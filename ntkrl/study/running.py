@@ -39,7 +39,7 @@ def run_jobs(title: str, jobs: Sequence[Job], together: int, root: Path) -> None
                 for slot in range(together):
                     if todo and slot not in running:
                         job = todo.pop(0)
-                        running[slot] = job, _start(job, root, cores[slot])
+                        running[slot] = job, _start(job, root, cores[slot], together)
                 names = ", ".join(job.name for job, _ in running.values())
                 bar.set_postfix_str(names, refresh=False)
                 for slot, (job, process) in list(running.items()):
@@ -55,19 +55,25 @@ def run_jobs(title: str, jobs: Sequence[Job], together: int, root: Path) -> None
                 process.wait()
 
 
-def _start(job: Job, root: Path, cores: Sequence[int]) -> subprocess.Popen:
-    log = _log(job, root)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {
+def environment(root: Path, together: int) -> dict[str, str]:
+    """Return what runs find in their environment: compiled programs, and a share of a GPU."""
+    return {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / together:.3f}",
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str((root / "compiled").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def _start(job: Job, root: Path, cores: Sequence[int], together: int) -> subprocess.Popen:
+    log = _log(job, root)
+    log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "ntkrl", *job.words]
     with (root / "commands.txt").open("a", encoding="utf-8") as file:
         file.write(" ".join(["ntkrl", *job.words]) + "\n")
+    given = environment(root, together)
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=given)
     if cores:
         os.sched_setaffinity(process.pid, cores)
     return process

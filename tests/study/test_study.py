@@ -151,6 +151,15 @@ def test_commands_run_once_and_say_what_failed(tmp_path, capsys):
         running.run_jobs("runs", [silent], 1, tmp_path)
 
 
+def test_runs_at_a_time_share_a_gpu(tmp_path, monkeypatch):
+    """by hand: JAX would give each three quarters of its memory; a user's own share stands."""
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.delenv(name, raising=False)
+    assert running.environment(tmp_path, 2)[name] == "0.450"
+    monkeypatch.setenv(name, "0.2")
+    assert running.environment(tmp_path, 2)[name] == "0.2"
+
+
 def test_rates_are_chosen_by_the_last_evaluations(tmp_path):
     """by hand: the grid's point of highest mean over seeds of the last two evaluations."""
     study = settings(tmp_path)
@@ -233,6 +242,10 @@ def test_a_page_of_what_is_there(tmp_path):
     similarity["across_prompts"] = [0.7, 0.6]
     place = study.place("small", "rl", 1) / "similarity.json"
     place.write_text(json.dumps(similarity))
+    command = f"ntkrl train --config={FILE}:small/rl,seed=2,root={tmp_path},steps=8"
+    (tmp_path / "commands.txt").write_text(
+        f"{command}\nntkrl evaluate --config={FILE}:x/y,seed=2\n"
+    )
     page = run_study(study, FILE, page_only=True).read_text()
     assert "Not run, or not finished: small cfrl_short: seeds 1, 2" in page
     assert page.count("<h2>") >= 7 and "Similarity" in page or "small-layers" in page
@@ -241,3 +254,10 @@ def test_a_page_of_what_is_there(tmp_path):
     assert "| 4 | classifier first reaches more held-out reward at the end" in table
     listed = json.loads((tmp_path / "verdicts.json").read_text())
     assert {one["question"] for one in listed} == {1, 2, 3, 4, 5, 6}
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [run["run"] for run in runs] == [
+        f"small/{arm}-{s}" for arm in ("cfrl", "rl") for s in (1, 2)
+    ]
+    assert [run["command"] for run in runs] == [None, None, None, command]
+    assert runs[3]["eval/reward"] == [0.302, 0.502, 0.402]
+    assert runs[3]["seconds"] == 12.0
