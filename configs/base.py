@@ -62,7 +62,8 @@ def get_config():
         }
     )
     config.model.dtype = "float32"  # masters: a learning rate of 1e-7 vanishes in bfloat16
-    config.model.compute_dtype = placeholder(str)  # None: dtype
+    # None: dtype. float32 is multiplied in all its bits on every chip; bfloat16 is the fast way
+    config.model.compute_dtype = placeholder(str)
     config.model.untie = False
     # what the backward pass makes again: "none"; "products", all of a layer but its products with
     # weights; "all", the whole layer, which needs least memory
