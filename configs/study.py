@@ -61,8 +61,8 @@ def _plan():
     # rates by grid: equally many points for both
     plan.grids = ConfigDict(
         {
-            "rl": {"body": (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)},
-            "cfrl": {"head": (1e-3, 3e-3), "body": (1e-4, 2e-4, 3e-4)},
+            "rl": {"body": (5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4, 5e-4, 7e-4, 1e-3)},
+            "cfrl": {"head": (1e-3, 3e-3, 1e-2), "body": (2e-4, 3e-4, 5e-4)},
         }
     )
     plan.sgd_rates = (0.003, 0.01, 0.03, 0.1)
@@ -223,6 +223,7 @@ def _one_step(parameters):
         config.stages = (row,)
         config.eval.base = None
         config.eval.prompts, config.eval.samples_per_prompt, config.eval.repeats = 1, 1, 1
+        config.probe.every_steps = 1
         config.probe.ledger_every_steps = placeholder(int)
 
     return change

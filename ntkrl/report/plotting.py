@@ -141,12 +141,14 @@ def coinciding(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
 
 
 def draw_stages(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
-    """Mark where stages end with dashed lines, named in the first panel."""
+    """Mark where stages end with dashed lines, each named once in the first panel."""
     ends = sorted({(step, stage) for run in runs for stage, step in stage_ends(run)})
     last = max((line["step"] for run in runs for line in run.metrics), default=0)
-    for step, stage in ends:
+    for number, (step, stage) in enumerate(ends):
         for axis in axes:
             axis.axvline(step, color=REFERENCE_GREY, linestyle=(0, (4, 3)), linewidth=1.1)
+        if stage in {name for _, name in ends[:number]}:  # runs differ in its length
+            continue
         # Above the panel, where no curve can run through it.
         axes[0].annotate(
             f"stage “{shown(stage, 20)}” ends",

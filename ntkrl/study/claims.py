@@ -20,6 +20,7 @@ from ntkrl.study.results import Results
 from ntkrl.study.similarity import read_similarities
 
 LEVEL = 0.05
+EDGES = (found.first, found.last)
 HOLDS, PARTLY, FAILS, UNKNOWN = "holds", "partly", "does not hold", "not run"
 
 
@@ -169,14 +170,18 @@ def objectives(results: Results, size: str) -> Verdict:
 
 def gap(results: Results, size: str) -> Verdict:
     """Best of N: what RL is ahead of the base at N = 1 shrinks with N."""
-    largest = results.study.samples
-    one, many = (
-        results.over_seeds(size, "rl", found.change(f"diversity/best_of_{n}")) for n in (1, largest)
-    )
+    largest, name = results.study.samples, "diversity/best_of_{}"
+    leads = {
+        n: results.over_seeds(size, "rl", found.change(name.format(n)))
+        for n in (*(2**power for power in range(20) if 2**power < largest), largest)
+    }
     claim = f"RL's lead over its base in best-of-N closes from N = 1 to N = {largest}"
-    told = _difference(6, f"{size}, expressions", claim, one, many, -1)
-    both = " to ".join(_plain(found.mean_interval(values)) for values in (one, many))
-    return told._replace(number=f"lead {both}; {told.number}")
+    told = _difference(6, f"{size}, expressions", claim, leads[1], leads[largest], -1)
+    listed = [f"{n}: {_plain(found.mean_interval(values))}" for n, values in leads.items()]
+    ends = (results.over_seeds(size, "rl", at(name.format(largest))) for at in EDGES)
+    base, rl = (_plain(found.mean_interval(values)) for values in ends)
+    reached = f"at N = {largest} the base reaches {base}, RL {rl}"
+    return told._replace(number=f"lead by N: {', '.join(listed)}; {reached}; {told.number}")
 
 
 def support(results: Results, size: str) -> Verdict:
@@ -201,7 +206,7 @@ def support(results: Results, size: str) -> Verdict:
         name = f"diversity/support_{word}"
         chance, end = (
             _plain(found.mean_interval(results.over_seeds(size, "rl", measure(name))))
-            for measure in (found.first, found.last)
+            for measure in EDGES
         )
         words.append(f"{word} {end} (by chance {chance})")
     return told._replace(number=f"{', '.join(words)}; lost − gained: {told.number}")

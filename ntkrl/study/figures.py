@@ -26,7 +26,7 @@ def errors(results: Results, size: str) -> Figure | None:
             curves[words] = np.array(rows)
     if not curves:
         return None
-    figure, (axis,) = panels(1, "Error of the first-order prediction, one step of SGD")
+    figure, (axis,) = panels(1, "First-order error of one step of SGD")
     for i, (words, rows) in enumerate(curves.items()):
         axis.plot(rates, rows, color=PALETTE[i], linewidth=0.7, alpha=0.5)
         middle = np.nanmean(rows, axis=1)

@@ -32,7 +32,7 @@ WHOLE = (
 )
 SHORT = ("reward", "confidence", "distinct_solutions")
 DOTS_PER_INCH = 110
-COLOURS = 48
+COLOURS = 64
 MARKS = {HOLDS: "●", PARTLY: "◐", FAILS: "○", UNKNOWN: "-", "": ""}
 OWN = {
     "errors": (
@@ -175,7 +175,9 @@ def _small(picture: bytes) -> bytes:
     """Return a PNG in few colours: a page of many stays small enough to be kept."""
     held = io.BytesIO()
     with Image.open(io.BytesIO(picture)) as image:
-        image.convert("RGB").quantize(COLOURS).save(held, "png", optimize=True)
+        image.convert("RGB").quantize(COLOURS, Image.Quantize.FASTOCTREE).save(
+            held, "png", optimize=True
+        )
     return held.getvalue()
 
 

@@ -1,5 +1,7 @@
 """Tests of the figures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,19 @@ def test_mean_and_stage_line_by_hand(runs):
     # Seeds are 0.1 apart: mean 0.15 + 0.02 · step.
     np.testing.assert_allclose(bold[1].get_ydata(), [0.15, 0.25, 0.35, 0.45, 0.55])
     assert any(list(line.get_xdata()) == [8, 8] for line in axis.lines)
+    assert [text.get_text() for text in axis.texts] == ["stage “classifier” ends"]
+
+
+def test_stages_of_several_lengths_are_named_once(runs):
+    """By hand: two dashed lines, one name; names on top of each other cannot be read."""
+    cfrl = next(run for run in runs if run.name == "cfrl")
+    lines = [
+        {**line, "stage": "classifier" if line["step"] <= 12 else "all"} for line in cfrl.metrics
+    ]
+    longer = dataclasses.replace(cfrl, name="longer", metrics=lines)
+    (axis,) = reward([*runs, longer]).axes
+    dashed = {line.get_xdata()[0] for line in axis.lines if line.get_linewidth() == 1.1}
+    assert dashed == {8, 12}
     assert [text.get_text() for text in axis.texts] == ["stage “classifier” ends"]
 
 

@@ -74,6 +74,8 @@ def test_every_run_has_a_config(tmp_path):
             assert Path(config.run_dir) in job.done.parents, job
             assert job.done not in places
             places[job.done] = job.name
+            if "/sgd" in job.words[1]:
+                assert found.probe.every_steps == 1, "its only step is looked at"
             if title == "choice of rates":
                 assert found.data.eval_path == f"{tmp_path}/data/validation.jsonl"
                 assert found.evaluation.base is None
@@ -174,7 +176,7 @@ def test_rates_are_chosen_by_the_last_evaluations(tmp_path):
         fabricate(study, "small/tuning", name, int(seed), change=change)
     assert commands.chosen() == {"rl": {"body": 3e-4}, "cfrl": {"head": 3e-3, "body": 3e-4}}
     told = json.loads((tmp_path / "small" / "rates.json").read_text())
-    assert [row["reward"] for row in told["rl"]["tried"]] == [0.5, 0.5, 0.5, 0.9, 0.5, 0.5]
+    assert [row["reward"] for row in told["rl"]["tried"]] == [0.5] * 4 + [0.9] + [0.5] * 4
 
 
 def found(study):
@@ -209,7 +211,8 @@ def test_verdicts_of_known_numbers(tmp_path):
     share = told["R makes most of the change of entropy: share > ½"]
     assert (share.verdict, share.number) == ("does not hold", "0.25 [0.25, 0.25], p = 0.031")
     gap = next(one for claim, one in told.items() if "best-of-N closes" in claim)
-    assert gap.verdict == "holds" and "lead 0.2 to 0" in gap.number
+    assert "64: 0; at N = 64 the base reaches 0.9, RL 0.9; difference -0.2" in gap.number
+    assert gap.verdict == "holds" and "lead by N: 1: 0.2, 2: –," in gap.number
     support = next(one for claim, one in told.items() if "loses more than it gains" in claim)
     assert support.verdict == "holds"
     assert "lost 12 (by chance 4), gained 4 (by chance 4)" in support.number
