@@ -82,13 +82,15 @@ def write_page(results: Results, verdicts: Sequence[Verdict], command: str) -> P
     ]
     page = study.root / "index.html"
     runtime.save_text(page, document("Study: learning dynamics of RL post-training", parts))
-    runtime.save_text(study.root / "verdicts.md", markdown(verdicts))
+    runtime.save_text(study.root / "verdicts.md", markdown(verdicts, command))
     return page
 
 
-def markdown(verdicts: Sequence[Verdict]) -> str:
+def markdown(verdicts: Sequence[Verdict], command: str) -> str:
     """Return the verdicts as a Markdown table."""
     rows = [
+        f"Written by `{command}`; what a verdict takes stands in `ntkrl/study/claims.py`.",
+        "",
         "| # | claim | tested on | measured, 95 % interval over seeds | verdict |",
         "|---|---|---|---|---|",
     ]
