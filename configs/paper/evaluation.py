@@ -9,7 +9,7 @@ normalised by), and of what RL made of it on test prompts, against the SFT model
         --config.run_dir=runs/paper/rl-0 --config.eval.name=test \
         --config.eval.base=runs/paper/sft/evaluations/test.jsonl
 Hardware: 16 chips of v5e. Expected time (`ntkrl plan`, a roof, not measured): 5000 completions at
-32 in 14 s, 37 minutes.
+32 in 27 s, 70 minutes.
 From the public code: 500 training and 500 test prompts, ten samples each, temperature 1, 512
 tokens. Our choice: one sampling of them (eval.repeats).
 """
