@@ -34,6 +34,8 @@ SHORT = ("reward", "confidence", "distinct_solutions")
 DOTS_PER_INCH = 110
 COLOURS = 64
 MARKS = {HOLDS: "●", PARTLY: "◐", FAILS: "○", UNKNOWN: "-", "": ""}
+COLUMNS = {"claim": 11, "verdict": 6, "tested on": 7, "measured, 95 % interval over seeds": 14}
+"""Headings of a question's table, and how narrow each may be (em); phones scroll to the rest."""
 OWN = {
     "errors": (
         figures.errors,
@@ -113,14 +115,15 @@ def _missing(results: Results) -> str:
 
 def _question(number: int, verdicts: Sequence[Verdict]) -> str:
     rows = [
-        f'<tr><th scope="row">{_text(one.claim)}</th><td>{_text(one.task)}</td>'
-        f"<td>{_text(one.number)}</td><td>{MARKS[one.verdict]} {_text(one.verdict)}</td></tr>"
+        f'<tr><th scope="row">{_text(one.claim)}</th>'
+        f"<td>{MARKS[one.verdict]} {_text(one.verdict)}</td>"
+        f"<td>{_text(one.task)}</td><td>{_text(one.number)}</td></tr>"
         for one in verdicts
         if one.question == number
     ]
     heads = "".join(
-        f'<th scope="col">{word}</th>'
-        for word in ("claim", "tested on", "measured, 95 % interval over seeds", "verdict")
+        f'<th scope="col" style="min-width: {width}em">{word}</th>'
+        for word, width in COLUMNS.items()
     )
     return (
         f"<section><h2>{number}. {_text(QUESTIONS[number])}</h2>\n"
