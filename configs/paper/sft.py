@@ -2,8 +2,8 @@
 
 Command:
     ntkrl train --config=configs/paper/sft.py
-Hardware: 16 chips of v5e, 9 of 15.75 GiB each. Expected time (`ntkrl plan`, a roof, not measured):
-0.4 s a step at full length, 312 steps, 2 minutes; Pythia-1B 0.2 s, 1528 steps, 5 minutes.
+Hardware: 16 chips of v5e, 10 of 15.75 GiB each. Expected time (`ntkrl plan`, a roof, not measured):
+1.1 s a step at full length, 312 steps, 6 minutes; Pythia-1B 0.4 s, 1528 steps, 9 minutes.
 From the public code: rate 1e-6, constant, batches of 32, one epoch, loss on assistant tokens only,
 gradients clipped at norm 1 (the default of transformers' Trainer), seed 372; Pythia-1B and
 Llama-3.2-1B learn from the chosen responses of the reward model's part of UltraFeedback. Our
