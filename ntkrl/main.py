@@ -136,11 +136,9 @@ def _study(words: Sequence[str]) -> None:
     from ntkrl import runtime, study
 
     _alone("study")
-    given = [word for word in words if word != "--page"]
+    given = runtime.joined([word for word in words if word != "--page"])
     config = runtime.read_config(given)
     named = [word for word in given if word.startswith("--config=")]
-    if not named:  # the form with a blank
-        named = [given[given.index("--config") + 1]]
     file = named[-1].removeprefix("--config=")
     settings = runtime.settings(study.StudySettings, config, "study")
     print(f"page: {study.run_study(settings, file, '--page' in words)}")

@@ -1,7 +1,7 @@
 """Machines and files: mesh and shardings, distributed start, checkpoints, config reading."""
 
 from ntkrl.runtime.checkpoint import Best, Checkpoints, DamagedError, NotSavedError
-from ntkrl.runtime.config import from_json, read_config, settings, to_json
+from ntkrl.runtime.config import from_json, joined, read_config, settings, to_json
 from ntkrl.runtime.mesh import (
     fetch,
     make_mesh,
@@ -48,6 +48,7 @@ __all__ = [
     "fetch",
     "from_json",
     "is_writer",
+    "joined",
     "make_mesh",
     "mark",
     "on_host",

@@ -40,10 +40,7 @@ def read_config(arguments: Sequence[str], saved: ConfigDict | None = None) -> Co
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # config files import configs.base
-    arguments = list(arguments)
-    if "--config" in arguments[:-1]:  # the form with a blank
-        at = arguments.index("--config")
-        arguments[at : at + 2] = [f"--config={arguments[at + 1]}"]
+    arguments = joined(arguments)
     named = [word for word in arguments if word.startswith("--config=")]
     if saved is not None:
         if named:
@@ -66,6 +63,15 @@ def read_config(arguments: Sequence[str], saved: ConfigDict | None = None) -> Co
         for name, value in table if asked.miniature else ():
             config_path.set_value(name, plain, value)
     return _overridden([word for word in arguments if word not in named], plain, path, plain)
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Return words with `--config FILE` written as `--config=FILE`."""
+    words = list(arguments)
+    if "--config" in words[:-1]:
+        at = words.index("--config")
+        words[at : at + 2] = [f"--config={words[at + 1]}"]
+    return words
 
 
 def _overridden(

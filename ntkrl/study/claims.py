@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ntkrl.assembly.against import powers
 from ntkrl.intervals import Interval, Paired
 from ntkrl.study import results as found
 from ntkrl.study.results import Results
@@ -172,8 +173,7 @@ def gap(results: Results, size: str) -> Verdict:
     """Best of N: what RL is ahead of the base at N = 1 shrinks with N."""
     largest, name = results.study.samples, "diversity/best_of_{}"
     leads = {
-        n: results.over_seeds(size, "rl", found.change(name.format(n)))
-        for n in (*(2**power for power in range(20) if 2**power < largest), largest)
+        n: results.over_seeds(size, "rl", found.change(name.format(n))) for n in powers(largest)
     }
     claim = f"RL's lead over its base in best-of-N closes from N = 1 to N = {largest}"
     told = _difference(6, f"{size}, expressions", claim, leads[1], leads[largest], -1)

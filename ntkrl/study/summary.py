@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ntkrl import runtime
+from ntkrl.assembly.against import powers
 from ntkrl.report import Run, series
 from ntkrl.study import results as found
 from ntkrl.study.plan import StudySettings
 from ntkrl.study.results import Results
 
-METRICS = (
+METRICS = (  # and best of N, at every N
     *("eval/reward", "eval/distinct_completions", "reward", "loss"),
     *("probe/confidence", "probe/entropy", "probe/head_norm", "probe/feature_distortion_relative"),
     *("probe/cosine_within_response", "probe/cosine_across_responses"),
     *("probe/cosine_across_prompts", "predict/correlation", "predict/relative_error"),
-    *("diversity/distinct_answers", "diversity/best_of_1", "diversity/best_of_64"),
+    *("predict/head_share", "diversity/distinct_answers"),
     *(f"diversity/support_{word}" for word in ("kept", "lost", "gained")),
 )
 DIGITS = 6
@@ -38,11 +39,12 @@ def write_summaries(results: Results) -> Path:
     """
     study = results.study
     words, rows = _commands(study), []
+    names = (*METRICS, *(f"diversity/best_of_{n}" for n in powers(study.samples)))
     for place, run in _finished(results):
         told: dict[str, Any] = {"run": str(place.relative_to(study.root))}
         told |= {"command": words.get(place), "seconds": _digits(found.seconds(run, math.inf))}
         told["head_share"] = _digits(found.head_part(run))
-        for name in METRICS:
+        for name in names:
             values = series(run, name)[1]
             if values.size:
                 ends = float(values[0]), float(values[-1]), float(values.mean())

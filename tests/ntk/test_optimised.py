@@ -10,7 +10,7 @@ import jax, numpy as np
 import ntkrl
 from ntkrl import ntk
 
-for width, layers, length, rows in ((96, 1, 4, 1), (64, 2, 8, 3)):
+for width, layers, length, rows in ((96, 1, 4, 1), (64, 2, 8, 3), (128, 1, 16, 2)):
     config = dict(vocab_size=40, hidden_size=width, num_hidden_layers=layers,
                   num_attention_heads=2, intermediate_size=4 * width,
                   max_position_embeddings=32, rotary_pct=0.25)
