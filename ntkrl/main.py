@@ -79,12 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(words: Sequence[str]) -> int | None:
-    from ntkrl import runtime, train
+    from ntkrl import runtime
+    from ntkrl.training import train
 
     config = runtime.read_config(words)
     with runtime.together():
         try:
-            train.train(config)
+            train(config)
         except runtime.PreemptedError as error:
             print(f"ntkrl train: {error}", file=sys.stderr)
             return PREEMPTED
@@ -92,36 +93,38 @@ def _train(words: Sequence[str]) -> int | None:
 
 
 def _evaluate(words: Sequence[str]) -> None:
-    from ntkrl import evaluate, runtime
+    from ntkrl import runtime
+    from ntkrl.evaluation import evaluate_command
 
     own = [word for word in words if word.startswith(("--run", "--step"))]
     options, _ = _options(own, ("run", "step"))
     if "step" in options and "run" not in options:
         raise ValueError("--step names a checkpoint of a run; give --run=RUN too.")
     run = options["run"] if "run" in options else None
-    saved = None if run is None else evaluate.config_of(run)
+    saved = None if run is None else evaluate_command.config_of(run)
     config = runtime.read_config([word for word in words if word not in own], saved)
     with runtime.together():
-        evaluate.evaluate(config, run, _step(options))
+        evaluate_command.evaluate(config, run, _step(options))
 
 
 def _prepare(words: Sequence[str]) -> None:
-    from ntkrl import preparing, runtime
+    from ntkrl import prepare, runtime
 
     config = runtime.read_config(words)
     with runtime.together():
-        preparing.prepare(config)
+        prepare.prepare(config)
 
 
 def _plan(words: Sequence[str]) -> None:
-    from ntkrl import assembly, plan, runtime
+    from ntkrl import plan, runtime
+    from ntkrl.settings import read_settings
 
     given = [word for word in words if word.startswith("--config")]
     rest = [word for word in words if word not in given]
     options, places = _options(rest, ("topology", "limit", "json", "table"), ("search",))
     if places:
         raise ValueError(f"plan takes options only, not {' '.join(places)}.")
-    settings = assembly.read_settings(runtime.read_config(given))
+    settings = read_settings(runtime.read_config(given))
     if "table" in options:
         if len(options) > 1:
             raise ValueError("plan --table=FILE takes no other option: it names its machines.")
@@ -145,15 +148,15 @@ def _study(words: Sequence[str]) -> None:
 
 
 def _kernel(words: Sequence[str]) -> None:
-    from ntkrl import inspect
+    from ntkrl.evaluation import kernel_command
 
     _alone("kernel")
-    names = [field.name for field in dataclasses.fields(inspect.KernelSettings)]
+    names = [field.name for field in dataclasses.fields(kernel_command.KernelSettings)]
     known = [name for name in names if name not in ("model", "layers")]
     options, places = _options(words, known, ("layers",))
     if len(places) != 1:
         raise ValueError("kernel needs one model directory, and --prompts=FILE.")
-    inspect.inspect(inspect.read_settings(places[0], options))
+    kernel_command.inspect(kernel_command.read_settings(places[0], options))
 
 
 def _alone(command: str) -> None:
@@ -187,13 +190,13 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _export(words: Sequence[str]) -> None:
-    from ntkrl import evaluate
+    from ntkrl.evaluation import evaluate_command
 
     _alone("export")
     options, places = _options(words, ("step",))
     if len(places) != 2:
         raise ValueError("export needs a run directory and an output directory.")
-    evaluate.export(places[0], places[1], _step(options))
+    evaluate_command.export(places[0], places[1], _step(options))
 
 
 def _step(options: Mapping[str, str]) -> int | str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ntkrl import trees
+from ntkrl.softmax import Head, TokenStatistics, token_statistics
 from ntkrl.types import Array, Params, Policy
-from ntkrl.vocabulary import Head, TokenStatistics, token_statistics
 
 
 def head_of(policy: Policy, params: Params) -> Head:

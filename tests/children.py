@@ -86,7 +86,7 @@ def serve() -> None:
     """Fork a child for every request; answer its process id, then its exit status."""
     from transformers import AutoTokenizer  # noqa: F401
 
-    from ntkrl import evaluate, train  # noqa: F401
+    from ntkrl import evaluation, training  # noqa: F401
     from ntkrl.main import main
 
     for line in sys.stdin:

@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 
-from ntkrl.assembly import against, evaluation
-from ntkrl.assembly.settings import EvalSettings
+from ntkrl.evaluation import comparison as against
+from ntkrl.evaluation import sampling as evaluation
 from ntkrl.main import main
 from ntkrl.report.names import is_known
+from ntkrl.settings import EvalSettings
 from tests.test_train import alone, base, lines, one_device, words
 
 __all__ = ["base", "one_device"]  # fixtures

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl import data, inspect, models, ntk
+from ntkrl import data, models, ntk
+from ntkrl.evaluation import kernel_command
 from ntkrl.main import main
 from tests.oracles import part_kernel, role_jacobians
 from tests.toys import torch_neox, toy_params, toy_policy
@@ -138,12 +139,12 @@ def test_a_tied_model_in_float64(model, tmp_path, capsys, monkeypatch):
 def test_every_option_arrives(monkeypatch):
     """by hand: words become settings of their types."""
     given = []
-    monkeypatch.setattr(inspect, "inspect", given.append)
+    monkeypatch.setattr(kernel_command, "inspect", given.append)
     words = ["--prompts=p", "--out=o", "--positions=all", "--eigenpairs=3", "--max_contexts=4"]
     words += ["--dtype=bfloat16", "--memory_gib=0.5", "--limit=6", "--layers"]
     assert main(["kernel", "m", *words]) == main(["kernel", "m", "--prompts=p"]) == 0
-    first = inspect.KernelSettings("m", "p", "o", "all", 3, 4, "bfloat16", 0.5, 6, True)
-    assert given == [first, inspect.KernelSettings("m", "p")]
+    first = kernel_command.KernelSettings("m", "p", "o", "all", 3, 4, "bfloat16", 0.5, 6, True)
+    assert given == [first, kernel_command.KernelSettings("m", "p")]
 
 
 MISTAKES = {

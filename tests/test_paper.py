@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ntkrl import runtime
-from ntkrl.assembly import read_settings
+from ntkrl.settings import read_settings
 from tests.children import Children
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl import assembly, models, ntk, rollout, runtime, train, trees, update
+from ntkrl import models, ntk, rollout, runtime, trees, update
+from ntkrl.settings import read_settings
+from ntkrl.setup import assemble
+from ntkrl.training import loop as training_loop
 from ntkrl.types import PromptBatch, UpdateBatch
 from tests.models.families import CASES, EACH
 
@@ -170,7 +173,7 @@ def test_a_gathered_copy_draws_the_same():
 
 def begun(setup, directory, config):
     """A run's loop with its state, started or resumed."""
-    loop = train.Loop(setup, directory, runtime.to_json(config), runtime.Notice())
+    loop = training_loop.Loop(setup, directory, runtime.to_json(config), runtime.Notice())
     loop._resume()
     return loop
 
@@ -194,7 +197,7 @@ def test_no_table_is_ever_whole_on_one_device(tmp_path):
     sizes = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
     config = settings_of(tmp_path, *sizes, "--config.stages[0].optimizer=adamw")
     before = {id(array) for array in jax.live_arrays()}
-    setup = assembly.assemble(assembly.read_settings(config), tmp_path)
+    setup = assemble(read_settings(config), tmp_path)
     loop = begun(setup, tmp_path, config)
     made = [array for array in jax.live_arrays() if id(array) not in before]
     up = loop.state.params["layers"]["mlp"]["up"]["kernel"]
@@ -218,10 +221,10 @@ def test_moments_wait_on_the_host(tmp_path):
             "--config.stages[0].steps=2",
         )
         config = settings_of(directory, *more)
-        train.train(config)
+        training_loop.train(config)
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         found.append([json.loads(line) for line in lines])
-        setup = assembly.assemble(assembly.read_settings(config), directory)
+        setup = assemble(read_settings(config), directory)
         moments = jax.tree.leaves(begun(setup, directory, config).state.opt_state)
         kinds = {leaf.sharding.memory_kind for leaf in moments if leaf.ndim}
         assert kinds == ({"pinned_host"} if offload == "True" else {"device"})

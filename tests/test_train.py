@@ -11,8 +11,9 @@ import transformers
 from safetensors.numpy import load_file
 
 import ntkrl
-from ntkrl import assembly, data
+from ntkrl import data
 from ntkrl.main import main
+from ntkrl.training import RolloutSource
 from tests.report.test_loggers import shown
 from tests.toys import TINY, torch_neox
 
@@ -160,13 +161,13 @@ def test_event_files_hold_what_metrics_hold(base, tmp_path, monkeypatch, capsys)
 
 def test_first_ratio_is_one_and_keys_are_fresh(base, tmp_path, monkeypatch):
     """law: sampler and trainer agree before each rollout's first update; no key is used twice."""
-    keys, original = [], assembly.RolloutSource.batches
+    keys, original = [], RolloutSource.batches
 
     def spy(self, turn):
         keys.append(tuple(jax.random.key_data(turn.key).tolist()))
         return original(self, turn)
 
-    monkeypatch.setattr(assembly.RolloutSource, "batches", spy)
+    monkeypatch.setattr(RolloutSource, "batches", spy)
     run = tmp_path / "run"
     assert main(words(base, run, "--config.stages[0].steps=3")) == 0
     gaps = [line["sampling/sampling_logp_difference/max"] for line in lines(run)[1:]]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ntkrl import train
 from ntkrl.main import main
+from ntkrl.training import BATCH_SOURCES, RolloutSource
+from ntkrl.training import loop as training_loop
 from tests.test_train import ROOT, base, lines, one_device, words
 
 __all__ = ["base", "one_device"]  # fixtures
@@ -23,7 +24,7 @@ def run_of(base, place, *more, reward="score"):
 
 def killed_and_resumed(monkeypatch, at, train_it):
     """Train, interrupt before a rollout step, and train on."""
-    original = train.Loop._advance
+    original = training_loop.Loop._advance
 
     def dies(self, rollout_step):
         if rollout_step == at:
@@ -31,7 +32,7 @@ def killed_and_resumed(monkeypatch, at, train_it):
         return original(self, rollout_step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Loop, "_advance", dies)
+        patch.setattr(training_loop.Loop, "_advance", dies)
         assert train_it() == 130
     assert train_it() == 0
 
@@ -127,14 +128,14 @@ def test_stage_one_from_stored_features(base, tmp_path, monkeypatch):
     head = ["--config.stages[0].parameters=(('head/.*', 1e-2), ('.*', None))"]
     assert run_of(base, stored, *head) == 0
 
-    class Blind(train.assembly.RolloutSource):
+    class Blind(RolloutSource):
         def _collect(self, turn):
             found, metrics = super()._collect(turn)
             assert found.rollout.features is not None
             drawn = found.rollout.replace(features=None)
             return type(found)(drawn, found.texts, found.result), metrics
 
-    monkeypatch.setitem(train.assembly.SOURCES, "rl", Blind)
+    monkeypatch.setitem(BATCH_SOURCES, "rl", Blind)
     assert run_of(base, again, *head) == 0
     first, second = weights(stored / "export"), weights(again / "export")
     start = weights(base)

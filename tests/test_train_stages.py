@@ -7,8 +7,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import ntkrl
-from ntkrl import assembly, data, trees
+from ntkrl import data, trees
 from ntkrl.main import main
+from ntkrl.training import RolloutSource
 from tests.test_train import base, lines, one_device, words  # noqa: F401
 from tests.toys import torch_neox
 
@@ -21,14 +22,14 @@ class KilledError(Exception):
 
 def killed_at(monkeypatch, step):
     """Let the next run die when it asks for the batches of a rollout step, or of none."""
-    original = assembly.RolloutSource.batches
+    original = RolloutSource.batches
 
     def batches(self, turn):
         if turn.step + 1 == step:
             raise KilledError
         return original(self, turn)
 
-    monkeypatch.setattr(assembly.RolloutSource, "batches", batches)
+    monkeypatch.setattr(RolloutSource, "batches", batches)
 
 
 def test_a_stage_that_ends_early_resumes_alike(base, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.vocabulary import Head, logit_statistics, logits, token_statistics
+from ntkrl.softmax import Head, logit_statistics, logits, token_statistics
 from tests.oracles import log_softmax
 
 ROWS, T, D, V = 2, 5, 3, 7

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from ntkrl.assembly.probe_settings import FAMILIES
-from ntkrl.assembly.watching import kl_shares
 from ntkrl.main import main
+from ntkrl.probe.settings import FAMILIES
 from ntkrl.report.names import is_known
+from ntkrl.training.probe_hook import kl_shares
 from ntkrl.types import UpdateBatch
 from tests.test_train import STAGES, base, lines, one_device, words  # noqa: F401
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ntkrl import trees
+from ntkrl.jaxpr import Program, trace
 from ntkrl.ntk.network import Head, Network
-from ntkrl.ntk.program import Program, trace
 from ntkrl.types import Array, Params
 
 

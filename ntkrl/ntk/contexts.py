@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkrl.jaxpr import is_traced
 from ntkrl.ntk.network import Network, listed
-from ntkrl.ntk.program import is_traced
 from ntkrl.types import Array, Params
 
 

@@ -12,11 +12,11 @@ layers
 from __future__ import annotations
 
 from ntkrl import trees
+from ntkrl.jaxpr import is_traced
 from ntkrl.ntk import parts
 from ntkrl.ntk.contexts import Contexts, checked
 from ntkrl.ntk.kernel import Kernel
 from ntkrl.ntk.network import Network, as_network, check_params, check_policy_head
-from ntkrl.ntk.program import is_traced
 from ntkrl.ntk.roads import GIB, ROADS
 from ntkrl.ntk.rows import RowsKernel
 from ntkrl.types import Params, Policy

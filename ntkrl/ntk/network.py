@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import trees
-from ntkrl.ntk import program
+from ntkrl import jaxpr, trees
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params, Policy
 
@@ -129,7 +128,7 @@ def check_params(network: Network, params: Params) -> None:
             f"params hold leaves that are no arrays: {listed(bare)}; split them off first "
             "(equinox.partition(model, equinox.is_inexact_array), nnx.split(model, nnx.Param))."
         )
-    integers = [f"{n} ({leaf.dtype})" for n, leaf in leaves.items() if not program.is_inexact(leaf)]
+    integers = [f"{n} ({leaf.dtype})" for n, leaf in leaves.items() if not jaxpr.is_inexact(leaf)]
     if integers:
         raise ValueError(
             f"params must be floating point; these are not: {listed(integers)}. Cast them, or "
@@ -142,7 +141,7 @@ def check_params(network: Network, params: Params) -> None:
             "jax.tree.map(lambda leaf: leaf.astype(...), params)."
         )
     _check_head(network.head, leaves)
-    if not program.is_traced(leaves):
+    if not jaxpr.is_traced(leaves):
         finite = jax.device_get(_finite(tuple(leaves.values())))
         broken = [name for name, fine in zip(leaves, finite, strict=True) if not fine]
         if broken:

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ntkrl.jaxpr import Program, flatten, flops
 from ntkrl.ntk import gradients
 from ntkrl.ntk.body import Body
 from ntkrl.ntk.directions import Directions
 from ntkrl.ntk.layers import layers, plan_for
-from ntkrl.ntk.program import Program, flatten, flops
 from ntkrl.ntk.taps import Plan
 from ntkrl.types import Array, Params
 

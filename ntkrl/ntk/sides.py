@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ntkrl.jaxpr import Constant, is_inexact, scan_counts
 from ntkrl.ntk import taps
 from ntkrl.ntk.blocks import Block
 from ntkrl.ntk.body import Body
 from ntkrl.ntk.contract import Factors
 from ntkrl.ntk.directions import cotangent
-from ntkrl.ntk.program import Constant, is_inexact, scan_counts
 from ntkrl.types import Array, Params
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ntkrl.ntk.program import Constant, Program, Step, flatten, is_inexact, scan_counts
+from ntkrl.jaxpr import Constant, Program, Step, flatten, is_inexact, scan_counts
 from ntkrl.types import Array
 
 # a gradient is the same up to order of entries after these, and up to nothing after the first two

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from ntkrl.assembly.settings import RunSettings
 from ntkrl.plan import printing, topology
 from ntkrl.plan.measure import Row, measure
 from ntkrl.plan.programs import Run, crowded, described
 from ntkrl.plan.topology import Machine
 from ntkrl.plan.verdict import verdict
+from ntkrl.settings import RunSettings
 
 REMATS = ("products", "all", "none")  # of models.REMAT, the usual first
 CANDIDATES = 6
@@ -104,7 +104,7 @@ def plan(settings: RunSettings, asked: PlanSettings) -> list[Found]:
     """Print what a config takes on a machine; write rows as JSON where asked.
 
     Args:
-      settings: from `assembly.read_settings`.
+      settings: from `read_settings`.
       asked: the rest of the command line.
 
     Raises:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import ntk, probe, runtime, trees, update
-from ntkrl.assembly.probe_settings import DRAWN, ProbeSettings
-from ntkrl.assembly.setup import Setup
-from ntkrl.probe import accounts, ledger
+from ntkrl import attribution, ntk, runtime, trees, update
+from ntkrl.attribution import accounts, ledger
+from ntkrl.probe.settings import DRAWN, ProbeSettings
 from ntkrl.probe.step import BYTES
+from ntkrl.setup.assemble import Setup
 from ntkrl.types import TrainState, UpdateBatch
 
 
@@ -30,7 +30,7 @@ class ReadCall(NamedTuple):
 
 
 def kept(settings: ProbeSettings, state: TrainState) -> list[Any]:
-    """Return what is copied of a state before a step that is looked at: see Watcher.keep."""
+    """Return what is copied of a state before a step that is looked at: see ProbeHook.keep."""
     if settings.ledger_every_steps is None:
         return [state.params]
     return [state.params, _on_devices(state.opt_state)]
@@ -44,7 +44,7 @@ def read_call(
     batch: UpdateBatch,
     reference: Any,
 ) -> ReadCall:
-    """Describe the ledger of a stage's step: see Watcher.look.
+    """Describe the ledger of a stage's step: see ProbeHook.look.
 
     Args:
       setup: the run.
@@ -55,7 +55,7 @@ def read_call(
     """
     settings = setup.settings.probe
     contexts, targets, blocks = probe_tokens(setup)
-    made = probe.Ledger(
+    made = attribution.Ledger(
         *(setup.policy, terms, stage.optimizer, stage.trained),
         groups=settings.ledger_groups,
         by=settings.ledger_by,

@@ -12,10 +12,11 @@ import huggingface_hub
 import jax
 from jax.sharding import Mesh
 
-from ntkrl import assembly, data, models, trees
-from ntkrl.assembly.settings import DTYPES, ModelSettings, RunSettings
+from ntkrl import data, models, trees
 from ntkrl.models import files, hub, lora
 from ntkrl.plan.shapes import SHAPES
+from ntkrl.settings import DTYPES, ModelSettings, RunSettings
+from ntkrl.setup import is_code
 from ntkrl.types import Params, Policy, Scorer
 
 
@@ -85,7 +86,7 @@ def describe_rewards(settings: RunSettings, mesh: Mesh) -> dict[str, tuple[Score
     """
     found = {}
     for spec, _ in settings.reward.functions:
-        if not assembly.is_code(spec):
+        if not is_code(spec):
             dtype = DTYPES[settings.reward.dtype]
             scorer, shapes = models.describe_scorer(read_entries(spec), dtype, mesh, source=spec)
             found[Path(spec).name] = scorer, placed(shapes, scorer.sharding, mesh)

@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkrl import assembly, data, rollout, runtime, trees, update
-from ntkrl.assembly.settings import RunSettings
+from ntkrl import data, rollout, runtime, trees, update
+from ntkrl.evaluation import make_evaluation_sample, prompts_together
 from ntkrl.numerics import bucket_length
 from ntkrl.plan import kernel, ledgers, networks
 from ntkrl.plan.batches import drawn, minibatch
 from ntkrl.reward.networks import rows_together
+from ntkrl.settings import RunSettings
+from ntkrl.setup import Setup
+from ntkrl.training import BATCH_SOURCES, States, jitted_step
 from ntkrl.types import PromptBatch, TrainState
 
 GENERATION, SCORING, UPDATE, PROBE = PARTS = ("generation", "scoring", "update", "probe")
@@ -80,7 +83,7 @@ class Run:
         self.rewards = networks.describe_rewards(settings, mesh)
         width, budget = settings.data.max_prompt_tokens, settings.rollout.max_completion_tokens
         rollout.check_length(self.policy, width, budget)
-        self.setup = assembly.Setup(
+        self.setup = Setup(
             policy=self.policy,
             params=self.params,
             tokenizer=Ends(),
@@ -93,8 +96,8 @@ class Run:
             rewards=None,
             base=None,
         )
-        self.source = assembly.SOURCES[settings.method](self.setup)
-        self.states = assembly.States(self.setup)
+        self.source = BATCH_SOURCES[settings.method](self.setup)
+        self.states = States(self.setup)
         # epochs are of a length that only the prompts know, and no program depends on
         stages = [stage.in_steps(1 << 20) for stage in settings.stages]
         self.stages = update.stage_programs(
@@ -139,7 +142,7 @@ class Run:
 
     @property
     def watches(self) -> bool:
-        """Whether steps are looked at, which needs held-out prompts (see assembly.Watcher)."""
+        """Whether steps are looked at, which needs held-out prompts (see ProbeHook)."""
         files = self.settings.data
         held_out = files.path is None or files.eval_path is not None or files.held_out > 0
         return self.settings.probe.looks and self.evaluates and held_out
@@ -167,8 +170,8 @@ class Run:
         if probe and self.watches and settings.probe.ledger_every_steps is not None:
             yield from accounts(self)
         if probe and self.evaluates:
-            sampler = assembly.make_evaluation_sample(self.setup)
-            yield from generation(self, sampler, assembly.prompts_together(self.setup), PROBE)
+            sampler = make_evaluation_sample(self.setup)
+            yield from generation(self, sampler, prompts_together(self.setup), PROBE)
         if probe:
             s = kernel.setting(
                 self.policy, self.params, self.mesh, self.settings.data.max_prompt_tokens
@@ -292,7 +295,7 @@ def updates(run: Run, watched: bool = False) -> Steps:
     for number, stage in enumerate(run.stages):
         state, (batch, reference) = run.state(stage), minibatch(run, number)
         count = batch.tokens.shape[0]
-        step = assembly.jitted_step(run.setup, stage, run.source.minimised, state, count, reference)
+        step = jitted_step(run.setup, stage, run.source.minimised, state, count, reference)
         rows = run.per_device(count)
         name, kept = f"update {stage.stage.name}", run.kept(stage) if watched else ()
         arguments = (state, batch, reference)

@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from ntkrl.assembly.settings import RunSettings
 from ntkrl.plan import topology
 from ntkrl.plan.command import WHOLE, Found, choices, compiled
 from ntkrl.plan.printing import TIMED, mesh_name, shown
 from ntkrl.plan.programs import described
 from ntkrl.plan.topology import Machine
+from ntkrl.settings import RunSettings
 
 MACHINES = ("v5e-16", "v6e-16", "v5p-32", "v5e-64", "v5e-256")
 MODELS = ("EleutherAI/pythia-2.8b", "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen3-8B")

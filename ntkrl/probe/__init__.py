@@ -34,13 +34,10 @@ from ntkrl.probe.kernels import (
     kernel_traces,
     plan_kernel,
 )
-from ntkrl.probe.ledger import BY, Ledger, ledger_measures, split_term
 from ntkrl.probe.step import Prober, ProbeReading
 
 __all__ = [
-    "BY",
     "KernelPlan",
-    "Ledger",
     "ProbeReading",
     "Prober",
     "batch_alignment",
@@ -55,12 +52,10 @@ __all__ = [
     "geometry",
     "kernel_measures",
     "kernel_traces",
-    "ledger_measures",
     "linearity",
     "pass_at_k",
     "plan_kernel",
     "signal",
-    "split_term",
     "squeezing",
     "step_measures",
     "weights",

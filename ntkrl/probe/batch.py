@@ -14,8 +14,8 @@ from ntkrl.probe.geometry import ches, head_sums
 from ntkrl.probe.signal import entropy_share
 from ntkrl.probe.squeezing import token_masses
 from ntkrl.scoring import completion_features, head_of
+from ntkrl.softmax import Head, token_statistics
 from ntkrl.types import Array, Params, Policy, UpdateBatch
-from ntkrl.vocabulary import Head, token_statistics
 
 TILE = 8192
 """Rows of the vocabulary whose logits exist at a time."""

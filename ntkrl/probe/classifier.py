@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.probe.weights import leading_direction
+from ntkrl.softmax import Head
+from ntkrl.softmax.tiles import Tiling, cut, tile_count
 from ntkrl.types import Array
-from ntkrl.vocabulary import Head
-from ntkrl.vocabulary.tiles import Tiling, cut, tile_count
 
 
 @functools.partial(jax.jit, static_argnums=(2,))

@@ -12,9 +12,9 @@ import numpy as np
 
 from ntkrl.numerics import at_least_float32, einsum, masked_total, mean
 from ntkrl.probe.tiles import log_probs_by_tile, sum_over_tiles
+from ntkrl.softmax import Head, TokenStatistics
+from ntkrl.softmax.tiles import products
 from ntkrl.types import Array
-from ntkrl.vocabulary import Head, TokenStatistics
-from ntkrl.vocabulary.tiles import products
 
 
 @jax.jit

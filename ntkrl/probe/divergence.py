@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl.probe.tiles import log_probs_by_tile, sum_over_tiles
+from ntkrl.softmax import Head
 from ntkrl.types import Array
-from ntkrl.vocabulary import Head
 
 
 class Divergences(NamedTuple):

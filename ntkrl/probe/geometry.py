@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from ntkrl.numerics import at_least_float32, einsum, masked_total, mean
 from ntkrl.probe.features import cosines_of, kinds_of_pairs
 from ntkrl.probe.tiles import log_normaliser, sum_over_tiles
+from ntkrl.softmax import Head
+from ntkrl.softmax.tiles import Tile, Tiling, cut, tile_count, tile_logits
 from ntkrl.types import Array
-from ntkrl.vocabulary import Head
-from ntkrl.vocabulary.tiles import Tile, Tiling, cut, tile_count, tile_logits
 
 
 @jax.jit

@@ -32,8 +32,8 @@ from ntkrl import ntk
 from ntkrl.numerics import einsum
 from ntkrl.probe.drift import advantage_alignment
 from ntkrl.scoring import head_of
+from ntkrl.softmax import token_statistics
 from ntkrl.types import Array, Params, Policy
-from ntkrl.vocabulary import token_statistics
 
 Progress = Callable[[int, str], None]
 """Called with the number of steps done and the name of the next."""

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.probe.tiles import log_probs_by_tile, sum_over_tiles
+from ntkrl.softmax import Head
 from ntkrl.types import Array
-from ntkrl.vocabulary import Head
 
 
 class Factors(NamedTuple):

@@ -19,8 +19,8 @@ from ntkrl.probe.divergence import divergences
 from ntkrl.probe.features import completion_cosines, feature_measures
 from ntkrl.probe.geometry import cosine_variances, feature_drift
 from ntkrl.scoring import head_of
+from ntkrl.softmax import Head, TokenStatistics, token_statistics
 from ntkrl.types import Array, Params, Policy, ProbeSet
-from ntkrl.vocabulary import Head, TokenStatistics, token_statistics
 
 BYTES = 48  # of a logit, what is made of it and how that changes
 

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ntkrl.softmax import Head
+from ntkrl.softmax.tiles import Tile, Tiling, cut, tile_count, tile_logits
 from ntkrl.types import Array
-from ntkrl.vocabulary import Head
-from ntkrl.vocabulary.tiles import Tile, Tiling, cut, tile_count, tile_logits
 
 
 def log_normaliser(

@@ -21,8 +21,8 @@ from ntkrl import trees
 from ntkrl.rollout.draw import Drawn, draw
 from ntkrl.rollout.settings import SamplerSettings
 from ntkrl.scoring import head_of
+from ntkrl.softmax import logits
 from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
-from ntkrl.vocabulary import logits
 
 
 @chex.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from ntkrl.update.objective import CHOICES, Objective, described
 from ntkrl.update.optimizers import steps_taken
 from ntkrl.update.preference import preference_loss, preference_objective
 from ntkrl.update.presets import FORMULAS, PRESETS
+from ntkrl.update.settings import ScheduleSettings, due, read_stages
 from ntkrl.update.stages import (
     Stage,
     StageProgram,
@@ -40,12 +41,14 @@ __all__ = [
     "Measures",
     "Objective",
     "Progress",
+    "ScheduleSettings",
     "Stage",
     "StageProgram",
     "correction_weights",
     "counted_tokens",
     "covariance_weights",
     "described",
+    "due",
     "equal_groups",
     "advanced",
     "check_stages",
@@ -54,6 +57,7 @@ __all__ = [
     "kl_estimate",
     "make_step",
     "make_step_apart",
+    "read_stages",
     "reward_penalties",
     "next_state",
     "of_signs",

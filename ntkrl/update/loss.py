@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl.numerics import masked_total
+from ntkrl.softmax import TokenStatistics
 from ntkrl.types import Array, Total, UpdateBatch
 from ntkrl.update.objective import Objective
-from ntkrl.vocabulary import TokenStatistics
 
 
 class Measures(NamedTuple):

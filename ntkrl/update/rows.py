@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ntkrl.numerics import primal
+from ntkrl.softmax import Head, TokenStatistics, logit_statistics, logits
 from ntkrl.types import Array, Total, UpdateBatch
 from ntkrl.update.loss import Measures
-from ntkrl.vocabulary import Head, TokenStatistics, logit_statistics, logits
 
 Totals = Total | dict[str, Total]
 """Of a loss, or of each of its terms by name."""

@@ -11,12 +11,12 @@ import optax
 
 from ntkrl import numerics, trees
 from ntkrl.scoring import completion_features, head_of
+from ntkrl.softmax import Head, token_statistics
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures
 from ntkrl.update.rows import Loss, Totals, add_pulled, loss_by_rows, over_parts, split_rows
 from ntkrl.update.stages import StageProgram
-from ntkrl.vocabulary import Head, token_statistics
 
 TILE_VOCABULARY = 8192
 """Vocabulary rows of a tile of logits."""

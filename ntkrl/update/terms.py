@@ -7,11 +7,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ntkrl.softmax import TokenStatistics
 from ntkrl.types import Array, Total, UpdateBatch
 from ntkrl.update.loss import Measures, policy_loss, supervised_loss
 from ntkrl.update.objective import Objective
 from ntkrl.update.rows import Loss
-from ntkrl.vocabulary import TokenStatistics
 
 
 def policy_terms(objective: Objective, budget: int) -> Loss:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ntkrl.assembly.collect import Collected
-from ntkrl.assembly.rollout_metrics import rollout_metrics
+from ntkrl.generate import Collected
 from ntkrl.reward import RewardResult
+from ntkrl.training.rollout_metrics import rollout_metrics
 from ntkrl.types import Rollout
 
 

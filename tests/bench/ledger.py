@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkrl
-from ntkrl import probe, rollout, update
-from ntkrl.probe.costs import choose
+from ntkrl import attribution, probe, rollout, update
+from ntkrl.attribution.costs import choose
 from ntkrl.types import ProbeSet, PromptBatch, UpdateBatch
 from tests.bench import measure
 
@@ -103,11 +103,11 @@ def main() -> None:
     _, _, (old, new) = prober.compare(before.params, after.params)
     moved = jax.tree.map(np.subtract, new.statistics, old.statistics)
     actual = np.stack([moved.log_probs, moved.entropy])
-    # by sample the KL's part is a factor, see `Watcher.keep`
+    # by sample the KL's part is a factor, see `ProbeHook.keep`
     seen = {"group": batch, "sample": batch.replace(kl_advantages=None)}
     known = {by: {"gradients": apart(before, own)[2], "actual": actual} for by, own in seen.items()}
-    ledgers = {"group": probe.Ledger(*static, by="group")}
-    ledgers |= {form: probe.Ledger(*static, form=form) for form in ("push", "gram")}
+    ledgers = {"group": attribution.Ledger(*static, by="group")}
+    ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("push", "gram")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
     calls |= {f"apart, {by}": lambda own=own: apart(before, own) for by, own in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)

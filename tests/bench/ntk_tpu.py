@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkrl import models, runtime
+from ntkrl.jaxpr import flops, trace
 from ntkrl.ntk import roads
 from ntkrl.ntk.contexts import Contexts
 from ntkrl.ntk.directions import Directions
-from ntkrl.ntk.program import flops, trace
 from ntkrl.plan import hlo, kernel, networks, topology
 from ntkrl.plan.chips import GIB
 from ntkrl.plan.measure import roofline

@@ -39,7 +39,7 @@ def our_steps(
 
     import ntkrl
     from ntkrl import rollout, scoring, update
-    from ntkrl.assembly.weighing import weigh
+    from ntkrl.training.weighing import weigh
     from ntkrl.types import PromptBatch, UpdateBatch
 
     policy, params = ntkrl.load(directory)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 import ntkrl
 from ntkrl import scoring, update
-from ntkrl.assembly.weighing import weigh
+from ntkrl.training.weighing import weigh
 from ntkrl.types import UpdateBatch
 from tests.bench import measure
 from tests.toys import torch_neox

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.vocabulary import Head, token_statistics
+from ntkrl.softmax import Head, token_statistics
 from tests.bench import measure
 
 ROWS, LENGTH, WIDTH, VOCAB = 32, 64, 512, 50304

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import ntkrl
-from ntkrl import ntk
-from ntkrl.ntk import body, program
+from ntkrl import jaxpr, ntk
+from ntkrl.ntk import body
 from tests.ntk.networks import TOKENS, VOCAB, close, contexts, layered
 from tests.toys import TINY, toy_policy
 
@@ -79,8 +79,8 @@ def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
             told.append(counts)
         return step(eqn, *slots)
 
-    step = program.Step
-    monkeypatch.setattr(program, "Step", newer)
+    step = jaxpr.Step
+    monkeypatch.setattr(jaxpr, "Step", newer)
     expected = brute(kind, "full", True)
     body._traced.cache_clear()  # what was traced before is kept
     kernel = ntk.kernel(*model(kind), *contexts(True), groups=GROUPS, road="layers")

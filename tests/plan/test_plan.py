@@ -6,10 +6,11 @@ import json
 import jax
 import pytest
 
-from ntkrl import assembly, runtime
+from ntkrl import runtime
 from ntkrl.main import main
 from ntkrl.plan import command, measure, programs, topology, verdict
 from ntkrl.plan.chips import CHIPS
+from ntkrl.settings import read_settings
 from tests.plan.test_programs import MODEL, WORDS, run_of, settings  # noqa: F401
 
 
@@ -122,7 +123,7 @@ def test_no_compiler_is_told(words, monkeypatch, capsys):
 def test_the_papers_configs(name):
     """story: each loads, and describes Pythia-2.8B with its own objective and stages."""
     given = [f"--config=configs/paper/{name}.py", "--config.data.path=x.jsonl"]
-    run = run_of(assembly.read_settings(runtime.read_config(given)))
+    run = run_of(read_settings(runtime.read_config(given)))
     assert run.policy.config.num_hidden_layers == 32 and run.mesh.shape["fsdp"] == 8
     batch, _ = programs.minibatch(run, len(run.stages) - 1)
     # 512 tokens and what the template writes around a prompt, or after a response

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl import assembly, data, models, probe, reward, runtime, update
-from ntkrl.assembly.sources import split
+from ntkrl import data, models, probe, reward, runtime, update
+from ntkrl.attribution import accounts
+from ntkrl.generate import Collected
 from ntkrl.plan import measure, networks, programs, topology
 from ntkrl.plan.chips import Chip
 from ntkrl.plan.shapes import SHAPES
-from ntkrl.probe import accounts
+from ntkrl.settings import read_settings
+from ntkrl.training import BATCH_SOURCES, ProbeHook, States, StepContext, bare
+from ntkrl.training.sources import split
 from ntkrl.types import ProbeSet
 from tests.toys import TINY
 
@@ -43,7 +46,7 @@ def settings(tmp_path):
         given = [f"--config=configs/{config}.py", f"--config.model.path={tmp_path}", *WORDS, *more]
         if config != "sft":
             given.append("--config.reward.function=exact_match")
-        return assembly.read_settings(runtime.read_config(given))
+        return read_settings(runtime.read_config(given))
 
     return read
 
@@ -112,10 +115,10 @@ def test_shapes_are_those_of_a_run(settings):
     run = run_of(one)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
     setup = dataclasses.replace(run.setup, policy=policy, params=params)
-    source = assembly.SOURCES["rl"](setup)
+    source = BATCH_SOURCES["rl"](setup)
     for number, stage in enumerate(run.stages):
         batch, reference = programs.minibatch(run, number)
-        made = assembly.bare(_minibatch(source, setup, stage))
+        made = bare(_minibatch(source, setup, stage))
         expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == expected
         placed = runtime.place_rows(made, run.mesh)
@@ -134,12 +137,12 @@ def _minibatch(source, setup, stage):
     rollout = sample(setup.params, runtime.place_rows(prompts, setup.mesh), jax.random.key(1))
     features = rollout.features
     rollout = runtime.fetch(rollout.replace(features=None)).replace(features=features)
-    found = assembly.Collected(
+    found = Collected(
         rollout=rollout,
         texts=["x"] * 8,
         result=reward.RewardResult(np.arange(8.0), {}, {}, {}, frozenset()),
     )
-    turn = assembly.Turn(
+    turn = StepContext(
         setup.params, setup.params, stage, True, 0, jax.random.key(2), lambda name: None
     )
     batch, _ = source._batch(turn, found)
@@ -221,16 +224,16 @@ def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
     run = run_of(one)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
     setup = dataclasses.replace(run.setup, policy=policy, params=params)
-    source, stage = assembly.SOURCES["rl"](setup), run.stages[0]
-    # what a Watcher has, but for the held-out prompts
+    source, stage = BATCH_SOURCES["rl"](setup), run.stages[0]
+    # what a ProbeHook has, but for the held-out prompts
     watcher = types.SimpleNamespace(setup=setup, source=source, settings=one.probe)
     watcher.programs, watcher._fits = run.stages, lambda *given: True
-    made = assembly.Watcher._ledger(watcher, stage)
-    state = assembly.States(setup).first(stage)
+    made = ProbeHook._ledger(watcher, stage)
+    state = States(setup).first(stage)
     planned, _ = programs.minibatch(run, 0, accounted=True)  # see test_shapes_are_those_of_a_run
     batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), planned)
     due = one.probe.ledger_every_steps
-    before = assembly.Watcher.keep(watcher, state, batch, None, 0, due).before
+    before = ProbeHook.keep(watcher, state, batch, None, 0, due).before
     step = jax.jit(update.make_step_apart(stage, source.terms))
     _, _, gradients = step(before, batch)
     prompts = data.supervised_batch([[1] * 8] * 12, [[1] * 24] * 12, range(12), 0, 8, 24)

@@ -13,7 +13,7 @@ from ntkrl.probe.confidence import (
     fit_entropy_reward,
 )
 from ntkrl.probe.squeezing import Masses, akg_factors, squeezing, token_masses
-from ntkrl.vocabulary import Head, logit_statistics, logits
+from ntkrl.softmax import Head, logit_statistics, logits
 from tests.oracles import log_softmax
 
 N, V, D = 4, 7, 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntkrl.probe.divergence import divergences
-from ntkrl.vocabulary import Head, logits
+from ntkrl.softmax import Head, logits
 from tests.oracles import log_softmax
 
 N, V = 5, 7

@@ -24,7 +24,7 @@ from ntkrl.probe.geometry import (
     head_sums,
     token_sums,
 )
-from ntkrl.vocabulary import Head
+from ntkrl.softmax import Head
 from tests.ntk.networks import HEADS, VOCAB, contexts, network
 from tests.toys import toy_params, toy_policy
 

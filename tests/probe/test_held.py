@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ntkrl.probe.held import applied
+from ntkrl.attribution.held import applied
 from tests.update.test_optimizers import draw, gradient, program_of
 
 CASES = {

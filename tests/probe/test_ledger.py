@@ -9,10 +9,10 @@ import optax
 import pytest
 
 import ntkrl
-from ntkrl import ntk, numerics, probe, update
-from ntkrl.probe import accounts
-from ntkrl.probe import ledger as ledger_module
-from ntkrl.probe.contributions import MEASURES
+from ntkrl import attribution, ntk, numerics, probe, update
+from ntkrl.attribution import accounts
+from ntkrl.attribution import ledger as ledger_module
+from ntkrl.attribution.contributions import MEASURES
 from ntkrl.probe.signal import gradient_noise
 from ntkrl.report.names import GLOSSARY, is_known
 from ntkrl.scoring import score
@@ -67,7 +67,7 @@ class Case:
     def ledger(self, **settings):
         """The ledger of the stage."""
         static = self.policy, self.terms, self.program.optimizer, self.program.trained
-        return probe.Ledger(*static, **settings)
+        return attribution.Ledger(*static, **settings)
 
     @property
     def given(self):
@@ -268,7 +268,7 @@ def test_the_step_hands_out_its_gradients(microbatches):
         assert_close(gradients["policy"][0][name], leaf)
     actual = case.measured(case.after.params) - case.measured(case.before.params)
     known = {"gradients": gradients, "actual": actual}
-    for by in probe.BY:
+    for by in attribution.BY:
         whole, given = case.read(by=by), case.read(known, by=by)
         assert whole.keys() == given.keys()
         for name, value in whole.items():
@@ -310,7 +310,7 @@ def test_the_kl_in_the_reward_is_a_column():
             assert np.abs(kl["some"]).max() > 0.1 * np.abs(wanted).max()
     shares = np.random.default_rng(6).normal(size=8)
     case.batch = case.batch.replace(kl_advantages=advantages * shares[:, None])
-    found, split = case.read(), probe.split_term(whole, "policy", "kl", shares)
+    found, split = case.read(), attribution.split_term(whole, "policy", "kl", shares)
     assert found.keys() == split.keys()
     for name, value in found.items():
         scale = np.abs(first_order(whole, name.split("/")[0])).max()
@@ -383,7 +383,7 @@ def test_measures_by_hand():
     }
     arrays = {f"{measure}/{name}": value for measure in MEASURES for name, value in own.items()}
     same = np.array([[True, False], [False, True]])
-    found = probe.ledger_measures(arrays, np.array([1.0, -1.0]), same)
+    found = attribution.ledger_measures(arrays, np.array([1.0, -1.0]), same)
     shares = {"policy": 0.75, "kl": -0.25, "momentum": 0.25, "decay": 0.0, "optimizer": 0.0}
     shares |= {"curvature": 0.25}
     assert sum(shares.values()) == 1.0

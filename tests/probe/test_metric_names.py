@@ -16,7 +16,7 @@ from ntkrl.probe import (
 )
 from ntkrl.probe.squeezing import Masses, squeezing
 from ntkrl.report.names import is_known
-from ntkrl.vocabulary import Head, logit_statistics
+from ntkrl.softmax import Head, logit_statistics
 
 
 def test_results_are_in_the_glossary():

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from ntkrl import runtime
-from ntkrl.assembly import best_of, read_settings
 from ntkrl.runtime.config import differences
+from ntkrl.settings import best_of, read_settings
 
 
 def read(*words):

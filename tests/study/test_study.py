@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ntkrl import assembly, main, reward, runtime
+from ntkrl import main, reward, runtime
+from ntkrl.settings import read_settings
 from ntkrl.study import claims, results, run_study, running, tasks
 from ntkrl.study.plan import Commands, Job, StudySettings
 
@@ -70,7 +71,7 @@ def test_every_run_has_a_config(tmp_path):
     for title, jobs in commands.phases():
         for job in jobs:
             config = runtime.read_config(job.words[1:])
-            found = assembly.read_settings(config)
+            found = read_settings(config)
             assert Path(config.run_dir) in job.done.parents, job
             assert job.done not in places
             places[job.done] = job.name

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ntkrl import advantage, numerics, update
-from ntkrl.assembly.weighing import weigh
+from ntkrl.softmax import TokenStatistics
+from ntkrl.training.weighing import weigh
 from ntkrl.types import UpdateBatch
-from ntkrl.vocabulary import TokenStatistics
 from tests.update import formulas
 
 PRESETS = update.PRESETS

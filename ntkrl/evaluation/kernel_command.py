@@ -1,0 +1,195 @@
+"""Kernels of a model on given prompts, for `ntkrl kernel`: no training, no run directory.
+
+`kernel.npz` holds, for O contexts of N prompts, where they end:
+
+    tokens, mask [N, T]    left-padded prompts         texts [N]    the prompts as text
+    rows, positions [O]    prompt and column           endings [O]  the context's last token as text
+
+and what `ntkrl/probe/kernels.py` lists: head, cosines, traces, shares, norms and eigenvalues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ntkrl import data, models, ntk, probe, report, runtime
+from ntkrl.setup import check_vocabulary
+from ntkrl.types import Params, Policy
+
+DTYPES = {"float32": jnp.float32, "float64": jnp.float64, "bfloat16": jnp.bfloat16}
+POSITIONS = ("last", "all")
+NUMBERS = {"eigenpairs": int, "max_contexts": int, "limit": int, "memory_gib": float}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSettings:
+    """What `ntkrl kernel` was asked for.
+
+    model: Hugging Face directory with its tokenizer.
+    prompts: JSON Lines file (standard or conversational), or a .txt with one prompt per line.
+    out: directory for kernel.npz and kernel.png.
+    positions: "last" for one context per prompt, "all" for one per token.
+    eigenpairs: n ≥ 1, eigenvalues of the body and the full kernel.
+    max_contexts: contexts taken at most, evenly spread over those there are.
+    dtype: of params and network: float32, float64 or bfloat16; results are float32 or better.
+    memory_gib: what a call may use beyond the params (GiB).
+    limit: prompts taken at most, the first of the file.
+    layers: traces per layer too, each at the cost of another body kernel.
+    """
+
+    model: str
+    prompts: str
+    out: str = "runs/kernel"
+    positions: str = "last"
+    eigenpairs: int = 8
+    max_contexts: int = 64
+    dtype: str = "float32"
+    memory_gib: float = 8.0
+    limit: int = 16
+    layers: bool = False
+
+    def __post_init__(self):
+        problems = [
+            f"--{name} must be at least 1, not {getattr(self, name)}"
+            for name in ("eigenpairs", "max_contexts", "limit")
+            if getattr(self, name) < 1
+        ]
+        if not 0 < self.memory_gib < float("inf"):
+            problems.append(f"--memory_gib must be a positive number, not {self.memory_gib}")
+        for name, allowed in (("positions", POSITIONS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                known = " or ".join(allowed)
+                problems.append(f"--{name} must be {known}, not {getattr(self, name)!r}")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
+
+
+def read_settings(model: str, options: Mapping[str, str]) -> KernelSettings:
+    """Turn the words of a command line into settings.
+
+    Args:
+      model: the model directory.
+      options: `{name: text}`; "layers" counts by being there.
+
+    Raises:
+      ValueError: no prompts, words where numbers belong, or values out of range.
+    """
+    given: dict[str, Any] = {**options, "layers": "layers" in options}
+    problems = []
+    if "prompts" not in given:
+        problems.append(
+            '--prompts=FILE is missing, {"prompt": "text"} rows or a .txt with one prompt per line'
+        )
+    for name in NUMBERS.keys() & given.keys():
+        try:
+            given[name] = NUMBERS[name](given[name])
+        except ValueError:
+            wanted = "a whole number" if NUMBERS[name] is int else "a number"
+            problems.append(f"--{name} must be {wanted}, not {given[name]!r}")
+    if problems:
+        raise ValueError("; ".join(sorted(problems)) + ".")
+    return KernelSettings(model, **given)
+
+
+def inspect(settings: KernelSettings) -> dict[str, np.ndarray]:
+    """Compute the kernels of a model directory on prompts; write and print what was found.
+
+    Writes `kernel.npz` and `kernel.png` under `settings.out`, and nothing elsewhere.
+
+    Args:
+      settings: see KernelSettings.
+
+    Returns:
+      The arrays of kernel.npz.
+
+    Raises:
+      ValueError: a mistake in the settings, or in the files they name.
+    """
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file; name a directory.")
+    # JAX holds 64-bit numbers only where it is told to
+    with jax.enable_x64(True) if settings.dtype == "float64" else contextlib.nullcontext():
+        policy, params, contexts, words = _load(settings)
+        plan = probe.plan_kernel(policy, params, contexts, settings.layers, settings.memory_gib)
+        out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        print(f"body kernel, {plan.body_kernels} ×: by {plan.estimate}", flush=True)
+        with tqdm(total=plan.steps, disable=None) as bar:
+
+            def progress(done: int, doing: str) -> None:
+                bar.set_description(doing, refresh=False)
+                bar.update(done - bar.n)
+                bar.refresh()
+
+            found = probe.kernel_measures(plan, settings.eigenpairs, progress)
+            bar.update(plan.steps - bar.n)
+    places = {
+        "tokens": contexts.tokens,
+        "mask": contexts.mask,
+        "rows": contexts.rows,
+        "positions": contexts.positions,
+    }
+    arrays = {name: np.asarray(array) for name, array in places.items()} | words | found
+    runtime.save_arrays(out / "kernel.npz", arrays)
+    report.write_kernel(out / "kernel.png", arrays)
+    print(f"\n{report.format_kernel(arrays)}\n")
+    print(f"arrays: {out / 'kernel.npz'}\nfigure: {out / 'kernel.png'}")
+    return arrays
+
+
+def _load(
+    settings: KernelSettings,
+) -> tuple[Policy, Params, ntk.Contexts, dict[str, np.ndarray]]:
+    """Return the model, the contexts and their words; cheapest checks first."""
+    rows = models.check(settings.model)
+    tokenizer = data.load_tokenizer(models.tokenizer_directory(settings.model))
+    check_vocabulary(tokenizer, rows, settings.model)
+    whole = data.read_prompts(settings.prompts)
+    prompts = dataclasses.replace(whole, prompts=whole.prompts[: settings.limit])
+    # how long a prompt may be is known once the model is loaded
+    encoded = data.encode_prompts(tokenizer, prompts, sys.maxsize)
+    policy, params = models.load(settings.model, DTYPES[settings.dtype])
+    contexts, total = _contexts(settings, encoded, policy.max_tokens, tokenizer.pad_token_id)
+    print(
+        f"prompts: {len(encoded)} of {len(whole.prompts)} (--limit={settings.limit})\n"
+        f"contexts: {contexts.count} of {total} (--positions={settings.positions} "
+        f"--max_contexts={settings.max_contexts})"
+    )
+    texts = [
+        prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        for prompt, ids in zip(prompts.prompts, encoded, strict=True)
+    ]
+    ends = np.asarray(contexts.tokens)[contexts.rows, contexts.positions]
+    endings = [tokenizer.decode([int(token)]) for token in ends]
+    return policy, params, contexts, {"texts": np.array(texts), "endings": np.array(endings)}
+
+
+def _contexts(
+    settings: KernelSettings, encoded: list[list[int]], max_tokens: int, pad_id: int
+) -> tuple[ntk.Contexts, int]:
+    """Pad the prompts; return the contexts to read and how many there are."""
+    lengths = [len(ids) for ids in encoded]
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > max_tokens:
+        raise ValueError(
+            f"{settings.prompts}: prompt {longest} (counted from 0) has {lengths[longest]} tokens "
+            f"and the model reads at most {max_tokens}; shorten or remove it."
+        )
+    batch = data.prompt_batch(encoded, range(len(encoded)), pad_id, lengths[longest])
+    choose = ntk.last_positions if settings.positions == "last" else ntk.every_position
+    every = choose(batch.tokens, batch.mask)
+    rows = np.arange(len(encoded)) if every.rows is None else np.asarray(every.rows)
+    taken = min(settings.max_contexts, every.count)
+    kept = np.linspace(0, every.count - 1, taken).round().astype(int)
+    positions = np.asarray(every.positions)[kept]
+    return ntk.Contexts(batch.tokens, positions, rows[kept], batch.mask), every.count

@@ -1,0 +1,72 @@
+"""What a run looks at while it trains: the config's probe section."""
+
+from __future__ import annotations
+
+import dataclasses
+
+COLUMNS = {
+    "reference": ("completion", "chosen"),
+    "rejected": ("rejected",),
+    "paraphrased": ("paraphrased",),
+}
+"""Families that come with the prompts, and the columns they are read from."""
+DRAWN = ("own", "other", "shuffled")
+FAMILIES = (*DRAWN, *COLUMNS)
+LEDGER_BY = ("group", "sample")
+CADENCES = ("every_steps", "ledger_every_steps", "kernel_every_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSettings:
+    """The probe set and how often it is read.
+
+    every_steps: rollout steps between probes, or None for none.
+    prompts: held-out prompts (at most).
+    completions_per_prompt: completions of each, sampled from the starting model.
+    families: of completions, see training/probe_set.py; measures are of the first.
+    ledger_every_steps: rollout steps between ledgers of the last optimizer step, or None for none.
+    ledger_by: "sample", or "group" for the minibatch together (see attribution.Ledger).
+    ledger_groups: `(pattern, name)` over parameters that change the features.
+    kernel_every_steps: rollout steps between exact kernels of some probe tokens, or None for none.
+    kernel_contexts: how many tokens, ≥ 2; every one costs D passes backward.
+    kernel_layers: whether shares of layers are told too, each at the cost of another body kernel.
+    memory_gib: what reading the probe set and the samples' contributions may use (GiB).
+    """
+
+    every_steps: int | None
+    prompts: int
+    completions_per_prompt: int
+    families: tuple[str, ...]
+    ledger_every_steps: int | None
+    ledger_by: str
+    ledger_groups: tuple[tuple[str, str], ...]
+    kernel_every_steps: int | None
+    kernel_contexts: int
+    kernel_layers: bool
+    memory_gib: float
+
+    @property
+    def looks(self) -> bool:
+        """Whether there is anything to look at."""
+        return any(getattr(self, name) is not None for name in CADENCES)
+
+    def __post_init__(self):
+        problems, known = [], [name for name in self.families if name in FAMILIES]
+        if not known or len(set(known)) < len(self.families):
+            problems.append(
+                f"families must be different ones of {', '.join(FAMILIES)}, not "
+                f"{', '.join(map(str, self.families)) or 'none'}"
+            )
+        if self.ledger_by not in LEDGER_BY:
+            problems.append(
+                f"ledger_by must be one of {', '.join(LEDGER_BY)}, not {self.ledger_by!r}"
+            )
+        if not self.memory_gib > 0:
+            problems.append(f"memory_gib must be > 0, not {self.memory_gib}")
+        if self.kernel_contexts < 2:
+            problems.append(f"kernel_contexts must be ≥ 2, not {self.kernel_contexts}")
+        for name in CADENCES:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                problems.append(f"{name} must be ≥ 1 or None, not {getattr(self, name)}")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")

@@ -1,0 +1,215 @@
+"""Saving a run and taking it up again: what of it is saved, and what is told where that fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ntkrl import runtime
+from ntkrl.data.settings import names
+from ntkrl.settings import RunSettings, best_of
+from ntkrl.types import TrainState
+
+FORMAT = 1
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class RunCheckpointer:
+    """Saves the run of a directory, and restores it.
+
+    Checkpoints lie between rollout steps, where inner epoch and minibatch are 0 by construction.
+    Beside the TrainState (params, optimizer, reference, PRNG key, step) they hold the position: the
+    stage with its running statistics, the place in the order of the prompts, the tokens counted,
+    the config with its hash, hashes of the files that rewards and prompts come from, and versions.
+    """
+
+    def __init__(
+        self, settings: RunSettings, config: Mapping[str, Any], directory: Path, headline: str
+    ):
+        """Open the checkpoints of a run.
+
+        Args:
+          settings: the config, read.
+          config: as JSON values.
+          directory: the run directory.
+          headline: the metric that ranks checkpoints unless the config names one.
+        """
+        self.settings, self.config = settings.checkpoint, config
+        self.failures = 0
+        best = best_of(settings.checkpoint, headline)
+        self.checkpoints = runtime.Checkpoints(directory / "checkpoints", self.settings.keep, best)
+        self.made_by = {
+            "format": FORMAT,
+            "config": config,
+            "config_hash": _hash(runtime.config_identity(config)),
+            "files": {name: _file_hash(name) for name in _files(settings)},
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+
+    def __enter__(self) -> RunCheckpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Finish what is being written; where the run fails anyway, a save that fails is told."""
+        try:
+            self.settle()
+        except OSError as error:
+            if kind is None:
+                raise
+            runtime.tell(str(error))
+        finally:
+            self.checkpoints.close()
+
+    def resume(
+        self, like: Callable[[Mapping[str, Any]], TrainState]
+    ) -> tuple[int, dict[str, Any], TrainState] | None:
+        """Restore the newest checkpoint that is whole; damaged ones after it are moved aside.
+
+        Args:
+          like: makes a state with the structure and shardings to restore, given the position.
+
+        Returns:
+          Its rollout step, position and state; None where nothing was ever saved.
+
+        Raises:
+          ValueError: it is of another config or format, or none is whole.
+        """
+        damaged: dict[int, runtime.DamagedError] = {}
+        for step in reversed(self.checkpoints.steps()):
+            try:
+                position = self.checkpoints.position(step)
+                self._check(step, position)
+                state = self.checkpoints.restore(step, like(position))
+            except runtime.DamagedError as error:
+                damaged[step] = error
+                continue
+            for number, error in damaged.items():
+                place = self.checkpoints.set_aside(number)
+                runtime.tell(
+                    f"the checkpoint of step {number} is damaged ({error}) and now called {place}; "
+                    f"going back to step {step}"
+                )
+            self._tell_changes(step, position)
+            return step, position, state
+        if damaged:
+            listed = "; ".join(f"step {number}: {error}" for number, error in damaged.items())
+            raise ValueError(
+                f"no checkpoint in {self.checkpoints.directory} can be read ({listed}). Put whole "
+                "ones there, or remove the run directory to start over."
+            )
+        return None
+
+    def _check(self, step: int, position: Mapping[str, Any]) -> None:
+        place = f"the checkpoint of step {step} in {self.checkpoints.directory}"
+        if position["format"] != FORMAT:
+            raise ValueError(
+                f"{place} has format {position['format']}, this version of ntkrl reads {FORMAT}; "
+                "go on with the version that wrote it."
+            )
+        if position["config_hash"] != self.made_by["config_hash"]:
+            runtime.changes(position["config"], self.config, place)
+
+    def _tell_changes(self, step: int, position: Mapping[str, Any]) -> None:
+        """Tell what a resumed run takes another version of; its numbers may differ from here on."""
+        for kind in ("files", "versions"):
+            before, now = position[kind], self.made_by[kind]
+            for name in sorted(before.keys() & now.keys()):
+                if before[name] != now[name]:
+                    change = f": {before[name]} -> {now[name]}" if kind == "versions" else ""
+                    runtime.tell(f"{name} has changed since step {step} was saved{change}")
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
+    ) -> None:
+        """Begin to write a checkpoint while training goes on; one that fails is told.
+
+        Args:
+          step: rollout steps finished.
+          state: may be donated when this returns.
+          position: JSON values beside what the RunCheckpointer knows.
+          metrics: of the step.
+
+        Raises:
+          OSError: as `settle`.
+        """
+        self.settle()
+        try:
+            self.checkpoints.save(step, state, {**self.made_by, **position}, metrics)
+        except runtime.NotSavedError as error:
+            self._failed(error)
+
+    def settle(self, wait: bool = True) -> None:
+        """Finish what is being written, or look whether it is done.
+
+        Raises:
+          OSError: too many checkpoints in a row could not be written, or one of several processes
+            could not write.
+        """
+        pending = self.checkpoints.pending
+        try:
+            self.checkpoints.settle(wait)
+        except runtime.NotSavedError as error:
+            self._failed(error)
+        else:
+            if pending != self.checkpoints.pending:
+                self.failures = 0
+
+    def _failed(self, error: runtime.NotSavedError) -> None:
+        self.failures += 1
+        told = f"{error}; the last good checkpoint is {self.last_good()}"
+        if jax.process_count() > 1 or self.failures >= self.settings.failures:
+            raise OSError(
+                f"{told}. {self.failures} in a row failed (checkpoint.failures); make room, and "
+                "run the same command again."
+            ) from error
+        runtime.tell(f"{told}; going on")
+
+    def newest(self) -> int:
+        """Return after which rollout step the run would resume; 0 where it would start again."""
+        held = self.checkpoints.latest()
+        return 0 if held is None else held
+
+    def last_good(self) -> str:
+        """Say which checkpoint is the newest, in words."""
+        held = self.checkpoints.latest()
+        return "none yet" if held is None else f"step {held} in {self.checkpoints.directory}"
+
+    def farewell(self, step: int) -> str:
+        """Say what is kept of a run that was asked to leave after a rollout step."""
+        if step == 0:
+            return "stopped by SIGTERM before the first rollout step; run the same command again."
+        saved = f"saved step {step}"
+        if self.checkpoints.latest() != step:
+            saved = f"step {step} could not be saved, the last good checkpoint is "
+            saved += self.last_good()
+        return f"stopped by SIGTERM; {saved}; run the same command again."
+
+
+def _files(settings: RunSettings) -> list[str]:
+    """List the files, of those the config names, whose content reaches the numbers of a run."""
+    given = [spec.rpartition(":")[0] for spec, _ in settings.reward.functions]
+    given += [settings.reward.normalisation, settings.model.template, settings.evaluation.base]
+    if settings.rollout.engine is not None:
+        given.append(settings.rollout.engine.rpartition(":")[0])
+    for listed in (settings.data.path, settings.data.eval_path):
+        given += [] if listed is None else names(listed)
+    return [name for name in given if name is not None and Path(name).is_file()]
+
+
+def _file_hash(name: str) -> str:
+    with open(name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
