@@ -15,9 +15,10 @@ from ntkrl.update.stages import (
 )
 from ntkrl.update.step import (
     Gradients,
+    StepResult,
     init_state,
     make_step,
-    make_step_apart,
+    make_step_with_term_gradients,
     next_state,
     offloaded,
     policy_objective,
@@ -44,6 +45,7 @@ __all__ = [
     "ScheduleSettings",
     "Stage",
     "StageProgram",
+    "StepResult",
     "correction_weights",
     "counted_tokens",
     "covariance_weights",
@@ -56,7 +58,7 @@ __all__ = [
     "init_state",
     "kl_estimate",
     "make_step",
-    "make_step_apart",
+    "make_step_with_term_gradients",
     "read_stages",
     "reward_penalties",
     "next_state",

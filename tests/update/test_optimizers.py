@@ -189,7 +189,7 @@ def in_stages(policy, params, *stages):
         state = update.next_state(program, state) if number else state
         step = jax.jit(update.make_step(program, update.policy_objective(policy, rloo)))
         for _ in range(program.stage.steps):
-            state, _ = step(state, make_batch(policy.vocab_size, seed=seed))
+            state, *_ = step(state, make_batch(policy.vocab_size, seed=seed))
             seed += 1
     return state
 
