@@ -94,17 +94,17 @@ def _train(words: Sequence[str]) -> int | None:
 
 def _evaluate(words: Sequence[str]) -> None:
     from ntkrl import runtime
-    from ntkrl.evaluation import evaluate_command
+    from ntkrl.evaluation import commands
 
     own = [word for word in words if word.startswith(("--run", "--step"))]
     options, _ = _options(own, ("run", "step"))
     if "step" in options and "run" not in options:
         raise ValueError("--step names a checkpoint of a run; give --run=RUN too.")
     run = options["run"] if "run" in options else None
-    saved = None if run is None else evaluate_command.config_of(run)
+    saved = None if run is None else commands.config_of(run)
     config = runtime.read_config([word for word in words if word not in own], saved)
     with runtime.together():
-        evaluate_command.evaluate(config, run, _step(options))
+        commands.evaluate(config, run, _step(options))
 
 
 def _prepare(words: Sequence[str]) -> None:
@@ -143,7 +143,7 @@ def _study(words: Sequence[str]) -> None:
     config = runtime.read_config(given)
     named = [word for word in given if word.startswith("--config=")]
     file = named[-1].removeprefix("--config=")
-    settings = runtime.settings(study.StudySettings, config, "study")
+    settings = runtime.read_section(study.StudySettings, config, "study")
     print(f"page: {study.run_study(settings, file, '--page' in words)}")
 
 
@@ -190,13 +190,13 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _export(words: Sequence[str]) -> None:
-    from ntkrl.evaluation import evaluate_command
+    from ntkrl.evaluation import commands
 
     _alone("export")
     options, places = _options(words, ("step",))
     if len(places) != 2:
         raise ValueError("export needs a run directory and an output directory.")
-    evaluate_command.export(places[0], places[1], _step(options))
+    commands.export(places[0], places[1], _step(options))
 
 
 def _step(options: Mapping[str, str]) -> int | str | None:

@@ -229,7 +229,7 @@ def test_evaluate(base, tmp_path, capsys):
     assert main(["evaluate", "--config=configs/rl.py", "--config.reward.function=expressions"]) == 2
     assert "model.path is missing" in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path / "x")]) == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
 
 
 def test_supervised_training_learns(tmp_path):

@@ -5,7 +5,7 @@ downloaded silently; the batch at a position is a pure function of the position.
 `ntkrl.types` from this package.
 """
 
-from ntkrl.data.batches import prompt_batch, supervised_batch
+from ntkrl.data.batches import prompt_batch, supervised_batch, widened
 from ntkrl.data.expressions import (
     characters,
     save_tokenizer,
@@ -18,6 +18,7 @@ from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted
 from ntkrl.data.packing import packed_batches
 from ntkrl.data.prompts import PromptSet, checked, join, read_prompts, read_set
 from ntkrl.data.published import Rows, files_of, needed_arrow, read_rows
+from ntkrl.data.settings import DataSettings, split_names
 from ntkrl.data.templates import apply_template, read_template
 from ntkrl.data.tokens import (
     decode_completions,
@@ -28,6 +29,7 @@ from ntkrl.data.tokens import (
 )
 
 __all__ = [
+    "DataSettings",
     "PromptSet",
     "Rows",
     "apply_template",
@@ -51,6 +53,7 @@ __all__ = [
     "read_template",
     "rows_at",
     "save_tokenizer",
+    "split_names",
     "spread",
     "stop_finder",
     "supervised_batch",
@@ -59,4 +62,5 @@ __all__ = [
     "take",
     "targets",
     "weighted_rows_at",
+    "widened",
 ]

@@ -6,9 +6,9 @@ import dataclasses
 import math
 
 
-def names(given: str) -> tuple[str, ...]:
+def split_names(names: str) -> tuple[str, ...]:
     """Return the names in a list separated by commas."""
-    return tuple(name.strip() for name in given.split(","))
+    return tuple(name.strip() for name in names.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DataSettings:
             problems.append(f"data.held_out must be in [0, 1), not {self.held_out}")
         if self.prompts_per_step < 1 or self.max_prompt_tokens < 1:
             problems.append("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1")
-        files = 0 if self.path is None else len(names(self.path))
+        files = 0 if self.path is None else len(split_names(self.path))
         given = self.weights
         if given is not None and (len(given) != files or not all(0 < w < math.inf for w in given)):
             problems.append(

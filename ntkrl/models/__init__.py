@@ -33,12 +33,14 @@ from ntkrl.models.scorers import (
     load_scorer,
     write_new_scorer,
 )
+from ntkrl.models.settings import ModelSettings
 from ntkrl.models.whitening import unwhitened, whitened
 from ntkrl.types import Array, Params, Policy
 
 __all__ = [
     "REMAT",
     "Lora",
+    "ModelSettings",
     "New",
     "build",
     "check",

@@ -28,7 +28,7 @@ from ntkrl.prepare import made_up, schemas
 from ntkrl.prepare.labels import scores_of
 from ntkrl.prepare.splits import select, split
 from ntkrl.settings import RunSettings, read_settings
-from ntkrl.setup import Problems, reward_set
+from ntkrl.setup import load_rewards
 
 SUMMARY = "summary.json"
 TOGETHER = 1024  # texts encoded at a time, between looks at the progress
@@ -88,7 +88,7 @@ def prepare(config: ConfigDict) -> Path:
     if "prepare" not in config:
         raise ValueError("this config has no section prepare; see configs/paper/data.py.")
     directory = Path(config.run_dir)
-    asked = runtime.settings(PrepareSettings, config.prepare, "prepare")
+    asked = runtime.read_section(PrepareSettings, config.prepare, "prepare")
     settings = read_settings(config)
     given = runtime.to_json(config)
     runtime.check_alike("config", given)
@@ -123,7 +123,7 @@ class Part:
 
 def _read(asked: PrepareSettings, settings: RunSettings) -> dict[str, Part]:
     """Read every input and leave out what is too long; problems of all in one message."""
-    problems, parts, tokenizer = Problems(), {}, None
+    problems, parts, tokenizer = runtime.ErrorCollector(), {}, None
     with problems:
         source = settings.model.path if asked.tokenizer is None else asked.tokenizer
         tokenizer = data.load_tokenizer(models.tokenizer_directory(source))
@@ -190,7 +190,7 @@ def _lengths(conversations: Sequence[Any], tokenizer: Any, bar: tqdm) -> np.ndar
 
 def _label(parts: dict[str, Part], settings: RunSettings, directory: Path) -> None:
     """Order every pair by its rewards."""
-    rewards = reward_set(settings.reward, runtime.make_mesh(**settings.mesh))
+    rewards = load_rewards(settings.reward, runtime.make_mesh(**settings.mesh))
     for name in ("preferences", "test"):
         part = parts[name]
         path = directory / "scores" / f"{name}.jsonl"

@@ -34,11 +34,17 @@ from ntkrl.probe.kernels import (
     kernel_traces,
     plan_kernel,
 )
+from ntkrl.probe.settings import CADENCES, COLUMNS, DRAWN, FAMILIES, ProbeSettings
 from ntkrl.probe.step import Prober, ProbeReading
 
 __all__ = [
+    "CADENCES",
+    "COLUMNS",
+    "DRAWN",
+    "FAMILIES",
     "KernelPlan",
     "ProbeReading",
+    "ProbeSettings",
     "Prober",
     "batch_alignment",
     "classifier",

@@ -10,6 +10,7 @@ from ntkrl.reward.expressions import evaluate, score
 from ntkrl.reward.functions import RewardFunction, RewardResult, RewardSet
 from ntkrl.reward.loading import load_function, open_function
 from ntkrl.reward.normalisation import read_normalisation, read_rewards, write_rewards
+from ntkrl.reward.settings import RewardSettings
 from ntkrl.reward.verifiers import BUILT_IN, final_answer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RewardFunction",
     "RewardResult",
     "RewardSet",
+    "RewardSettings",
     "evaluate",
     "final_answer",
     "load_function",

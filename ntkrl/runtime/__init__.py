@@ -1,7 +1,8 @@
 """Machines and files: mesh and shardings, distributed start, checkpoints, config reading."""
 
 from ntkrl.runtime.checkpoint import Best, Checkpoints, DamagedError, NotSavedError
-from ntkrl.runtime.config import from_json, joined, read_config, settings, to_json
+from ntkrl.runtime.config import from_json, joined, read_config, read_section, to_json
+from ntkrl.runtime.errors import ErrorCollector
 from ntkrl.runtime.mesh import (
     fetch,
     make_mesh,
@@ -26,16 +27,20 @@ from ntkrl.runtime.processes import (
 from ntkrl.runtime.rundir import (
     changes,
     check_claim,
+    check_shared,
     claim,
     config_identity,
     save_arrays,
     save_text,
 )
+from ntkrl.runtime.settings import CheckpointSettings
 
 __all__ = [
     "Best",
+    "CheckpointSettings",
     "Checkpoints",
     "DamagedError",
+    "ErrorCollector",
     "NotSavedError",
     "Notice",
     "PreemptedError",
@@ -43,6 +48,7 @@ __all__ = [
     "changes",
     "check_alike",
     "check_claim",
+    "check_shared",
     "claim",
     "config_identity",
     "fetch",
@@ -56,12 +62,12 @@ __all__ = [
     "place",
     "place_rows",
     "read_config",
+    "read_section",
     "replicated",
     "row_sharding",
     "save_arrays",
     "save_text",
     "saved",
-    "settings",
     "several",
     "tell",
     "to_json",

@@ -127,7 +127,7 @@ def _text(error: Exception) -> str:
     return " ".join(str(error.args[0]).split()) if error.args else str(error)
 
 
-def settings(kind: type[Settings], section: ConfigDict, name: str) -> Settings:
+def read_section(kind: type[Settings], section: ConfigDict, name: str) -> Settings:
     """Turn a config section into its frozen dataclass.
 
     Args:

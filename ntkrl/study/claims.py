@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ntkrl.evaluation.comparison import powers
+from ntkrl.evaluation import powers
 from ntkrl.intervals import Interval, Paired
 from ntkrl.study import results as found
 from ntkrl.study.results import Results

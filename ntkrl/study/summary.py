@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkrl import runtime
-from ntkrl.evaluation.comparison import powers
+from ntkrl.evaluation import powers
 from ntkrl.report import Run, series
 from ntkrl.study import results as found
 from ntkrl.study.plan import StudySettings

@@ -5,7 +5,7 @@ from ntkrl.update.objective import CHOICES, Objective, described
 from ntkrl.update.optimizers import steps_taken
 from ntkrl.update.preference import preference_loss, preference_objective
 from ntkrl.update.presets import FORMULAS, PRESETS
-from ntkrl.update.settings import ScheduleSettings, due, read_stages
+from ntkrl.update.settings import PreferenceSettings, ScheduleSettings, due, read_stages
 from ntkrl.update.stages import (
     Stage,
     StageProgram,
@@ -41,6 +41,7 @@ __all__ = [
     "PRESETS",
     "Measures",
     "Objective",
+    "PreferenceSettings",
     "Progress",
     "ScheduleSettings",
     "Stage",

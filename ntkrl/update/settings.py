@@ -68,6 +68,17 @@ class ScheduleSettings:
         return self.minibatches * self.inner_epochs
 
 
+@dataclasses.dataclass(frozen=True)
+class PreferenceSettings:
+    """Loss of a reward model; centring: λ ≥ 0 of λ (r⁺ + r⁻)² beside the Bradley–Terry loss."""
+
+    centring: float
+
+    def __post_init__(self):
+        if not self.centring >= 0:
+            raise ValueError(f"preference.centring must be ≥ 0, not {self.centring}.")
+
+
 def due(every_steps: int | None, rollout_step: int) -> bool:
     """Tell whether what happens every so many rollout steps (None: never) happens after this."""
     return every_steps is not None and rollout_step % every_steps == 0
@@ -84,7 +95,7 @@ def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
     stages, problems = [], []
     for number, row in enumerate(config.stages):
         try:
-            stages.append(runtime.settings(Stage, row, f"stages[{number}]"))
+            stages.append(runtime.read_section(Stage, row, f"stages[{number}]"))
         except ValueError as error:
             problems.append(str(error))
     ruled = [s.name for s in stages if (s.plateau_window, s.kl_budget) != (None, None)]
