@@ -7,6 +7,7 @@ ntkrl.attribution.contributions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from ntkrl.attribution import held
 from ntkrl.ntk.contexts import Grouped, features_at
 from ntkrl.ntk.network import as_network
 from ntkrl.numerics import at_least_float32
-from ntkrl.probe.signal import GradientNoise, noise_of
+from ntkrl.probe import GradientNoise, noise_from_squares
 from ntkrl.types import Array, Params, Policy, Total
 
 Terms = Callable[[Params, Any, Any], tuple[dict[str, Total], Any]]
@@ -30,7 +31,8 @@ Gradients = dict[str, tuple[Params, Array]]
 COLUMNS = ("momentum", "decay", "optimizer")
 
 
-class Way(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class AttributionSpec:
     """How a ledger is made; static.
 
     policy, terms, optimizer, trained, microbatches, mesh: as in Ledger.
@@ -58,11 +60,11 @@ class Way(NamedTuple):
     columns: int = 1
 
 
-class Given(NamedTuple):
+class AttributionInputs(NamedTuple):
     """What a ledger is made of.
 
     params, opt_state: before the step.
-    batch: B rows. beside: what the terms are given with all of them.
+    batch: B rows. reference: what the terms are inputs with all of them.
     contexts, targets: the probe tokens, `sequences` the contexts by sequence.
     gradients, actual: as in `Ledger.read`.
     """
@@ -70,7 +72,7 @@ class Given(NamedTuple):
     params: Params
     opt_state: Any
     batch: Any
-    beside: Any
+    reference: Any
     contexts: ntk.Contexts
     sequences: Grouped
     targets: Array
@@ -78,7 +80,7 @@ class Given(NamedTuple):
     actual: Array | None
 
 
-class Found(NamedTuple):
+class AttributionResult(NamedTuple):
     """What a ledger holds, measures in the order of MEASURES, the head before the groups.
 
     actual: `[2, O]` measured change.
@@ -93,47 +95,47 @@ class Found(NamedTuple):
     noise: GradientNoise | None
 
 
-@functools.partial(jax.jit, static_argnames=("way",))
-def read(way: Way, given: Given, after: Params) -> Found:
+@functools.partial(jax.jit, static_argnames=("spec",))
+def read(spec: AttributionSpec, inputs: AttributionInputs, after: Params) -> AttributionResult:
     """Account for a step."""
-    network = as_network(way.policy)
-    chosen, rest = trees.partition(given.params, way.trained)
-    ended, _ = trees.partition(after, way.trained)
-    grads_T, counts_T = _whole_gradients(way, given)
-    applied = _applied(way, given, grads_T)
+    network = as_network(spec.policy)
+    chosen, rest = trees.partition(inputs.params, spec.trained)
+    ended, _ = trees.partition(after, spec.trained)
+    grads_T, counts_T = _whole_gradients(spec, inputs)
+    applied = _applied(spec, inputs, grads_T)
     terms_T = jax.vmap(applied.push)(grads_T)
     left = jax.tree.map(
         lambda new, old, terms, *others: new - old - jnp.sum(terms, axis=0) - sum(others),
         *(ended, chosen, terms_T, applied.momentum, applied.decay),
     )
     changes = jax.tree.map(lambda *rows: jnp.stack(rows), applied.momentum, applied.decay, left)
-    if way.by == "group":
+    if spec.by == "group":
         changes = jax.tree.map(lambda *rows: jnp.concatenate(rows), terms_T, changes)
-    phi_OD, moved = parts.linearised(network, chosen, rest, given.contexts)
-    side = parts.side_of(network, given.params, phi_OD, given.targets)
-    push = _first_order(way, side, moved)
+    phi_OD, moved = parts.linearised(network, chosen, rest, inputs.contexts)
+    side = parts.side_of(network, inputs.params, phi_OD, inputs.targets)
+    push = _first_order(spec, side, moved)
 
     def pushed(change: Params) -> Array:
         return push(jax.tree.map(lambda leaf: leaf[None], change))[..., 0]
 
     # together: four times as fast as one after another on a CPU
-    one_KGAO = jax.lax.map(pushed, changes, batch_size=way.columns)
-    actual = given.actual
+    one_KGAO = jax.lax.map(pushed, changes, batch_size=spec.columns)
+    actual = inputs.actual
     if actual is None:
-        later_OD = features_at(network, after, given.contexts)
-        actual = parts.side_of(network, after, later_OD, given.targets).values - side.values
+        later_OD = features_at(network, after, inputs.contexts)
+        actual = parts.side_of(network, after, later_OD, inputs.targets).values - side.values
     samples, noise = None, None
-    if way.by == "sample":
-        samples, squares_B = by_sample(way, given, applied, counts_T, side, push)
+    if spec.by == "sample":
+        samples, squares_B = by_sample(spec, inputs, applied, counts_T, side, push)
         rows = squares_B.shape[0]  # the mean of B g_i is the gradient
-        noise = noise_of(rows**2 * squares_B, _square(jax.tree.map(_summed, grads_T)))
-    found = Found(actual, jnp.moveaxis(one_KGAO, 0, -1), samples, noise)
-    return jax.tree.map(lambda leaf: trees.replicate(leaf, way.mesh), found)
+        noise = noise_from_squares(rows**2 * squares_B, _square(jax.tree.map(_summed, grads_T)))
+    found = AttributionResult(actual, jnp.moveaxis(one_KGAO, 0, -1), samples, noise)
+    return jax.tree.map(lambda leaf: trees.replicate(leaf, spec.mesh), found)
 
 
 def by_sample(
-    way: Way,
-    given: Given,
+    spec: AttributionSpec,
+    inputs: AttributionInputs,
     applied: held.Applied,
     counts: Array,
     side: parts.Side,
@@ -142,35 +144,37 @@ def by_sample(
     """Return the contributions of every sample and term `[1 + G, 2, O, T, B]`, and ‖g‖² `[B]`."""
 
     def changes(row: Any) -> tuple[Params, Array]:
-        return sample_changes(way, given, applied, counts, row)
+        return sample_changes(spec, inputs, applied, counts, row)
 
     def pushed(row: Any) -> tuple[Array, Array]:
         own, square = changes(row)
         return push(own), square
 
-    if way.form == "push":
-        found_B, squares_B = jax.lax.map(pushed, given.batch, batch_size=way.chunk)
+    if spec.form == "push":
+        found_B, squares_B = jax.lax.map(pushed, inputs.batch, batch_size=spec.chunk)
         return jnp.moveaxis(found_B, 0, -1), squares_B
-    blocks = _blocks(way, given, side)
-    if way.block >= len(given.sequences.positions):
+    blocks = _blocks(spec, inputs, side)
+    if spec.block >= len(inputs.sequences.positions):
         # all at once: tokens alone, without the slots that shorter sequences leave empty
         one = jax.tree.map(lambda leaf: leaf[0], blocks)
-        kept = side, given.sequences.slots
-        found_BGAOT, squares_B = _block(way, given, changes, one, kept)
+        kept = side, inputs.sequences.slots
+        found_BGAOT, squares_B = _block(spec, inputs, changes, one, kept)
         return jnp.transpose(found_BGAOT, (1, 2, 3, 4, 0)), squares_B
-    found_NBGAOT, squares_NB = jax.lax.map(lambda block: _block(way, given, changes, block), blocks)
+    found_NBGAOT, squares_NB = jax.lax.map(
+        lambda block: _block(spec, inputs, changes, block), blocks
+    )
     n, rows, groups, measures, tokens, terms = found_NBGAOT.shape
     found = jnp.transpose(found_NBGAOT, (2, 3, 0, 4, 5, 1))
     found = found.reshape(groups, measures, n * tokens, terms, rows)
-    return found[:, :, given.sequences.slots], squares_NB[0]
+    return found[:, :, inputs.sequences.slots], squares_NB[0]
 
 
 def sample_changes(
-    way: Way, given: Given, applied: held.Applied, counts: Array, row: Any
+    spec: AttributionSpec, inputs: AttributionInputs, applied: held.Applied, counts: Array, row: Any
 ) -> tuple[Params, Array]:
     """Return what the terms of one sample changed, T in front, and its whole gradient's ‖g‖²."""
     one = jax.tree.map(lambda leaf: leaf[None], row)
-    grads_T = _over(pulled(way, given, one)[0], counts)
+    grads_T = _over(pulled(spec, inputs, one)[0], counts)
     return jax.vmap(applied.push)(grads_T), _square(jax.tree.map(_summed, grads_T))
 
 
@@ -183,31 +187,33 @@ def _square(tree: Params) -> Array:
 
 
 def _first_order(
-    way: Way, side: parts.Side, moved: Callable[[Params], Array]
+    spec: AttributionSpec, side: parts.Side, moved: Callable[[Params], Array]
 ) -> Callable[[Params], Array]:
     """Return the map from K changes to `[1 + G, 2, O, K]`, by JVPs."""
-    network = as_network(way.policy)
-    push = parts.pusher(way.members, moved, side)
+    network = as_network(spec.policy)
+    push = parts.pusher(spec.members, moved, side)
     return lambda changes: jnp.concatenate(
         [parts.by_head(network, side, changes)[None], push(changes)]
     )
 
 
-def _blocks(way: Way, given: Given, side: parts.Side) -> tuple[Any, parts.Side]:
+def _blocks(
+    spec: AttributionSpec, inputs: AttributionInputs, side: parts.Side
+) -> tuple[Any, parts.Side]:
     """Return the probe set by blocks of sequences, and the side of their slots."""
-    sequences, (count, width) = given.sequences, given.sequences.positions.shape
-    blocks = -(-count // way.block)
-    room = blocks * way.block
+    sequences, (count, width) = inputs.sequences, inputs.sequences.positions.shape
+    blocks = -(-count // spec.block)
+    room = blocks * spec.block
 
     def cut(leaf: Array) -> Array:
         # sequences at the end are repeated with cotangents of zero
         padding = [(0, room - count)] + [(0, 0)] * (leaf.ndim - 1)
-        return jnp.pad(leaf, padding, mode="edge").reshape(blocks, way.block, *leaf.shape[1:])
+        return jnp.pad(leaf, padding, mode="edge").reshape(blocks, spec.block, *leaf.shape[1:])
 
     def laid(values_O: Array) -> Array:
         empty = jnp.zeros((room * width, *values_O.shape[1:]), values_O.dtype)
         whole = empty.at[sequences.slots].set(values_O)
-        return whole.reshape(blocks, way.block * width, *values_O.shape[1:])
+        return whole.reshape(blocks, spec.block * width, *values_O.shape[1:])
 
     head, body = (
         jnp.moveaxis(laid(jnp.moveaxis(leaf, 1, 0)), 2, 1) for leaf in (side.head, side.body)
@@ -217,8 +223,8 @@ def _blocks(way: Way, given: Given, side: parts.Side) -> tuple[Any, parts.Side]:
 
 
 def _block(
-    way: Way,
-    given: Given,
+    spec: AttributionSpec,
+    inputs: AttributionInputs,
     changes: Callable[[Any], tuple[Params, Array]],
     block: tuple[Any, parts.Side],
     kept: tuple[parts.Side, Array] | None = None,
@@ -228,11 +234,11 @@ def _block(
     And `[B]` ‖g‖² of the samples' gradients. kept: their side and slots.
     """
     (tokens, mask, positions), side = block
-    network = as_network(way.policy)
-    chosen, rest = trees.partition(given.params, way.trained)
+    network = as_network(spec.policy)
+    chosen, rest = trees.partition(inputs.params, spec.trained)
     pull_SPAD = jnp.moveaxis(side.body, 0, 1).reshape(*positions.shape, *side.body.shape[::2])
     sequences = (tokens, mask, positions, pull_SPAD)
-    rows = parts.gradients(network, way.members, chosen, rest, sequences)
+    rows = parts.gradients(network, spec.members, chosen, rest, sequences)
     if kept is not None:
         side, slots_O = kept
         rows = [
@@ -243,36 +249,36 @@ def _block(
     def sample(row: Any) -> tuple[Array, Array]:
         own, square = changes(row)
         head_AOT = parts.by_head(network, side, own)
-        body_GRT = parts.against(way.members, rows, own)
+        body_GRT = parts.against(spec.members, rows, own)
         body_GOAT = body_GRT.reshape(len(body_GRT), -1, *head_AOT.shape[::2])
         return jnp.concatenate([head_AOT[None], jnp.moveaxis(body_GOAT, 2, 1)]), square
 
-    return jax.lax.map(sample, given.batch, batch_size=way.chunk)
+    return jax.lax.map(sample, inputs.batch, batch_size=spec.chunk)
 
 
-def _applied(way: Way, given: Given, grads: Params) -> held.Applied:
+def _applied(spec: AttributionSpec, inputs: AttributionInputs, grads: Params) -> held.Applied:
     whole = jax.tree.map(_summed, grads)
-    chosen, _ = trees.partition(given.params, way.trained)
-    return held.applied(way.optimizer, whole, given.opt_state, chosen)
+    chosen, _ = trees.partition(inputs.params, spec.trained)
+    return held.applied(spec.optimizer, whole, inputs.opt_state, chosen)
 
 
-def _whole_gradients(way: Way, given: Given) -> tuple[Params, Array]:
+def _whole_gradients(spec: AttributionSpec, inputs: AttributionInputs) -> tuple[Params, Array]:
     """Return the gradients of the terms' means, T in front, and what they were divided by."""
-    if given.gradients is not None:
-        grads, counts = zip(*(given.gradients[name] for name in way.names), strict=True)
+    if inputs.gradients is not None:
+        grads, counts = zip(*(inputs.gradients[name] for name in spec.names), strict=True)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads), jnp.maximum(
             jnp.stack(counts), 1
         )
 
     def cut(leaf: Array) -> Array:
-        return leaf.reshape(way.microbatches, -1, *leaf.shape[1:])
+        return leaf.reshape(spec.microbatches, -1, *leaf.shape[1:])
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, pulled(way, given, part)), None
+        return jax.tree.map(jnp.add, sums, pulled(spec, inputs, part)), None
 
-    batches = jax.tree.map(cut, given.batch)
+    batches = jax.tree.map(cut, inputs.batch)
     first = jax.tree.map(lambda leaf: leaf[0], batches)
-    shapes = jax.eval_shape(lambda part: pulled(way, given, part), first)
+    shapes = jax.eval_shape(lambda part: pulled(spec, inputs, part), first)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (grads, counts_T), _ = jax.lax.scan(add, nothing, batches)
     counts_T = jnp.maximum(counts_T, 1)
@@ -285,14 +291,14 @@ def _over(grads: Params, counts: Array) -> Params:
     )
 
 
-def pulled(way: Way, given: Given, rows: Any) -> tuple[Params, Array]:
+def pulled(spec: AttributionSpec, inputs: AttributionInputs, rows: Any) -> tuple[Params, Array]:
     """Return gradients of the terms' sums over rows, and their counts, T in front."""
-    chosen, rest = trees.partition(given.params, way.trained)
+    chosen, rest = trees.partition(inputs.params, spec.trained)
 
     def totals(chosen: Params) -> tuple[Array, Array]:
-        found, _ = way.terms(trees.merge(chosen, rest), rows, given.beside)
-        sums, counts = zip(*(found[name] for name in way.names), strict=True)
+        found, _ = spec.terms(trees.merge(chosen, rest), rows, inputs.reference)
+        sums, counts = zip(*(found[name] for name in spec.names), strict=True)
         return jnp.stack(sums), jnp.stack(counts)
 
     sums_T, pull, counts_T = jax.vjp(totals, chosen, has_aux=True)
-    return jax.vmap(pull)(jnp.eye(len(way.names), dtype=sums_T.dtype))[0], counts_T
+    return jax.vmap(pull)(jnp.eye(len(spec.names), dtype=sums_T.dtype))[0], counts_T

@@ -22,7 +22,7 @@ import jax
 from ntkrl import trees
 from ntkrl.attribution import accounts, held
 from ntkrl.attribution import contributions as parts
-from ntkrl.attribution.accounts import Given, Way
+from ntkrl.attribution.accounts import AttributionInputs, AttributionSpec
 from ntkrl.jaxpr import Program, flatten, flops, trace
 from ntkrl.ntk.network import as_network
 from ntkrl.types import Array, Params
@@ -75,17 +75,19 @@ class Sizes(NamedTuple):
     body: int
 
 
-def estimates(way: Way, given: Given, memory_gib: float) -> dict[str, Estimate]:
+def estimates(
+    spec: AttributionSpec, inputs: AttributionInputs, memory_gib: float
+) -> dict[str, Estimate]:
     """Return the Estimate of each form; `gram` only where features move at all."""
-    s = _sizes(way, given)
-    count, width = given.sequences.positions.shape
-    rows, terms = jax.tree.leaves(given.batch)[0].shape[0], len(way.names)
-    moving = len({group for own in way.members.used for group in own})
-    item = max(4, *(leaf.dtype.itemsize for leaf in jax.tree.leaves(given.params)))
-    tokens = given.targets.shape[0]
-    output = (1 + len(way.members.names)) * 2 * tokens * terms * rows
+    s = _sizes(spec, inputs)
+    count, width = inputs.sequences.positions.shape
+    rows, terms = jax.tree.leaves(inputs.batch)[0].shape[0], len(spec.names)
+    moving = len({group for own in spec.members.used for group in own})
+    item = max(4, *(leaf.dtype.itemsize for leaf in jax.tree.leaves(inputs.params)))
+    tokens = inputs.targets.shape[0]
+    output = (1 + len(spec.members.names)) * 2 * tokens * terms * rows
     # a gradient and its change; logits of the probe tokens
-    change = 2 * s.trained + tokens * way.policy.vocab_size
+    change = 2 * s.trained + tokens * spec.policy.vocab_size
     fixed, each = output + count * s.values, s.read + terms * (change + count * s.layer)
     chunk = _fitting(memory_gib * GIB / item - fixed, each, min(rows, MOST["push"]))
     work = float(rows * (s.sample + terms * s.head + terms * moving * s.push))
@@ -129,11 +131,13 @@ def _fitting(room: float, each: int, most: int) -> int:
     return int(max(1, min(most, room // each)))
 
 
-def _sizes(way: Way, given: Given) -> Sizes:
-    network, (_, width) = as_network(way.policy), given.sequences.positions.shape
-    chosen, rest = trees.partition(given.params, way.trained)
-    body, _ = trees.partition(chosen, way.members.body)
-    batch, tokens, mask = map(_first, (given.batch, given.sequences.tokens, given.sequences.mask))
+def _sizes(spec: AttributionSpec, inputs: AttributionInputs) -> Sizes:
+    network, (_, width) = as_network(spec.policy), inputs.sequences.positions.shape
+    chosen, rest = trees.partition(inputs.params, spec.trained)
+    body, _ = trees.partition(chosen, spec.members.body)
+    batch, tokens, mask = map(
+        _first, (inputs.batch, inputs.sequences.tokens, inputs.sequences.mask)
+    )
 
     def read(chosen: Params, rest: Params, tokens: Array, mask: Array) -> Array:
         return network.read(trees.merge(chosen, rest), tokens, mask)
@@ -142,36 +146,37 @@ def _sizes(way: Way, given: Given) -> Sizes:
         return jax.jvp(lambda c: read(c, *fixed), (chosen,), (change,))[1]
 
     def rows(chosen: Params, rest: Params, *sequence: Array) -> list[Array]:
-        return parts.gradients(network, way.members, chosen, rest, sequence)
+        return parts.gradients(network, spec.members, chosen, rest, sequence)
 
-    def terms(chosen: Params, rest: Params, batch: Any, beside: Any) -> Any:
-        return way.terms(trees.merge(chosen, rest), batch, beside)
+    def terms(chosen: Params, rest: Params, batch: Any, reference: Any) -> Any:
+        return spec.terms(trees.merge(chosen, rest), batch, reference)
 
-    def sample(chosen: Params, rest: Params, batch: Any, beside: Any) -> Params:
-        own = given._replace(params=trees.merge(chosen, rest), beside=beside)
-        return accounts.pulled(way, own, batch)[0]
+    def sample(chosen: Params, rest: Params, batch: Any, reference: Any) -> Params:
+        own = inputs._replace(params=trees.merge(chosen, rest), reference=reference)
+        return accounts.pulled(spec, own, batch)[0]
 
     def change(grads: Params, state: Any, params: Params) -> Params:
-        return held.applied(way.optimizer, grads, state, params).push(grads)
+        return held.applied(spec.optimizer, grads, state, params).push(grads)
 
     reading = trace(read, chosen, rest, tokens, mask)
     forward, (values, layer) = flops(reading), _made(reading)
-    step = chosen, given.opt_state, chosen
-    changing = flops(trace(change, *step)) - flops(trace(way.optimizer.update, *step))
+    step = chosen, inputs.opt_state, chosen
+    changing = flops(trace(change, *step)) - flops(trace(spec.optimizer.update, *step))
     kind = jax.tree.leaves(chosen)[0].dtype
     positions = jax.ShapeDtypeStruct((1, width), int)
-    pull = jax.ShapeDtypeStruct((1, width, 2, way.policy.feature_size), kind)
+    pull = jax.ShapeDtypeStruct((1, width, 2, spec.policy.feature_size), kind)
     trained, moving = (sum(v.size for v in jax.tree.leaves(tree)) for tree in (chosen, body))
-    head = way.policy.vocab_size * way.policy.feature_size * given.targets.shape[0]
-    sequences = given.contexts.mask.shape[0]
+    head = spec.policy.vocab_size * spec.policy.feature_size * inputs.targets.shape[0]
+    sequences = inputs.contexts.mask.shape[0]
     return Sizes(
-        sample=flops(trace(sample, chosen, rest, batch, given.beside)) + len(way.names) * changing,
+        sample=flops(trace(sample, chosen, rest, batch, inputs.reference))
+        + len(spec.names) * changing,
         push=sequences * (flops(trace(push, chosen, chosen, rest, tokens, mask)) - forward),
         rows=flops(trace(rows, chosen, rest, tokens, mask, positions, pull)) if moving else 0,
-        head=2 * head * (way.policy.head_weight in trees.names(chosen)),
+        head=2 * head * (spec.policy.head_weight in trees.names(chosen)),
         values=values,
         layer=layer,
-        read=_made(trace(terms, chosen, rest, batch, given.beside))[0],
+        read=_made(trace(terms, chosen, rest, batch, inputs.reference))[0],
         trained=trained,
         body=moving,
     )

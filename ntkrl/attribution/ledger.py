@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +26,21 @@ from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
 from ntkrl.attribution import accounts
-from ntkrl.attribution.accounts import COLUMNS, Found, Given, Gradients, Terms, Way
+from ntkrl.attribution.accounts import (
+    COLUMNS,
+    AttributionInputs,
+    AttributionResult,
+    AttributionSpec,
+    Gradients,
+    Terms,
+)
 from ntkrl.attribution.contributions import MEASURES, members_of
 from ntkrl.attribution.costs import FORMS, Estimate, choose, estimates
 from ntkrl.ntk.contexts import checked, grouped
 from ntkrl.ntk.network import as_network
 from ntkrl.ntk.predict import BODY
-from ntkrl.probe.settings import LEDGER_BY as BY
-from ntkrl.probe.signal import GradientNoise
+from ntkrl.probe import LEDGER_BY as BY
+from ntkrl.probe import GradientNoise
 from ntkrl.types import Array, Params, Policy, TrainState
 
 
@@ -45,6 +53,25 @@ class Account(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     noise: GradientNoise | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerStep:
+    """An optimizer step to attribute.
+
+    before: params and optimizer state that the step began with.
+    after: params that it ended with.
+    batch: its batch, arrays with B rows in front.
+    reference: the Head that the loss compares with, passed to the terms; or None.
+    gradients: by term the gradient of its mean and its count, where the step returned them
+        (`update.make_step_apart`); None to compute them again.
+    """
+
+    before: TrainState
+    after: Params
+    batch: Any
+    reference: Any = None
+    gradients: Gradients | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,108 +126,119 @@ class Ledger:
 
     def read(
         self,
-        before: TrainState,
-        after: Params,
-        batch: Any,
+        step: OptimizerStep,
         contexts: ntk.Contexts,
         targets: Array,
-        beside: Any = None,
-        gradients: Gradients | None = None,
         actual: Array | None = None,
     ) -> Account:
-        """Account for one step.
+        """Attribute the change that one optimizer step made at the probe tokens.
 
         Args:
-          before: params and optimizer state that the step began with.
-          after: params it ended with.
-          batch: what it saw, arrays with B rows in front.
+          step: the optimizer step.
           contexts: O probe contexts.
           targets: `[O]` the probe tokens.
-          beside: what the terms are given beside rows (the Head compared with, or None).
-          gradients: by term the gradient of its mean and its count, where the step handed them
-            out (`update.make_step_apart`); None to make them again.
-          actual: `[2, O]` measured change of log π and entropy, where it is known; None to read
-            the probe tokens after the step.
+          actual: `[2, O]` measured change of log π and entropy, where it is known; None to
+            measure it.
 
         Returns:
           Account. Its arrays are, for "log_prob" and "entropy" (nats): `log_prob/<column>/<group>`,
           with columns the terms (`[O, B]` by sample, else `[O]`), "momentum", "decay" and
-          "optimizer" (`[O]`), groups "head" and those given; `log_prob/actual` and
+          "optimizer" (`[O]`), groups "head" and those of `groups`; `log_prob/actual` and
           `log_prob/curvature` (`[O]`). Columns and curvature add up to the actual change.
 
         Raises:
-          ValueError: contexts that do not fit, groups that do not cover the params, a term called
+          ValueError: contexts that do not fit, groups that do not cover the params, a term named
             like a column, rows that `microbatches` does not divide.
         """
-        given = self._given(before, batch, contexts, targets, beside)
-        way = _way(self, *_shapes(given))
-        given = given._replace(gradients=gradients, actual=actual)
-        found = jax.device_get(accounts.read(way, given, after))
-        return Account(_named(way, found), found.noise)
+        function, arguments = self.bind(step, contexts, targets, actual)
+        result = jax.device_get(function(*arguments))
+        return Account(_named(arguments[0], result), result.noise)
 
-    def estimates(
+    def bind(
         self,
-        before: TrainState,
-        batch: Any,
+        step: OptimizerStep,
         contexts: ntk.Contexts,
         targets: Array,
-        beside: Any = None,
+        actual: Array | None = None,
+    ) -> tuple[Callable[..., AttributionResult], tuple[Any, ...]]:
+        """Return the call that `read` makes: a jitted function and its positional arguments.
+
+        Args:
+          step, contexts, targets, actual: as for `read`; the arrays of all but the contexts may be
+            `jax.ShapeDtypeStruct`, for `function.lower(*arguments)`.
+
+        Returns:
+          `(function, (AttributionSpec, AttributionInputs, params after the step))`; the spec is
+          static.
+
+        Raises:
+          ValueError: as for `read`.
+        """
+        inputs = self._inputs(step, contexts, targets)
+        spec = _spec(self, *_shapes(inputs))
+        inputs = inputs._replace(gradients=step.gradients, actual=actual)
+        return accounts.read, (spec, inputs, step.after)
+
+    def estimates(
+        self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
     ) -> dict[str, Estimate]:
         """Return what each form of the samples' contributions costs; arguments as for `read`."""
-        shapes = _shapes(self._given(before, batch, contexts, targets, beside))
-        given = jax.tree.unflatten(shapes[0], shapes[1:])
-        return estimates(_way(self, *shapes), given, self.memory_gib)
+        shapes = _shapes(self._inputs(step, contexts, targets))
+        inputs = jax.tree.unflatten(shapes[0], shapes[1:])
+        return estimates(_spec(self, *shapes), inputs, self.memory_gib)
 
-    def _given(
-        self, before: TrainState, batch: Any, contexts: ntk.Contexts, targets: Array, beside: Any
-    ) -> Given:
-        network = as_network(self.policy)
-        seen = checked(contexts, "contexts", network, before.params, is_policy=True)
-        rows = jax.tree.leaves(batch)[0].shape[0]
+    def _inputs(
+        self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
+    ) -> AttributionInputs:
+        network, params = as_network(self.policy), step.before.params
+        contexts = checked(contexts, "contexts", network, params, is_policy=True)
+        rows = jax.tree.leaves(step.batch)[0].shape[0]
         if rows % self.microbatches:
             raise ValueError(
                 f"ledger: {rows} rows cannot be cut in {self.microbatches} equal parts; choose a "
                 "divisor of the rows as microbatches."
             )
-        state = before.params, before.opt_state
-        return Given(*state, batch, beside, seen, grouped(seen), targets, None, None)
+        return AttributionInputs(
+            *(params, step.before.opt_state, step.batch, step.reference),
+            *(contexts, grouped(contexts), targets, None, None),
+        )
 
 
-def _shapes(given: Given) -> tuple[Any, ...]:
-    leaves, treedef = jax.tree.flatten(given)
+def _shapes(inputs: AttributionInputs) -> tuple[Any, ...]:
+    leaves, treedef = jax.tree.flatten(inputs)
     return treedef, *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 @functools.lru_cache(maxsize=16)
-def _way(ledger: Ledger, treedef: Any, *shapes: Any) -> Way:
+def _spec(ledger: Ledger, treedef: Any, *shapes: Any) -> AttributionSpec:
     """Return how the ledger of a step of these shapes is made."""
-    given = jax.tree.unflatten(treedef, shapes)
-    names = tuple(jax.eval_shape(ledger.terms, given.params, given.batch, given.beside)[0])
+    inputs = jax.tree.unflatten(treedef, shapes)
+    names = tuple(jax.eval_shape(ledger.terms, inputs.params, inputs.batch, inputs.reference)[0])
     taken = sorted({*COLUMNS, "actual", "curvature"} & {*names})
     if taken:
         raise ValueError(f"ledger: terms may not be called {', '.join(taken)}; rename them.")
-    way = Way(
+    spec = AttributionSpec(
         *(ledger.policy, ledger.terms, ledger.optimizer, ledger.trained),
         *(ledger.microbatches, ledger.mesh),
-        members=members_of(ledger.groups, ledger.policy, given.params, ledger.trained),
+        members=members_of(ledger.groups, ledger.policy, inputs.params, ledger.trained),
         names=names,
         by=ledger.by,
     )
-    found = estimates(way, given, ledger.memory_gib)
-    way = way._replace(columns=found["push"].chunk * len(names))
+    found = estimates(spec, inputs, ledger.memory_gib)
+    spec = dataclasses.replace(spec, columns=found["push"].chunk * len(names))
     if ledger.by == "group":
-        return way
+        return spec
     best = choose(found, ledger.form, ledger.memory_gib)
-    return way._replace(form=best.form, chunk=best.chunk, block=best.block)
+    return dataclasses.replace(spec, form=best.form, chunk=best.chunk, block=best.block)
 
 
-def _named(way: Way, found: Found) -> dict[str, np.ndarray]:
+def _named(spec: AttributionSpec, found: AttributionResult) -> dict[str, np.ndarray]:
     """Lay the arrays out by name."""
-    named, terms = {}, () if way.by == "sample" else way.names
+    named, terms = {}, () if spec.by == "sample" else spec.names
     for m, measure in enumerate(MEASURES):
         own = {}
-        for g, group in enumerate(("head", *way.members.names)):
-            for t, term in enumerate(way.names):
+        for g, group in enumerate(("head", *spec.members.names)):
+            for t, term in enumerate(spec.names):
                 if found.samples is not None:
                     own[f"{term}/{group}"] = found.samples[g, m, :, t]
             for k, column in enumerate((*terms, *COLUMNS)):

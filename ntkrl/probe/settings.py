@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-COLUMNS = {
+FAMILY_COLUMNS = {
     "reference": ("completion", "chosen"),
     "rejected": ("rejected",),
     "paraphrased": ("paraphrased",),
 }
 """Families that come with the prompts, and the columns they are read from."""
-DRAWN = ("own", "other", "shuffled")
-FAMILIES = (*DRAWN, *COLUMNS)
+SAMPLED_FAMILIES = ("own", "other", "shuffled")
+FAMILIES = (*SAMPLED_FAMILIES, *FAMILY_COLUMNS)
 LEDGER_BY = ("group", "sample")
 CADENCES = ("every_steps", "ledger_every_steps", "kernel_every_steps")
 
@@ -46,9 +46,15 @@ class ProbeSettings:
     memory_gib: float
 
     @property
-    def looks(self) -> bool:
-        """Whether there is anything to look at."""
+    def enabled(self) -> bool:
+        """True if any of the cadences is set."""
         return any(getattr(self, name) is not None for name in CADENCES)
+
+    @property
+    def completions(self) -> int:
+        """Completions in the probe set, at most: of all families and prompts together."""
+        sampled = [name in SAMPLED_FAMILIES for name in self.families]
+        return self.prompts * sum(self.completions_per_prompt if drawn else 1 for drawn in sampled)
 
     def __post_init__(self):
         problems, known = [], [name for name in self.families if name in FAMILIES]

@@ -68,10 +68,10 @@ def gradient_noise(gram: Array) -> GradientNoise:
     Source: McCandlish et al. 1812.06162, section 2.2 and appendix A.1.
     """
     gram = at_least_float32(gram)
-    return noise_of(jnp.diagonal(gram), jnp.mean(gram))
+    return noise_from_squares(jnp.diagonal(gram), jnp.mean(gram))
 
 
-def noise_of(squares: Array, mean_square: Array) -> GradientNoise:
+def noise_from_squares(squares: Array, mean_square: Array) -> GradientNoise:
     """Return `gradient_noise` of what it needs of the Gram matrix: `[B]` ‖g_i‖², and ‖ḡ‖²."""
     size = squares.shape[0]
     noise = (jnp.sum(squares) - size * mean_square) / (size - 1)

@@ -15,7 +15,7 @@ from ntkrl.softmax import Head
 from ntkrl.types import Array
 
 
-class Factors(NamedTuple):
+class AKGFactors(NamedTuple):
     """Δ log π(·|o) = η 𝒜(o) K(o, u) 𝒢(u) to first order, for one o and one u.
 
     adjust: 𝒜 = I − 1 π(o)ᵀ `[V, V]`, from logits to log-probs.
@@ -33,7 +33,7 @@ class Factors(NamedTuple):
 @jax.jit
 def akg_factors(
     observed: Array, kernel: Array, updated: Array, target: Array, advantage: Array
-) -> Factors:
+) -> AKGFactors:
     """Decompose the change of a probe token's distribution by one update token.
 
     Linear in the kernel: pass the dense head, body or cross part for its share.
@@ -46,7 +46,7 @@ def akg_factors(
       advantage: A, the weight on its score function; 1 for supervised training.
 
     Returns:
-      Factors.
+      AKGFactors.
 
     Source: Ren & Sutherland 2407.10490, proposition 1.
     """
@@ -56,7 +56,7 @@ def akg_factors(
     score_V = jax.nn.one_hot(target, size, dtype=pi_V.dtype)
     residual_V = advantage * (score_V - jax.nn.softmax(at_least_float32(updated)))
     change_V = einsum("vw,wx,x->v", adjust_VV, kernel, residual_V)
-    return Factors(adjust_VV, kernel, residual_V, change_V)
+    return AKGFactors(adjust_VV, kernel, residual_V, change_V)
 
 
 class Masses(NamedTuple):

@@ -105,18 +105,20 @@ def main() -> None:
     actual = np.stack([moved.log_probs, moved.entropy])
     # by sample the KL's part is a factor, see `ProbeHook.keep`
     seen = {"group": batch, "sample": batch.replace(kl_advantages=None)}
-    known = {by: {"gradients": apart(before, own)[2], "actual": actual} for by, own in seen.items()}
+    steps = {
+        by: attribution.OptimizerStep(before, after.params, rows, None, apart(before, rows)[2])
+        for by, rows in seen.items()
+    }
     ledgers = {"group": attribution.Ledger(*static, by="group")}
     ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("push", "gram")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
     calls |= {f"apart, {by}": lambda own=own: apart(before, own) for by, own in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
     for name, ledger in ledgers.items():
-        told = before, after.params, seen[ledger.by], *where
-        calls[name] = functools.partial(ledger.read, *told, **known[ledger.by])
+        calls[name] = functools.partial(ledger.read, steps[ledger.by], *where, actual)
     seconds = measure.medians_in_turns(calls, given.repeats, jax.block_until_ready)
     whole = seconds["generation"] + seconds["update"]
-    estimates = ledgers["push"].estimates(before, seen["sample"], *where)
+    estimates = ledgers["push"].estimates(steps["sample"], *where)
     table = []
     for name, value in seconds.items():
         row = {"call": name, "seconds": value, "of_a_step": value / whole}

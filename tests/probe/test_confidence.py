@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.probe.confidence import (
+from ntkrl.probe.distributions import (
     advantage_covariance,
     confidence_measures,
     entropy_changes,

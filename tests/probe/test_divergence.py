@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.probe.divergence import divergences
+from ntkrl.probe.distributions import divergences
 from ntkrl.softmax import Head, logits
 from tests.oracles import log_softmax
 

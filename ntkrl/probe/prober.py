@@ -13,16 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import ntk
-from ntkrl.probe.classifier import classifier_measures
-from ntkrl.probe.confidence import confidence_measures
-from ntkrl.probe.divergence import divergences
-from ntkrl.probe.features import completion_cosines, feature_measures
-from ntkrl.probe.geometry import cosine_variances, feature_drift
+from ntkrl.probe.distributions import confidence_measures, divergences
+from ntkrl.probe.features import (
+    completion_cosines,
+    cosine_variances,
+    feature_drift,
+    feature_measures,
+)
+from ntkrl.probe.parameters import classifier_measures
 from ntkrl.scoring import head_of
 from ntkrl.softmax import Head, TokenStatistics, token_statistics
 from ntkrl.types import Array, Params, Policy, ProbeSet
 
-BYTES = 48  # of a logit, what is made of it and how that changes
+LOGIT_BYTES = 48
+"""Peak memory per logit of a block: the logit, its statistics and their tangents."""
 
 
 class ProbeReading(NamedTuple):
@@ -70,8 +74,7 @@ class Prober:
         self.targets = probe_set.tokens[rows, columns + completion_start]
         count, length = probe_set.completion_mask.shape
         if memory_gib is not None:
-            each = BYTES * length * policy.vocab_size
-            count = int(max(1, min(count, memory_gib * 2**30 // each)))
+            count = completions_per_block(count, length, policy.vocab_size, memory_gib)
         self.blocks = tuple(_cut(self.contexts, count))
         self.rows, self.groups = jnp.asarray(rows), probe_set.groups[rows]
         self.families = {"own": np.ones(len(rows), bool)} if families is None else families
@@ -80,7 +83,7 @@ class Prober:
         self.start_features = self.read(start_params).features
         self.start_head = head_of(policy, start_params)
 
-    def each(self, call: Callable[..., Any], *beside: Array) -> Any:
+    def map_blocks(self, call: Callable[..., Any], *beside: Array) -> Any:
         """Call for some completions at a time; join what comes, arrays with their tokens in front.
 
         Args:
@@ -95,7 +98,7 @@ class Prober:
             return found[0]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
-    def some(self, count: int) -> ntk.Contexts:
+    def subset(self, count: int) -> ntk.Contexts:
         """Return so many contexts (at most) of the first family, evenly spread."""
         first = np.asarray(self.places[0])
         chosen = first[np.unique(np.linspace(0, len(first) - 1, count).round().astype(int))]
@@ -106,7 +109,7 @@ class Prober:
 
     def read(self, params: Params) -> ProbeReading:
         """Read every probe token under the params."""
-        return self.each(functools.partial(_read, self.policy, params))
+        return self.map_blocks(functools.partial(_read, self.policy, params))
 
     def measures(self, params: Params, reading: ProbeReading | None = None) -> dict[str, float]:
         """Return the `probe/…` metrics of the params; reading: of them, where there is one."""
@@ -141,7 +144,7 @@ class Prober:
           `completion_cosines`; and the readings before and after.
         """
         direction = jax.tree.map(jnp.subtract, after, before)
-        parts = self.each(functools.partial(ntk.predict, self.policy, before, direction))
+        parts = self.map_blocks(functools.partial(ntk.predict, self.policy, before, direction))
         old, new = self.read(before), self.read(after)
         arrays = {f"predicted_{name}": np.asarray(value) for name, value in parts.items()}
         arrays["actual"] = np.asarray(new.statistics.log_probs - old.statistics.log_probs)
@@ -150,6 +153,12 @@ class Prober:
         for name in ("log_probs", "entropy", "max_prob"):
             arrays[name] = np.asarray(old.statistics._asdict()[name])
         return comparison(arrays), arrays, (old, new)
+
+
+def completions_per_block(total: int, length: int, vocab_size: int, memory_gib: float) -> int:
+    """Return how many of `total` completions of `length` tokens a Prober reads together, ≥ 1."""
+    fitting = memory_gib * 2**30 // (LOGIT_BYTES * length * vocab_size)
+    return int(max(1, min(total, fitting)))
 
 
 def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:

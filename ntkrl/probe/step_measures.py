@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl.numerics import at_least_float32, masked_total, mean
-from ntkrl.probe.confidence import advantage_covariance
-from ntkrl.probe.geometry import ches, head_sums
+from ntkrl.probe.distributions import advantage_covariance
+from ntkrl.probe.features import ches, head_sums
 from ntkrl.probe.signal import entropy_share
 from ntkrl.probe.squeezing import token_masses
 from ntkrl.scoring import completion_features, head_of
