@@ -1,17 +1,19 @@
 """The step ledger: per-sample, momentum and decay contributions to one optimizer step."""
 
-from ntkrl.attribution.accounts import COLUMNS, Gradients, Terms
-from ntkrl.attribution.contributions import MEASURES
-from ntkrl.attribution.ledger import BY, Ledger, OptimizerStep, ledger_measures, split_term
+from ntkrl.attribution.costs import choose
+from ntkrl.attribution.decomposition import COLUMNS, AttributionInputs, OptimizerStep, Terms
+from ntkrl.attribution.ledger import Account, Ledger, ledger_measures, split_term
+from ntkrl.attribution.linear_maps import MEASURES
 
 __all__ = [
-    "BY",
     "COLUMNS",
     "MEASURES",
-    "Gradients",
+    "Account",
+    "AttributionInputs",
     "Ledger",
     "OptimizerStep",
     "Terms",
+    "choose",
     "ledger_measures",
     "split_term",
 ]

@@ -76,7 +76,7 @@ def read_call(
     }
     actual = jax.ShapeDtypeStruct((2, len(targets)), jnp.float32, sharding=whole)
     described = attribution.OptimizerStep(before, state.params, batch, reference, gradients)
-    function, (spec, inputs, after) = made.bind(described, contexts, targets, actual)
+    function, (spec, inputs) = made.bind(described, contexts, targets, actual)
 
     def placed(leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -84,7 +84,7 @@ def read_call(
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=whole)
 
-    arguments = (spec, jax.tree.map(placed, inputs), after)
+    arguments = (spec, jax.tree.map(placed, inputs))
     return ReadCall(function, arguments, blocks, contexts.tokens.shape[0])
 
 

@@ -219,21 +219,21 @@ def test_samples_by_hand():
 
 
 def test_forms_and_chunks_agree():
-    """law: push = gram = one sample and one sequence at a time; by layer, the head tied."""
+    """law: jvp = vjp = one sample and one sequence at a time; by layer, the head tied."""
     rows = (("(embed|layers/mlp)/.*", 1e-3), (".*", None))
     objective = dataclasses.replace(OBJECTIVE, entropy_coefficient=0)
     case = Case("layers", steps=2, objective=objective, parameters=rows)
     groups = ntk.by_layer(case.policy, case.before.params)
-    push = case.read(form="push", groups=groups)
-    small = {"form": "gram", "groups": groups, "memory_gib": 1e-9}
-    assert case.ledger(**small).estimates(*case.described())["gram"][1:3] == (1, 1)
-    gram = case.read(**small)
-    assert push.keys() == gram.keys()
-    for name, value in push.items():
-        scale = np.abs(first_order(push, name.split("/")[0])).max()
-        np.testing.assert_allclose(gram[name], value, rtol=0, atol=1e-10 * scale)
-    assert push["log_prob/policy/layer 1"].shape == (len(case.prober.targets), 8)
-    moved = {group for _, group in groups if np.abs(push[f"log_prob/policy/{group}"]).max() > 0}
+    by_jvp = case.read(form="jvp", groups=groups)
+    small = {"form": "vjp", "groups": groups, "memory_gib": 1e-9}
+    assert case.ledger(**small).estimates(*case.described())["vjp"][1:3] == (1, 1)
+    by_vjp = case.read(**small)
+    assert by_jvp.keys() == by_vjp.keys()
+    for name, value in by_jvp.items():
+        scale = np.abs(first_order(by_jvp, name.split("/")[0])).max()
+        np.testing.assert_allclose(by_vjp[name], value, rtol=0, atol=1e-10 * scale)
+    assert by_jvp["log_prob/policy/layer 1"].shape == (len(case.prober.targets), 8)
+    moved = {group for _, group in groups if np.abs(by_jvp[f"log_prob/policy/{group}"]).max() > 0}
     assert moved == {"embed", "layer 0", "layer 1"}
 
 
@@ -265,7 +265,7 @@ def test_the_step_hands_out_its_gradients(microbatches):
     for name, leaf in total(case.before.params).items():
         assert_close(gradients["policy"][0][name], leaf)
     actual = case.measured(case.after.params) - case.measured(case.before.params)
-    for by in attribution.BY:
+    for by in probe.LEDGER_BY:
         whole, given = case.read(by=by), case.read(gradients, actual, by=by)
         assert whole.keys() == given.keys()
         for name, value in whole.items():
@@ -403,7 +403,7 @@ def test_mistakes_are_named():
     """law: what cannot be is said before anything is computed."""
     case = Case(steps=1)
     with pytest.raises(ValueError, match=r"by must be .*token.*; form must .*; memory_gib must be"):
-        case.ledger(by="token", form="jvp", memory_gib=0)
+        case.ledger(by="token", form="dense", memory_gib=0)
     with pytest.raises(ValueError, match="8 rows cannot be cut in 3 equal parts"):
         case.read(microbatches=3)
     with pytest.raises(ValueError, match='groups: "head" names the head'):

@@ -21,7 +21,6 @@ import numpy as np
 
 import ntkrl
 from ntkrl import attribution, probe, rollout, update
-from ntkrl.attribution.costs import choose
 from ntkrl.types import ProbeSet, PromptBatch, UpdateBatch
 from tests.bench import measure
 
@@ -110,7 +109,7 @@ def main() -> None:
         for by, rows in seen.items()
     }
     ledgers = {"group": attribution.Ledger(*static, by="group")}
-    ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("push", "gram")}
+    ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("jvp", "vjp")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
     calls |= {f"apart, {by}": lambda own=own: apart(before, own) for by, own in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
@@ -118,7 +117,7 @@ def main() -> None:
         calls[name] = functools.partial(ledger.read, steps[ledger.by], *where, actual)
     seconds = measure.medians_in_turns(calls, given.repeats, jax.block_until_ready)
     whole = seconds["generation"] + seconds["update"]
-    estimates = ledgers["push"].estimates(steps["sample"], *where)
+    estimates = ledgers["jvp"].estimates(steps["sample"], *where)
     table = []
     for name, value in seconds.items():
         row = {"call": name, "seconds": value, "of_a_step": value / whole}
@@ -130,7 +129,8 @@ def main() -> None:
             row |= {"flops": estimates[name].flops, "MiB": estimates[name].bytes / 2**20}
         table.append(row)
     columns = ("call", "seconds", "of_a_step", "every", "of_training", "flops", "MiB")
-    print(f"{jax.devices()[0].device_kind}; auto takes {choose(estimates, 'auto', 2.0).form}")
+    best = attribution.choose(estimates, "auto", 2.0)
+    print(f"{jax.devices()[0].device_kind}; auto takes {best.form}")
     print(measure.table(table, columns))
 
 

@@ -252,14 +252,13 @@ def test_shapes_are_those_of_a_ledger(settings):
     with pytest.raises(StopIteration):
         prober.map_blocks(read)
     # the program of the plan's own network has other functions of the same names
-    (way, given, after), (planned,) = calls[0], programs.accounts(run)
+    (spec, inputs), (planned,) = calls[0], programs.accounts(run)
     bound = {"policy": None, "terms": None, "optimizer": None}
-    assert dataclasses.replace(planned.arguments[0], **bound) == dataclasses.replace(way, **bound)
+    assert dataclasses.replace(planned.arguments[0], **bound) == dataclasses.replace(spec, **bound)
     assert planned.name == "ledger all" and planned.runs == len(prober.blocks) / 50 == 3 / 50
     assert planned.rows == prober.blocks[0][0].tokens.shape[0] == 4
-    for real, shapes in zip((given, after), planned.arguments[1:], strict=True):
-        expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
-        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), real) == expected
+    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned.arguments[1])
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), inputs) == expected
     kept = run.kept(stage)
     for real, shapes in zip((before.params, before.opt_state), kept, strict=True):
         same = jax.tree.map(
