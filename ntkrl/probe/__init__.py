@@ -1,58 +1,39 @@
 """Measures of learning dynamics as pure functions of arrays, and the probe set they are read on.
 
-prober           a fixed set of completions; real changes against first-order predictions
-step_measures    one optimizer step on the tokens of its own batch
-kernel_measures  traces, norms, eigenvalues of the kernel of some contexts, and their drift
-distributions, squeezing  next-token distributions: entropy, divergence, probability mass
-features, parameters      geometry of features, of weight updates and of the head's matrix
-signal, samples           reward variance and gradient noise; statistics over completions
+Exported by name is what a run uses. The modules hold more, for your own analysis:
+
+    distributions, squeezing  next-token distributions: entropy, divergence, probability mass
+    features, parameters      geometry of features, of weight updates and of the head's matrix
+    exact_kernels             traces, norms, eigenvalues of the kernel of some contexts; drift
+    batch_measures            reward variance, gradient noise, one step on its own batch
+    samples                   statistics over sampled completions
 """
 
-from ntkrl.probe.distributions import (
-    Covariance,
-    Divergences,
-    EntropyFit,
-    advantage_covariance,
-    confidence_measures,
-    divergences,
-    entropy_changes,
-    entropy_changes_by_tile,
-    fit_entropy_reward,
+from ntkrl.probe.batch_measures import (
+    GradientNoise,
+    noise_from_squares,
+    reward_signal,
+    step_measures,
 )
-from ntkrl.probe.features import (
-    ches,
-    completion_cosines,
-    cosine_variances,
-    feature_drift,
-    feature_measures,
-    head_influence,
-    head_sums,
-    token_sums,
-)
-from ntkrl.probe.kernel_measures import (
+from ntkrl.probe.exact_kernels import (
     KernelPlan,
-    advantage_alignment,
     batch_alignment,
-    centred_alignment,
     kernel_drift,
     kernel_measures,
     kernel_traces,
     layer_shares,
-    laziness,
     plan_kernel,
 )
+from ntkrl.probe.features import feature_measures
 from ntkrl.probe.parameters import (
     LineSums,
     SingularTriple,
-    classifier_measures,
     direction_cosine,
     extend_line,
     extrapolate,
-    leading_direction,
     line_fit,
     sample_entries,
     start_line,
-    update_rank,
     update_ranks,
     update_sparsity,
 )
@@ -60,7 +41,6 @@ from ntkrl.probe.prober import Prober, ProbeReading, completions_per_block
 from ntkrl.probe.samples import (
     Support,
     best_of_n,
-    crossing,
     crossing_interval,
     distinct_answers,
     distinct_counts,
@@ -78,15 +58,6 @@ from ntkrl.probe.settings import (
     SAMPLED_FAMILIES,
     ProbeSettings,
 )
-from ntkrl.probe.signal import (
-    GradientNoise,
-    entropy_share,
-    gradient_noise,
-    noise_from_squares,
-    reward_signal,
-)
-from ntkrl.probe.squeezing import AKGFactors, Masses, akg_factors, squeezing, token_masses
-from ntkrl.probe.step_measures import group_measures, step_measures
 
 __all__ = [
     "CADENCES",
@@ -94,56 +65,29 @@ __all__ = [
     "FAMILY_COLUMNS",
     "LEDGER_BY",
     "SAMPLED_FAMILIES",
-    "AKGFactors",
-    "Covariance",
-    "Divergences",
-    "EntropyFit",
     "GradientNoise",
     "KernelPlan",
     "LineSums",
-    "Masses",
     "ProbeReading",
     "ProbeSettings",
     "Prober",
     "SingularTriple",
     "Support",
-    "advantage_alignment",
-    "advantage_covariance",
-    "akg_factors",
     "batch_alignment",
     "best_of_n",
-    "centred_alignment",
-    "ches",
-    "classifier_measures",
-    "completion_cosines",
     "completions_per_block",
-    "confidence_measures",
-    "cosine_variances",
-    "crossing",
     "crossing_interval",
     "direction_cosine",
     "distinct_answers",
     "distinct_counts",
     "distinct_n",
-    "divergences",
-    "entropy_changes",
-    "entropy_changes_by_tile",
-    "entropy_share",
     "extend_line",
     "extrapolate",
-    "feature_drift",
     "feature_measures",
-    "fit_entropy_reward",
-    "gradient_noise",
-    "group_measures",
-    "head_influence",
-    "head_sums",
     "kernel_drift",
     "kernel_measures",
     "kernel_traces",
     "layer_shares",
-    "laziness",
-    "leading_direction",
     "line_fit",
     "noise_from_squares",
     "pass_at_k",
@@ -152,13 +96,9 @@ __all__ = [
     "reward_signal",
     "sample_entries",
     "self_bleu",
-    "squeezing",
     "start_line",
     "step_measures",
     "support_change",
-    "token_masses",
-    "token_sums",
-    "update_rank",
     "update_ranks",
     "update_sparsity",
 ]

@@ -1,16 +1,28 @@
-"""Geometry of features: cosines, norms, drift, and sums over the head kernel."""
+"""Geometry of features: cosines, norms, drift from the start, and sums over the head kernel.
+
+The sums are of the head part R alone: with one step on log π(y') of weight A', log π(y) changes by
+A' ⟨g, g'⟩ ⟨φ, φ'⟩ + (body part), g = e_y − π.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from ntkrl.numerics import at_least_float32, einsum, masked_total, mean
-from ntkrl.probe.tiles import log_normaliser, sum_over_tiles
-from ntkrl.softmax import Head
-from ntkrl.softmax.tiles import Tile, Tiling, cut, tile_count, tile_logits
+from ntkrl.probe.distributions import log_normaliser, sum_over_tiles
+from ntkrl.softmax import (
+    DEFAULT_OPTIONS,
+    OutputHead,
+    SoftmaxOptions,
+    Tile,
+    slice_tile,
+    tile_count,
+    tile_logits,
+)
 from ntkrl.types import Array
 
 
@@ -39,7 +51,7 @@ def feature_measures(
     phi_OD, start_OD = at_least_float32(features), at_least_float32(start_features)
     gram_OO = einsum("od,pd->op", phi_OD, phi_OD)
     norms_O = jnp.sqrt(jnp.diagonal(gram_OO))
-    cosines_OO, pairs = cosines_of(gram_OO), kinds_of_pairs(rows, groups)
+    cosines_OO, pairs = _cosines(gram_OO), _pair_masks(rows, groups)
     distinct = ~jnp.eye(rows.shape[0], dtype=bool)
     measures = {
         f"cosine_{kind}": mean(masked_total(cosines_OO, mask)) for kind, mask in pairs.items()
@@ -52,14 +64,14 @@ def feature_measures(
     }
 
 
-def cosines_of(gram_OO: Array) -> Array:
+def _cosines(gram_OO: Array) -> Array:
     """Return the cosines `[O, O]` of vectors from their Gram matrix."""
     norms_O = jnp.sqrt(jnp.diagonal(gram_OO))
     return gram_OO / jnp.maximum(norms_O[:, None] * norms_O[None, :], 1e-30)
 
 
-def kinds_of_pairs(rows: Array, groups: Array) -> dict[str, Array]:
-    """Return `[O, O]` masks of pairs of distinct tokens, by what the two have in common."""
+def _pair_masks(rows: Array, groups: Array) -> dict[str, Array]:
+    """Return `[O, O]` masks of pairs of distinct tokens, by whether rows and groups are equal."""
     same_row = rows[:, None] == rows[None, :]
     same_group = groups[:, None] == groups[None, :]
     return {
@@ -85,16 +97,16 @@ def completion_cosines(features: Array, rows: Array, completions: int) -> Array:
     unit_OD = phi_OD / jnp.maximum(jnp.linalg.norm(phi_OD, axis=1, keepdims=True), 1e-30)
     sums_SD = jax.ops.segment_sum(unit_OD, rows, completions)
     counts_S = jax.ops.segment_sum(jnp.ones(rows.shape, unit_OD.dtype), rows, completions)
-    own_S = jax.ops.segment_sum(jnp.sum(unit_OD**2, axis=1), rows, completions)
+    squares_S = jax.ops.segment_sum(jnp.sum(unit_OD**2, axis=1), rows, completions)
     same_SS = jnp.eye(completions, dtype=unit_OD.dtype)
     pairs_SS = counts_S[:, None] * counts_S[None] - same_SS * counts_S[None]
-    totals_SS = einsum("sd,td->st", sums_SD, sums_SD) - same_SS * own_S[None]
+    totals_SS = einsum("sd,td->st", sums_SD, sums_SD) - same_SS * squares_S[None]
     return totals_SS / jnp.maximum(pairs_SS, 1)
 
 
 @jax.jit
 def cosine_variances(features: Array, rows: Array, groups: Array) -> dict[str, Array]:
-    """Return how much the cosines of each kind of pair vary, beside the means that exist.
+    """Return the variance of the cosines of each kind of pair, beside `feature_measures`' means.
 
     Args:
       features: `[O, D]`.
@@ -108,19 +120,19 @@ def cosine_variances(features: Array, rows: Array, groups: Array) -> dict[str, A
     Source: Tomihari 2601.04670.
     """
     phi_OD = at_least_float32(features)
-    cosines_OO = cosines_of(einsum("od,ud->ou", phi_OD, phi_OD))
+    cosines_OO = _cosines(einsum("od,ud->ou", phi_OD, phi_OD))
 
     def variance(mask: Array) -> Array:
         centre = mean(masked_total(cosines_OO, mask))
         return mean(masked_total(jnp.square(cosines_OO - centre), mask))
 
-    pairs = kinds_of_pairs(rows, groups)
+    pairs = _pair_masks(rows, groups)
     return {f"cosine_variance_{kind}": variance(mask) for kind, mask in pairs.items()}
 
 
 @jax.jit
 def feature_drift(features: Array, start_features: Array) -> dict[str, Array]:
-    """Say how far features are from where they began, in units of where they began.
+    """Measure the drift of features relative to their start.
 
     Args:
       features: φ_t `[O, D]`.
@@ -175,14 +187,14 @@ def ches(
     return score(plus_BD, minus_BD), score(*means)
 
 
-@functools.partial(jax.jit, static_argnums=(3,))
+@functools.partial(jax.jit, static_argnames=("chunk_vocabulary",))
 def head_influence(
-    head: Head,
+    head: OutputHead,
     observed: tuple[Array, Array],
     updated: tuple[Array, Array],
     chunk_vocabulary: int | None = None,
 ) -> Array:
-    """Return what a unit of weight on each updated token adds to log π of each observed one, by R.
+    """Return the change of log π of each observed token per unit of weight on each updated one.
 
     I(o, u) = g_oᵀ R(o, u) g_u = s² (⟨φ_o, φ_u⟩ [+ 1 with a bias]) ⟨g_o, g_u⟩ for a plain head;
     slopes of a soft-cap multiply g. It is `ntk.score_gram(…, part="head")` between two sets and
@@ -198,95 +210,85 @@ def head_influence(
 
     Source: α ⟨φ, φ'⟩ of Deng et al. 2505.18830.
     """
-    rows, _ = tile_count(head, Tiling(1.0, chunk_vocabulary, 0))
-    sides = observed, updated
-
-    def normaliser(phi_D: Array) -> Array:
-        return log_normaliser(head, phi_D, 1.0, chunk_vocabulary)
-
-    normalisers = [jax.vmap(normaliser)(phi_OD) for phi_OD, _ in sides]
+    options = SoftmaxOptions(chunk_vocabulary=chunk_vocabulary)
+    rows, _ = tile_count(head, chunk_vocabulary)
+    observed_scores, updated_scores = (
+        _tile_scores(head, features, tokens, options) for features, tokens in (observed, updated)
+    )
 
     def term(number: Array) -> Array:
-        tile = cut(head, rows, number)
-        scores = [
-            _scores(head, tile, phi_OD, y_O, normaliser_O)
-            for (phi_OD, y_O), normaliser_O in zip(sides, normalisers, strict=True)
-        ]
-        return einsum("or,ur->ou", *scores)
+        tile = slice_tile(head, rows, number)
+        return einsum("or,ur->ou", observed_scores(tile), updated_scores(tile))
 
-    alike_OU = sum_over_tiles(term, head, chunk_vocabulary)
-    inner_OU = einsum("od,ud->ou", *(at_least_float32(phi_OD) for phi_OD, _ in sides))
-    return head.scale**2 * alike_OU * (inner_OU + (head.bias is not None))
+    scores_OU = sum_over_tiles(term, head, chunk_vocabulary)
+    inner_OU = einsum("od,ud->ou", at_least_float32(observed[0]), at_least_float32(updated[0]))
+    return head.scale**2 * scores_OU * (inner_OU + (head.bias is not None))
 
 
 def head_sums(
-    head: Head,
+    head: OutputHead,
     features: Array,
     tokens: Array,
     weights: Array,
-    temperature: float = 1.0,
-    chunk_vocabulary: int | None = None,
+    options: SoftmaxOptions = DEFAULT_OPTIONS,
 ) -> Array:
     """Return Σ_u w_u I(o, u) over all tokens u of a set at each of them, for K weightings.
 
-    I is `head_influence`; linear in its second token, so the sums need no pairs: they are what a
-    step of the head along Σ_u w_u g_u φ_uᵀ does.
+    I is `head_influence`; linear in its second token, so the sums need no pairs: they are the
+    effect of a step of the head along Σ_u w_u g_u φ_uᵀ.
 
     Args:
       head: the head's arrays.
       features, tokens: `[O, D]` and int `[O]`.
       weights: w `[O, K]`, 0 at tokens that do not count.
-      temperature: divides the logits; > 0.
-      chunk_vocabulary: vocabulary rows whose logits exist at a time, ≥ 1; None for all.
+      options: temperature and chunk_vocabulary.
 
     Returns:
       `[O, K]` (nats per unit of learning rate times weight).
     """
-    rows, _ = tile_count(head, Tiling(temperature, chunk_vocabulary, 0))
+    rows, _ = tile_count(head, options.chunk_vocabulary)
     phi_OD, weights_OK = at_least_float32(features), at_least_float32(weights)
-    normaliser_O = jax.vmap(
-        lambda phi_D: log_normaliser(head, phi_D, temperature, chunk_vocabulary)
-    )(phi_OD)
+    scores = _tile_scores(head, phi_OD, tokens, options)
 
     def term(number: Array) -> Array:
-        tile = cut(head, rows, number)
-        g_OR = _scores(head, tile, phi_OD, tokens, normaliser_O, temperature)
+        g_OR = scores(slice_tile(head, rows, number))
         step_KRD = einsum("ukd,ur->krd", weights_OK[..., None] * phi_OD[:, None], g_OR)
-        found_OK = einsum("okd,od->ok", einsum("or,krd->okd", g_OR, step_KRD), phi_OD)
+        sums_OK = einsum("okd,od->ok", einsum("or,krd->okd", g_OR, step_KRD), phi_OD)
         if head.bias is None:
-            return found_OK
-        return found_OK + einsum("or,kr->ok", g_OR, einsum("uk,ur->kr", weights_OK, g_OR))
+            return sums_OK
+        return sums_OK + einsum("or,kr->ok", g_OR, einsum("uk,ur->kr", weights_OK, g_OR))
 
-    return (head.scale / temperature) ** 2 * sum_over_tiles(term, head, chunk_vocabulary)
+    sums_OK = sum_over_tiles(term, head, options.chunk_vocabulary)
+    return (head.scale / options.temperature) ** 2 * sums_OK
 
 
-def _scores(
-    head: Head,
-    tile: Tile,
-    phi_OD: Array,
-    y_O: Array,
-    normaliser_O: Array,
-    temperature: float = 1.0,
-) -> Array:
-    """Return a tile `[O, R]` of g = e_y − π, times the slopes of a soft-cap."""
-    z_OR = tile_logits(head, tile, phi_OD, temperature)
-    ids_R = tile.start + jnp.arange(z_OR.shape[1])
-    hit_OR = (ids_R[None] == y_O[:, None]) & tile.fresh[None]
-    g_OR = hit_OR - jnp.exp(z_OR - normaliser_O[:, None])
-    if head.soft_cap is None:
-        return g_OR
-    slopes_OR = 1 - jnp.square(z_OR * (temperature / head.soft_cap))
-    return jnp.where(tile.fresh[None], g_OR * slopes_OR, 0)
+def _tile_scores(
+    head: OutputHead, phi_OD: Array, tokens_O: Array, options: SoftmaxOptions
+) -> Callable[[Tile], Array]:
+    """Return the map from a tile to `[O, R]` of g = e_y − π, times the slopes of a soft-cap."""
+    normaliser_O = jax.vmap(lambda phi_D: log_normaliser(head, phi_D, options))(phi_OD)
+
+    def scores(tile: Tile) -> Array:
+        z_OR = tile_logits(head, tile, phi_OD, options.temperature)
+        ids_R = tile.start + jnp.arange(z_OR.shape[1])
+        hit_OR = (ids_R[None] == tokens_O[:, None]) & tile.fresh[None]
+        g_OR = hit_OR - jnp.exp(z_OR - normaliser_O[:, None])
+        if head.soft_cap is None:
+            return g_OR
+        slopes_OR = 1 - jnp.square(z_OR * (options.temperature / head.soft_cap))
+        return jnp.where(tile.fresh[None], g_OR * slopes_OR, 0)
+
+    return scores
 
 
 @jax.jit
 def token_sums(
     influence: Array, advantages: Array, observed_groups: Array, updated_groups: Array
 ) -> dict[str, Array]:
-    """Sum the influence of a prompt's own updated tokens on each observed token, by sign of A.
+    """Sum the influence of updated tokens of the same prompt on each observed token, by sign of A.
 
     Over the tokens of a prompt's correct completions, −(positive + negative) adds up to its GWHES:
-    where it is large, log π of those completions is held down. With wrong completions observed and
+    where it is large, log π of those completions cannot rise. With wrong completions observed and
     correct ones updated at A = 1, `positive` is the token's NTHR.
 
     Args:
@@ -300,8 +302,8 @@ def token_sums(
     Source: Deng et al. 2505.18830, whose sums leave the body part out as these do.
     """
     same_OU = observed_groups[:, None] == updated_groups[None]
-    pushes_OU = jnp.where(same_OU, influence * advantages[None], 0)
+    changes_OU = jnp.where(same_OU, influence * advantages[None], 0)
     return {
-        "positive": jnp.sum(jnp.where(advantages[None] > 0, pushes_OU, 0), axis=1),
-        "negative": jnp.sum(jnp.where(advantages[None] < 0, pushes_OU, 0), axis=1),
+        "positive": jnp.sum(jnp.where(advantages[None] > 0, changes_OU, 0), axis=1),
+        "negative": jnp.sum(jnp.where(advantages[None] < 0, changes_OU, 0), axis=1),
     }

@@ -1,4 +1,4 @@
-"""Geometry of weight updates: sparsity, rank, the head's matrix, paths over checkpoints."""
+"""Geometry of parameter changes: sparsity, rank, the head's matrix, paths over checkpoints."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import numpy as np
 
 from ntkrl import trees
 from ntkrl.numerics import at_least_float32, einsum
-from ntkrl.softmax import Head
-from ntkrl.softmax.tiles import Tiling, cut, tile_count
+from ntkrl.softmax import OutputHead, slice_tile, tile_count
 from ntkrl.types import Array, Params
 
 ENTRIES = 4096
-"""Weights that are followed through a run."""
+"""Parameters that are recorded through a run."""
 
 
 @jax.jit
 def update_sparsity(
     before: Params, after: Params, tolerance: float = 1e-5
 ) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
-    """Return the share of entries that an update moved, as seen in bfloat16, and left alone.
+    """Return the share of entries that an update changed in bfloat16, and left unchanged.
 
     Args:
       before, after: params on either side.
@@ -46,34 +45,28 @@ def update_sparsity(
     return overall, by_leaf
 
 
-@jax.jit
-def sample_entries(params: Params) -> Array:
-    """Return ENTRIES entries (all where there are fewer) from the same places at every call.
-
-    Args:
-      params: any tree.
-
-    Returns:
-      `[n]`, places evenly spread over all entries, leaf by leaf.
-    """
-    leaves = jax.tree.leaves(params)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    places = np.unique(np.linspace(0, ends[-1] - 1, ENTRIES).round().astype(np.int64))
-    found = []
-    for leaf, end in zip(leaves, ends, strict=True):
-        own = places[(end - leaf.size <= places) & (places < end)] - (end - leaf.size)
-        found.append(at_least_float32(leaf[np.unravel_index(own, leaf.shape)]))
-    return jnp.concatenate(found)
-
-
 def _sparsity(before: Array, after: Array, tolerance: float) -> dict[str, Array]:
     here, there = at_least_float32(before), at_least_float32(after)
-    same = {
+    flags = {
         "bf16_visible": before.astype(jnp.bfloat16) != after.astype(jnp.bfloat16),
         "unchanged": jnp.abs(there - here) <= tolerance,
     }
-    # by rows first: a float32 count of single entries stops at 2^24
-    return {name: jnp.mean(jnp.mean(jnp.atleast_1d(hit), axis=-1)) for name, hit in same.items()}
+    # mean of row means: a float32 count of single entries stops at 2^24
+    return {name: jnp.mean(jnp.mean(jnp.atleast_1d(flag), axis=-1)) for name, flag in flags.items()}
+
+
+@jax.jit
+def sample_entries(params: Params) -> Array:
+    """Return ENTRIES entries `[n]` (all where there are fewer) at fixed, evenly spread indices."""
+    leaves = jax.tree.leaves(params)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    indices = np.unique(np.linspace(0, ends[-1] - 1, ENTRIES).round().astype(np.int64))
+    entries = []
+    for leaf, end in zip(leaves, ends, strict=True):
+        start = end - leaf.size
+        of_leaf = indices[(start <= indices) & (indices < end)] - start
+        entries.append(at_least_float32(leaf[np.unravel_index(of_leaf, leaf.shape)]))
+    return jnp.concatenate(entries)
 
 
 class SingularTriple(NamedTuple):
@@ -88,8 +81,8 @@ class SingularTriple(NamedTuple):
 def leading_direction(matrix: Array, iterations: int = 500) -> SingularTriple:
     """Return the leading singular triple by power iteration from a fixed start.
 
-    σ comes out to the square of the vectors' error. Where σ₁ and σ₂ nearly agree, iterations run
-    out and the vectors are some mixture of both pairs.
+    The error of σ is the square of the vectors'. Where σ₁ and σ₂ nearly agree, iterations run out
+    and the vectors are some mixture of both pairs.
 
     Args:
       matrix: `[M, N]`; stacked layers by vmap.
@@ -99,30 +92,30 @@ def leading_direction(matrix: Array, iterations: int = 500) -> SingularTriple:
       SingularTriple; σ = 0 and any unit v for a matrix of zeros.
     """
     matrix = at_least_float32(matrix)
-    enough = float(jnp.finfo(matrix.dtype).eps) ** 0.5
+    tolerance = float(jnp.finfo(matrix.dtype).eps) ** 0.5
 
     def unit(vector: Array) -> Array:
         return vector / jnp.maximum(jnp.linalg.norm(vector), jnp.finfo(vector.dtype).tiny)
 
-    def turn(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        right_N, _, done = state
+    def iterate(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        right_N, _, count = state
         left_M = unit(einsum("mn,n->m", matrix, right_N))
         new_N = unit(einsum("mn,m->n", matrix, left_M))
-        return new_N, jnp.linalg.norm(new_N - right_N), done + 1
+        return new_N, jnp.linalg.norm(new_N - right_N), count + 1
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
-        return (state[1] > enough) & (state[2] < iterations)
+        return (state[1] > tolerance) & (state[2] < iterations)
 
     start_N = unit(jax.random.normal(jax.random.key(0), matrix.shape[1:], matrix.dtype))
     far = jnp.full((), jnp.inf, matrix.dtype)
-    right_N, _, _ = jax.lax.while_loop(unfinished, turn, (start_N, far, jnp.int32(0)))
+    right_N, _, _ = jax.lax.while_loop(unfinished, iterate, (start_N, far, jnp.int32(0)))
     image_M = einsum("mn,n->m", matrix, right_N)
     return SingularTriple(jnp.linalg.norm(image_M), unit(image_M), right_N)
 
 
 @jax.jit
 def update_rank(change: Array, leading: SingularTriple) -> dict[str, Array]:
-    """Return in how many directions a matrix moved.
+    """Measure the rank of a matrix's change.
 
     Args:
       change: ΔW `[M, N]`, not 0 (NaN otherwise).
@@ -153,34 +146,34 @@ def update_rank(change: Array, leading: SingularTriple) -> dict[str, Array]:
 def update_ranks(
     before: Params, after: Params
 ) -> tuple[dict[str, dict[str, Array]], dict[str, SingularTriple]]:
-    """Return `update_rank` of every matrix by its leaf's name, of stacked ones the mean over them.
+    """Return `update_rank` of every matrix by its leaf's name, the mean over stacked ones.
 
     Args:
       before, after: params on either side; leaves of two or three axes count.
 
     Returns:
-      `(measures, leading)` by name; the leading directions of L stacked matrices (or of one) have
-      L in front.
+      `(measures, leading)` by name; the leading directions of L stacked matrices (or of a single
+      one) have L in front.
     """
 
-    def one(change_MN: Array) -> tuple[dict[str, Array], SingularTriple]:
-        leading = leading_direction(change_MN)
-        return update_rank(change_MN, leading), leading
+    def measure(change_MN: Array) -> tuple[dict[str, Array], SingularTriple]:
+        triple = leading_direction(change_MN)
+        return update_rank(change_MN, triple), triple
 
     first, second = trees.named_leaves(before), trees.named_leaves(after)
-    found, leading = {}, {}
+    measures, leading = {}, {}
     for name, leaf in first.items():
         if leaf.ndim in (2, 3):
             change = at_least_float32(second[name]) - at_least_float32(leaf)
-            of_each, leading[name] = jax.vmap(one)(change.reshape(-1, *change.shape[-2:]))
-            found[name] = jax.tree.map(jnp.mean, of_each)
-    return found, leading
+            by_layer, leading[name] = jax.vmap(measure)(change.reshape(-1, *change.shape[-2:]))
+            measures[name] = jax.tree.map(jnp.mean, by_layer)
+    return measures, leading
 
 
 def direction_cosine(first: SingularTriple, second: SingularTriple) -> Array:
     """Return ⟨u vᵀ, u' v'ᵀ⟩ = (u·u')(v·v') of two leading directions, a scalar in [−1, 1].
 
-    Free of the sign that a pair (u, v) leaves open; −1 where the change turned round.
+    Independent of the sign of a pair (u, v); −1 where the change reversed.
     """
     return jnp.vdot(first.left, second.left) * jnp.vdot(first.right, second.right)
 
@@ -189,38 +182,36 @@ def direction_cosine(first: SingularTriple, second: SingularTriple) -> Array:
 def classifier_measures(
     weight: Array, start: Array, chunk_vocabulary: int = 4096
 ) -> tuple[dict[str, Array], Array]:
-    """Measure W and W − W_0; beside a block of rows, only two D×D Gram matrices are made.
+    """Measure W and W − W_0; beside a block of rows, only two D×D Gram matrices exist.
 
     Args:
       weight: W `[V, D]`.
       start: W_0 `[V, D]`, of any dtype.
-      chunk_vocabulary: rows taken at a time, ≥ 1.
+      chunk_vocabulary: rows at a time, ≥ 1.
 
     Returns:
       `(scalars, row norms [V])`. Scalars: `head_norm` ‖W‖_F, `head_distance` ‖W − W_0‖_F,
       `head_row_norm` and `head_row_norm_max` mean and largest row norm, `head_stable_rank`
       ‖W‖_F²/‖W‖_2² and `head_distance_stable_rank` the same of W − W_0 (in [1, min(V, D)]; NaN
-      where nothing moved).
+      where W has not moved).
 
     Source: Tomihari & Sato 2405.16747 (norms), Tomihari 2601.04670.
     """
-    head = Head(weight)
-    rows, count = tile_count(head, Tiling(1.0, chunk_vocabulary, 0))
-    width = weight.shape[1]
-    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    head, start_head = OutputHead(weight), OutputHead(start)
+    rows, count = tile_count(head, chunk_vocabulary)
+    zeros_DD = jnp.zeros((weight.shape[1],) * 2, jnp.promote_types(weight.dtype, jnp.float32))
 
     def add(grams: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
-        tile, other = cut(head, rows, number), cut(Head(start), rows, number)
+        tile, start_tile = slice_tile(head, rows, number), slice_tile(start_head, rows, number)
         here_RD = jnp.where(tile.fresh[:, None], at_least_float32(tile.weight), 0)
-        there_RD = jnp.where(tile.fresh[:, None], at_least_float32(other.weight), 0)
+        there_RD = jnp.where(tile.fresh[:, None], at_least_float32(start_tile.weight), 0)
         parts = here_RD, here_RD - there_RD
         grams = tuple(g + einsum("rd,re->de", p, p) for g, p in zip(grams, parts, strict=True))
         return grams, jnp.linalg.norm(here_RD, axis=1)
 
-    zeros_DD = jnp.zeros((width, width), wide)
     numbers = jnp.arange(count, dtype=jnp.int32)
     (gram_DD, moved_DD), norms = jax.lax.scan(add, (zeros_DD, zeros_DD), numbers)
-    # the last block was moved back to fit, its rows seen before zeroed
+    # the last block starts early enough to fit; its repeated rows are zeros
     last = norms[-1][count * rows - weight.shape[0] :]
     norms_V = jnp.concatenate([norms[:-1].ravel(), last])
     square, moved_square = jnp.trace(gram_DD), jnp.trace(moved_DD)
@@ -235,13 +226,12 @@ def classifier_measures(
 
 
 class LineSums(NamedTuple):
-    """Running sums for a straight line through every entry of a tree over checkpoints.
+    """Running sums for a linear regression of every entry of a tree on the step.
 
-    Everything is counted from the first checkpoint, where sums of squares would otherwise drown
-    what moved. Three trees of the params' size beside the first one.
+    Values are differences from the first checkpoint, so that sums of squares resolve small moves.
 
     count, times, squares: n, Σ t, Σ t².
-    start: the first checkpoint; start_step: its step.
+    start_step, start: step and params of the first checkpoint.
     values, products, value_squares: trees of Σ w, Σ t w, Σ w².
     """
 
@@ -256,12 +246,7 @@ class LineSums(NamedTuple):
 
 
 def start_line(tree: Params, step: Array | float) -> LineSums:
-    """Start the sums with a first checkpoint; any tree will do, for instance log-probs `[O]`.
-
-    Args:
-      tree: params.
-      step: the optimizer step they belong to.
-    """
+    """Return the sums of a first checkpoint: any tree, for instance log-probs `[O]`, at a step."""
     start = jax.tree.map(at_least_float32, tree)
     zero = jnp.zeros(())
     blank = jax.tree.map(jnp.zeros_like, start)
@@ -270,13 +255,7 @@ def start_line(tree: Params, step: Array | float) -> LineSums:
 
 @jax.jit
 def extend_line(sums: LineSums, tree: Params, step: Array | float) -> LineSums:
-    """Add a checkpoint to the sums.
-
-    Args:
-      sums: from `start_line` or this function.
-      tree: params of the structure of the first.
-      step: the optimizer step they belong to.
-    """
+    """Return the sums with another checkpoint, of the structure of the first, at a step."""
     t = (step - sums.start_step).astype(sums.times.dtype)
     moved = jax.tree.map(lambda leaf, start: at_least_float32(leaf) - start, tree, sums.start)
     return sums._replace(
@@ -291,12 +270,12 @@ def extend_line(sums: LineSums, tree: Params, step: Array | float) -> LineSums:
 
 @jax.jit
 def line_fit(sums: LineSums) -> tuple[Params, dict[str, Array]]:
-    """Return R² of the straight line in the step through every entry.
+    """Return R² of the linear regression of every entry on the step.
 
     R² = S_tw²/(S_tt S_ww), S the centred sums of squares and products.
 
     Args:
-      sums: of three checkpoints or more at different steps (two always lie on a line).
+      sums: of three checkpoints or more at different steps (two always fit).
 
     Returns:
       `(tree of R² in [0, 1], scalars)`; entries that never moved have 0 and do not count in the

@@ -1,8 +1,7 @@
-"""Read the probe set, and compare one real optimizer step with its first-order prediction."""
+"""The probe set under changing params, and one real step against its first-order prediction."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 
 from ntkrl import ntk
 from ntkrl.probe.distributions import confidence_measures, divergences
+from ntkrl.probe.exact_kernels import select
 from ntkrl.probe.features import (
     completion_cosines,
     cosine_variances,
@@ -22,7 +22,7 @@ from ntkrl.probe.features import (
 )
 from ntkrl.probe.parameters import classifier_measures
 from ntkrl.scoring import head_of
-from ntkrl.softmax import Head, TokenStatistics, token_statistics
+from ntkrl.softmax import OutputHead, SoftmaxOptions, TokenStatistics, token_statistics
 from ntkrl.types import Array, Params, Policy, ProbeSet
 
 LOGIT_BYTES = 48
@@ -41,7 +41,7 @@ class ProbeReading(NamedTuple):
 
 
 class Prober:
-    """A probe set bound to a policy; holds where training started from, to measure drift."""
+    """A probe set bound to a policy, with its features and head at the start of training."""
 
     def __init__(
         self,
@@ -56,75 +56,68 @@ class Prober:
         Args:
           policy: the network's functions.
           probe_set: the completions.
-          start_params: where training starts from.
-          families: by name `[O]` bool, which tokens belong to it; measures without a family's name
-            are of the first. None for one family of all.
+          start_params: params at the start of training.
+          families: by name `[O]` bool, the tokens that belong to it; measures without a family's
+            name are of the first. None for one family of all.
           memory_gib: what the logits of completions read together may take (GiB), at least those of
             one; None to read all together.
         """
         rows, columns = np.nonzero(np.asarray(probe_set.completion_mask))
-        completion_start = probe_set.tokens.shape[1] - probe_set.completion_mask.shape[1]
+        count, length = probe_set.completion_mask.shape
+        columns = columns + probe_set.tokens.shape[1] - length
         self.policy = policy
         self.contexts = ntk.Contexts(
-            probe_set.tokens,
-            jnp.asarray(columns + completion_start - 1),
-            jnp.asarray(rows),
-            probe_set.mask,
+            probe_set.tokens, jnp.asarray(columns - 1), jnp.asarray(rows), probe_set.mask
         )
-        self.targets = probe_set.tokens[rows, columns + completion_start]
-        count, length = probe_set.completion_mask.shape
+        self.targets = probe_set.tokens[rows, columns]
         if memory_gib is not None:
             count = completions_per_block(count, length, policy.vocab_size, memory_gib)
-        self.blocks = tuple(_cut(self.contexts, count))
+        self.blocks = tuple(_split(self.contexts, count))
         self.rows, self.groups = jnp.asarray(rows), probe_set.groups[rows]
         self.families = {"own": np.ones(len(rows), bool)} if families is None else families
-        first = np.nonzero(next(iter(self.families.values())))[0]
-        self.places = (jnp.asarray(first), self.rows, self.groups)
+        self.first_family = np.nonzero(next(iter(self.families.values())))[0]
         self.start_features = self.read(start_params).features
         self.start_head = head_of(policy, start_params)
 
-    def map_blocks(self, call: Callable[..., Any], *beside: Array) -> Any:
-        """Call for some completions at a time; join what comes, arrays with their tokens in front.
+    def map_blocks(self, function: Callable[..., Any], *arrays: Array) -> Any:
+        """Apply a function to blocks of completions and concatenate the results.
 
         Args:
-          call: `(contexts, targets, *beside) -> tree of [O', …]`; one shape for all.
-          beside: `[O, …]` arrays that the call is given its tokens of.
+          function: `(contexts, targets, *arrays) -> tree of [O', …]`; all calls have one shape.
+          arrays: further arguments `[O, …]`, one entry per probe token.
         """
-        found = []
-        for contexts, places, kept in self.blocks:
-            given = (leaf[places] for leaf in (self.targets, *beside))
-            found.append(jax.tree.map(lambda leaf: leaf[:kept], call(contexts, *given)))
-        if len(found) == 1:
-            return found[0]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+        results = []
+        for contexts, tokens, count in self.blocks:
+            result = function(contexts, *(leaf[tokens] for leaf in (self.targets, *arrays)))
+            results.append(jax.tree.map(lambda leaf, n=count: leaf[:n], result))
+        if len(results) == 1:
+            return results[0]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
 
     def subset(self, count: int) -> ntk.Contexts:
-        """Return so many contexts (at most) of the first family, evenly spread."""
-        first = np.asarray(self.places[0])
-        chosen = first[np.unique(np.linspace(0, len(first) - 1, count).round().astype(int))]
-        whole = self.contexts
-        return dataclasses.replace(
-            whole, positions=whole.positions[chosen], rows=whole.rows[chosen]
-        )
+        """Return `count` contexts (at most) of the first family, evenly spread."""
+        indices = np.linspace(0, len(self.first_family) - 1, count).round().astype(int)
+        return select(self.contexts, self.first_family[np.unique(indices)])
 
     def read(self, params: Params) -> ProbeReading:
         """Read every probe token under the params."""
         return self.map_blocks(functools.partial(_read, self.policy, params))
 
     def measures(self, params: Params, reading: ProbeReading | None = None) -> dict[str, float]:
-        """Return the `probe/…` metrics of the params; reading: of them, where there is one."""
+        """Return the `probe/…` metrics of the params; reading: of the same params, if known."""
         if reading is None:
             reading = self.read(params)
-        start = self.start_head, self.start_features
-        found = _measures((head_of(self.policy, params), reading), start, *self.places)
-        found |= classifier_measures(head_of(self.policy, params).weight, self.start_head.weight)[0]
+        head, start = head_of(self.policy, params), (self.start_head, self.start_features)
+        chosen = jnp.asarray(self.first_family)
+        metrics = _measures((head, reading), start, chosen, self.rows, self.groups)
+        metrics |= classifier_measures(head.weight, self.start_head.weight)[0]
         if len(self.families) > 1:
-            for family, own in self.families.items():
-                of = confidence_measures(reading.statistics, jnp.asarray(own))
+            for family, mask in self.families.items():
+                measures = confidence_measures(reading.statistics, jnp.asarray(mask))
                 names = ("log_prob", "entropy", "confidence")
-                found |= {f"{family}/{name}": of[name] for name in names}
-        numbers = {f"probe/{name}": float(value) for name, value in found.items()}
-        # before the head has moved its change has no rank
+                metrics |= {f"{family}/{name}": measures[name] for name in names}
+        numbers = {f"probe/{name}": float(value) for name, value in metrics.items()}
+        # the change of a head that has not moved yet has no rank
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def compare(
@@ -132,7 +125,7 @@ class Prober:
     ) -> tuple[dict[str, float], dict[str, np.ndarray], tuple[ProbeReading, ProbeReading]]:
         """Compare the change of the probe tokens' log-probs with its first-order prediction.
 
-        The direction is what the optimizer really did, θ_after − θ_before, whatever it is.
+        The direction is the realised change θ_after − θ_before.
 
         Args:
           before, after: params on either side of one optimizer step.
@@ -148,10 +141,10 @@ class Prober:
         old, new = self.read(before), self.read(after)
         arrays = {f"predicted_{name}": np.asarray(value) for name, value in parts.items()}
         arrays["actual"] = np.asarray(new.statistics.log_probs - old.statistics.log_probs)
-        places = self.rows, self.contexts.mask.shape[0]
-        arrays["cosines"] = np.asarray(completion_cosines(new.features, *places))
+        completions = self.contexts.mask.shape[0]
+        arrays["cosines"] = np.asarray(completion_cosines(new.features, self.rows, completions))
         for name in ("log_probs", "entropy", "max_prob"):
-            arrays[name] = np.asarray(old.statistics._asdict()[name])
+            arrays[name] = np.asarray(getattr(old.statistics, name))
         return comparison(arrays), arrays, (old, new)
 
 
@@ -164,7 +157,7 @@ def completions_per_block(total: int, length: int, vocab_size: int, memory_gib: 
 def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
     """Return shares, relative error and correlation of a step's arrays (see `Prober.compare`).
 
-    The share of a part is ⟨Δ_part, Δ⟩/⟨Δ, Δ⟩ with Δ the whole prediction: shares add up to one
+    The share of a part is ⟨Δ_part, Δ⟩/⟨Δ, Δ⟩ with Δ the full prediction: shares add up to one
     and leave [0, 1] when parts oppose each other. A step that moved nothing gives NaN.
     """
     actual = arrays["actual"].astype(np.float64)
@@ -173,36 +166,36 @@ def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
         for name, value in arrays.items()
         if name.startswith("predicted_")
     }
-    whole = sum(parts.values())
+    total = sum(parts.values())
     with np.errstate(invalid="ignore", divide="ignore"):
         metrics = {
-            f"predict/{name}_share": float(part @ whole / (whole @ whole))
+            f"predict/{name}_share": float(part @ total / (total @ total))
             for name, part in parts.items()
         }
-        error = np.linalg.norm(actual - whole) / np.linalg.norm(actual)
-        centred, predicted = actual - actual.mean(), whole - whole.mean()
+        error = np.linalg.norm(actual - total) / np.linalg.norm(actual)
+        centred, predicted = actual - actual.mean(), total - total.mean()
         scale = np.linalg.norm(centred) * np.linalg.norm(predicted)
         metrics["predict/relative_error"] = float(error)
         metrics["predict/correlation"] = float(centred @ predicted / scale)
     return metrics
 
 
-def _cut(contexts: ntk.Contexts, count: int) -> Iterator[tuple[ntk.Contexts, np.ndarray, int]]:
-    """Yield blocks of `count` completions, in one shape: contexts, their places, how many count."""
+def _split(contexts: ntk.Contexts, count: int) -> Iterator[tuple[ntk.Contexts, np.ndarray, int]]:
+    """Yield blocks of `count` completions of one shape: contexts, their indices, how many count."""
     rows, total = np.asarray(contexts.rows), contexts.tokens.shape[0]
     starts = range(0, total, count)
-    own = [np.nonzero((start <= rows) & (rows < start + count))[0] for start in starts]
-    widest = max(map(len, own))
-    for start, places in zip(starts, own, strict=True):
-        first = min(start, total - count)  # the last block reads some again
-        filled = np.pad(places, (0, widest - len(places)), mode="edge")
+    blocks = [np.nonzero((start <= rows) & (rows < start + count))[0] for start in starts]
+    widest = max(map(len, blocks))
+    for start, indices in zip(starts, blocks, strict=True):
+        first = min(start, total - count)  # the last block overlaps the one before
+        padded = np.pad(indices, (0, widest - len(indices)), mode="edge")
         block = ntk.Contexts(
             contexts.tokens[first : first + count],
-            contexts.positions[filled],
-            contexts.rows[filled] - first,
+            contexts.positions[padded],
+            contexts.rows[padded] - first,
             contexts.mask[first : first + count],
         )
-        yield block, filled, len(places)
+        yield block, padded, len(indices)
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
@@ -214,20 +207,21 @@ def _read(policy: Policy, params: Params, contexts: ntk.Contexts, targets_O: Arr
 
 @jax.jit
 def _measures(
-    policy: tuple[Head, ProbeReading],
-    start: tuple[Head, Array],
+    policy: tuple[OutputHead, ProbeReading],
+    start: tuple[OutputHead, Array],
     chosen: Array,
     rows: Array,
     groups: Array,
 ) -> dict[str, Array]:
-    """Return what is measured of the chosen probe tokens."""
+    """Measure the chosen probe tokens, now and against the start."""
     (head, reading), (start_head, start_OD) = policy, start
     phi_OD, start_OD = reading.features[chosen], start_OD[chosen]
     statistics = jax.tree.map(lambda leaf: leaf[chosen], reading.statistics)
-    found = confidence_measures(statistics, jnp.ones(chosen.shape, bool))
-    places = rows[chosen], groups[chosen]
-    found |= feature_measures(phi_OD, start_OD, *places)
-    found |= cosine_variances(phi_OD, *places) | feature_drift(phi_OD, start_OD)
-    apart = divergences((head, phi_OD), (start_head, start_OD), chunk_vocabulary=8192)
+    rows, groups = rows[chosen], groups[chosen]
+    metrics = confidence_measures(statistics, jnp.ones(chosen.shape, bool))
+    metrics |= feature_measures(phi_OD, start_OD, rows, groups)
+    metrics |= cosine_variances(phi_OD, rows, groups) | feature_drift(phi_OD, start_OD)
+    options = SoftmaxOptions(chunk_vocabulary=8192)
+    apart = divergences((head, phi_OD), (start_head, start_OD), options)
     names = ("kl_to_start", "kl_from_start", "total_variation")
-    return found | dict(zip(names, map(jnp.mean, apart), strict=True))
+    return metrics | dict(zip(names, map(jnp.mean, apart), strict=True))

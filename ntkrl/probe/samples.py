@@ -11,6 +11,9 @@ import numpy as np
 
 from ntkrl.intervals import Interval, bootstrap
 
+SMOOTHING = 0.1
+"""Stands for a match count of 0 in BLEU."""
+
 
 def distinct_counts(
     texts: Sequence[str], successes: Sequence[bool], group_size: int
@@ -33,33 +36,13 @@ def distinct_counts(
     return np.array(everything), np.array(solved)
 
 
-def pass_at_k(successes: int, samples: int, k: int) -> float:
-    """Estimate without bias the chance that one of k draws succeeds: 1 − C(n−c, k)/C(n, k).
-
-    Args:
-      successes: c, in [0, n].
-      samples: n ≥ k.
-      k: draws, ≥ 1.
-
-    Raises:
-      ValueError: k larger than n or smaller than 1.
-
-    Source: Chen et al. 2107.03374, eq. 1, in the product form that does not overflow.
-    """
-    if not 1 <= k <= samples:
-        raise ValueError(f"pass@k needs 1 ≤ k ≤ n, not k = {k}, n = {samples}.")
-    if samples - successes < k:
-        return 1.0
-    return float(1.0 - np.prod(1.0 - k / np.arange(samples - successes + 1, samples + 1)))
-
-
 def distinct_answers(
     texts: Sequence[str], extract: Callable[[str], str | None], group_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count the different answers per prompt, and say how spread they are.
+    """Count the distinct answers per prompt, and compute their entropy.
 
-    Answer entropy is −Σ_a p̂(a) log p̂(a) of the shares p̂ among the samples that gave an answer;
-    from N samples it comes out too low by about (answers − 1)/(2N).
+    Answer entropy is −Σ_a p̂(a) log p̂(a) of the shares p̂ among the samples that have an answer;
+    from N samples it is too low by about (answers − 1)/(2N).
 
     Args:
       texts: B completions, groups of `group_size` consecutive.
@@ -83,19 +66,15 @@ def distinct_answers(
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Return the share of different ones among the n-grams of words of all texts together.
+    """Return the share of distinct ones among the n-grams of words of all texts together.
 
-    In (0, 1], falling with the amount of text: compare equal numbers of texts of like length. 0
+    In (0, 1], falling with the amount of text: compare equal numbers of texts of similar length. 0
     where no text has n words.
 
     Source: Li et al. 1510.03055 (distinct-1, distinct-2).
     """
-    found = [gram for text in texts for gram in _ngrams(text.split(), n)]
-    return len(set(found)) / max(1, len(found))
-
-
-SMOOTHING = 0.1
-"""What stands for a count of no match in BLEU."""
+    grams = [gram for text in texts for gram in _ngrams(text.split(), n)]
+    return len(set(grams)) / max(1, len(grams))
 
 
 def self_bleu(texts: Sequence[str], longest: int = 4) -> float:
@@ -128,7 +107,7 @@ def self_bleu(texts: Sequence[str], longest: int = 4) -> float:
                 second[gram] = max(second[gram], min(times, best[gram]))
                 best[gram] = max(best[gram], times)
         for i, count in enumerate(counts):
-            # who has an n-gram most often is met by the second
+            # the text with most of an n-gram is matched by the one with second most
             matches = sum(
                 min(times, second[gram] if times == best[gram] else best[gram])
                 for gram, times in count.items()
@@ -151,35 +130,50 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
+def pass_at_k(successes: int, samples: int, k: int) -> float:
+    """Estimate without bias the chance that one of k draws succeeds: 1 − C(n−c, k)/C(n, k).
+
+    Args:
+      successes: c, in [0, n].
+      samples: n ≥ k.
+      k: draws, ≥ 1.
+
+    Raises:
+      ValueError: k larger than n or smaller than 1.
+
+    Source: Chen et al. 2107.03374, eq. 1, in the product form that does not overflow.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@k needs 1 ≤ k ≤ n, not k = {k}, n = {samples}.")
+    if samples - successes < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(samples - successes + 1, samples + 1)))
+
+
 def pass_curves(successes: Sequence[int], samples: int, ks: Sequence[int]) -> np.ndarray:
-    """Return the unbiased pass@k of every prompt at every k.
+    """Return `pass_at_k` of every prompt at every k, `[P, K]`; its mean over prompts is the curve.
 
     Args:
       successes: `[P]` successful samples of each prompt, in [0, n].
       samples: n drawn for each.
       ks: `[K]`, each in [1, n].
 
-    Returns:
-      `[P, K]`; its mean over prompts is the pass@k curve.
-
     Raises:
       ValueError: a k out of range.
-
-    Source: Chen et al. 2107.03374, eq. 1.
     """
     return np.array([[pass_at_k(int(c), samples, k) for k in ks] for c in successes])
 
 
 def crossing(first: np.ndarray, second: np.ndarray, ks: Sequence[int]) -> float:
-    """Return k*, where the first of two curves comes to lie above the second.
+    """Return k*, from which on the first of two curves is above the second.
 
     Args:
       first, second: `[K]` pass@k, for instance of the base and of the trained policy.
       ks: `[K]`, rising.
 
     Returns:
-      The gap's first zero before `first` lies strictly above, on a straight line in log k between
-      neighbours; ks[0] where it lies above from the start, ∞ where it never does.
+      The gap's first zero before `first` is strictly above, interpolated linearly in log k; ks[0]
+      where it is above from the start, ∞ where it never is.
 
     Source: Yue et al. 2504.13837 (the curves cross); the definition ours.
     """
@@ -211,7 +205,7 @@ def crossing_interval(
       level, draws, seed: as in `intervals.bootstrap`.
 
     Returns:
-      Interval; an infinite end says that in so many resamples the curves do not cross up to ks[-1].
+      Interval; an end is infinite where in so many resamples the curves do not cross up to ks[-1].
     """
 
     def k_star(a: np.ndarray, b: np.ndarray) -> float:
@@ -221,7 +215,7 @@ def crossing_interval(
 
 
 def best_of_n(rewards: Sequence[float], ns: Sequence[int]) -> np.ndarray:
-    """Estimate without bias E[max of N rewards] from n ≥ N samples: Σ_i C(i−1, N−1)/C(n, N) r_(i).
+    """Return unbiased estimates of E[max of N rewards]: Σ_i C(i−1, N−1)/C(n, N) r_(i).
 
     Args:
       rewards: `[n]` of one prompt's samples.
@@ -245,10 +239,10 @@ def best_of_n(rewards: Sequence[float], ns: Sequence[int]) -> np.ndarray:
 
 
 class Support(NamedTuple):
-    """Correct answers by who of two policies reaches them, summed over prompts.
+    """Numbers of correct answers reached by two policies, summed over prompts.
 
-    kept: reached by both; lost: by the first alone; gained: by the second alone; neither: known to
-    be correct and reached by none. All counts.
+    kept: by both; lost: by the first alone; gained: by the second alone; neither: known to be
+    correct and reached by none.
     """
 
     kept: int
@@ -278,8 +272,8 @@ class Support(NamedTuple):
         return _ratio(self.gained - self.lost, self.kept + self.lost + self.gained)
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else math.nan
+def _ratio(part: int, total: int) -> float:
+    return part / total if total else math.nan
 
 
 def support_change(
@@ -288,7 +282,7 @@ def support_change(
     correct: Sequence[Collection[Hashable]],
     least: int = 1,
 ) -> Support:
-    """Compare which correct answers two policies reach with the samples drawn.
+    """Compare the correct answers that two policies reach with the samples drawn.
 
     Args:
       first, second: per prompt the answers sampled from each policy, as many from either.
@@ -297,19 +291,17 @@ def support_change(
       least: samples an answer must have to count as reached, ≥ 1; over the samples drawn it is
         the threshold ε on π(answer).
 
-    Returns:
-      Support.
-
     Source: Wu et al. 2507.14843 (preservation, shrinkage, expansion, out of support; retention
     rate, discovery rate, support dynamic score, net change rate).
     """
-    kept = lost = gained = neither = 0
+    counts = Counter()
     for here, there, right in zip(first, second, correct, strict=True):
         for answer in set(right):
-            before = list(here).count(answer) >= least
-            after = list(there).count(answer) >= least
-            kept += before and after
-            lost += before and not after
-            gained += after and not before
-            neither += not before and not after
-    return Support(kept, lost, gained, neither)
+            reached = [list(answers).count(answer) >= least for answers in (here, there)]
+            counts[tuple(reached)] += 1
+    return Support(
+        kept=counts[True, True],
+        lost=counts[True, False],
+        gained=counts[False, True],
+        neither=counts[False, False],
+    )

@@ -1,4 +1,4 @@
-"""What a run looks at while it trains: the config's probe section."""
+"""Settings of the probe set and of its measurements: the config's probe section."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FAMILY_COLUMNS = {
     "rejected": ("rejected",),
     "paraphrased": ("paraphrased",),
 }
-"""Families that come with the prompts, and the columns they are read from."""
+"""Families of completions that come with the prompts, and their columns."""
 SAMPLED_FAMILIES = ("own", "other", "shuffled")
 FAMILIES = (*SAMPLED_FAMILIES, *FAMILY_COLUMNS)
 LEDGER_BY = ("group", "sample")
@@ -18,18 +18,18 @@ CADENCES = ("every_steps", "ledger_every_steps", "kernel_every_steps")
 
 @dataclasses.dataclass(frozen=True)
 class ProbeSettings:
-    """The probe set and how often it is read.
+    """The probe set and how often it is measured.
 
     every_steps: rollout steps between probes, or None for none.
     prompts: held-out prompts (at most).
-    completions_per_prompt: completions of each, sampled from the starting model.
+    completions_per_prompt: completions of each, sampled from the initial model.
     families: of completions, see training/probe_set.py; measures are of the first.
     ledger_every_steps: rollout steps between ledgers of the last optimizer step, or None for none.
     ledger_by: "sample", or "group" for the minibatch together (see attribution.Ledger).
     ledger_groups: `(pattern, name)` over parameters that change the features.
     kernel_every_steps: rollout steps between exact kernels of some probe tokens, or None for none.
-    kernel_contexts: how many tokens, ≥ 2; every one costs D passes backward.
-    kernel_layers: whether shares of layers are told too, each at the cost of another body kernel.
+    kernel_contexts: number of tokens, ≥ 2; each costs D backward passes.
+    kernel_layers: True to report shares of layers, each at the cost of another body kernel.
     memory_gib: what reading the probe set and the samples' contributions may use (GiB).
     """
 

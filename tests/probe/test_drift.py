@@ -8,6 +8,14 @@ import numpy as np
 import pytest
 
 from ntkrl import ntk, probe
+from ntkrl.probe.batch_measures import group_measures
+from ntkrl.probe.exact_kernels import (
+    advantage_alignment,
+    centred_alignment,
+    kernel_drift,
+    layer_shares,
+    laziness,
+)
 from ntkrl.probe.features import (
     ches,
     cosine_variances,
@@ -16,14 +24,6 @@ from ntkrl.probe.features import (
     head_sums,
     token_sums,
 )
-from ntkrl.probe.kernel_measures import (
-    advantage_alignment,
-    centred_alignment,
-    kernel_drift,
-    layer_shares,
-    laziness,
-)
-from ntkrl.probe.step_measures import group_measures
 from ntkrl.softmax import Head
 from tests.ntk.networks import HEADS, VOCAB, contexts, network
 from tests.toys import toy_params, toy_policy

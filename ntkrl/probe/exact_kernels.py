@@ -1,6 +1,6 @@
-"""What the kernel of some contexts is made of: traces, shares, norms, eigenvalues by part.
+"""Measures of the kernel of some contexts, and of its drift in training.
 
-With O contexts, the parts P = head, body and, where the head is tied, cross (see ntkrl.ntk.parts):
+With O contexts, the parts P = head, body and, where the head is tied, cross (see `ntk.PARTS`):
 
     head [O, O]                 ⟨φ, φ'⟩; the head kernel is this times I_V
     cosines [O, O]              of the features φ
@@ -15,7 +15,9 @@ With O contexts, the parts P = head, body and, where the head is tied, cross (se
     layers [G], trace_layers [G, O, O]      on demand: groups of parameters, adding up to full
 
 A soft-capped head has slopes that vary over the vocabulary: its norms all need O²V² numbers, and
-eigenvalues_head are the n largest of the head kernel.
+eigenvalues_head are the n largest of the head kernel. Drift of the body kernel is measured on its
+traces over the vocabulary: rotations within V×V blocks do not show (`ntk.alignment` and `ntk.cka`
+show them).
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ Progress = Callable[[int, str], None]
 """Called with the number of steps done and the name of the next."""
 
 BODY_FRACTION = 0.25
-"""Of the memory, what a block of M `[O, U, D, D]` may take; it is held about three times."""
+"""Fraction of the memory for a block of M `[O, U, D, D]`, of which about three copies exist."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KernelPlan:
-    """A kernel on contexts, cut in blocks of contexts whose M fits the memory.
+    """A kernel on contexts, split in blocks of contexts whose M fits the memory.
 
     kernel: of all contexts. between: the kernel of two blocks. pairs: of blocks, o ≥ u.
     """
@@ -54,17 +56,17 @@ class KernelPlan:
 
     @property
     def body_kernels(self) -> int:
-        """How often M of a pair of blocks is computed: once, and once for each group."""
+        """Number of body kernels of pairs of blocks: one, and one for each group."""
         return len(self.pairs) * (1 + len(self.kernel.groups))
 
     @property
     def steps(self) -> int:
-        """How many steps `kernel_measures` takes."""
+        """Number of steps of `kernel_measures`."""
         return self.body_kernels + 3
 
     @property
     def estimate(self) -> ntk.Estimate:
-        """What the M of the first pair of blocks costs."""
+        """Cost of the body kernel of the first pair of blocks."""
         return self.between(*self.pairs[0]).estimate()
 
 
@@ -75,7 +77,7 @@ def plan_kernel(
     layers: bool = False,
     memory_gib: float = 8.0,
 ) -> KernelPlan:
-    """Say how a kernel is to be computed, before it is.
+    """Plan the computation of a kernel.
 
     Args:
       model, params: as in `ntk.kernel`.
@@ -87,16 +89,13 @@ def plan_kernel(
       ValueError: what `ntk.kernel` raises.
     """
     groups = ntk.by_layer(model, params) if layers else ()
-    given = {"groups": groups, "memory_gib": memory_gib}
-    kernel = ntk.kernel(model, params, contexts, **given)
-    seen = kernel.observed  # with rows and mask filled in
+    options = {"groups": groups, "memory_gib": memory_gib}
+    kernel = ntk.kernel(model, params, contexts, **options)
+    contexts = kernel.observed  # with rows and mask filled in
 
     def between(a: slice, b: slice) -> ntk.Kernel:
-        here, there = (
-            dataclasses.replace(seen, positions=seen.positions[s], rows=seen.rows[s])
-            for s in (a, b)
-        )
-        return ntk.kernel(model, params, here, None if a == b else there, **given)
+        updated = None if a == b else select(contexts, b)
+        return ntk.kernel(model, params, select(contexts, a), updated, **options)
 
     blocks = _blocks(kernel)
     pairs = tuple((a, b) for i, a in enumerate(blocks) for b in blocks[: i + 1])
@@ -106,9 +105,9 @@ def plan_kernel(
 def kernel_measures(
     plan: KernelPlan, eigenpairs: int = 8, progress: Progress = lambda done, doing: None
 ) -> dict[str, np.ndarray]:
-    """Compute what this module lists.
+    """Compute the arrays that this module lists.
 
-    M is made once per pair of blocks, and traces and norm of the body are read off it.
+    M is computed once per pair of blocks, for traces and norm of the body.
 
     Args:
       plan: from `plan_kernel`.
@@ -125,25 +124,25 @@ def kernel_measures(
     size = kernel.observed.count * kernel.vocab_size
     if not 1 <= eigenpairs < size:
         raise ValueError(f"eigenpairs must be in [1, {size}) for these contexts, not {eigenpairs}.")
-    found = {"head": kernel.head, "cosines": _cosines(kernel.readings[0].features)}
+    arrays = {"head": kernel.head, "cosines": _cosines(kernel.readings[0].features)}
     traces, body_square = _traces(plan, progress)
-    found |= traces
+    arrays |= traces
     progress(plan.body_kernels, "norms")
-    found |= _norms(kernel, found, body_square)
+    arrays |= _norms(kernel, arrays, body_square)
     for i, part in enumerate(("body", "full"), start=1):
         progress(plan.body_kernels + i, f"eigenvalues of {part}")
-        found[f"eigenvalues_{part}"] = _largest(kernel, eigenpairs, part)
+        arrays[f"eigenvalues_{part}"] = _largest(kernel, eigenpairs, part)
     if kernel.network.head.soft_cap is None:
-        found["eigenvalues_head"] = np.linalg.eigvalsh(np.asarray(kernel.head))[::-1]
+        arrays["eigenvalues_head"] = np.linalg.eigvalsh(np.asarray(kernel.head))[::-1]
     else:
-        found["eigenvalues_head"] = _largest(kernel, eigenpairs, "head")
-    return {name: np.asarray(value) for name, value in found.items()}
+        arrays["eigenvalues_head"] = _largest(kernel, eigenpairs, "head")
+    return {name: np.asarray(value) for name, value in arrays.items()}
 
 
 def kernel_traces(plan: KernelPlan) -> dict[str, np.ndarray]:
-    """Compute of what this module lists `head`, traces and shares alone; on the host."""
-    found = {"head": plan.kernel.head} | _traces(plan, lambda done, doing: None)[0]
-    return {name: np.asarray(value) for name, value in found.items()}
+    """Compute `head`, traces and shares of `kernel_measures` alone; on the host."""
+    traces, _ = _traces(plan, lambda done, doing: None)
+    return {name: np.asarray(value) for name, value in {"head": plan.kernel.head, **traces}.items()}
 
 
 def batch_alignment(
@@ -154,7 +153,7 @@ def batch_alignment(
     advantages: np.ndarray,
     memory_gib: float = 8.0,
 ) -> float:
-    """Return `advantage_alignment` of the whole kernel at some tokens of a batch.
+    """Return `advantage_alignment` of the full kernel at some tokens of a batch.
 
     Args:
       policy, params: of the network.
@@ -164,23 +163,26 @@ def batch_alignment(
       memory_gib: what a kernel may use beyond the params (GiB).
     """
     gram = ntk.score_gram(policy, params, contexts, targets, memory_gib=memory_gib)
-    found = []
-    for number in range(contexts.count):  # of pairs o = u alone
-        here = slice(number, number + 1)
-        one = dataclasses.replace(
-            contexts, positions=contexts.positions[here], rows=contexts.rows[here]
-        )
-        kernel = ntk.kernel(policy, params, one, memory_gib=memory_gib)
-        read = kernel.readings[0].features, jnp.asarray(targets[here])
-        statistics = token_statistics(head_of(policy, params), *read)
+    head, diagonal = head_of(policy, params), []
+    for number in range(contexts.count):  # pairs o = u alone
+        context = select(contexts, slice(number, number + 1))
+        kernel = ntk.kernel(policy, params, context, memory_gib=memory_gib)
+        target = jnp.asarray(targets[number : number + 1])
+        statistics = token_statistics(head, kernel.readings[0].features, target)
         square = 1 - 2 * jnp.exp(statistics.log_probs[0]) + statistics.sum_squares[0]
-        found.append((float(kernel.trace()[0, 0]), float(square)))
-    traces, squares = np.asarray(found).T
+        diagonal.append((float(kernel.trace()[0, 0]), float(square)))
+    traces, squares = np.asarray(diagonal).T
     return advantage_alignment(np.asarray(gram), np.diag(traces), advantages, squares)
 
 
+def select(contexts: ntk.Contexts, indices: slice | np.ndarray) -> ntk.Contexts:
+    """Return some contexts of the same sequences."""
+    positions, rows = contexts.positions[indices], contexts.rows[indices]
+    return dataclasses.replace(contexts, positions=positions, rows=rows)
+
+
 def _blocks(kernel: ntk.Kernel) -> list[slice]:
-    """Cut the contexts in blocks whose M fits its part of the memory."""
+    """Split the contexts in blocks whose M fits its fraction of the memory."""
     numbers = BODY_FRACTION * kernel.budget / kernel.head.dtype.itemsize
     step = max(1, int(numbers**0.5 / kernel.feature_size))
     count = kernel.observed.count
@@ -193,7 +195,7 @@ def _cosines(features_OD: Array) -> Array:
 
 
 def _traces(plan: KernelPlan, progress: Progress) -> tuple[dict[str, Any], float]:
-    """Return traces of parts and groups with shares, and ‖G‖², made block by block."""
+    """Return traces of parts and groups with shares, and ‖G‖², computed block by block."""
     kernel, groups, done = plan.kernel, tuple(plan.kernel.groups), 0
     count = kernel.observed.count
     traces = np.zeros((1 + len(groups), count, count), kernel.head.dtype)
@@ -208,23 +210,23 @@ def _traces(plan: KernelPlan, progress: Progress) -> tuple[dict[str, Any], float
             traces[i, a, b] = jax.device_get(block.trace(group))
         traces[:, b, a] = np.swapaxes(traces[:, a, b], 1, 2)
         done += 1 + len(groups)
-    found = {"head": np.asarray(kernel.trace("head")), "body": traces[0]}
+    parts = {"head": np.asarray(kernel.trace("head")), "body": traces[0]}
     if kernel.tied:
-        found["cross"] = np.asarray(kernel.trace("cross"))
-    full = sum(found.values())
-    sums = {f"trace_{part}": values for part, values in found.items()} | {"trace_full": full}
-    sums |= {f"share_{part}": _shares(values, full) for part, values in found.items()}
+        parts["cross"] = np.asarray(kernel.trace("cross"))
+    full = sum(parts.values())
+    arrays = {f"trace_{part}": values for part, values in parts.items()} | {"trace_full": full}
+    arrays |= {f"share_{part}": _shares(values, full) for part, values in parts.items()}
     if groups:
-        sums |= {"layers": np.array(groups), "trace_layers": traces[1:]}
-    return sums, square
+        arrays |= {"layers": np.array(groups), "trace_layers": traces[1:]}
+    return arrays, square
 
 
 def _shares(part_OO: np.ndarray, full_OO: np.ndarray) -> np.ndarray:
     """Return the shares of a part in the summed traces, on and off the diagonal."""
     diagonal = [np.trace(values) for values in (part_OO, full_OO)]
-    rest = [np.sum(values) - np.trace(values) for values in (part_OO, full_OO)]
-    alone = len(part_OO) == 1
-    return np.array([diagonal[0] / diagonal[1], np.nan if alone else rest[0] / rest[1]])
+    others = [np.sum(values) - np.trace(values) for values in (part_OO, full_OO)]
+    single = len(part_OO) == 1
+    return np.array([diagonal[0] / diagonal[1], np.nan if single else others[0] / others[1]])
 
 
 def _body_sums(kernel: ntk.Kernel) -> tuple[Array, Array]:
@@ -244,14 +246,16 @@ def _trace_and_square(weight_VD: Array, body_OUDD: Array) -> tuple[Array, Array]
     return einsum("oudd->ou", right_OUDD), jnp.sum(left_OUDD * right_OUDD)
 
 
-def _norms(kernel: ntk.Kernel, found: Mapping[str, Any], body_square: float) -> dict[str, Any]:
-    """Return ‖K_P‖_F: by ‖R + G‖² = ‖R‖² + 2 Σ head tr G + ‖G‖², or of what can be written out."""
+def _norms(
+    kernel: ntk.Kernel, arrays: Mapping[str, Any], body_square: float
+) -> dict[str, Any]:
+    """Return ‖K_P‖_F: by ‖R + G‖² = ‖R‖² + 2 Σ head tr G + ‖G‖², or dense where that fits."""
     squares: dict[str, Any] = {}
     if kernel.network.head.soft_cap is None:
-        head_square = kernel.vocab_size * np.sum(np.asarray(found["head"], float) ** 2)
+        head_square = kernel.vocab_size * np.sum(np.asarray(arrays["head"], float) ** 2)
         squares = {"head": head_square, "body": body_square}
         if not kernel.tied:
-            mixed = np.sum(np.asarray(found["head"] * found["trace_body"], float))
+            mixed = np.sum(np.asarray(arrays["head"] * arrays["trace_body"], float))
             squares["full"] = head_square + 2 * mixed + body_square
     numbers = (kernel.observed.count * kernel.vocab_size) ** 2
     if numbers * kernel.head.dtype.itemsize <= kernel.budget:
@@ -263,7 +267,7 @@ def _norms(kernel: ntk.Kernel, found: Mapping[str, Any], body_square: float) -> 
 
 
 def _largest(kernel: ntk.Kernel, count: int, part: str) -> np.ndarray:
-    # errors of eigenvalues are quadratic in those of the vectors, which the tolerance is about
+    # the tolerance is of the vectors; errors of eigenvalues are quadratic in theirs
     tolerance = float(jnp.finfo(kernel.head.dtype).eps) ** 0.5
     return np.asarray(ntk.eigenpairs(kernel, count, part, tolerance)[0])
 
@@ -307,20 +311,20 @@ def kernel_drift(
 
     Source: body_to_head of Tomihari 2601.04670: it grows with ‖W‖².
     """
-    found = {"body_to_head": float(np.trace(now["trace_body"]) / np.trace(now["trace_head"]))}
+    ratio = np.trace(now["trace_body"]) / np.trace(now["trace_head"])
+    measures = {"body_to_head": float(ratio)}
     for part, name in (("head", "head"), ("body", "trace_body")):
-        found[f"laziness_{part}"] = laziness(now[name], start[name])
-        found[f"cka_{part}"] = centred_alignment(now[name], start[name])
-    return found
+        measures[f"laziness_{part}"] = laziness(now[name], start[name])
+        measures[f"cka_{part}"] = centred_alignment(now[name], start[name])
+    return measures
 
 
 def layer_shares(names: np.ndarray, traces: np.ndarray) -> dict[str, float]:
     """Return the share of each group of parameters in Σ_o tr K(o, o).
 
     Args:
-      names: `[G]` groups, and traces `[G, O, O]`: `layers` and `trace_layers` of
+      names, traces: `[G]` groups and `[G, O, O]`: `layers` and `trace_layers` of
         `kernel_measures`.
-      traces: see names.
 
     Returns:
       Shares by group; they add up to 1.
@@ -335,7 +339,7 @@ def advantage_alignment(
     """Return aᵀ K a/(tr K ‖a‖²) with a the stacked A_o g_o `[O·V]`, g = e_y − π.
 
     At most 1; 1/(O·V) for a multiple of the identity. Large where the kernel's leading directions
-    are those the advantages push in.
+    are those of the policy gradient.
 
     Args:
       gram: `[O, O]` of `ntk.score_gram`, g_oᵀ K(o, u) g_u, without weights.
@@ -346,5 +350,5 @@ def advantage_alignment(
     Source: ours, after Cristianini et al. 2001.
     """
     a_O = np.asarray(advantages, float)
-    push = a_O @ np.asarray(gram, float) @ a_O
-    return float(push / (np.trace(traces) * np.sum(a_O**2 * np.asarray(score_squares, float))))
+    form = a_O @ np.asarray(gram, float) @ a_O
+    return float(form / (np.trace(traces) * np.sum(a_O**2 * np.asarray(score_squares, float))))
