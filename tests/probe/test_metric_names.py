@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import probe
-from ntkrl.report.names import is_known
+from ntkrl.report import is_known
 from ntkrl.softmax import Head, logit_statistics
 
 
