@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ntkrl import rollout
-from tests.rollout.test_sample import EOS, PAD, prompts, settings, toy
+from tests.rollout.test_sampler import EOS, PAD, prompts, settings, toy
 
 
 def answers_of(drawn):
