@@ -156,7 +156,7 @@ def test_a_gathered_copy_draws_the_same():
     """law: the copy lies over tensor alone, and the tokens are those of the params themselves."""
     mesh = runtime.make_mesh(1, 4, 2)
     _, architecture, settings = CASES["llama"]
-    given = {"compute_dtype": jnp.bfloat16, "mesh": mesh}
+    given = {"options": models.ModelOptions(jnp.bfloat16), "mesh": mesh}
     policy, params = models.build(architecture, settings, jax.random.key(0), **given)
     copied = dataclasses.replace(SETTINGS, gather_params=True, params_dtype=jnp.bfloat16)
     sampler = rollout.Sampler(policy, copied, mesh=mesh)
