@@ -77,7 +77,7 @@ def test_loading_an_engine(tmp_path):
     found = rollout.load_engine(f"{path}:make", "model", settings())
     assert found(None, [], 3) == 3
     for spec, message in (
-        ("nothing.py:make", "is not an existing .path/to/file.py:function' that exists"),
+        ("nothing.py:make", "is not an existing 'path/to/file.py:function'"),
         (f"{path}:broken", "OSError: no GPU"),
         (f"{path}:other", "KeyError: 'other'"),
     ):
