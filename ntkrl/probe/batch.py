@@ -54,9 +54,8 @@ def step_measures(
         completion_features(policy, params, batch.tokens, batch.mask, length)
         for params in (before, after)
     ]
-    old = token_statistics(
-        heads[0], features[0], targets_BC, SoftmaxOptions(temperature, chunk_tokens, TILE)
-    )
+    options = SoftmaxOptions(temperature, chunk_tokens, TILE)
+    old = token_statistics(heads[0], features[0], targets_BC, options)
     masses = [
         token_masses(
             head,
