@@ -29,7 +29,7 @@ class Family:
     prefix: of stored trunk tensors; absent where the trunk alone was saved.
     weights: table of tensors, the head's row `head/weight` last.
     ignored: regular expressions of stored buffers that are not parameters.
-    parse: config.json to Config.
+    parse: config.json to Config; a ValueError with all missing or impossible entries.
     scorer: class name of the same trunk with a sequence-classification head.
     model: `(config, rngs, dtype) -> nnx.Module` with `features`, the trunk without head.
     sharding: ordered `(pattern, mesh axes per dimension)` list over our names.
@@ -83,27 +83,25 @@ class ConfigReader:
         self.raw = raw
         self.problems: list[str] = []
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """Return a positive integer, required without a default."""
+    def integer(
+        self, name: str, default: int | None = None, least: int = 1, kind: str = "positive integer"
+    ) -> int:
+        """Return an integer of at least `least`, required without a default."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.problems.append(f"{name} must be a positive integer, not {value!r}")
-            return 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self.problems.append(f"{name} must be a {kind}, not {value!r}")
+            return least
         return value
 
     def token(self, name: str) -> int:
         """Return a required token id."""
-        value = self._value(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            self.problems.append(f"{name} must be a token id, not {value!r}")
-            return 0
-        return value
+        return self.integer(name, least=0, kind="token id")
 
     def optional_integer(self, name: str, default: int | None) -> int | None:
         """Return a positive integer, or None for null."""
-        if name in self.raw and self.raw[name] is None:
-            return None
-        return default if default is None and name not in self.raw else self.integer(name, default)
+        if name in self.raw:
+            return None if self.raw[name] is None else self.integer(name)
+        return default
 
     def number(self, name: str, default: float) -> float:
         """Return a number."""
@@ -111,9 +109,9 @@ class ConfigReader:
 
     def optional_number(self, name: str, default: float | None) -> float | None:
         """Return a number, or None for null."""
-        if name in self.raw and self.raw[name] is not None:
-            return self.number(name, 1.0)
-        return None if name in self.raw else default
+        if name in self.raw:
+            return None if self.raw[name] is None else self.number(name, 1.0)
+        return default
 
     def boolean(self, name: str, default: bool) -> bool:
         """Return true or false."""

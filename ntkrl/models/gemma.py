@@ -18,15 +18,7 @@ from ntkrl.models.layers import ACTIVATIONS, Rope
 
 
 def parse(generation: int, raw: Mapping[str, Any]) -> Config:
-    """Read config.json.
-
-    Args:
-      generation: 2 or 3.
-      raw: the parsed JSON.
-
-    Raises:
-      ValueError: missing or impossible entries, all in one message.
-    """
+    """Read the config.json of generation 2 or 3."""
     reader = ConfigReader(raw)
     sizes = llama.read_sizes(reader, 256)
     every = 2 if generation == 2 else reader.integer("sliding_window_pattern", 6)

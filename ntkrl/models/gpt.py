@@ -60,11 +60,7 @@ NEOX_IGNORED = (
 
 
 def parse_gpt2(raw: Mapping[str, Any]) -> Config:
-    """Read the config.json of GPT-2.
-
-    Raises:
-      ValueError: missing or impossible entries, all in one message.
-    """
+    """Read the config.json of GPT-2."""
     reader = ConfigReader(raw)
     width, heads = reader.integer("n_embd"), reader.integer("n_head")
     reader.divides("n_embd", width, "n_head", heads)
@@ -101,11 +97,7 @@ def parse_gpt2(raw: Mapping[str, Any]) -> Config:
 
 
 def parse_neox(raw: Mapping[str, Any]) -> Config:
-    """Read the config.json of GPT-NeoX, in either spelling of the rotary settings.
-
-    Raises:
-      ValueError: missing or impossible entries, all in one message.
-    """
+    """Read the config.json of GPT-NeoX, in either spelling of the rotary settings."""
     reader = ConfigReader(raw)
     width, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     reader.divides("hidden_size", width, "num_attention_heads", heads)

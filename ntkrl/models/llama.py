@@ -120,11 +120,7 @@ def read_kinds(
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
-    """Read config.json.
-
-    Raises:
-      ValueError: missing or impossible entries, all in one message.
-    """
+    """Read config.json."""
     reader = ConfigReader(raw)
     sizes = read_sizes(reader)
     bias = reader.boolean("attention_bias", False)

@@ -17,15 +17,7 @@ from ntkrl.models.layers import ACTIVATIONS
 
 
 def parse(generation: int, raw: Mapping[str, Any]) -> Config:
-    """Read config.json.
-
-    Args:
-      generation: 2 or 3.
-      raw: the parsed JSON.
-
-    Raises:
-      ValueError: missing or impossible entries, all in one message.
-    """
+    """Read the config.json of generation 2 or 3."""
     reader = ConfigReader(raw)
     sizes = llama.read_sizes(reader, None if generation == 2 else 128)
     count = sizes["num_hidden_layers"]

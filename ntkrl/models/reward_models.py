@@ -37,26 +37,14 @@ SCORE_TABLE = ((SCORE, "score.weight", False),)
 ARMORM = "LlamaForRewardModelWithGating"
 # end of turn, start of header, "assistant", end of header, blank line: Llama 3's token ids
 GATE = (128009, 128006, 78191, 128007, 271)
-ATTRIBUTES = (
-    "helpsteer-helpfulness",
-    "helpsteer-correctness",
-    "helpsteer-coherence",
-    "helpsteer-complexity",
-    "helpsteer-verbosity",
-    "ultrafeedback-overall_score",
-    "ultrafeedback-instruction_following",
-    "ultrafeedback-truthfulness",
-    "ultrafeedback-honesty",
-    "ultrafeedback-helpfulness",
-    "beavertails-is_safe",
-    "prometheus-score",
-    "argilla-overall_quality",
-    "argilla-judge_lm",
-    "code-complexity",
-    "code-style",
-    "code-explanation",
-    "code-instruction-following",
-    "code-readability",
+ATTRIBUTES = tuple(
+    """
+    helpsteer-helpfulness helpsteer-correctness helpsteer-coherence helpsteer-complexity
+    helpsteer-verbosity ultrafeedback-overall_score ultrafeedback-instruction_following
+    ultrafeedback-truthfulness ultrafeedback-honesty ultrafeedback-helpfulness beavertails-is_safe
+    prometheus-score argilla-overall_quality argilla-judge_lm code-complexity code-style
+    code-explanation code-instruction-following code-readability
+    """.split()
 )
 
 
