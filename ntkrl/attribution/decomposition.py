@@ -25,8 +25,7 @@ from ntkrl.ntk.network import as_network
 from ntkrl.numerics import at_least_float32
 from ntkrl.probe import GradientNoise, noise_from_squares
 from ntkrl.types import Array, Params, Policy, Total, TrainState
-from ntkrl.update import Gradients
-from ntkrl.update.rows import over_parts, split_rows
+from ntkrl.update import Gradients, scan_microbatches, split_rows
 
 Terms = Callable[[Params, Any, Any], tuple[dict[str, Total], Any]]
 COLUMNS = ("momentum", "decay", "optimizer")
@@ -188,7 +187,7 @@ class _LinearizedStep:
             grads, counts = zip(*(step.gradients[name] for name in spec.names), strict=True)
             grads_T = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
             return grads_T, jnp.maximum(jnp.stack(counts), 1)
-        (sums_T, counts_T), _ = over_parts(
+        (sums_T, counts_T), _ = scan_microbatches(
             lambda rows: (term_gradients(spec, step, rows), None),
             split_rows(step.batch, spec.microbatches),
             lambda left, right: jax.tree.map(jnp.add, left, right),

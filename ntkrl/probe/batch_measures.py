@@ -205,7 +205,7 @@ def group_measures(
 
     Source: Razin et al. 2410.08847; Deng et al. 2505.18830.
     """
-    head, features = policy
+    features = policy[1]
     weights_BC = jnp.where(mask, at_least_float32(advantages), 0)
     lengths_B = jnp.sum(mask, axis=1)
     means_B = jnp.sum(weights_BC, axis=1) / jnp.maximum(lengths_B, 1)
@@ -222,6 +222,17 @@ def group_measures(
         f"probe/{name}": mean(masked_total(score_P, high_P > low_P))
         for name, score_P in zip(("ches", "ches_normalised"), scores, strict=True)
     }
+    return metrics | _mean_head_sums(policy, targets, weights_BC, group, temperature)
+
+
+def _mean_head_sums(
+    policy: tuple[OutputHead, Array],
+    targets: Array,
+    weights_BC: Array,
+    group: int,
+    temperature: float,
+) -> dict[str, Array]:
+    """Return the `probe/head_sum_…` of `group_measures`; weights: A, 0 at masked tokens."""
     positive_BC, negative_BC = jnp.maximum(weights_BC, 0), jnp.minimum(weights_BC, 0)
     weights_BCK = jnp.stack([positive_BC, negative_BC, weights_BC > 0], axis=-1)
 
@@ -229,13 +240,13 @@ def group_measures(
         return leaf.reshape(-1, group * leaf.shape[1], *leaf.shape[2:])
 
     def sums_of_prompt(tokens: tuple[Array, Array, Array]) -> Array:
-        return head_sums(head, *tokens, SoftmaxOptions(temperature, chunk_vocabulary=TILE))
+        return head_sums(policy[0], *tokens, SoftmaxOptions(temperature, chunk_vocabulary=TILE))
 
-    tokens = by_prompt(features), by_prompt(targets), by_prompt(weights_BCK)
+    tokens = by_prompt(policy[1]), by_prompt(targets), by_prompt(weights_BCK)
     sums_PUK = jax.lax.map(sums_of_prompt, tokens)
     up_PU, down_PU = by_prompt(weights_BC > 0), by_prompt(weights_BC < 0)
     averaged = (("positive", up_PU), ("negative", up_PU), ("wrong", down_PU))
-    return metrics | {
+    return {
         f"probe/head_sum_{name}": mean(masked_total(sums_PUK[..., number], mask_PU))
         for number, (name, mask_PU) in enumerate(averaged)
     }

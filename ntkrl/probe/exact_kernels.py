@@ -246,9 +246,7 @@ def _trace_and_square(weight_VD: Array, body_OUDD: Array) -> tuple[Array, Array]
     return einsum("oudd->ou", right_OUDD), jnp.sum(left_OUDD * right_OUDD)
 
 
-def _norms(
-    kernel: ntk.Kernel, arrays: Mapping[str, Any], body_square: float
-) -> dict[str, Any]:
+def _norms(kernel: ntk.Kernel, arrays: Mapping[str, Any], body_square: float) -> dict[str, Any]:
     """Return ‖K_P‖_F: by ‖R + G‖² = ‖R‖² + 2 Σ head tr G + ‖G‖², or dense where that fits."""
     squares: dict[str, Any] = {}
     if kernel.network.head.soft_cap is None:

@@ -1,6 +1,7 @@
 """Objective, stages, optimizer assembly and the train step: pure functions of arrays."""
 
 from ntkrl.update.loss import Measures, kl_estimate, policy_loss, supervised_loss
+from ntkrl.update.microbatch import scan_microbatches, split_rows
 from ntkrl.update.objective import CHOICES, Objective, describe
 from ntkrl.update.optimizers import steps_taken
 from ntkrl.update.preference import preference_loss, preference_loss_fn
@@ -61,6 +62,8 @@ __all__ = [
     "make_step_apart",
     "read_stages",
     "reward_penalties",
+    "scan_microbatches",
+    "split_rows",
     "transfer_state",
     "filter_sign",
     "offloaded",

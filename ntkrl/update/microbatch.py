@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ntkrl.numerics import primal
-from ntkrl.softmax import Head, TokenStatistics, logit_statistics, logits
+from ntkrl.softmax import OutputHead, TokenStatistics, logit_statistics, logits
 from ntkrl.types import Array, Total, UpdateBatch
 from ntkrl.update.loss import Measures
 
@@ -81,7 +81,12 @@ def add_pulled(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, Any]
 
 
 def loss_by_rows(
-    loss: Loss, temperature: float, parts: int, head: Head, features: Array, batch: UpdateBatch
+    loss: Loss,
+    temperature: float,
+    parts: int,
+    head: OutputHead,
+    features: Array,
+    batch: UpdateBatch,
 ) -> tuple[Totals, Measures]:
     """Return what `loss` says of a batch, reading `parts` chunks of its rows one after another.
 
@@ -107,7 +112,7 @@ def sums_of(totals: Totals) -> list[Array]:
 
 
 def _part(
-    loss: Loss, temperature: float, head: Head, phi: Array, batch: UpdateBatch
+    loss: Loss, temperature: float, head: OutputHead, phi: Array, batch: UpdateBatch
 ) -> tuple[Totals, Measures]:
     targets = batch.tokens[:, -batch.completion_mask.shape[1] :]
     return loss(logit_statistics(logits(head, phi) / temperature, targets), batch)
@@ -115,7 +120,7 @@ def _part(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _whole(
-    static: tuple[Loss, float, int], head: Head, features: Array, batch: UpdateBatch
+    static: tuple[Loss, float, int], head: OutputHead, features: Array, batch: UpdateBatch
 ) -> tuple[Totals, Measures]:
     loss, temperature, parts = static
     if parts == 1:

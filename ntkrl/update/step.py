@@ -11,7 +11,7 @@ import optax
 
 from ntkrl import numerics, trees
 from ntkrl.scoring import completion_features, head_of
-from ntkrl.softmax import Head, token_statistics
+from ntkrl.softmax import OutputHead, SoftmaxOptions, token_statistics
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures
@@ -28,7 +28,7 @@ from ntkrl.update.stages import StageProgram
 TILE_VOCABULARY = 8192
 """Vocabulary rows of a tile of logits."""
 
-LossFn = Callable[[Params, Any, Head | None], tuple[Totals, Measures]]
+LossFn = Callable[[Params, Any, OutputHead | None], tuple[Totals, Measures]]
 """`(params, batch, reference head or None) -> (Total or Totals by term, Measures)`."""
 Gradients = dict[str, tuple[Params, Array]]
 """By term of the loss the gradient of its mean, of the trained leaves, and what it counted."""
@@ -76,12 +76,12 @@ def policy_loss_fn(
       spread: blocks of rows that lie on devices of their own, ≥ 1.
 
     Returns:
-      `(params, batch, reference) -> (Total, Measures)`, or Totals by name; `reference` is the Head
-      that goes with the batch's `ref_features`, or None.
+      `(params, batch, reference) -> (Total, Measures)`, or Totals by name; `reference` is the
+      OutputHead that goes with the batch's `ref_features`, or None.
     """
 
     def loss_fn(
-        params: Params, batch: UpdateBatch, reference: Head | None = None
+        params: Params, batch: UpdateBatch, reference: OutputHead | None = None
     ) -> tuple[Totals, Measures]:
         rows, length = batch.completion_mask.shape
         features = batch.features
@@ -92,8 +92,9 @@ def policy_loss_fn(
             parts = -(-rows // (spread * max(1, chunk_tokens // length)))
             return loss_by_rows(loss, temperature, parts, head, features, batch)
         beside = None if reference is None else (reference, batch.ref_features)
-        tiles = (temperature, chunk_tokens * spread, TILE_VOCABULARY, beside)
-        return loss(token_statistics(head, features, batch.tokens[:, -length:], *tiles), batch)
+        options = SoftmaxOptions(temperature, chunk_tokens * spread, TILE_VOCABULARY)
+        targets = batch.tokens[:, -length:]
+        return loss(token_statistics(head, features, targets, options, beside), batch)
 
     return loss_fn
 
@@ -117,7 +118,7 @@ def make_step(
     """
 
     def step(
-        state: TrainState, batch: Any, reference: Head | None = None
+        state: TrainState, batch: Any, reference: OutputHead | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         chosen, rest = trees.partition(state.params, program.trained)
 
@@ -152,7 +153,7 @@ def make_step_apart(
     """
 
     def step(
-        state: TrainState, batch: Any, reference: Head | None = None
+        state: TrainState, batch: Any, reference: OutputHead | None = None
     ) -> tuple[TrainState, dict[str, Array], Gradients]:
         chosen, rest = trees.partition(state.params, program.trained)
 

@@ -1,7 +1,7 @@
-"""Hugging Face directories in and out: config.json and safetensors, nothing executable.
+"""Hugging Face directories: config.json and safetensors, read and written; hub names fetched.
 
-Reading collects every missing, misshapen or unknown tensor before one error is raised; writing
-goes to a directory beside the target and is renamed when whole.
+Nothing executable is read. Reading collects every missing, misshapen or unknown tensor into one
+error; writing goes to a temporary directory that then replaces the target.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from ntkrl import trees
 from ntkrl.models.family import Family, Table
 
-STEM = "model"  # of a file of tensors; with an index beside shards
+STEM = "model"  # of file names of tensors
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOAT_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -32,7 +32,7 @@ FLOAT_DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# what travels with a model besides config.json and the tensors
+# files copied with a model besides config.json and the tensors
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,14 +43,45 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+LAYER = "{i}"  # placeholder of the layer's number in names of stacked tensors
+ALIGNMENT = 64  # bytes, for XLA to adopt host memory without a copy
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-Shape = tuple[int, ...]
-ALIGNMENT = 64  # bytes; what XLA wants of memory it takes over
-LAYER = "{i}"  # stands for the layer's number in the names of stacked tensors
+
+def local_directory(path: str | Path) -> Path:
+    """Return a directory as it is, or the local copy of a model on the Hugging Face hub.
+
+    Args:
+      path: a directory, or a hub name such as `EleutherAI/pythia-160m`. `huggingface_hub` caches
+        downloads; HF_HUB_OFFLINE=1 disables the network.
+
+    Raises:
+      ValueError: a name that is not a directory and could not be fetched.
+    """
+    directory = Path(path)
+    if directory.exists() or not HUB_NAME.fullmatch(str(path)):
+        return directory
+    import huggingface_hub  # slow to import, and seldom needed
+
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
+    except (OSError, ValueError, RuntimeError) as error:
+        # raised for offline mode, lost connections, unknown and gated names
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model.path {str(path)!r} is not a local directory, and could not be fetched from the "
+            f"Hugging Face hub ({type(error).__name__}: {reason}). Give a model directory "
+            "(config.json, *.safetensors, tokenizer files), or fetch it where there is a network."
+        ) from error
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file, or say which file is broken and where."""
+    """Parse a JSON file.
+
+    Raises:
+      ValueError: invalid JSON; the message names the file and the position.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -65,13 +96,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise ValueError(
-            f"model.path {str(directory)!r} is no directory; give a Hugging Face model directory "
-            "(config.json, *.safetensors, tokenizer files)."
+            f"model.path {str(directory)!r} is not a directory; give a Hugging Face model "
+            "directory (config.json, *.safetensors, tokenizer files)."
         )
     path = directory / "config.json"
     if not path.is_file():
-        found = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
-        raise ValueError(f"{directory} has no config.json; it holds {found}.")
+        names = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
+        raise ValueError(f"{directory} has no config.json; it holds {names}.")
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(raw).__name__}.")
@@ -82,14 +113,14 @@ def tensor_files(directory: Path, stem: str = STEM) -> dict[str, Path]:
     """Map each stored tensor's name to its file, from one file or from the index.
 
     Args:
-      directory: where.
-      stem: how the file is called, without its ending.
+      directory: of the model.
+      stem: file name without its ending.
 
     Raises:
       ValueError: no safetensors (pickle-only directories are refused), missing shards, or
-        tensors the index names and no file holds.
+        tensors that are in the index and in no file.
     """
-    index, single = _index(directory, stem), directory / f"{stem}.safetensors"
+    index, single = _index_path(directory, stem), directory / f"{stem}.safetensors"
     if index.is_file():
         raw = read_json(index)
         if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
@@ -107,7 +138,7 @@ def tensor_files(directory: Path, stem: str = STEM) -> dict[str, Path]:
     raise ValueError(f"{directory} holds neither {single.name} nor {index.name}.")
 
 
-def _index(directory: Path, stem: str) -> Path:
+def _index_path(directory: Path, stem: str) -> Path:
     return directory / f"{stem}.safetensors.index.json"
 
 
@@ -118,7 +149,7 @@ def stored_names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); copy or write it again."
+            f"{path} is not a complete safetensors file ({error}); copy or write it again."
         ) from error
 
 
@@ -128,22 +159,25 @@ def check_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     tied: bool,
     stem: str = STEM,
-) -> Stored:
-    """Match the tensors of a directory with the params, reading headers alone.
+) -> TensorMap:
+    """Match the stored tensors with the params, reading headers only.
 
     Args:
-      directory: the model directory.
-      family: says how tensors are called.
-      shapes: our name → shape expected, stack axis included.
-      tied: whether a stored head is the embedding once more, and left out.
-      stem: how the file of tensors is called, without its ending.
+      directory: of the model.
+      family: with the table of tensor names.
+      shapes: our name → expected shape, stack axis included.
+      tied: ignore a stored head, as a copy of the embedding.
+      stem: file name of tensors without its ending.
 
     Raises:
       ValueError: names, shapes or dtypes that do not fit, all of them in one message.
     """
     located = _with_prefix(tensor_files(directory, stem), family)
     rows = {ours: (name, flip) for ours, name, flip in family.weights if ours in shapes}
-    groups = {ours: _stored(name, shapes[ours]) for ours, (name, _) in rows.items()}
+    groups = {
+        ours: [name.replace(LAYER, str(i)) for i in range(shapes[ours][0] if LAYER in name else 1)]
+        for ours, (name, _) in rows.items()
+    }
     known = {name for group in groups.values() for name in group}
     problems = [f"{name} is missing" for name in sorted(known - set(located))]
     ignored = [*family.ignored, *([re.escape(family.head_name)] if tied else [])]
@@ -151,25 +185,38 @@ def check_tensors(
     for name in sorted(set(located) - known):
         if not any(pattern.fullmatch(name) for pattern in patterns):
             problems.append(f"{name} is not part of this architecture")
-    with _Opened(located) as opened:
-        for ours, (name, flip) in rows.items():
-            shape = shapes[ours][1:] if LAYER in name else shapes[ours]
-            problems.extend(opened.complaints(groups[ours], shape[::-1] if flip else shape))
+    paths = {path for path, _ in located.values()}
+    headers = {path: safe_open(path, framework="numpy") for path in paths}
+    for ours, (name, flip) in rows.items():
+        shape = shapes[ours][1:] if LAYER in name else shapes[ours]
+        for stored in groups[ours]:
+            if stored in located:
+                path, key = located[stored]
+                problems += _mismatches(stored, headers[path].get_slice(key), shape, flip)
     if problems:
-        shown = "; ".join(problems[:20])
+        first = "; ".join(problems[:20])
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(
-            f"{directory} does not hold the model its config.json names: {shown}{more}."
-        )
-    return Stored(located, rows, groups)
+        raise ValueError(f"{directory} does not hold the model of its config.json: {first}{more}.")
+    return TensorMap(located, rows, groups)
+
+
+def _mismatches(name: str, view: Any, shape: tuple[int, ...], flip: bool) -> list[str]:
+    """Return the problems of a stored tensor's shape and dtype."""
+    problems = []
+    stored, expected = tuple(view.get_shape()), shape[::-1] if flip else shape
+    if stored != tuple(expected):
+        problems.append(f"{name} has shape {stored}, expected {tuple(expected)}")
+    if view.get_dtype() not in FLOAT_DTYPES:
+        problems.append(f"{name} has dtype {view.get_dtype()}, expected {', '.join(FLOAT_DTYPES)}")
+    return problems
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where the params of a model lie.
+class TensorMap:
+    """Locations of the params of a model.
 
     located: stored name → file and the name in it.
-    rows: our name → stored name (`{i}` for the layer), and whether it is transposed.
+    rows: our name → stored name (`{i}` for the layer), and if it is transposed.
     groups: our name → stored names, one per layer.
     """
 
@@ -178,15 +225,15 @@ class Stored:
     groups: Mapping[str, Sequence[str]]
 
     def read(self, ours: str, ends: Sequence[tuple[int, int]], dtype: Any) -> np.ndarray:
-        """Read a block of a leaf, and nothing else, layer by layer.
+        """Read one block of a leaf, layer by layer.
 
         Args:
           ours: name of the leaf.
           ends: first and one past the last index of each dimension, stack axis included.
-          dtype: wanted.
+          dtype: of the result.
 
         Returns:
-          The block, aligned so that a CPU device takes it without a copy.
+          The block, aligned so that a CPU device adopts it without a copy.
         """
         block = _aligned(tuple(last - first for first, last in ends), dtype)
         name, flip = self.rows[ours]
@@ -195,14 +242,14 @@ class Stored:
         layers = self.groups[ours][index[0]] if stacked else self.groups[ours]
         for stored, part in zip(layers, block if stacked else [block], strict=True):
             path, key = self.located[stored]
-            # opened anew for each tensor: what a file has mapped counts as held
+            # opened per tensor: mapped pages of an open file count as resident memory
             with safe_open(path, framework="numpy") as file:
                 view = file.get_slice(key)
                 part[...] = view[inner[::-1]].T if flip else view[inner]
         return block
 
 
-def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -210,7 +257,7 @@ def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
 
 
 def _with_prefix(located: Mapping[str, Path], family: Family) -> dict[str, tuple[Path, str]]:
-    """Spell names of a trunk that was saved alone as in the whole model."""
+    """Add the prefix to the names of a trunk that was saved without its head."""
     stems = [name.split(LAYER)[0] for _, name, _ in family.weights]
     trunk = tuple(s.removeprefix(family.prefix) for s in stems if s.startswith(family.prefix))
     bare = not any(name.startswith(family.prefix) for name in located)
@@ -220,10 +267,10 @@ def _with_prefix(located: Mapping[str, Path], family: Family) -> dict[str, tuple
     }
 
 
-def stored_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return a model's leaves under their stored names, layer by layer, on the host.
+def gather_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Gather a model's leaves to the host under their stored names, layer by layer.
 
-    Of several processes the first alone gets them; the others give what they hold.
+    All processes must call it; process 0 alone gets tensors, the others an empty dict.
     """
     tensors: dict[str, np.ndarray] = {}
     for ours, stored, transpose in table:
@@ -243,22 +290,22 @@ def write_model(
     tensors: Mapping[str, np.ndarray],
     source: str | None,
     shard_bytes: int = 5 * 2**30,
-    config_file: str = "config.json",
-    stem: str = STEM,
+    files: tuple[str, str] = ("config.json", STEM),
 ) -> None:
-    """Write a full model directory, whole or not at all; of several processes the first does.
+    """Write a model directory atomically, in process 0.
 
     Args:
-      directory: where; an existing model there is replaced.
+      directory: target; an existing model there is replaced.
       config: entries of config.json.
       tensors: stored name → array.
-      source: directory whose tokenizer and generation files are copied, or None.
+      source: directory of tokenizer and generation files to copy, or None.
       shard_bytes: largest shard; several shards get an index.
-      config_file, stem: how config.json and the file of tensors are called.
+      files: names of the config, and of the file of tensors without its ending.
     """
     if jax.process_index() != 0:
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
+    config_file, stem = files
     fresh = directory.with_name(directory.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -294,7 +341,7 @@ def _write_tensors(
         weight_map.update(dict.fromkeys(shard, file))
     size = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    _index(directory, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    _index_path(directory, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> dict[str, Path]:
@@ -307,48 +354,11 @@ def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> dict[str, Path
             f"{index} names shards that are not in {directory}: "
             f"{', '.join(outside + missing)}; copy them there."
         )
-    held = {shard: set(stored_names(directory / shard)) for shard in shards}
-    absent = sorted(name for name, shard in weight_map.items() if name not in held[shard])
+    names = {shard: set(stored_names(directory / shard)) for shard in shards}
+    absent = sorted(name for name, shard in weight_map.items() if name not in names[shard])
     if absent:
         raise ValueError(
             f"{index} places tensors in shards that do not hold them: "
             f"{', '.join(absent[:20])}; write the model again."
         )
     return {name: directory / shard for name, shard in weight_map.items()}
-
-
-def _stored(template: str, shape: tuple[int, ...]) -> list[str]:
-    layers = shape[0] if LAYER in template else 1
-    return [template.replace(LAYER, str(i)) for i in range(layers)]
-
-
-class _Opened:
-    """The safetensors files of a model, each opened once to look at its header."""
-
-    def __init__(self, located: Mapping[str, tuple[Path, str]]):
-        self.located = located
-
-    def __enter__(self):
-        paths = sorted({path for path, _ in self.located.values()})
-        self.handles = {path: safe_open(path, framework="numpy") for path in paths}
-        return self
-
-    def __exit__(self, *_):
-        self.handles.clear()
-
-    def complaints(self, group: Sequence[str], shape: tuple[int, ...]) -> list[str]:
-        problems = []
-        for name in group:
-            if name not in self.located:
-                continue
-            path, key = self.located[name]
-            view = self.handles[path].get_slice(key)
-            if tuple(view.get_shape()) != tuple(shape):
-                problems.append(
-                    f"{name} has shape {tuple(view.get_shape())}, expected {tuple(shape)}"
-                )
-            if view.get_dtype() not in FLOAT_DTYPES:
-                problems.append(
-                    f"{name} has dtype {view.get_dtype()}, expected {', '.join(FLOAT_DTYPES)}"
-                )
-        return problems

@@ -1,4 +1,4 @@
-"""What a softmax needs of all logits, gathered over tiles and turned into statistics and back."""
+"""Sums over vocabulary tiles, the statistics they give, and the cotangent of a tile's logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from ntkrl.softmax.tiles import Tile, Tiling
+from ntkrl.softmax.tiling import Tile
 from ntkrl.types import Array
 
 
@@ -20,7 +20,7 @@ class TokenStatistics(NamedTuple):
     sum_squares: Σ_v π_v² (in [1/V, 1]).
     max_prob: max_v π_v.
     argmax: the most likely token, int32.
-    kl: KL(π‖ρ) to a reference distribution ρ (nats, ≥ 0), or None without one.
+    kl: KL(π‖ρ) to a reference distribution ρ (nats, ≥ 0), or None without a reference.
     top_log_probs, top_tokens: `[..., k]` of the k likeliest tokens, falling, or None.
     """
 
@@ -34,10 +34,11 @@ class TokenStatistics(NamedTuple):
     top_tokens: Array | None = None
 
 
-class Sums(NamedTuple):
-    """What is gathered over tiles, shifted by the running maximum m; e = exp(z − m).
+class OnlineSums(NamedTuple):
+    """Running sums over tiles, relative to the running maximum `peak`; e = exp(z − peak).
 
-    total Σe, moment Σ e (z − m), squares Σ e², gap Σ e (z − z_ref).
+    total Σe, moment Σ e (z − peak), squares Σ e², gap Σ e (z − z_ref); the reference's peak and
+    total; the k largest logits and their tokens.
     """
 
     peak: Array
@@ -47,81 +48,79 @@ class Sums(NamedTuple):
     argmax: Array
     target: Array
     gap: Array | None
-    other_peak: Array | None
-    other_total: Array | None
+    reference_peak: Array | None
+    reference_total: Array | None
     top: tuple[Array, Array] | None
 
 
-def nothing(shape: tuple[int, ...], dtype: Any, tiling: Tiling, with_other: bool) -> Sums:
+def initial_sums(shape: tuple[int, ...], dtype: Any, top: int, with_reference: bool) -> OnlineSums:
     """Return the sums over no tile, for positions of a shape."""
     # lower than any logit, and finite: −∞ − (−∞) would be NaN
     zeros, low = jnp.zeros(shape, dtype), jnp.full(shape, jnp.finfo(dtype).min / 2, dtype)
-    best = (
-        jnp.full((*shape, tiling.top), -jnp.inf, dtype),
-        jnp.zeros((*shape, tiling.top), jnp.int32),
+    reference = (zeros, low, zeros) if with_reference else (None, None, None)
+    best = None
+    if top:
+        best = (jnp.full((*shape, top), -jnp.inf, dtype), jnp.zeros((*shape, top), jnp.int32))
+    return OnlineSums(
+        low, zeros, zeros, zeros, jnp.zeros(shape, jnp.int32), zeros, *reference, best
     )
-    other = (zeros, low, zeros) if with_other else (None, None, None)
-    chosen = jnp.zeros(shape, jnp.int32)
-    return Sums(low, zeros, zeros, zeros, chosen, zeros, *other, best if tiling.top else None)
 
 
-def gather(sums: Sums, tile: Tile, z: Array, y: Array, z_other: Array | None) -> Sums:
+def accumulate(
+    sums: OnlineSums, tile: Tile, z: Array, y: Array, z_reference: Array | None
+) -> OnlineSums:
     """Add a tile of logits `[N, R]` to the sums `[N]`."""
     best, at_best = jnp.max(z, axis=1), jnp.argmax(z, axis=1).astype(jnp.int32)
     peak = jnp.maximum(sums.peak, best)
-    moved = sums.peak - peak
-    shrink = jnp.exp(moved)
+    shift = sums.peak - peak
+    shrink = jnp.exp(shift)
     shifted = z - peak[:, None]
     e = jnp.exp(shifted)
-    kept_moment = shrink * (sums.moment + moved * sums.total)
+    moment = shrink * (sums.moment + shift * sums.total)
     local = y - tile.start
-    here = (local >= 0) & (local < z.shape[1])
+    in_tile = (local >= 0) & (local < z.shape[1])
     at = jnp.clip(local, 0, z.shape[1] - 1)[:, None]
     picked = jnp.take_along_axis(z, at, axis=1)[:, 0]
-    target = jnp.where(here & tile.fresh[at[:, 0]], picked, sums.target)
-    gathered = Sums(
+    updated = sums._replace(
         peak=peak,
         total=shrink * sums.total + jnp.sum(e, axis=1),
         # where: a logit of −∞ has e = 0 and e z = 0, not NaN
-        moment=kept_moment + jnp.sum(jnp.where(e > 0, e * shifted, 0), axis=1),
+        moment=moment + jnp.sum(jnp.where(e > 0, e * shifted, 0), axis=1),
         squares=jnp.square(shrink) * sums.squares + jnp.sum(jnp.square(e), axis=1),
         argmax=jnp.where(best > sums.peak, tile.start + at_best, sums.argmax),
-        target=target,
-        gap=None,
-        other_peak=None,
-        other_total=None,
-        top=None if sums.top is None else _likeliest(sums.top, tile, z),
+        target=jnp.where(in_tile & tile.fresh[at[:, 0]], picked, sums.target),
+        top=None if sums.top is None else _merge_top(sums.top, tile, z),
     )
-    if z_other is None:
-        return gathered
-    other_peak = jnp.maximum(sums.other_peak, jnp.max(z_other, axis=1))
-    other_e = jnp.exp(z_other - other_peak[:, None])
-    return gathered._replace(
-        gap=shrink * sums.gap + jnp.sum(jnp.where(e > 0, e * (z - z_other), 0), axis=1),
-        other_peak=other_peak,
-        other_total=jnp.exp(sums.other_peak - other_peak) * sums.other_total
-        + jnp.sum(other_e, axis=1),
+    if z_reference is None:
+        return updated
+    reference_peak = jnp.maximum(sums.reference_peak, jnp.max(z_reference, axis=1))
+    reference_e = jnp.exp(z_reference - reference_peak[:, None])
+    return updated._replace(
+        gap=shrink * sums.gap + jnp.sum(jnp.where(e > 0, e * (z - z_reference), 0), axis=1),
+        reference_peak=reference_peak,
+        reference_total=jnp.exp(sums.reference_peak - reference_peak) * sums.reference_total
+        + jnp.sum(reference_e, axis=1),
     )
 
 
-def _likeliest(held: tuple[Array, Array], tile: Tile, z: Array) -> tuple[Array, Array]:
-    values, tokens = held
+def _merge_top(top: tuple[Array, Array], tile: Tile, z: Array) -> tuple[Array, Array]:
+    """Return the k largest logits and their tokens, of those so far and of a tile."""
     ids = jnp.broadcast_to(tile.start + jnp.arange(z.shape[1], dtype=jnp.int32)[None], z.shape)
-    values, tokens = (jnp.concatenate(pair, axis=1) for pair in ((values, z), (tokens, ids)))
-    best, at = jax.lax.top_k(values, held[0].shape[-1])
+    values, tokens = (jnp.concatenate(pair, axis=1) for pair in zip(top, (z, ids), strict=True))
+    best, at = jax.lax.top_k(values, top[0].shape[-1])
     return best, jnp.take_along_axis(tokens, at, axis=1)
 
 
-def finish(sums: Sums, reference: Any) -> tuple[TokenStatistics, tuple[Array, Array | None]]:
+def finalize(sums: OnlineSums) -> tuple[TokenStatistics, tuple[Array, Array | None]]:
     """Return the statistics, and log Σ exp z of the distribution and of the reference."""
     normaliser = sums.peak + jnp.log(sums.total)
-    kl, other_normaliser, top_log_probs, top_tokens = (None,) * 4
-    if reference is not None:
-        other_normaliser = sums.other_peak + jnp.log(sums.other_total)
-        kl = sums.gap / sums.total - normaliser + other_normaliser
+    kl, reference_normaliser, top_log_probs, top_tokens = (None,) * 4
+    if sums.gap is not None:
+        reference_normaliser = sums.reference_peak + jnp.log(sums.reference_total)
+        kl = sums.gap / sums.total - normaliser + reference_normaliser
     if sums.top is not None:
         top_log_probs, top_tokens = sums.top[0] - normaliser[:, None], sums.top[1]
-    found = TokenStatistics(
+    statistics = TokenStatistics(
         log_probs=sums.target - normaliser,
         entropy=jnp.log(sums.total) - sums.moment / sums.total,
         sum_squares=sums.squares / jnp.square(sums.total),
@@ -131,22 +130,22 @@ def finish(sums: Sums, reference: Any) -> tuple[TokenStatistics, tuple[Array, Ar
         top_log_probs=top_log_probs,
         top_tokens=top_tokens,
     )
-    return found, (normaliser, other_normaliser)
+    return statistics, (normaliser, reference_normaliser)
 
 
-def pull_logits(
-    found: TokenStatistics,
-    given: TokenStatistics,
+def logits_cotangent(
+    statistics: TokenStatistics,
+    cotangents: TokenStatistics,
     log_pi: Array,
     gap: Array | None,
     start: Array | int,
     y: Array,
 ) -> Array:
-    """Return the cotangent of the tempered logits of a tile, `[N, R]`.
+    """Return the cotangent of a tile's logits after the temperature, `[N, R]`.
 
     Args:
-      found: the statistics `[N]`.
-      given: their cotangents; symbolic zeros cost nothing.
+      statistics: `[N]`.
+      cotangents: of the statistics; symbolic zeros cost nothing.
       log_pi: log π of the tile's rows `[N, R]`.
       gap: log π − log ρ of the tile's rows, or None.
       start: the tile's first vocabulary row.
@@ -157,7 +156,7 @@ def pull_logits(
     total = jnp.zeros_like(pi)
 
     def cotangent(name: str) -> Array | None:
-        value = getattr(given, name)
+        value = getattr(cotangents, name)
         absent = value is None or isinstance(value, SymbolicZero)
         return None if absent else value[:, None]
 
@@ -165,11 +164,11 @@ def pull_logits(
         total += c * ((ids == y[:, None]) - pi)
     # where: π (log π + H) is 0, not NaN, at a logit of −∞
     if (c := cotangent("entropy")) is not None:
-        total -= c * jnp.where(pi > 0, pi * (log_pi + found.entropy[:, None]), 0)
+        total -= c * jnp.where(pi > 0, pi * (log_pi + statistics.entropy[:, None]), 0)
     if (c := cotangent("sum_squares")) is not None:
-        total += c * 2 * pi * (pi - found.sum_squares[:, None])
+        total += c * 2 * pi * (pi - statistics.sum_squares[:, None])
     if (c := cotangent("max_prob")) is not None:
-        total += c * found.max_prob[:, None] * ((ids == found.argmax[:, None]) - pi)
+        total += c * statistics.max_prob[:, None] * ((ids == statistics.argmax[:, None]) - pi)
     if gap is not None and (c := cotangent("kl")) is not None:
-        total += c * jnp.where(pi > 0, pi * (gap - found.kl[:, None]), 0)
+        total += c * jnp.where(pi > 0, pi * (gap - statistics.kl[:, None]), 0)
     return total

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.softmax import Head, logit_statistics, logits, token_statistics
+from ntkrl.softmax import OutputHead, SoftmaxOptions, logit_statistics, logits, token_statistics
 from tests.oracles import log_softmax
 
 ROWS, T, D, V = 2, 5, 3, 7
@@ -24,8 +24,8 @@ def draws(kind="plain", seed=0):
     settings = dict(HEADS[kind])
     if settings.pop("bias", False):
         settings["bias"] = jnp.asarray(rng.normal(size=V))
-    head = Head(jnp.asarray(2 * rng.normal(size=(V, D))), **settings)
-    other = Head(jnp.asarray(rng.normal(size=(V, 2))))
+    head = OutputHead(jnp.asarray(2 * rng.normal(size=(V, D))), **settings)
+    other = OutputHead(jnp.asarray(rng.normal(size=(V, 2))))
     features = jnp.asarray(rng.normal(size=(ROWS, T, D)))
     targets = jnp.asarray(rng.integers(0, V, (ROWS, T)))
     return head, features, targets, (other, jnp.asarray(rng.normal(size=(ROWS, T, 2))))
@@ -56,7 +56,7 @@ def test_values(x64, kind, tiles, temperature):
     head, features, targets, reference = draws(kind)
     expected = plain(head, features, targets, temperature, reference)
     found = token_statistics(
-        head, features, targets, temperature, *tiles, reference=reference, top=3
+        head, features, targets, SoftmaxOptions(temperature, *tiles, top=3), reference
     )
     for name in NAMES:
         np.testing.assert_allclose(getattr(found, name), expected[name], rtol=1e-11, atol=1e-13)
@@ -82,7 +82,7 @@ def test_gradients(x64, kind, tiles):
         return jax.grad(value, argnums=(0, 1))(head, features)
 
     def ours(head, features):
-        found = token_statistics(head, features, targets, 0.7, *tiles, reference=reference)
+        found = token_statistics(head, features, targets, SoftmaxOptions(0.7, *tiles), reference)
         return found._asdict()
 
     expected = total(lambda h, f: plain(h, f, targets, 0.7, reference))
@@ -97,10 +97,12 @@ def test_one_cotangent_at_a_time(x64, name):
     head, features, targets, reference = draws("bias")
 
     def total(read):
-        return jax.grad(lambda w: jnp.sum(jnp.sin(read(Head(w, head.bias)))))(head.weight)
+        return jax.grad(lambda w: jnp.sum(jnp.sin(read(OutputHead(w, head.bias)))))(head.weight)
 
     expected = total(lambda h: plain(h, features, targets, 1.0, reference)[name])
-    made = total(lambda h: getattr(token_statistics(h, features, targets, 1.0, 4, 2), name))
+    made = total(
+        lambda h: getattr(token_statistics(h, features, targets, SoftmaxOptions(1.0, 4, 2)), name)
+    )
     kept = total(lambda h: getattr(logit_statistics(logits(h, features), targets), name))
     np.testing.assert_allclose(made, expected, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(kept, expected, rtol=1e-10, atol=1e-13)
@@ -123,11 +125,14 @@ def test_unneeded_cotangents_are_not_made():
 
 def test_excluded_tokens():
     """by hand: a bias of −∞ takes a token out; entropy and gradients stay finite."""
-    head = Head(jnp.zeros((3, 2)), jnp.array([0.0, 0.0, -jnp.inf]))
+    head = OutputHead(jnp.zeros((3, 2)), jnp.array([0.0, 0.0, -jnp.inf]))
 
     def total(weight):
         found = token_statistics(
-            Head(weight, head.bias), jnp.ones((1, 2)), jnp.zeros(1, int), chunk_vocabulary=1
+            OutputHead(weight, head.bias),
+            jnp.ones((1, 2)),
+            jnp.zeros(1, int),
+            SoftmaxOptions(chunk_vocabulary=1),
         )
         return jnp.sum(found.entropy + found.log_probs + found.sum_squares), found
 
@@ -144,7 +149,7 @@ def test_half_precision_statistics_are_float32():
     weight = jnp.eye(3, dtype=jnp.float32)
 
     def total(weight, features):
-        found = token_statistics(Head(weight), features, jnp.zeros(4, int))
+        found = token_statistics(OutputHead(weight), features, jnp.zeros(4, int))
         assert found.log_probs.dtype == found.entropy.dtype == jnp.float32
         return jnp.sum(found.log_probs)
 
@@ -166,7 +171,9 @@ def test_memory_does_not_grow_with_positions_times_vocabulary():
         ]
 
         def value(weight, features, targets):
-            found = token_statistics(Head(weight), features, targets, 1.0, 64, 512)
+            found = token_statistics(
+                OutputHead(weight), features, targets, SoftmaxOptions(1.0, 64, 512)
+            )
             return jnp.sum(found.log_probs) + jnp.sum(found.entropy)
 
         compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(*shapes).compile()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ntkrl
-from ntkrl import rollout, runtime, scoring, trees
+from ntkrl import rollout, runtime, scoring, softmax, trees
 from ntkrl.types import PromptBatch
 from tests.toys import TINY, toy_params, toy_policy
 
@@ -53,7 +53,9 @@ def test_log_probs_equal_rescored_ones(family, temperature):
         policy, params = ntkrl.build("GPTNeoXForCausalLM", TINY, jax.random.key(0))
     sample = rollout.Sampler(policy, settings(temperature=temperature))
     drawn = sample(params, prompts(), jax.random.key(1))
-    found = scoring.score(policy, params, drawn.tokens, drawn.mask, 6, temperature)
+    found = scoring.score(
+        policy, params, drawn.tokens, drawn.mask, 6, softmax.SoftmaxOptions(temperature)
+    )
     mask = np.asarray(drawn.completion_mask)
     assert mask.sum() > 6  # more than the first token of each row
     gap = np.abs(np.asarray(found.log_probs - drawn.sampler_log_probs))[mask]
@@ -169,14 +171,15 @@ def test_growing_caches_and_leaving_rows_change_nothing():
     expected = plain(params, prompts(), key)
     before = small.compilations()
     found = small(params, prompts(), key)
-    fewer, longer = (small.programs[name]._cache_size() for name in ("fewer", "longer"))
-    assert fewer >= 2 and longer >= 2 and plain.programs["read_on"]._cache_size() == 1
+    compact, grow_cache = small.programs.compact, small.programs.grow_cache
+    assert compact._cache_size() >= 2 and grow_cache._cache_size() >= 2
+    assert plain.programs.decode_chunk._cache_size() == 1
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_array_equal(found.finished, expected.finished)
     np.testing.assert_allclose(found.sampler_log_probs, expected.sampler_log_probs, atol=2e-5)
     small(params, prompts(), jax.random.key(5))
     # rows 32, 16, 8, 4, 2 and cache lengths 4, 8, 16, 32, 40 at most, whatever is drawn
-    assert small.programs["read_on"]._cache_size() <= 25
+    assert small.programs.decode_chunk._cache_size() <= 25
     assert small.compilations() - before <= 25 + 4 + 20 + 1
 
 
@@ -185,7 +188,7 @@ def test_the_cache_grows_in_powers_of_two():
     policy, _ = toy()
     small = rollout.Sampler(policy, settings(max_completion_tokens=40, chunk_steps=4))
     drawn = (1, 5, 6, 9, 10, 17, 18, 33, 34, 40)
-    grown = [small.columns(5, count) - 5 for count in drawn]
+    grown = [small.cache_columns(5, count) - 5 for count in drawn]
     assert grown == [4, 4, 8, 8, 16, 16, 32, 32, 39, 39]
 
 
@@ -198,7 +201,7 @@ def test_nothing_recompiles():
     for seed in range(1, 4):
         sampler(params, prompts(), jax.random.key(seed))
     assert sampler.compilations() == before
-    assert sampler.programs["prefill"]._cache_size() == 1
+    assert sampler.programs.prefill._cache_size() == 1
 
 
 def test_what_a_prompt_gets_does_not_depend_on_the_batch():

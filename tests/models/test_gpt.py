@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import ntkrl
+from ntkrl.models import ModelOptions
 from tests.models.families import tokens_and_mask, torch_logits
 from tests.toys import TINY, torch_neox
 
@@ -85,12 +86,12 @@ def test_stored_dtypes_and_shards(tmp_path, dtype):
 
 def test_export_in_shards(tmp_path):
     """law: a sharded export with its index equals the single file."""
-    from ntkrl.models import files
+    from ntkrl.models import hf_files
 
     rng = np.random.default_rng(0)
     tensors = {f"t{i}": rng.normal(size=(8, 4)).astype(np.float32) for i in range(5)}
-    files.write_model(tmp_path / "m", {"a": 1}, tensors, None, shard_bytes=300)
-    located = files.tensor_files(tmp_path / "m")
+    hf_files.write_model(tmp_path / "m", {"a": 1}, tensors, None, shard_bytes=300)
+    located = hf_files.tensor_files(tmp_path / "m")
     assert set(located) == set(tensors)
     assert len(set(located.values())) == 3  # 128 bytes each, two to a shard
 
@@ -111,8 +112,8 @@ def test_remat_and_compute_dtype(tmp_path):
     """law: rematerialised gradients are equal; bfloat16 compute stays within its rounding."""
     torch_neox(tmp_path, initializer_range=0.1)
     policy, params = ntkrl.load(tmp_path)
-    remat, _ = ntkrl.load(tmp_path, remat="all")
-    half, half_params = ntkrl.load(tmp_path, compute_dtype=jnp.bfloat16)
+    remat, _ = ntkrl.load(tmp_path, options=ModelOptions(remat="all"))
+    half, half_params = ntkrl.load(tmp_path, options=ModelOptions(jnp.bfloat16))
     tokens = jnp.asarray(tokens_and_mask(policy.vocab_size)[0])
     assert half_params["head"]["weight"].dtype == jnp.float32
 
@@ -136,7 +137,7 @@ def test_untie_copies_the_head(tmp_path):
     """law: untying keeps the logits, adds a head leaf and exports as untied."""
     torch_neox(tmp_path / "tied", tie_word_embeddings=True)
     policy, params = ntkrl.load(tmp_path / "tied")
-    free, free_params = ntkrl.load(tmp_path / "tied", untie=True)
+    free, free_params = ntkrl.load(tmp_path / "tied", options=ModelOptions(untie=True))
     assert policy.tied and not free.tied
     tokens = jnp.asarray(tokens_and_mask(policy.vocab_size)[0])
     np.testing.assert_array_equal(

@@ -1,6 +1,6 @@
 """Statistics of next-token distributions without logits: memory by the compiler, time beside plain.
 
-    python -m tests.bench.vocabulary [--repeats 5]
+    python -m tests.bench.token_statistics [--repeats 5]
 
 The first table is the compiler's memory analysis of loss and gradient (log-prob and entropy) at
 T = 2048, V = 151936, D = 1024, nothing run; the second the time at V = 50304, D = 512, 2048
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.softmax import Head, token_statistics
+from ntkrl.softmax import OutputHead, SoftmaxOptions, token_statistics
 from tests.bench import measure
 
 ROWS, LENGTH, WIDTH, VOCAB = 32, 64, 512, 50304
@@ -34,7 +34,9 @@ def tiled(tokens: int, rows: int | None) -> Callable[..., Any]:
     """Return the same from tiles of `tokens` positions × `rows` vocabulary rows."""
 
     def loss(weight: Any, phi: Any, targets: Any) -> Any:
-        found = token_statistics(Head(weight), phi, targets, 1.0, tokens, rows)
+        found = token_statistics(
+            OutputHead(weight), phi, targets, SoftmaxOptions(1.0, tokens, rows)
+        )
         return jnp.sum(found.log_probs) + 0.01 * jnp.sum(found.entropy)
 
     return loss
@@ -62,7 +64,7 @@ def by_rows(tokens: int) -> Callable[..., Any]:
             advantages=zeros,
         )
         parts = -(-targets.size // tokens)
-        return loss_by_rows(of_rows, 1.0, parts, Head(weight), phi, batch)[0].total
+        return loss_by_rows(of_rows, 1.0, parts, OutputHead(weight), phi, batch)[0].total
 
     return loss
 
