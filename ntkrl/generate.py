@@ -133,7 +133,7 @@ def make_sample(
         if jax.process_count() > 1:
             raise ValueError("rollout.engine samples in one process; leave it out for several.")
         generate = rollout.load_engine(sampling.engine, model.policy.source, sampler_settings)
-        stored = functools.partial(models.stored, model.policy)
+        stored = functools.partial(models.stored_tensors, model.policy)
         return rollout.ExternalSampler(generate, sampler_settings, stored)
     find_stop = data.stop_finder(model.tokenizer, sampling.stop) if sampling.stop else None
     return rollout.Sampler(model.policy, sampler_settings, find_stop, model.mesh)

@@ -40,14 +40,13 @@ def compare(base: Samples, samples: Samples, threshold: float) -> dict[str, floa
     policies, count = (base, samples), samples.rewards.shape[1]
     ks = powers(count)
     base_best_PK, best_PK = (
-        np.array([probe.coverage.best_of_n(row, ks) for row in policy.rewards])
-        for policy in policies
+        np.array([probe.best_of_n(row, ks) for row in policy.rewards]) for policy in policies
     )
     for k, gap_P in zip(ks, (best_PK - base_best_PK).T, strict=True):
         metrics |= mean_interval(f"diversity/gap_best_of_{k}", gap_P)
     solved = [policy.rewards >= threshold for policy in policies]
-    base_curve, curve = (probe.coverage.pass_curves(s.sum(axis=1), count, ks) for s in solved)
-    crossing = probe.coverage.crossing_interval(base_curve, curve, ks, draws=DRAWS)
+    base_curve, curve = (probe.pass_curves(s.sum(axis=1), count, ks) for s in solved)
+    crossing = probe.crossing_interval(base_curve, curve, ks, draws=DRAWS)
     metrics |= _named("diversity/crossing_k", crossing)
     base_answers, answers = (
         [list(map(reward.final_answer, group)) for group in policy.texts] for policy in policies
@@ -56,7 +55,7 @@ def compare(base: Samples, samples: Samples, threshold: float) -> dict[str, floa
     for by_prompt, flags in zip((base_answers, answers), solved, strict=True):
         for i, (group, solved_N) in enumerate(zip(by_prompt, flags, strict=True)):
             correct[i] |= {answer for answer, s in zip(group, solved_N, strict=True) if s}
-    support = probe.coverage.support_change(base_answers, answers, correct)
+    support = probe.support_change(base_answers, answers, correct)
     words = (*support._fields, "retention", "discovery", "score", "change")
     return metrics | {f"diversity/support_{word}": float(getattr(support, word)) for word in words}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ntkrl.models.family import REMAT
+from ntkrl.models.layers import REMAT
 from ntkrl.numerics import DTYPES
 
 

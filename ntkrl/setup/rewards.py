@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from ntkrl import data, models, reward, runtime
 from ntkrl.numerics import DTYPES
 from ntkrl.reward.networks import NetworkReward
-from ntkrl.settings import EvalSettings, RewardSettings
+from ntkrl.settings import EvalSettings
 
 
-def load_rewards(settings: RewardSettings, mesh: Mesh) -> reward.RewardSet:
+def load_rewards(settings: reward.RewardSettings, mesh: Mesh) -> reward.RewardSet:
     """Load every reward function and reward model.
 
     Args:
@@ -55,7 +55,7 @@ def _load_function(
     spec: str,
     weight: float,
     normalisation: dict[str, tuple[float, float]],
-    settings: RewardSettings,
+    settings: reward.RewardSettings,
     mesh: Mesh,
 ) -> reward.RewardFunction:
     name = spec

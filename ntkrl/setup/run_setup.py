@@ -96,7 +96,8 @@ def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
             rewards = load_rewards(settings.reward, mesh)
     with errors:
         if settings.model.path is not None:
-            stored_rows = models.check(settings.model.path, trunk=settings.method == "reward")
+            check = models.check_scorer if settings.method == "reward" else models.check
+            stored_rows = check(settings.model.path)
     with errors:
         tokenizer, tokenizer_dir = load_tokenizer(settings, run_dir)
     if tokenizer is not None:
@@ -138,10 +139,8 @@ def _load_prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Promp
 def _read_prompt_sets(settings: RunSettings) -> tuple[list[data.PromptSet], list[data.PromptSet]]:
     """Return the training sets and, for a run with evaluations, held-out ones; one per file."""
     files, paired = settings.data, settings.method == "reward"
-    evaluated = settings.evaluation.every_steps is not None
-    evaluated = evaluated and (paired or bool(settings.reward.functions))
     if files.path is None:
-        held_out = [data.expression_prompts("test")] if evaluated else []
+        held_out = [data.expression_prompts("test")] if settings.holds_out else []
         if settings.method == "sft":
             return [data.supervised_set(files.examples, settings.seed)], held_out
         return [data.expression_prompts("train")], held_out
@@ -154,10 +153,8 @@ def _read_prompt_sets(settings: RunSettings) -> tuple[list[data.PromptSet], list
     sets = [errors.call(data.read_set, *arguments) for arguments in names]
     errors.finish()
     train_sets, held_out = sets[:count], sets[count:]
-    if not evaluated:
-        return train_sets, []
-    if held_out or files.held_out == 0:
-        return train_sets, held_out
+    if held_out or not settings.holds_out:
+        return train_sets, held_out if settings.holds_out else []
     divided = [errors.call(data.hold_out, prompt_set, files.held_out) for prompt_set in train_sets]
     errors.finish()
     return [train for train, _ in divided], [held_out for _, held_out in divided]

@@ -146,7 +146,7 @@ def _load_scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Sco
         raise ValueError(
             f"reward models are trained without {', '.join(f'model.{name}' for name in unused)}."
         )
-    new_head = models.New(tokenizer.pad_token_id, settings.seed)
+    new_head = models.NewHead(tokenizer.pad_token_id, settings.seed)
     return models.load_scorer(model.path, DTYPES[model.dtype], mesh, _compute(settings), new_head)
 
 
@@ -154,9 +154,8 @@ def _load_policy(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Pol
     model, dtype, compute = settings.model, DTYPES[settings.model.dtype], _compute(settings)
     if model.path is not None:
         lora = models.Lora(**model.lora, seed=settings.seed) if model.lora["rank"] else None
-        return models.load(
-            *(model.path, dtype, mesh, compute), untie=model.untie, remat=model.remat, lora=lora
-        )
+        options = models.ModelOptions(compute, model.remat, model.untie, lora)
+        return models.load(model.path, dtype, mesh, options)
     config = {
         **model.new,
         "vocab_size": len(tokenizer),
@@ -165,7 +164,8 @@ def _load_policy(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Pol
         "pad_token_id": tokenizer.pad_token_id,
     }
     key = jax.random.key(settings.seed)
-    return models.build(model.architecture, config, key, dtype, compute, model.remat, mesh)
+    options = models.ModelOptions(compute, model.remat)
+    return models.build(model.architecture, config, key, dtype, mesh, options)
 
 
 def _compute(settings: RunSettings) -> Any:
@@ -192,9 +192,7 @@ def _whiten(
     for start in range(0, len(prompts), TEXTS_PER_BATCH):
         rows = np.arange(start, min(start + TEXTS_PER_BATCH, len(prompts)))
         filled = np.resize(rows, TEXTS_PER_BATCH)
-        batch = data.supervised_batch(
-            prompts, completions, filled, tokenizer.pad_token_id, *widths
-        )
+        batch = data.supervised_batch(prompts, completions, filled, tokenizer.pad_token_id, *widths)
         counted_BC = batch.completion_mask & (np.arange(len(filled)) < len(rows))[:, None]
         total += _second_moment(policy, params, batch, counted_BC)
         count += int(jnp.sum(counted_BC))

@@ -19,7 +19,7 @@ from ntkrl.numerics import bucket_length
 from ntkrl.reward.texts import Texts
 from ntkrl.settings import RunSettings
 from ntkrl.setup import Prompts, RunSetup, StartingModel
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from ntkrl.types import Array, Params, PreferenceBatch, UpdateBatch
 
 Batch = UpdateBatch | PreferenceBatch
@@ -61,7 +61,7 @@ class StepBatches:
 
     batches: Sequence[Batch]
     metrics: dict[str, float]
-    reference: Head | None = None
+    reference: OutputHead | None = None
 
 
 class BatchSource(Protocol):
@@ -73,8 +73,8 @@ class BatchSource(Protocol):
     position: batches of prompts drawn so far; saved in checkpoints, set on resume.
     """
 
-    loss: update.Objective
-    term_losses: update.Objective | None
+    loss: update.LossFn
+    term_losses: update.LossFn | None
     position: int
 
     def batches(self, context: StepContext) -> StepBatches:
@@ -125,11 +125,11 @@ def averages(step_metrics: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def supervised_losses(
     settings: RunSettings, model: StartingModel
-) -> tuple[update.Objective, update.Objective]:
+) -> tuple[update.LossFn, update.LossFn]:
     """Return the supervised loss, and the same by term."""
     chunk_tokens, shards = settings.schedule.chunk_tokens, settings.data_shards(model.mesh)
     loss, term_losses = (
-        update.policy_objective(model.policy, loss, chunk_tokens=chunk_tokens, spread=shards)
+        update.policy_loss_fn(model.policy, loss, chunk_tokens=chunk_tokens, spread=shards)
         for loss in (update.supervised_loss, update.supervised_terms)
     )
     return loss, term_losses
@@ -206,7 +206,9 @@ class PreferenceSource(BatchSource):
         self.texts = Texts(scorer, setup.model.tokenizer)
         self.train = self._encoded(setup.train)
         self.held_out = None if setup.held_out is None else self._encoded(setup.held_out)
-        self.loss = update.preference_objective(scorer, setup.settings.preference.centring)
+        self.loss = update.preference_loss_fn(
+            scorer, setup.settings.preference.centering_coefficient
+        )
         self.measure = jax.jit(self.loss)
 
     def _encoded(self, prompts: Prompts) -> list[tuple[list[list[int]], list[int]]]:

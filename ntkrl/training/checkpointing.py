@@ -115,7 +115,7 @@ class RunCheckpointer:
             runtime.changes(position["config"], self.config, place)
 
     def _log_changes(self, step: int, position: Mapping[str, Any]) -> None:
-        """Log files and packages that have changed; the numbers of the run may differ from here on."""
+        """Log changed files and packages; the numbers of the run may differ from here on."""
         for kind in ("files", "versions"):
             before, now = position[kind], self.provenance[kind]
             for name in sorted(before.keys() & now.keys()):

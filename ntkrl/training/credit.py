@@ -62,7 +62,7 @@ def advantages(
     Raises:
       ValueError: a group too small for the estimator.
     """
-    if objective.advantage == "to_go":
+    if objective.advantage == "reward_to_go":
         return advantage.to_go(rewards, penalties, mask)
     net_B = rewards - jnp.sum(penalties, axis=1)
     if objective.advantage == "pass_at_k":
@@ -92,7 +92,7 @@ def token_weights(
     correction_BC = update.correction_weights(
         objective, old_log_probs, rollout.behaviour_log_probs, mask
     )
-    corrected_BC = update.of_signs(objective, plain_BC) * correction_BC
+    corrected_BC = update.filter_sign(objective, plain_BC) * correction_BC
     advantages_BC, ratio_penalties = update.covariance_weights(
         objective, old_log_probs, corrected_BC, counted_BC, key
     )

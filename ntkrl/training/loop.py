@@ -24,7 +24,7 @@ from ntkrl.evaluation import evaluate_policy, make_evaluation_sample
 from ntkrl.generate import Clock
 from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup, set_up
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import (
     Batch,
     BatchSource,
@@ -33,7 +33,8 @@ from ntkrl.training.batch_sources import (
     SupervisedSource,
 )
 from ntkrl.training.checkpointing import RunCheckpointer
-from ntkrl.training.probe_hook import ProbeHook, StepSnapshot, without_kl_advantages
+from ntkrl.training.credit import without_kl_advantages
+from ntkrl.training.probe_hook import ProbeHook, StepSnapshot
 from ntkrl.training.rollout_source import RolloutSource
 from ntkrl.training.train_state import Step, TrainStates
 from ntkrl.types import Array, TrainState
@@ -83,7 +84,7 @@ def _train(config: ConfigDict, notice: runtime.Notice) -> Path:
         runtime.claim(directory, values)
     runtime.check_shared(directory)
     if settings.method == "rl":
-        runtime.tell(f"objective: {update.described(settings.objective)}")
+        runtime.tell(f"objective: {update.describe(settings.objective)}")
     loop.run()
     setup.model.export(directory / "export", loop.state.params)
     if loop.reference is not None:
@@ -137,7 +138,7 @@ class Loop:
         self.probe_hook, self.eval_sample = None, None
         if setup.held_out is not None and self.model.policy is not None:
             self.eval_sample = make_evaluation_sample(self.settings, self.model)
-            if self.settings.probe.looks:
+            if self.settings.probes:
                 # the same seed for every run of a model, so that runs share one probe set
                 key = _stream(0, PROBE_STREAM, 0)
                 self.probe_hook = ProbeHook(
@@ -194,15 +195,15 @@ class Loop:
         batches = [*data.batches] * self.settings.schedule.inner_epochs
         probed = bool(batches) and self.probe_hook is not None and self.probe_hook.due(rollout_step)
         stage, metrics, snapshot = self.progress.stage, [], None
-        for number, batch in enumerate(batches, start=1):
+        for number, host_batch in enumerate(batches, start=1):
             if probed and number == len(batches):  # copies of what the step donates
                 snapshot = self.probe_hook.snapshot(
-                    self.state, batch, data.reference, stage, rollout_step
+                    self.state, host_batch, data.reference, stage, rollout_step
                 )
-                batch = snapshot.batch
+                plain = snapshot.batch
             else:
-                batch = without_kl_advantages(batch)
-            batch = runtime.place_rows(batch, self.model.mesh)
+                plain = without_kl_advantages(host_batch)
+            batch = runtime.place_rows(plain, self.model.mesh)
             per_term = snapshot is not None and snapshot.accounted
             step = self._jitted_step(batch, data.reference, per_term)
             result = step(self.state, batch, data.reference)
@@ -221,7 +222,7 @@ class Loop:
         self._count(current)
         return current
 
-    def _jitted_step(self, batch: Batch, reference: Head | None, per_term: bool) -> Step:
+    def _jitted_step(self, batch: Batch, reference: OutputHead | None, per_term: bool) -> Step:
         """Return the stage's train step, jitted once per number of rows."""
         stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
         if (stage, rows, per_term) not in self.jitted_steps:
@@ -251,7 +252,7 @@ class Loop:
     def _enter_stage(self) -> None:
         """Enter the next stage where one has ended: start its optimizer, or transfer the state."""
         if self.progress.ended is not None:
-            self.progress = update.entered(self.progress)
+            self.progress = update.enter_stage(self.progress)
             self.state = self.states.next(self.programs[self.progress.stage], self.state)
             self.stage_updates = update.steps_taken(self.state.opt_state)
         if self.progress.steps == 0:
@@ -264,7 +265,7 @@ class Loop:
         program = self.programs[self.progress.stage]
         if program.stage.kl_budget is not None:
             self._fetch(current)  # whether the stage ends depends on it
-        self.progress = update.advanced(program.stage, self.progress, current.metrics)
+        self.progress = update.advance(program.stage, self.progress, current.metrics)
         if self.progress.ended is not None:
             runtime.tell(f"stage {program.stage.name!r} ends: {self.progress.ended}")
         if due(self.settings.schedule.reference_sync_steps, current.number):

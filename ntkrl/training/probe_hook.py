@@ -18,7 +18,7 @@ from ntkrl import attribution, data, ntk, probe, runtime, trees, update
 from ntkrl.numerics import GIB
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, StartingModel
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from ntkrl.training.credit import kl_shares, without_kl_advantages
 from ntkrl.training.history import History, direction_arrays
 from ntkrl.training.probe_set import (
@@ -49,7 +49,7 @@ class StepSnapshot:
 
     before: TrainState
     batch: UpdateBatch
-    reference: Head | None
+    reference: OutputHead | None
     stage: int
     kl_shares: np.ndarray | None
     after: TrainState | None = None
@@ -64,7 +64,7 @@ class StepSnapshot:
 def make_ledger(
     settings: RunSettings,
     model: StartingModel,
-    term_losses: update.Objective,
+    term_losses: update.LossFn,
     program: update.StageProgram,
 ) -> attribution.Ledger:
     """Return the ledger of a stage's steps."""
@@ -92,7 +92,7 @@ class ProbeHook:
     def __init__(
         self,
         setup: RunSetup,
-        term_losses: update.Objective,
+        term_losses: update.LossFn,
         programs: Sequence[update.StageProgram],
         directory: Path,
         key: Array,
@@ -148,7 +148,7 @@ class ProbeHook:
         self,
         state: TrainState,
         batch: UpdateBatch,
-        reference: Head | None,
+        reference: OutputHead | None,
         stage: int,
         rollout_step: int,
     ) -> StepSnapshot:
@@ -186,7 +186,7 @@ class ProbeHook:
         if step.accounted:
             direction_metrics, directions = self._directions(after.params, number)
             metrics, arrays = metrics | direction_metrics, arrays | directions
-        arrays["weights"] = trees.whole(probe.weights.some_entries(before.params))
+        arrays["weights"] = trees.whole(probe.sample_entries(before.params))
         if runtime.is_writer():
             metrics |= self.history.straightness(number, arrays)
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
@@ -204,8 +204,7 @@ class ProbeHook:
         if not settings.data.packing:
             measured = probe.step_measures(
                 self.model.policy,
-                before.params,
-                after.params,
+                (before.params, after.params),
                 without_kl_advantages(placed),
                 settings.rollout.temperature,
                 settings.schedule.chunk_tokens * settings.data_shards(self.model.mesh),
@@ -214,7 +213,7 @@ class ProbeHook:
             metrics |= jax.tree.map(float, measured)
             if update.due(self.settings.kernel_every_steps, rollout_step):
                 metrics |= self._alignment(before.params, batch)
-        moved, _ = probe.weights.update_sparsity(self.model.params, after.params)
+        moved, _ = probe.update_sparsity(self.model.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
         if step.accounted:
             entropy = np.asarray(new.statistics.entropy - old.statistics.entropy)
@@ -230,9 +229,9 @@ class ProbeHook:
         if not update.due(self.settings.kernel_every_steps, rollout_step):
             return measures
         now, start = self._kernel(params), self._start_kernel
-        drift = probe.drift.kernel_drift(now, start)
+        drift = probe.kernel_drift(now, start)
         if self.settings.kernel_layers:
-            shares = probe.drift.layer_shares(now["layers"], now["trace_layers"])
+            shares = probe.layer_shares(now["layers"], now["trace_layers"])
             drift |= {f"layer_share/{group}": share for group, share in shares.items()}
         return measures | {f"probe/{name}": value for name, value in drift.items()}
 
@@ -240,7 +239,7 @@ class ProbeHook:
         self, params: Params, number: int
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Return how far matrices have moved since the start, and their leading directions."""
-        ranks, leading = probe.weights.update_ranks(self.model.params, params)
+        ranks, leading = probe.update_ranks(self.model.params, params)
         named = {f"weights/{n}/{kind}": float(v) for n in ranks for kind, v in ranks[n].items()}
         metrics = {name: value for name, value in named.items() if math.isfinite(value)}
         leading = runtime.fetch(leading)
@@ -285,7 +284,7 @@ class ProbeHook:
     def _kernel(self, params: Params) -> dict[str, np.ndarray]:
         """Return the kernel of some probe contexts, as `probe.kernel_traces` does."""
         settings = self.settings
-        contexts = self.prober.some(settings.kernel_contexts)
+        contexts = self.prober.subset(settings.kernel_contexts)
         plan = probe.plan_kernel(
             self.model.policy, params, contexts, settings.kernel_layers, settings.memory_gib
         )
@@ -296,22 +295,16 @@ class ProbeHook:
     ) -> dict[str, float]:
         """Make and write the ledger of a step; return its metrics."""
         batch, ledger, noises = step.batch, self.ledgers[step.stage], []
+        optimizer_step = attribution.OptimizerStep(
+            step.before, step.after.params, placed, step.reference, step.term_gradients
+        )
 
         def account(contexts: ntk.Contexts, targets: Array, actual_O2: Array) -> dict[str, Any]:
-            result = ledger.read(
-                step.before,
-                step.after.params,
-                placed,
-                contexts,
-                targets,
-                step.reference,
-                step.term_gradients,
-                actual_O2.T,
-            )
+            result = ledger.read(optimizer_step, contexts, targets, actual_O2.T)
             noises.append(result.noise)
             return result.arrays
 
-        arrays = self.prober.each(account, actual)
+        arrays = self.prober.map_blocks(account, actual)
         if step.kl_shares is not None:
             arrays = attribution.split_term(arrays, "policy", "kl", step.kl_shares)
         counts_B = np.maximum(np.sum(batch.completion_mask, axis=1), 1)
@@ -332,9 +325,7 @@ class ProbeHook:
         """Return whether a ledger's copies fit the device; log once if they do not."""
         free = _free_bytes(jax.local_devices()[0])
         trained, _ = trees.partition(state.params, program.trained)
-        bytes_here = [
-            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(trained)
-        ]
+        bytes_here = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(trained)]
         needed = COPIES * sum(bytes_here) + self.settings.memory_gib * GIB
         fits = free is None or needed < free
         if not fits and not self.memory_warned:

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import data, ntk, probe, rollout, runtime, trees, update
+from ntkrl import attribution, data, ntk, probe, rollout, runtime, trees, update
 from ntkrl.evaluation import make_evaluation_sample, prompts_together
 from ntkrl.numerics import bucket_length
 from ntkrl.reward.networks import rows_together
 from ntkrl.scoring import head_of
 from ntkrl.settings import RunSettings
 from ntkrl.setup import StartingModel
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import supervised_losses
 from ntkrl.training.credit import RolloutArrays, without_kl_advantages
 from ntkrl.training.probe_hook import make_ledger
@@ -86,8 +86,6 @@ class AbstractRun:
         Raises:
           ValueError: what a run is refused for, as far as it is known without files.
         """
-        if settings.method == "reward":
-            raise ValueError("plan knows methods rl and sft; a reward model has no plan yet.")
         # stop strings are searched for on the host
         limits = dataclasses.replace(settings.rollout, stop=())
         self.settings = dataclasses.replace(settings, rollout=limits)
@@ -170,7 +168,7 @@ class AbstractRun:
 
     def minibatch(
         self, stage: update.StageProgram, accounted: bool = False
-    ) -> tuple[UpdateBatch, Head | None]:
+    ) -> tuple[UpdateBatch, OutputHead | None]:
         """Return the batch and the reference's head that a stage's step is called with.
 
         Args:
@@ -211,9 +209,7 @@ class AbstractRun:
 
         def batch() -> UpdateBatch:
             if not settings.packing:
-                return data.supervised_batch(
-                    prompts, completions, rows, 0, self.width, self.budget
-                )
+                return data.supervised_batch(prompts, completions, rows, 0, self.width, self.budget)
             multiple = trees.row_parts(self.mesh) * schedule.microbatches
             length = self.width + self.budget
             return data.packed_batches(prompts, completions, [rows], 0, length, multiple)[0]
@@ -257,9 +253,9 @@ def generation(run: AbstractRun, sampler: Any, count: int, part: str) -> Program
     prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)))
     chunk, budget = sampler.settings.chunk_steps, run.budget
     columns = [run.width + min(chunk << n, budget - 1) for n in range(budget.bit_length())]
-    columns = sorted({*columns, sampler.columns(run.width, 1 + chunk)})
+    columns = sorted({*columns, sampler.cache_columns(run.width, 1 + chunk)})
     columns = [c for c in columns if c <= run.width + max(budget - 1, chunk)]
-    params = run.model.params
+    params, gather = run.model.params, sampler.gather_program(run.model.params)
 
     def program(name: str, key: str, arguments: tuple[Any, ...], runs: float, rows: int) -> Program:
         takes_params = any(argument is params for argument in arguments)
@@ -270,17 +266,16 @@ def generation(run: AbstractRun, sampler: Any, count: int, part: str) -> Program
             name=label + name,
             part=part,
             stages=stages,
-            function=sampler.programs[key],
+            function=gather if key == "gather" else getattr(sampler.programs, key),
             arguments=arguments,
             resident=frozenset({POLICY} if is_policy else ()),
             runs_per_step=runs if stages else 0.0,
-            loop_trips=chunk if key == "read_on" else 1,
+            loop_trips=chunk if key == "decode_chunk" else 1,
             rows_per_device=rows,
             extra=params if gathered else (),
         )
 
     if sampler.settings.gather_params:
-        gather = sampler.gathering(params)
         compiled = yield program("gathering", "gather", (params,), 1, 1)
         if compiled is None:
             return
@@ -291,16 +286,16 @@ def generation(run: AbstractRun, sampler: Any, count: int, part: str) -> Program
     if compiled is None or budget == 1:
         return
     rows = run.per_device(count * sampler.settings.completions_per_prompt)
-    live, written = _results(sampler.programs["prefill"], compiled, arguments)[:2]
+    live, written = _results(sampler.programs.prefill, compiled, arguments)[:2]
     if len(columns) > 1:
         arguments = (columns[-1], live)
-        compiled = yield program("cache growth", "longer", arguments, len(columns) - 1, rows)
+        compiled = yield program("cache growth", "grow_cache", arguments, len(columns) - 1, rows)
         if compiled is None:
             return
-        live = _results(sampler.programs["longer"], compiled, arguments)
+        live = _results(sampler.programs.grow_cache, compiled, arguments)
     start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32))
     chunks = -(-(budget - 1) // chunk)
-    yield program("decoding", "read_on", (params, live, written, start), chunks, rows)
+    yield program("decoding", "decode_chunk", (params, live, written, start), chunks, rows)
 
 
 def reference_readings(run: AbstractRun) -> Programs:
@@ -382,6 +377,14 @@ def updates(run: AbstractRun, probes: bool) -> Programs:
 def ledgers(run: AbstractRun) -> Programs:
     """Yield each stage's ledger; the params after the step are the policy's."""
     contexts, targets, blocks = probe_block(run)
+    replicated = runtime.replicated(run.mesh)
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=replicated)
+
     for stage in run.stages:
         state, (batch, reference) = run.state(stage), run.minibatch(stage, accounted=True)
         ledger = make_ledger(run.settings, run.model, run.term_losses, stage)
@@ -392,22 +395,25 @@ def ledgers(run: AbstractRun) -> Programs:
         trained, _ = trees.partition(state.params, stage.trained)
         gradients = {
             name: (
-                jax.tree.map(lambda grad, leaf: grad.update(sharding=leaf.sharding), grads, trained),
+                jax.tree.map(
+                    lambda grad, leaf: grad.update(sharding=leaf.sharding), grads, trained
+                ),
                 run.replicated(count),
             )
             for name, (grads, count) in gradients.items()
         }
         before = state.replace(opt_state=_on_device(state.opt_state))
         actual = run.replicated(jax.ShapeDtypeStruct((2, len(targets)), jnp.float32))
-        function, arguments = ledger.call(
-            before, state.params, batch, contexts, targets, reference, gradients, actual
+        optimizer_step = attribution.OptimizerStep(
+            before, state.params, batch, reference, gradients
         )
+        function, (spec, inputs) = ledger.bind(optimizer_step, contexts, targets, actual)
         yield Program(
             name=f"ledger {stage.stage.name}",
             part=PROBE,
             stages=(stage.stage.name,),
             function=function,
-            arguments=jax.tree.map(run.placed, arguments),
+            arguments=(spec, jax.tree.map(placed, inputs)),
             resident=frozenset({POLICY}),
             runs_per_step=blocks / run.settings.probe.ledger_every_steps,
             rows_per_device=contexts.tokens.shape[0],
@@ -422,13 +428,8 @@ def probe_block(run: AbstractRun) -> tuple[ntk.Contexts, Any, int]:
       blocks: the number of them.
     """
     settings = run.settings.probe
-    per_prompt = [
-        settings.completions_per_prompt if family in probe.DRAWN else 1
-        for family in settings.families
-    ]
-    total = settings.prompts * sum(per_prompt)
-    vocabulary = run.model.policy.vocab_size
-    count = probe.block_rows(settings.memory_gib, total, run.budget, vocabulary)
+    total, vocabulary = settings.completions, run.model.policy.vocab_size
+    count = probe.completions_per_block(total, run.budget, vocabulary, settings.memory_gib)
     length = run.width + run.budget
     contexts = ntk.Contexts(
         np.zeros((count, length), np.int32),

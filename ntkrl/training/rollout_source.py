@@ -14,7 +14,7 @@ from ntkrl.generate import RewardedRollout, SampleRequest, collect, joined, make
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, StartingModel
-from ntkrl.softmax import Head, TokenStatistics, token_statistics
+from ntkrl.softmax import OutputHead, SoftmaxOptions, TokenStatistics, token_statistics
 from ntkrl.training.batch_sources import (
     BatchSource,
     StepBatches,
@@ -23,7 +23,7 @@ from ntkrl.training.batch_sources import (
     split,
     step_rows,
 )
-from ntkrl.training.credit import RolloutArrays, advantages, token_weights
+from ntkrl.training.credit import RolloutArrays, TokenWeights, advantages, token_weights
 from ntkrl.types import Array, Params, Rollout, Total, UpdateBatch
 
 WEIGHTS_STREAM = 1 << 20
@@ -52,7 +52,7 @@ class RolloutFunctions:
         self.group = settings.rollout.completions_per_prompt
         self.temperature = settings.rollout.temperature
         shards = settings.data_shards(model.mesh)
-        self.chunk_tokens = schedule.chunk_tokens * shards
+        self.options = SoftmaxOptions(self.temperature, schedule.chunk_tokens * shards)
         # a group too small for the estimator fails here, before anything is sampled
         column = jnp.zeros((self.group, 1))
         advantages(objective, self.group, column[:, 0], column, column == 0)
@@ -66,7 +66,7 @@ class RolloutFunctions:
             return update.policy_loss(objective, budget, statistics, batch)
 
         self.loss, self.term_losses = (
-            update.policy_objective(
+            update.policy_loss_fn(
                 model.policy, function, self.temperature, schedule.chunk_tokens, shards
             )
             for function in (loss, update.policy_terms(objective, budget))
@@ -85,9 +85,7 @@ class RolloutFunctions:
         if features is None:
             features = completion_features(self.policy, params, tokens, mask, length)
         head, targets = head_of(self.policy, params), tokens[:, -length:]
-        return token_statistics(
-            head, features, targets, self.temperature, self.chunk_tokens
-        ).log_probs
+        return token_statistics(head, features, targets, self.options).log_probs
 
     def _statistics(
         self,
@@ -106,13 +104,12 @@ class RolloutFunctions:
         if features is None:
             features = completion_features(self.policy, reference, tokens, mask, length)
         head, targets = head_of(self.policy, reference), tokens[:, -length:]
-        read = functools.partial(
-            token_statistics, temperature=self.temperature, chunk_tokens=self.chunk_tokens
-        )
-        log_probs_BC = read(head, features, targets).log_probs
+        log_probs_BC = token_statistics(head, features, targets, self.options).log_probs
         policy_features = completion_features(self.policy, params, tokens, mask, length)
         policy_head = head_of(self.policy, params)
-        compared = read(policy_head, policy_features, targets, reference=(head, features))
+        compared = token_statistics(
+            policy_head, policy_features, targets, self.options, (head, features)
+        )
         return log_probs_BC, compared.kl, features
 
 
@@ -182,7 +179,7 @@ class RolloutSource(BatchSource):
                 "tolerance only for a compute_dtype below float32, or set objective.correction."
             )
 
-    def _reference_head(self, context: StepContext) -> Head | None:
+    def _reference_head(self, context: StepContext) -> OutputHead | None:
         if not self.functions.reference_in_loss:
             return None
         return head_of(self.setup.model.policy, context.reference)
@@ -237,33 +234,23 @@ class RolloutSource(BatchSource):
         elif functions.needs_reference:
             values = functions.log_probs(context.reference, tokens, mask, features, length=length)
             ref_log_probs = runtime.fetch(values)
-        # replicated on the default device: a few numbers per token
         arrays = RolloutArrays(
-            rewards=jnp.asarray(rewarded.result.rewards),
-            old_log_probs=jnp.asarray(old_log_probs),
-            ref_log_probs=jnp.asarray(ref_log_probs),
-            behaviour_log_probs=jnp.asarray(drawn.sampler_log_probs - drawn.kept_log_mass),
-            mask=jnp.asarray(drawn.completion_mask),
-            finished=jnp.asarray(drawn.finished),
-            kl=kl,
-        )
-        key = jax.random.fold_in(context.key, WEIGHTS_STREAM)
-        weights = runtime.fetch(functions.token_weights(arrays, key))
-        batch = UpdateBatch(
-            tokens=drawn.tokens,
-            mask=drawn.mask,
-            completion_mask=weights.mask,
+            rewards=rewarded.result.rewards,
             old_log_probs=np.asarray(old_log_probs),
             ref_log_probs=np.asarray(ref_log_probs),
-            advantages=weights.advantages,
-            penalties=weights.penalties,
-            kl_advantages=weights.kl_advantages,
-            features=drawn.features,
-            ref_features=ref_features,
+            behaviour_log_probs=drawn.sampler_log_probs - drawn.kept_log_mass,
+            mask=drawn.completion_mask,
+            finished=drawn.finished,
+            kl=kl,
         )
+        # replicated on the default device: a few numbers per token
+        on_device = jax.tree.map(jnp.asarray, arrays)
+        key = jax.random.fold_in(context.key, WEIGHTS_STREAM)
+        weights = runtime.fetch(functions.token_weights(on_device, key))
+        batch = update_batch(drawn, arrays, weights, ref_features)
         metrics = {name: float(value) for name, value in weights.metrics.items()}
         if functions.needs_reference and not functions.objective.needs_reference:
-            metrics["kl"] = _mean_kl(arrays)  # for a stage's budget alone
+            metrics["kl"] = _mean_kl(on_device)  # for a stage's budget alone
         return batch, metrics
 
     def _has_gradient(self, batch: UpdateBatch) -> bool:
@@ -273,6 +260,24 @@ class RolloutSource(BatchSource):
         per_token = kl_in_loss or objective.entropy_coefficient > 0
         weighted = per_token or batch.penalties is not None
         return bool(np.any(mask & (weighted | (batch.advantages != 0))))
+
+
+def update_batch(
+    drawn: Rollout, arrays: RolloutArrays, weights: TokenWeights, ref_features: Array | None
+) -> UpdateBatch:
+    """Return the batch of a rollout; arrays of the host, of devices, or shapes."""
+    return UpdateBatch(
+        tokens=drawn.tokens,
+        mask=drawn.mask,
+        completion_mask=weights.mask,
+        old_log_probs=arrays.old_log_probs,
+        ref_log_probs=arrays.ref_log_probs,
+        advantages=weights.advantages,
+        penalties=weights.penalties,
+        kl_advantages=weights.kl_advantages,
+        features=drawn.features,
+        ref_features=ref_features,
+    )
 
 
 def rollout_metrics(rewarded: RewardedRollout, group: int) -> dict[str, float]:
@@ -290,7 +295,7 @@ def rollout_metrics(rewarded: RewardedRollout, group: int) -> dict[str, float]:
     """
     result, rollout = rewarded.result, rewarded.rollout
     rewards_PN = result.rewards.astype(np.float64).reshape(-1, group)
-    variances_P, signal = probe.signal.reward_signal(rewards_PN)
+    variances_P, signal = probe.reward_signal(rewards_PN)
     lengths_B = np.asarray(rollout.completion_mask).sum(axis=1)
     ended_B = np.asarray(rollout.finished)
     metrics = {

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ntkrl import runtime, trees, update
 from ntkrl.settings import RunSettings
 from ntkrl.setup import StartingModel
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import Batch
 from ntkrl.types import TrainState
 
@@ -47,7 +47,7 @@ class TrainStates:
         on_device = runtime.place(state, self.shardings(state))
 
         def transferred(state: TrainState) -> Any:
-            return update.next_state(program, state).opt_state
+            return update.transfer_state(program, state).opt_state
 
         return state.replace(opt_state=self._initialise(transferred, on_device))
 
@@ -80,7 +80,7 @@ class TrainStates:
         step: Step,
         state: TrainState,
         batch: Batch,
-        reference: Head | None,
+        reference: OutputHead | None,
     ) -> Step:
         """Return `step(state, batch, reference)` jitted with shardings; it donates the state.
 
@@ -128,7 +128,9 @@ def _fresh(program: update.StageProgram) -> Callable[[TrainState], Any]:
 def _constrained(step: Step, shardings: Any) -> Step:
     """Return a step whose term gradients are constrained to the parameters' shardings."""
 
-    def constrained(state: TrainState, batch: Batch, reference: Head | None) -> update.StepResult:
+    def constrained(
+        state: TrainState, batch: Batch, reference: OutputHead | None
+    ) -> update.StepResult:
         result = step(state, batch, reference)
         if result.term_gradients is None:
             return result

@@ -70,13 +70,18 @@ class ScheduleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceSettings:
-    """Loss of a reward model; centring: λ ≥ 0 of λ (r⁺ + r⁻)² beside the Bradley–Terry loss."""
+    """Loss of a reward model.
 
-    centring: float
+    centering_coefficient: λ ≥ 0 of λ (r⁺ + r⁻)² beside the Bradley–Terry loss.
+    """
+
+    centering_coefficient: float
 
     def __post_init__(self):
-        if not self.centring >= 0:
-            raise ValueError(f"preference.centring must be ≥ 0, not {self.centring}.")
+        if not self.centering_coefficient >= 0:
+            raise ValueError(
+                f"preference.centering_coefficient must be ≥ 0, not {self.centering_coefficient}."
+            )
 
 
 def due(every_steps: int | None, rollout_step: int) -> bool:

@@ -11,17 +11,25 @@ import optax
 
 from ntkrl import numerics, trees
 from ntkrl.scoring import completion_features, head_of
-from ntkrl.softmax import Head, token_statistics
+from ntkrl.softmax import OutputHead, SoftmaxOptions, token_statistics
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures
-from ntkrl.update.rows import Loss, Totals, add_pulled, loss_by_rows, over_parts, split_rows
+from ntkrl.update.microbatch import (
+    Loss,
+    Totals,
+    add_pulled,
+    loss_by_rows,
+    scan_microbatches,
+    split_rows,
+)
 from ntkrl.update.stages import StageProgram
 
 TILE_VOCABULARY = 8192
 """Vocabulary rows of a tile of logits."""
 
-Objective = Callable[[Params, Any, Head | None], tuple[Totals, Measures]]
+LossFn = Callable[[Params, Any, OutputHead | None], tuple[Totals, Measures]]
+"""`(params, batch, reference head or None) -> (Total or Totals by term, Measures)`."""
 Gradients = dict[str, tuple[Params, Array]]
 """By term of the loss: the gradient of its mean for the trained leaves, and its count."""
 
@@ -30,7 +38,7 @@ class StepResult(NamedTuple):
     """An optimizer step.
 
     state: the state after it.
-    metrics: scalars: means of the objective's totals, its maxima, `loss` and `grad_norm`.
+    metrics: scalars: means of the loss function's totals, its maxima, `loss` and `grad_norm`.
     term_gradients: by term of the loss, where the step was made to return them; else None.
     """
 
@@ -50,23 +58,23 @@ def init_state(program: StageProgram, params: Params, key: Array, step: int = 0)
     )
 
 
-def next_state(program: StageProgram, state: TrainState) -> TrainState:
+def transfer_state(program: StageProgram, state: TrainState) -> TrainState:
     """Return the state a stage starts from, given the one its predecessor ended with."""
     chosen, _ = trees.partition(state.params, program.trained)
     opt_state = program.optimizer.init(chosen)
     if program.stage.optimizer_state == "keep":
-        opt_state = optimizers.hand_over(state.opt_state, opt_state)
+        opt_state = optimizers.transfer_moments(state.opt_state, opt_state)
     return state.replace(opt_state=opt_state)
 
 
-def policy_objective(
+def policy_loss_fn(
     policy: Policy,
     loss: Loss,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     spread: int = 1,
-) -> Objective:
-    """Return the objective of a loss on token statistics.
+) -> LossFn:
+    """Return the loss function of a loss on token statistics.
 
     The body is read, unless the batch brings the features along. Logits exist for whole
     completions of about `chunk_tokens` tokens together, and are made once; where one completion is
@@ -81,12 +89,12 @@ def policy_objective(
       spread: blocks of rows that lie on devices of their own, ≥ 1.
 
     Returns:
-      `(params, batch, reference) -> (Total, Measures)`, or Totals by name; `reference` is the Head
-      that goes with the batch's `ref_features`, or None.
+      `(params, batch, reference) -> (Total, Measures)`, or Totals by name; `reference` is the
+      OutputHead that goes with the batch's `ref_features`, or None.
     """
 
-    def objective(
-        params: Params, batch: UpdateBatch, reference: Head | None = None
+    def loss_fn(
+        params: Params, batch: UpdateBatch, reference: OutputHead | None = None
     ) -> tuple[Totals, Measures]:
         rows, length = batch.completion_mask.shape
         features = batch.features
@@ -97,14 +105,15 @@ def policy_objective(
             parts = -(-rows // (spread * max(1, chunk_tokens // length)))
             return loss_by_rows(loss, temperature, parts, head, features, batch)
         beside = None if reference is None else (reference, batch.ref_features)
-        tiles = (temperature, chunk_tokens * spread, TILE_VOCABULARY, beside)
-        return loss(token_statistics(head, features, batch.tokens[:, -length:], *tiles), batch)
+        options = SoftmaxOptions(temperature, chunk_tokens * spread, TILE_VOCABULARY)
+        targets = batch.tokens[:, -length:]
+        return loss(token_statistics(head, features, targets, options, beside), batch)
 
-    return objective
+    return loss_fn
 
 
 def make_step(
-    program: StageProgram, objective: Objective, microbatches: int = 1
+    program: StageProgram, loss_fn: LossFn, microbatches: int = 1
 ) -> Callable[..., StepResult]:
     """Return `step(state, batch, reference=None) -> StepResult`, to be jitted by the caller.
 
@@ -112,16 +121,16 @@ def make_step(
 
     Args:
       program: the stage bound to the params.
-      objective: `(params, batch, reference) -> (Total, Measures)`.
+      loss_fn: `(params, batch, reference) -> (Total, Measures)`.
       microbatches: equal parts of the rows that are read one after another, their gradients
         accumulated; the result is that of a single pass, to rounding.
     """
 
-    def step(state: TrainState, batch: Any, reference: Head | None = None) -> StepResult:
+    def step(state: TrainState, batch: Any, reference: OutputHead | None = None) -> StepResult:
         trained, frozen = trees.partition(state.params, program.trained)
 
         def loss_sum(trained: Params, part: Any) -> tuple[Array, tuple[Total, Measures]]:
-            total, measures = objective(trees.merge(trained, frozen), part, reference)
+            total, measures = loss_fn(trees.merge(trained, frozen), part, reference)
             return total.total, (total, measures)
 
         def pull(part: Any) -> tuple[tuple[Total, Measures], Params]:
@@ -135,7 +144,7 @@ def make_step(
 
 
 def make_step_with_term_gradients(
-    program: StageProgram, objective: Objective, microbatches: int = 1
+    program: StageProgram, loss_fn: LossFn, microbatches: int = 1
 ) -> Callable[..., StepResult]:
     """Return the step of `make_step` that also returns the gradient of each term of the loss.
 
@@ -143,18 +152,18 @@ def make_step_with_term_gradients(
 
     Args:
       program, microbatches: as in `make_step`.
-      objective: `(params, batch, reference) -> ({name: Total}, Measures)`.
+      loss_fn: `(params, batch, reference) -> ({name: Total}, Measures)`.
 
     Returns:
       `step(state, batch, reference=None) -> StepResult` with `term_gradients`, which add up to
       the gradient that the optimizer was given.
     """
 
-    def step(state: TrainState, batch: Any, reference: Head | None = None) -> StepResult:
+    def step(state: TrainState, batch: Any, reference: OutputHead | None = None) -> StepResult:
         trained, frozen = trees.partition(state.params, program.trained)
 
         def loss_sums(trained: Params, part: Any) -> tuple[dict[str, Array], Any]:
-            totals, measures = objective(trees.merge(trained, frozen), part, reference)
+            totals, measures = loss_fn(trees.merge(trained, frozen), part, reference)
             return {name: total.total for name, total in totals.items()}, (totals, measures)
 
         def pull(part: Any) -> tuple[tuple[Totals, Measures], dict[str, Params]]:
@@ -177,7 +186,7 @@ def _pulled(pull: Callable[[Any], Any], batch: Any, microbatches: int) -> Any:
     if microbatches == 1:
         return pull(batch)
     cut = split_rows(batch, microbatches)
-    return over_parts(lambda part: (pull(part), None), cut, add_pulled)[0]
+    return scan_microbatches(lambda part: (pull(part), None), cut, add_pulled)[0]
 
 
 def _over(grads: Params, total: Total) -> Params:

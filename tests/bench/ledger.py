@@ -21,7 +21,6 @@ import numpy as np
 
 import ntkrl
 from ntkrl import attribution, probe, rollout, update
-from ntkrl.attribution.costs import choose
 from ntkrl.types import ProbeSet, PromptBatch, UpdateBatch
 from tests.bench import measure
 
@@ -82,10 +81,10 @@ def main() -> None:
     policy, params = ntkrl.build("GPTNeoXForCausalLM", CONFIG, jax.random.key(0))
     stage = update.Stage("all", 1, ((".*", 3e-4),), max_grad_norm=1.0)
     program = update.stage_program(stage, policy, params)
-    minimised = update.policy_objective(
+    minimised = update.policy_loss_fn(
         policy, lambda found, batch: update.policy_loss(objective, LENGTH, found, batch)
     )
-    parts = update.policy_objective(policy, update.policy_terms(objective, LENGTH))
+    parts = update.policy_loss_fn(policy, update.policy_terms(objective, LENGTH))
     step = jax.jit(update.make_step(program, minimised))
     apart = jax.jit(update.make_step_with_term_gradients(program, parts))
     generate = draw(policy, params, PROMPTS, GROUP, 0)
@@ -105,18 +104,20 @@ def main() -> None:
     actual = np.stack([moved.log_probs, moved.entropy])
     # by sample the KL's part is a factor, see `ProbeHook.keep`
     seen = {"group": batch, "sample": batch.replace(kl_advantages=None)}
-    known = {by: {"gradients": apart(before, own)[2], "actual": actual} for by, own in seen.items()}
+    steps = {
+        by: attribution.OptimizerStep(before, after.params, rows, None, apart(before, rows)[2])
+        for by, rows in seen.items()
+    }
     ledgers = {"group": attribution.Ledger(*static, by="group")}
-    ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("push", "gram")}
+    ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("jvp", "vjp")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
     calls |= {f"apart, {by}": lambda own=own: apart(before, own) for by, own in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
     for name, ledger in ledgers.items():
-        told = before, after.params, seen[ledger.by], *where
-        calls[name] = functools.partial(ledger.read, *told, **known[ledger.by])
+        calls[name] = functools.partial(ledger.read, steps[ledger.by], *where, actual)
     seconds = measure.medians_in_turns(calls, given.repeats, jax.block_until_ready)
     whole = seconds["generation"] + seconds["update"]
-    estimates = ledgers["push"].estimates(before, seen["sample"], *where)
+    estimates = ledgers["jvp"].estimates(steps["sample"], *where)
     table = []
     for name, value in seconds.items():
         row = {"call": name, "seconds": value, "of_a_step": value / whole}
@@ -128,7 +129,8 @@ def main() -> None:
             row |= {"flops": estimates[name].flops, "MiB": estimates[name].bytes / 2**20}
         table.append(row)
     columns = ("call", "seconds", "of_a_step", "every", "of_training", "flops", "MiB")
-    print(f"{jax.devices()[0].device_kind}; auto takes {choose(estimates, 'auto', 2.0).form}")
+    best = attribution.choose(estimates, "auto", 2.0)
+    print(f"{jax.devices()[0].device_kind}; auto takes {best.form}")
     print(measure.table(table, columns))
 
 

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from ntkrl import data, models
 from ntkrl.main import main
-from ntkrl.models.armorm import GATE
+from ntkrl.models.reward_models import GATE
 from ntkrl.prepare import labels, made_up
 from ntkrl.prepare.splits import select, split
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.probe.classifier import classifier_measures
+from ntkrl.probe.parameters import classifier_measures
 
 
 @pytest.mark.parametrize("block", [3, 4, 100])

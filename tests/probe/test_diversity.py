@@ -6,15 +6,17 @@ import math
 import numpy as np
 import pytest
 
-from ntkrl.probe.coverage import (
+from ntkrl.probe.samples import (
     Support,
     best_of_n,
     crossing,
     crossing_interval,
+    distinct_answers,
+    distinct_n,
     pass_curves,
+    self_bleu,
     support_change,
 )
-from ntkrl.probe.diversity import distinct_answers, distinct_n, self_bleu
 
 
 def test_distinct_answers_by_hand():

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from ntkrl import ntk, probe
-from ntkrl.probe.batch import group_measures
-from ntkrl.probe.drift import (
+from ntkrl.probe.batch_measures import group_measures
+from ntkrl.probe.exact_kernels import (
     advantage_alignment,
     centred_alignment,
     kernel_drift,
     layer_shares,
     laziness,
 )
-from ntkrl.probe.geometry import (
+from ntkrl.probe.features import (
     ches,
     cosine_variances,
     feature_drift,
@@ -24,7 +24,7 @@ from ntkrl.probe.geometry import (
     head_sums,
     token_sums,
 )
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead, SoftmaxOptions
 from tests.ntk.networks import HEADS, VOCAB, contexts, network
 from tests.toys import toy_params, toy_policy
 
@@ -88,7 +88,7 @@ def test_head_influence_is_the_head_kernel(x64, kind, chunk):
     given = HEADS[kind]
     bias = params["head_bias"] if "bias" in given else None
     settings = {name: given[name] for name in given if name != "bias"}
-    head = Head(params["head"], bias, **settings)
+    head = OutputHead(params["head"], bias, **settings)
     found = head_influence(head, (phi, y), (phi[:2], y[:2]), chunk)
     expected = np.einsum("ov,ouvw,uw->ou", g, kernel.dense("head"), g)[:, :2]
     np.testing.assert_allclose(found, expected, rtol=1e-10)
@@ -101,14 +101,16 @@ def test_head_sums_are_sums_of_pairs(x64, kind, chunk):
     phi = ntk.kernel(described, params, HERE).readings[0].features
     given = HEADS[kind]
     bias = params["head_bias"] if "bias" in given else None
-    head = Head(params["head"], bias, **{name: given[name] for name in given if name != "bias"})
+    head = OutputHead(
+        params["head"], bias, **{name: given[name] for name in given if name != "bias"}
+    )
     y, weights = jnp.array([1, 5, 8]), jnp.array([[1.0, 0.0], [-2.0, 0.0], [0.5, 3.0]])
     pairs = head_influence(head, (phi, y), (phi, y))
-    found = head_sums(head, phi, y, weights, 1.0, chunk)
+    found = head_sums(head, phi, y, weights, SoftmaxOptions(1.0, chunk_vocabulary=chunk))
     np.testing.assert_allclose(found, pairs @ weights, rtol=1e-10)
     if head.soft_cap is None:
         warm = dataclasses.replace(head, scale=head.scale / 2.0)
-        found = head_sums(head, phi, y, weights, 2.0, chunk)
+        found = head_sums(head, phi, y, weights, SoftmaxOptions(2.0, chunk_vocabulary=chunk))
         np.testing.assert_allclose(found, head_sums(warm, phi, y, weights), rtol=1e-10)
 
 
@@ -118,9 +120,10 @@ def test_group_measures_by_pairs(x64):
     phi, y = rng.normal(size=(6, 2, 4)), rng.integers(0, 5, (6, 2))
     mask = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]], bool)
     each = np.array([1.0, -2.0, 0.5, 3.0, 3.0, 3.0])
-    head = Head(jnp.asarray(rng.normal(size=(5, 4))))
-    given = (jnp.asarray(leaf) for leaf in (phi, y, np.repeat(each[:, None], 2, 1), mask))
-    found = group_measures(head, *given, 3)
+    head = OutputHead(jnp.asarray(rng.normal(size=(5, 4))))
+    advantages = jnp.asarray(np.repeat(each[:, None], 2, 1))
+    pair = head, jnp.asarray(phi)
+    found = group_measures(pair, jnp.asarray(y), advantages, jnp.asarray(mask), 3)
     plain, scaled = ches(phi[:1], mask[:1], phi[1:2], mask[1:2])
     assert float(found["probe/ches"]) == pytest.approx(float(plain[0]))
     assert float(found["probe/ches_normalised"]) == pytest.approx(float(scaled[0]))

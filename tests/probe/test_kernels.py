@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ntkrl import ntk
-from ntkrl.probe.kernels import kernel_measures, plan_kernel
+from ntkrl.probe.exact_kernels import kernel_measures, plan_kernel
 from tests.ntk.networks import VOCAB, contexts, network
 
 pytestmark = pytest.mark.usefixtures("x64")

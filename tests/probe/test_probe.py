@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ntkrl import probe, update
-from ntkrl.probe.step import BYTES, comparison
+from ntkrl.probe.prober import LOGIT_BYTES, comparison
 from ntkrl.types import ProbeSet
 from tests.toys import toy_params, toy_policy
 from tests.update.test_step import make_batch, rloo
@@ -113,7 +113,7 @@ def test_prediction_of_a_real_adam_step(x64, rows):
     stage = update.Stage(name="x", steps=1, parameters=rows, max_grad_norm=0.5)
     program = update.stage_program(stage, policy, params)
     state = update.init_state(program, params, jax.random.key(0))
-    after, *_ = update.make_step(program, update.policy_objective(policy, rloo))(
+    after, *_ = update.make_step(program, update.policy_loss_fn(policy, rloo))(
         state, make_batch(policy.vocab_size)
     )
     metrics, arrays, _ = prober.compare(params, after.params)
@@ -137,7 +137,7 @@ def test_a_large_probe_set_is_read_in_blocks(x64):
     after = jax.tree.map(lambda leaf: leaf * 1.01, params)
     given = policy, probe_set(policy.vocab_size), params
     whole = probe.Prober(*given)
-    each = BYTES * given[1].completion_mask.shape[1] * policy.vocab_size / 2**30
+    each = LOGIT_BYTES * given[1].completion_mask.shape[1] * policy.vocab_size / 2**30
     for count, blocks in ((1, 4), (3, 2)):
         cut = probe.Prober(*given, memory_gib=count * each)
         assert len(cut.blocks) == blocks and len({b[1].shape for b in cut.blocks}) == 1

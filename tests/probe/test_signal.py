@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.probe.signal import entropy_share, gradient_noise, reward_signal
+from ntkrl.probe.batch_measures import entropy_share, gradient_noise, reward_signal
 
 
 def test_reward_signal_by_hand():

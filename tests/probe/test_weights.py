@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.probe import weights
-from ntkrl.probe.linearity import extend_line, extrapolate, line_fit, start_line
-from ntkrl.probe.weights import (
+from ntkrl.probe import parameters
+from ntkrl.probe.parameters import (
     direction_cosine,
+    extend_line,
+    extrapolate,
     leading_direction,
+    line_fit,
+    start_line,
     update_rank,
     update_ranks,
     update_sparsity,
@@ -126,9 +129,9 @@ def test_ranks_of_stacked_matrices():
 def test_the_same_entries_every_time():
     """by hand: evenly spread over all leaves, all of them where there are few."""
     few = {"a": jnp.arange(3.0), "b": 3.0 + jnp.arange(4.0).reshape(2, 2)}
-    assert weights.some_entries(few).tolist() == list(range(7))
+    assert parameters.sample_entries(few).tolist() == list(range(7))
     many = {"a": jnp.arange(3e4).reshape(3, -1), "b": 3e4 + jnp.arange(1e4)}
-    found = np.asarray(weights.some_entries(many))
-    assert len(found) == weights.ENTRIES and found[0] == 0 and found[-1] == 4e4 - 1
+    found = np.asarray(parameters.sample_entries(many))
+    assert len(found) == parameters.ENTRIES and found[0] == 0 and found[-1] == 4e4 - 1
     gaps = np.diff(found)
     assert gaps.min() >= 9 and gaps.max() <= 10
