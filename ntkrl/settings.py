@@ -94,20 +94,20 @@ class RunSettings:
 
     @property
     def evaluates(self) -> bool:
-        """Whether held-out prompts are evaluated during the run."""
+        """True if held-out prompts are evaluated during the run."""
         scored = self.method == "reward" or bool(self.reward.functions)
         return self.evaluation.every_steps is not None and scored
 
     @property
     def holds_out(self) -> bool:
-        """Whether prompts are held out, for evaluations and probes."""
+        """True if prompts are held out, for evaluations and probes."""
         files = self.data
         exist = files.path is None or files.eval_path is not None or files.held_out > 0
         return self.evaluates and exist
 
     @property
     def probes(self) -> bool:
-        """Whether steps are probed, which needs held-out prompts."""
+        """True if steps are probed, which needs held-out prompts."""
         return self.probe.enabled and self.holds_out and self.method != "reward"
 
     def data_shards(self, mesh: Mesh) -> int:

@@ -163,9 +163,9 @@ def test_first_ratio_is_one_and_keys_are_fresh(base, tmp_path, monkeypatch):
     """law: sampler and trainer agree before each rollout's first update; no key is used twice."""
     keys, original = [], RolloutSource.batches
 
-    def spy(self, turn):
-        keys.append(tuple(jax.random.key_data(turn.key).tolist()))
-        return original(self, turn)
+    def spy(self, context):
+        keys.append(tuple(jax.random.key_data(context.key).tolist()))
+        return original(self, context)
 
     monkeypatch.setattr(RolloutSource, "batches", spy)
     run = tmp_path / "run"

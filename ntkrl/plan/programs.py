@@ -8,7 +8,7 @@ from ntkrl import runtime, trees
 from ntkrl.plan import kernel, networks
 from ntkrl.settings import RunSettings
 from ntkrl.setup import StartingModel
-from ntkrl.training import PROBE, AbstractRun, Program, Programs
+from ntkrl.training import PROBE, AbstractRun, Program, Programs, run_programs
 
 
 class SpecialTokens(NamedTuple):
@@ -34,7 +34,7 @@ def described(settings: RunSettings, devices: list[Any]) -> AbstractRun:
 
 def programs(run: AbstractRun, probe: bool = True) -> Programs:
     """Yield every program of a run, and with `probe` the product with a kernel."""
-    yield from run.programs(probe)
+    yield from run_programs(run, probe)
     if probe:
         s = kernel.setting(run.model.policy, run.model.params, run.mesh, run.width)
         call, arguments = kernel.apply_call(s)

@@ -1,5 +1,6 @@
 """The training loop and its batch sources, train state, checkpoints, probes and programs."""
 
+from ntkrl.training.abstract_run import AbstractRun
 from ntkrl.training.batch_sources import (
     BatchSource,
     PreferenceSource,
@@ -15,9 +16,9 @@ from ntkrl.training.programs import (
     PROBE,
     SCORING,
     UPDATE,
-    AbstractRun,
     Program,
     Programs,
+    run_programs,
 )
 from ntkrl.training.rollout_source import RolloutSource
 
@@ -38,5 +39,6 @@ __all__ = [
     "StepBatches",
     "StepContext",
     "SupervisedSource",
+    "run_programs",
     "train",
 ]

@@ -57,7 +57,7 @@ class StepSnapshot:
 
     @property
     def accounted(self) -> bool:
-        """Whether a ledger of the step is made."""
+        """True if a ledger of the step is made."""
         return self.before.opt_state is not None
 
 

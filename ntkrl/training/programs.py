@@ -15,24 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import attribution, data, ntk, probe, rollout, runtime, trees, update
+from ntkrl import attribution, data, ntk, probe, runtime, trees, update
 from ntkrl.evaluation import make_evaluation_sample, prompts_together
 from ntkrl.numerics import bucket_length
 from ntkrl.reward.networks import rows_together
-from ntkrl.scoring import head_of
-from ntkrl.settings import RunSettings
-from ntkrl.setup import StartingModel
-from ntkrl.softmax import OutputHead
-from ntkrl.training.batch_sources import supervised_losses
-from ntkrl.training.credit import RolloutArrays, without_kl_advantages
+from ntkrl.training.abstract_run import OPTIMIZER, POLICY, STARTING, AbstractRun, on_device
 from ntkrl.training.probe_hook import make_ledger
-from ntkrl.training.rollout_source import RolloutFunctions, update_batch
-from ntkrl.training.train_state import TrainStates
-from ntkrl.types import Params, PromptBatch, Rollout, Scorer, TrainState, UpdateBatch
+from ntkrl.types import PromptBatch
 
 GENERATION, SCORING, UPDATE, PROBE = PARTS = ("generation", "scoring", "update", "probe")
-STARTING, POLICY, OPTIMIZER = "starting params", "params", "optimizer state"
-"""Names of trees that stay on the devices throughout a stage; see AbstractRun.resident."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,175 +58,27 @@ Programs = Generator[Program, Compiled | None, None]
 """Yields programs; the caller sends back what each compiled to, or None if it did not compile."""
 
 
-class AbstractRun:
-    """A run described by shapes: its resident trees and the programs that it compiles."""
+def run_programs(run: AbstractRun, probes: bool = True) -> Programs:
+    """Yield every program of the run.
 
-    def __init__(
-        self,
-        settings: RunSettings,
-        model: StartingModel,
-        scorers: Mapping[str, tuple[Scorer, Params]],
-    ):
-        """Bind stages and functions to a model.
-
-        Args:
-          settings: of a run with method rl or sft.
-          model: params are shapes with shardings; the tokenizer needs its special tokens alone.
-          scorers: reward models by name, their params shapes with shardings.
-
-        Raises:
-          ValueError: what a run is refused for, as far as it is known without files.
-        """
-        # stop strings are searched for on the host
-        limits = dataclasses.replace(settings.rollout, stop=())
-        self.settings = dataclasses.replace(settings, rollout=limits)
-        self.model, self.mesh, self.scorers = model, model.mesh, scorers
-        self.width, self.budget = settings.data.max_prompt_tokens, limits.max_completion_tokens
-        rollout.check_length(model.policy, self.width, self.budget)
-        self.states = TrainStates(self.settings, model)
-        self.functions: RolloutFunctions | None = None
-        if settings.method == "rl":
-            self.functions = RolloutFunctions(self.settings, model)
-            self.loss, self.term_losses = self.functions.loss, self.functions.term_losses
-        else:
-            self.loss, self.term_losses = supervised_losses(self.settings, model)
-        # epochs have a length that only the prompts know, and no program depends on
-        stages = [stage.in_steps(1 << 20) for stage in settings.stages]
-        self.stages = update.stage_programs(
-            stages, model.policy, model.params, settings.schedule.updates
-        )
-        self.stage_names = tuple(program.stage.name for program in self.stages)
-        self.key = self.replicated(jax.eval_shape(lambda: jax.random.key(0)))
-
-    def replicated(self, tree: Any) -> Any:
-        """Return shapes replicated on every device."""
-        sharding = runtime.replicated(self.mesh)
-        return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
-
-    def rows(self, tree: Any) -> Any:
-        """Return the shapes of a batch with the sharding of `runtime.place_rows`."""
-        sharding = runtime.row_sharding(jax.tree.leaves(tree)[0].shape[0], self.mesh)
-        return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
-
-    def per_device(self, rows: int) -> int:
-        """Return the rows of a batch on each device."""
-        return runtime.row_sharding(rows, self.mesh).shard_shape((rows,))[0]
-
-    def state(self, stage: update.StageProgram) -> TrainState:
-        """Return the state that a stage's steps start from."""
-        return self.states.abstract(stage).replace(reference=None)
-
-    def resident(self, stage: update.StageProgram) -> dict[str, Any]:
-        """Return the trees that are on the devices throughout a stage, by name."""
-        params = self.model.params
-        named = {STARTING: params, POLICY: params, OPTIMIZER: self.state(stage).opt_state}
-        if self.settings.schedule.reference_sync_steps is not None:
-            named["reference params"] = params
-        return named | {f"reward {name}": params for name, (_, params) in self.scorers.items()}
-
-    def snapshot_copies(self, stage: update.StageProgram) -> list[Any]:
-        """Return the copies that a probed step keeps on the devices; see ProbeHook.snapshot."""
-        if not self.settings.probes:
-            return []
-        state = self.state(stage)
-        if self.settings.probe.ledger_every_steps is None:
-            return [state.params]
-        return [state.params, _on_device(state.opt_state)]
-
-    def rollout(self, keep_features: bool) -> Rollout:
-        """Return a rollout with every prompt and completion at its full length."""
-        settings, policy = self.settings, self.model.policy
-        count = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
-        tokens = jax.ShapeDtypeStruct((count, self.width + self.budget), jnp.int32)
-        mask = tokens.update(dtype=jnp.bool_)
-        log_probs = jax.ShapeDtypeStruct((count, self.budget), jnp.float32)
-        features = None
-        if keep_features:
-            dtype = jax.eval_shape(policy.features, self.model.params, tokens, mask).dtype
-            shape = (count, self.budget, policy.feature_size)
-            features = jax.ShapeDtypeStruct(shape, dtype)
-        return self.rows(
-            Rollout(
-                tokens=tokens,
-                mask=mask,
-                completion_mask=log_probs.update(dtype=jnp.bool_),
-                sampler_log_probs=log_probs,
-                kept_log_mass=log_probs,
-                finished=jax.ShapeDtypeStruct((count,), jnp.bool_),
-                features=features,
-            )
-        )
-
-    def minibatch(
-        self, stage: update.StageProgram, accounted: bool = False
-    ) -> tuple[UpdateBatch, OutputHead | None]:
-        """Return the batch and the reference's head that a stage's step is called with.
-
-        Args:
-          stage: the stage.
-          accounted: whether a ledger is made of the step; by sample it needs no `kl_advantages`
-            (see `kl_shares`).
-        """
-        if self.functions is None:
-            return self.rows(self._supervised_batch()), None
-        functions, drawn = self.functions, self.rollout(keep_features=stage.head_alone)
-        log_probs = drawn.sampler_log_probs
-        exact_kl = functions.needs_reference and functions.objective.needs_distribution
-        arrays = RolloutArrays(
-            rewards=drawn.finished.update(dtype=jnp.float32),
-            old_log_probs=log_probs,
-            ref_log_probs=log_probs,
-            behaviour_log_probs=log_probs,
-            mask=drawn.completion_mask,
-            finished=drawn.finished,
-            kl=log_probs if exact_kl else None,
-        )
-        weights = jax.eval_shape(functions.token_weights, arrays, self.key)
-        reference_in_loss = functions.reference_in_loss
-        ref_features = self.rollout(True).features if reference_in_loss else None
-        batch = update_batch(drawn, arrays, weights, ref_features)
-        if not accounted or self.settings.probe.ledger_by != "group":
-            batch = without_kl_advantages(batch)
-        count = batch.tokens.shape[0] // self.settings.schedule.minibatches
-        batch = jax.tree.map(lambda leaf: leaf.update(shape=(count, *leaf.shape[1:])), batch)
-        head = head_of(self.model.policy, self.model.params) if reference_in_loss else None
-        return self.rows(batch), head
-
-    def _supervised_batch(self) -> UpdateBatch:
-        """Return a supervised minibatch; packed, as if every example filled a row."""
-        settings, schedule = self.settings.data, self.settings.schedule
-        count = settings.prompts_per_step // schedule.minibatches
-        prompts, completions, rows = [[0] * self.width], [[0] * self.budget], [0] * count
-
-        def batch() -> UpdateBatch:
-            if not settings.packing:
-                return data.supervised_batch(prompts, completions, rows, 0, self.width, self.budget)
-            multiple = trees.row_parts(self.mesh) * schedule.microbatches
-            length = self.width + self.budget
-            return data.packed_batches(prompts, completions, [rows], 0, length, multiple)[0]
-
-        return jax.eval_shape(batch)
-
-    def programs(self, probes: bool = True) -> Programs:
-        """Yield every program of the run.
-
-        Args:
-          probes: include what most steps do without: snapshots, ledgers, evaluation samples.
-        """
-        settings = self.settings
-        if self.functions is not None:
-            # features are kept for a stage that needs them, and cost a little memory in others
-            keep_features = any(stage.head_alone for stage in self.stages)
-            sampler = self.functions.samplers[keep_features]
-            yield from generation(self, sampler, settings.data.prompts_per_step, GENERATION)
-            yield from reference_readings(self)
-            yield from reward_models(self)
-        yield from updates(self, probes)
-        if probes and settings.probes and settings.probe.ledger_every_steps is not None:
-            yield from ledgers(self)
-        if probes and settings.evaluates:
-            sampler = make_evaluation_sample(settings, self.model)
-            yield from generation(self, sampler, prompts_together(settings, self.mesh), PROBE)
+    Args:
+      run: the run.
+      probes: include what most steps do without: snapshots, ledgers, evaluation samples.
+    """
+    settings = run.settings
+    if run.functions is not None:
+        # features are kept for a stage that needs them, and cost a little memory in others
+        keep_features = any(stage.head_alone for stage in run.stages)
+        sampler = run.functions.samplers[keep_features]
+        yield from generation(run, sampler, settings.data.prompts_per_step, GENERATION)
+        yield from reference_readings(run)
+        yield from reward_models(run)
+    yield from updates(run, probes)
+    if probes and settings.probes and settings.probe.ledger_every_steps is not None:
+        yield from ledgers(run)
+    if probes and settings.evaluates:
+        sampler = make_evaluation_sample(settings, run.model)
+        yield from generation(run, sampler, prompts_together(settings, run.mesh), PROBE)
 
 
 def generation(run: AbstractRun, sampler: Any, count: int, part: str) -> Programs:
@@ -402,7 +245,7 @@ def ledgers(run: AbstractRun) -> Programs:
             )
             for name, (grads, count) in gradients.items()
         }
-        before = state.replace(opt_state=_on_device(state.opt_state))
+        before = state.replace(opt_state=on_device(state.opt_state))
         actual = run.replicated(jax.ShapeDtypeStruct((2, len(targets)), jnp.float32))
         optimizer_step = attribution.OptimizerStep(
             before, state.params, batch, reference, gradients
@@ -438,12 +281,6 @@ def probe_block(run: AbstractRun) -> tuple[ntk.Contexts, Any, int]:
         np.ones((count, length), bool),
     )
     return contexts, jnp.zeros(count * run.budget, jnp.int32), -(-total // count)
-
-
-def _on_device(opt_state: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: leaf.update(sharding=leaf.sharding.with_memory_kind("device")), opt_state
-    )
 
 
 def _prompt_batch(count: int, width: int) -> PromptBatch:
