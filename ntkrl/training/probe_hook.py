@@ -188,7 +188,7 @@ class ProbeHook:
             metrics, arrays = metrics | direction_metrics, arrays | directions
         arrays["weights"] = trees.whole(probe.sample_entries(before.params))
         if runtime.is_writer():
-            metrics |= self.history.straightness(number, arrays)
+            metrics |= self.history.linearity(number, arrays)
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
         batch = step.batch
         if not settings.data.packing:
@@ -245,7 +245,7 @@ class ProbeHook:
         leading = runtime.fetch(leading)
         moved = {name: leaf for name, leaf in leading.items() if np.all(leaf.value > 0)}
         if runtime.is_writer():
-            metrics |= self.history.turning(number, moved)
+            metrics |= self.history.rotation(number, moved)
         return metrics, direction_arrays(moved)
 
     def _group(self, batch: UpdateBatch) -> int | None:
