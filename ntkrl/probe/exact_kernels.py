@@ -158,8 +158,7 @@ def batch_alignment(
     Args:
       policy, params: of the network.
       contexts: O contexts.
-      targets: `[O]` the tokens that follow.
-      advantages: `[O]` of them, not all 0.
+      targets, advantages: `[O]` tokens that follow, and their advantages, not all 0.
       memory_gib: what a kernel may use beyond the params (GiB).
     """
     gram = ntk.score_gram(policy, params, contexts, targets, memory_gib=memory_gib)
@@ -298,10 +297,7 @@ def centred_alignment(now: np.ndarray, start: np.ndarray) -> float:
 def kernel_drift(
     now: Mapping[str, np.ndarray], start: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Compare two results of `kernel_measures` on the same contexts.
-
-    Args:
-      now, start: with `head` and `trace_body` `[O, O]`, and `trace_head`.
+    """Compare two results of `kernel_measures` or `kernel_traces` on the same contexts.
 
     Returns:
       `body_to_head` Σ_o tr G(o, o)/Σ_o tr R(o, o) now (≥ 0), and for P = head, body
@@ -318,14 +314,10 @@ def kernel_drift(
 
 
 def layer_shares(names: np.ndarray, traces: np.ndarray) -> dict[str, float]:
-    """Return the share of each group of parameters in Σ_o tr K(o, o).
+    """Return the share of each group of parameters in Σ_o tr K(o, o); shares add up to 1.
 
     Args:
-      names, traces: `[G]` groups and `[G, O, O]`: `layers` and `trace_layers` of
-        `kernel_measures`.
-
-    Returns:
-      Shares by group; they add up to 1.
+      names, traces: `[G]` and `[G, O, O]`, `layers` and `trace_layers` of `kernel_measures`.
     """
     sums_G = np.einsum("goo->g", np.asarray(traces, float))
     return dict(zip(map(str, names), (sums_G / sums_G.sum()).tolist(), strict=True))

@@ -22,15 +22,15 @@ ENTRIES = 4096
 def update_sparsity(
     before: Params, after: Params, tolerance: float = 1e-5
 ) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
-    """Return the share of entries that an update changed in bfloat16, and left unchanged.
+    """Return the shares of entries that an update changed in bfloat16, and left unchanged.
 
     Args:
       before, after: params on either side.
       tolerance: an entry is unchanged where |θ_after − θ_before| ≤ tolerance; ≥ 0.
 
     Returns:
-      `(over all entries, by name of the leaf)`: scalars `bf16_visible`, the share whose bfloat16
-      rounding differs, and `unchanged`; both in [0, 1].
+      `(over all entries, by name of the leaf)`: `bf16_visible`, the share whose bfloat16 rounding
+      differs, and `unchanged`; both scalars in [0, 1].
 
     Source: Zhu et al. 2511.08567 (visible in bfloat16); Mukherjee et al. 2505.11711 (update
     sparsity at 1e-5).
@@ -79,17 +79,11 @@ class SingularTriple(NamedTuple):
 
 @jax.jit
 def leading_direction(matrix: Array, iterations: int = 500) -> SingularTriple:
-    """Return the leading singular triple by power iteration from a fixed start.
+    """Return the leading singular triple of `[M, N]` by power iteration from a fixed start.
 
-    The error of σ is the square of the vectors'. Where σ₁ and σ₂ nearly agree, iterations run out
-    and the vectors are some mixture of both pairs.
-
-    Args:
-      matrix: `[M, N]`; stacked layers by vmap.
-      iterations: at most so many, ≥ 1; fewer once v moves by less than √ε.
-
-    Returns:
-      SingularTriple; σ = 0 and any unit v for a matrix of zeros.
+    At most `iterations` ≥ 1, fewer once v moves by less than √ε. The error of σ is the square of
+    the vectors'; where σ₁ and σ₂ nearly agree the vectors mix both pairs. σ = 0 and any unit v for
+    a matrix of zeros.
     """
     matrix = at_least_float32(matrix)
     tolerance = float(jnp.finfo(matrix.dtype).eps) ** 0.5
@@ -171,10 +165,7 @@ def update_ranks(
 
 
 def direction_cosine(first: SingularTriple, second: SingularTriple) -> Array:
-    """Return ⟨u vᵀ, u' v'ᵀ⟩ = (u·u')(v·v') of two leading directions, a scalar in [−1, 1].
-
-    Independent of the sign of a pair (u, v); −1 where the change reversed.
-    """
+    """Return ⟨u vᵀ, u' v'ᵀ⟩ = (u·u')(v·v') in [−1, 1]; −1 where the change reversed."""
     return jnp.vdot(first.left, second.left) * jnp.vdot(first.right, second.right)
 
 
@@ -228,11 +219,9 @@ def classifier_measures(
 class LineSums(NamedTuple):
     """Running sums for a linear regression of every entry of a tree on the step.
 
-    Values are differences from the first checkpoint, so that sums of squares resolve small moves.
-
-    count, times, squares: n, Σ t, Σ t².
-    start_step, start: step and params of the first checkpoint.
-    values, products, value_squares: trees of Σ w, Σ t w, Σ w².
+    count, times, squares: n, Σ t, Σ t², t the step less `start_step`.
+    start_step, start: step and values of the first checkpoint.
+    values, products, value_squares: trees of Σ w, Σ t w, Σ w², w the value less `start`.
     """
 
     count: Array
@@ -315,12 +304,8 @@ def extrapolate(
     """Return θ_a + (t − a)/(b − a) (θ_b − θ_a), the line through two checkpoints at step t.
 
     Args:
-      first, second: θ_a and θ_b.
-      first_step, second_step: a and b (steps), different.
-      step: t (steps).
-
-    Returns:
-      A tree in the dtypes of θ_a.
+      first, second: θ_a and θ_b; the result has the dtypes of θ_a.
+      first_step, second_step, step: a ≠ b and t (steps).
 
     Raises:
       ValueError: a = b.
