@@ -20,8 +20,6 @@ from jax.sharding import Mesh
 from ntkrl import ntk, trees
 from ntkrl.attribution import linear_maps
 from ntkrl.attribution.linear_maps import ParameterGroups, TokenCotangents
-from ntkrl.ntk.contexts import Grouped, features_at
-from ntkrl.ntk.network import as_network
 from ntkrl.numerics import at_least_float32
 from ntkrl.probe import GradientNoise, noise_from_squares
 from ntkrl.types import Array, Params, Policy, Total, TrainState
@@ -88,7 +86,7 @@ class AttributionInputs(NamedTuple):
 
     step: OptimizerStep
     contexts: ntk.Contexts
-    sequences: Grouped
+    sequences: ntk.GroupedContexts
     targets: Array
     actual: Array | None
 
@@ -132,7 +130,7 @@ def attribute(spec: AttributionSpec, inputs: AttributionInputs) -> AttributionRe
     columns_KGAO = jax.lax.map(column, changes_K, batch_size=spec.columns)
     actual = inputs.actual
     if actual is None:
-        phi_OD = features_at(network, after, inputs.contexts)
+        phi_OD = ntk.features_at(network, after, inputs.contexts)
         measured = linear_maps.token_cotangents(network, after, phi_OD, inputs.targets)
         actual = measured.values - linear.cotangents.values
     samples, noise = None, None
@@ -163,7 +161,7 @@ class _LinearizedStep:
 
     def __init__(self, spec: AttributionSpec, inputs: AttributionInputs):
         self.spec, self.inputs = spec, inputs
-        self.network = as_network(spec.policy)
+        self.network = ntk.as_network(spec.policy)
         before = inputs.step.before
         self.trained, self.frozen = trees.partition(before.params, spec.trained)
         self.gradients_T, self.counts_T = self._batch_gradients()

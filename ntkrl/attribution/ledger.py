@@ -25,7 +25,7 @@ import optax
 from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
-from ntkrl.attribution.costs import FORMS, Estimate, choose, estimates
+from ntkrl.attribution.costs import FORMS, FormEstimate, estimates
 from ntkrl.attribution.decomposition import (
     COLUMNS,
     AttributionInputs,
@@ -36,9 +36,7 @@ from ntkrl.attribution.decomposition import (
     attribute,
 )
 from ntkrl.attribution.linear_maps import MEASURES, parameter_groups
-from ntkrl.ntk.contexts import checked, grouped
-from ntkrl.ntk.network import as_network
-from ntkrl.ntk.predict import BODY
+from ntkrl.numerics import GIB
 from ntkrl.probe import LEDGER_BY, GradientNoise
 from ntkrl.types import Array, Params, Policy
 
@@ -78,7 +76,7 @@ class Ledger:
     terms: Terms
     optimizer: optax.GradientTransformation
     trained: tuple[bool, ...]
-    groups: trees.Patterns = BODY
+    groups: trees.Patterns = ntk.BODY_GROUP
     by: str = "sample"
     form: str = "auto"
     memory_gib: float = 2.0
@@ -151,7 +149,7 @@ class Ledger:
 
     def estimates(
         self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
-    ) -> dict[str, Estimate]:
+    ) -> dict[str, FormEstimate]:
         """Return the cost of each form of the samples' contributions; arguments as for `read`."""
         shapes = _shapes(self._inputs(step, contexts, targets))
         inputs = jax.tree.unflatten(shapes[0], shapes[1:])
@@ -160,15 +158,15 @@ class Ledger:
     def _inputs(
         self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
     ) -> AttributionInputs:
-        network = as_network(self.policy)
-        contexts = checked(contexts, "contexts", network, step.before.params, is_policy=True)
+        network, params = ntk.as_network(self.policy), step.before.params
+        contexts = ntk.check_contexts(contexts, "contexts", network, params, is_policy=True)
         rows = jax.tree.leaves(step.batch)[0].shape[0]
         if rows % self.microbatches:
             raise ValueError(
                 f"ledger: {rows} rows cannot be cut in {self.microbatches} equal parts; choose a "
                 "divisor of the rows as microbatches."
             )
-        return AttributionInputs(step, contexts, grouped(contexts), targets, None)
+        return AttributionInputs(step, contexts, ntk.group_by_sequence(contexts), targets, None)
 
 
 def _shapes(inputs: AttributionInputs) -> tuple[Any, ...]:
@@ -198,8 +196,8 @@ def _spec(ledger: Ledger, treedef: Any, *shapes: Any) -> AttributionSpec:
     spec = dataclasses.replace(spec, columns=costs["jvp"].chunk * len(names))
     if ledger.by == "group":
         return spec
-    best = choose(costs, ledger.form, ledger.memory_gib)
-    return dataclasses.replace(spec, form=best.form, chunk=best.chunk, block=best.block)
+    best = costs.get(ledger.form) or ntk.cheapest(costs.values(), ledger.memory_gib * GIB)
+    return dataclasses.replace(spec, form=best.algorithm, chunk=best.chunk, block=best.block)
 
 
 def _named_arrays(spec: AttributionSpec, result: AttributionResult) -> dict[str, np.ndarray]:
