@@ -144,20 +144,6 @@ class Ledger:
         The first argument is static. Arrays of all but the contexts may be `jax.ShapeDtypeStruct`,
         for `function.lower(*arguments)`; arguments and errors are those of `read`.
         """
-        inputs = self._inputs(step, contexts, targets)
-        return attribute, (_spec(self, *_shapes(inputs)), inputs._replace(actual=actual))
-
-    def estimates(
-        self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
-    ) -> dict[str, FormEstimate]:
-        """Return the cost of each form of the samples' contributions; arguments as for `read`."""
-        shapes = _shapes(self._inputs(step, contexts, targets))
-        inputs = jax.tree.unflatten(shapes[0], shapes[1:])
-        return estimates(_spec(self, *shapes), inputs, self.memory_gib)
-
-    def _inputs(
-        self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
-    ) -> AttributionInputs:
         network, params = ntk.as_network(self.policy), step.before.params
         contexts = ntk.check_contexts(contexts, "contexts", network, params, is_policy=True)
         rows = jax.tree.leaves(step.batch)[0].shape[0]
@@ -166,14 +152,18 @@ class Ledger:
                 f"ledger: {rows} rows cannot be cut in {self.microbatches} equal parts; choose a "
                 "divisor of the rows as microbatches."
             )
-        return AttributionInputs(step, contexts, ntk.group_by_sequence(contexts), targets, None)
+        sequences = ntk.group_by_sequence(contexts)
+        inputs = AttributionInputs(step, contexts, sequences, targets, actual)
+        leaves, treedef = jax.tree.flatten(inputs)
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        return attribute, (_spec(self, treedef, *shapes), inputs)
 
-
-def _shapes(inputs: AttributionInputs) -> tuple[Any, ...]:
-    """Return the tree structure and the shapes of its leaves, hashable."""
-    step = inputs.step._replace(gradients=None)
-    leaves, treedef = jax.tree.flatten(inputs._replace(step=step))
-    return treedef, *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    def estimates(
+        self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
+    ) -> dict[str, FormEstimate]:
+        """Return the cost of each form of the samples' contributions; arguments as for `read`."""
+        _, (spec, inputs) = self.bind(step, contexts, targets)
+        return estimates(spec, inputs, self.memory_gib)
 
 
 @functools.lru_cache(maxsize=16)
@@ -226,14 +216,7 @@ def _sum_samples(values: np.ndarray) -> np.ndarray:
 def split_term(
     arrays: dict[str, np.ndarray], term: str, part: str, shares: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Split a part off the columns of a term.
-
-    Args:
-      arrays: of a ledger by sample.
-      term: whose samples' contributions are split.
-      part: name of the new term.
-      shares: `[B]` of the part in each sample's contribution.
-    """
+    """Split a part, of `[B]` shares in each sample's contribution, off the columns of a term."""
     split = {}
     for name, value in arrays.items():
         measure, column, *group = name.split("/", 2)

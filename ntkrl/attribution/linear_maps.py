@@ -1,10 +1,9 @@
 """The two linear maps of a ledger: gradient → change of the params → change at the probe tokens.
 
-**Optimizer.** `linearize_update` reads an update operation by operation and writes it as
-u = P g + Q s + R θ of gradient g, state s and params θ. Operations that are linear in one of the
-three are kept; the result of any other (a square, a root, a norm, a product of two things that
-both depend on it) is a constant at its realised value. With c the realised clip factor and η_t the
-learning rate:
+**Optimizer.** `linearize_update` writes an update as P g + Q s + R θ of gradient g, state s and
+params θ. Operations that are linear in one of the three are kept; the result of any other (a
+square, a root, a norm, a product of two operands that both depend on it) is a constant at its
+realised value. With c the realised clip factor and η_t the learning rate:
 
     sgd         P = −η_t c                                   Q: −η_t μ × the previous trace
     adam(w)     P = −η_t c (1−β₁)/(1−β₁ᵗ) / (√v̂_t + ε)       Q: −η_t β₁/(1−β₁ᵗ) m_{t−1} / (√v̂_t + ε)
@@ -12,13 +11,13 @@ learning rate:
     muon        P = −η_t c a N, N the realised polynomial of M Mᵀ that Newton–Schulz multiplies
                 the momentum M by, a the share of g in M     Q: the same N, on the previous M
 
-and R: −η_t λ θ of the weight decay. For these five P g + Q s + R θ is the update to rounding. An
-optimizer that uses its gradient in no linear way (signs) is all remainder.
+and R: −η_t λ θ of the weight decay, to rounding. An optimizer that uses its gradient in no linear
+way (signs) is all remainder.
 
 **Network.** With c the cotangents of a token's logits, e_y − π for log π(y) and −π (log π + H) for
-H, a change (dW, dθ) of the head's and the features' role changes them by  c'ᵀ (dW φ + db) +
-(Wᵀc')ᵀ J_φ dθ  to first order, c' the cotangent before the head's cap. The second part, of every
-group of parameters, has two forms:
+H, and c' those before the head's cap, changes dW, db of the head's role and dθ of the features'
+role change them by  c'ᵀ (dW φ + db) + (Wᵀc')ᵀ J_φ dθ  to first order. The second part has two
+forms:
 
     jvp    J_φ dθ by one JVP over the probe set per change and group
     vjp    ⟨J_φᵀ Wᵀc', dθ⟩ with the gradients of all probe tokens written out, groups by leaf
@@ -64,14 +63,7 @@ class LinearizedUpdate(NamedTuple):
 def linearize_update(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: Any, params: Params
 ) -> LinearizedUpdate:
-    """Linearize an update at the gradient, state and params that it was made with.
-
-    Args:
-      optimizer: the transformation.
-      grads: tree like `params`, the gradient that was applied.
-      opt_state: the state before.
-      params: the trained leaves before.
-    """
+    """Linearize the update of a gradient at the state and params (trained leaves) before it."""
     arguments = (grads, opt_state, params)
     traced = trace(optimizer.update, *arguments)
     leaves, treedef = jax.tree.leaves(arguments), jax.tree.structure(grads)
@@ -108,10 +100,10 @@ def _depend_on(traced: TracedFunction, slots: set[int]) -> list[bool]:
 def _evaluate(
     traced: TracedFunction, inputs: Sequence[Any], flags: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
-    """Evaluate a traced function and stop gradients where it is not linear in the flagged inputs.
+    """Evaluate a function, with gradients stopped where it is not linear in the flagged inputs.
 
     Returns:
-      The results, and which of them are linear in the flagged inputs.
+      The results, and flags of those that are linear in the flagged inputs.
     """
     values = {**traced.constants, **dict(zip(traced.inputs, inputs, strict=True))}
     linear = {slot for slot, flag in zip(traced.inputs, flags, strict=True) if flag}
@@ -319,8 +311,7 @@ def probe_gradients(
     """Return the gradients of probe tokens' measures: leaves `[S·P·2, …]` of the features' role.
 
     Args:
-      network, groups: of the policy.
-      trained, frozen: partition of the params.
+      network, groups, trained, frozen: of the policy, and the partition of its params.
       sequences: tokens and mask `[S, T]`, positions `[S, P]` and cotangents of the features there
         `[S, P, 2, D]`.
     """

@@ -14,7 +14,7 @@ from ntkrl.attribution import MEASURES
 from ntkrl.probe.batch_measures import gradient_noise
 from ntkrl.report import GLOSSARY, is_known
 from ntkrl.scoring import score
-from tests.probe.test_probe import probe_set
+from tests.probe.test_prober import probe_set
 from tests.toys import TINY, toy_params, toy_policy
 from tests.update.test_step import make_batch
 
