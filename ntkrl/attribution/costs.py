@@ -124,11 +124,11 @@ def _counts(spec: AttributionSpec, inputs: AttributionInputs, has_body: bool) ->
     def features_jvp(trained: Params, change: Params, *fixed: Any) -> Array:
         return jax.jvp(lambda leaves: features(leaves, *fixed), (trained,), (change,))[1]
 
-    def token_gradients(trained: Params, frozen: Params, *sequence: Array) -> list[Array]:
+    def token_gradients(trained: Params, frozen: Params, sequence: Any) -> list[Array]:
         return linear_maps.probe_gradients(network, spec.groups, trained, frozen, sequence)
 
     def sample_gradients(params: Params, batch: Any, reference: Any) -> Params:
-        before = step.before.replace(params=params)
+        before = dataclasses.replace(step.before, params=params)
         sample = OptimizerStep(before, params, batch, reference)
         return decomposition.term_gradients(spec, sample, batch)[0]
 
@@ -150,11 +150,11 @@ def _counts(spec: AttributionSpec, inputs: AttributionInputs, has_body: bool) ->
         positions = jax.ShapeDtypeStruct(shape, int)
         cotangents = jax.ShapeDtypeStruct((*shape, 2, width), dtype)
         sequence = tokens, mask, positions, cotangents
-        token_flops = flops(trace(token_gradients, trained, frozen, *sequence))
+        token_flops = flops(trace(token_gradients, trained, frozen, sequence))
     head = 2 * spec.policy.vocab_size * width * inputs.targets.shape[0]
     return _Counts(
         sample=flops(sample) + len(spec.names) * changes,
-        jvp=inputs.contexts.mask.shape[0] * (flops(jvp) - flops(forward)),
+        jvp=inputs.contexts.tokens.shape[0] * (flops(jvp) - flops(forward)),
         tokens=token_flops,
         head=head * (spec.policy.head_weight in trees.names(trained)),
         values=values,

@@ -227,9 +227,11 @@ class _LinearizedStep:
         if self.spec.block >= len(self.inputs.sequences.positions):
             # one block: its tokens alone, without the padded slots of shorter sequences
             block = jax.tree.map(lambda leaf: leaf[0], blocks)
-            samples_BGAOT, squares_B = self._by_block(*block, slots_O)
+            samples_BGAOT, squares_B = self._by_block(block[0], block[1], slots_O)
             return jnp.transpose(samples_BGAOT, (1, 2, 3, 4, 0)), squares_B
-        samples_NBGAOT, squares_NB = jax.lax.map(lambda block: self._by_block(*block), blocks)
+        samples_NBGAOT, squares_NB = jax.lax.map(
+            lambda block: self._by_block(block[0], block[1]), blocks
+        )
         n, rows, groups, measures, tokens, terms = samples_NBGAOT.shape
         samples = jnp.transpose(samples_NBGAOT, (2, 3, 0, 4, 5, 1))
         samples = samples.reshape(groups, measures, n * tokens, terms, rows)
@@ -302,7 +304,8 @@ def _sum_terms(leaf: Array) -> Array:
 
 
 def _squared_norm(tree: Params) -> Array:
-    return sum(jnp.sum(jnp.square(at_least_float32(leaf))) for leaf in jax.tree.leaves(tree))
+    squares = jax.tree.map(lambda leaf: jnp.sum(jnp.square(at_least_float32(leaf))), tree)
+    return jax.tree.reduce(jnp.add, squares)
 
 
 def _divide(grads: Params, counts: Array) -> Params:

@@ -192,9 +192,10 @@ def _spec(ledger: Ledger, treedef: Any, *shapes: Any) -> AttributionSpec:
 
 def _named_arrays(spec: AttributionSpec, result: AttributionResult) -> dict[str, np.ndarray]:
     """Arrange a result by the names of `Ledger.read`."""
-    arrays, terms = {}, () if spec.by == "sample" else spec.names
+    arrays: dict[str, np.ndarray] = {}
+    terms = () if spec.by == "sample" else spec.names
     for m, measure in enumerate(MEASURES):
-        named = {}
+        named: dict[str, Any] = {}
         for g, group in enumerate(("head", *spec.groups.names)):
             if result.samples is not None:
                 for t, term in enumerate(spec.names):
@@ -217,7 +218,7 @@ def split_term(
     arrays: dict[str, np.ndarray], term: str, part: str, shares: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Split a part, of `[B]` shares in each sample's contribution, off the columns of a term."""
-    split = {}
+    split: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
         measure, column, *group = name.split("/", 2)
         if column == term:
@@ -251,7 +252,7 @@ def ledger_measures(
       (nats). `ledger/optimizer_size` and `ledger/curvature_size`, ‖Δ_part‖/‖Δ‖. A step that moved
       nothing gives NaN.
     """
-    metrics = {}
+    metrics: dict[str, float] = {}
     for measure in MEASURES:
         prefix = f"{measure}/"
         named = {
@@ -278,8 +279,9 @@ def _parts(
     named: dict[str, np.ndarray], advantages: np.ndarray | None, same_prompt: np.ndarray | None
 ) -> dict[str, np.ndarray]:
     """Return `[O]` per part; columns first, then parts of the terms."""
-    parts = {"curvature": named.pop("curvature")}
-    samples, roles = 0.0, {"head": 0.0, "body": 0.0}
+    parts: dict[str, Any] = {"curvature": named.pop("curvature")}
+    samples: Any = 0.0
+    roles: dict[str, Any] = {"head": 0.0, "body": 0.0}
     for name, value in named.items():
         column, group = name.split("/", 1)
         parts[column] = parts.setdefault(column, 0.0) + _sum_samples(value)

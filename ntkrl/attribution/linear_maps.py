@@ -25,6 +25,7 @@ forms:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,8 @@ def linearize_update(
     arguments = (grads, opt_state, params)
     traced = trace(optimizer.update, *arguments)
     leaves, treedef = jax.tree.leaves(arguments), jax.tree.structure(grads)
-    first, last = treedef.num_leaves, len(leaves) - treedef.num_leaves
+    first = len(jax.tree.leaves(grads))
+    last = len(leaves) - first
     # the moments of a state are its entries that depend on gradients: no counts, no settings
     moments = _depend_on(traced, set(traced.inputs[:first]))[first:]
     state = [first + number for number, is_moment in enumerate(moments) if is_moment]
@@ -159,8 +161,9 @@ def _unroll_scan(
         outputs.append((results[carried:], linear[carried:]))
     if params["reverse"]:
         outputs.reverse()
-    stacked, linear = ([*zip(*column, strict=True)] for column in zip(*outputs, strict=True))
-    return [*carry, *map(jnp.stack, stacked)], [*flags[first:last], *map(any, linear)]
+    stacked = [jnp.stack(values) for values in zip(*(o[0] for o in outputs), strict=True)]
+    linear = [any(flags) for flags in zip(*(o[1] for o in outputs), strict=True)]
+    return [*carry, *stacked], [*flags[first:last], *linear]
 
 
 class ParameterGroups(NamedTuple):
@@ -349,4 +352,4 @@ def contract_gradients(
         layer_LRK = einsum("rlm,klm->lrk", row_RLM, change_KLM)
         belongs_GL = np.arange(len(groups.names))[:, None] == np.asarray(group)[None]
         products.append(einsum("gl,lrk->grk", jnp.asarray(belongs_GL, layer_LRK.dtype), layer_LRK))
-    return sum(products)
+    return functools.reduce(jnp.add, products)

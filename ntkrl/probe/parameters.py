@@ -196,9 +196,10 @@ def classifier_measures(
         tile, start_tile = slice_tile(head, rows, number), slice_tile(start_head, rows, number)
         here_RD = jnp.where(tile.fresh[:, None], at_least_float32(tile.weight), 0)
         there_RD = jnp.where(tile.fresh[:, None], at_least_float32(start_tile.weight), 0)
-        parts = here_RD, here_RD - there_RD
-        grams = tuple(g + einsum("rd,re->de", p, p) for g, p in zip(grams, parts, strict=True))
-        return grams, jnp.linalg.norm(here_RD, axis=1)
+        moved_RD = here_RD - there_RD
+        gram_DD = grams[0] + einsum("rd,re->de", here_RD, here_RD)
+        moved_DD = grams[1] + einsum("rd,re->de", moved_RD, moved_RD)
+        return (gram_DD, moved_DD), jnp.linalg.norm(here_RD, axis=1)
 
     numbers = jnp.arange(count, dtype=jnp.int32)
     (gram_DD, moved_DD), norms = jax.lax.scan(add, (zeros_DD, zeros_DD), numbers)
@@ -219,12 +220,12 @@ def classifier_measures(
 class LineSums(NamedTuple):
     """Running sums for a linear regression of every entry of a tree on the step.
 
-    count, times, squares: n, Σ t, Σ t², t the step less `start_step`.
+    number, times, squares: n, Σ t, Σ t², t the step less `start_step`.
     start_step, start: step and values of the first checkpoint.
     values, products, value_squares: trees of Σ w, Σ t w, Σ w², w the value less `start`.
     """
 
-    count: Array
+    number: Array
     times: Array
     squares: Array
     start_step: Array
@@ -248,7 +249,7 @@ def extend_line(sums: LineSums, tree: Params, step: Array | float) -> LineSums:
     t = (step - sums.start_step).astype(sums.times.dtype)
     moved = jax.tree.map(lambda leaf, start: at_least_float32(leaf) - start, tree, sums.start)
     return sums._replace(
-        count=sums.count + 1,
+        number=sums.number + 1,
         times=sums.times + t,
         squares=sums.squares + t**2,
         values=jax.tree.map(jnp.add, sums.values, moved),
@@ -273,11 +274,11 @@ def line_fit(sums: LineSums) -> tuple[Params, dict[str, Array]]:
 
     Source: 2601.04537.
     """
-    spread = sums.squares - sums.times**2 / sums.count
+    spread = sums.squares - sums.times**2 / sums.number
 
     def centred(values: Array, products: Array, squares: Array) -> tuple[Array, Array]:
-        across = products - sums.times * values / sums.count
-        variance = squares - values**2 / sums.count
+        across = products - sums.times * values / sums.number
+        variance = squares - values**2 / sums.number
         return jnp.minimum(across**2 / spread, variance), variance
 
     parts = jax.tree.map(centred, sums.values, sums.products, sums.value_squares)
@@ -295,7 +296,7 @@ def line_fit(sums: LineSums) -> tuple[Params, dict[str, Array]]:
 
 
 def _sum(tree: Params) -> Array:
-    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree))
+    return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, tree))
 
 
 def extrapolate(

@@ -100,7 +100,8 @@ def self_bleu(texts: Sequence[str], longest: int = 4) -> float:
     logs = np.zeros((len(texts), longest))
     for n in range(1, longest + 1):
         counts = [Counter(_ngrams(text, n)) for text in words]
-        best, second = Counter(), Counter()
+        best: Counter[tuple[str, ...]] = Counter()
+        second: Counter[tuple[str, ...]] = Counter()
         for count in counts:
             for gram, times in count.items():
                 second[gram] = max(second[gram], min(times, best[gram]))
@@ -281,7 +282,7 @@ def support_change(
     Source: Wu et al. 2507.14843 (preservation, shrinkage, expansion, out of support; retention
     rate, discovery rate, support dynamic score, net change rate).
     """
-    counts = Counter()
+    counts: Counter[tuple[bool, ...]] = Counter()
     for here, there, right in zip(first, second, correct, strict=True):
         for answer in set(right):
             reached = [list(answers).count(answer) >= least for answers in (here, there)]

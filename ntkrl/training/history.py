@@ -52,7 +52,7 @@ class History:
         self._extend(step, arrays)
         found = {}
         for room, line in self.lines.items():
-            if line.count >= 3:
+            if line.number >= 3:
                 _, scalars = probe.line_fit(line)
                 found |= {f"{room}/{name}": float(value) for name, value in scalars.items()}
         return {name: value for name, value in found.items() if math.isfinite(value)}
