@@ -203,18 +203,18 @@ def get_config():
     config.probe.every_steps = 10  # None: no probe
     config.probe.prompts = 8
     config.probe.completions_per_prompt = 2
-    # "own" sampled from the starting model, "other" the own ones of another prompt, "shuffled" the
-    # own ones in random order; "reference", "rejected", "paraphrased" from columns of the prompts
+    # "own" sampled from the initial model, "other" the own completions of another prompt, "shuffled"
+    # the own ones in random token order; "reference", "rejected", "paraphrased" from prompt columns
     config.probe.families = ("own",)
-    # what each sample, momentum and decay did to the probe tokens in one optimizer step; holds
+    # contributions of samples, momentum and decay to one optimizer step at the probe tokens; needs
     # several copies of the trained params beside training
     config.probe.ledger_every_steps = 50  # None: no ledger
     config.probe.ledger_by = "sample"  # or "group": the minibatch together, cheaper
-    config.probe.ledger_groups = ((".*", "body"),)  # parts of the network in its role below W
+    config.probe.ledger_groups = ((".*", "body"),)  # (pattern, group) of feature parameters
     # exact kernels of some probe tokens: laziness, alignment with the start, tr G / tr R
-    config.probe.kernel_every_steps = placeholder(int)  # None: none; one costs contexts × D passes
+    config.probe.kernel_every_steps = placeholder(int)  # None: none; costs contexts × D passes
     config.probe.kernel_contexts = 8
-    config.probe.kernel_layers = False  # shares of layers too
+    config.probe.kernel_layers = False  # True: also shares of layers
     config.probe.memory_gib = 2.0  # to read the probe set, and for the samples of a ledger
 
     # beside metrics.jsonl, which is always written; a run may be resumed with another choice
