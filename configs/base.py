@@ -203,7 +203,7 @@ def get_config():
     config.probe.every_steps = 10  # None: no probe
     config.probe.prompts = 8
     config.probe.completions_per_prompt = 2
-    # "own" sampled from the initial model, "other" the own completions of another prompt, "shuffled"
+    # "own" sampled from the initial model, "other" the own completions of another, "shuffled"
     # the own ones in random token order; "reference", "rejected", "paraphrased" from prompt columns
     config.probe.families = ("own",)
     # contributions of samples, momentum and decay to one optimizer step at the probe tokens; needs
