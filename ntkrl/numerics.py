@@ -21,6 +21,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 """Dtypes of params, networks and key-value caches, by their name in a config."""
 GIB = 2**30
 SHORTEST_BUCKET = 8
+GIB = 2**30
+"""Bytes of a GiB."""
 HIGHEST = jax.lax.Precision.HIGHEST
 einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 """Products in full precision: accelerators otherwise multiply float32 in fewer bits."""

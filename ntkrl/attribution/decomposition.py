@@ -20,8 +20,6 @@ from jax.sharding import Mesh
 from ntkrl import ntk, trees
 from ntkrl.attribution import linear_maps
 from ntkrl.attribution.linear_maps import ParameterGroups, TokenCotangents
-from ntkrl.ntk.contexts import Grouped, features_at
-from ntkrl.ntk.network import as_network
 from ntkrl.numerics import at_least_float32
 from ntkrl.probe import GradientNoise, noise_from_squares
 from ntkrl.types import Array, Params, Policy, Total, TrainState
@@ -88,7 +86,7 @@ class AttributionInputs(NamedTuple):
 
     step: OptimizerStep
     contexts: ntk.Contexts
-    sequences: Grouped
+    sequences: ntk.GroupedContexts
     targets: Array
     actual: Array | None
 
@@ -132,7 +130,7 @@ def attribute(spec: AttributionSpec, inputs: AttributionInputs) -> AttributionRe
     columns_KGAO = jax.lax.map(column, changes_K, batch_size=spec.columns)
     actual = inputs.actual
     if actual is None:
-        phi_OD = features_at(network, after, inputs.contexts)
+        phi_OD = ntk.features_at(network, after, inputs.contexts)
         measured = linear_maps.token_cotangents(network, after, phi_OD, inputs.targets)
         actual = measured.values - linear.cotangents.values
     samples, noise = None, None
@@ -163,7 +161,7 @@ class _LinearizedStep:
 
     def __init__(self, spec: AttributionSpec, inputs: AttributionInputs):
         self.spec, self.inputs = spec, inputs
-        self.network = as_network(spec.policy)
+        self.network = ntk.as_network(spec.policy)
         before = inputs.step.before
         self.trained, self.frozen = trees.partition(before.params, spec.trained)
         self.gradients_T, self.counts_T = self._batch_gradients()
@@ -229,9 +227,11 @@ class _LinearizedStep:
         if self.spec.block >= len(self.inputs.sequences.positions):
             # one block: its tokens alone, without the padded slots of shorter sequences
             block = jax.tree.map(lambda leaf: leaf[0], blocks)
-            samples_BGAOT, squares_B = self._by_block(*block, slots_O)
+            samples_BGAOT, squares_B = self._by_block(block[0], block[1], slots_O)
             return jnp.transpose(samples_BGAOT, (1, 2, 3, 4, 0)), squares_B
-        samples_NBGAOT, squares_NB = jax.lax.map(lambda block: self._by_block(*block), blocks)
+        samples_NBGAOT, squares_NB = jax.lax.map(
+            lambda block: self._by_block(block[0], block[1]), blocks
+        )
         n, rows, groups, measures, tokens, terms = samples_NBGAOT.shape
         samples = jnp.transpose(samples_NBGAOT, (2, 3, 0, 4, 5, 1))
         samples = samples.reshape(groups, measures, n * tokens, terms, rows)
@@ -304,7 +304,8 @@ def _sum_terms(leaf: Array) -> Array:
 
 
 def _squared_norm(tree: Params) -> Array:
-    return sum(jnp.sum(jnp.square(at_least_float32(leaf))) for leaf in jax.tree.leaves(tree))
+    squares = jax.tree.map(lambda leaf: jnp.sum(jnp.square(at_least_float32(leaf))), tree)
+    return jax.tree.reduce(jnp.add, squares)
 
 
 def _divide(grads: Params, counts: Array) -> Params:

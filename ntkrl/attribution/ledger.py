@@ -25,7 +25,7 @@ import optax
 from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
-from ntkrl.attribution.costs import FORMS, Estimate, choose, estimates
+from ntkrl.attribution.costs import FORMS, FormEstimate, estimates
 from ntkrl.attribution.decomposition import (
     COLUMNS,
     AttributionInputs,
@@ -36,9 +36,7 @@ from ntkrl.attribution.decomposition import (
     attribute,
 )
 from ntkrl.attribution.linear_maps import MEASURES, parameter_groups
-from ntkrl.ntk.contexts import checked, grouped
-from ntkrl.ntk.network import as_network
-from ntkrl.ntk.predict import BODY
+from ntkrl.numerics import GIB
 from ntkrl.probe import LEDGER_BY, GradientNoise
 from ntkrl.types import Array, Params, Policy
 
@@ -78,7 +76,7 @@ class Ledger:
     terms: Terms
     optimizer: optax.GradientTransformation
     trained: tuple[bool, ...]
-    groups: trees.Patterns = BODY
+    groups: trees.Patterns = ntk.BODY_GROUP
     by: str = "sample"
     form: str = "auto"
     memory_gib: float = 2.0
@@ -146,36 +144,26 @@ class Ledger:
         The first argument is static. Arrays of all but the contexts may be `jax.ShapeDtypeStruct`,
         for `function.lower(*arguments)`; arguments and errors are those of `read`.
         """
-        inputs = self._inputs(step, contexts, targets)
-        return attribute, (_spec(self, *_shapes(inputs)), inputs._replace(actual=actual))
-
-    def estimates(
-        self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
-    ) -> dict[str, Estimate]:
-        """Return the cost of each form of the samples' contributions; arguments as for `read`."""
-        shapes = _shapes(self._inputs(step, contexts, targets))
-        inputs = jax.tree.unflatten(shapes[0], shapes[1:])
-        return estimates(_spec(self, *shapes), inputs, self.memory_gib)
-
-    def _inputs(
-        self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
-    ) -> AttributionInputs:
-        network = as_network(self.policy)
-        contexts = checked(contexts, "contexts", network, step.before.params, is_policy=True)
+        network, params = ntk.as_network(self.policy), step.before.params
+        contexts = ntk.check_contexts(contexts, "contexts", network, params, is_policy=True)
         rows = jax.tree.leaves(step.batch)[0].shape[0]
         if rows % self.microbatches:
             raise ValueError(
                 f"ledger: {rows} rows cannot be cut in {self.microbatches} equal parts; choose a "
                 "divisor of the rows as microbatches."
             )
-        return AttributionInputs(step, contexts, grouped(contexts), targets, None)
+        sequences = ntk.group_by_sequence(contexts)
+        inputs = AttributionInputs(step, contexts, sequences, targets, actual)
+        leaves, treedef = jax.tree.flatten(inputs)
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        return attribute, (_spec(self, treedef, *shapes), inputs)
 
-
-def _shapes(inputs: AttributionInputs) -> tuple[Any, ...]:
-    """Return the tree structure and the shapes of its leaves, hashable."""
-    step = inputs.step._replace(gradients=None)
-    leaves, treedef = jax.tree.flatten(inputs._replace(step=step))
-    return treedef, *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    def estimates(
+        self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
+    ) -> dict[str, FormEstimate]:
+        """Return the cost of each form of the samples' contributions; arguments as for `read`."""
+        _, (spec, inputs) = self.bind(step, contexts, targets)
+        return estimates(spec, inputs, self.memory_gib)
 
 
 @functools.lru_cache(maxsize=16)
@@ -198,15 +186,16 @@ def _spec(ledger: Ledger, treedef: Any, *shapes: Any) -> AttributionSpec:
     spec = dataclasses.replace(spec, columns=costs["jvp"].chunk * len(names))
     if ledger.by == "group":
         return spec
-    best = choose(costs, ledger.form, ledger.memory_gib)
-    return dataclasses.replace(spec, form=best.form, chunk=best.chunk, block=best.block)
+    best = costs.get(ledger.form) or ntk.cheapest(costs.values(), ledger.memory_gib * GIB)
+    return dataclasses.replace(spec, form=best.algorithm, chunk=best.chunk, block=best.block)
 
 
 def _named_arrays(spec: AttributionSpec, result: AttributionResult) -> dict[str, np.ndarray]:
     """Arrange a result by the names of `Ledger.read`."""
-    arrays, terms = {}, () if spec.by == "sample" else spec.names
+    arrays: dict[str, np.ndarray] = {}
+    terms = () if spec.by == "sample" else spec.names
     for m, measure in enumerate(MEASURES):
-        named = {}
+        named: dict[str, Any] = {}
         for g, group in enumerate(("head", *spec.groups.names)):
             if result.samples is not None:
                 for t, term in enumerate(spec.names):
@@ -228,15 +217,8 @@ def _sum_samples(values: np.ndarray) -> np.ndarray:
 def split_term(
     arrays: dict[str, np.ndarray], term: str, part: str, shares: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Split a part off the columns of a term.
-
-    Args:
-      arrays: of a ledger by sample.
-      term: whose samples' contributions are split.
-      part: name of the new term.
-      shares: `[B]` of the part in each sample's contribution.
-    """
-    split = {}
+    """Split a part, of `[B]` shares in each sample's contribution, off the columns of a term."""
+    split: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
         measure, column, *group = name.split("/", 2)
         if column == term:
@@ -270,7 +252,7 @@ def ledger_measures(
       (nats). `ledger/optimizer_size` and `ledger/curvature_size`, ‖Δ_part‖/‖Δ‖. A step that moved
       nothing gives NaN.
     """
-    metrics = {}
+    metrics: dict[str, float] = {}
     for measure in MEASURES:
         prefix = f"{measure}/"
         named = {
@@ -297,8 +279,9 @@ def _parts(
     named: dict[str, np.ndarray], advantages: np.ndarray | None, same_prompt: np.ndarray | None
 ) -> dict[str, np.ndarray]:
     """Return `[O]` per part; columns first, then parts of the terms."""
-    parts = {"curvature": named.pop("curvature")}
-    samples, roles = 0.0, {"head": 0.0, "body": 0.0}
+    parts: dict[str, Any] = {"curvature": named.pop("curvature")}
+    samples: Any = 0.0
+    roles: dict[str, Any] = {"head": 0.0, "body": 0.0}
     for name, value in named.items():
         column, group = name.split("/", 1)
         parts[column] = parts.setdefault(column, 0.0) + _sum_samples(value)

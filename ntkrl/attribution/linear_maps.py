@@ -1,10 +1,9 @@
 """The two linear maps of a ledger: gradient → change of the params → change at the probe tokens.
 
-**Optimizer.** `linearize_update` reads an update operation by operation and writes it as
-u = P g + Q s + R θ of gradient g, state s and params θ. Operations that are linear in one of the
-three are kept; the result of any other (a square, a root, a norm, a product of two things that
-both depend on it) is a constant at its realised value. With c the realised clip factor and η_t the
-learning rate:
+**Optimizer.** `linearize_update` writes an update as P g + Q s + R θ of gradient g, state s and
+params θ. Operations that are linear in one of the three are kept; the result of any other (a
+square, a root, a norm, a product of two operands that both depend on it) is a constant at its
+realised value. With c the realised clip factor and η_t the learning rate:
 
     sgd         P = −η_t c                                   Q: −η_t μ × the previous trace
     adam(w)     P = −η_t c (1−β₁)/(1−β₁ᵗ) / (√v̂_t + ε)       Q: −η_t β₁/(1−β₁ᵗ) m_{t−1} / (√v̂_t + ε)
@@ -12,13 +11,13 @@ learning rate:
     muon        P = −η_t c a N, N the realised polynomial of M Mᵀ that Newton–Schulz multiplies
                 the momentum M by, a the share of g in M     Q: the same N, on the previous M
 
-and R: −η_t λ θ of the weight decay. For these five P g + Q s + R θ is the update to rounding. An
-optimizer that uses its gradient in no linear way (signs) is all remainder.
+and R: −η_t λ θ of the weight decay, to rounding. An optimizer that uses its gradient in no linear
+way (signs) is all remainder.
 
 **Network.** With c the cotangents of a token's logits, e_y − π for log π(y) and −π (log π + H) for
-H, a change (dW, dθ) of the head's and the features' role changes them by  c'ᵀ (dW φ + db) +
-(Wᵀc')ᵀ J_φ dθ  to first order, c' the cotangent before the head's cap. The second part, of every
-group of parameters, has two forms:
+H, and c' those before the head's cap, changes dW, db of the head's role and dθ of the features'
+role change them by  c'ᵀ (dW φ + db) + (Wᵀc')ᵀ J_φ dθ  to first order. The second part has two
+forms:
 
     jvp    J_φ dθ by one JVP over the probe set per change and group
     vjp    ⟨J_φᵀ Wᵀc', dθ⟩ with the gradients of all probe tokens written out, groups by leaf
@@ -26,6 +25,7 @@ group of parameters, has two forms:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,10 +35,7 @@ import numpy as np
 import optax
 
 from ntkrl import ntk, trees
-from ntkrl.jaxpr import Constant, Program, Step, flatten, scan_counts, trace
-from ntkrl.ntk.contexts import features_at
-from ntkrl.ntk.network import Network, as_network
-from ntkrl.ntk.parts import group_weights
+from ntkrl.jaxpr import Constant, Operation, TracedFunction, flatten, scan_counts, trace
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params, Policy
 
@@ -67,27 +64,21 @@ class LinearizedUpdate(NamedTuple):
 def linearize_update(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: Any, params: Params
 ) -> LinearizedUpdate:
-    """Linearize an update at the gradient, state and params that it was made with.
-
-    Args:
-      optimizer: the transformation.
-      grads: tree like `params`, the gradient that was applied.
-      opt_state: the state before.
-      params: the trained leaves before.
-    """
+    """Linearize the update of a gradient at the state and params (trained leaves) before it."""
     arguments = (grads, opt_state, params)
-    program = trace(optimizer.update, *arguments)
+    traced = trace(optimizer.update, *arguments)
     leaves, treedef = jax.tree.leaves(arguments), jax.tree.structure(grads)
-    first, last = treedef.num_leaves, len(leaves) - treedef.num_leaves
+    first = len(jax.tree.leaves(grads))
+    last = len(leaves) - first
     # the moments of a state are its entries that depend on gradients: no counts, no settings
-    moments = _depend_on(program, set(program.inputs[:first]))[first:]
+    moments = _depend_on(traced, set(traced.inputs[:first]))[first:]
     state = [first + number for number, is_moment in enumerate(moments) if is_moment]
 
     def linear_in(indices: Sequence[int]) -> Callable[[Sequence[Array]], Params]:
         def update(operands: list[Array]) -> list[Array]:
             values = dict(enumerate(leaves)) | dict(zip(indices, operands, strict=True))
             flags = [number in indices for number in values]
-            return _evaluate(program, list(values.values()), flags)[0][:first]
+            return _evaluate(traced, list(values.values()), flags)[0][:first]
 
         change = jax.linearize(update, [leaves[number] for number in indices])[1]
         return lambda operands: jax.tree.unflatten(treedef, change(operands))
@@ -100,24 +91,24 @@ def linearize_update(
     )
 
 
-def _depend_on(program: Program, slots: set[int]) -> list[bool]:
+def _depend_on(traced: TracedFunction, slots: set[int]) -> list[bool]:
     """Flag the results that depend on some of the inputs."""
-    for step in program.steps:
-        if step.reads & slots:
-            slots = slots | set(step.outputs)
-    return [not isinstance(slot, Constant) and slot in slots for slot in program.outputs]
+    for operation in traced.operations:
+        if operation.reads & slots:
+            slots = slots | set(operation.outputs)
+    return [not isinstance(slot, Constant) and slot in slots for slot in traced.outputs]
 
 
 def _evaluate(
-    program: Program, inputs: Sequence[Any], flags: Sequence[bool]
+    traced: TracedFunction, inputs: Sequence[Any], flags: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
-    """Run a program and stop gradients where it is not linear in the flagged inputs.
+    """Evaluate a function, with gradients stopped where it is not linear in the flagged inputs.
 
     Returns:
-      The results, and which of them are linear in the flagged inputs.
+      The results, and flags of those that are linear in the flagged inputs.
     """
-    values = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
-    linear = {slot for slot, flag in zip(program.inputs, flags, strict=True) if flag}
+    values = {**traced.constants, **dict(zip(traced.inputs, inputs, strict=True))}
+    linear = {slot for slot, flag in zip(traced.inputs, flags, strict=True) if flag}
 
     def read(slot: int | Constant) -> Any:
         return slot.value if isinstance(slot, Constant) else values[slot]
@@ -125,39 +116,41 @@ def _evaluate(
     def is_flagged(slot: int | Constant) -> bool:
         return not isinstance(slot, Constant) and slot in linear
 
-    for step in program.steps:
-        flags = [is_flagged(slot) for slot in step.inputs]
-        if any(flags) and step.eqn.primitive.name == "scan":
-            results, flags = _unroll_scan(step, [read(slot) for slot in step.inputs], flags)
+    for operation in traced.operations:
+        flags = [is_flagged(slot) for slot in operation.inputs]
+        if any(flags) and operation.name == "scan":
+            results, flags = _unroll_scan(
+                operation, [read(slot) for slot in operation.inputs], flags
+            )
         else:
-            results = step.run(read)
-            keeps = any(flags) and _is_linear(step, flags)
+            results = operation.run(read)
+            keeps = any(flags) and _is_linear(operation, flags)
             if any(flags) and not keeps:
                 results = jax.lax.stop_gradient(results)
             flags = [keeps] * len(results)
-        values |= zip(step.outputs, results, strict=True)
-        linear |= {slot for slot, flag in zip(step.outputs, flags, strict=True) if flag}
-    return [read(slot) for slot in program.outputs], [is_flagged(slot) for slot in program.outputs]
+        values |= zip(operation.outputs, results, strict=True)
+        linear |= {slot for slot, flag in zip(operation.outputs, flags, strict=True) if flag}
+    return [read(slot) for slot in traced.outputs], [is_flagged(slot) for slot in traced.outputs]
 
 
-def _is_linear(step: Step, flags: Sequence[bool]) -> bool:
-    name = step.eqn.primitive.name
+def _is_linear(operation: Operation, flags: Sequence[bool]) -> bool:
+    name = operation.name
     if name in PRODUCTS:
         return sum(flags) == 1
     # a quotient is linear in its numerator, a selection in its cases
     if name == "div":
         return not flags[1]
     if name == "integer_pow":
-        return step.eqn.params["y"] == 1
+        return operation.eqn.params["y"] == 1
     return name in ADDITIVE or (name == "select_n" and not flags[0])
 
 
 def _unroll_scan(
-    step: Step, values: Sequence[Any], flags: Sequence[bool]
+    operation: Operation, values: Sequence[Any], flags: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
     """Run a scan unrolled: which of its carry is linear may change between iterations."""
-    params = step.eqn.params
-    body, (first, carried) = flatten(params["jaxpr"]), scan_counts(step)
+    params = operation.eqn.params
+    body, (first, carried) = flatten(params["jaxpr"]), scan_counts(operation)
     last = first + carried
     carry, flags, outputs = list(values[first:last]), list(flags), []
     order = range(params["length"])
@@ -168,8 +161,9 @@ def _unroll_scan(
         outputs.append((results[carried:], linear[carried:]))
     if params["reverse"]:
         outputs.reverse()
-    stacked, linear = ([*zip(*column, strict=True)] for column in zip(*outputs, strict=True))
-    return [*carry, *map(jnp.stack, stacked)], [*flags[first:last], *map(any, linear)]
+    stacked = [jnp.stack(values) for values in zip(*(o[0] for o in outputs), strict=True)]
+    linear = [any(flags) for flags in zip(*(o[1] for o in outputs), strict=True)]
+    return [*carry, *stacked], [*flags[first:last], *linear]
 
 
 class ParameterGroups(NamedTuple):
@@ -203,7 +197,7 @@ def parameter_groups(
     Raises:
       ValueError: a group called "head", or what `trees.match` raises.
     """
-    weights = jax.device_get(group_weights(patterns, as_network(policy), params))
+    weights = jax.device_get(ntk.group_weights(patterns, ntk.as_network(policy), params))
     if "head" in weights:
         raise ValueError('groups: "head" names the head\'s role itself; call the group otherwise.')
     groups = []
@@ -233,7 +227,7 @@ class TokenCotangents(NamedTuple):
 
 
 def token_cotangents(
-    network: Network, params: Params, phi_OD: Array, targets: Array
+    network: ntk.Network, params: Params, phi_OD: Array, targets: Array
 ) -> TokenCotangents:
     """Compute the measures of the probe tokens, and their cotangents."""
     log_pi_OV = jax.nn.log_softmax(network.logits(params, phi_OD), axis=-1)
@@ -252,7 +246,7 @@ def token_cotangents(
     )
 
 
-def head_contributions(network: Network, cotangents: TokenCotangents, changes: Params) -> Array:
+def head_contributions(network: ntk.Network, cotangents: TokenCotangents, changes: Params) -> Array:
     """Return `[2, O, K]` of K changes of the head's role (trained leaves, K in front)."""
     named, total = trees.named_leaves(changes), jnp.zeros((), cotangents.head.dtype)
     count = next(iter(named.values())).shape[0]
@@ -267,11 +261,11 @@ def head_contributions(network: Network, cotangents: TokenCotangents, changes: P
 
 
 def linearize_features(
-    network: Network, trained: Params, frozen: Params, contexts: ntk.Contexts
+    network: ntk.Network, trained: Params, frozen: Params, contexts: ntk.Contexts
 ) -> tuple[Array, Callable[[Params], Array]]:
     """Return the features `[O, D]` at the contexts, and their JVP along changes of `trained`."""
     return jax.linearize(
-        lambda leaves: features_at(network, trees.merge(leaves, frozen), contexts), trained
+        lambda leaves: ntk.features_at(network, trees.merge(leaves, frozen), contexts), trained
     )
 
 
@@ -311,7 +305,7 @@ def _group_mask(group: tuple[int, ...], index: Array, leaf: Array) -> Array:
 
 
 def probe_gradients(
-    network: Network,
+    network: ntk.Network,
     groups: ParameterGroups,
     trained: Params,
     frozen: Params,
@@ -320,8 +314,7 @@ def probe_gradients(
     """Return the gradients of probe tokens' measures: leaves `[S·P·2, …]` of the features' role.
 
     Args:
-      network, groups: of the policy.
-      trained, frozen: partition of the params.
+      network, groups, trained, frozen: of the policy, and the partition of its params.
       sequences: tokens and mask `[S, T]`, positions `[S, P]` and cotangents of the features there
         `[S, P, 2, D]`.
     """
@@ -359,4 +352,4 @@ def contract_gradients(
         layer_LRK = einsum("rlm,klm->lrk", row_RLM, change_KLM)
         belongs_GL = np.arange(len(groups.names))[:, None] == np.asarray(group)[None]
         products.append(einsum("gl,lrk->grk", jnp.asarray(belongs_GL, layer_LRK.dtype), layer_LRK))
-    return sum(products)
+    return functools.reduce(jnp.add, products)

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
+from ntkrl.numerics import GIB
 from ntkrl.plan import hlo
-from ntkrl.plan.chips import GIB, Chip
+from ntkrl.plan.chips import Chip
 from ntkrl.plan.networks import held_bytes
 from ntkrl.training import AbstractRun, Program
 

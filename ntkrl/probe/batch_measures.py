@@ -99,8 +99,7 @@ def entropy_share(entropy: Array, amounts: Array, mask: Array, fraction: float =
     up over any partition of tokens and leave [0, 1] where parts oppose each other.
 
     Args:
-      entropy: `[...]` H(π) at each token (nats).
-      amounts: `[...]`.
+      entropy, amounts: `[...]` H(π) (nats) and amount of each token.
       mask: `[...]` bool, tokens that count.
       fraction: ρ, of the tokens that are the top, in (0, 1]; at least one token.
 
@@ -189,9 +188,7 @@ def group_measures(
 
     Args:
       policy: head and features `[B, C, D]` before the step.
-      targets: `[B, C]` tokens.
-      advantages: `[B, C]`.
-      mask: `[B, C]` completion mask.
+      targets, advantages, mask: `[B, C]` of the completions' tokens.
       group: N completions of each prompt, in adjacent rows; divides B.
       temperature: of sampling, > 0.
 

@@ -45,15 +45,9 @@ def log_normaliser(head: OutputHead, features: Array, options: SoftmaxOptions) -
 def tile_log_probs(
     head: OutputHead, features: Array, options: SoftmaxOptions
 ) -> Callable[[Array], tuple[Tile, Array]]:
-    """Return the function from a tile's number to the tile and log π `[R]` of its rows.
+    """Return `number -> (tile, log π [R])` of one position with features `[D]`.
 
-    Args:
-      head: of V rows.
-      features: `[D]` of one position.
-      options: temperature, and R as chunk_vocabulary.
-
-    Returns:
-      `number -> (tile, log π [R])` (nats), with −∞ at repeated rows.
+    R is the options' chunk_vocabulary; log π (nats) is −∞ at repeated rows.
     """
     rows, _ = tile_count(head, options.chunk_vocabulary)
     normaliser = log_normaliser(head, features, options)
@@ -81,11 +75,7 @@ def sum_over_tiles(
 
 @jax.jit
 def confidence_measures(statistics: TokenStatistics, mask: Array) -> dict[str, Array]:
-    """Average measures of confidence over tokens.
-
-    Args:
-      statistics: arrays `[...]` of some tokens.
-      mask: `[...]` bool, tokens that count.
+    """Average measures of confidence over the tokens that a bool mask `[...]` counts.
 
     Returns:
       Scalar means: `confidence` max π, `log_prob` of the sampled token and `greedy_log_prob` of the
@@ -139,8 +129,7 @@ def entropy_changes_by_tile(
     (Δb, 1); scale, soft-cap and temperature of the head are applied to them as to its logits.
 
     Args:
-      head: the head's arrays, before the step.
-      features: φ `[O, D]`, before the step.
+      head, features: the head's arrays and φ `[O, D]`, before the step.
       parts: by name a matrix `[V, D']` and vectors `[O, D']`, of any D'.
       options: temperature and chunk sizes.
 
@@ -197,8 +186,7 @@ def advantage_covariance(
     """Return the covariance of log π and advantage, per token and for the largest of them.
 
     Args:
-      log_probs: `[...]` of the sampled tokens (nats).
-      advantages: `[...]`.
+      log_probs, advantages: `[...]` of the sampled tokens (nats).
       mask: `[...]` bool, tokens that count.
       fraction: of the tokens that are the top, in (0, 1]; at least one token.
 
@@ -239,8 +227,7 @@ def fit_entropy_reward(entropy: np.ndarray, reward: np.ndarray) -> EntropyFit:
     """Fit R̄ = −a e^H + b by least squares.
 
     Args:
-      entropy: `[n]` mean entropy of a policy at n steps (nats), not all equal.
-      reward: `[n]` mean reward at the same steps.
+      entropy, reward: `[n]` mean entropy of a policy (nats) and mean reward at n steps.
 
     Raises:
       ValueError: fewer than two different entropies.
@@ -279,8 +266,7 @@ def divergences(
     With ρ the policy before training, `kl_reverse` is the KL of RL's razor: base first.
 
     Args:
-      policy: head and features `[O, D]` of π.
-      other: head and features `[O, D']` of ρ, over the same vocabulary.
+      policy, other: head and features `[O, D]` of π and of ρ, over the same vocabulary.
       options: temperature of both, and chunk sizes.
 
     Raises:

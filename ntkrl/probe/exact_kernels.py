@@ -23,6 +23,7 @@ show them).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -89,13 +90,12 @@ def plan_kernel(
       ValueError: what `ntk.kernel` raises.
     """
     groups = ntk.by_layer(model, params) if layers else ()
-    options = {"groups": groups, "memory_gib": memory_gib}
-    kernel = ntk.kernel(model, params, contexts, **options)
+    make = functools.partial(ntk.kernel, model, params, groups=groups, memory_gib=memory_gib)
+    kernel = make(contexts)
     contexts = kernel.observed  # with rows and mask filled in
 
     def between(a: slice, b: slice) -> ntk.Kernel:
-        updated = None if a == b else select(contexts, b)
-        return ntk.kernel(model, params, select(contexts, a), updated, **options)
+        return make(select(contexts, a), None if a == b else select(contexts, b))
 
     blocks = _blocks(kernel)
     pairs = tuple((a, b) for i, a in enumerate(blocks) for b in blocks[: i + 1])
@@ -124,7 +124,7 @@ def kernel_measures(
     size = kernel.observed.count * kernel.vocab_size
     if not 1 <= eigenpairs < size:
         raise ValueError(f"eigenpairs must be in [1, {size}) for these contexts, not {eigenpairs}.")
-    arrays = {"head": kernel.head, "cosines": _cosines(kernel.readings[0].features)}
+    arrays: dict[str, Any] = {"head": kernel.head, "cosines": _cosines(kernel.readings[0].features)}
     traces, body_square = _traces(plan, progress)
     arrays |= traces
     progress(plan.body_kernels, "norms")
@@ -149,7 +149,7 @@ def batch_alignment(
     policy: Policy,
     params: Params,
     contexts: ntk.Contexts,
-    targets: np.ndarray,
+    targets: Array,
     advantages: np.ndarray,
     memory_gib: float = 8.0,
 ) -> float:
@@ -158,8 +158,7 @@ def batch_alignment(
     Args:
       policy, params: of the network.
       contexts: O contexts.
-      targets: `[O]` the tokens that follow.
-      advantages: `[O]` of them, not all 0.
+      targets, advantages: `[O]` tokens that follow, and their advantages, not all 0.
       memory_gib: what a kernel may use beyond the params (GiB).
     """
     gram = ntk.score_gram(policy, params, contexts, targets, memory_gib=memory_gib)
@@ -177,7 +176,8 @@ def batch_alignment(
 
 def select(contexts: ntk.Contexts, indices: slice | np.ndarray) -> ntk.Contexts:
     """Return some contexts of the same sequences."""
-    positions, rows = contexts.positions[indices], contexts.rows[indices]
+    positions = contexts.positions[indices]
+    rows = None if contexts.rows is None else contexts.rows[indices]
     return dataclasses.replace(contexts, positions=positions, rows=rows)
 
 
@@ -229,7 +229,7 @@ def _shares(part_OO: np.ndarray, full_OO: np.ndarray) -> np.ndarray:
     return np.array([diagonal[0] / diagonal[1], np.nan if single else others[0] / others[1]])
 
 
-def _body_sums(kernel: ntk.Kernel) -> tuple[Array, Array]:
+def _body_sums(kernel: ntk.Kernel) -> tuple[Array, Array | float]:
     """Return tr G(o, u) `[o, u]` and ‖G‖² of a block; the latter NaN under a soft-cap."""
     if kernel.network.head.soft_cap is not None:  # slopes vary over the vocabulary
         return kernel.trace("body"), jnp.nan
@@ -298,10 +298,7 @@ def centred_alignment(now: np.ndarray, start: np.ndarray) -> float:
 def kernel_drift(
     now: Mapping[str, np.ndarray], start: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Compare two results of `kernel_measures` on the same contexts.
-
-    Args:
-      now, start: with `head` and `trace_body` `[O, O]`, and `trace_head`.
+    """Compare two results of `kernel_measures` or `kernel_traces` on the same contexts.
 
     Returns:
       `body_to_head` Σ_o tr G(o, o)/Σ_o tr R(o, o) now (≥ 0), and for P = head, body
@@ -318,14 +315,10 @@ def kernel_drift(
 
 
 def layer_shares(names: np.ndarray, traces: np.ndarray) -> dict[str, float]:
-    """Return the share of each group of parameters in Σ_o tr K(o, o).
+    """Return the share of each group of parameters in Σ_o tr K(o, o); shares add up to 1.
 
     Args:
-      names, traces: `[G]` groups and `[G, O, O]`: `layers` and `trace_layers` of
-        `kernel_measures`.
-
-    Returns:
-      Shares by group; they add up to 1.
+      names, traces: `[G]` and `[G, O, O]`, `layers` and `trace_layers` of `kernel_measures`.
     """
     sums_G = np.einsum("goo->g", np.asarray(traces, float))
     return dict(zip(map(str, names), (sums_G / sums_G.sum()).tolist(), strict=True))

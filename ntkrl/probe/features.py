@@ -33,10 +33,8 @@ def feature_measures(
     """Summarise the features of O probe tokens.
 
     Args:
-      features: `[O, D]` now.
-      start_features: `[O, D]` before training.
-      rows: `[O]` completion each token belongs to.
-      groups: `[O]` prompt each token belongs to.
+      features, start_features: `[O, D]` now and before training.
+      rows, groups: `[O]` completion and prompt of each token.
 
     Returns:
       Scalars. `cosine_within_response` (pairs of tokens of one completion),
@@ -83,15 +81,13 @@ def _pair_masks(rows: Array, groups: Array) -> dict[str, Array]:
 
 @functools.partial(jax.jit, static_argnums=2)
 def completion_cosines(features: Array, rows: Array, completions: int) -> Array:
-    """Return the mean cosine of features between completions, `[S, S]`.
+    """Return the mean cosine of features between S completions, `[S, S]`.
+
+    Means over pairs of tokens, on the diagonal of distinct ones; 0 where there is no such pair.
 
     Args:
-      features: `[O, D]`.
-      rows: `[O]` completion each token belongs to, in [0, S).
+      features, rows: `[O, D]`, and `[O]` completion of each token, in [0, S).
       completions: S.
-
-    Returns:
-      Means over pairs of tokens, on the diagonal of distinct ones; 0 where there is no such pair.
     """
     phi_OD = at_least_float32(features)
     unit_OD = phi_OD / jnp.maximum(jnp.linalg.norm(phi_OD, axis=1, keepdims=True), 1e-30)
@@ -106,12 +102,7 @@ def completion_cosines(features: Array, rows: Array, completions: int) -> Array:
 
 @jax.jit
 def cosine_variances(features: Array, rows: Array, groups: Array) -> dict[str, Array]:
-    """Return the variance of the cosines of each kind of pair, beside `feature_measures`' means.
-
-    Args:
-      features: `[O, D]`.
-      rows: `[O]` completion each token belongs to.
-      groups: `[O]` prompt each token belongs to.
+    """Return the variances of the cosines that `feature_measures` averages, with its arguments.
 
     Returns:
       Scalars `cosine_variance_within_response`, `…_across_responses`, `…_across_prompts`: variance
@@ -135,8 +126,7 @@ def feature_drift(features: Array, start_features: Array) -> dict[str, Array]:
     """Measure the drift of features relative to their start.
 
     Args:
-      features: φ_t `[O, D]`.
-      start_features: φ_0 `[O, D]`, none of them 0.
+      features, start_features: φ_t and φ_0 `[O, D]`, no φ_0 = 0.
 
     Returns:
       Scalars, means over tokens: `feature_distortion_relative` ‖φ_t − φ_0‖/‖φ_0‖ (≥ 0),

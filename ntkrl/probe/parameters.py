@@ -22,15 +22,15 @@ ENTRIES = 4096
 def update_sparsity(
     before: Params, after: Params, tolerance: float = 1e-5
 ) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
-    """Return the share of entries that an update changed in bfloat16, and left unchanged.
+    """Return the shares of entries that an update changed in bfloat16, and left unchanged.
 
     Args:
       before, after: params on either side.
       tolerance: an entry is unchanged where |θ_after − θ_before| ≤ tolerance; ≥ 0.
 
     Returns:
-      `(over all entries, by name of the leaf)`: scalars `bf16_visible`, the share whose bfloat16
-      rounding differs, and `unchanged`; both in [0, 1].
+      `(over all entries, by name of the leaf)`: `bf16_visible`, the share whose bfloat16 rounding
+      differs, and `unchanged`; both scalars in [0, 1].
 
     Source: Zhu et al. 2511.08567 (visible in bfloat16); Mukherjee et al. 2505.11711 (update
     sparsity at 1e-5).
@@ -79,17 +79,11 @@ class SingularTriple(NamedTuple):
 
 @jax.jit
 def leading_direction(matrix: Array, iterations: int = 500) -> SingularTriple:
-    """Return the leading singular triple by power iteration from a fixed start.
+    """Return the leading singular triple of `[M, N]` by power iteration from a fixed start.
 
-    The error of σ is the square of the vectors'. Where σ₁ and σ₂ nearly agree, iterations run out
-    and the vectors are some mixture of both pairs.
-
-    Args:
-      matrix: `[M, N]`; stacked layers by vmap.
-      iterations: at most so many, ≥ 1; fewer once v moves by less than √ε.
-
-    Returns:
-      SingularTriple; σ = 0 and any unit v for a matrix of zeros.
+    At most `iterations` ≥ 1, fewer once v moves by less than √ε. The error of σ is the square of
+    the vectors'; where σ₁ and σ₂ nearly agree the vectors mix both pairs. σ = 0 and any unit v for
+    a matrix of zeros.
     """
     matrix = at_least_float32(matrix)
     tolerance = float(jnp.finfo(matrix.dtype).eps) ** 0.5
@@ -171,10 +165,7 @@ def update_ranks(
 
 
 def direction_cosine(first: SingularTriple, second: SingularTriple) -> Array:
-    """Return ⟨u vᵀ, u' v'ᵀ⟩ = (u·u')(v·v') of two leading directions, a scalar in [−1, 1].
-
-    Independent of the sign of a pair (u, v); −1 where the change reversed.
-    """
+    """Return ⟨u vᵀ, u' v'ᵀ⟩ = (u·u')(v·v') in [−1, 1]; −1 where the change reversed."""
     return jnp.vdot(first.left, second.left) * jnp.vdot(first.right, second.right)
 
 
@@ -205,9 +196,10 @@ def classifier_measures(
         tile, start_tile = slice_tile(head, rows, number), slice_tile(start_head, rows, number)
         here_RD = jnp.where(tile.fresh[:, None], at_least_float32(tile.weight), 0)
         there_RD = jnp.where(tile.fresh[:, None], at_least_float32(start_tile.weight), 0)
-        parts = here_RD, here_RD - there_RD
-        grams = tuple(g + einsum("rd,re->de", p, p) for g, p in zip(grams, parts, strict=True))
-        return grams, jnp.linalg.norm(here_RD, axis=1)
+        moved_RD = here_RD - there_RD
+        gram_DD = grams[0] + einsum("rd,re->de", here_RD, here_RD)
+        moved_DD = grams[1] + einsum("rd,re->de", moved_RD, moved_RD)
+        return (gram_DD, moved_DD), jnp.linalg.norm(here_RD, axis=1)
 
     numbers = jnp.arange(count, dtype=jnp.int32)
     (gram_DD, moved_DD), norms = jax.lax.scan(add, (zeros_DD, zeros_DD), numbers)
@@ -228,14 +220,12 @@ def classifier_measures(
 class LineSums(NamedTuple):
     """Running sums for a linear regression of every entry of a tree on the step.
 
-    Values are differences from the first checkpoint, so that sums of squares resolve small moves.
-
-    count, times, squares: n, Σ t, Σ t².
-    start_step, start: step and params of the first checkpoint.
-    values, products, value_squares: trees of Σ w, Σ t w, Σ w².
+    number, times, squares: n, Σ t, Σ t², t the step less `start_step`.
+    start_step, start: step and values of the first checkpoint.
+    values, products, value_squares: trees of Σ w, Σ t w, Σ w², w the value less `start`.
     """
 
-    count: Array
+    number: Array
     times: Array
     squares: Array
     start_step: Array
@@ -259,7 +249,7 @@ def extend_line(sums: LineSums, tree: Params, step: Array | float) -> LineSums:
     t = (step - sums.start_step).astype(sums.times.dtype)
     moved = jax.tree.map(lambda leaf, start: at_least_float32(leaf) - start, tree, sums.start)
     return sums._replace(
-        count=sums.count + 1,
+        number=sums.number + 1,
         times=sums.times + t,
         squares=sums.squares + t**2,
         values=jax.tree.map(jnp.add, sums.values, moved),
@@ -284,11 +274,11 @@ def line_fit(sums: LineSums) -> tuple[Params, dict[str, Array]]:
 
     Source: 2601.04537.
     """
-    spread = sums.squares - sums.times**2 / sums.count
+    spread = sums.squares - sums.times**2 / sums.number
 
     def centred(values: Array, products: Array, squares: Array) -> tuple[Array, Array]:
-        across = products - sums.times * values / sums.count
-        variance = squares - values**2 / sums.count
+        across = products - sums.times * values / sums.number
+        variance = squares - values**2 / sums.number
         return jnp.minimum(across**2 / spread, variance), variance
 
     parts = jax.tree.map(centred, sums.values, sums.products, sums.value_squares)
@@ -306,7 +296,7 @@ def line_fit(sums: LineSums) -> tuple[Params, dict[str, Array]]:
 
 
 def _sum(tree: Params) -> Array:
-    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree))
+    return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, tree))
 
 
 def extrapolate(
@@ -315,12 +305,8 @@ def extrapolate(
     """Return θ_a + (t − a)/(b − a) (θ_b − θ_a), the line through two checkpoints at step t.
 
     Args:
-      first, second: θ_a and θ_b.
-      first_step, second_step: a and b (steps), different.
-      step: t (steps).
-
-    Returns:
-      A tree in the dtypes of θ_a.
+      first, second: θ_a and θ_b; the result has the dtypes of θ_a.
+      first_step, second_step, step: a ≠ b and t (steps).
 
     Raises:
       ValueError: a = b.

@@ -72,7 +72,7 @@ class Prober:
         self.targets = probe_set.tokens[rows, columns]
         if memory_gib is not None:
             count = completions_per_block(count, length, policy.vocab_size, memory_gib)
-        self.blocks = tuple(_split(self.contexts, count))
+        self.blocks = tuple(_split(probe_set, self.contexts.positions, rows, count))
         self.rows, self.groups = jnp.asarray(rows), probe_set.groups[rows]
         self.families = {"own": np.ones(len(rows), bool)} if families is None else families
         self.first_family = np.nonzero(next(iter(self.families.values())))[0]
@@ -141,7 +141,7 @@ class Prober:
         old, new = self.read(before), self.read(after)
         arrays = {f"predicted_{name}": np.asarray(value) for name, value in parts.items()}
         arrays["actual"] = np.asarray(new.statistics.log_probs - old.statistics.log_probs)
-        completions = self.contexts.mask.shape[0]
+        completions = self.contexts.tokens.shape[0]
         arrays["cosines"] = np.asarray(completion_cosines(new.features, self.rows, completions))
         for name in ("log_probs", "entropy", "max_prob"):
             arrays[name] = np.asarray(getattr(old.statistics, name))
@@ -166,7 +166,7 @@ def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
         for name, value in arrays.items()
         if name.startswith("predicted_")
     }
-    total = sum(parts.values())
+    total = functools.reduce(np.add, parts.values())
     with np.errstate(invalid="ignore", divide="ignore"):
         metrics = {
             f"predict/{name}_share": float(part @ total / (total @ total))
@@ -180,9 +180,11 @@ def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
     return metrics
 
 
-def _split(contexts: ntk.Contexts, count: int) -> Iterator[tuple[ntk.Contexts, np.ndarray, int]]:
+def _split(
+    probe_set: ProbeSet, positions: Array, rows: np.ndarray, count: int
+) -> Iterator[tuple[ntk.Contexts, np.ndarray, int]]:
     """Yield blocks of `count` completions of one shape: contexts, their indices, how many count."""
-    rows, total = np.asarray(contexts.rows), contexts.tokens.shape[0]
+    total = probe_set.tokens.shape[0]
     starts = range(0, total, count)
     blocks = [np.nonzero((start <= rows) & (rows < start + count))[0] for start in starts]
     widest = max(map(len, blocks))
@@ -190,10 +192,10 @@ def _split(contexts: ntk.Contexts, count: int) -> Iterator[tuple[ntk.Contexts, n
         first = min(start, total - count)  # the last block overlaps the one before
         padded = np.pad(indices, (0, widest - len(indices)), mode="edge")
         block = ntk.Contexts(
-            contexts.tokens[first : first + count],
-            contexts.positions[padded],
-            contexts.rows[padded] - first,
-            contexts.mask[first : first + count],
+            probe_set.tokens[first : first + count],
+            positions[padded],
+            jnp.asarray(rows[padded] - first),
+            probe_set.mask[first : first + count],
         )
         yield block, padded, len(indices)
 

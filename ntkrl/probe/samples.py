@@ -21,9 +21,8 @@ def distinct_counts(
     """Count distinct completions and distinct successful completions per prompt.
 
     Args:
-      texts: B completions, groups of `group_size` consecutive.
-      successes: B flags.
-      group_size: samples per prompt.
+      texts, successes: B completions, N of each prompt consecutive, and their B flags.
+      group_size: N.
 
     Returns:
       Two `[P]` int arrays: distinct texts (in [1, N]), distinct successful texts (in [0, N]).
@@ -45,9 +44,9 @@ def distinct_answers(
     from N samples it is too low by about (answers − 1)/(2N).
 
     Args:
-      texts: B completions, groups of `group_size` consecutive.
+      texts: B completions, N of each prompt consecutive.
       extract: the answer in a text, or None where there is none.
-      group_size: N, samples per prompt.
+      group_size: N.
 
     Returns:
       Two `[P]` arrays: distinct answers (in [0, N]) and answer entropy (nats, in [0, log N]; 0
@@ -101,7 +100,8 @@ def self_bleu(texts: Sequence[str], longest: int = 4) -> float:
     logs = np.zeros((len(texts), longest))
     for n in range(1, longest + 1):
         counts = [Counter(_ngrams(text, n)) for text in words]
-        best, second = Counter(), Counter()
+        best: Counter[tuple[str, ...]] = Counter()
+        second: Counter[tuple[str, ...]] = Counter()
         for count in counts:
             for gram, times in count.items():
                 second[gram] = max(second[gram], min(times, best[gram]))
@@ -134,9 +134,7 @@ def pass_at_k(successes: int, samples: int, k: int) -> float:
     """Estimate without bias the chance that one of k draws succeeds: 1 − C(n−c, k)/C(n, k).
 
     Args:
-      successes: c, in [0, n].
-      samples: n ≥ k.
-      k: draws, ≥ 1.
+      successes, samples, k: c in [0, n], n and k in [1, n].
 
     Raises:
       ValueError: k larger than n or smaller than 1.
@@ -151,12 +149,7 @@ def pass_at_k(successes: int, samples: int, k: int) -> float:
 
 
 def pass_curves(successes: Sequence[int], samples: int, ks: Sequence[int]) -> np.ndarray:
-    """Return `pass_at_k` of every prompt at every k, `[P, K]`; its mean over prompts is the curve.
-
-    Args:
-      successes: `[P]` successful samples of each prompt, in [0, n].
-      samples: n drawn for each.
-      ks: `[K]`, each in [1, n].
+    """Return `pass_at_k` `[P, K]` of prompts with `[P]` successes; its mean over P is the curve.
 
     Raises:
       ValueError: a k out of range.
@@ -167,13 +160,12 @@ def pass_curves(successes: Sequence[int], samples: int, ks: Sequence[int]) -> np
 def crossing(first: np.ndarray, second: np.ndarray, ks: Sequence[int]) -> float:
     """Return k*, from which on the first of two curves is above the second.
 
+    The gap's first zero before `first` is strictly above, interpolated linearly in log k; ks[0]
+    where it is above from the start, ∞ where it never is.
+
     Args:
       first, second: `[K]` pass@k, for instance of the base and of the trained policy.
       ks: `[K]`, rising.
-
-    Returns:
-      The gap's first zero before `first` is strictly above, interpolated linearly in log k; ks[0]
-      where it is above from the start, ∞ where it never is.
 
     Source: Yue et al. 2504.13837 (the curves cross); the definition ours.
     """
@@ -199,13 +191,12 @@ def crossing_interval(
 ) -> Interval:
     """Return k* with a bootstrap interval over prompts, resampled for both policies together.
 
+    An end is infinite where in so many resamples the curves do not cross up to ks[-1].
+
     Args:
       first, second: `[P, K]` from `pass_curves` on the same prompts.
       ks: `[K]`, rising.
       level, draws, seed: as in `intervals.bootstrap`.
-
-    Returns:
-      Interval; an end is infinite where in so many resamples the curves do not cross up to ks[-1].
     """
 
     def k_star(a: np.ndarray, b: np.ndarray) -> float:
@@ -219,10 +210,7 @@ def best_of_n(rewards: Sequence[float], ns: Sequence[int]) -> np.ndarray:
 
     Args:
       rewards: `[n]` of one prompt's samples.
-      ns: `[K]` N, each in [1, n].
-
-    Returns:
-      `[K]` (reward); N = 1 is the mean and N = n the largest.
+      ns: `[K]` N, each in [1, n]; N = 1 gives the mean and N = n the largest.
 
     Raises:
       ValueError: an N out of range.
@@ -294,7 +282,7 @@ def support_change(
     Source: Wu et al. 2507.14843 (preservation, shrinkage, expansion, out of support; retention
     rate, discovery rate, support dynamic score, net change rate).
     """
-    counts = Counter()
+    counts: Counter[tuple[bool, ...]] = Counter()
     for here, there, right in zip(first, second, correct, strict=True):
         for answer in set(right):
             reached = [list(answers).count(answer) >= least for answers in (here, there)]

@@ -39,9 +39,8 @@ def akg_factors(
     Linear in the kernel: pass the dense head, body or cross part for its share.
 
     Args:
-      observed: logits at o `[V]`.
+      observed, updated: logits at o and at u `[V]`.
       kernel: K(o, u) `[V, V]`, a block of `ntk.Kernel.dense`.
-      updated: logits at u `[V]`.
       target: y, the token at u.
       advantage: A, the weight on its score function; 1 for supervised training.
 
@@ -80,10 +79,8 @@ def token_masses(
     """Compute the three masses, by tiles; `others` is a sum and not 1 less the other two.
 
     Args:
-      head: the head's arrays.
-      features: `[O, D]`.
-      sampled: `[O]` int tokens y.
-      greedy: `[O]` int tokens y*, likeliest before the update.
+      head, features: the head's arrays, and `[O, D]`.
+      sampled, greedy: `[O]` int tokens y, and y* that were likeliest before the update.
       options: temperature and chunk sizes.
     """
 

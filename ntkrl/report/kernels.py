@@ -1,7 +1,7 @@
 """One figure and one table of the kernels that `ntkrl kernel` computed.
 
-Both read the arrays of `kernel.npz` alone; `ntkrl/inspect.py` and `ntkrl/probe/kernels.py` list
-them.
+Both read the arrays of `kernel.npz` alone, listed in `ntkrl/evaluation/kernel_command.py` and
+`ntkrl/probe/exact_kernels.py`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkrl
-from ntkrl import attribution, probe, rollout, update
+from ntkrl import attribution, ntk, probe, rollout, update
 from ntkrl.types import ProbeSet, PromptBatch, UpdateBatch
 from tests.bench import measure
 
@@ -129,8 +129,8 @@ def main() -> None:
             row |= {"flops": estimates[name].flops, "MiB": estimates[name].bytes / 2**20}
         table.append(row)
     columns = ("call", "seconds", "of_a_step", "every", "of_training", "flops", "MiB")
-    best = attribution.choose(estimates, "auto", 2.0)
-    print(f"{jax.devices()[0].device_kind}; auto takes {best.form}")
+    best = ntk.cheapest(estimates.values(), 2 * 2**30)
+    print(f"{jax.devices()[0].device_kind}; auto takes {best.algorithm}")
     print(measure.table(table, columns))
 
 
