@@ -63,7 +63,7 @@ def reward_set(settings: RewardSettings, mesh: Mesh) -> reward.RewardSet:
             f"reward.normalisation {settings.normalisation} holds rewards of "
             f"{', '.join(sorted(held))}, which no function gives; they are called {names}."
         )
-    return reward.RewardSet(tuple(loaded), runtime.own_part, runtime.agree)
+    return reward.RewardSet(tuple(loaded), runtime.local_slice, runtime.allgather_object)
 
 
 def _name(spec: str) -> str:

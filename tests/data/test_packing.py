@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ntkrl.data import packed_batches, supervised_batch
-from ntkrl.data.packing import pack
+from ntkrl.data.batches import pack
 
 PAD = 99
 

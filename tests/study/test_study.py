@@ -22,7 +22,7 @@ TASKS = ("small, expressions", "small, supervised")
 def settings(root, **changes):
     """The checked-in plan, in another directory."""
     config = runtime.read_config([f"--config={FILE}"])
-    found = runtime.settings(StudySettings, config, "study")
+    found = runtime.parse_section(StudySettings, config, "study")
     return dataclasses.replace(found, run_dir=str(root), **changes)
 
 

@@ -1,8 +1,8 @@
-"""The built-in task: write an expression that equals the target.
+"""Built-in task: write an arithmetic expression that equals the target.
 
-The prompt `24=` is answered by `3*8`, `4*7-4`, `(2+4)*4` and very many others, so that one
-can watch a policy keep or lose its alternatives. An expression is made of non-negative
-integers, + - * and parentheses.
+The prompt `24=` has very many correct completions, such as `3*8`, `4*7-4` and `(2+4)*4`, so that
+the diversity of a policy can be measured. Expressions consist of non-negative integers, + - * and
+parentheses.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from ntkrl.data.prompts import PromptSet
 
 FIRST_TARGET, LAST_TARGET = 10, 49
-HELD_OUT = 10
+TEST_TARGETS = 10
 DIGITS = range(1, 10)
-LAZY = 0.2
+LAZY_SHARE = 0.2
 FORMS: tuple[tuple[str, Callable[..., int]], ...] = (
     ("{}*{}", lambda a, b: a * b),
     ("{}*{}+{}", lambda a, b, c: a * b + c),
@@ -30,7 +30,7 @@ FORMS: tuple[tuple[str, Callable[..., int]], ...] = (
     ("{}+{}+{}-{}", lambda a, b, c, d: a + b + c - d),
     ("{}+{}+{}+{}+{}", lambda a, b, c, d, e: a + b + c + d + e),
 )
-"""Shapes of the supervised completions; every number in them is a digit from 1 to 9."""
+"""Forms of the supervised completions; every number is a digit from 1 to 9."""
 SPLIT_SEED = 20260104
 SPLITS = ("train", "test")
 END, PADDING = "<|endoftext|>", "<|padding|>"
@@ -51,14 +51,14 @@ def targets(split: str) -> tuple[int, ...]:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed are {', '.join(map(repr, SPLITS))}.")
     every = np.arange(FIRST_TARGET, LAST_TARGET + 1)
-    # RandomState and not default_rng: its stream is frozen, and the split must never move.
+    # the stream of RandomState is frozen, unlike that of default_rng, and the split must not change
     shuffled = np.random.RandomState(SPLIT_SEED).permutation(every)
-    chosen = shuffled[:HELD_OUT] if split == "test" else shuffled[HELD_OUT:]
+    chosen = shuffled[:TEST_TARGETS] if split == "test" else shuffled[TEST_TARGETS:]
     return tuple(sorted(chosen.tolist()))
 
 
-def prompt_set(split: str) -> PromptSet:
-    """Return one prompt per target of a split, with the column "target" (int).
+def expression_prompts(split: str) -> PromptSet:
+    """Return a prompt per target of a split, with the column "target" (int).
 
     Args:
       split: "train" or "test".
@@ -78,15 +78,14 @@ def prompt_set(split: str) -> PromptSet:
 
 
 def supervised_set(size: int, seed: int) -> PromptSet:
-    """Draw prompts of both splits with a completion each, two in ten of them lazy.
+    """Draw prompts of both splits with completions, LAZY_SHARE of them lazy.
 
-    A base model knows every number, as a pretrained one does; it is RL that sees the prompts of
-    the train split alone. Like a pretraining corpus, the data is not all to the point: a lazy
-    completion repeats the number, `24` for `24=`, and earns no reward. It leaves RL something
-    to unlearn besides wrong arithmetic.
+    The base model sees all targets, as a pretrained model would; only RL is limited to the train
+    split. A lazy completion repeats the number, `24` for `24=`, and earns no reward, so that RL has
+    more to unlearn than wrong arithmetic.
 
-    Each row draws a target uniformly; unless lazy, then one of the FORMS that reach it
-    uniformly, then one of that form's expressions uniformly.
+    Each row draws a target uniformly; unless lazy, it then draws one of the FORMS that reach the
+    target and one of that form's expressions, each uniformly.
 
     Args:
       size: rows, ≥ 1.
@@ -99,14 +98,14 @@ def supervised_set(size: int, seed: int) -> PromptSet:
       ValueError: an argument outside its range.
     """
     if size < 1 or seed < 0:
-        raise ValueError(f"size is {size} and seed is {seed}; size is 1 or more, seed 0 or more.")
+        raise ValueError(f"size is {size} and seed is {seed}; size must be ≥ 1 and seed ≥ 0.")
     generator = np.random.default_rng(seed)
-    chosen = [int(target) for target in generator.integers(FIRST_TARGET, LAST_TARGET + 1, size)]
+    drawn = [int(target) for target in generator.integers(FIRST_TARGET, LAST_TARGET + 1, size)]
     return PromptSet(
-        prompts=tuple(f"{target}=" for target in chosen),
+        prompts=tuple(f"{target}=" for target in drawn),
         columns={
-            "target": chosen,
-            "completion": [_expression(target, generator) for target in chosen],
+            "target": drawn,
+            "completion": [_expression(target, generator) for target in drawn],
         },
         source=f"expressions (supervised, seed {seed})",
     )
@@ -120,19 +119,19 @@ def characters() -> tuple[str, ...]:
 def save_tokenizer(directory: str | Path) -> None:
     """Write a Hugging Face tokenizer with one token per character.
 
-    Ids: 0 is `<|endoftext|>` (end of sequence), 1 is `<|padding|>`, then `characters()`. Any
-    other character is an error when encoding, never dropped. `AutoTokenizer` loads it.
+    Ids: 0 is `<|endoftext|>` (end of sequence), 1 is `<|padding|>`, then `characters()`. Encoding
+    any other character is an error. `AutoTokenizer` loads it.
 
     Args:
-      directory: made if missing.
+      directory: created if missing.
     """
     tokens = (END, PADDING, *characters())
-    # WordLevel without an unknown token raises on other characters; BPE would drop them.
+    # WordLevel without an unknown token raises on other characters; BPE would drop them
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([END, PADDING])
-    # By hand and not by `save_pretrained`, whose class name older transformers do not know.
+    # older transformers do not know the class name that `save_pretrained` writes
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
@@ -148,30 +147,23 @@ def save_tokenizer(directory: str | Path) -> None:
 
 @functools.cache
 def solutions(target: int) -> tuple[tuple[str, ...], ...]:
-    """Return every expression that supervised data may show for a target.
-
-    Args:
-      target: the value wanted.
-
-    Returns:
-      One tuple of expressions per form that can reach the target.
-    """
-    return tuple(found for form in range(len(FORMS)) if (found := _table(form)[target]))
+    """Return all expressions of supervised data for a target, a tuple per form that reaches it."""
+    return tuple(texts for form in range(len(FORMS)) if (texts := _table(form)[target]))
 
 
 @functools.cache
 def _table(form: int) -> dict[int, tuple[str, ...]]:
     template, value = FORMS[form]
-    found: dict[int, list[str]] = {t: [] for t in range(FIRST_TARGET, LAST_TARGET + 1)}
+    table: dict[int, list[str]] = {t: [] for t in range(FIRST_TARGET, LAST_TARGET + 1)}
     for digits in itertools.product(DIGITS, repeat=template.count("{}")):
-        if value(*digits) in found:
-            found[value(*digits)].append(template.format(*digits))
-    return {target: tuple(texts) for target, texts in found.items()}
+        if value(*digits) in table:
+            table[value(*digits)].append(template.format(*digits))
+    return {target: tuple(texts) for target, texts in table.items()}
 
 
 def _expression(target: int, generator: np.random.Generator) -> str:
-    if generator.random() < LAZY:
+    if generator.random() < LAZY_SHARE:
         return str(target)
     forms = solutions(target)
-    chosen = forms[generator.integers(len(forms))]
-    return chosen[generator.integers(len(chosen))]
+    texts = forms[generator.integers(len(forms))]
+    return texts[generator.integers(len(texts))]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
+from configs.paper import made_up
 from ntkrl import data, models
 from ntkrl.main import main
 from ntkrl.models.armorm import GATE
-from ntkrl.prepare import labels, made_up
-from ntkrl.prepare.splits import select, split
+from ntkrl.prepare import pipeline
+from ntkrl.prepare.schemas import select, split
 
 REWARD = (
     "def length(completions, **_):\n    return [len(one[0]['content']) for one in completions]\n"
@@ -35,12 +36,10 @@ def prepare(inputs, out, *more):
     return main(
         [
             "prepare",
-            "--config=configs/paper/data.py",
-            "--config.miniature=true",
+            "--config=configs/paper/miniature.py:data",
             f"--config.run_dir={out}",
             f"--config.model.path={inputs / 'pythia'}",
             f"--config.reward.function={inputs / 'rewards.py'}:length",
-            f"--config.prepare.made_up={inputs}",
             f"--config.prepare.supervised={inputs / 'alpaca_farm' / 'sft'}",
             f"--config.prepare.preferences={preferences / 'train_prefs'}",
             f"--config.prepare.test={preferences / 'test_prefs'}",
@@ -109,7 +108,7 @@ def test_order_as_published_and_chosen_responses(inputs, tmp_path):
 def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
     """story: goes on with the scores that are there; a changed input is told."""
     out, calls = tmp_path / "data", []
-    scored = labels._scored
+    scored = pipeline._score_batch
 
     def dies(*given):
         calls.append(given)
@@ -119,7 +118,7 @@ def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
 
     more = ("--config.reward.batch_size=4",)
     with monkeypatch.context() as patch:
-        patch.setattr(labels, "_scored", dies)
+        patch.setattr(pipeline, "_score_batch", dies)
         assert prepare(inputs, out, *more) == 130
     assert not (out / "rl.jsonl").exists()
     assert len(rows(out / "scores" / "preferences.jsonl")) == 1 + 16

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ntkrl.data import PromptSet
-from ntkrl.prepare.labels import scores_of
+from ntkrl.prepare.pipeline import score_pairs
 from ntkrl.reward import RewardFunction, RewardSet
 
 TEXTS = [("a" * n, "b" * (5 - n)) for n in range(6)]  # the longest are in pairs 0 and 5, 1 and 4
@@ -43,24 +43,24 @@ def test_scores_go_on_where_they_stopped(tmp_path):
     path = tmp_path / "scores" / "pairs.jsonl"
     rewards, seen = counting(fails_at=3)
     with pytest.raises(KeyboardInterrupt):
-        scores_of(PAIRS, rewards, path, "d", 2)
+        score_pairs(PAIRS, rewards, path, "d", 2)
     assert seen[0] == ["0", "5", "0", "5"]
     held = path.read_text()
     assert len(held.splitlines()) == 5
     path.write_text(held[:-4])  # the last pair's line has lost its end
     rewards, seen = counting()
-    found = scores_of(PAIRS, rewards, path, "d", 2)
+    found = score_pairs(PAIRS, rewards, path, "d", 2)
     assert [set(batch) for batch in seen] == [{"4", "2"}, {"3"}]
     assert found.tolist() == [[n, 5 - n] for n in range(6)]
     written = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     assert written == found[[0, 5, 1, 4, 2, 3]].tolist()
     rewards, seen = counting()
-    assert scores_of(PAIRS, rewards, path, "d", 2).tolist() == found.tolist() and seen == []
+    assert score_pairs(PAIRS, rewards, path, "d", 2).tolist() == found.tolist() and seen == []
 
 
 def test_scores_of_other_inputs_are_refused(tmp_path):
     """law: a digest tells."""
     path = tmp_path / "pairs.jsonl"
-    scores_of(PAIRS, counting()[0], path, "d", 4)
+    score_pairs(PAIRS, counting()[0], path, "d", 4)
     with pytest.raises(ValueError, match="scores of other pairs: the inputs have changed"):
-        scores_of(PAIRS, counting()[0], path, "e", 4)
+        score_pairs(PAIRS, counting()[0], path, "e", 4)

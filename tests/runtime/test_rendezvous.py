@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ntkrl.runtime.meeting import NobodyCameError, meet
+from ntkrl.runtime.distributed import StartupTimeoutError, rendezvous
 from tests.hosts import free_port
 
 
@@ -15,8 +15,8 @@ def meetings(numbers, counts, seconds=20.0, before=None):
 
     def one(number, count):
         try:
-            return meet(address, count, number, seconds)
-        except (NobodyCameError, ValueError) as error:
+            return rendezvous(address, count, number, seconds)
+        except (StartupTimeoutError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 
     with ThreadPoolExecutor(len(numbers) + 1) as pool:
@@ -47,10 +47,14 @@ def test_a_stranger_comes_too():
 
 
 WRONG = {
-    "counts": ([0, 1], [2, 3], "ValueError: process 1 (%s) is one of 3, process 0 one of 2"),
-    "numbers": ([0, 1, 1], [3, 3, 3], "ValueError: two processes have the number 1, on %s and"),
-    "missing": ([0, 2], [3, 3], "NobodyCameError: process 1 of 3 did not come to"),
-    "no first": ([1, 2], [3, 3], "NobodyCameError: process 0 of 3 did not come to"),
+    "counts": (
+        [0, 1],
+        [2, 3],
+        "ValueError: process 1 (%s) expects 3 processes, process 0 expects 2",
+    ),
+    "numbers": ([0, 1, 1], [3, 3, 3], "ValueError: two processes have the index 1, on %s and"),
+    "missing": ([0, 2], [3, 3], "StartupTimeoutError: process 1 of 3 did not connect to"),
+    "no first": ([1, 2], [3, 3], "StartupTimeoutError: process 0 of 3 did not connect to"),
 }
 
 
