@@ -10,7 +10,7 @@ import pytest
 from ntkrl.evaluation import comparison as against
 from ntkrl.evaluation import sampling as evaluation
 from ntkrl.main import main
-from ntkrl.report.names import is_known
+from ntkrl.report import is_known
 from ntkrl.settings import EvalSettings
 from tests.test_train import alone, base, lines, one_device, words
 

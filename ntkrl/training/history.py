@@ -11,7 +11,7 @@ import numpy as np
 
 from ntkrl import probe
 from ntkrl.probe.weights import Leading
-from ntkrl.report.probes import read_arrays, step_files
+from ntkrl.report import read_arrays, step_files
 
 DIRECTION = "direction"
 """`direction/<leaf>/left` and `…/right` in a probe file are singular vectors of ΔW, layers in

@@ -14,7 +14,7 @@ from ntkrl.attribution import accounts
 from ntkrl.attribution import ledger as ledger_module
 from ntkrl.attribution.contributions import MEASURES
 from ntkrl.probe.signal import gradient_noise
-from ntkrl.report.names import GLOSSARY, is_known
+from ntkrl.report import GLOSSARY, is_known
 from ntkrl.scoring import score
 from tests.probe.test_probe import probe_set
 from tests.toys import TINY, toy_params, toy_policy

@@ -15,7 +15,7 @@ from ntkrl.probe import (
     weights,
 )
 from ntkrl.probe.squeezing import Masses, squeezing
-from ntkrl.report.names import is_known
+from ntkrl.report import is_known
 from ntkrl.softmax import Head, logit_statistics
 
 
