@@ -8,7 +8,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime
-from ntkrl.reward.networks import NetworkReward
 from ntkrl.settings import DTYPES, RewardSettings
 
 
@@ -89,5 +88,5 @@ def _function(
         return reward.open_function(spec, settings.timeout, options, **given)
     scorer, params = models.load_scorer(directory, DTYPES[settings.dtype], mesh)
     tokenizer = data.load_tokenizer(directory)
-    call = NetworkReward(scorer, params, tokenizer, mesh, settings.batch_size)
+    call = reward.RewardModel(scorer, params, tokenizer, mesh, settings.batch_size)
     return reward.RewardFunction(name, call, source=str(directory), on_mesh=True, **given)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ntkrl.reward.expressions import evaluate, score
+from ntkrl.reward import evaluate, expression_score
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -106,7 +106,7 @@ def test_precedence_by_hand():
 
 def test_score_needs_the_target_and_an_operator():
     completions = ["3*8", "24", "(24)", "24+0", "3*9", "oops", "0-24", ""]
-    rewards = score(
+    rewards = expression_score(
         prompts=["24="] * 8, completions=completions, completion_ids=[[]] * 8, target=[24] * 8
     )
     assert rewards == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
@@ -115,9 +115,9 @@ def test_score_needs_the_target_and_an_operator():
 def test_score_reads_messages_and_passes_over_absent_targets():
     completions = [[{"role": "assistant", "content": "3*8"}]] * 2
     given = {"prompts": ["", ""], "completion_ids": [[], []], "extra": [1, 2]}
-    assert score(completions=completions, target=[24, None], **given) == [1.0, None]
+    assert expression_score(completions=completions, target=[24, None], **given) == [1.0, None]
 
 
 def test_score_refuses_targets_that_are_no_integers():
     with pytest.raises(ValueError, match="holds integers .* but row 1: '24'; row 2: 24.0"):
-        score([""] * 3, ["3*8"] * 3, [[]] * 3, target=[24, "24", 24.0])
+        expression_score([""] * 3, ["3*8"] * 3, [[]] * 3, target=[24, "24", 24.0])

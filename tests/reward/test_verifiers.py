@@ -6,9 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ntkrl.reward import verifiers
-from ntkrl.reward.functions import RewardSet
-from ntkrl.reward.loading import open_function
+from ntkrl.reward import RewardSet, open_function, verifiers
 
 
 @pytest.mark.parametrize(
@@ -54,12 +52,12 @@ def test_soft_overlong():
 
 
 def test_cosine_length():
-    found = verifiers.cosine_length(["7", "7" + " " * 999, "8", "8" * 1000], ["7", "7", "7", "7"])
+    found = verifiers.CosineLength()(["7", "7" + " " * 999, "8", "8" * 1000], ["7", "7", "7", "7"])
     assert found == pytest.approx(
         [0.5 + 0.25 * (1 + math.cos(math.pi / 1000)), 0.5, -1.0, -0.5], abs=1e-5
     )
     # half way, half way between
-    assert verifiers.cosine_length(["7" * 5], ["7" * 5], max_len=10) == pytest.approx([0.75])
+    assert verifiers.CosineLength(max_len=10)(["7" * 5], ["7" * 5]) == pytest.approx([0.75])
 
 
 def test_repetition():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.reward.functions import RewardFunction, RewardSet
+from ntkrl.reward import RewardFunction, RewardSet
 
 PROMPTS, TEXTS, IDS = ["p", "p"], ["a", "bb"], [[1, 0], [2, 2, 0]]
 
@@ -193,10 +193,10 @@ def test_required_parameter_that_is_no_column():
     with pytest.raises(ValueError, match="do not fit") as caught:
         _reward(needs, columns={"target": [1, 2]})
     message = str(caught.value)
-    assert "needs requires 'targets', which is no column; did you mean 'target'?" in message
-    assert "needs requires 'other', which is no column" in message
+    assert "needs requires 'targets', which is not a column; did you mean 'target'?" in message
+    assert "needs requires 'other', which is not a column" in message
     assert "optional" not in message
-    assert "Columns are: target; always given are prompts, completions" in message
+    assert "Columns are: target; always provided are prompts, completions" in message
 
 
 def test_column_with_a_name_of_the_contract():
