@@ -222,8 +222,7 @@ def _solves(completion: Any, target: int) -> bool:
     return evaluate(text) == target and any(operator in text for operator in "+-*")
 
 
-# Parsers take the text, a position and the nesting depth, and return the value and the next position,
-# or None.
+# Parsers map the text, a position and the nesting depth to (value, next position), or to None.
 
 
 def _expression(text: str, at: int, nesting: int) -> tuple[int, int] | None:

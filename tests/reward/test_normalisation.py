@@ -25,9 +25,9 @@ def test_by_hand(tmp_path):
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "holds no rewards"),
-        (json.dumps({"rewards": {"a": [1.0]}}), "'a' needs two finite rewards at least"),
-        (json.dumps({"rewards": {"a": 3}}), "'a' needs two finite rewards at least"),
+        ("[]", "has no rewards"),
+        (json.dumps({"rewards": {"a": [1.0]}}), "'a' needs at least two finite rewards"),
+        (json.dumps({"rewards": {"a": 3}}), "'a' needs at least two finite rewards"),
     ],
 )
 def test_files_that_do_not_serve(tmp_path, content, message):
