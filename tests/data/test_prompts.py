@@ -67,7 +67,7 @@ def test_missing_file_directory_and_empty_file(tmp_path):
         ({"prompt": None}, r"no 'prompt' \(missing or null\)"),
         ({"prompt": 3}, "'prompt' is int; expected text or a list of messages"),
         ({"prompt": " "}, "empty prompt"),
-        ({"prompt": "\ud800"}, "'prompt' holds half of a surrogate pair"),
+        ({"prompt": "\ud800"}, "'prompt' has half of a surrogate pair"),
         (
             {"prompt": USER},
             "mixed forms: this prompt is a list of messages, that of line 1 is text",
