@@ -37,13 +37,7 @@ END, PADDING = "<|endoftext|>", "<|padding|>"
 
 
 def targets(split: str) -> tuple[int, ...]:
-    """Return the targets of a split, increasing.
-
-    Args:
-      split: "train" (30 targets) or "test" (10 held-out targets).
-
-    Returns:
-      Integers from 10 to 49; the two splits are disjoint and cover them all.
+    """Return the 30 targets of "train" or the 10 of "test", increasing; together 10 to 49.
 
     Raises:
       ValueError: another split.
@@ -58,16 +52,10 @@ def targets(split: str) -> tuple[int, ...]:
 
 
 def expression_prompts(split: str) -> PromptSet:
-    """Return a prompt per target of a split, with the column "target" (int).
-
-    Args:
-      split: "train" or "test".
-
-    Returns:
-      Standard prompts such as `24=`, targets increasing.
+    """Return a prompt such as `24=` per target of a split, with the column "target" (int).
 
     Raises:
-      ValueError: another split.
+      ValueError: a split other than "train" and "test".
     """
     values = targets(split)
     return PromptSet(
@@ -78,21 +66,16 @@ def expression_prompts(split: str) -> PromptSet:
 
 
 def supervised_set(size: int, seed: int) -> PromptSet:
-    """Draw prompts of both splits with completions, LAZY_SHARE of them lazy.
+    """Draw prompts of both splits with columns "target" and "completion", some of them lazy.
 
     The base model sees all targets, as a pretrained model would; only RL is limited to the train
     split. A lazy completion repeats the number, `24` for `24=`, and earns no reward, so that RL has
-    more to unlearn than wrong arithmetic.
-
-    Each row draws a target uniformly; unless lazy, it then draws one of the FORMS that reach the
-    target and one of that form's expressions, each uniformly.
+    more to unlearn than wrong arithmetic. Each row draws a target uniformly; unless lazy, it then
+    draws one of the FORMS that reach the target and one of its expressions, each uniformly.
 
     Args:
       size: rows, ≥ 1.
       seed: ≥ 0; the rows are a function of size and seed.
-
-    Returns:
-      Prompts with the columns "target" (int) and "completion" (text).
 
     Raises:
       ValueError: an argument outside its range.
@@ -117,13 +100,10 @@ def characters() -> tuple[str, ...]:
 
 
 def save_tokenizer(directory: str | Path) -> None:
-    """Write a Hugging Face tokenizer with one token per character.
+    """Write a Hugging Face tokenizer with one token per character, creating the directory.
 
     Ids: 0 is `<|endoftext|>` (end of sequence), 1 is `<|padding|>`, then `characters()`. Encoding
     any other character is an error. `AutoTokenizer` loads it.
-
-    Args:
-      directory: created if missing.
     """
     tokens = (END, PADDING, *characters())
     # WordLevel without an unknown token raises on other characters; BPE would drop them

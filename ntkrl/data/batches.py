@@ -21,16 +21,13 @@ Encoded = Sequence[Sequence[int]]
 def pad_rows(
     rows: Iterable[tuple[int, Sequence[int]]], shape: tuple[int, int], pad_id: int, left: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pad token ids to one length.
+    """Return tokens `[B, T]` int32 and mask `[B, T]` bool; missing rows are padding.
 
     Args:
       rows: number of each row, for messages, and its token ids; at most B.
-      shape: (B, T) of the result.
+      shape: (B, T).
       pad_id: token written where the mask is False.
       left: pad on the left, else on the right.
-
-    Returns:
-      tokens `[B, T]` int32 and mask `[B, T]` bool; rows beyond those given are padding.
 
     Raises:
       ValueError: a row is longer than T.
@@ -56,7 +53,7 @@ def prompt_batch(
     length: int,
     copies: np.ndarray | None = None,
 ) -> PromptBatch:
-    """Left-pad some prompts.
+    """Left-pad the prompts of `rows [P]` to `length` (tokens).
 
     Args:
       encoded: token ids of every prompt of the set.
@@ -64,9 +61,6 @@ def prompt_batch(
       pad_id: token written where the mask is False.
       length: T, at least the longest chosen prompt (tokens).
       copies: `[P]` number of earlier occurrences of each; None counts them within `rows`.
-
-    Returns:
-      tokens and mask `[P, length]`, rows and copies `[P]`.
 
     Raises:
       ValueError: a chosen prompt is longer than `length`.
@@ -94,8 +88,7 @@ def supervised_batch(
     """Arrange reference completions like sampled ones, so that SFT is an ordinary update.
 
     Args:
-      encoded_prompts: token ids of every prompt of the set.
-      encoded_completions: token ids of every completion of the set.
+      encoded_prompts, encoded_completions: token ids of every row of the set.
       rows: `[B]` rows of the set.
       pad_id: token written where the mask is False.
       prompt_length: columns of the left-padded prompt (tokens).
@@ -136,19 +129,16 @@ def _update_batch(tokens: np.ndarray, mask: np.ndarray, completion_mask: np.ndar
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Assign items to few rows by first fit decreasing.
+    """Assign items to rows by first fit decreasing; return the items of each row.
 
     Args:
       lengths: of the items (tokens).
       capacity: of a row (tokens).
 
-    Returns:
-      The items of each row; at most 11/9 of the minimal number of rows, plus 6/9.
-
     Raises:
       ValueError: items longer than a row.
 
-    Source: Dósa 2007 for the bound.
+    Source: Dósa 2007: at most 11/9 of the minimal number of rows, plus 6/9.
     """
     if too_long := [i for i, length in enumerate(lengths) if length > capacity]:
         raise ValueError(f"items {too_long} are longer than a row of {capacity} tokens.")
@@ -174,12 +164,11 @@ def packed_batches(
 ) -> list[UpdateBatch]:
     """Pack the examples of each part into one batch; all batches have the same shape.
 
-    The number of rows is `multiple` times 1, 2, 3, 4, 6, 8, 12, …, or the unpacked number, so that
-    few shapes compile; unused rows are padding.
+    The number of rows R is `multiple` times 1, 2, 3, 4, 6, 8, 12, …, or the unpacked number, so
+    that few shapes compile; unused rows are padding.
 
     Args:
-      encoded_prompts: token ids of every prompt of the set, none empty.
-      encoded_completions: token ids of every completion of the set.
+      encoded_prompts, encoded_completions: token ids of every row of the set; prompts not empty.
       parts: rows of the set, by batch.
       pad_id: token written where the mask is 0.
       length: T, columns of a row (tokens).

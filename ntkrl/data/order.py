@@ -18,7 +18,7 @@ from ntkrl.data.prompts import PromptSet
 
 
 def rows_at(position: int, size: int, batch_size: int, seed: int) -> np.ndarray:
-    """Return the rows of the batch at a position.
+    """Return the rows `[batch_size]` int32 of the batch at a position, all different.
 
     Epoch e visits the rows in the order `default_rng((seed, e)).permutation(size)`, without those
     that do not fill a batch.
@@ -28,9 +28,6 @@ def rows_at(position: int, size: int, batch_size: int, seed: int) -> np.ndarray:
       size: rows of the prompt set.
       batch_size: rows per batch, 1 to `size`.
       seed: ≥ 0.
-
-    Returns:
-      `[batch_size]` int32 rows, all different.
 
     Raises:
       ValueError: an argument outside its range.
@@ -46,12 +43,12 @@ def rows_at(position: int, size: int, batch_size: int, seed: int) -> np.ndarray:
 def weighted_rows_at(
     position: int, sizes: Sequence[int], batch_size: int, seed: int, weights: Sequence[float]
 ) -> np.ndarray:
-    """Return the rows of the batch at a position, drawn from several files by weight.
+    """Return the rows `[batch_size]` int32 of the batch at a position, by weight of their file.
 
     The d-th draw from file f (from 0) has time (d + 1/2) / w_f, w the weights divided by their sum;
     draws are ordered by time. Of F files, after n draws, file f has w_f n ± (1/2 + w_f F / 2) of
-    them, at any position. Its d-th draw is entry d mod size of
-    `default_rng((seed, f, d // size)).permutation(size)`.
+    them. Its d-th draw is entry d % n_f of `default_rng((seed, f, d // n_f)).permutation(n_f)`, so
+    that a row recurs only after all n_f rows of its file, possibly within one batch.
 
     Args:
       position: batches drawn so far, ≥ 0.
@@ -59,10 +56,6 @@ def weighted_rows_at(
       batch_size: rows per batch, ≥ 1.
       seed: ≥ 0.
       weights: one per file, > 0; their decimal digits are taken as exact.
-
-    Returns:
-      `[batch_size]` int32 rows of the set. A row recurs only after all others of its file, possibly
-      within one batch.
 
     Raises:
       ValueError: an argument outside its range.
@@ -111,15 +104,7 @@ def _draws(start: int, count: int, shares: Sequence[Fraction]) -> list[tuple[int
 
 
 def epoch_at(position: int, size: int, batch_size: int) -> int:
-    """Return the number of complete epochs before the batch at a position.
-
-    Args:
-      position: batches drawn so far, ≥ 0.
-      size: rows of the prompt set.
-      batch_size: rows per batch, 1 to `size`.
-
-    Returns:
-      The epoch, from 0.
+    """Return the number of complete epochs before the batch at a position; arguments as `rows_at`.
 
     Raises:
       ValueError: an argument outside its range.
@@ -137,16 +122,13 @@ def epoch_at(position: int, size: int, batch_size: int) -> int:
 
 
 def hold_out(prompt_set: PromptSet, fraction: float) -> tuple[PromptSet, PromptSet]:
-    """Split a prompt set into training and evaluation prompts.
+    """Split a prompt set into training and evaluation prompts, rows in file order.
 
     The split does not depend on the run's seed, so that runs can be compared.
 
     Args:
       prompt_set: at least 2 prompts.
       fraction: share to hold out, in (0, 1); both parts get at least one prompt.
-
-    Returns:
-      `(training, held out)`, rows in file order.
 
     Raises:
       ValueError: fewer than 2 prompts.
@@ -166,11 +148,10 @@ def hold_out(prompt_set: PromptSet, fraction: float) -> tuple[PromptSet, PromptS
 def spread(sizes: Sequence[int]) -> np.ndarray:
     """Interleave the rows of concatenated files, so that every prefix samples all of them.
 
+    Row i of a file of n rows is at relative place (i + 1/2) / n; one file is unchanged.
+
     Args:
       sizes: rows of each file, ≥ 1.
-
-    Returns:
-      `[Σ sizes]` rows, row i of a file of n at relative place (i + 1/2) / n; one file is unchanged.
     """
     places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
     return np.argsort(places, kind="stable")

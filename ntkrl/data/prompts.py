@@ -52,16 +52,13 @@ class PromptSet:
 
 
 def read_set(path: str | Path, required: Sequence[str] = ("prompt",)) -> PromptSet:
-    """Read and validate the rows of a file or a directory.
+    """Read and validate the rows of a file or a directory; other keys than "prompt" become columns.
 
     Args:
       path: UTF-8 JSON Lines (blank lines are skipped), or another form of published.py.
       required: keys that every row must have (null counts as missing), in addition to "prompt".
         "completion", "chosen" and "rejected" must be text for standard prompts, a list of
         messages for conversational ones.
-
-    Returns:
-      The rows in file order. Keys other than "prompt" become columns.
 
     Raises:
       ValueError: errors of `read_rows`, no rows, or invalid rows; the message lists all of them
@@ -92,13 +89,7 @@ def validate_rows(table: Rows, required: Sequence[str] = ("prompt",)) -> PromptS
 
 
 def join(prompt_sets: Sequence[PromptSet]) -> PromptSet:
-    """Concatenate prompt sets.
-
-    Args:
-      prompt_sets: at least one.
-
-    Returns:
-      Their rows; columns that a set lacks are None there.
+    """Concatenate prompt sets, at least one; columns that a set lacks are None there.
 
     Raises:
       ValueError: text prompts in some and lists of messages in others.
@@ -125,11 +116,7 @@ def join(prompt_sets: Sequence[PromptSet]) -> PromptSet:
 def read_prompts(path: str | Path) -> PromptSet:
     """Read prompts: one per line if the name ends in `.txt`, else as `read_set`.
 
-    Args:
-      path: a UTF-8 file; blank lines are skipped, other white space is preserved.
-
-    Returns:
-      The prompts in file order; a text file has no columns.
+    Blank lines are skipped; other white space is preserved.
 
     Raises:
       ValueError: the file cannot be read or has no prompts, or errors of `read_set`.

@@ -47,10 +47,7 @@ TEMPLATES = {"pythia": PYTHIA}
 
 
 def read_template(name: str) -> Template:
-    """Return a template by name, or from a file.
-
-    Args:
-      name: "pythia", or a path that ends in `.jinja`.
+    """Return a template by name ("pythia"), or from a path that ends in `.jinja`.
 
     Raises:
       ValueError: an unknown name, or a file that cannot be read.
@@ -74,17 +71,14 @@ def apply_template(tokenizer: Any, template: Template) -> int:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Load a Hugging Face tokenizer from a local directory; nothing is downloaded.
+    """Load a local Hugging Face tokenizer and set its `eos_token_id` and `pad_token_id`.
 
-    A tokenizer without a pad token gets its end-of-sequence token as pad: every array has a mask,
-    and no code compares tokens with the pad id.
+    A missing pad token becomes the end-of-sequence token: every array has a mask, and no code
+    compares tokens with the pad id.
 
     Args:
       path: directory with `tokenizer.json` (or the vocabulary of a slow tokenizer) and
         `tokenizer_config.json`.
-
-    Returns:
-      The tokenizer, with `eos_token_id` and `pad_token_id` set.
 
     Raises:
       ValueError: no such directory, no tokenizer files, files that do not load (such as those
@@ -123,7 +117,7 @@ def load_tokenizer(path: str | Path) -> Any:
 def encode_prompts(
     tokenizer: Any, prompt_set: PromptSet, max_prompt_tokens: int
 ) -> list[list[int]]:
-    """Encode every prompt.
+    """Return the token ids of each prompt, unpadded.
 
     Text prompts are encoded without special tokens, conversations by the tokenizer's chat
     template with the generation prompt.
@@ -132,9 +126,6 @@ def encode_prompts(
       tokenizer: from `load_tokenizer`.
       prompt_set: the prompts.
       max_prompt_tokens: longest prompt allowed (tokens).
-
-    Returns:
-      Token ids of each prompt, unpadded.
 
     Raises:
       ValueError: a missing chat template, or prompts that cannot be encoded, are empty or too
@@ -157,7 +148,7 @@ def encode_prompts(
 def encode_completions(
     tokenizer: Any, prompt_set: PromptSet, max_completion_tokens: int
 ) -> list[list[int]]:
-    """Encode the column "completion" for supervised training, with the end token last.
+    """Return the token ids of the column "completion" for SFT, unpadded, the end token last.
 
     A conversational completion is what the chat template writes after the generation prompt. If
     it has the end token, only white space that follows it is dropped, as a sampler stops there.
@@ -167,12 +158,9 @@ def encode_completions(
       prompt_set: prompts with a "completion" for every row.
       max_completion_tokens: longest completion allowed (tokens, including the end token).
 
-    Returns:
-      Token ids of each completion, unpadded; an empty text is the end token alone.
-
     Raises:
-      ValueError: a missing column or value, a missing chat template, or completions that cannot
-        be encoded or are too long; the message lists all such rows.
+      ValueError: a missing column, value or chat template, or completions that cannot be encoded
+        or are too long; the message lists all such rows.
     """
     completions = _completions(prompt_set)
     if prompt_set.conversational:
@@ -188,18 +176,13 @@ def encode_completions(
 def decode_completions(
     tokenizer: Any, tokens: Array, completion_mask: Array, eos_id: int
 ) -> tuple[list[str], list[list[int]]]:
-    """Return the completions of a rollout as texts and as token ids.
+    """Return the completions of a rollout as texts without special tokens, and as all token ids.
 
     Args:
       tokenizer: from `load_tokenizer`.
       tokens: `[B, T]` or `[B, C]`; the completions are the last C columns.
       completion_mask: `[B, C]` bool.
-      eos_id: end-of-sequence token, excluded from the text even if the tokenizer does not treat
-        it as special.
-
-    Returns:
-      `(texts, ids)`: the masked tokens of each row as text without special tokens, and as ids
-      with them.
+      eos_id: end-of-sequence token, never part of the text.
 
     Raises:
       ValueError: the mask is wider than the tokens or has another number of rows.
@@ -224,14 +207,11 @@ def decode_completions(
 
 
 def stop_finder(tokenizer: Any, stops: Sequence[str]) -> Callable[[np.ndarray], int | None]:
-    """Return a function that finds the end of the first stop string of a completion.
+    """Return `find(ids [n])`: the fewest tokens whose text contains a stop string, or None.
 
     Args:
       tokenizer: from `load_tokenizer`.
       stops: at least one string.
-
-    Returns:
-      `find(ids [n]) -> count | None`, the fewest tokens whose text contains a stop string.
     """
 
     def contains_stop(ids: np.ndarray) -> bool:
