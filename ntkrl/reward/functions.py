@@ -61,12 +61,6 @@ class RewardFunction:
     on_mesh: bool = False
 
     def __post_init__(self) -> None:
-        """Check the numbers and the signature.
-
-        Raises:
-          ValueError: a number that is not finite, an object that cannot be called, or a
-            positional-only parameter.
-        """
         for name in ("weight", "shift", "on_failure"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -110,14 +104,11 @@ class RewardFunction:
         ]
 
     def rewards(self, arguments: Mapping[str, Any], completions: Sequence[str]) -> np.ndarray:
-        """Call the function and check its result.
+        """Call the function and return its rewards `[B]`, float32, NaN where it returned None.
 
         Args:
           arguments: of the contract, and columns; those it does not name are left out.
           completions: B texts, for messages.
-
-        Returns:
-          `[B]` float32, NaN where the result is None.
 
         Raises:
           RewardError: it raised, or did not return B finite numbers or Nones.

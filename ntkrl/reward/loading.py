@@ -49,16 +49,9 @@ def open_function(
 
 
 def load_function(spec: str, weight: float = 1.0) -> RewardFunction:
-    """Load a reward function into this process.
+    """Load a built-in function or "path/to/file.py:function" into this process.
 
     A file is executed once, with the user's rights, however many of its functions are loaded.
-
-    Args:
-      spec: name of a built-in function or "path/to/file.py:function".
-      weight: finite factor of its rewards in the sum.
-
-    Returns:
-      The function; its name is that of the Python function.
 
     Raises:
       ValueError: another spec, no such file, a file that fails to run, no such function in it, an
@@ -135,7 +128,7 @@ class WorkerFunction:
         """Start the process and read the function's signature.
 
         Args:
-          spec: "path/to/file.py:function" or a built-in name.
+          spec: as for `load_function`.
           seconds: time limit of a call.
 
         Raises:
@@ -161,11 +154,7 @@ class WorkerFunction:
         log_metric: Callable[[str, float], None] = lambda name, value: None,
         **arguments: Any,
     ) -> list[float | None]:
-        """Call the function.
-
-        Raises:
-          RewardError: an error of the function, a timeout, or a process that died.
-        """
+        """Call the function; raise RewardError if it fails, exceeds the time limit, or dies."""
         if self.process is None:
             self._start()
         arguments.pop("trainer_state", None)

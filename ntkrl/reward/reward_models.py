@@ -23,11 +23,7 @@ class RewardTexts:
     """Tokenization of prompts and completions for a reward model."""
 
     def __init__(self, scorer: Scorer, tokenizer: Any):
-        """Check the tokenizer.
-
-        Args:
-          scorer: the reward model.
-          tokenizer: of the reward model.
+        """Check the reward model's tokenizer.
 
         Raises:
           ValueError: a tokenizer with more entries than the model's vocabulary, or without a chat
@@ -139,7 +135,7 @@ class RewardModel:
         mesh: Mesh,
         batch_size: int = 16,
     ):
-        """Check the tokenizer and compile nothing yet.
+        """Check the tokenizer.
 
         Args:
           scorer, params: from `models.load_scorer`, params on `mesh`.
@@ -162,11 +158,7 @@ class RewardModel:
         log_extra: Callable[[str, list[float]], None],
         log_metric: Callable[[str, float], None],
     ) -> list[float]:
-        """Return one score per completion.
-
-        Raises:
-          RewardError: errors of `RewardTexts.encode`.
-        """
+        """Return one score per completion; raises RewardError as `RewardTexts.encode`."""
         ids, gates = self.texts.encode(prompts, completions)
         outputs: dict[str, list[float]] = {name: [] for name in self.scorer.names}
         for first in range(0, len(ids), self.batch_size):

@@ -64,11 +64,6 @@ class RewardSet:
     allgather_object: Callable[[str, Any], list[Any]] = lambda name, value: [value]
 
     def __post_init__(self) -> None:
-        """Check the names.
-
-        Raises:
-          ValueError: no function, or two of the same name.
-        """
         if not self.functions:
             raise ValueError("no reward function given; name at least one, such as 'expressions'.")
         by_name: dict[str, list[str]] = {}
@@ -82,10 +77,7 @@ class RewardSet:
                 )
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Check that the columns of the prompt set provide every required parameter.
-
-        Args:
-          columns: names of the columns.
+        """Check that the named columns of the prompt set provide every required parameter.
 
         Raises:
           ValueError: a column has a name of the contract, or a required parameter is not a
@@ -130,13 +122,9 @@ class RewardSet:
           conversational: pass each completion as one assistant message.
           group: completions per prompt, in consecutive rows; a call gets complete groups.
 
-        Returns:
-          The rewards, and the values that the functions logged.
-
         Raises:
           ValueError: arguments of different lengths, columns that do not fit, a function that
-            raises or returns anything but B finite numbers or Nones, or a row to which no
-            function applies.
+            fails, or a row to which no function applies.
         """
         self.check_columns(columns)
         _check_sizes(completions, prompts=prompts, completion_ids=completion_ids, **columns)
@@ -294,17 +282,10 @@ def read_normalisation(path: str | Path) -> dict[str, tuple[float, float]]:
 
 
 def read_rewards(path: Path, setting: str) -> dict[str, np.ndarray]:
-    """Read a file of `write_rewards`.
-
-    Args:
-      path: the file.
-      setting: of the config, for messages.
-
-    Returns:
-      Name to `[B]` float32, NaN where the function does not apply.
+    """Read `{function: rewards [B]}` (float32, NaN where not applicable) written by `write_rewards`.
 
     Raises:
-      ValueError: no such file, or another form.
+      ValueError: no such file, or another form; the message names the config's `setting`.
     """
     rewards = {}
     for name, values in _load(path, setting).items():

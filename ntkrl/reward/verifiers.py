@@ -143,13 +143,7 @@ class CosineLength:
 def repetition(
     completions: Sequence[Any], ngram_size: int = 3, max_penalty: float = -1.0
 ) -> list[float]:
-    """Penalise repeated n-grams of words: max_penalty · (1 − distinct / all).
-
-    Args:
-      completions: texts or lists of messages.
-      ngram_size: n, in words.
-      max_penalty: ≤ 0.
-    """
+    """Penalise repeated n-grams of `ngram_size` words: max_penalty · (1 − distinct / all)."""
     rewards = []
     for completion in completions:
         words = text_of(completion).lower().split()
@@ -160,14 +154,9 @@ def repetition(
 
 
 def evaluate(text: str) -> int | None:
-    """Return the value of an expression.
+    """Return the value of an expression, or None if it is not in the grammar or exceeds a cap.
 
-    Args:
-      text: at most 64 characters, parentheses at most 16 deep, integers of 1 to 6 digits
-        (leading zeros allowed).
-
-    Returns:
-      The value, or None if the text is not in the grammar or exceeds a cap.
+    Caps: 64 characters, 16 nested parentheses, integers of 1 to 6 digits (leading zeros allowed).
     """
     if len(text) > MAX_CHARACTERS:
         return None
@@ -186,17 +175,7 @@ def expression_score(
 ) -> list[float | None]:
     """Return 1 for expressions that equal their target by at least one operator, else 0.
 
-    The target itself scores 0, since it only copies the prompt.
-
-    Args:
-      prompts: unused.
-      completions: B texts, or B lists of messages.
-      completion_ids: unused.
-      target: B integers; None where the task does not apply.
-      **columns: unused.
-
-    Returns:
-      B rewards, 0.0 or 1.0, None where the target is None.
+    The target itself scores 0, since it only copies the prompt. A target of None gives None.
 
     Raises:
       ValueError: a target is neither an integer nor None.

@@ -186,10 +186,7 @@ class Checkpoints:
         return {self.best.metric: value} if math.isfinite(value) else None
 
     def finish_saving(self, wait: bool = True) -> None:
-        """Wait for the pending checkpoint.
-
-        Args:
-          wait: False returns at once if it is still being written.
+        """Wait for the pending checkpoint; with `wait=False` only check it, without blocking.
 
         Raises:
           CheckpointWriteError: it could not be written.
@@ -227,11 +224,11 @@ class Checkpoints:
         return items.position
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """Restore a TrainState.
+        """Restore a TrainState with the structure, dtypes and shardings of `target`.
 
         Args:
           step: of the checkpoint.
-          target: arrays or ShapeDtypeStructs with the structure, dtypes and shardings to restore.
+          target: arrays or ShapeDtypeStructs with shardings.
 
         Raises:
           CorruptCheckpointError: it cannot be read, or its arrays have changed since.
@@ -241,15 +238,7 @@ class Checkpoints:
         return TrainState(**{**fields, "key": jax.random.wrap_key_data(fields["key"])})
 
     def restore_params(self, step: int, target: Params) -> Params:
-        """Restore only the params of a checkpoint.
-
-        Args:
-          step: of the checkpoint.
-          target: arrays or ShapeDtypeStructs with shardings.
-
-        Raises:
-          CorruptCheckpointError: as `restore`.
-        """
+        """Restore only the params of a checkpoint; arguments and errors as `restore`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": target})
         restore = ocp.args.PyTreeRestore(
             abstract,
@@ -300,12 +289,9 @@ class Checkpoints:
 
 
 def bit_sums(tree: Any) -> dict[str, int]:
-    """Return a checksum per array: the sum of its words as unsigned integers, modulo 2³².
+    """Return a checksum by array: the sum of its words as unsigned integers, modulo 2³².
 
     It does not depend on the sharding, and detects any single changed bit.
-
-    Args:
-      tree: arrays of numbers or bools.
     """
     leaves = jax.tree.leaves(tree)
     return dict(zip(trees.names(tree), map(int, fetch(_bit_sums(leaves))), strict=True))

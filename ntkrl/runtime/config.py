@@ -116,12 +116,7 @@ def _text(error: Exception) -> str:
 
 
 def parse_section(kind: type[Settings], section: ConfigDict, name: str) -> Settings:
-    """Convert a config section to its frozen dataclass.
-
-    Args:
-      kind: the dataclass.
-      section: the ConfigDict.
-      name: of the section in messages.
+    """Convert a config section to its frozen dataclass; `name` is the section's in messages.
 
     Raises:
       ValueError: missing or unknown fields (all of them, with the nearest known name), or values

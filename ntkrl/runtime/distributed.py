@@ -114,24 +114,21 @@ def record_resume_step(rollout_step: int) -> None:
 
 
 def allgather_object(name: str, value: Any = None) -> list[Any]:
-    """Gather a small JSON value from every process; blocks until all have called.
+    """Gather a small JSON value from every process, by process index; blocks until all have called.
 
     Args:
       name: of the exchange; every process must make the same calls in the same order.
       value: of this process.
-
-    Returns:
-      The values by process index.
     """
     return _monitors[0].allgather_object(name, value) if _monitors else [value]
 
 
 def check_consistent(name: str, values: Mapping[str, Any]) -> None:
-    """Check that all processes have the same values.
+    """Check that all processes have the same JSON values.
 
     Args:
       name: of the values in the message.
-      values: JSON values of this process.
+      values: of this process.
 
     Raises:
       ValueError: (in all processes) some differ; the message lists every difference.
@@ -180,7 +177,7 @@ def _describe_run(limits: Limits) -> tuple[str, int, int]:
 
 
 def rendezvous(address: str, count: int, index: int, seconds: float) -> list[str]:
-    """Wait for every process of the run, at a port of process 0 that JAX uses afterwards.
+    """Wait for every process at a port of process 0, which JAX uses afterwards; return host names.
 
     `jax.distributed.initialize` alone aborts on a timeout without naming the missing processes.
 
@@ -189,9 +186,6 @@ def rendezvous(address: str, count: int, index: int, seconds: float) -> list[str
       count: number of processes.
       index: of this process, in [0, count).
       seconds: time limit.
-
-    Returns:
-      The host name of each process.
 
     Raises:
       StartupTimeoutError: some processes did not connect; reported to every process.

@@ -103,14 +103,7 @@ class HealthMonitor:
     """
 
     def __init__(self, client: Any, index: int, hosts: list[str], limits: Limits):
-        """Start both threads.
-
-        Args:
-          client: of JAX's coordination service.
-          index: of this process.
-          hosts: host name of each process.
-          limits: timeouts.
-        """
+        """Start both threads; `client` is of JAX's coordination service, `hosts` all host names."""
         self.client, self.index, self.hosts, self.limits = client, index, hosts, limits
         self.progress: tuple[int, str] = (0, ProgressRecord.activity)
         self.resume_step: int | None = None

@@ -38,28 +38,24 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
 
 
 def place_rows(tree: Any, mesh: Mesh) -> Any:
-    """Shard the rows of a batch over the data and fsdp axes.
+    """Shard the rows of a batch over the data and fsdp axes, see `row_sharding`.
 
     Args:
-      tree: arrays with a leading row axis of one length; the same in every process.
+      tree: arrays with a leading row axis of one length; the same in every process, which
+        transfers its addressable rows.
       mesh: the device mesh.
-
-    Returns:
-      Arrays sharded by `row_sharding`; each process transfers its addressable rows.
     """
     sharding = row_sharding(jax.tree.leaves(tree)[0].shape[0], mesh)
     return place(tree, jax.tree.map(lambda leaf: sharding, tree))
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Transfer arrays to devices by shardings.
+    """Transfer arrays to devices by their shardings.
 
     Args:
-      tree: arrays; host arrays must be the same in every process.
+      tree: arrays; host arrays must be the same in every process, which transfers its
+        addressable shards.
       shardings: one per array.
-
-    Returns:
-      The sharded arrays; each process transfers its addressable shards.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)

@@ -22,14 +22,11 @@ computed. Any other difference would mix two runs, and is refused."""
 
 
 def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject: str) -> list[str]:
-    """Compare the config that something was created with and the config of this run.
+    """Return the differences within ALLOWED sections between two configs, with the reason.
 
     Args:
       saved, config: as JSON values.
       subject: name, in messages, of what was created with `saved`.
-
-    Returns:
-      The differences within ALLOWED sections, with the reason.
 
     Raises:
       ValueError: any other difference; the message lists all of both kinds.
@@ -56,11 +53,7 @@ def config_identity(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_run_dir(directory: Path, config: Mapping[str, Any]) -> list[str] | None:
-    """Check that a run directory, if it exists, belongs to the same config.
-
-    Args:
-      directory: the run directory.
-      config: as JSON values.
+    """Check that a run directory belongs to the same config (JSON values).
 
     Returns:
       The allowed differences, see `config_changes`; None if it has no config.json yet.
@@ -75,11 +68,7 @@ def check_run_dir(directory: Path, config: Mapping[str, Any]) -> list[str] | Non
 
 
 def claim_run_dir(directory: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json unless it is already up to date.
-
-    Args:
-      directory: the run directory, created if missing.
-      config: as JSON values.
+    """Write config.json, creating the directory, unless it is up to date.
 
     Raises:
       ValueError: as `check_run_dir`.
