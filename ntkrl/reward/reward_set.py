@@ -282,7 +282,7 @@ def read_normalisation(path: str | Path) -> dict[str, tuple[float, float]]:
 
 
 def read_rewards(path: Path, setting: str) -> dict[str, np.ndarray]:
-    """Read `{function: rewards [B]}` (float32, NaN where not applicable) written by `write_rewards`.
+    """Read `{function: rewards [B]}` (float32, NaN where not applicable) of `write_rewards`.
 
     Raises:
       ValueError: no such file, or another form; the message names the config's `setting`.
