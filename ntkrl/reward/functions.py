@@ -135,15 +135,21 @@ async def _wait(result: Any) -> Any:
     return await result
 
 
+def line_in(path: Path, error: Exception) -> int | None:
+    """Return the innermost line of a file in an error's traceback, or None."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
+    return lines[-1] if lines else None
+
+
 def _place(error: Exception, label: str) -> str:
     """Return the innermost traceback line in the user's file, or else of all."""
-    frames = traceback.extract_tb(error.__traceback__)
     file = label.rpartition(":")[0]
-    path = Path(file).resolve()
-    in_file = [frame for frame in frames if file and Path(frame.filename).resolve() == path]
-    return (
-        f"{file}:{in_file[-1].lineno}" if in_file else f"{frames[-1].filename}:{frames[-1].lineno}"
-    )
+    line = line_in(Path(file), error) if file else None
+    if line is not None:
+        return f"{file}:{line}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def _checked(returned: Any, completions: Sequence[str], label: str) -> np.ndarray:

@@ -13,13 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ntkrl.reward.functions import RewardError, RewardFunction
+from ntkrl.reward.functions import RewardError, RewardFunction, line_in
 from ntkrl.reward.verifiers import BUILT_IN, IN_WORKER, with_options
 
 FORMS = f"{', '.join(BUILT_IN)} (built in), 'path/to/file.py:function' or a reward model directory"
@@ -96,20 +95,14 @@ def _execute(path: Path, spec: str) -> ModuleType:
         del sys.modules[name]
         missing = isinstance(error, ModuleNotFoundError)
         hint = " Install it, or add its directory to PYTHONPATH." if missing else ""
-        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        text, line = str(error), line_in(path, error)
+        if isinstance(error, SyntaxError):
+            text, line = error.msg, error.lineno
         raise ValueError(
             f"reward function {spec}: {path} does not run: {type(error).__name__}: {text} at "
-            f"{path}:{_line(error, path)}.{hint}"
+            f"{path}:{line}.{hint}"
         ) from error
     return module
-
-
-def _line(error: Exception, path: Path) -> int | None:
-    if isinstance(error, SyntaxError):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    in_file = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    return in_file[-1].lineno if in_file else None
 
 
 def _near(name: str, known: Iterable[str]) -> str:
