@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ntkrl.data.published import Rows, read_rows
+from ntkrl.data.published import Rows, read_bytes, read_rows
 
 Message = dict[str, Any]
 
@@ -128,10 +128,7 @@ def read_prompts(path: str | Path) -> PromptSet:
         wrong = "is a directory" if path.exists() else "no such file"
         raise ValueError(f"{path}: {wrong}. Expected a text file with one prompt per line.")
     try:
-        # Windows editors write a byte-order mark, which is not part of the first prompt
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+        text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8."

@@ -182,11 +182,22 @@ def _saved_files(path: Path) -> list[Path]:
     return files
 
 
-def _read_json(path: Path) -> Any:
+def read_bytes(path: Path) -> bytes:
+    """Read a file without the byte-order mark that Windows editors write.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
     try:
-        return json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_json(path: Path) -> Any:
+    content = read_bytes(path)
+    try:
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}).") from error
 
@@ -241,12 +252,7 @@ READERS = {".json": _json_list, ".parquet": _parquet, ".arrow": _stream}
 
 def _json_lines(path: Path) -> Rows:
     rows, problems = [], []
-    try:
-        # Windows editors write a byte-order mark, which is not part of the first row
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    for line, raw in enumerate(content.split(b"\n"), start=1):
+    for line, raw in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not raw.strip():
             continue
         try:
