@@ -140,7 +140,7 @@ def read_prompts(path: str | Path) -> PromptSet:
     return PromptSet(prompts=prompts, columns={}, source=str(path))
 
 
-def _form(table: Rows) -> tuple[type, str] | None:
+def _form(table: Rows) -> tuple[Any, str] | None:
     """Return the type of the first text or list prompt, and the name of its row."""
     for number, row in table.rows:
         if "prompt" in row and isinstance(row["prompt"], str | list):
@@ -149,7 +149,7 @@ def _form(table: Rows) -> tuple[type, str] | None:
 
 
 def _faults(
-    row: dict[str, Any], required: Sequence[str], form: tuple[type, str] | None
+    row: dict[str, Any], required: Sequence[str], form: tuple[Any, str] | None
 ) -> list[str]:
     keys = dict.fromkeys(("prompt", *required))
     faults = [
@@ -165,7 +165,7 @@ def _faults(
     return faults
 
 
-def _prompt_faults(prompt: Any, form: tuple[type, str] | None) -> list[str]:
+def _prompt_faults(prompt: Any, form: tuple[Any, str] | None) -> list[str]:
     if not isinstance(prompt, str | list):
         return [f"'prompt' is {type(prompt).__name__}; expected text or a list of messages"]
     if form is not None and not isinstance(prompt, form[0]):
@@ -179,7 +179,7 @@ def _prompt_faults(prompt: Any, form: tuple[type, str] | None) -> list[str]:
     return faults
 
 
-def _completion_faults(name: str, completion: Any, form: tuple[type, str] | None) -> list[str]:
+def _completion_faults(name: str, completion: Any, form: tuple[Any, str] | None) -> list[str]:
     if form is None:
         return []
     if not isinstance(completion, form[0]):

@@ -131,9 +131,10 @@ def encode_prompts(
       ValueError: a missing chat template, or prompts that cannot be encoded, are empty or too
         long; the message lists all such rows.
     """
-    texts = list(prompt_set.prompts)
     if prompt_set.conversational:
         texts = _render(tokenizer, prompt_set, prompt_set.prompts, generation_prompt=True)
+    else:
+        texts = [str(prompt) for prompt in prompt_set.prompts]
     encoded = _encode(tokenizer, texts, prompt_set.source, "prompt")
     problems = [f"row {row}: no tokens" for row, ids in enumerate(encoded) if not ids]
     if problems:

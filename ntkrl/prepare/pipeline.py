@@ -118,6 +118,8 @@ def _read(options: PrepareSettings, settings: RunSettings) -> dict[str, InputSet
     problems, inputs, tokenizer = Problems(), {}, None
     with problems:
         source = settings.model.path if options.tokenizer is None else options.tokenizer
+        if source is None:
+            raise ValueError("model.path and prepare.tokenizer are None; set one of them.")
         tokenizer = data.load_tokenizer(models.tokenizer_directory(source))
     for name in ("supervised", "preferences", "test"):
         path = getattr(options, name)
@@ -182,7 +184,9 @@ def _token_counts(conversations: Sequence[Any], tokenizer: Any, bar: tqdm) -> np
 
 def _relabel(inputs: dict[str, InputSet], settings: RunSettings, directory: Path) -> None:
     """Order every pair by its rewards."""
-    rewards = reward_set(settings.reward, runtime.make_mesh(**settings.mesh))
+    sizes = settings.mesh
+    mesh = runtime.make_mesh(sizes["data"], sizes["fsdp"], sizes["tensor"])
+    rewards = reward_set(settings.reward, mesh)
     for name in ("preferences", "test"):
         part = inputs[name]
         path = directory / "scores" / f"{name}.jsonl"
@@ -248,8 +252,8 @@ def score_pairs(
 def _pair_length(pairs: data.PromptSet, row: int) -> int:
     """Return the characters of a pair's prompt and longer response."""
     texts = (pairs.columns[name][row][0]["content"] for name in ("chosen", "rejected"))
-    prompt = sum(len(message["content"]) for message in pairs.prompts[row])
-    return prompt + max(map(len, texts))
+    conversation: Any = pairs.prompts[row]
+    return sum(len(message["content"]) for message in conversation) + max(map(len, texts))
 
 
 def _score_batch(
@@ -301,8 +305,8 @@ def _write(options: PrepareSettings, inputs: dict[str, InputSet], directory: Pat
     else:
         chosen = {"completion": sets["reward"].columns["chosen"]}
         sets["sft"] = dataclasses.replace(sets["reward"], columns=chosen)
-    for name, rows in sets.items():
-        _write_rows(directory / f"{name}.jsonl", rows)
+    for name, prompt_set in sets.items():
+        _write_rows(directory / f"{name}.jsonl", prompt_set)
     summary = {
         "settings": dataclasses.asdict(options),
         "inputs": {name: part.counts for name, part in inputs.items()},

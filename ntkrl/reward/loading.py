@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any, cast
 
 from ntkrl.reward.functions import RewardError, RewardFunction, line_in
 from ntkrl.reward.verifiers import BUILT_IN, IN_WORKER, with_options
@@ -86,7 +86,7 @@ def _execute(path: Path, spec: str) -> ModuleType:
     name = f"ntkrl_reward_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, path)
+    module_spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses look up their module while it is executed
     try:
@@ -128,17 +128,19 @@ class WorkerFunction:
           ValueError: the file or function cannot be loaded.
         """
         self.spec, self.seconds = spec, seconds
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.buffer = b""
         description = self._start()
         self.name = description["name"]
         self.__signature__ = inspect.Signature(
-            inspect.Parameter(
-                name,
-                inspect._ParameterKind(kind),
-                default=inspect.Parameter.empty if required else None,
-            )
-            for name, kind, required in description["parameters"]
+            [
+                inspect.Parameter(
+                    name,
+                    inspect._ParameterKind(kind),
+                    default=inspect.Parameter.empty if required else None,
+                )
+                for name, kind, required in description["parameters"]
+            ]
         )
 
     def __call__(
@@ -168,8 +170,8 @@ class WorkerFunction:
             except ProcessLookupError:
                 pass
             self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout):
-                pipe.close()
+            self.requests.close()
+            self.answers.close()
             self.process = None
 
     def __del__(self) -> None:
@@ -187,6 +189,8 @@ class WorkerFunction:
             env=environment,
             start_new_session=True,
         )
+        self.requests = cast(IO[bytes], self.process.stdin)
+        self.answers = cast(IO[bytes], self.process.stdout)
         description = self._request(b"", LOADING_SECONDS)
         if "error" in description:
             self.close()
@@ -196,7 +200,7 @@ class WorkerFunction:
     def _request(self, request: bytes, seconds: float) -> dict[str, Any]:
         """Send a request and return the answer, within a time limit."""
         deadline = time.monotonic() + seconds
-        writer, reader = self.process.stdin.fileno(), self.process.stdout.fileno()
+        writer, reader = self.requests.fileno(), self.answers.fileno()
         os.set_blocking(writer, False)
         while b"\n" not in self.buffer:
             wait = max(deadline - time.monotonic(), 0)
@@ -215,7 +219,7 @@ class WorkerFunction:
             except BrokenPipeError:
                 chunk = b""
             if chunk == b"":
-                status = self.process.wait()
+                status = None if self.process is None else self.process.wait()
                 self.close()
                 raise RewardError(
                     f"the process of reward function {self.spec} ended with status {status} "

@@ -135,7 +135,9 @@ class RewardSet:
             rows = slice(None) if function.on_mesh else local_rows
             texts = completions[rows]
             # a copy for each function, so that none can change the arguments of another
-            arguments = {name: list(values[rows]) for name, values in columns.items()}
+            arguments: dict[str, Any] = {
+                name: list(values[rows]) for name, values in columns.items()
+            }
             arguments |= {
                 "prompts": list(prompts[rows]),
                 "completions": _format(texts, conversational),
@@ -197,7 +199,7 @@ class RewardSet:
         absent_FB = np.isnan(values_FB)
         empty = np.flatnonzero(absent_FB.all(axis=0))
         if empty.size:
-            rows = [f"row {row}, {completions[row]!r:.60}" for row in empty]
+            rows = [f"row {row}, {completions[row]!r:.60}" for row in empty.tolist()]
             raise ValueError(
                 f"every reward function returned None for {empty.size} completions{listed(rows)}\n"
                 "At least one must apply to each row: return a number there, or remove such "

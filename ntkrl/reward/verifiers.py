@@ -258,7 +258,7 @@ def with_options(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     Raises:
       ValueError: options that the function does not have.
     """
-    function = BUILT_IN[name]
+    function: Any = BUILT_IN[name]
     configurable = dataclasses.is_dataclass(function)
     known = vars(function) if configurable else inspect.signature(function).parameters
     unknown = sorted(options.keys() - known.keys())

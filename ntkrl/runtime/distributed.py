@@ -162,18 +162,19 @@ def _start(limits: Limits) -> HealthMonitor:
 
 def _describe_run(limits: Limits) -> tuple[str, int, int]:
     """Return the coordinator's address, the process count and this process's index."""
-    values = [os.environ[name] if name in os.environ else None for name in VARIABLES]
-    if values == [None] * 3:
-        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    values = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    if not values:
+        detect: Any = clusters.ClusterEnv.auto_detect_unset_distributed_params
         return detect(None, None, None, None, None, int(limits.start))[:3]
-    address, count, index = values
-    if None in values or not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        listed = ", ".join(f"{n}={v}" for n, v in zip(VARIABLES, values, strict=True))
-        raise ValueError(
-            f"{listed}: all three must be set, as HOST:PORT of process 0, the number of "
-            "processes, and the index of this process from 0."
-        )
-    return address, int(count), int(index)
+    if len(values) == len(VARIABLES):
+        address, count, index = values.values()
+        if count.isdigit() and index.isdigit() and int(index) < int(count):
+            return address, int(count), int(index)
+    listed = ", ".join(f"{n}={values[n] if n in values else None}" for n in VARIABLES)
+    raise ValueError(
+        f"{listed}: all three must be set, as HOST:PORT of process 0, the number of "
+        "processes, and the index of this process from 0."
+    )
 
 
 def rendezvous(address: str, count: int, index: int, seconds: float) -> list[str]:

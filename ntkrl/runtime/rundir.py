@@ -31,7 +31,7 @@ def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject:
     Raises:
       ValueError: any other difference; the message lists all of both kinds.
     """
-    refused = differences(*map(config_identity, (saved, config)))
+    refused = differences(config_identity(saved), config_identity(config))
     sections = [name for name in ALLOWED if name in saved and name in config]
     allowed = [
         f"{change} ({ALLOWED[name]})"
@@ -91,5 +91,5 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     partial.replace(path)
