@@ -43,9 +43,9 @@ class DataSettings:
         if self.prompts_per_step < 1 or self.max_prompt_tokens < 1:
             problems.append("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1")
         files = 0 if self.path is None else len(split_names(self.path))
-        weights = self.weights
-        valid = weights is None or all(0 < weight < math.inf for weight in weights)
-        if not valid or (weights is not None and len(weights) != files):
+        weights = () if self.weights is None else self.weights
+        positive = all(0 < weight < math.inf for weight in weights)
+        if self.weights is not None and (len(weights) != files or not positive):
             problems.append(
                 f"data.weights must be a positive number for each of the {files} files of "
                 f"data.path, not {tuple(weights)}; None visits every row once an epoch"
