@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,7 @@ from ntkrl.softmax import Head, token_statistics
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures
-from ntkrl.update.microbatch import (
-    Loss,
-    Totals,
-    add_pulled,
-    loss_by_rows,
-    scan_microbatches,
-    split_rows,
-)
+from ntkrl.update.microbatch import Loss, Totals, add_pulled, loss_by_rows, scan_microbatches, split_rows
 from ntkrl.update.stages import StageProgram
 
 TILE_VOCABULARY = 8192
@@ -31,7 +24,20 @@ TILE_VOCABULARY = 8192
 LossFn = Callable[[Params, Any, Head | None], tuple[Totals, Measures]]
 """`(params, batch, reference head or None) -> (Total or Totals by term, Measures)`."""
 Gradients = dict[str, tuple[Params, Array]]
-"""By term of the loss the gradient of its mean, of the trained leaves, and what it counted."""
+"""By term of the loss: the gradient of its mean for the trained leaves, and its count."""
+
+
+class StepResult(NamedTuple):
+    """An optimizer step.
+
+    state: the state after it.
+    metrics: scalars: means of the loss function's totals, its maxima, `loss` and `grad_norm`.
+    term_gradients: by term of the loss, where the step was made to return them; else None.
+    """
+
+    state: TrainState
+    metrics: dict[str, Array]
+    term_gradients: Gradients | None = None
 
 
 def init_state(program: StageProgram, params: Params, key: Array, step: int = 0) -> TrainState:
@@ -100,8 +106,8 @@ def policy_loss_fn(
 
 def make_step(
     program: StageProgram, loss_fn: LossFn, microbatches: int = 1
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Return `step(state, batch, reference=None) -> (state, metrics)`, to be jitted by the caller.
+) -> Callable[..., StepResult]:
+    """Return `step(state, batch, reference=None) -> StepResult`, to be jitted by the caller.
 
     Only the stage's trained leaves are differentiated; the frozen ones pass through untouched.
 
@@ -109,25 +115,19 @@ def make_step(
       program: the stage bound to the params.
       loss_fn: `(params, batch, reference) -> (Total, Measures)`.
       microbatches: equal parts of the rows that are read one after another, their gradients
-        added; what the batch gives is what it gives in one piece, to rounding.
-
-    Returns:
-      The step; its metrics are the means of the loss function's totals, its maxima, `loss` and
-      `grad_norm`, all scalars.
+        accumulated; the result is that of a single pass, to rounding.
     """
 
-    def step(
-        state: TrainState, batch: Any, reference: Head | None = None
-    ) -> tuple[TrainState, dict[str, Array]]:
-        chosen, rest = trees.partition(state.params, program.trained)
+    def step(state: TrainState, batch: Any, reference: Head | None = None) -> StepResult:
+        trained, frozen = trees.partition(state.params, program.trained)
 
-        def value(chosen: Params, part: Any) -> tuple[Array, tuple[Total, Measures]]:
-            found = loss_fn(trees.merge(chosen, rest), part, reference)
-            return found[0].total, found
+        def loss_sum(trained: Params, part: Any) -> tuple[Array, tuple[Total, Measures]]:
+            total, measures = loss_fn(trees.merge(trained, frozen), part, reference)
+            return total.total, (total, measures)
 
         def pull(part: Any) -> tuple[tuple[Total, Measures], Params]:
-            (_, found), grads = jax.value_and_grad(value, has_aux=True)(chosen, part)
-            return found, grads
+            (_, values), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, part)
+            return values, grads
 
         (total, measures), grads = _pulled(pull, batch, microbatches)
         return _taken(program, state, _over(grads, total), numerics.mean(total), measures)
@@ -135,40 +135,39 @@ def make_step(
     return step
 
 
-def make_step_apart(
+def make_step_with_term_gradients(
     program: StageProgram, loss_fn: LossFn, microbatches: int = 1
-) -> Callable[..., tuple[TrainState, dict[str, Array], Gradients]]:
-    """Return the step of `make_step` that hands out the gradients it was made of.
+) -> Callable[..., StepResult]:
+    """Return the step of `make_step` that also returns the gradient of each term of the loss.
 
-    It takes a pass backward for each term, where `make_step` takes one for all.
+    It takes a backward pass per term, where `make_step` takes one in all.
 
     Args:
       program, microbatches: as in `make_step`.
       loss_fn: `(params, batch, reference) -> ({name: Total}, Measures)`.
 
     Returns:
-      `step(state, batch, reference=None) -> (state, metrics, Gradients)`; the gradients add up to
-      the one that the optimizer was given.
+      `step(state, batch, reference=None) -> StepResult` with `term_gradients`, which add up to
+      the gradient that the optimizer was given.
     """
 
-    def step(
-        state: TrainState, batch: Any, reference: Head | None = None
-    ) -> tuple[TrainState, dict[str, Array], Gradients]:
-        chosen, rest = trees.partition(state.params, program.trained)
+    def step(state: TrainState, batch: Any, reference: Head | None = None) -> StepResult:
+        trained, frozen = trees.partition(state.params, program.trained)
 
-        def values(chosen: Params, part: Any) -> tuple[dict[str, Array], tuple[Totals, Measures]]:
-            found = loss_fn(trees.merge(chosen, rest), part, reference)
-            return {name: total.total for name, total in found[0].items()}, found
+        def loss_sums(trained: Params, part: Any) -> tuple[dict[str, Array], Any]:
+            totals, measures = loss_fn(trees.merge(trained, frozen), part, reference)
+            return {name: total.total for name, total in totals.items()}, (totals, measures)
 
         def pull(part: Any) -> tuple[tuple[Totals, Measures], dict[str, Params]]:
-            grads, found = jax.jacrev(values, has_aux=True)(chosen, part)
-            return found, grads
+            grads, values = jax.jacrev(loss_sums, has_aux=True)(trained, part)
+            return values, grads
 
         (totals, measures), grads = _pulled(pull, batch, microbatches)
-        apart = {name: (_over(grads[name], one), one.count) for name, one in totals.items()}
-        whole = jax.tree.map(lambda *leaves: sum(leaves), *(own for own, _ in apart.values()))
+        per_term = {name: (_over(grads[name], t), t.count) for name, t in totals.items()}
+        summed = jax.tree.map(lambda *leaves: sum(leaves), *(leaf for leaf, _ in per_term.values()))
         loss = sum(map(numerics.mean, totals.values()))
-        return *_taken(program, state, whole, loss, measures), apart
+        result = _taken(program, state, summed, loss, measures)
+        return result._replace(term_gradients=per_term)
 
     return step
 
@@ -189,15 +188,16 @@ def _over(grads: Params, total: Total) -> Params:
 
 def _taken(
     program: StageProgram, state: TrainState, grads: Params, loss: Array, measures: Measures
-) -> tuple[TrainState, dict[str, Array]]:
-    """Let the optimizer take its step; return the state it ends with and what is logged."""
-    chosen, rest = trees.partition(state.params, program.trained)
-    updates, opt_state = program.optimizer.update(grads, state.opt_state, chosen)
-    params = trees.merge(optax.apply_updates(chosen, updates), rest)
-    metrics = {name: numerics.mean(found) for name, found in measures.totals.items()}
+) -> StepResult:
+    """Apply the optimizer's update."""
+    trained, frozen = trees.partition(state.params, program.trained)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, trained)
+    params = trees.merge(optax.apply_updates(trained, updates), frozen)
+    metrics = {name: numerics.mean(total) for name, total in measures.totals.items()}
     metrics |= measures.maxima
     metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    return StepResult(state, metrics)
 
 
 def offloaded(step: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
