@@ -15,7 +15,14 @@ from ntkrl.softmax import Head, token_statistics
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures
-from ntkrl.update.microbatch import Loss, Totals, add_pulled, loss_by_rows, scan_microbatches, split_rows
+from ntkrl.update.microbatch import (
+    Loss,
+    Totals,
+    add_pulled,
+    loss_by_rows,
+    scan_microbatches,
+    split_rows,
+)
 from ntkrl.update.stages import StageProgram
 
 TILE_VOCABULARY = 8192
