@@ -11,7 +11,7 @@ from ntkrl import probe, update
 from ntkrl.probe.step import BYTES, comparison
 from ntkrl.types import ProbeSet
 from tests.toys import toy_params, toy_policy
-from tests.update.test_step import make_batch, rloo
+from tests.update.test_train_step import make_batch, rloo
 
 
 def test_feature_measures_by_loops():
