@@ -190,7 +190,7 @@ def steps_taken(state: Any) -> int:
 
 
 def rounding_loss(leaf: Array, rate: float) -> float:
-    """Return the fraction of a parameter that an update of the size of the learning rate rounds off.
+    """Return the fraction of entries that do not move under an update as large as the rate.
 
     θ + rate = θ in θ's dtype, because the rate is below half a unit in the last place of θ.
     """
