@@ -27,7 +27,7 @@ class Clock:
         self.last = time.perf_counter()
 
     def __call__(self, activity: str) -> None:
-        runtime.mark(f"the end of {activity}")
+        runtime.heartbeat(f"the end of {activity}")
         now = time.perf_counter()
         name = f"{activity}_seconds"
         self.seconds[name] = self.seconds.setdefault(name, 0.0) + now - self.last

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 2: a user's mistake, or a full disk. 75: saved and stopped after SIGTERM. 130:
     interrupted. After the last two the same command resumes. If one of several processes fails, it
-    ends at once and the others exit with 70 (see runtime.together).
+    ends at once and the others exit with 70 (see runtime.distributed_session).
 
     Args:
       argv: words after the program's name; None for the process's own.
@@ -83,7 +83,7 @@ def _train(words: Sequence[str]) -> int | None:
     from ntkrl.training import train
 
     config = runtime.read_config(words)
-    with runtime.together():
+    with runtime.distributed_session():
         try:
             train(config)
         except runtime.PreemptedError as error:
@@ -103,7 +103,7 @@ def _evaluate(words: Sequence[str]) -> None:
     run = options["run"] if "run" in options else None
     saved = None if run is None else commands.config_of(run)
     config = runtime.read_config([word for word in words if word not in chosen], saved)
-    with runtime.together():
+    with runtime.distributed_session():
         commands.evaluate(config, run, _step(options))
 
 
@@ -111,7 +111,7 @@ def _prepare(words: Sequence[str]) -> None:
     from ntkrl import prepare, runtime
 
     config = runtime.read_config(words)
-    with runtime.together():
+    with runtime.distributed_session():
         prepare.prepare(config)
 
 
@@ -139,11 +139,11 @@ def _study(words: Sequence[str]) -> None:
     from ntkrl import runtime, study
 
     _alone("study")
-    config_words = runtime.joined([word for word in words if word != "--page"])
+    config_words = runtime.join_config_flag([word for word in words if word != "--page"])
     config = runtime.read_config(config_words)
     named = [word for word in config_words if word.startswith("--config=")]
     file = named[-1].removeprefix("--config=")
-    settings = runtime.read_section(study.StudySettings, config, "study")
+    settings = runtime.parse_section(study.StudySettings, config, "study")
     print(f"page: {study.run_study(settings, file, '--page' in words)}")
 
 
@@ -162,7 +162,7 @@ def _kernel(words: Sequence[str]) -> None:
 def _alone(command: str) -> None:
     from ntkrl import runtime
 
-    if runtime.several():
+    if runtime.is_distributed():
         raise ValueError(f"{command} works in one process; start it once, outside the run's own.")
 
 

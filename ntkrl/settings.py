@@ -129,7 +129,7 @@ def read_settings(config: ConfigDict) -> RunSettings:
     errors = runtime.ErrorCollector()
 
     def section(kind: Any, name: str) -> Any:
-        return errors.call(runtime.read_section, kind, config[name], name)
+        return errors.call(runtime.parse_section, kind, config[name], name)
 
     if config.method not in METHODS:
         errors.messages.append(f"method {config.method!r} is not among {', '.join(METHODS)}.")
@@ -213,7 +213,7 @@ def _read_reward(config: ConfigDict) -> reward.RewardSettings:
     section["functions"] = _weighted_functions(
         config, section.pop("function"), section.pop("weights")
     )
-    settings = runtime.read_section(reward.RewardSettings, section, "reward")
+    settings = runtime.parse_section(reward.RewardSettings, section, "reward")
     if settings.dtype not in DTYPES:  # the reward room is imported without JAX
         raise ValueError(
             f"config section reward: reward.dtype {settings.dtype!r} is not among "
@@ -249,4 +249,4 @@ def _read_objective(config: ConfigDict) -> update.Objective:
         )
     changes = {name: value for name, value in section.items() if value is not None}
     axes = dataclasses.asdict(update.PRESETS[preset]) | changes
-    return runtime.read_section(update.Objective, axes, "objective")
+    return runtime.parse_section(update.Objective, axes, "objective")

@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from ntkrl import ntk, trees
 from ntkrl.attribution import linear_maps
 from ntkrl.attribution.linear_maps import ParameterGroups, TokenCotangents
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, scan_microbatches, split_rows
 from ntkrl.probe import GradientNoise, noise_from_squares
 from ntkrl.types import Array, Params, Policy, Total, TrainState
-from ntkrl.update import Gradients, scan_microbatches, split_rows
+from ntkrl.update import Gradients
 
 Terms = Callable[[Params, Any, Any], tuple[dict[str, Total], Any]]
 COLUMNS = ("momentum", "decay", "optimizer")

@@ -145,7 +145,7 @@ class SavedParams:
         """
         try:
             return self.checkpoints.restore_params(self.step, template)
-        except runtime.DamagedError as error:
+        except runtime.CorruptCheckpointError as error:
             raise ValueError(
                 f"step {self.step} of {self.run} is damaged ({error}); {self.available}"
             ) from error

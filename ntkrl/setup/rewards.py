@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime
 from ntkrl.numerics import DTYPES
-from ntkrl.reward.networks import NetworkReward
 from ntkrl.settings import EvalSettings
 
 
@@ -43,7 +42,7 @@ def load_rewards(settings: reward.RewardSettings, mesh: Mesh) -> reward.RewardSe
             f"reward.normalisation {settings.normalisation} holds rewards of {', '.join(unused)}, "
             f"which no function gives; they are called {', '.join(names)}."
         )
-    return reward.RewardSet(tuple(functions), runtime.own_part, runtime.agree)
+    return reward.RewardSet(tuple(functions), runtime.local_slice, runtime.allgather_object)
 
 
 def is_code(spec: str) -> bool:
@@ -74,7 +73,7 @@ def _load_function(
         return reward.open_function(spec, settings.timeout, options, **common)
     scorer, params = models.load_scorer(directory, DTYPES[settings.dtype], mesh)
     tokenizer = data.load_tokenizer(directory)
-    call = NetworkReward(scorer, params, tokenizer, mesh, settings.batch_size)
+    call = reward.RewardModel(scorer, params, tokenizer, mesh, settings.batch_size)
     return reward.RewardFunction(name, call, source=str(directory), on_mesh=True, **common)
 
 

@@ -83,7 +83,7 @@ def load_tokenizer(settings: RunSettings, run_dir: Path) -> tuple[Any, str]:
         source = str(run_dir / "tokenizer")
         if runtime.is_writer():
             data.save_tokenizer(source)
-        runtime.agree("the new tokenizer")
+        runtime.allgather_object("the new tokenizer")
     else:
         source = models.tokenizer_directory(source)
     tokenizer = data.load_tokenizer(source)

@@ -16,7 +16,7 @@ import numpy as np
 from ntkrl import data, runtime, trees, update
 from ntkrl.generate import Clock
 from ntkrl.numerics import bucket_length
-from ntkrl.reward.texts import Texts
+from ntkrl.reward import RewardTexts
 from ntkrl.settings import RunSettings
 from ntkrl.setup import Prompts, RunSetup, StartingModel
 from ntkrl.softmax import OutputHead
@@ -203,7 +203,7 @@ class PreferenceSource(BatchSource):
         """
         self.setup, self.position = setup, 0
         scorer = setup.model.scorer
-        self.texts = Texts(scorer, setup.model.tokenizer)
+        self.texts = RewardTexts(scorer, setup.model.tokenizer)
         self.train = self._encoded(setup.train)
         self.held_out = None if setup.held_out is None else self._encoded(setup.held_out)
         self.loss = update.preference_loss_fn(
@@ -223,7 +223,7 @@ class PreferenceSource(BatchSource):
     ) -> PreferenceBatch:
         ids = [side[0][row] for row in rows for side in encoded]
         gates = [side[1][row] for row in rows for side in encoded]
-        tokens, mask = self.texts.padded(ids, len(ids))
+        tokens, mask = self.texts.pad(ids, len(ids))
         shape = (len(rows), 2, tokens.shape[1])
         return PreferenceBatch(
             tokens=tokens.reshape(shape),

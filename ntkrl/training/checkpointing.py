@@ -61,7 +61,7 @@ class RunCheckpointer:
         except OSError as error:
             if kind is None:
                 raise
-            runtime.tell(str(error))
+            runtime.log(str(error))
         finally:
             self.checkpoints.close()
 
@@ -79,18 +79,18 @@ class RunCheckpointer:
         Raises:
           ValueError: it has another config or format, or none is intact.
         """
-        damaged: dict[int, runtime.DamagedError] = {}
+        damaged: dict[int, runtime.CorruptCheckpointError] = {}
         for step in reversed(self.checkpoints.steps()):
             try:
                 position = self.checkpoints.position(step)
                 self._check(step, position)
                 state = self.checkpoints.restore(step, template(position))
-            except runtime.DamagedError as error:
+            except runtime.CorruptCheckpointError as error:
                 damaged[step] = error
                 continue
             for number, error in damaged.items():
-                place = self.checkpoints.set_aside(number)
-                runtime.tell(
+                place = self.checkpoints.quarantine(number)
+                runtime.log(
                     f"the checkpoint of step {number} is damaged ({error}) and now called {place}; "
                     f"going back to step {step}"
                 )
@@ -112,7 +112,7 @@ class RunCheckpointer:
                 "resume with the version that wrote it."
             )
         if position["config_hash"] != self.provenance["config_hash"]:
-            runtime.changes(position["config"], self.config, place)
+            runtime.config_changes(position["config"], self.config, place)
 
     def _log_changes(self, step: int, position: Mapping[str, Any]) -> None:
         """Log changed files and packages; the numbers of the run may differ from here on."""
@@ -121,7 +121,7 @@ class RunCheckpointer:
             for name in sorted(before.keys() & now.keys()):
                 if before[name] != now[name]:
                     change = f": {before[name]} -> {now[name]}" if kind == "versions" else ""
-                    runtime.tell(f"{name} has changed since step {step} was saved{change}")
+                    runtime.log(f"{name} has changed since step {step} was saved{change}")
 
     def save(
         self,
@@ -144,7 +144,7 @@ class RunCheckpointer:
         self.settle()
         try:
             self.checkpoints.save(step, state, {**self.provenance, **position}, metrics)
-        except runtime.NotSavedError as error:
+        except runtime.CheckpointWriteError as error:
             self._failed(error)
 
     def settle(self, wait: bool = True) -> None:
@@ -156,14 +156,14 @@ class RunCheckpointer:
         """
         pending = self.checkpoints.pending
         try:
-            self.checkpoints.settle(wait)
-        except runtime.NotSavedError as error:
+            self.checkpoints.finish_saving(wait)
+        except runtime.CheckpointWriteError as error:
             self._failed(error)
         else:
             if pending != self.checkpoints.pending:
                 self.failures = 0
 
-    def _failed(self, error: runtime.NotSavedError) -> None:
+    def _failed(self, error: runtime.CheckpointWriteError) -> None:
         self.failures += 1
         message = f"{error}; the last good checkpoint is {self.last_good()}"
         if jax.process_count() > 1 or self.failures >= self.settings.failures:
@@ -171,7 +171,7 @@ class RunCheckpointer:
                 f"{message}. {self.failures} in a row failed (checkpoint.failures); make room, and "
                 "run the same command again."
             ) from error
-        runtime.tell(f"{message}; going on")
+        runtime.log(f"{message}; going on")
 
     def newest(self) -> int:
         """Return the rollout step that the run would resume after; 0 for a fresh start."""

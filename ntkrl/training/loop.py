@@ -62,29 +62,29 @@ def train(config: ConfigDict) -> Path:
       OSError: the disk is full.
       PreemptedError: SIGTERM was received; the run was saved after the current rollout step.
     """
-    with runtime.Notice() as notice:
+    with runtime.PreemptionNotice() as notice:
         return _train(config, notice)
 
 
-def _train(config: ConfigDict, notice: runtime.Notice) -> Path:
+def _train(config: ConfigDict, notice: runtime.PreemptionNotice) -> Path:
     directory = Path(config.run_dir)
     settings = read_settings(config)
     values = runtime.to_json(config)
-    runtime.check_alike("config", values)
-    changes = runtime.check_claim(directory, values)
-    if runtime.agree("whether it is finished", (directory / "finished").exists())[0]:
-        runtime.tell(f"{directory} is finished; remove it to run again.")
+    runtime.check_consistent("config", values)
+    changes = runtime.check_run_dir(directory, values)
+    if runtime.allgather_object("whether it is finished", (directory / "finished").exists())[0]:
+        runtime.log(f"{directory} is finished; remove it to run again.")
         return directory
     for change in changes or ():
-        runtime.tell(f"the config has changed: {change}")
+        runtime.log(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
     setup = set_up(settings, directory)
     loop = Loop(setup, directory, values, notice)
     if runtime.is_writer():
-        runtime.claim(directory, values)
+        runtime.claim_run_dir(directory, values)
     runtime.check_shared(directory)
     if settings.method == "rl":
-        runtime.tell(f"objective: {update.describe(settings.objective)}")
+        runtime.log(f"objective: {update.describe(settings.objective)}")
     loop.run()
     setup.model.export(directory / "export", loop.state.params)
     if loop.reference is not None:
@@ -118,7 +118,11 @@ class Loop:
     """The state of one run: train state, stage, counters."""
 
     def __init__(
-        self, setup: RunSetup, directory: Path, config: dict[str, Any], notice: runtime.Notice
+        self,
+        setup: RunSetup,
+        directory: Path,
+        config: dict[str, Any],
+        notice: runtime.PreemptionNotice,
     ):
         """Bind stages, source, checkpoints and probes; `run` trains.
 
@@ -175,7 +179,7 @@ class Loop:
                     self._finish(current)
                     self._save(rollout_step, current.metrics)
                 self.checkpointer.settle(wait=False)
-                runtime.saved(self.checkpointer.newest())
+                runtime.record_resume_step(self.checkpointer.newest())
                 writer.write_timings(current.step, self.clock.lap(), rollout_step)
             self._finish(previous)
             left = self._steps_left() > 0
@@ -186,7 +190,7 @@ class Loop:
 
     def _advance(self, rollout_step: int) -> RolloutStep:
         """Dispatch one rollout step: make its batches and take an optimizer step on each."""
-        runtime.mark(f"rollout step {rollout_step}")
+        runtime.heartbeat(f"rollout step {rollout_step}")
         self._enter_stage()
         next_key, key = jax.random.split(self.state.key)
         self.state = self.state.replace(key=next_key)
@@ -258,7 +262,7 @@ class Loop:
         if self.progress.steps == 0:
             warning = self.programs[self.progress.stage].warning(self.state.params)
             if warning is not None:
-                runtime.tell(warning)
+                runtime.log(warning)
 
     def _count(self, current: RolloutStep) -> None:
         """Count a rollout step in its stage, and synchronise the reference policy when due."""
@@ -267,7 +271,7 @@ class Loop:
             self._fetch(current)  # whether the stage ends depends on it
         self.progress = update.advance(program.stage, self.progress, current.metrics)
         if self.progress.ended is not None:
-            runtime.tell(f"stage {program.stage.name!r} ends: {self.progress.ended}")
+            runtime.log(f"stage {program.stage.name!r} ends: {self.progress.ended}")
         if due(self.settings.schedule.reference_sync_steps, current.number):
             alpha = self.settings.schedule.reference_mixup_alpha
             self.reference = self.mix(self.state.params, self.reference, alpha)
@@ -369,7 +373,7 @@ class Loop:
             state = self.states.first(self.programs[0])
         else:
             start, position, state = checkpoint
-            runtime.tell(f"resuming {self.directory} after rollout step {start}")
+            runtime.log(f"resuming {self.directory} after rollout step {start}")
         self.progress = update.Progress(**position["progress"])
         self.tokens_seen = position["num_tokens"]
         self.source.position = position["prompt_batches"]
@@ -378,7 +382,7 @@ class Loop:
         # counted on the host from here on, so that no step waits for the devices
         self.step_count = int(state.step)
         self.stage_updates = update.steps_taken(state.opt_state)
-        runtime.saved(start)
+        runtime.record_resume_step(start)
         return start
 
     def _template(self, position: Mapping[str, Any]) -> TrainState:

@@ -113,7 +113,7 @@ class ProbeHook:
         self.settings, self.directory = setup.settings.probe, directory
         self.memory_warned = False
         self.history = History(directory / "probes")
-        if self.settings.kernel_every_steps is not None and runtime.several():
+        if self.settings.kernel_every_steps is not None and runtime.is_distributed():
             raise ValueError(
                 "probe.kernel_every_steps: exact kernels are for one process; set it to None."
             )
@@ -330,12 +330,12 @@ class ProbeHook:
         fits = free is None or needed < free
         if not fits and not self.memory_warned:
             self.memory_warned = True
-            runtime.tell(
+            runtime.log(
                 f"no ledger: it needs about {needed / GIB:.1f} GiB on a device beside training, "
                 f"{free / GIB:.1f} are free; lower probe.memory_gib, shard the params "
                 "over more devices, or set probe.ledger_every_steps=None."
             )
-        return all(runtime.agree("whether a ledger fits", fits))
+        return all(runtime.allgather_object("whether a ledger fits", fits))
 
     def _same_prompt(self, batch: UpdateBatch) -> np.ndarray | None:
         """Return `[O, B]`, True where a sample answers a probe token's prompt; None if nowhere."""

@@ -55,7 +55,7 @@ def make_probes(setup: RunSetup, directory: Path, key: Array) -> Probes:
       ValueError: a family without its column, completions that do not fit, a damaged file.
     """
     path = directory / "probes" / "set.npz"
-    if runtime.agree("whether there is a probe set", path.is_file())[0]:
+    if runtime.allgather_object("whether there is a probe set", path.is_file())[0]:
         return _read(setup, path)
     settings, held_out = setup.settings, setup.held_out
     rows = np.arange(min(settings.probe.prompts, held_out.size))

@@ -18,7 +18,7 @@ import numpy as np
 from ntkrl import attribution, data, ntk, probe, runtime, trees, update
 from ntkrl.evaluation import make_evaluation_sample, prompts_together
 from ntkrl.numerics import bucket_length
-from ntkrl.reward.networks import rows_together
+from ntkrl.reward import padded_batch_size
 from ntkrl.training.abstract_run import OPTIMIZER, POLICY, STARTING, AbstractRun, on_device
 from ntkrl.training.probe_hook import make_ledger
 from ntkrl.types import PromptBatch
@@ -178,7 +178,7 @@ def reward_models(run: AbstractRun) -> Programs:
     """Yield the scoring of full-length texts by each reward model, in its batches."""
     settings = run.settings
     texts = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
-    count = rows_together(settings.reward.batch_size, run.mesh)
+    count = padded_batch_size(settings.reward.batch_size, run.mesh)
     for name, (scorer, params) in run.scorers.items():
         longest = min(run.width + run.budget, scorer.max_tokens)
         length = bucket_length(longest, scorer.max_tokens)

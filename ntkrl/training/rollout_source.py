@@ -311,7 +311,7 @@ def rollout_metrics(rewarded: RewardedRollout, group: int) -> dict[str, float]:
             for name, statistic in (("mean", np.mean), ("min", np.min), ("max", np.max)):
                 metrics[f"completions/{name}_{suffix}"] = float(statistic(lengths))
     for name, reason in result.failures.items():
-        runtime.tell(f"counted as reward.on_failure: {reason}")
+        runtime.log(f"counted as reward.on_failure: {reason}")
         metrics[f"rewards/{name}/failures"] = 1.0
     for name, values in result.per_function.items():
         applicable = values[~np.isnan(values)].astype(np.float64)

@@ -118,7 +118,11 @@ class TrainStates:
         """Return shapes of an optimizer state, and shardings during and between steps."""
         shapes = jax.eval_shape(make, state)
         working = self.shardings(shapes)
-        return shapes, working, runtime.on_host(working, shapes) if self.offload else working
+        return (
+            shapes,
+            working,
+            runtime.offload_to_host(working, shapes) if self.offload else working,
+        )
 
 
 def _fresh(program: update.StageProgram) -> Callable[[TrainState], Any]:

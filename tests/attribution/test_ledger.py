@@ -16,7 +16,7 @@ from ntkrl.report import GLOSSARY, is_known
 from ntkrl.scoring import score
 from tests.probe.test_prober import probe_set
 from tests.toys import TINY, toy_params, toy_policy
-from tests.update.test_step import make_batch
+from tests.update.test_train_step import make_batch
 
 pytestmark = pytest.mark.usefixtures("x64")
 BUDGET = 3

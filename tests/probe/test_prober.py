@@ -9,7 +9,7 @@ from ntkrl import probe, update
 from ntkrl.probe.prober import LOGIT_BYTES, comparison
 from ntkrl.types import ProbeSet
 from tests.toys import toy_params, toy_policy
-from tests.update.test_step import make_batch, rloo
+from tests.update.test_train_step import make_batch, rloo
 
 
 def test_comparison_by_hand():

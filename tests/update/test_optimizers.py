@@ -11,7 +11,7 @@ import pytest
 from ntkrl import trees, update
 from ntkrl.update.optimizers import rate_schedule, rounding_loss
 from tests.toys import toy_params, toy_policy
-from tests.update.test_step import make_batch, rloo
+from tests.update.test_train_step import make_batch, rloo
 
 LAYERED = dataclasses.replace(toy_policy(), stacked=("layers",))
 SHAPES = {

@@ -11,7 +11,7 @@ from ntkrl import numerics, rollout, scoring, update
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.types import PromptBatch
 from tests.toys import toy_params, toy_policy
-from tests.update.test_step import ADAM, HEAD, make_batch, neox
+from tests.update.test_train_step import ADAM, HEAD, make_batch, neox
 
 GRPO = update.PRESETS["grpo"]
 # SGD of rate 1: the step is the gradient
