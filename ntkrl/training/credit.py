@@ -63,7 +63,7 @@ def advantages(
       ValueError: a group too small for the estimator.
     """
     if objective.advantage == "reward_to_go":
-        return advantage.to_go(rewards, penalties, mask)
+        return advantage.reward_to_go(rewards, penalties, mask)
     net_B = rewards - jnp.sum(penalties, axis=1)
     if objective.advantage == "pass_at_k":
         advantages_B = advantage.pass_at_k(net_B, group, objective.pass_k)

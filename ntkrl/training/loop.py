@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ntkrl import report, runtime, update
 from ntkrl.evaluation import evaluate_policy, make_evaluation_sample
 from ntkrl.generate import Clock
+from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup, set_up
 from ntkrl.softmax import OutputHead
@@ -62,11 +63,11 @@ def train(config: ConfigDict) -> Path:
       OSError: the disk is full.
       PreemptedError: SIGTERM was received; the run was saved after the current rollout step.
     """
-    with runtime.PreemptionNotice() as notice:
+    with PreemptionNotice() as notice:
         return _train(config, notice)
 
 
-def _train(config: ConfigDict, notice: runtime.PreemptionNotice) -> Path:
+def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
     directory = Path(config.run_dir)
     settings = read_settings(config)
     values = runtime.to_json(config)
@@ -118,11 +119,7 @@ class Loop:
     """The state of one run: train state, stage, counters."""
 
     def __init__(
-        self,
-        setup: RunSetup,
-        directory: Path,
-        config: dict[str, Any],
-        notice: runtime.PreemptionNotice,
+        self, setup: RunSetup, directory: Path, config: dict[str, Any], notice: PreemptionNotice
     ):
         """Bind stages, source, checkpoints and probes; `run` trains.
 
@@ -154,7 +151,9 @@ class Loop:
         """Train from the newest checkpoint, or from the start, to the end of the last stage."""
         start = rollout_step = self._resume()
         previous: RolloutStep | None = None
-        with self.checkpointer, self._open_writer(start) as writer, self._open_bar(start) as bar:
+        total, name, quiet = start + self._steps_left(), self.settings.name, not runtime.is_writer()
+        bar = tqdm(total=total, initial=start, desc=name, mininterval=0.5, disable=quiet)
+        with self.checkpointer, self._open_writer(start) as writer, bar:
             self.writer, self.bar = writer, bar
             if self.probe_hook is not None:
                 self.probe_hook.write_set()
@@ -293,9 +292,7 @@ class Loop:
         """
         if step.pending is None:
             return
-        values = [
-            {name: float(value) for name, value in metrics.items()} for metrics in step.pending
-        ]
+        values = [{name: float(v) for name, v in metrics.items()} for metrics in step.pending]
         for number, metrics in enumerate(values, start=step.step - len(values) + 1):
             self._check_finite(metrics, number, step)
         step.metrics |= self.source.summary(values, step.number)
@@ -341,29 +338,19 @@ class Loop:
 
     def _write_start(self) -> None:
         """Measure and write the metrics before the first step."""
-        params = self.state.params
-        probed = {} if self.probe_hook is None else self.probe_hook.measures(params, 0)
-        self.writer.write(0, self._evaluate(0) | probed)
+        hook, metrics = self.probe_hook, self._evaluate(0)
+        self.writer.write(
+            0, metrics | ({} if hook is None else hook.measures(self.state.params, 0))
+        )
         self.clock.lap()
 
     def _open_writer(self, start: int) -> report.MetricsWriter | report.NoWriter:
         """Open metrics and loggers, in the process that writes."""
         if not runtime.is_writer():
             return report.NoWriter()
-        resumed, logged = (start, self.step_count) if start else (-1, -1)
-        loggers = report.open_loggers(
-            self.settings.logging, self.directory, self.settings.name, logged
-        )
+        settings, (resumed, logged) = self.settings, (start, self.step_count) if start else (-1, -1)
+        loggers = report.open_loggers(settings.logging, self.directory, settings.name, logged)
         return report.MetricsWriter(self.directory, resumed, loggers)
-
-    def _open_bar(self, start: int) -> tqdm:
-        return tqdm(
-            total=start + self._steps_left(),
-            initial=start,
-            desc=self.settings.name,
-            mininterval=0.5,
-            disable=not runtime.is_writer(),
-        )
 
     def _resume(self) -> int:
         """Set state, stage and counters from the newest checkpoint; return its rollout step."""
@@ -387,7 +374,8 @@ class Loop:
 
     def _template(self, position: Mapping[str, Any]) -> TrainState:
         stage = update.Progress(**position["progress"]).stage
-        return self.states.abstract(self.programs[stage])
+        template = self.states.abstract(self.programs[stage])
+        return template.replace(key=self.states.first_key())
 
     def _save(self, rollout_step: int, metrics: dict[str, Any]) -> None:
         position = {

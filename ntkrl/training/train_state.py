@@ -13,7 +13,7 @@ from ntkrl.settings import RunSettings
 from ntkrl.setup import StartingModel
 from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import Batch
-from ntkrl.types import TrainState
+from ntkrl.types import Array, TrainState
 
 Step = Callable[..., update.StepResult]
 
@@ -36,11 +36,16 @@ class TrainStates:
             step=runtime.place(jnp.int32(0), replicated),
             params=params,
             opt_state=None,
-            key=runtime.place(jax.random.key(self.settings.seed), replicated),
+            key=self.first_key(),
             reference=params if self._reference_moves else None,
         )
         opt_state = self._initialise(_fresh(program), state)
         return jax.tree.map(jnp.copy, state).replace(opt_state=opt_state)
+
+    def first_key(self) -> Array:
+        """Return the PRNG key of a new run, on the mesh."""
+        key = jax.random.key(self.settings.seed)
+        return runtime.place(key, runtime.replicated(self.model.mesh))
 
     def next(self, program: update.StageProgram, state: TrainState) -> TrainState:
         """Return the state a stage starts from, given that at the end of the stage before."""
