@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ntkrl.report.plotting import MARKERS, PALETTE, panels
+from ntkrl.report import MARKERS, PALETTE, panels
 from ntkrl.study import results as found
 from ntkrl.study.results import Results
 from ntkrl.study.similarity import KINDS, read_similarities

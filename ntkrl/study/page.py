@@ -9,11 +9,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
 from ntkrl import runtime
-from ntkrl.report import FIGURES, Run, document, saved
+from ntkrl.report import FIGURES, Run, document, figure_bytes
 from ntkrl.study import figures
 from ntkrl.study.claims import FAILS, HOLDS, PARTLY, UNKNOWN, Verdict
 from ntkrl.study.results import Results
@@ -73,7 +74,7 @@ def write_page(results: Results, verdicts: Sequence[Verdict], command: str) -> P
     """
     study = results.study
     seeds = f"{len(study.seeds)} seeds, each with a base model of its own"
-    parts = [
+    parts: list[str] = [
         "<h1>Study: learning dynamics of RL post-training</h1>",
         f'<p class="lead">{len(verdicts)} numbers · {seeds} · <code>{command}</code></p>',
         _missing(results),
@@ -83,7 +84,10 @@ def write_page(results: Results, verdicts: Sequence[Verdict], command: str) -> P
         _commands(study.root / "commands.txt"),
     ]
     page = study.root / "index.html"
-    runtime.save_text(page, document("Study: learning dynamics of RL post-training", parts))
+    runtime.save_text(
+        page,
+        document("Study: learning dynamics of RL post-training", [Markup(part) for part in parts]),
+    )
     runtime.save_text(study.root / "verdicts.md", markdown(verdicts, command))
     return page
 
@@ -169,7 +173,7 @@ def _drawn(runs: Sequence[Run], prefix: str, stems: Sequence[str]) -> Iterator[s
 
 
 def _figure(name: str, figure: Figure, caption: str) -> str:
-    data = base64.b64encode(_small(saved(figure, "png", DOTS_PER_INCH))).decode("ascii")
+    data = base64.b64encode(_small(figure_bytes(figure, "png", DOTS_PER_INCH))).decode("ascii")
     return (
         f'<figure id="{_text(name)}"><img alt="{_text(name)}" '
         f'src="data:image/png;base64,{data}"><figcaption>{_text(caption)}</figcaption></figure>'

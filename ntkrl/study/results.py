@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from ntkrl import intervals
-from ntkrl.report import Run, read_run, series
-from ntkrl.report.probes import read_arrays, step_files
+from ntkrl.report import Run, read_arrays, read_run, series, step_files
 from ntkrl.study.plan import StudySettings
 
 TRAINING = ("sample", "reward", "score", "update", "data")
