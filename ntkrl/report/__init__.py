@@ -7,6 +7,7 @@ May import numpy, matplotlib, jinja2, the loggers' packages, the standard librar
 `ntkrl.intervals`: never jax.
 """
 
+from ntkrl.report.comparisons import comparison_table as comparison_table
 from ntkrl.report.figures import FIGURES as FIGURES
 from ntkrl.report.kernel_figure import format_kernel as format_kernel
 from ntkrl.report.kernel_figure import write_kernel as write_kernel
@@ -22,7 +23,10 @@ from ntkrl.report.metrics_writer import NoWriter as NoWriter
 from ntkrl.report.metrics_writer import mark_finished as mark_finished
 from ntkrl.report.page import document as document
 from ntkrl.report.page import figure_section as figure_section
+from ntkrl.report.page import folded_text as folded_text
+from ntkrl.report.page import group_section as group_section
 from ntkrl.report.page import heading as heading
+from ntkrl.report.page import section as section
 from ntkrl.report.page import table_section as table_section
 from ntkrl.report.page import write_report as write_report
 from ntkrl.report.plotting import MARKERS as MARKERS

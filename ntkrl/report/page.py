@@ -108,6 +108,21 @@ def figure_section(stem: str, title: str, caption: str, png: bytes | None) -> st
     return _html("figure", stem, title, caption, image)
 
 
+def section(title: str, parts: Sequence[str]) -> str:
+    """Return a section of a page made of parts."""
+    return _html("section", title, parts)
+
+
+def group_section(title: str, figures: Sequence[str], table: Table | None) -> str:
+    """Return figures and a table below a title, as a part of a section."""
+    return _html("group", title, figures, table)
+
+
+def folded_text(title: str, text: str) -> str:
+    """Return preformatted text that unfolds on a click."""
+    return _html("folded_text", title, text)
+
+
 def step_section(runs: Sequence[Run], room: int) -> str:
     """Return the views of single steps with at most `room` bytes of data, "" without ledgers."""
     views = step_data(runs, room)
