@@ -131,7 +131,7 @@ def get_config():
     )
 
     # λ of λ (r⁺ + r⁻)² beside the Bradley–Terry loss; 0.01 in the paper's recipe
-    config.preference = ConfigDict({"centring": 0.01})
+    config.preference = ConfigDict({"centering_coefficient": 0.01})
 
     config.objective = ConfigDict()
     # a row that `ntkrl presets` prints with its formula; None below keeps the row's value

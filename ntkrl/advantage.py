@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ntkrl.types import Array
 
 
-def unchanged(rewards: Array, group_size: int) -> Array:
+def no_baseline(rewards: Array, group_size: int) -> Array:
     """Return the rewards: REINFORCE without a baseline.
 
     Args:
@@ -175,7 +175,9 @@ def _all_drawn_from(part: Array, k: int, whole: int) -> Array:
     return share
 
 
-def to_go(rewards: Array, token_penalties: Array, mask: Array, epsilon: float = 1e-8) -> Array:
+def reward_to_go(
+    rewards: Array, token_penalties: Array, mask: Array, epsilon: float = 1e-8
+) -> Array:
     """Normalise rewards to go over the tokens of the batch (REINFORCE++).
 
     G_it = r_i − Σ_{s ≥ t} p_is with p the KL penalty of each token (β k1; 0 for none);
@@ -217,7 +219,7 @@ def _groups(rewards: Array, group_size: int, name: str) -> Array:
 
 
 ESTIMATORS: dict[str, Callable[[Array, int], Array]] = {
-    "unchanged": unchanged,
+    "none": no_baseline,
     "batch_mean": batch_mean,
     "leave_one_out": leave_one_out,
     "group_mean": group_mean,
@@ -225,5 +227,5 @@ ESTIMATORS: dict[str, Callable[[Array, int], Array]] = {
     "batch_scaled": batch_scaled,
     "max_likelihood": max_likelihood,
 }
-LINEAR = ("unchanged", "batch_mean", "leave_one_out", "group_mean")
+LINEAR = ("none", "batch_mean", "leave_one_out", "group_mean")
 """Those of a sum of rewards that are the sum of the rewards' own."""

@@ -218,7 +218,7 @@ def _presets(words: Sequence[str]) -> None:
         )
     for name in words if words else update.PRESETS:
         print(f"{name}\n    {update.FORMULAS[name].strip()}\n")
-        print(f"    {update.described(update.PRESETS[name])}\n")
+        print(f"    {update.describe(update.PRESETS[name])}\n")
 
 
 def _options(

@@ -175,13 +175,15 @@ class RewardSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceSettings:
-    """centring: λ ≥ 0 of λ (r⁺ + r⁻)² beside the Bradley–Terry loss."""
+    """centering_coefficient: λ ≥ 0 of λ (r⁺ + r⁻)² beside the Bradley–Terry loss."""
 
-    centring: float
+    centering_coefficient: float
 
     def __post_init__(self):
-        if not self.centring >= 0:
-            raise ValueError(f"preference.centring must be ≥ 0, not {self.centring}.")
+        if not self.centering_coefficient >= 0:
+            raise ValueError(
+                f"preference.centering_coefficient must be ≥ 0, not {self.centering_coefficient}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

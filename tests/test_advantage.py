@@ -34,7 +34,7 @@ GROUPED = [
 def test_baselines_by_hand():
     """by hand: rewards (0, 1 | 2, 5): batch mean 2; group means 0.5, 3.5; batch std √(14/3)."""
     rewards = jnp.array([0.0, 1.0, 2.0, 5.0])
-    np.testing.assert_array_equal(advantage.unchanged(rewards, 2), rewards)
+    np.testing.assert_array_equal(advantage.no_baseline(rewards, 2), rewards)
     np.testing.assert_allclose(advantage.batch_mean(rewards, 2), [-2, -1, 0, 3])
     np.testing.assert_allclose(advantage.group_mean(rewards, 2), [-0.5, 0.5, -1.5, 1.5])
     scaled = np.array([-0.5, 0.5, -1.5, 1.5]) / (np.sqrt(14 / 3) + 1e-4)
@@ -66,7 +66,7 @@ def test_to_go_by_hand():
     """by hand: returns 1 − 0.3, 1 − 0.1 | 0: mean 1.6/3, unbiased variance; masked tokens 0."""
     penalties = jnp.array([[0.2, 0.1], [0.0, 7.0]])
     mask = jnp.array([[True, True], [True, False]])
-    found = advantage.to_go(jnp.array([1.0, 0.0]), penalties, mask)
+    found = advantage.reward_to_go(jnp.array([1.0, 0.0]), penalties, mask)
     values = np.array([0.7, 0.9, 0.0])
     expected = (values - values.mean()) / values.std(ddof=1)
     np.testing.assert_allclose(found, [expected[:2], [expected[2], 0]], rtol=1e-5)

@@ -102,7 +102,7 @@ def test_a_step_equals_the_processors():
             stage = update.Stage("head", 1, rates, optimizer="sgd", max_grad_norm=None)
             program = update.stage_program(stage, policy, params)
             loss = lambda found, held: update.policy_loss(update.PRESETS["grpo"], 16, found, held)  # noqa: E731
-            step = jax.jit(update.make_step(program, update.policy_objective(policy, loss), 1))
+            step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, loss), 1))
             after = step(update.init_state(program, params, jax.random.key(0)), part)[0].params
         change = jax.tree.map(lambda new, then: np.asarray(new) - np.asarray(then), after, params)
         moved.append(change.pop("head")["weight"])

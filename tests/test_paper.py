@@ -171,7 +171,7 @@ def test_the_papers_numbers():
     assert rl.minibatch_rows == grpo.minibatch_rows == 16
     assert (rl.objective.kl_coefficient, rl.objective.kl_place) == (0.05, "reward")
     assert found["reward"].stages[0].parameters == ((".*", 5e-7),)
-    assert found["reward"].preference.centring == 0.01
+    assert found["reward"].preference.centering_coefficient == 0.01
     assert found["evaluation"].evaluation.prompts == 500
     assert found["evaluation"].evaluation.samples_per_prompt == 10
     small = read_settings(runtime.read_config(["--config=configs/paper/rl.py:pythia-1b"]))

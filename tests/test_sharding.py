@@ -85,7 +85,7 @@ def everything(case, mesh):
     )
     program = update.stage_program(update.Stage(**STAGE), policy, params)
     spread = trees.blocks(mesh, len(mask))
-    objective = update.policy_objective(policy, loss, chunk_tokens=BUDGET, spread=spread)
+    objective = update.policy_loss_fn(policy, loss, chunk_tokens=BUDGET, spread=spread)
     state = update.init_state(program, params, jax.random.key(0))
     step = jax.jit(update.make_step(program, objective, microbatches=2))
     state, metrics = step(state, place(batch))

@@ -6,8 +6,9 @@ RL takes it by --config.reward.function=runs/paper/reward/export; its statistics
 Hardware: 16 chips of v5e. Expected time: two texts for each of SFT's examples, 2.1 s a step by the
 same roof, 1528 steps, 54 minutes; not measured.
 From the public code: it starts from the SFT model, rate 5e-7, constant, batches of 32 pairs, one
-epoch, centring 0.01, gradients clipped at norm 1 (the default of transformers' Trainer), evaluation
-every 100 steps. Our choice: 500 pairs in an evaluation. The paper's own runs take ArmoRM itself.
+epoch, centering coefficient 0.01, gradients clipped at norm 1 (the default of transformers'
+Trainer), evaluation every 100 steps. Our choice: 500 pairs in an
+evaluation. The paper's own runs take ArmoRM itself.
 """
 
 from ml_collections.config_dict import placeholder
@@ -23,7 +24,7 @@ def get_config(variant="pythia-2.8b"):
     config.method = "reward"
     config.reward.function = None
     config.data.prompts_per_step = 32
-    config.preference.centring = 0.01
+    config.preference.centering_coefficient = 0.01
     config.stages = (base.stage("all", ((".*", 5e-7),), max_grad_norm=1.0, epochs=1.0),)
     config.eval.every_steps = 100
     config.eval.prompts = 500

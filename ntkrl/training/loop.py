@@ -72,7 +72,7 @@ def _train(config: ConfigDict, notice: runtime.Notice) -> Path:
         runtime.claim(directory, given)
     _check_shared(directory)
     if settings.method == "rl":
-        runtime.tell(f"objective: {update.described(settings.objective)}")
+        runtime.tell(f"objective: {update.describe(settings.objective)}")
     loop.run()
     setup.export(directory / "export", loop.state.params)
     if loop.reference is not None:
@@ -211,7 +211,7 @@ class Loop:
     def _enter_stage(self) -> None:
         """Where a stage has ended, enter the next: start its optimizer, or hand the state over."""
         if self.progress.ended is not None:
-            self.progress = update.entered(self.progress)
+            self.progress = update.enter_stage(self.progress)
             self.state = self.states.next(self.programs[self.progress.stage], self.state)
         if self.progress.steps == 0:
             warning = self.programs[self.progress.stage].warning(self.state.params)
@@ -221,7 +221,7 @@ class Loop:
     def _count(self, metrics: dict[str, Any], rollout_step: int) -> dict[str, Any]:
         """Count a rollout step in its stage, move the reference; return what is logged of it."""
         program = self.programs[self.progress.stage]
-        self.progress = update.advanced(program.stage, self.progress, metrics)
+        self.progress = update.advance(program.stage, self.progress, metrics)
         if self.progress.ended is not None:
             runtime.tell(f"stage {program.stage.name!r} ends: {self.progress.ended}")
         if due(self.settings.schedule.reference_sync_steps, rollout_step):

@@ -32,8 +32,8 @@ class PreferenceSource:
         self.texts = Texts(setup.scorer, setup.tokenizer)
         self.train = self._encoded(setup.train)
         self.held_out = None if setup.held_out is None else self._encoded(setup.held_out)
-        centring = setup.settings.preference.centring
-        self.minimised = update.preference_objective(setup.scorer, centring)
+        centering_coefficient = setup.settings.preference.centering_coefficient
+        self.minimised = update.preference_loss_fn(setup.scorer, centering_coefficient)
         self.measured = jax.jit(self.minimised)
 
     def _encoded(self, prompts: Prompts) -> list[tuple[list[list[int]], list[int]]]:

@@ -46,7 +46,7 @@ class RolloutSource:
         given = self.temperature, settings.schedule.chunk_tokens, setup.spread
         terms = update.policy_terms(self.objective, settings.rollout.max_completion_tokens)
         self.minimised, self.terms = (
-            update.policy_objective(setup.policy, loss, *given) for loss in (self.loss, terms)
+            update.policy_loss_fn(setup.policy, loss, *given) for loss in (self.loss, terms)
         )
         self.read = jax.jit(self._read, static_argnames=("length", "whole"))
         self.weigh = jax.jit(functools.partial(weigh, self.objective, self.group))

@@ -46,7 +46,7 @@ class SupervisedSource:
         self.setup, self.position = setup, 0
         given = {"chunk_tokens": setup.settings.schedule.chunk_tokens, "spread": setup.spread}
         self.minimised, self.terms = (
-            update.policy_objective(setup.policy, loss, **given)
+            update.policy_loss_fn(setup.policy, loss, **given)
             for loss in (update.supervised_loss, update.supervised_terms)
         )
 

@@ -76,4 +76,4 @@ def _fresh(program: update.StageProgram, state: TrainState) -> Any:
 
 
 def _handed(program: update.StageProgram, state: TrainState) -> Any:
-    return update.next_state(program, state).opt_state
+    return update.transfer_state(program, state).opt_state

@@ -25,8 +25,8 @@ def advantages(
     Raises:
       ValueError: a group too small for the estimator.
     """
-    if objective.advantage == "to_go":
-        return advantage.to_go(rewards, penalties, mask)
+    if objective.advantage == "reward_to_go":
+        return advantage.reward_to_go(rewards, penalties, mask)
     paid_B = rewards - jnp.sum(penalties, axis=1)
     if objective.advantage == "pass_at_k":
         found_B = advantage.pass_at_k(paid_B, group, objective.pass_k)
@@ -69,7 +69,7 @@ def weigh(
     paid_BC = update.reward_penalties(objective, *log_probs, mask, kl)
     found_BC = advantages(objective, group, rewards, paid_BC, mask)
     correction_BC = update.correction_weights(objective, old_log_probs, behaviour_log_probs, mask)
-    whole_BC = update.of_signs(objective, found_BC) * correction_BC
+    whole_BC = update.filter_sign(objective, found_BC) * correction_BC
     advantages_BC, penalties = update.covariance_weights(
         objective, old_log_probs, whole_BC, counted_BC, key
     )

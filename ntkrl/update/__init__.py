@@ -1,9 +1,9 @@
 """Objective, stages, optimizer assembly and the train step: pure functions of arrays."""
 
 from ntkrl.update.loss import Measures, kl_estimate, policy_loss, supervised_loss
-from ntkrl.update.objective import CHOICES, Objective, described
+from ntkrl.update.objective import CHOICES, Objective, describe
 from ntkrl.update.optimizers import steps_taken
-from ntkrl.update.preference import preference_loss, preference_objective
+from ntkrl.update.preference import preference_loss, preference_loss_fn
 from ntkrl.update.presets import FORMULAS, PRESETS
 from ntkrl.update.settings import ScheduleSettings, due, read_stages
 from ntkrl.update.stages import (
@@ -15,21 +15,22 @@ from ntkrl.update.stages import (
 )
 from ntkrl.update.step import (
     Gradients,
+    LossFn,
     init_state,
     make_step,
     make_step_apart,
-    next_state,
     offloaded,
-    policy_objective,
+    policy_loss_fn,
+    transfer_state,
 )
-from ntkrl.update.stopping import Progress, advanced, entered, steps_left
+from ntkrl.update.stopping import Progress, advance, enter_stage, steps_left
 from ntkrl.update.terms import policy_terms, supervised_terms
-from ntkrl.update.weights import (
+from ntkrl.update.token_weights import (
     correction_weights,
     counted_tokens,
     covariance_weights,
     equal_groups,
-    of_signs,
+    filter_sign,
     reward_penalties,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "FORMULAS",
     "Gradients",
     "PRESETS",
+    "LossFn",
     "Measures",
     "Objective",
     "Progress",
@@ -47,26 +49,26 @@ __all__ = [
     "correction_weights",
     "counted_tokens",
     "covariance_weights",
-    "described",
+    "describe",
     "due",
     "equal_groups",
-    "advanced",
+    "advance",
     "check_stages",
-    "entered",
+    "enter_stage",
     "init_state",
     "kl_estimate",
     "make_step",
     "make_step_apart",
     "read_stages",
     "reward_penalties",
-    "next_state",
-    "of_signs",
+    "transfer_state",
+    "filter_sign",
     "offloaded",
     "policy_loss",
-    "policy_objective",
+    "policy_loss_fn",
     "policy_terms",
     "preference_loss",
-    "preference_objective",
+    "preference_loss_fn",
     "stage_program",
     "stage_programs",
     "steps_left",

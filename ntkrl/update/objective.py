@@ -11,7 +11,7 @@ import dataclasses
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "advantage": (
-        "unchanged",
+        "none",
         "batch_mean",
         "leave_one_out",
         "group_mean",
@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "batch_scaled",
         "max_likelihood",
         "pass_at_k",
-        "to_go",
+        "reward_to_go",
     ),
     "ratio_level": ("token", "sequence", "sequence_mean", "none"),
     "clip": ("min", "detach", "none"),
@@ -35,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-UNGROUPED = ("unchanged", "batch_mean", "to_go")
+UNGROUPED = ("none", "batch_mean", "reward_to_go")
 """Estimators that do not compare the completions of one prompt."""
 
 
@@ -152,15 +152,16 @@ class Objective:
                 "kl_place reward or loss, or kl_coefficient 0",
             ),
             (
-                self.advantage == "to_go" and (place, self.kl_estimator) == ("reward", "full"),
-                "advantage to_go takes kl_estimator k1, k2 or k3 in the reward, not full",
+                self.advantage == "reward_to_go"
+                and (place, self.kl_estimator) == ("reward", "full"),
+                "advantage reward_to_go takes kl_estimator k1, k2 or k3 in the reward, not full",
             ),
             (
                 self.covariance != "off" and ratio == "none",
                 "covariance compares with the policy that sampled and needs a ratio_level",
             ),
             (
-                self.advantage in ("unchanged", "batch_mean", "to_go")
+                self.advantage in ("none", "batch_mean", "reward_to_go")
                 and self.group_filter != "off",
                 f"group_filter {self.group_filter} needs an advantage within groups; equal rewards "
                 f"carry signal under advantage {self.advantage}",
@@ -179,7 +180,7 @@ class Objective:
         return self.needs_reference and self.kl_estimator == "full"
 
 
-def described(objective: Objective) -> str:
+def describe(objective: Objective) -> str:
     """Return in one line the chief axes, and all others on which it leaves the defaults."""
     chief = ("advantage", "ratio_level", "clip", "aggregation", "kl_place")
     values = dataclasses.asdict(objective)

@@ -164,7 +164,7 @@ def rate_schedule(
     return optax.join_schedules([warm, after], [warmup_steps])
 
 
-def hand_over(before: Any, fresh: Any) -> Any:
+def transfer_moments(before: Any, fresh: Any) -> Any:
     """Let parameters trained before keep their moments and counts; others start fresh.
 
     Args:
@@ -192,16 +192,16 @@ def steps_taken(state: Any) -> int:
     return int(state["schedule"].count)
 
 
-def swallowed(leaf: Array, rate: float) -> float:
+def rounding_loss(leaf: Array, rate: float) -> float:
     """Return which fraction of a parameter an update as large as the learning rate cannot move.
 
     θ + rate = θ in θ's dtype, because the rate is below half a unit in the last place of θ.
     """
-    return float(_swallowed(leaf, rate))
+    return float(_rounding_loss(leaf, rate))
 
 
 @jax.jit
-def _swallowed(leaf: Array, rate: float) -> Array:
+def _rounding_loss(leaf: Array, rate: float) -> Array:
     size, kind = jnp.abs(leaf), jnp.finfo(leaf.dtype)
     # compilers may keep more bits than the dtype has unless told
     moved = jax.lax.reduce_precision(size + rate, kind.nexp, kind.nmant)

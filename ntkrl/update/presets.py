@@ -13,7 +13,7 @@ def reinforce() -> Objective:
     """Minimise −1/B Σ_i A_i Σ_t log π(o_it), A_i = r_i − mean of the batch.
 
     Source: Williams 1992 with a batch-mean baseline; no ratio, no clip, no KL term. For no
-    baseline at all set advantage unchanged.
+    baseline at all set advantage none.
     """
     return Objective(
         advantage="batch_mean", ratio_level="none", clip="none", aggregation="sequence_sum"
@@ -27,7 +27,9 @@ def reinforce_pp() -> Objective:
 
     Source: Hu et al. 2501.03262 (REINFORCE++), eqs. 4 to 7.
     """
-    return Objective(advantage="to_go", kl_estimator="k1", kl_place="reward", kl_coefficient=0.01)
+    return Objective(
+        advantage="reward_to_go", kl_estimator="k1", kl_place="reward", kl_coefficient=0.01
+    )
 
 
 def rloo() -> Objective:

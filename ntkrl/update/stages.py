@@ -24,7 +24,7 @@ from ntkrl.update.optimizers import OPTIMIZERS, OPTIONS, SCHEDULES
 
 RATES = ("b1", "b2", "momentum")
 OPTIMIZER_STATES = ("reset", "keep")
-SWALLOWED_LIMIT = 0.1
+ROUNDING_LOSS_LIMIT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +212,10 @@ class StageProgram:
         chosen, _ = trees.partition(params, self.trained)
         leaves, rates = jax.tree.leaves(chosen), [rate for rate in self.rates if rate is not None]
         lost = sum(
-            optimizers.swallowed(leaf, rate) * leaf.size
+            optimizers.rounding_loss(leaf, rate) * leaf.size
             for leaf, rate in zip(leaves, rates, strict=True)
         ) / sum(leaf.size for leaf in leaves)
-        if lost <= SWALLOWED_LIMIT:
+        if lost <= ROUNDING_LOSS_LIMIT:
             return None
         dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
         return (

@@ -15,13 +15,21 @@ from ntkrl.softmax import Head, token_statistics
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures
-from ntkrl.update.rows import Loss, Totals, add_pulled, loss_by_rows, over_parts, split_rows
+from ntkrl.update.microbatch import (
+    Loss,
+    Totals,
+    add_pulled,
+    loss_by_rows,
+    scan_microbatches,
+    split_rows,
+)
 from ntkrl.update.stages import StageProgram
 
 TILE_VOCABULARY = 8192
 """Vocabulary rows of a tile of logits."""
 
-Objective = Callable[[Params, Any, Head | None], tuple[Totals, Measures]]
+LossFn = Callable[[Params, Any, Head | None], tuple[Totals, Measures]]
+"""`(params, batch, reference head or None) -> (Total or Totals by term, Measures)`."""
 Gradients = dict[str, tuple[Params, Array]]
 """By term of the loss the gradient of its mean, of the trained leaves, and what it counted."""
 
@@ -37,23 +45,23 @@ def init_state(program: StageProgram, params: Params, key: Array, step: int = 0)
     )
 
 
-def next_state(program: StageProgram, state: TrainState) -> TrainState:
+def transfer_state(program: StageProgram, state: TrainState) -> TrainState:
     """Return the state a stage starts from, given the one its predecessor ended with."""
     chosen, _ = trees.partition(state.params, program.trained)
     opt_state = program.optimizer.init(chosen)
     if program.stage.optimizer_state == "keep":
-        opt_state = optimizers.hand_over(state.opt_state, opt_state)
+        opt_state = optimizers.transfer_moments(state.opt_state, opt_state)
     return state.replace(opt_state=opt_state)
 
 
-def policy_objective(
+def policy_loss_fn(
     policy: Policy,
     loss: Loss,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     spread: int = 1,
-) -> Objective:
-    """Return the objective of a loss on token statistics.
+) -> LossFn:
+    """Return the loss function of a loss on token statistics.
 
     The body is read, unless the batch brings the features along. Logits exist for whole
     completions of about `chunk_tokens` tokens together, and are made once; where one completion is
@@ -72,7 +80,7 @@ def policy_objective(
       that goes with the batch's `ref_features`, or None.
     """
 
-    def objective(
+    def loss_fn(
         params: Params, batch: UpdateBatch, reference: Head | None = None
     ) -> tuple[Totals, Measures]:
         rows, length = batch.completion_mask.shape
@@ -87,11 +95,11 @@ def policy_objective(
         tiles = (temperature, chunk_tokens * spread, TILE_VOCABULARY, beside)
         return loss(token_statistics(head, features, batch.tokens[:, -length:], *tiles), batch)
 
-    return objective
+    return loss_fn
 
 
 def make_step(
-    program: StageProgram, objective: Objective, microbatches: int = 1
+    program: StageProgram, loss_fn: LossFn, microbatches: int = 1
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Return `step(state, batch, reference=None) -> (state, metrics)`, to be jitted by the caller.
 
@@ -99,12 +107,12 @@ def make_step(
 
     Args:
       program: the stage bound to the params.
-      objective: `(params, batch, reference) -> (Total, Measures)`.
+      loss_fn: `(params, batch, reference) -> (Total, Measures)`.
       microbatches: equal parts of the rows that are read one after another, their gradients
         added; what the batch gives is what it gives in one piece, to rounding.
 
     Returns:
-      The step; its metrics are the means of the objective's totals, its maxima, `loss` and
+      The step; its metrics are the means of the loss function's totals, its maxima, `loss` and
       `grad_norm`, all scalars.
     """
 
@@ -114,7 +122,7 @@ def make_step(
         chosen, rest = trees.partition(state.params, program.trained)
 
         def value(chosen: Params, part: Any) -> tuple[Array, tuple[Total, Measures]]:
-            found = objective(trees.merge(chosen, rest), part, reference)
+            found = loss_fn(trees.merge(chosen, rest), part, reference)
             return found[0].total, found
 
         def pull(part: Any) -> tuple[tuple[Total, Measures], Params]:
@@ -128,7 +136,7 @@ def make_step(
 
 
 def make_step_apart(
-    program: StageProgram, objective: Objective, microbatches: int = 1
+    program: StageProgram, loss_fn: LossFn, microbatches: int = 1
 ) -> Callable[..., tuple[TrainState, dict[str, Array], Gradients]]:
     """Return the step of `make_step` that hands out the gradients it was made of.
 
@@ -136,7 +144,7 @@ def make_step_apart(
 
     Args:
       program, microbatches: as in `make_step`.
-      objective: `(params, batch, reference) -> ({name: Total}, Measures)`.
+      loss_fn: `(params, batch, reference) -> ({name: Total}, Measures)`.
 
     Returns:
       `step(state, batch, reference=None) -> (state, metrics, Gradients)`; the gradients add up to
@@ -149,7 +157,7 @@ def make_step_apart(
         chosen, rest = trees.partition(state.params, program.trained)
 
         def values(chosen: Params, part: Any) -> tuple[dict[str, Array], tuple[Totals, Measures]]:
-            found = objective(trees.merge(chosen, rest), part, reference)
+            found = loss_fn(trees.merge(chosen, rest), part, reference)
             return {name: total.total for name, total in found[0].items()}, found
 
         def pull(part: Any) -> tuple[tuple[Totals, Measures], dict[str, Params]]:
@@ -171,7 +179,7 @@ def _pulled(pull: Callable[[Any], Any], batch: Any, microbatches: int) -> Any:
     if microbatches == 1:
         return pull(batch)
     cut = split_rows(batch, microbatches)
-    return over_parts(lambda part: (pull(part), None), cut, add_pulled)[0]
+    return scan_microbatches(lambda part: (pull(part), None), cut, add_pulled)[0]
 
 
 def _over(grads: Params, total: Total) -> Params:

@@ -25,7 +25,7 @@ class Progress:
     ended: str | None = None
 
 
-def advanced(stage: Stage, progress: Progress, metrics: Mapping[str, Any]) -> Progress:
+def advance(stage: Stage, progress: Progress, metrics: Mapping[str, Any]) -> Progress:
     """Count a rollout step, and end the stage where it or one of its rules says so.
 
     Args:
@@ -51,7 +51,7 @@ def advanced(stage: Stage, progress: Progress, metrics: Mapping[str, Any]) -> Pr
     return Progress(progress.stage, steps, rewards, ended)
 
 
-def entered(progress: Progress) -> Progress:
+def enter_stage(progress: Progress) -> Progress:
     """Return the progress a rollout step starts with: in the next stage where one has ended."""
     return progress if progress.ended is None else Progress(progress.stage + 1)
 

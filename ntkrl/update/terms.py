@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from ntkrl.softmax import TokenStatistics
 from ntkrl.types import Array, Total, UpdateBatch
 from ntkrl.update.loss import Measures, policy_loss, supervised_loss
+from ntkrl.update.microbatch import Loss
 from ntkrl.update.objective import Objective
-from ntkrl.update.rows import Loss
 
 
 def policy_terms(objective: Objective, budget: int) -> Loss:
@@ -21,7 +21,7 @@ def policy_terms(objective: Objective, budget: int) -> Loss:
       objective, budget: as in `policy_loss`.
 
     Returns:
-      `(statistics, batch) -> ({name: Total}, Measures)`, for `policy_objective`: "policy", with
+      `(statistics, batch) -> ({name: Total}, Measures)`, for `policy_loss_fn`: "policy", with
       "kl" where the KL stands in the loss, or in the reward and the batch says which part of the
       advantages it makes; and "bonus" where entropy is rewarded.
     """

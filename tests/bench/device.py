@@ -141,7 +141,7 @@ def updating(bench: Bench, rows: int, microbatches: int) -> Iterator[dict[str, A
     objective = update.PRESETS["grpo"]
     stage = update.Stage("all", 1, ((".*", 1e-6),), optimizer="adamw", max_grad_norm=1.0)
     program = update.stage_program(stage, policy, bench.params)
-    minimised = update.policy_objective(
+    minimised = update.policy_loss_fn(
         policy, lambda found, held: update.policy_loss(objective, COMPLETION, found, held)
     )
     step = jax.jit(update.make_step(program, minimised, microbatches), donate_argnums=0)
@@ -173,7 +173,7 @@ def kernels(bench: Bench, contexts: int, length: int) -> Iterator[dict[str, Any]
 
     each = timed(call, 1)
     yield {
-        "what": f"kernel, {contexts} contexts of {length}: {told.road}, {told.chunk} at a time",
+        "what": f"kernel, {contexts} contexts of {length}: {told.algorithm}, chunk {told.chunk}",
         "seconds": each,
         "floor": told.flops / bench.flops_rate,
         "limit": "compute",

@@ -82,10 +82,10 @@ def main() -> None:
     policy, params = ntkrl.build("GPTNeoXForCausalLM", CONFIG, jax.random.key(0))
     stage = update.Stage("all", 1, ((".*", 3e-4),), max_grad_norm=1.0)
     program = update.stage_program(stage, policy, params)
-    minimised = update.policy_objective(
+    minimised = update.policy_loss_fn(
         policy, lambda found, batch: update.policy_loss(objective, LENGTH, found, batch)
     )
-    parts = update.policy_objective(policy, update.policy_terms(objective, LENGTH))
+    parts = update.policy_loss_fn(policy, update.policy_terms(objective, LENGTH))
     step = jax.jit(update.make_step(program, minimised))
     apart = jax.jit(update.make_step_apart(program, parts))
     generate = draw(policy, params, PROMPTS, GROUP, 0)

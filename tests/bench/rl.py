@@ -60,7 +60,7 @@ def our_steps(
     def loss(found: Any, part: UpdateBatch) -> Any:
         return update.policy_loss(objective, LENGTH, found, part)
 
-    minimised = update.policy_objective(policy, loss)
+    minimised = update.policy_loss_fn(policy, loss)
     step = jax.jit(update.make_step(program, minimised, MICROBATCHES), donate_argnums=0)
     score = jax.jit(
         lambda p, tokens, mask: scoring.score(policy, p, tokens, mask, LENGTH).log_probs

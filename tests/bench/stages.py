@@ -43,7 +43,7 @@ def program_of(
     def loss(statistics: Any, batch: UpdateBatch) -> Any:
         return update.policy_loss(RLOO, length, statistics, batch)
 
-    return bound, update.make_step(bound, update.policy_objective(policy, loss, chunk_tokens=chunk))
+    return bound, update.make_step(bound, update.policy_loss_fn(policy, loss, chunk_tokens=chunk))
 
 
 def batch_shapes(rows: int, length: int, width: int | None) -> UpdateBatch:

@@ -110,7 +110,7 @@ def our_step(
     def loss(statistics: Any, part: UpdateBatch) -> Any:
         return update.policy_loss(objective, LENGTH, statistics, part)
 
-    step = jax.jit(update.make_step(program, update.policy_objective(policy, loss)))
+    step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, loss)))
     state, _ = step(update.init_state(program, params, jax.random.key(0)), batch)
     with tempfile.TemporaryDirectory() as place:
         ntkrl.export(place, policy, state.params)

@@ -45,7 +45,7 @@ def by_rows(tokens: int) -> Callable[..., Any]:
     from ntkrl.numerics import masked_total
     from ntkrl.types import UpdateBatch
     from ntkrl.update.loss import Measures
-    from ntkrl.update.rows import loss_by_rows
+    from ntkrl.update.microbatch import loss_by_rows
 
     def of_rows(found: Any, batch: UpdateBatch) -> Any:
         values = found.log_probs + 0.01 * found.entropy

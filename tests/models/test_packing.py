@@ -24,7 +24,7 @@ def examples(vocab):
 
 def loss_and_gradient(policy, params, batch):
     """The summed loss, its count, and the gradient of the mean."""
-    objective = update.policy_objective(policy, update.supervised_loss, chunk_tokens=8)
+    objective = update.policy_loss_fn(policy, update.supervised_loss, chunk_tokens=8)
 
     def value(params):
         total, _ = objective(params, batch)

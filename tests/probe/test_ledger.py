@@ -49,7 +49,7 @@ class Case:
         def loss(statistics, batch):
             return update.policy_loss(objective, BUDGET, statistics, batch)
 
-        minimised = update.policy_objective(self.policy, loss)
+        minimised = update.policy_loss_fn(self.policy, loss)
         self.step = jax.jit(update.make_step(self.program, minimised, microbatches))
         for number in range(steps):
             self.before, self.batch = self.after, make_batch(self.policy.vocab_size, seed=number)
@@ -58,7 +58,7 @@ class Case:
     def begin(self, policy, params):
         """Bind the stage to a model; no step is taken yet."""
         self.policy = policy
-        self.terms = update.policy_objective(policy, update.policy_terms(self.objective, BUDGET))
+        self.terms = update.policy_loss_fn(policy, update.policy_terms(self.objective, BUDGET))
         self.program = update.stage_program(self.stage, policy, params)
         self.before = self.after = update.init_state(self.program, params, jax.random.key(0))
         self.batch = make_batch(policy.vocab_size)
@@ -262,7 +262,7 @@ def test_the_step_hands_out_its_gradients(microbatches):
     for found in ((after.params, plain.params), (metrics, wanted)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *found)
     bare = dataclasses.replace(OBJECTIVE, kl_place="off", kl_coefficient=0, entropy_coefficient=0)
-    alone = update.policy_objective(case.policy, lambda *read: update.policy_loss(bare, 3, *read))
+    alone = update.policy_loss_fn(case.policy, lambda *read: update.policy_loss(bare, 3, *read))
     total = jax.jit(jax.grad(lambda params: numerics.mean(alone(params, case.batch, None)[0])))
     for name, leaf in total(case.before.params).items():
         assert_close(gradients["policy"][0][name], leaf)

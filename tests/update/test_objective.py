@@ -108,9 +108,9 @@ def test_every_preset_says_its_formula_and_source():
     assert set(update.FORMULAS) == set(PRESETS)
     for name, text in update.FORMULAS.items():
         assert text.startswith("Minimise") and "Source:" in text, name
-    assert update.described(PRESETS["dapo"]).startswith("advantage group_normalised · ratio_level")
-    assert "clip_high 0.28" in update.described(PRESETS["dapo"])
-    assert set(update.CHOICES["advantage"]) == {*advantage.ESTIMATORS, "pass_at_k", "to_go"}
+    assert update.describe(PRESETS["dapo"]).startswith("advantage group_normalised · ratio_level")
+    assert "clip_high 0.28" in update.describe(PRESETS["dapo"])
+    assert set(update.CHOICES["advantage"]) == {*advantage.ESTIMATORS, "pass_at_k", "reward_to_go"}
 
 
 @pytest.mark.parametrize("name", advantage.LINEAR)
@@ -320,7 +320,7 @@ def test_one_sign_alone():
     given = jnp.array([[1.5, -0.5], [0.0, -2.0]])
 
     def kept(signs):
-        return np.asarray(update.of_signs(update.Objective(signs=signs), given)).tolist()
+        return np.asarray(update.filter_sign(update.Objective(signs=signs), given)).tolist()
 
     assert kept("both") == given.tolist()
     assert kept("positive") == [[1.5, 0.0], [0.0, 0.0]]
@@ -390,7 +390,7 @@ def test_impossible_axes_are_all_named():
             correction_cap=0.0,
         )
     for problem in (
-        "advantage 'gae' is not among unchanged, batch_mean, leave_one_out",
+        "advantage 'gae' is not among none, batch_mean, leave_one_out",
         "clip_low in (0, 1] and clip_high > 0, not 1.5",
         "ratio_level none has no ratio to clip: set clip none",
         "dual_clip > 1 + clip_high = 1.2, not 1.0",
@@ -401,7 +401,7 @@ def test_impossible_axes_are_all_named():
         assert problem in str(caught.value)
     for axes, problem in (
         ({"clip": "none", "dual_clip": 3.0}, "dual_clip bounds the ratio of clip min"),
-        ({"advantage": "unchanged", "group_filter": "drop"}, "needs an advantage within groups"),
+        ({"advantage": "none", "group_filter": "drop"}, "needs an advantage within groups"),
     ):
         with pytest.raises(ValueError, match=problem):
             update.Objective(**axes)

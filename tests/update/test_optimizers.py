@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from ntkrl import trees, update
-from ntkrl.update.optimizers import rate_schedule, swallowed
+from ntkrl.update.optimizers import rate_schedule, rounding_loss
 from tests.toys import toy_params, toy_policy
 from tests.update.test_step import make_batch, rloo
 
@@ -186,8 +186,8 @@ def in_stages(policy, params, *stages):
     programs = update.stage_programs([update.Stage(**s) for s in stages], policy, params, 1)
     state, seed = update.init_state(programs[0], params, jax.random.key(0)), 0
     for number, program in enumerate(programs):
-        state = update.next_state(program, state) if number else state
-        step = jax.jit(update.make_step(program, update.policy_objective(policy, rloo)))
+        state = update.transfer_state(program, state) if number else state
+        step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, rloo)))
         for _ in range(program.stage.steps):
             state, _ = step(state, make_batch(policy.vocab_size, seed=seed))
             seed += 1
@@ -223,10 +223,10 @@ def test_kept_moments_go_on(optimizer):
 def test_what_rounding_swallows():
     """by hand: bfloat16 has 2⁻⁷ between neighbours above 1, so 2⁻⁹ moves 0.25 and 0 but not 1."""
     leaf = jnp.array([[1.0, -1.0, 0.25], [0.0, 100.0, -0.25]])
-    assert swallowed(leaf.astype(jnp.bfloat16), 2.0**-9) == 0.5
-    assert swallowed(leaf.astype(jnp.bfloat16), 2.0**-7) == pytest.approx(1 / 6)
-    assert swallowed(leaf, 2.0**-9) == 0.0
-    assert swallowed(leaf, 1e-7) == pytest.approx(1 / 6)  # half of 2⁻¹⁷ below 100 is larger
+    assert rounding_loss(leaf.astype(jnp.bfloat16), 2.0**-9) == 0.5
+    assert rounding_loss(leaf.astype(jnp.bfloat16), 2.0**-7) == pytest.approx(1 / 6)
+    assert rounding_loss(leaf, 2.0**-9) == 0.0
+    assert rounding_loss(leaf, 1e-7) == pytest.approx(1 / 6)  # half of 2⁻¹⁷ below 100 is larger
 
 
 def test_warning_names_the_way_out():

@@ -26,7 +26,7 @@ def grpo(statistics, batch):
 def stepped(policy, params, batch, stage=SGD, chunk=1024, microbatches=1, loss=grpo, jit=True):
     """Params and metrics after one step."""
     program = update.stage_program(update.Stage(**stage), policy, params)
-    objective = update.policy_objective(policy, loss, chunk_tokens=chunk)
+    objective = update.policy_loss_fn(policy, loss, chunk_tokens=chunk)
     step = update.make_step(program, objective, microbatches)
     state = update.init_state(program, params, jax.random.key(0))
     return (jax.jit(step) if jit else step)(state, batch)
@@ -143,7 +143,7 @@ def test_stage_one_reads_no_body():
     policy, params = neox()
     batch = sampled(policy, params)
     program = update.stage_program(update.Stage(**HEAD), policy, params)
-    step = update.make_step(program, update.policy_objective(policy, grpo))
+    step = update.make_step(program, update.policy_loss_fn(policy, grpo))
     state = update.init_state(program, params, jax.random.key(0))
     assert program.head_alone
     text = str(jax.make_jaxpr(step)(state, batch))
@@ -195,7 +195,7 @@ def test_whole_kl_to_a_reference(x64):
         return jnp.sum(jnp.where(batch.completion_mask, kl, 0)) / jnp.sum(batch.completion_mask)
 
     program = update.stage_program(update.Stage(**SGD), policy, params)
-    step = update.make_step(program, update.policy_objective(policy, loss, chunk_tokens=9))
+    step = update.make_step(program, update.policy_loss_fn(policy, loss, chunk_tokens=9))
     state = update.init_state(program, params, jax.random.key(0))
     found, metrics = step(state, batch, head_of(policy, other))
     expected, gradient = jax.value_and_grad(plain)(params)

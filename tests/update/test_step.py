@@ -46,7 +46,7 @@ def make_batch(vocab, rows=8, seed=0):
 def run(policy, params, stage, batches, jit=True):
     """Take a step per batch; return the state and the last metrics."""
     program = update.stage_program(update.Stage(**stage), policy, params)
-    step = update.make_step(program, update.policy_objective(policy, rloo))
+    step = update.make_step(program, update.policy_loss_fn(policy, rloo))
     step = jax.jit(step) if jit else step
     state = update.init_state(program, params, jax.random.key(0))
     for batch in batches:
@@ -78,7 +78,7 @@ def test_head_stage_has_no_body_gradient_in_its_program():
     def products(stage):
         program = update.stage_program(update.Stage(**stage), policy, params)
         state = update.init_state(program, params, jax.random.key(0))
-        step = update.make_step(program, update.policy_objective(policy, rloo))
+        step = update.make_step(program, update.policy_loss_fn(policy, rloo))
         text = str(jax.make_jaxpr(step)(state, make_batch(policy.vocab_size)))
         return text.count("dot_general")
 
@@ -137,7 +137,7 @@ def test_jit_changes_nothing_and_compiles_once():
     batches = [make_batch(policy.vocab_size, seed=s) for s in range(3)]
     plain, _ = run(policy, params, ADAM, batches, jit=False)
     program = update.stage_program(update.Stage(**ADAM), policy, params)
-    step = jax.jit(update.make_step(program, update.policy_objective(policy, rloo)))
+    step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, rloo)))
     state = update.init_state(program, params, jax.random.key(0))
     for batch in batches:
         state, _ = step(state, batch)
@@ -167,7 +167,7 @@ def test_sharded_equals_single_device(stage):
         state = update.init_state(program, params, jax.random.key(0))
         placed = trees.shardings(state, policy.sharding, mesh)
         step = jax.jit(
-            update.make_step(program, update.policy_objective(policy, rloo)),
+            update.make_step(program, update.policy_loss_fn(policy, rloo)),
             in_shardings=(placed, None),
             out_shardings=(placed, runtime.replicated(mesh)),
             donate_argnums=0,

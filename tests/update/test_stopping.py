@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from ntkrl.update import Progress, Stage, advanced, entered, steps_left
+from ntkrl.update import Progress, Stage, advance, enter_stage, steps_left
 
 ROWS = ((".*", 1e-2),)
 
@@ -13,7 +13,7 @@ def through(stage, rewards, kl=None, progress=None):
     progress = Progress() if progress is None else progress
     kl = [0.0] * len(rewards) if kl is None else kl
     for reward, divergence in zip(rewards, kl, strict=True):
-        progress = advanced(stage, progress, {"reward": reward, "kl": divergence})
+        progress = advance(stage, progress, {"reward": reward, "kl": divergence})
         if progress.ended is not None:
             break
     return progress
@@ -60,10 +60,10 @@ def test_stages_follow():
     """by hand: what is left at most, over an early end and to the last stage."""
     stages = [Stage("a", 5, ROWS, kl_budget=0.1), Stage("b", 2, ROWS)]
     progress = Progress()
-    assert steps_left(stages, progress) == 7 and entered(progress) is progress
+    assert steps_left(stages, progress) == 7 and enter_stage(progress) is progress
     progress = through(stages[0], [0, 0], [0.0, 1.0])
     assert steps_left(stages, progress) == 2
-    progress = entered(progress)
+    progress = enter_stage(progress)
     assert progress == Progress(stage=1)
     progress = through(stages[1], [0], progress=progress)
     assert steps_left(stages, progress) == 1

@@ -52,7 +52,7 @@ def add(left: tuple[Totals, Measures], right: tuple[Totals, Measures]) -> tuple[
     return total, Measures(totals, maxima)
 
 
-def over_parts(
+def scan_microbatches(
     read: Callable[[Any], tuple[Any, Any]], parts: Any, combine: Callable[[Any, Any], Any]
 ) -> tuple[Any, Any]:
     """Read every part in turn.
@@ -121,7 +121,9 @@ def _whole(
     if parts == 1:
         return _part(loss, temperature, head, features, batch)
     cut = split_rows((features, batch), parts)
-    return over_parts(lambda part: (_part(loss, temperature, head, *part), None), cut, add)[0]
+    return scan_microbatches(lambda part: (_part(loss, temperature, head, *part), None), cut, add)[
+        0
+    ]
 
 
 def _forward(static: tuple[Loss, float, int], head: Any, features: Any, batch: Any) -> Any:
@@ -144,7 +146,7 @@ def _forward(static: tuple[Loss, float, int], head: Any, features: Any, batch: A
         return (found, of_head), of_phi
 
     cut = split_rows((features, batch), parts)
-    (found, d_head), d_phi = over_parts(pull, cut, add_pulled)
+    (found, d_head), d_phi = scan_microbatches(pull, cut, add_pulled)
     return found, (d_head, jax.tree.map(lambda leaf: join_rows(leaf, features.shape[0]), d_phi))
 
 

@@ -69,7 +69,7 @@ def equal_groups(rewards: Array, group_size: int) -> Array:
     return jnp.all(rewards_PN == rewards_PN[:, :1], axis=1)
 
 
-def of_signs(objective: Objective, advantages: Array) -> Array:
+def filter_sign(objective: Objective, advantages: Array) -> Array:
     """Return advantages with those of the sign that is not learned from at 0."""
     if objective.signs == "positive":
         return jnp.maximum(advantages, 0.0)
