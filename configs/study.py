@@ -42,7 +42,7 @@ def get_study(config, file):
     from configs.evidence.paper_study import PaperStudy, StudySettings
     from ntkrl import runtime
 
-    return PaperStudy(runtime.settings(StudySettings, config, "study"), file)
+    return PaperStudy(runtime.parse_section(StudySettings, config, "study"), file)
 
 
 def _plan():
