@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from ntkrl import ntk, trees
 from ntkrl.attribution import linear_maps
 from ntkrl.attribution.linear_maps import ParameterGroups, TokenCotangents
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, scan_microbatches, split_rows
 from ntkrl.probe import GradientNoise, noise_from_squares
 from ntkrl.types import Array, Params, Policy, Total, TrainState
-from ntkrl.update import Gradients, scan_microbatches, split_rows
+from ntkrl.update import Gradients
 
 Terms = Callable[[Params, Any, Any], tuple[dict[str, Total], Any]]
 COLUMNS = ("momentum", "decay", "optimizer")
@@ -66,7 +66,7 @@ class OptimizerStep(NamedTuple):
     batch: its batch, arrays with B rows in front.
     reference: the Head that the loss compares with, passed to the terms; or None.
     gradients: by term the gradient of its mean and its count, where the step returned them
-        (`update.make_step_apart`); None to compute them again.
+        (`update.make_step_with_term_gradients`); None to compute them again.
     """
 
     before: TrainState

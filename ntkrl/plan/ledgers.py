@@ -63,7 +63,7 @@ def read_call(
     )
     before = state.replace(opt_state=_on_devices(state.opt_state))
     whole = runtime.replicated(setup.mesh)
-    step = update.make_step_apart(stage, terms, setup.settings.schedule.microbatches)
+    step = update.make_step_with_term_gradients(stage, terms, setup.settings.schedule.microbatches)
     grads = jax.eval_shape(step, state, batch, reference)[2]
     chosen, _ = trees.partition(state.params, stage.trained)
 

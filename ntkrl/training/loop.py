@@ -174,7 +174,7 @@ class Loop:
         reference = self.source.reference_head(turn)
         logged: list[dict[str, float]] = []
         todo = batches * self.settings.schedule.inner_epochs
-        apart, gradients = False, []
+        apart, result = False, None
         for number, own in enumerate(todo, start=1):
             batch = bare(own)
             if looking and number == len(todo):  # the step donates its state
@@ -182,8 +182,9 @@ class Loop:
                 batch, apart = seen.batch, seen.before.opt_state is not None
             placed = runtime.place_rows(batch, self.setup.mesh)
             step = self._step(placed, reference, apart)
-            self.state, values, *gradients = step(self.state, placed, reference)
-            logged.append({name: float(value) for name, value in values.items()})
+            result = step(self.state, placed, reference)
+            self.state = result.state
+            logged.append({name: float(value) for name, value in result.metrics.items()})
             self._check_finite(logged[-1], rollout_step)
             if number == 1:
                 self.source.check_first(logged[-1], rollout_step)
@@ -191,8 +192,8 @@ class Loop:
         metrics |= self.source.summary(logged)
         metrics |= self._count(metrics, rollout_step)
         if looking:
-            ended = {"after": self.state} | ({"gradients": gradients[0]} if apart else {})
-            metrics |= self.watcher.look(seen._replace(**ended), stage, rollout_step)
+            seen = seen._replace(after=self.state, gradients=result.term_gradients)
+            metrics |= self.watcher.look(seen, stage, rollout_step)
             self.clock("look")
         return metrics
 

@@ -9,7 +9,7 @@ from ntkrl import probe, update
 from ntkrl.probe.prober import LOGIT_BYTES, comparison
 from ntkrl.types import ProbeSet
 from tests.toys import toy_params, toy_policy
-from tests.update.test_step import make_batch, rloo
+from tests.update.test_train_step import make_batch, rloo
 
 
 def test_comparison_by_hand():
@@ -49,7 +49,7 @@ def test_prediction_of_a_real_adam_step(x64, rows):
     stage = update.Stage(name="x", steps=1, parameters=rows, max_grad_norm=0.5)
     program = update.stage_program(stage, policy, params)
     state = update.init_state(program, params, jax.random.key(0))
-    after, _ = update.make_step(program, update.policy_loss_fn(policy, rloo))(
+    after, *_ = update.make_step(program, update.policy_loss_fn(policy, rloo))(
         state, make_batch(policy.vocab_size)
     )
     metrics, arrays, _ = prober.compare(params, after.params)

@@ -18,7 +18,7 @@ from ntkrl import runtime, trees, update
 from ntkrl.runtime import checkpoint
 from ntkrl.runtime.checkpoint import bit_sums
 from ntkrl.types import TrainState
-from tests.update.test_step import ADAM, HEAD, neox
+from tests.update.test_train_step import ADAM, HEAD, neox
 
 
 def make_state(stage):
