@@ -18,6 +18,8 @@ def at_least_float32(values: Array) -> Array:
 
 
 SHORTEST_BUCKET = 8
+GIB = 2**30
+"""Bytes of a GiB."""
 HIGHEST = jax.lax.Precision.HIGHEST
 einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 """Products in full precision: accelerators otherwise multiply float32 in fewer bits."""

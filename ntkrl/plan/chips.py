@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 
-GIB = 2.0**30
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import jax
 
+from ntkrl.numerics import GIB
 from ntkrl.plan import hlo
-from ntkrl.plan.chips import GIB, Chip
+from ntkrl.plan.chips import Chip
 from ntkrl.plan.networks import held_bytes
 from ntkrl.plan.programs import Compiled, Program, Run
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from ntkrl.plan.chips import CHIPS, GIB, Chip
+from ntkrl.numerics import GIB
+from ntkrl.plan.chips import CHIPS, Chip
 
 # v4 and v5p are sold by cores, of which a chip has two; the others by chips
 FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}

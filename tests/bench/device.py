@@ -173,7 +173,7 @@ def kernels(bench: Bench, contexts: int, length: int) -> Iterator[dict[str, Any]
 
     each = timed(call, 1)
     yield {
-        "what": f"kernel, {contexts} contexts of {length}: {told.road}, {told.chunk} at a time",
+        "what": f"kernel, {contexts} contexts of {length}: {told.algorithm}, chunk {told.chunk}",
         "seconds": each,
         "floor": told.flops / bench.flops_rate,
         "limit": "compute",

@@ -1,4 +1,4 @@
-"""Roads to one matrix: all agree with each other and with brute force, whatever the request."""
+"""Algorithms for one matrix agree with each other and with brute force, whatever the request."""
 
 import functools
 
@@ -37,19 +37,19 @@ def model(kind, dtype=jnp.float64):
 
 @functools.cache
 def brute(kind, part, padded):
-    """The oracle road, in float64."""
+    """The oracle algorithm, in float64."""
     groups = () if kind == "toy" else GROUPS
-    kernel = ntk.kernel(*model(kind), *contexts(padded), groups=groups, road="rows")
+    kernel = ntk.kernel(*model(kind), *contexts(padded), groups=groups, algorithm="dense")
     return np.asarray(kernel.dense(part))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("road", ntk.ROADS)
+@pytest.mark.parametrize("algorithm", ntk.ALGORITHMS)
 @pytest.mark.parametrize("kind", ["untied", "tied", "neox"])
-def test_roads_agree_with_brute_force(kind, road, padded):
-    """oracle: road × part × head × mask, float64 to 1e-10."""
-    kernel = ntk.kernel(*model(kind), *contexts(padded), groups=GROUPS, road=road)
+def test_algorithms_agree_with_brute_force(kind, algorithm, padded):
+    """oracle: algorithm × part × head × mask, float64 to 1e-10."""
+    kernel = ntk.kernel(*model(kind), *contexts(padded), groups=GROUPS, algorithm=algorithm)
     for part in ("full", "body", "mlp", "first"):
         close(kernel.dense(part), brute(kind, part, padded))
 
@@ -79,59 +79,61 @@ def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
             told.append(counts)
         return step(eqn, *slots)
 
-    step = jaxpr.Step
-    monkeypatch.setattr(jaxpr, "Step", newer)
+    step = jaxpr.Operation
+    monkeypatch.setattr(jaxpr, "Operation", newer)
     expected = brute(kind, "full", True)
     body._traced.cache_clear()  # what was traced before is kept
-    kernel = ntk.kernel(*model(kind), *contexts(True), groups=GROUPS, road="layers")
+    kernel = ntk.kernel(*model(kind), *contexts(True), groups=GROUPS, algorithm="layerwise")
     close(kernel.dense(), expected)
     body._traced.cache_clear()
     assert told
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("road", ntk.ROADS)
-def test_chunks_change_nothing(road):
+@pytest.mark.parametrize("algorithm", ntk.ALGORITHMS)
+def test_chunks_change_nothing(algorithm):
     """law: whatever is taken at a time, whole sequences or parts of one, symmetric or not."""
     observed, updated = contexts(False)
     for other in (updated, None):
-        kernel = ntk.kernel(*model("untied"), observed, other, road=road)
+        kernel = ntk.kernel(*model("untied"), observed, other, algorithm=algorithm)
         whole = kernel.body(chunk=100)
         for chunk in (3, 8):
             close(kernel.body(chunk=chunk), whole, 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("road", ["rows", *ntk.ROADS])
-def test_roads_under_jit(road):
+@pytest.mark.parametrize("algorithm", ["dense", *ntk.ALGORITHMS])
+def test_algorithms_under_jit(algorithm):
     """law: with params traced, and with contexts traced too, the same numbers come out."""
     network, params = model("tied")
     observed, updated = contexts(True)
 
     def dense(params, observed, updated):
-        return ntk.kernel(network, params, observed, updated, road=road).dense(rows=[0, 3, 8])
+        return ntk.kernel(network, params, observed, updated, algorithm=algorithm).dense(
+            rows=[0, 3, 8]
+        )
 
     wanted = brute("tied", "full", True)[:, :, [0, 3, 8]]
     close(jax.jit(lambda p: dense(p, observed, updated))(params), wanted)
     close(jax.jit(dense)(params, observed, updated), wanted)
 
 
-@pytest.mark.parametrize("road", ntk.ROADS)
+@pytest.mark.parametrize("algorithm", ntk.ALGORITHMS)
 @pytest.mark.parametrize("kind", ["tied", "toy"])
-def test_float32_stays_within_rounding(kind, road):
+def test_float32_stays_within_rounding(kind, algorithm):
     """oracle: float32 params against the float64 oracle, 2e-5 relative."""
     with jax.enable_x64(True):
         wanted = brute(kind, "full", False)
-    found = ntk.kernel(*model(kind, jnp.float32), *contexts(False), road=road).dense()
+    found = ntk.kernel(*model(kind, jnp.float32), *contexts(False), algorithm=algorithm).dense()
     assert found.dtype == jnp.float32
     close(found, wanted, 2e-5)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("road", ntk.ROADS)
-def test_toy_without_layers(road):
+@pytest.mark.parametrize("algorithm", ntk.ALGORITHMS)
+def test_toy_without_layers(algorithm):
     """oracle: leaves used in a loop over positions are differentiated as they are."""
-    kernel = ntk.kernel(*model("toy"), *contexts(True), road=road)
+    kernel = ntk.kernel(*model("toy"), *contexts(True), algorithm=algorithm)
     close(kernel.dense(), brute("toy", "full", True))
 
 
@@ -151,46 +153,46 @@ def test_groups_of_layers_add_up():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("road", ["auto", "products"])
-def test_double_vjp_equals_forward_mode(road):
+@pytest.mark.parametrize("algorithm", ["auto", "jvp_vjp"])
+def test_double_vjp_equals_forward_mode(algorithm):
     """law: without forward-mode derivatives the same numbers, from VJPs of VJPs."""
     right = np.random.default_rng(2).normal(size=(4, VOCAB))
-    kernel = ntk.kernel(*model("tied"), *contexts(False), road=road, forward_mode=False)
+    kernel = ntk.kernel(*model("tied"), *contexts(False), algorithm=algorithm, forward_mode=False)
     close(kernel.dense(), brute("tied", "full", False))
     wanted = np.einsum("ouvw,uw->ov", brute("tied", "full", False), right)
     close(kernel.apply(right), wanted)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("road", ntk.ROADS)
-def test_batch_order_and_padding_change_nothing(road):
+@pytest.mark.parametrize("algorithm", ntk.ALGORITHMS)
+def test_batch_order_and_padding_change_nothing(algorithm):
     """law: contexts keep their numbers when shuffled, split and padded otherwise."""
     network, params = model("untied")
     tokens = jnp.asarray(TOKENS)
     every = ntk.every_position(tokens)
-    whole = np.asarray(ntk.kernel(network, params, every, road=road).trace())
+    whole = np.asarray(ntk.kernel(network, params, every, algorithm=algorithm).trace())
     order = np.random.default_rng(0).permutation(15)
     flipped = jnp.asarray(TOKENS[::-1].copy())
     padded = jnp.pad(flipped, ((0, 0), (1, 2)), constant_values=3)
     mask = jnp.pad(jnp.ones((3, 5), bool), ((0, 0), (1, 2)))
     rows, positions = np.asarray(every.rows)[order], np.asarray(every.positions)[order]
     shuffled = ntk.Contexts(padded, jnp.asarray(positions + 1), jnp.asarray(2 - rows), mask)
-    found = np.asarray(ntk.kernel(network, params, shuffled, road=road).trace())
+    found = np.asarray(ntk.kernel(network, params, shuffled, algorithm=algorithm).trace())
     close(found, whole[order][:, order])
 
 
 def test_choice_follows_the_estimates():
-    """law: the cheapest road that fits is taken, and a small budget makes small chunks."""
+    """law: the cheapest algorithm that fits is taken, and a small budget makes small chunks."""
     network, params = model("untied", jnp.float32)
     observed, updated = contexts(False)
     kernel = ntk.kernel(network, params, observed, updated)
     estimates = kernel.estimates()
-    assert set(estimates) == set(ntk.ROADS)
+    assert set(estimates) == set(ntk.ALGORITHMS)
     cheapest = min(estimates.values(), key=lambda estimate: estimate.flops)
     assert kernel.estimate() == cheapest and cheapest.bytes <= 8 * 2**30
     tight = ntk.kernel(network, params, observed, updated, memory_gib=2e-5).estimate()
     assert tight.chunk < cheapest.chunk and tight.bytes < cheapest.bytes
     ones = jax.tree.map(jnp.ones_like, params)
-    assert "layers" not in ntk.kernel(network, params, observed, precondition=ones).estimates()
-    with pytest.raises(ValueError, match="road 'layers' cannot be taken with weights"):
-        ntk.kernel(network, params, observed, precondition=ones, road="layers").body()
+    assert "layerwise" not in ntk.kernel(network, params, observed, precondition=ones).estimates()
+    with pytest.raises(ValueError, match="algorithm 'layerwise' cannot be taken with weights"):
+        ntk.kernel(network, params, observed, precondition=ones, algorithm="layerwise").body()
