@@ -226,9 +226,16 @@ def _empty_cache(config: Config, sizes: tuple[int, int], dtype: Any, mesh: Mesh 
     )
 
 
+def _rebuilt(policy: Policy, **changes: Any) -> Policy:
+    """Return the policy with changes of its config."""
+    if policy.rebuild is None:
+        raise ValueError("whitened policies cannot change; untie or resize before.")
+    return policy.rebuild(dataclasses.replace(policy.config, **changes))
+
+
 def untied(policy: Policy, params: Params) -> tuple[Policy, Params]:
     """Give a tied model an output head of its own, a copy of the embedding."""
-    policy = policy.rebuild(dataclasses.replace(policy.config, tie_word_embeddings=False))
+    policy = _rebuilt(policy, tie_word_embeddings=False)
     return policy, {**params, "head": {"weight": jnp.copy(params["embed"]["embedding"])}}
 
 
@@ -265,8 +272,7 @@ def resized(
         shapes = jax.eval_shape(resize_all, tables)
         shardings = trees.shardings(shapes, policy.sharding, mesh)
     tables = jax.jit(resize_all, out_shardings=shardings)(tables)
-    policy = policy.rebuild(dataclasses.replace(policy.config, vocab_size=rows))
-    return policy, {**params, **tables}
+    return _rebuilt(policy, vocab_size=rows), {**params, **tables}
 
 
 def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Params]:
