@@ -69,7 +69,7 @@ class ExternalSampler:
     ) -> Rollout:
         budget = self.settings.max_completion_tokens
         lengths_B = np.array([len(answer["tokens"]) for answer in answers])
-        length = bucket_length(max(lengths_B), budget)
+        length = bucket_length(int(lengths_B.max()), budget)
         completions_BC = np.full((len(answers), length), self.settings.pad_id, np.int32)
         log_probs_BC = np.zeros(completions_BC.shape, np.float32)
         for row, answer in enumerate(answers):
