@@ -11,7 +11,7 @@ from ntkrl import numerics, rollout, scoring, update
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.types import PromptBatch
 from tests.toys import toy_params, toy_policy
-from tests.update.test_step import ADAM, HEAD, make_batch, neox
+from tests.update.test_train_step import ADAM, HEAD, make_batch, neox
 
 GRPO = update.PRESETS["grpo"]
 # SGD of rate 1: the step is the gradient
@@ -29,7 +29,7 @@ def stepped(policy, params, batch, stage=SGD, chunk=1024, microbatches=1, loss=g
     objective = update.policy_loss_fn(policy, loss, chunk_tokens=chunk)
     step = update.make_step(program, objective, microbatches)
     state = update.init_state(program, params, jax.random.key(0))
-    return (jax.jit(step) if jit else step)(state, batch)
+    return (jax.jit(step) if jit else step)(state, batch)[:2]
 
 
 def close(found, expected, atol):
@@ -150,7 +150,7 @@ def test_stage_one_reads_no_body():
     assert text.count("dot_general") == 2
     lost = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
     alone = state.replace(params=lost | {"head": params["head"]})
-    found, metrics = step(alone, batch)
+    found, metrics, _ = step(alone, batch)
     assert np.isfinite(metrics["loss"]) and np.isfinite(found.params["head"]["weight"]).all()
     shapes = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert shapes == [(23, 16)] * 2
@@ -197,7 +197,7 @@ def test_whole_kl_to_a_reference(x64):
     program = update.stage_program(update.Stage(**SGD), policy, params)
     step = update.make_step(program, update.policy_loss_fn(policy, loss, chunk_tokens=9))
     state = update.init_state(program, params, jax.random.key(0))
-    found, metrics = step(state, batch, head_of(policy, other))
+    found, metrics, _ = step(state, batch, head_of(policy, other))
     expected, gradient = jax.value_and_grad(plain)(params)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-12)
     close(found.params, jax.tree.map(jnp.subtract, params, gradient), 1e-12)

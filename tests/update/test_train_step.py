@@ -50,7 +50,7 @@ def run(policy, params, stage, batches, jit=True):
     step = jax.jit(step) if jit else step
     state = update.init_state(program, params, jax.random.key(0))
     for batch in batches:
-        state, metrics = step(state, batch)
+        state, metrics, _ = step(state, batch)
     return state, metrics
 
 
@@ -140,7 +140,7 @@ def test_jit_changes_nothing_and_compiles_once():
     step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, rloo)))
     state = update.init_state(program, params, jax.random.key(0))
     for batch in batches:
-        state, _ = step(state, batch)
+        state, *_ = step(state, batch)
     assert step._cache_size() == 1
     for name in params:
         np.testing.assert_allclose(state.params[name], plain.params[name], rtol=2e-4, atol=1e-6)
@@ -169,12 +169,12 @@ def test_sharded_equals_single_device(stage):
         step = jax.jit(
             update.make_step(program, update.policy_loss_fn(policy, rloo)),
             in_shardings=(placed, None),
-            out_shardings=(placed, runtime.replicated(mesh)),
+            out_shardings=update.StepResult(placed, runtime.replicated(mesh)),
             donate_argnums=0,
         )
         state = jax.device_put(jax.tree.map(jnp.copy, state), placed)
         for batch in batches:
-            state, metrics = step(state, runtime.place_rows(batch, mesh))
+            state, metrics, _ = step(state, runtime.place_rows(batch, mesh))
         found[count] = (state, metrics)
     whole, _ = found[1]
     for count in (2, 8):
