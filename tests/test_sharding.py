@@ -173,7 +173,7 @@ def test_a_gathered_copy_draws_the_same():
 
 def begun(setup, directory, config):
     """A run's loop with its state, started or resumed."""
-    loop = training_loop.Loop(setup, directory, runtime.to_json(config), runtime.Notice())
+    loop = training_loop.Loop(setup, directory, runtime.to_json(config), runtime.PreemptionNotice())
     loop._resume()
     return loop
 

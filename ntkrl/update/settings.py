@@ -86,7 +86,7 @@ def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
     stages, problems = [], []
     for number, row in enumerate(config.stages):
         try:
-            stages.append(runtime.settings(Stage, row, f"stages[{number}]"))
+            stages.append(runtime.parse_section(Stage, row, f"stages[{number}]"))
         except ValueError as error:
             problems.append(str(error))
     ruled = [s.name for s in stages if (s.plateau_window, s.kl_budget) != (None, None)]

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from ntkrl.data.expressions import (
+from ntkrl.data.arithmetic_task import (
     characters,
-    prompt_set,
+    expression_prompts,
     save_tokenizer,
     solutions,
     supervised_set,
@@ -53,7 +53,7 @@ def test_unknown_split():
 
 
 def test_prompts():
-    rows = prompt_set("test")
+    rows = expression_prompts("test")
     assert rows.prompts[:2] == ("11=", "13=")
     assert rows.columns == {"target": list(targets("test"))}
     assert not rows.conversational
@@ -98,7 +98,7 @@ def test_supervised_rows_are_a_function_of_the_seed():
 
 
 def test_supervised_arguments():
-    with pytest.raises(ValueError, match="size is 0 and seed is 0; size is 1 or more"):
+    with pytest.raises(ValueError, match="size is 0 and seed is 0; size must be ≥ 1"):
         supervised_set(0, 0)
 
 

@@ -3,12 +3,14 @@
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from ntkrl import runtime
-from ntkrl.runtime import watch
-from tests.hosts import ends, start
+from ntkrl.runtime import health
+from ntkrl.runtime.distributed import StartupTimeoutError, rendezvous
+from tests.hosts import ends, free_port, start
 
 # each step meets the others twice: on the devices, and in an agreement
 CHILD = """
@@ -20,19 +22,19 @@ own, deed, by = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1], int(sys.argv[2])
 
 def run():
     mesh = runtime.make_mesh(-1, 1, 1)
-    runtime.saved(0)
+    runtime.record_resume_step(0)
     for step in range(1, 4):
-        runtime.mark(f"rollout step {step}")
+        runtime.heartbeat(f"rollout step {step}")
         if step == 2 and own == by:
             act()
         rows = runtime.place_rows(np.arange(8.0), mesh)
         assert float(jax.numpy.sum(rows)) == 28.0
         if deed == "astray" and own == by:
-            runtime.agree("another thing")
-        found = runtime.agree("rewards", [own * step])
+            runtime.allgather_object("another thing")
+        found = runtime.allgather_object("rewards", [own * step])
         assert found == [[number * step] for number in range(jax.process_count())], found
-        runtime.saved(step)
-    runtime.tell("well done")
+        runtime.record_resume_step(step)
+    runtime.log("well done")
 
 def act():
     if deed == "kill":
@@ -49,7 +51,7 @@ def act():
         os.abort()
 
 try:
-    with runtime.together():
+    with runtime.distributed_session():
         run()
 except ValueError as error:  # what main does
     sys.exit(f"main: {error}")
@@ -73,15 +75,15 @@ def test_three_processes_agree_and_end():
     assert ["well done" in text for _, text in found] == [True, False, False]
 
 
-WAITED = "has not gone on from rollout step 2 for 4 s"
+WAITED = "made no progress after rollout step 2 for 4 s"
 LOST = {  # deed, by which of how many, limits, its own status, what the others say
-    "a worker is killed": ("kill", 1, 3, {}, -signal.SIGKILL, "gave no sign of life for 3 s"),
-    "a worker stalls": ("stall", 1, 2, {"STALL": "4"}, watch.OTHERS_FAILED, WAITED),
-    "a worker's mistake": ("mistake", 1, 2, {}, watch.MISTAKE, "failed: reward function score"),
-    "the first one's": ("mistake", 0, 3, {}, watch.MISTAKE, "failed: reward function score"),
-    "SLOW the first stalls": ("stall", 0, 3, {"STALL": "4"}, watch.OTHERS_FAILED, WAITED),
+    "a worker is killed": ("kill", 1, 3, {}, -signal.SIGKILL, "sent no heartbeat for 3 s"),
+    "a worker stalls": ("stall", 1, 2, {"STALL": "4"}, health.OTHERS_FAILED, WAITED),
+    "a worker's mistake": ("mistake", 1, 2, {}, health.MISTAKE, "failed: reward function score"),
+    "the first one's": ("mistake", 0, 3, {}, health.MISTAKE, "failed: reward function score"),
+    "SLOW the first stalls": ("stall", 0, 3, {"STALL": "4"}, health.OTHERS_FAILED, WAITED),
     "SLOW abort": ("abort", 1, 2, {}, 128 + signal.SIGABRT, "was aborted by a fatal error of XLA"),
-    "SLOW another error": ("bug", 1, 2, {}, watch.FAILED, "failed: RuntimeError: something else"),
+    "SLOW another error": ("bug", 1, 2, {}, health.FAILED, "failed: RuntimeError: something else"),
 }
 CASES = [
     pytest.param(case, id=name, marks=[pytest.mark.slow] if name.startswith("SLOW") else [])
@@ -99,7 +101,7 @@ def test_the_others_end_and_say_why(case):
         if number == by:
             assert ended == status, text
             continue
-        assert ended == watch.OTHERS_FAILED, text
+        assert ended == health.OTHERS_FAILED, text
         said = text[text.rindex("\nntkrl: ") :]
         assert said.startswith(f"\nntkrl: process {by} ({HOST}) {message}"), text
         assert RESUMES in said
@@ -117,7 +119,7 @@ def test_the_coordinator_is_killed():
     found, seconds = run("kill", 0, count=2)
     assert found[0][0] == -signal.SIGKILL and seconds < 45
     for ended, text in found[1:]:
-        assert ended == watch.OTHERS_FAILED, text
+        assert ended == health.OTHERS_FAILED, text
         assert f"\nntkrl: process 0 ({HOST})" in text
         assert "\nRun the same command again: it" in text
 
@@ -127,16 +129,16 @@ def test_a_frozen_process():
     """story: SIGSTOP is silence; the others end, and so does it once it goes on."""
     processes = start(2, ["-c", CHILD, "freeze", "1"], SILENCE="3")
     ((ended, text),) = ends(processes[:1], seconds=60)
-    assert ended == watch.OTHERS_FAILED and f"process 1 ({HOST}) gave no sign of life" in text
+    assert ended == health.OTHERS_FAILED and f"process 1 ({HOST}) sent no heartbeat" in text
     processes[1].send_signal(signal.SIGCONT)
     ((ended, text),) = ends(processes[1:], seconds=60)
-    assert ended == watch.OTHERS_FAILED and f"process 0 ({HOST})" in text
+    assert ended == health.OTHERS_FAILED and f"process 0 ({HOST})" in text
 
 
 def test_ways_that_part():
     """story: a process that asks for another agreement is told apart, not waited for."""
     found, _ = run("astray", 1, count=2)
-    assert any("the processes took different ways" in text for _, text in found)
+    assert any("the processes diverged" in text for _, text in found)
     assert 0 not in [status for status, _ in found]
 
 
@@ -146,8 +148,8 @@ def test_a_process_that_never_comes():
     processes[1].kill()
     for number, (status, text) in enumerate(ends(processes, seconds=60)):
         if number != 1:
-            assert status == watch.OTHERS_FAILED, text
-            assert "process 1 of 3 did not come" in text and "NTKRL_START_TIMEOUT" in text
+            assert status == health.OTHERS_FAILED, text
+            assert "process 1 of 3 did not connect" in text and "NTKRL_START_TIMEOUT" in text
 
 
 def test_a_process_that_comes_late():
@@ -166,11 +168,11 @@ def test_a_port_that_is_taken():
         found, _ = run("nothing", 0, count=2, START="6", JAX_COORDINATOR_ADDRESS=address)
     assert found[0][0] == 1 and "cannot use the port" in found[0][1]
     assert "another JAX_COORDINATOR_ADDRESS" in found[0][1]
-    assert found[1][0] == watch.OTHERS_FAILED and "process 0 of 2 did not come" in found[1][1]
+    assert found[1][0] == health.OTHERS_FAILED and "process 0 of 2 did not connect" in found[1][1]
 
 
 WRONG = {
-    "one variable": ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "all three must be given"),
+    "one variable": ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "all three must be set"),
     "number too high": (
         {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
         "JAX_PROCESS_ID=2",
@@ -189,7 +191,7 @@ def test_descriptions_that_make_no_sense(case, monkeypatch):
     given, message = case
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message), runtime.together():
+    with pytest.raises(ValueError, match=message), runtime.distributed_session():
         pass
 
 
@@ -198,8 +200,66 @@ def test_one_process_has_neither_service_nor_threads():
     import threading
 
     before = threading.active_count()
-    with runtime.together():
-        runtime.mark("something")
-        assert runtime.agree("x", 3) == [3] and runtime.is_writer()
-        assert runtime.own_part(7) == slice(0, 7)
+    with runtime.distributed_session():
+        runtime.heartbeat("something")
+        assert runtime.allgather_object("x", 3) == [3] and runtime.is_writer()
+        assert runtime.local_slice(7) == slice(0, 7)
         assert threading.active_count() == before
+
+
+def meetings(numbers, counts, seconds=20.0, before=None):
+    """Let threads meet as processes do; return what each found or was told."""
+    address = f"127.0.0.1:{free_port()}"
+
+    def one(number, count):
+        try:
+            return rendezvous(address, count, number, seconds)
+        except (StartupTimeoutError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    with ThreadPoolExecutor(len(numbers) + 1) as pool:
+        if before is not None:
+            pool.submit(before, address)
+        return list(pool.map(one, numbers, counts))
+
+
+def test_all_come():
+    """law: every process hears every host's name."""
+    assert meetings([2, 1, 0], [3, 3, 3]) == [[socket.gethostname()] * 3] * 3
+
+
+def test_a_stranger_comes_too():
+    """law: what is no process of ours is not counted, and keeps nobody out."""
+
+    def stranger(address):
+        host, port = address.split(":")
+        for _ in range(100):
+            try:
+                with socket.create_connection((host, int(port)), timeout=5) as connection:
+                    connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                return
+            except ConnectionRefusedError:
+                pass
+
+    assert meetings([0, 1], [2, 2], before=stranger) == [[socket.gethostname()] * 2] * 2
+
+
+MISMATCHES = {
+    "counts": (
+        [0, 1],
+        [2, 3],
+        "ValueError: process 1 (%s) expects 3 processes, process 0 expects 2",
+    ),
+    "numbers": ([0, 1, 1], [3, 3, 3], "ValueError: two processes have the index 1, on %s and"),
+    "missing": ([0, 2], [3, 3], "StartupTimeoutError: process 1 of 3 did not connect to"),
+    "no first": ([1, 2], [3, 3], "StartupTimeoutError: process 0 of 3 did not connect to"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES.values(), ids=MISMATCHES.keys())
+def test_what_does_not_fit_is_told_to_all(case):
+    """law: the same sentence everywhere, with numbers and hosts."""
+    numbers, counts, message = case
+    message = message.replace("%s", socket.gethostname())
+    for told in meetings(numbers, counts, seconds=2.0):
+        assert told.startswith(message), told

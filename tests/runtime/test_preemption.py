@@ -11,7 +11,7 @@ from ntkrl import runtime
 TOGETHER = """
 import os, signal, sys, time, jax
 from ntkrl import runtime
-with runtime.together(), runtime.Notice() as notice:
+with runtime.distributed_session(), runtime.PreemptionNotice() as notice:
     for step in range(1, 400):
         if step == 3 and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -28,7 +28,7 @@ import sys, jax, jax.numpy as jnp, numpy as np
 from jax.experimental import multihost_utils
 from ntkrl import runtime, trees
 from ntkrl.types import TrainState
-with runtime.together():
+with runtime.distributed_session():
     mesh = runtime.make_mesh(1, 2, 1)
     def make():
         params = {"noise": jax.random.normal(jax.random.key(1), (400, 300))}
@@ -39,7 +39,7 @@ with runtime.together():
     checkpoints = runtime.Checkpoints(sys.argv[1], keep=2)
     for step in (1, 2):
         checkpoints.save(step, state, {"step": step})
-    checkpoints.settle()
+    checkpoints.finish_saving()
     if jax.process_index() == 0:
         paths = checkpoints.directory.glob("2/state/**/d/*")
         path = max(paths, key=lambda path: path.stat().st_size)
@@ -49,13 +49,13 @@ with runtime.together():
     multihost_utils.sync_global_devices("damaged")
     try:
         checkpoints.restore(2, state)
-    except runtime.DamagedError as error:
+    except runtime.CorruptCheckpointError as error:
         print(error)
-    checkpoints.set_aside(2)
+    checkpoints.quarantine(2)
     found = checkpoints.restore(1, state).params["noise"].addressable_data(0)
     same = np.array_equal(found, state.params["noise"].addressable_data(0))
     checkpoints.save(2, state, {"step": 5})
-    checkpoints.settle()
+    checkpoints.finish_saving()
     print(same, checkpoints.steps(), checkpoints.position(2))
     checkpoints.close()
 """
@@ -64,13 +64,13 @@ with runtime.together():
 LEAVING = """
 import os, signal
 from ntkrl import runtime
-from ntkrl.runtime import notice as room
+from ntkrl.runtime import preemption
 
-with runtime.Notice() as notice:
+with runtime.PreemptionNotice() as notice:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     print(notice.reached(1), flush=True)
-    notice.when -= room.SAME_SECONDS
+    notice.received_at -= preemption.DUPLICATE_SECONDS
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here")
 """
@@ -79,7 +79,7 @@ with runtime.Notice() as notice:
 def test_sigterm_sent_twice_is_one_request():
     """law: a SIGTERM is noted, its copy ignored, and a later one ends; afterwards as before."""
     before = signal.getsignal(signal.SIGTERM)
-    with runtime.Notice() as notice:
+    with runtime.PreemptionNotice() as notice:
         assert not notice.reached(0)
         os.kill(os.getpid(), signal.SIGTERM)
         assert notice.reached(1) and notice.reached(2)

@@ -1,4 +1,7 @@
-"""Tiny models and made-up data in the published formats, on which a whole pipeline runs in minutes.
+"""Tiny models and made-up data in the published formats, for configs/paper/miniature.py.
+
+Command:
+    python -m configs.paper.made_up DIRECTORY
 
     DIRECTORY/pythia, llama    policies: random weights, byte-level tokenizers with the special
                                tokens of Pythia and of Llama 3.2
@@ -6,14 +9,13 @@
     DIRECTORY/alpaca_farm/alpaca_instructions/sft.json        a JSON list
     DIRECTORY/ultrafeedback_binarized/data/train_prefs-*.parquet    shards
     DIRECTORY/ultrafeedback_binarized/test_prefs/             a saved dataset
-
-Nothing in them is worth learning.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from ntkrl import data
-from ntkrl import models as networks
+from ntkrl.models import build, export, write_new_scorer
 
-ASK = ("{}+{}=", "Add {} and {}.", "What is {} plus {}?", "Sum of {}, {}?")
-LONG = "Tell me all that you know of {} and of {}, one after the other."
+QUESTIONS = ("{}+{}=", "Add {} and {}.", "What is {} plus {}?", "Sum of {}, {}?")
+LONG_QUESTION = "Tell me all that you know of {} and of {}, one after the other."
 SHAPE = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -52,10 +54,10 @@ LLAMA_3_IDS = {
 
 
 def write(directory: Path) -> None:
-    """Write everything, whole or not at all; leave a directory that is there as it is."""
+    """Write all inputs atomically, unless the directory exists."""
     if directory.exists():
         return
-    data.needed_arrow(directory)  # before the work, not after it
+    data.import_pyarrow(directory)  # fail before any work is done
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _write_models(partial)
@@ -65,15 +67,15 @@ def write(directory: Path) -> None:
 
 
 def _write_models(directory: Path) -> None:
-    ends = {"<|endoftext|>": 0, "<|padding|>": 1}
+    special = {"<|endoftext|>": 0, "<|padding|>": 1}
     named = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    _write_tokenizer(directory / "tokens", ends, {**named, "pad_token": "<|padding|>"})
+    _write_tokenizer(directory / "tokens", special, {**named, "pad_token": "<|padding|>"})
     # more rows than tokens, as Pythia has
     raw = {**SHAPE, "vocab_size": 304, "rotary_pct": 0.25, "bos_token_id": 0, "eos_token_id": 0}
     _write_policy(directory / "pythia", "GPTNeoXForCausalLM", raw, directory / "tokens")
-    ends = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257}
+    special = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257}
     named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-    _write_tokenizer(directory / "tokens", ends, named)
+    _write_tokenizer(directory / "tokens", special, named)
     # one matrix for both ends, and no row to spare, as Llama 3.2 has
     raw = {**LLAMA, "vocab_size": 258, "tie_word_embeddings": True}
     raw |= {"bos_token_id": 256, "eos_token_id": 257}
@@ -95,13 +97,13 @@ def _write_models(directory: Path) -> None:
         "gating_n_hidden": 3,
         "gating_temperature": 10,
     }
-    networks.write_new_scorer(directory / "reward", raw, jax.random.key(2), directory / "tokens")
+    write_new_scorer(directory / "reward", raw, jax.random.key(2), directory / "tokens")
     shutil.rmtree(directory / "tokens")
 
 
 def _write_policy(path: Path, architecture: str, raw: Mapping[str, Any], tokens: Path) -> None:
-    policy, params = networks.build(architecture, dict(raw), jax.random.key(1))
-    networks.export(path, policy, params, str(tokens))
+    policy, params = build(architecture, dict(raw), jax.random.key(1))
+    export(path, policy, params, str(tokens))
 
 
 def _write_tokenizer(
@@ -110,18 +112,18 @@ def _write_tokenizer(
     named: Mapping[str, str],
     words: Mapping[str, int] | None = None,
 ) -> None:
-    """Write a tokenizer with a token per byte, and per word of `words`; special ids are given."""
+    """Write a tokenizer with one token per byte, per word of `words` and per special token."""
     words = {} if words is None else words
-    taken = {*special.values(), *words.values()}
-    free = (number for number in range(2**17) if number not in taken)
+    used = {*special.values(), *words.values()}
+    unused = (number for number in range(2**17) if number not in used)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    as_bytes = {whole.pre_tokenize_str(word)[0][0]: number for word, number in words.items()}
-    vocabulary = {**special, **as_bytes} | {letter: next(free) for letter in alphabet}
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    as_bytes = {byte_level.pre_tokenize_str(word)[0][0]: number for word, number in words.items()}
+    vocabulary = {**special, **as_bytes} | {letter: next(unused) for letter in alphabet}
     backend = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
     pattern = Regex("|".join([*words, r"[\s\S]"]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "isolated"), whole]
+        [pre_tokenizers.Split(pattern, "isolated"), byte_level]
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(special))
@@ -139,29 +141,30 @@ def _write_tokenizer(
 def _questions(count: int, seed: int) -> list[tuple[str, str, str]]:
     """Return questions with a right and a wrong answer; one in ten is long."""
     generator = np.random.default_rng(seed)
-    found = []
+    questions = []
     for number in range(count):
         a, b = (int(value) for value in generator.integers(1, 50, 2))
-        asked = LONG if number % 10 == 9 else ASK[number % len(ASK)]
-        found.append((asked.format(a, b), f"{a + b}", f"{a + b + int(generator.integers(1, 9))}!"))
-    return found
+        template = LONG_QUESTION if number % 10 == 9 else QUESTIONS[number % len(QUESTIONS)]
+        wrong = f"{a + b + int(generator.integers(1, 9))}!"
+        questions.append((template.format(a, b), f"{a + b}", wrong))
+    return questions
 
 
 def _write_examples(directory: Path) -> None:
     directory.mkdir(parents=True)
     for split, count, seed in (("sft", 27, 0), ("val", 4, 1)):
         rows = [
-            {"instruction": asked, "input": "" if number % 3 else "Be brief.", "output": right}
-            for number, (asked, right, _) in enumerate(_questions(count, seed))
+            {"instruction": question, "input": "" if number % 3 else "Be brief.", "output": right}
+            for number, (question, right, _) in enumerate(_questions(count, seed))
         ]
         (directory / f"{split}.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _preference(number: int, asked: str, right: str, wrong: str) -> dict[str, Any]:
-    turn = {"content": asked, "role": "user"}
+def _preference(number: int, question: str, right: str, wrong: str) -> dict[str, Any]:
+    turn = {"content": question, "role": "user"}
     chosen, rejected = ([turn, {"content": text, "role": "assistant"}] for text in (right, wrong))
     return {
-        "prompt": asked,
+        "prompt": question,
         "prompt_id": f"{number:064x}",
         "chosen": chosen,
         "rejected": rejected,
@@ -175,12 +178,13 @@ def _write_preferences(directory: Path) -> None:
     """Write the training split as shards, the test split as `datasets` saves one."""
     from pyarrow import Table, ipc, parquet
 
-    rows = [_preference(number, *one) for number, one in enumerate(_questions(44, 2))]
+    rows = [_preference(number, *question) for number, question in enumerate(_questions(44, 2))]
     (directory / "data").mkdir(parents=True)
-    for shard, some in enumerate((rows[:22], rows[22:])):
+    for shard, shard_rows in enumerate((rows[:22], rows[22:])):
         path = directory / "data" / f"train_prefs-{shard:05d}-of-00002.parquet"
-        parquet.write_table(Table.from_pylist(some), path)
-    test = Table.from_pylist([_preference(n, *one) for n, one in enumerate(_questions(9, 3))])
+        parquet.write_table(Table.from_pylist(shard_rows), path)
+    questions = enumerate(_questions(9, 3))
+    test = Table.from_pylist([_preference(number, *question) for number, question in questions])
     saved = directory / "test_prefs"
     saved.mkdir()
     name = "data-00000-of-00001.arrow"
@@ -203,3 +207,7 @@ def _features(names: Sequence[str]) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -10,10 +10,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ntkrl import data, runtime
 from ntkrl.models import load_scorer
-from ntkrl.models.reward_models import ATTRIBUTES, GATE
-from ntkrl.reward import RewardFunction, RewardSet
-from ntkrl.reward.networks import NetworkReward
-from tests.models.test_reward_models import armo, slow_armo, torch_scorer  # noqa: F401
+from ntkrl.models.scorers import ATTRIBUTES, GATE
+from ntkrl.reward import RewardFunction, RewardModel, RewardSet
+from tests.models.test_scorers import armo, slow_armo, torch_scorer  # noqa: F401
 
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
@@ -63,7 +62,7 @@ def test_armorm_on_texts(armo, llama_tokenizer, conversational):  # noqa: F811
     directory, trunk, heads = armo
     mesh = runtime.make_mesh(2, 1, 1, jax.devices()[:2])
     scorer, params = load_scorer(directory, mesh=mesh)
-    call = NetworkReward(scorer, params, llama_tokenizer, mesh, 2)
+    call = RewardModel(scorer, params, llama_tokenizer, mesh, 2)
     header = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     texts = ["hi", f"a{header}b", "x" * 9]
     users = ["why", f"w{header}y", "z"]
@@ -89,7 +88,7 @@ def test_classifiers_on_texts(tmp_path):
     tokenizer = data.load_tokenizer(tmp_path)
     mesh = runtime.make_mesh(1, 1, 1, jax.devices()[:1])
     scorer, params = load_scorer(tmp_path, mesh=mesh)
-    calls = [NetworkReward(scorer, params, tokenizer, mesh, size) for size in (1, 16)]
+    calls = [RewardModel(scorer, params, tokenizer, mesh, size) for size in (1, 16)]
     prompts = [f"{n}=" for n in range(20)]
     texts = ["1+" * (n % 7) + "2" for n in range(20)]
     found = [reward(call, prompts, texts).rewards for call in calls]
@@ -113,14 +112,14 @@ def test_texts_that_do_not_fit(tmp_path):
     tokenizer = data.load_tokenizer(tmp_path)
     scorer, params = load_scorer(tmp_path)
     mesh = runtime.make_mesh(-1, 1, 1)
-    call = NetworkReward(scorer, params, tokenizer, mesh)
+    call = RewardModel(scorer, params, tokenizer, mesh)
     with pytest.raises(ValueError, match=r"reads texts of 1 to 16 tokens\n  row 1 has 22 tokens"):
         reward(call, ["1=", "2="], ["1", "1" * 20])
     with pytest.raises(ValueError, match="its tokenizer has no chat template"):
         reward(call, [[{"role": "user", "content": "1"}]], ["1"], True)
     tokenizer.add_tokens([f"t{i}" for i in range(30)])
     with pytest.raises(ValueError, match=r"has \d+ entries, the model's vocabulary 40"):
-        NetworkReward(scorer, params, tokenizer, mesh)
+        RewardModel(scorer, params, tokenizer, mesh)
 
 
 def test_a_gate_needs_its_template(armo, llama_tokenizer):  # noqa: F811
@@ -130,12 +129,12 @@ def test_a_gate_needs_its_template(armo, llama_tokenizer):  # noqa: F811
     template = llama_tokenizer.chat_template
     try:
         llama_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        call = NetworkReward(scorer, params, llama_tokenizer, mesh)
+        call = RewardModel(scorer, params, llama_tokenizer, mesh)
         with pytest.raises(ValueError, match=r"writes no start of the assistant's turn"):
             reward(call, ["a"], ["b"])
         llama_tokenizer.chat_template = None
         with pytest.raises(ValueError, match="reads turns of a conversation, but its tokenizer"):
-            NetworkReward(scorer, params, llama_tokenizer, mesh)
+            RewardModel(scorer, params, llama_tokenizer, mesh)
     finally:
         llama_tokenizer.chat_template = template
 
@@ -148,6 +147,6 @@ def test_sharded_scorers_give_the_same(tmp_path):
     found = []
     for mesh in (runtime.make_mesh(2, 2, 2), runtime.make_mesh(1, 1, 1, jax.devices()[:1])):
         scorer, params = load_scorer(tmp_path, mesh=mesh)
-        call = NetworkReward(scorer, params, tokenizer, mesh, 4)
+        call = RewardModel(scorer, params, tokenizer, mesh, 4)
         found.append(reward(call, ["1=", "2="] * 3, ["3", "4+5"] * 3).rewards)
     np.testing.assert_allclose(*found, atol=1e-5)

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
+from configs.paper import made_up
 from ntkrl import data, models
+from ntkrl.data import PromptSet
 from ntkrl.main import main
-from ntkrl.models.reward_models import GATE
-from ntkrl.prepare import labels, made_up
-from ntkrl.prepare.splits import select, split
+from ntkrl.models.scorers import GATE
+from ntkrl.prepare import pipeline
+from ntkrl.prepare.pipeline import score_pairs
+from ntkrl.prepare.schemas import select, split
+from ntkrl.reward import RewardFunction, RewardSet
 
 REWARD = (
     "def length(completions, **_):\n    return [len(one[0]['content']) for one in completions]\n"
@@ -35,12 +39,10 @@ def prepare(inputs, out, *more):
     return main(
         [
             "prepare",
-            "--config=configs/paper/data.py",
-            "--config.miniature=true",
+            "--config=configs/paper/miniature.py:data",
             f"--config.run_dir={out}",
             f"--config.model.path={inputs / 'pythia'}",
             f"--config.reward.function={inputs / 'rewards.py'}:length",
-            f"--config.prepare.made_up={inputs}",
             f"--config.prepare.supervised={inputs / 'alpaca_farm' / 'sft'}",
             f"--config.prepare.preferences={preferences / 'train_prefs'}",
             f"--config.prepare.test={preferences / 'test_prefs'}",
@@ -109,7 +111,7 @@ def test_order_as_published_and_chosen_responses(inputs, tmp_path):
 def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
     """story: goes on with the scores that are there; a changed input is told."""
     out, calls = tmp_path / "data", []
-    scored = labels._scored
+    scored = pipeline._score_batch
 
     def dies(*given):
         calls.append(given)
@@ -119,7 +121,7 @@ def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
 
     more = ("--config.reward.batch_size=4",)
     with monkeypatch.context() as patch:
-        patch.setattr(labels, "_scored", dies)
+        patch.setattr(pipeline, "_score_batch", dies)
         assert prepare(inputs, out, *more) == 130
     assert not (out / "rl.jsonl").exists()
     assert len(rows(out / "scores" / "preferences.jsonl")) == 1 + 16
@@ -175,3 +177,61 @@ def test_made_up_inputs_are_as_published(inputs):
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
     assert (19, 16) in shapes and (128_257, 16) in shapes
     assert np.isfinite(jax.tree.leaves(params)[0]).all()
+
+
+TEXTS = [("a" * n, "b" * (5 - n)) for n in range(6)]  # the longest are in pairs 0 and 5, 1 and 4
+
+
+def _turn(role, text):
+    return [{"role": role, "content": text}]
+
+
+PAIRS = PromptSet(
+    prompts=tuple(_turn("user", f"{n}") for n in range(6)),
+    columns={
+        name: [_turn("assistant", texts[side]) for texts in TEXTS]
+        for side, name in enumerate(("chosen", "rejected"))
+    },
+    source="pairs",
+)
+
+
+def counting(fails_at=None):
+    """Rewards by length; which prompts were scored."""
+    seen = []
+
+    def length(prompts, completions):
+        seen.append([prompt[0]["content"] for prompt in prompts])
+        if len(seen) == fails_at:
+            raise KeyboardInterrupt
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    return RewardSet((RewardFunction("length", length),)), seen
+
+
+def test_scores_go_on_where_they_stopped(tmp_path):
+    """story: cut off in the third batch and in a line; what is there is not done again."""
+    path = tmp_path / "scores" / "pairs.jsonl"
+    rewards, seen = counting(fails_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        score_pairs(PAIRS, rewards, path, "d", 2)
+    assert seen[0] == ["0", "5", "0", "5"]
+    held = path.read_text()
+    assert len(held.splitlines()) == 5
+    path.write_text(held[:-4])  # the last pair's line has lost its end
+    rewards, seen = counting()
+    found = score_pairs(PAIRS, rewards, path, "d", 2)
+    assert [set(batch) for batch in seen] == [{"4", "2"}, {"3"}]
+    assert found.tolist() == [[n, 5 - n] for n in range(6)]
+    written = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert written == found[[0, 5, 1, 4, 2, 3]].tolist()
+    rewards, seen = counting()
+    assert score_pairs(PAIRS, rewards, path, "d", 2).tolist() == found.tolist() and seen == []
+
+
+def test_scores_of_other_inputs_are_refused(tmp_path):
+    """law: a digest tells."""
+    path = tmp_path / "pairs.jsonl"
+    score_pairs(PAIRS, counting()[0], path, "d", 4)
+    with pytest.raises(ValueError, match="scores of other pairs: the inputs have changed"):
+        score_pairs(PAIRS, counting()[0], path, "e", 4)

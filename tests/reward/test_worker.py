@@ -10,10 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from ntkrl.reward.checks import RewardError
-from ntkrl.reward.functions import RewardFunction, RewardSet
-from ntkrl.reward.loading import load_function, open_function
-from ntkrl.reward.processes import ProcessFunction
+from ntkrl.reward import RewardFunction, RewardSet, load_function, open_function
+from ntkrl.reward.functions import RewardError
+from ntkrl.reward.loading import WorkerFunction
 
 CODE = """
     import asyncio, os, sys, time
@@ -110,7 +109,7 @@ def test_a_process_that_ends(rewards):
     ("name", "message"),
     [
         ("spin", "did not answer within 1 s"),
-        ("wrong", "values that are no finite float32 numbers"),
+        ("wrong", "values that are not finite float32 numbers"),
         ("failing", r"raised ZeroDivisionError: division by zero at mine.py:33\."),
     ],
 )
@@ -149,8 +148,8 @@ def test_what_cannot_be_loaded_is_told_at_the_start(rewards):
 def test_a_worker_ends_with_its_run(rewards, tmp_path):
     """law: a run killed while a function spins leaves no process behind."""
     child = (
-        "from ntkrl.reward.processes import ProcessFunction\n"
-        "function = ProcessFunction('mine.py:spin', 60.0)\n"
+        "from ntkrl.reward.loading import WorkerFunction\n"
+        "function = WorkerFunction('mine.py:spin', 60.0)\n"
         "print(function.process.pid, flush=True)\n"
         "function(completions=['a'])\n"
     )
@@ -175,7 +174,7 @@ def test_a_worker_ends_with_its_run(rewards, tmp_path):
 def test_close_ends_the_process(rewards):
     """law: a closed function has no process; it starts again when it is called."""
     function = rewards("later").call
-    assert isinstance(function, ProcessFunction)
+    assert isinstance(function, WorkerFunction)
     process = function.process
     function.close()
     assert process.poll() is not None
