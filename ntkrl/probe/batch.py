@@ -14,7 +14,7 @@ from ntkrl.probe.geometry import ches, head_sums
 from ntkrl.probe.signal import entropy_share
 from ntkrl.probe.squeezing import token_masses
 from ntkrl.scoring import completion_features, head_of
-from ntkrl.softmax import Head, token_statistics
+from ntkrl.softmax import OutputHead, SoftmaxOptions, token_statistics
 from ntkrl.types import Array, Params, Policy, UpdateBatch
 
 TILE = 8192
@@ -54,7 +54,8 @@ def step_measures(
         completion_features(policy, params, batch.tokens, batch.mask, length)
         for params in (before, after)
     ]
-    old = token_statistics(heads[0], features[0], targets_BC, temperature, chunk_tokens, TILE)
+    options = SoftmaxOptions(temperature, chunk_tokens, TILE)
+    old = token_statistics(heads[0], features[0], targets_BC, options)
     masses = [
         token_masses(
             head,
@@ -84,7 +85,7 @@ def step_measures(
 
 
 def group_measures(
-    head: Head,
+    head: OutputHead,
     features: Array,
     targets: Array,
     advantages: Array,
@@ -134,7 +135,7 @@ def group_measures(
 
 
 def _sums_by_prompt(
-    head: Head, weighed: tuple[Array, Array, Array], group: int, temperature: float
+    head: OutputHead, weighed: tuple[Array, Array, Array], group: int, temperature: float
 ) -> dict[str, Array]:
     """Return the means of `head_sums` within prompts; weighed: features, tokens and A `[B, C]`."""
     features, targets, weights_BC = weighed

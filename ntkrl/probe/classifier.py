@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.probe.weights import leading_direction
-from ntkrl.softmax import Head
-from ntkrl.softmax.tiles import Tiling, cut, tile_count
+from ntkrl.softmax import OutputHead, slice_tile, tile_count
 from ntkrl.types import Array
 
 
@@ -33,13 +32,13 @@ def classifier_measures(
 
     Source: Tomihari & Sato 2405.16747 (norms), Tomihari 2601.04670.
     """
-    head = Head(weight)
-    rows, count = tile_count(head, Tiling(1.0, chunk_vocabulary, 0))
+    head = OutputHead(weight)
+    rows, count = tile_count(head, chunk_vocabulary)
     width = weight.shape[1]
     wide = jnp.promote_types(weight.dtype, jnp.float32)
 
     def add(grams: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
-        tile, other = cut(head, rows, number), cut(Head(start), rows, number)
+        tile, other = slice_tile(head, rows, number), slice_tile(OutputHead(start), rows, number)
         here_RD = jnp.where(tile.fresh[:, None], at_least_float32(tile.weight), 0)
         there_RD = jnp.where(tile.fresh[:, None], at_least_float32(other.weight), 0)
         parts = here_RD, here_RD - there_RD

@@ -12,8 +12,7 @@ import numpy as np
 
 from ntkrl.numerics import at_least_float32, einsum, masked_total, mean
 from ntkrl.probe.tiles import log_probs_by_tile, sum_over_tiles
-from ntkrl.softmax import Head, TokenStatistics
-from ntkrl.softmax.tiles import products
+from ntkrl.softmax import OutputHead, TokenStatistics, uncapped_logits
 from ntkrl.types import Array
 
 
@@ -66,7 +65,7 @@ def entropy_changes(logits: Array, changes: Mapping[str, Array]) -> dict[str, Ar
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def entropy_changes_by_tile(
-    head: Head,
+    head: OutputHead,
     features: Array,
     parts: Mapping[str, tuple[Array, Array]],
     temperature: float = 1.0,
@@ -108,7 +107,7 @@ def entropy_changes_by_tile(
                 dz_R = einsum("rd,d->r", at_least_float32(rows), vectors[part])
                 dz_R *= head.scale / temperature
                 if head.soft_cap is not None:
-                    raw_R = products(phi_D, tile.weight, tile.bias, head.scale)
+                    raw_R = uncapped_logits(phi_D, tile.weight, tile.bias, head.scale)
                     dz_R *= 1 - jnp.tanh(raw_R / head.soft_cap) ** 2
                 sums[part] = (weight_R @ dz_R, pi_R @ dz_R)
             return jnp.sum(weight_R), sums

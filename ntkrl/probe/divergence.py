@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl.probe.tiles import log_probs_by_tile, sum_over_tiles
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from ntkrl.types import Array
 
 
@@ -27,8 +27,8 @@ class Divergences(NamedTuple):
 
 
 def divergences(
-    policy: tuple[Head, Array],
-    other: tuple[Head, Array],
+    policy: tuple[OutputHead, Array],
+    other: tuple[OutputHead, Array],
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     chunk_vocabulary: int | None = None,
@@ -62,8 +62,8 @@ def divergences(
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _divergences(
-    policy: tuple[Head, Array],
-    other: tuple[Head, Array],
+    policy: tuple[OutputHead, Array],
+    other: tuple[OutputHead, Array],
     temperature: float,
     chunk_tokens: int,
     chunk_vocabulary: int | None,

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from ntkrl.numerics import at_least_float32, einsum, masked_total, mean
 from ntkrl.probe.features import cosines_of, kinds_of_pairs
 from ntkrl.probe.tiles import log_normaliser, sum_over_tiles
-from ntkrl.softmax import Head
-from ntkrl.softmax.tiles import Tile, Tiling, cut, tile_count, tile_logits
+from ntkrl.softmax import OutputHead, Tile, slice_tile, tile_count, tile_logits
 from ntkrl.types import Array
 
 
@@ -104,7 +103,7 @@ def ches(
 
 @functools.partial(jax.jit, static_argnums=(3,))
 def head_influence(
-    head: Head,
+    head: OutputHead,
     observed: tuple[Array, Array],
     updated: tuple[Array, Array],
     chunk_vocabulary: int | None = None,
@@ -125,7 +124,7 @@ def head_influence(
 
     Source: α ⟨φ, φ'⟩ of Deng et al. 2505.18830.
     """
-    rows, _ = tile_count(head, Tiling(1.0, chunk_vocabulary, 0))
+    rows, _ = tile_count(head, chunk_vocabulary)
     sides = observed, updated
 
     def normaliser(phi_D: Array) -> Array:
@@ -134,7 +133,7 @@ def head_influence(
     normalisers = [jax.vmap(normaliser)(phi_OD) for phi_OD, _ in sides]
 
     def term(number: Array) -> Array:
-        tile = cut(head, rows, number)
+        tile = slice_tile(head, rows, number)
         scores = [
             _scores(head, tile, phi_OD, y_O, normaliser_O)
             for (phi_OD, y_O), normaliser_O in zip(sides, normalisers, strict=True)
@@ -147,7 +146,7 @@ def head_influence(
 
 
 def head_sums(
-    head: Head,
+    head: OutputHead,
     features: Array,
     tokens: Array,
     weights: Array,
@@ -169,14 +168,14 @@ def head_sums(
     Returns:
       `[O, K]` (nats per unit of learning rate times weight).
     """
-    rows, _ = tile_count(head, Tiling(temperature, chunk_vocabulary, 0))
+    rows, _ = tile_count(head, chunk_vocabulary)
     phi_OD, weights_OK = at_least_float32(features), at_least_float32(weights)
     normaliser_O = jax.vmap(
         lambda phi_D: log_normaliser(head, phi_D, temperature, chunk_vocabulary)
     )(phi_OD)
 
     def term(number: Array) -> Array:
-        tile = cut(head, rows, number)
+        tile = slice_tile(head, rows, number)
         g_OR = _scores(head, tile, phi_OD, tokens, normaliser_O, temperature)
         step_KRD = einsum("ukd,ur->krd", weights_OK[..., None] * phi_OD[:, None], g_OR)
         found_OK = einsum("okd,od->ok", einsum("or,krd->okd", g_OR, step_KRD), phi_OD)
@@ -188,7 +187,7 @@ def head_sums(
 
 
 def _scores(
-    head: Head,
+    head: OutputHead,
     tile: Tile,
     phi_OD: Array,
     y_O: Array,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.probe.tiles import log_probs_by_tile, sum_over_tiles
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from ntkrl.types import Array
 
 
@@ -74,7 +74,7 @@ class Masses(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def token_masses(
-    head: Head,
+    head: OutputHead,
     features: Array,
     sampled: Array,
     greedy: Array,

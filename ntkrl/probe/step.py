@@ -19,7 +19,7 @@ from ntkrl.probe.divergence import divergences
 from ntkrl.probe.features import completion_cosines, feature_measures
 from ntkrl.probe.geometry import cosine_variances, feature_drift
 from ntkrl.scoring import head_of
-from ntkrl.softmax import Head, TokenStatistics, token_statistics
+from ntkrl.softmax import OutputHead, TokenStatistics, token_statistics
 from ntkrl.types import Array, Params, Policy, ProbeSet
 
 BYTES = 48  # of a logit, what is made of it and how that changes
@@ -205,8 +205,8 @@ def _read(policy: Policy, params: Params, contexts: ntk.Contexts, targets_O: Arr
 
 @jax.jit
 def _measures(
-    policy: tuple[Head, ProbeReading],
-    start: tuple[Head, Array],
+    policy: tuple[OutputHead, ProbeReading],
+    start: tuple[OutputHead, Array],
     chosen: Array,
     rows: Array,
     groups: Array,

@@ -12,19 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ntkrl.softmax import Head
-from ntkrl.softmax.tiles import Tile, Tiling, cut, tile_count, tile_logits
+from ntkrl.softmax import OutputHead, Tile, slice_tile, tile_count, tile_logits
 from ntkrl.types import Array
 
 
 def log_normaliser(
-    head: Head, features: Array, temperature: float, chunk_vocabulary: int | None
+    head: OutputHead, features: Array, temperature: float, chunk_vocabulary: int | None
 ) -> Array:
     """Return log Σ_v exp z_v of one position, a scalar; arguments as in `log_probs_by_tile`."""
-    rows, count = tile_count(head, Tiling(temperature, chunk_vocabulary, 0))
+    rows, count = tile_count(head, chunk_vocabulary)
 
     def add(held: Array, number: Array) -> tuple[Array, None]:
-        z_1R = tile_logits(head, cut(head, rows, number), features[None], temperature)
+        z_1R = tile_logits(head, slice_tile(head, rows, number), features[None], temperature)
         return jnp.logaddexp(held, jax.nn.logsumexp(z_1R)), None
 
     low = jnp.full((), -jnp.inf, jnp.promote_types(features.dtype, jnp.float32))
@@ -32,7 +31,7 @@ def log_normaliser(
 
 
 def log_probs_by_tile(
-    head: Head, features: Array, temperature: float, chunk_vocabulary: int | None
+    head: OutputHead, features: Array, temperature: float, chunk_vocabulary: int | None
 ) -> Callable[[Array], tuple[Tile, Array]]:
     """Return a function from a tile's number to the tile and log π of its rows.
 
@@ -45,19 +44,21 @@ def log_probs_by_tile(
     Returns:
       `number -> (tile, log π [R])` (nats), with −∞ at rows that the tile before had.
     """
-    rows, _ = tile_count(head, Tiling(temperature, chunk_vocabulary, 0))
+    rows, _ = tile_count(head, chunk_vocabulary)
     normaliser = log_normaliser(head, features, temperature, chunk_vocabulary)
 
     def log_probs_of(number: Array) -> tuple[Tile, Array]:
-        tile = cut(head, rows, number)
+        tile = slice_tile(head, rows, number)
         return tile, tile_logits(head, tile, features[None], temperature)[0] - normaliser
 
     return log_probs_of
 
 
-def sum_over_tiles(term: Callable[[Array], Any], head: Head, chunk_vocabulary: int | None) -> Any:
+def sum_over_tiles(
+    term: Callable[[Array], Any], head: OutputHead, chunk_vocabulary: int | None
+) -> Any:
     """Add up `term(number)`, a tree of arrays, over the tiles of a head."""
-    _, count = tile_count(head, Tiling(1.0, chunk_vocabulary, 0))
+    _, count = tile_count(head, chunk_vocabulary)
 
     def add(sums: Any, number: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, term(number)), None

@@ -16,7 +16,7 @@ import numpy as np
 from ntkrl import attribution, data, ntk, probe, runtime, trees, update
 from ntkrl.probe.settings import CADENCES
 from ntkrl.setup.assemble import Setup
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from ntkrl.training.history import History, direction_arrays
 from ntkrl.training.probe_set import (
     FORMAT,
@@ -37,14 +37,14 @@ class Seen(NamedTuple):
     """An optimizer step that is looked at.
 
     before: copies of what the step began with. batch: what it sees, on the host. reference: the
-    Head it compares with, or None. shares: `[B]` of the KL in the reward in the samples'
+    OutputHead it compares with, or None. shares: `[B]` of the KL in the reward in the samples'
     advantages, where it is one number each and the batch therefore does not tell; or None.
     after: the state it ended with. gradients: by term of the loss, where a ledger is made of it.
     """
 
     before: TrainState
     batch: UpdateBatch
-    reference: Head | None
+    reference: OutputHead | None
     shares: np.ndarray | None
     after: TrainState | None = None
     gradients: update.Gradients | None = None
@@ -110,7 +110,7 @@ class ProbeHook:
         self,
         state: TrainState,
         batch: UpdateBatch,
-        reference: Head | None,
+        reference: OutputHead | None,
         stage: int,
         rollout_step: int,
     ) -> Seen:

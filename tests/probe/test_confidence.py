@@ -13,7 +13,7 @@ from ntkrl.probe.confidence import (
     fit_entropy_reward,
 )
 from ntkrl.probe.squeezing import Masses, akg_factors, squeezing, token_masses
-from ntkrl.softmax import Head, logit_statistics, logits
+from ntkrl.softmax import OutputHead, logit_statistics, logits
 from tests.oracles import log_softmax
 
 N, V, D = 4, 7, 3
@@ -69,11 +69,11 @@ def test_entropy_change_by_tiles(x64, settings, temperature, chunks):
     """oracle: the change of logits by jvp of the head, then whole; tiles of 4 rows overlap."""
     rng = np.random.default_rng(2)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
-    head, phi = Head(draw(V, D), draw(V), **settings), draw(N, D)
+    head, phi = OutputHead(draw(V, D), draw(V), **settings), draw(N, D)
     d_weight, d_bias, d_phi = draw(V, D), draw(V), draw(N, D)
 
     def z(weight, bias, phi):
-        return logits(Head(weight, bias, **settings), phi) / temperature
+        return logits(OutputHead(weight, bias, **settings), phi) / temperature
 
     at, still = (head.weight, head.bias, phi), jax.tree.map(jnp.zeros_like, (d_weight, d_bias, phi))
     steps = {
@@ -137,7 +137,10 @@ def test_akg_is_the_first_order_change(x64):
 def test_masses(x64, chunks):
     """oracle: sums of whole softmaxes; where y = y* the others are all but one token."""
     rng = np.random.default_rng(6)
-    head, phi = Head(jnp.asarray(rng.normal(size=(V, D)))), jnp.asarray(rng.normal(size=(N, D)))
+    head, phi = (
+        OutputHead(jnp.asarray(rng.normal(size=(V, D)))),
+        jnp.asarray(rng.normal(size=(N, D))),
+    )
     log_pi = log_softmax(np.asarray(logits(head, phi)) / 0.8)
     best = log_pi.argmax(-1)
     y = np.array([best[0], *((best[1:] + 2) % V)])
@@ -151,7 +154,7 @@ def test_masses(x64, chunks):
 def test_a_negative_gradient_squeezes(x64):
     """law: gradient descent on an unlikely token's log π feeds the arg max alone."""
     z = jnp.array([[3.0, 0.0, 0.0, -4.0]])
-    eye, y, best = Head(jnp.eye(4)), jnp.array([3]), jnp.array([0])
+    eye, y, best = OutputHead(jnp.eye(4)), jnp.array([3]), jnp.array([0])
     step = -0.5 * (jnp.eye(4)[3] - jax.nn.softmax(z[0]))
     # the head's own kernel on feature z = φ is the identity, and W moves by step φᵀ/‖φ‖²
     before, after = (token_masses(eye, z + move, y, best) for move in (0.0, step[None]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntkrl.probe.divergence import divergences
-from ntkrl.softmax import Head, logits
+from ntkrl.softmax import OutputHead, logits
 from tests.oracles import log_softmax
 
 N, V = 5, 7
@@ -16,8 +16,8 @@ def draws(capped):
     """Two policies over one vocabulary, of different widths."""
     rng = np.random.default_rng(3)
     settings = {"scale": 0.7, "soft_cap": 2.0} if capped else {}
-    head = Head(jnp.asarray(2 * rng.normal(size=(V, 3))), jnp.asarray(rng.normal(size=V)))
-    other = Head(jnp.asarray(rng.normal(size=(V, 2))), **settings)
+    head = OutputHead(jnp.asarray(2 * rng.normal(size=(V, 3))), jnp.asarray(rng.normal(size=V)))
+    other = OutputHead(jnp.asarray(rng.normal(size=(V, 2))), **settings)
     return (head, jnp.asarray(rng.normal(size=(N, 3)))), (
         other,
         jnp.asarray(rng.normal(size=(N, 2))),
@@ -41,8 +41,8 @@ def test_divergences_of_whole_logits(x64, capped, temperature, chunks):
 def test_divergences_by_hand():
     """by hand: π = (½, ½, 0), ρ = (¼, ¾, 0): TV ¼, KL ½ log 2 + ½ log ⅔; −∞ adds nothing."""
     features = jnp.ones((1, 1))
-    pi = Head(jnp.zeros((3, 1)), jnp.log(jnp.array([0.5, 0.5, 0.0])))
-    rho = Head(jnp.zeros((3, 1)), jnp.log(jnp.array([0.25, 0.75, 0.0])))
+    pi = OutputHead(jnp.zeros((3, 1)), jnp.log(jnp.array([0.5, 0.5, 0.0])))
+    rho = OutputHead(jnp.zeros((3, 1)), jnp.log(jnp.array([0.25, 0.75, 0.0])))
     found = divergences((pi, features), (rho, features), chunk_vocabulary=2)
     expected = [
         0.5 * np.log(2) + 0.5 * np.log(2 / 3),
@@ -55,7 +55,10 @@ def test_divergences_by_hand():
 def test_memory_is_a_tile():
     """law: by the compiler's analysis, temporaries are tiles and not positions × vocabulary."""
     shapes = [
-        (Head(jax.ShapeDtypeStruct((8192, 4), jnp.float32)), jax.ShapeDtypeStruct((512, 4), float))
+        (
+            OutputHead(jax.ShapeDtypeStruct((8192, 4), jnp.float32)),
+            jax.ShapeDtypeStruct((512, 4), float),
+        )
         for _ in range(2)
     ]
     lowered = jax.jit(lambda a, b: divergences(a, b, 1.0, 16, 256)).lower(*shapes)
@@ -68,4 +71,4 @@ def test_vocabularies_must_agree():
     """law: what cannot be compared is refused before tracing."""
     (head, features), _ = draws(False)
     with pytest.raises(ValueError, match=r"\(V, O\) is \(7, 5\) and \(6, 5\)"):
-        divergences((head, features), (Head(head.weight[:6]), features))
+        divergences((head, features), (OutputHead(head.weight[:6]), features))

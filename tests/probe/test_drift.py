@@ -24,7 +24,7 @@ from ntkrl.probe.geometry import (
     head_sums,
     token_sums,
 )
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from tests.ntk.networks import HEADS, VOCAB, contexts, network
 from tests.toys import toy_params, toy_policy
 
@@ -88,7 +88,7 @@ def test_head_influence_is_the_head_kernel(x64, kind, chunk):
     given = HEADS[kind]
     bias = params["head_bias"] if "bias" in given else None
     settings = {name: given[name] for name in given if name != "bias"}
-    head = Head(params["head"], bias, **settings)
+    head = OutputHead(params["head"], bias, **settings)
     found = head_influence(head, (phi, y), (phi[:2], y[:2]), chunk)
     expected = np.einsum("ov,ouvw,uw->ou", g, kernel.dense("head"), g)[:, :2]
     np.testing.assert_allclose(found, expected, rtol=1e-10)
@@ -101,7 +101,9 @@ def test_head_sums_are_sums_of_pairs(x64, kind, chunk):
     phi = ntk.kernel(described, params, HERE).readings[0].features
     given = HEADS[kind]
     bias = params["head_bias"] if "bias" in given else None
-    head = Head(params["head"], bias, **{name: given[name] for name in given if name != "bias"})
+    head = OutputHead(
+        params["head"], bias, **{name: given[name] for name in given if name != "bias"}
+    )
     y, weights = jnp.array([1, 5, 8]), jnp.array([[1.0, 0.0], [-2.0, 0.0], [0.5, 3.0]])
     pairs = head_influence(head, (phi, y), (phi, y))
     found = head_sums(head, phi, y, weights, 1.0, chunk)
@@ -118,7 +120,7 @@ def test_group_measures_by_pairs(x64):
     phi, y = rng.normal(size=(6, 2, 4)), rng.integers(0, 5, (6, 2))
     mask = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]], bool)
     each = np.array([1.0, -2.0, 0.5, 3.0, 3.0, 3.0])
-    head = Head(jnp.asarray(rng.normal(size=(5, 4))))
+    head = OutputHead(jnp.asarray(rng.normal(size=(5, 4))))
     given = (jnp.asarray(leaf) for leaf in (phi, y, np.repeat(each[:, None], 2, 1), mask))
     found = group_measures(head, *given, 3)
     plain, scaled = ches(phi[:1], mask[:1], phi[1:2], mask[1:2])

@@ -16,7 +16,7 @@ from ntkrl.probe import (
 )
 from ntkrl.probe.squeezing import Masses, squeezing
 from ntkrl.report import is_known
-from ntkrl.softmax import Head, logit_statistics
+from ntkrl.softmax import OutputHead, logit_statistics
 
 
 def test_results_are_in_the_glossary():
@@ -42,7 +42,7 @@ def test_results_are_in_the_glossary():
         "probe": [f"/{name}" for name in linearity.line_fit(line)[1]],
         "weights/body/mix/": weights.update_rank(eye, lead),
         "signal/": signal.GradientNoise._fields,
-        "": batch.group_measures(Head(eye), *group, 2),
+        "": batch.group_measures(OutputHead(eye), *group, 2),
         "diversity/support_": coverage.Support._fields,
     }
     names = [prefix + name for prefix, group in found.items() for name in group]
