@@ -1,6 +1,6 @@
 """What the kernel of some contexts is made of: traces, shares, norms, eigenvalues by part.
 
-With O contexts, the parts P = head, body and, where the head is tied, cross (see ntkrl.ntk.parts):
+With O contexts, the parts P = head, body and, where the head is tied, cross (see ntk.PARTS):
 
     head [O, O]                 ⟨φ, φ'⟩; the head kernel is this times I_V
     cosines [O, O]              of the features φ
@@ -56,7 +56,7 @@ class KernelPlan:
     @property
     def body_kernels(self) -> int:
         """How often M of a pair of blocks is computed: once, and once for each group."""
-        return len(self.pairs) * (1 + len(self.kernel.groups))
+        return len(self.pairs) * (1 + len(self.kernel.problem.groups))
 
     @property
     def steps(self) -> int:
@@ -90,7 +90,7 @@ def plan_kernel(
     groups = ntk.by_layer(model, params) if layers else ()
     given = {"groups": groups, "memory_gib": memory_gib}
     kernel = ntk.kernel(model, params, contexts, **given)
-    seen = kernel.observed  # with rows and mask filled in
+    seen = kernel.problem.observed  # with rows and mask filled in
 
     def between(a: slice, b: slice) -> ntk.Kernel:
         here, there = (
@@ -123,10 +123,10 @@ def kernel_measures(
       ValueError: n out of range.
     """
     kernel = plan.kernel
-    size = kernel.observed.count * kernel.vocab_size
+    size = kernel.problem.observed.count * kernel.problem.vocab_size
     if not 1 <= eigenpairs < size:
         raise ValueError(f"eigenpairs must be in [1, {size}) for these contexts, not {eigenpairs}.")
-    found = {"head": kernel.head, "cosines": _cosines(kernel.readings[0].features)}
+    found = {"head": kernel.head, "cosines": _cosines(kernel.problem.head_inputs[0].features)}
     traces, body_square = _traces(plan, progress)
     found |= traces
     progress(plan.body_kernels, "norms")
@@ -134,7 +134,7 @@ def kernel_measures(
     for i, part in enumerate(("body", "full"), start=1):
         progress(plan.body_kernels + i, f"eigenvalues of {part}")
         found[f"eigenvalues_{part}"] = _largest(kernel, eigenpairs, part)
-    if kernel.network.head.soft_cap is None:
+    if not kernel.problem.capped:
         found["eigenvalues_head"] = np.linalg.eigvalsh(np.asarray(kernel.head))[::-1]
     else:
         found["eigenvalues_head"] = _largest(kernel, eigenpairs, "head")
@@ -172,7 +172,7 @@ def batch_alignment(
             contexts, positions=contexts.positions[here], rows=contexts.rows[here]
         )
         kernel = ntk.kernel(policy, params, one, memory_gib=memory_gib)
-        read = kernel.readings[0].features, jnp.asarray(targets[here])
+        read = kernel.problem.head_inputs[0].features, jnp.asarray(targets[here])
         statistics = token_statistics(head_of(policy, params), *read)
         square = 1 - 2 * jnp.exp(statistics.log_probs[0]) + statistics.sum_squares[0]
         found.append((float(kernel.trace()[0, 0]), float(square)))
@@ -182,9 +182,9 @@ def batch_alignment(
 
 def _blocks(kernel: ntk.Kernel) -> list[slice]:
     """Cut the contexts in blocks whose M fits its part of the memory."""
-    numbers = BODY_FRACTION * kernel.budget / kernel.head.dtype.itemsize
-    step = max(1, int(numbers**0.5 / kernel.feature_size))
-    count = kernel.observed.count
+    numbers = BODY_FRACTION * kernel.problem.budget / kernel.head.dtype.itemsize
+    step = max(1, int(numbers**0.5 / kernel.problem.feature_size))
+    count = kernel.problem.observed.count
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
@@ -195,8 +195,8 @@ def _cosines(features_OD: Array) -> Array:
 
 def _traces(plan: KernelPlan, progress: Progress) -> tuple[dict[str, Any], float]:
     """Return traces of parts and groups with shares, and ‖G‖², made block by block."""
-    kernel, groups, done = plan.kernel, tuple(plan.kernel.groups), 0
-    count = kernel.observed.count
+    kernel, groups, done = plan.kernel, tuple(plan.kernel.problem.groups), 0
+    count = kernel.problem.observed.count
     traces = np.zeros((1 + len(groups), count, count), kernel.head.dtype)
     square = 0.0
     for a, b in plan.pairs:
@@ -210,7 +210,7 @@ def _traces(plan: KernelPlan, progress: Progress) -> tuple[dict[str, Any], float
         traces[:, b, a] = np.swapaxes(traces[:, a, b], 1, 2)
         done += 1 + len(groups)
     found = {"head": np.asarray(kernel.trace("head")), "body": traces[0]}
-    if kernel.tied:
+    if kernel.problem.tied:
         found["cross"] = np.asarray(kernel.trace("cross"))
     full = sum(found.values())
     sums = {f"trace_{part}": values for part, values in found.items()} | {"trace_full": full}
@@ -230,9 +230,9 @@ def _shares(part_OO: np.ndarray, full_OO: np.ndarray) -> np.ndarray:
 
 def _body_sums(kernel: ntk.Kernel) -> tuple[Array, Array]:
     """Return tr G(o, u) `[o, u]` and ‖G‖² of a block; the latter NaN under a soft-cap."""
-    if kernel.network.head.soft_cap is not None:  # slopes vary over the vocabulary
+    if kernel.problem.capped:  # slopes vary over the vocabulary
         return kernel.trace("body"), jnp.nan
-    factored = kernel.factored()
+    factored = ntk.factored(kernel, "body")
     return _trace_and_square(factored.weight, factored.body)
 
 
@@ -248,15 +248,17 @@ def _trace_and_square(weight_VD: Array, body_OUDD: Array) -> tuple[Array, Array]
 def _norms(kernel: ntk.Kernel, found: Mapping[str, Any], body_square: float) -> dict[str, Any]:
     """Return ‖K_P‖_F: by ‖R + G‖² = ‖R‖² + 2 Σ head tr G + ‖G‖², or of what can be written out."""
     squares: dict[str, Any] = {}
-    if kernel.network.head.soft_cap is None:
-        head_square = kernel.vocab_size * np.sum(np.asarray(found["head"], float) ** 2)
+    if not kernel.problem.capped:
+        head_square = kernel.problem.vocab_size * np.sum(np.asarray(found["head"], float) ** 2)
         squares = {"head": head_square, "body": body_square}
-        if not kernel.tied:
+        if not kernel.problem.tied:
             mixed = np.sum(np.asarray(found["head"] * found["trace_body"], float))
             squares["full"] = head_square + 2 * mixed + body_square
-    numbers = (kernel.observed.count * kernel.vocab_size) ** 2
-    if numbers * kernel.head.dtype.itemsize <= kernel.budget:
-        parts = ("head", "body", "cross", "full") if kernel.tied else ("head", "body", "full")
+    numbers = (kernel.problem.observed.count * kernel.problem.vocab_size) ** 2
+    if numbers * kernel.head.dtype.itemsize <= kernel.problem.budget:
+        parts = (
+            ("head", "body", "cross", "full") if kernel.problem.tied else ("head", "body", "full")
+        )
         for part in parts:
             if part not in squares:
                 squares[part] = ntk.frobenius(kernel, part) ** 2

@@ -81,7 +81,7 @@ def test_head_influence_is_the_head_kernel(x64, kind, chunk):
     """oracle: g_oᵀ R g_u with R and logits written out; tiles of 4 of 9 rows overlap."""
     described, params = network(kind, False)
     kernel = ntk.kernel(described, params, HERE)
-    phi = kernel.readings[0].features
+    phi = kernel.problem.head_inputs[0].features
     y = jnp.array([1, 5, 8])
     logits = described.logits(params, phi)
     g = np.eye(VOCAB)[y] - np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -183,7 +183,7 @@ def test_advantage_alignment_by_dense_kernels(x64):
     described, params = network("plain", False)
     kernel = ntk.kernel(described, params, HERE)
     y, advantages = np.array([1, 5, 8]), np.array([1.0, -2.0, 0.5])
-    logits = described.logits(params, kernel.readings[0].features)
+    logits = described.logits(params, kernel.problem.head_inputs[0].features)
     pi = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     stacked = (advantages[:, None] * (np.eye(VOCAB)[y] - pi)).ravel()
     whole = np.asarray(kernel.dense()).transpose(0, 2, 1, 3).reshape(stacked.size, -1)
@@ -203,7 +203,7 @@ def test_alignment_of_a_batch(x64):
     here = ntk.every_position(jax.random.randint(jax.random.key(0), (2, 3), 0, 7))
     y, advantages = np.arange(6), np.array([1.0, -2.0, 0.5, 1.0, 0.0, 3.0])
     kernel = ntk.kernel(policy, params, here)
-    pi = jax.nn.softmax(policy.head(params, kernel.readings[0].features))
+    pi = jax.nn.softmax(policy.head(params, kernel.problem.head_inputs[0].features))
     squares = 1 - 2 * pi[np.arange(6), y] + np.sum(pi**2, axis=1)
     gram = ntk.score_gram(policy, params, here, y)
     wanted = advantage_alignment(gram, kernel.trace(), advantages, squares)

@@ -40,7 +40,7 @@ def test_blocks_and_groups_and_a_small_head():
     params = {**params, "head": 0.05 * params["head"]}
     # a quarter of 1.2 KB holds M of one pair (16 numbers of 8 bytes), not of four
     plan = plan_kernel(described, params, here, layers=True, memory_gib=1.2e3 / 2**30)
-    assert len(plan.pairs) == 3 and plan.body_kernels == 3 * (1 + len(plan.kernel.groups))
+    assert len(plan.pairs) == 3 and plan.body_kernels == 3 * (1 + len(plan.kernel.problem.groups))
     steps = []
     found = kernel_measures(plan, 8, lambda done, doing: steps.append((done, doing)))
     assert [done for done, _ in steps] == list(range(plan.steps))
