@@ -116,7 +116,7 @@ class Ledger:
           targets: `[O]` the probe tokens.
           beside: what the terms are given beside rows (the Head compared with, or None).
           gradients: by term the gradient of its mean and its count, where the step handed them
-            out (`update.make_step_apart`); None to make them again.
+            out (`update.make_step_with_term_gradients`); None to make them again.
           actual: `[2, O]` measured change of log π and entropy, where it is known; None to read
             the probe tokens after the step.
 

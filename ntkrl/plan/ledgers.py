@@ -67,7 +67,7 @@ def read_call(
     given = made._given(before, batch, contexts, targets, reference)
     way = ledger._way(made, *ledger._shapes(given))
     whole = runtime.replicated(setup.mesh)
-    step = update.make_step_apart(stage, terms, setup.settings.schedule.microbatches)
+    step = update.make_step_with_term_gradients(stage, terms, setup.settings.schedule.microbatches)
     grads = jax.eval_shape(step, state, batch, reference)[2]
     chosen, _ = trees.partition(state.params, stage.trained)
 

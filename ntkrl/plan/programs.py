@@ -19,7 +19,7 @@ from ntkrl.evaluation import make_evaluation_sample, prompts_together
 from ntkrl.numerics import bucket_length
 from ntkrl.plan import kernel, ledgers, networks
 from ntkrl.plan.batches import drawn, minibatch
-from ntkrl.reward.networks import rows_together
+from ntkrl.reward import padded_batch_size
 from ntkrl.settings import RunSettings
 from ntkrl.setup import Setup
 from ntkrl.training import BATCH_SOURCES, States, jitted_step
@@ -277,7 +277,7 @@ def reward_models(run: Run) -> Steps:
     """Yield the scoring of texts by each reward model: as long as ours, in their batches."""
     settings = run.settings
     texts = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
-    batch = rows_together(settings.reward.batch_size, run.mesh)
+    batch = padded_batch_size(settings.reward.batch_size, run.mesh)
     length = settings.data.max_prompt_tokens + settings.rollout.max_completion_tokens
     for name, (scorer, params) in run.rewards.items():
         length = bucket_length(min(length, scorer.max_tokens), scorer.max_tokens)

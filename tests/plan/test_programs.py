@@ -234,7 +234,7 @@ def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
     batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), planned)
     due = one.probe.ledger_every_steps
     before = ProbeHook.keep(watcher, state, batch, None, 0, due).before
-    step = jax.jit(update.make_step_apart(stage, source.terms))
+    step = jax.jit(update.make_step_with_term_gradients(stage, source.terms))
     _, _, gradients = step(before, batch)
     prompts = data.supervised_batch([[1] * 8] * 12, [[1] * 24] * 12, range(12), 0, 8, 24)
     held = ProbeSet(
