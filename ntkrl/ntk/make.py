@@ -124,10 +124,10 @@ class DenseKernel(Kernel):
                 [role[index].reshape(*role[index].shape[:2], -1) for role in side]
                 for side in (left, right)
             )
-            weight = jnp.ones(())
+            weight = 1.0
             if weights is not None:
                 shape = jax.tree.leaves(params)[index].shape
-                weight = jnp.broadcast_to(weights[index], shape).reshape(-1)
+                weight = jnp.broadcast_to(weights[index], shape).reshape(-1)[None, None]
             for a, b, included in (
                 (head_o, head_u, head_roles.get(name, False)),
                 (features_o, features_u, roles.body),

@@ -151,7 +151,7 @@ class ProbeHook:
         if before.opt_state is not None:
             found, kept = self._directions(after.params, number)
             metrics, arrays = metrics | found, arrays | kept
-        arrays["weights"] = trees.whole(probe.weights.some_entries(before.params))
+        arrays["weights"] = trees.gather_to_host(probe.weights.some_entries(before.params))
         if runtime.is_writer():
             metrics |= self.history.straightness(number, arrays)
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
