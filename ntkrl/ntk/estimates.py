@@ -72,7 +72,7 @@ def cheapest(estimates: Iterable[AnyEstimate], budget: float) -> AnyEstimate:
     return min(candidates, key=lambda estimate: estimate.bytes)
 
 
-class _Counts(NamedTuple):
+class _NetworkCounts(NamedTuple):
     """Counts from the traced features of one sequence.
 
     forward: FLOPs.
@@ -97,14 +97,14 @@ class _Counts(NamedTuple):
         return sum(sizes) + max(sizes, default=0)
 
 
-def _counts(plan: TapPlan, leaves: Leaves) -> _Counts:
+def _counts(plan: TapPlan, leaves: Leaves) -> _NetworkCounts:
     direct = sum(leaves[leaf].size for leaf in plan.direct)
     taps = _tap_sizes(plan, 1)
     for index, scan in plan.scans.items():
         direct += sum(leaves[leaf].size // leaves[leaf].shape[0] for leaf in scan.inner.direct)
         taps += _tap_sizes(scan.inner, plan.traced.operations[index].eqn.params["length"])
     params = sum(leaf.size for leaf in leaves)
-    return _Counts(flops(plan.traced), params, direct, *value_counts(plan.traced), taps)
+    return _NetworkCounts(flops(plan.traced), params, direct, *value_counts(plan.traced), taps)
 
 
 def _tap_sizes(plan: TapPlan, times: int) -> list[tuple[int, int, int]]:
