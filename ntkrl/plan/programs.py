@@ -145,7 +145,7 @@ class Run:
         """Whether steps are looked at, which needs held-out prompts (see ProbeHook)."""
         files = self.settings.data
         held_out = files.path is None or files.eval_path is not None or files.held_out > 0
-        return self.settings.probe.looks and self.evaluates and held_out
+        return self.settings.probe.enabled and self.evaluates and held_out
 
     def kept(self, stage: update.StageProgram) -> list[Any]:
         """Return the copies that lie there during a step that is looked at."""

@@ -1,6 +1,4 @@
-"""Probe measures by hand and by loops; a real step against its prediction."""
-
-import math
+"""A real step against its prediction; a probe set read in blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -8,72 +6,10 @@ import numpy as np
 import pytest
 
 from ntkrl import probe, update
-from ntkrl.probe.step import BYTES, comparison
+from ntkrl.probe.prober import LOGIT_BYTES, comparison
 from ntkrl.types import ProbeSet
 from tests.toys import toy_params, toy_policy
 from tests.update.test_train_step import make_batch, rloo
-
-
-def test_feature_measures_by_loops():
-    """oracle: cosines by double loop over pairs, rank and drift in numpy."""
-    rng = np.random.default_rng(0)
-    phi, start = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))
-    rows, groups = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 0, 1, 1])
-    found = probe.feature_measures(*map(jnp.asarray, (phi, start, rows, groups)))
-    kinds = {"within_response": [], "across_responses": [], "across_prompts": []}
-    positive = []
-    for i in range(6):
-        for j in range(6):
-            if i == j:
-                continue
-            cosine = phi[i] @ phi[j] / np.linalg.norm(phi[i]) / np.linalg.norm(phi[j])
-            positive.append(cosine > 0)
-            if rows[i] == rows[j]:
-                kinds["within_response"].append(cosine)
-            elif groups[i] == groups[j]:
-                kinds["across_responses"].append(cosine)
-            else:
-                kinds["across_prompts"].append(cosine)
-    for name, values in kinds.items():
-        assert len(values) > 0
-        np.testing.assert_allclose(found[f"cosine_{name}"], np.mean(values), rtol=1e-5)
-    np.testing.assert_allclose(found["positive_pairs"], np.mean(positive), rtol=1e-5)
-    values = np.linalg.eigvalsh(phi @ phi.T)
-    np.testing.assert_allclose(
-        found["effective_rank"], values.sum() ** 2 / (values**2).sum(), rtol=1e-4
-    )
-    drift = np.linalg.norm(phi - start, axis=1).mean()
-    np.testing.assert_allclose(found["feature_distortion"], drift, rtol=1e-5)
-
-
-def test_equal_features_have_cosine_one_and_rank_one():
-    """by hand: six copies of one vector."""
-    phi = jnp.ones((6, 4))
-    found = probe.feature_measures(phi, phi, jnp.arange(6) // 2, jnp.arange(6) // 4)
-    for name in ("cosine_within_response", "cosine_across_prompts", "effective_rank"):
-        np.testing.assert_allclose(found[name], 1.0, rtol=1e-5)
-    assert float(found["feature_distortion"]) == 0.0
-
-
-def test_distinct_counts_by_hand():
-    """by hand: a, a, b of which a solves; c, d, d of which both d do."""
-    everything, solved = probe.distinct_counts(
-        ["a", "a", "b", "c", "d", "d"], [True, True, False, False, True, True], 3
-    )
-    assert everything.tolist() == [2, 2] and solved.tolist() == [1, 1]
-
-
-@pytest.mark.parametrize("n,c,k", [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 4, 2), (60, 3, 30)])
-def test_pass_at_k(n, c, k):
-    """oracle: binomial coefficients."""
-    expected = 1 - math.comb(n - c, k) / math.comb(n, k)
-    np.testing.assert_allclose(probe.pass_at_k(c, n, k), expected, rtol=1e-12)
-
-
-def test_pass_at_k_refuses_impossible_k():
-    """law: k beyond n has no unbiased estimate."""
-    with pytest.raises(ValueError, match="1 ≤ k ≤ n, not k = 6, n = 5"):
-        probe.pass_at_k(2, 5, 6)
 
 
 def test_comparison_by_hand():
@@ -137,7 +73,7 @@ def test_a_large_probe_set_is_read_in_blocks(x64):
     after = jax.tree.map(lambda leaf: leaf * 1.01, params)
     given = policy, probe_set(policy.vocab_size), params
     whole = probe.Prober(*given)
-    each = BYTES * given[1].completion_mask.shape[1] * policy.vocab_size / 2**30
+    each = LOGIT_BYTES * given[1].completion_mask.shape[1] * policy.vocab_size / 2**30
     for count, blocks in ((1, 4), (3, 2)):
         cut = probe.Prober(*given, memory_gib=count * each)
         assert len(cut.blocks) == blocks and len({b[1].shape for b in cut.blocks}) == 1

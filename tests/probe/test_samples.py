@@ -1,4 +1,4 @@
-"""Texts and samples: diversity by hand, reach by enumeration."""
+"""Texts and samples: diversity by hand, support and pass@k by enumeration."""
 
 import itertools
 import math
@@ -6,15 +6,39 @@ import math
 import numpy as np
 import pytest
 
-from ntkrl.probe.coverage import (
+from ntkrl import probe
+from ntkrl.probe.samples import (
     Support,
     best_of_n,
     crossing,
     crossing_interval,
+    distinct_answers,
+    distinct_n,
     pass_curves,
+    self_bleu,
     support_change,
 )
-from ntkrl.probe.diversity import distinct_answers, distinct_n, self_bleu
+
+
+def test_distinct_counts_by_hand():
+    """by hand: a, a, b of which a solves; c, d, d of which both d do."""
+    everything, solved = probe.distinct_counts(
+        ["a", "a", "b", "c", "d", "d"], [True, True, False, False, True, True], 3
+    )
+    assert everything.tolist() == [2, 2] and solved.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("n,c,k", [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 4, 2), (60, 3, 30)])
+def test_pass_at_k(n, c, k):
+    """oracle: binomial coefficients."""
+    expected = 1 - math.comb(n - c, k) / math.comb(n, k)
+    np.testing.assert_allclose(probe.pass_at_k(c, n, k), expected, rtol=1e-12)
+
+
+def test_pass_at_k_refuses_impossible_k():
+    """law: k beyond n has no unbiased estimate."""
+    with pytest.raises(ValueError, match="1 ≤ k ≤ n, not k = 6, n = 5"):
+        probe.pass_at_k(2, 5, 6)
 
 
 def test_distinct_answers_by_hand():

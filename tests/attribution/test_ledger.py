@@ -10,13 +10,11 @@ import pytest
 
 import ntkrl
 from ntkrl import attribution, ntk, numerics, probe, update
-from ntkrl.attribution import accounts
-from ntkrl.attribution import ledger as ledger_module
-from ntkrl.attribution.contributions import MEASURES
-from ntkrl.probe.signal import gradient_noise
+from ntkrl.attribution import MEASURES
+from ntkrl.probe.batch_measures import gradient_noise
 from ntkrl.report import GLOSSARY, is_known
 from ntkrl.scoring import score
-from tests.probe.test_probe import probe_set
+from tests.probe.test_prober import probe_set
 from tests.toys import TINY, toy_params, toy_policy
 from tests.update.test_train_step import make_batch
 
@@ -69,18 +67,18 @@ class Case:
         static = self.policy, self.terms, self.program.optimizer, self.program.trained
         return attribution.Ledger(*static, **settings)
 
-    @property
-    def given(self):
-        """Arguments of `Ledger.estimates`."""
-        return self.before, self.batch, self.prober.contexts, self.prober.targets
+    def described(self, gradients=None):
+        """Arguments of `Ledger.read`."""
+        step = attribution.OptimizerStep(
+            self.before, self.after.params, self.batch, gradients=gradients
+        )
+        return step, self.prober.contexts, self.prober.targets
 
-    def read(self, known=None, **settings):
-        """Arrays of the step's ledger; known: further arguments of `Ledger.read`."""
-        where = self.prober.contexts, self.prober.targets
-        given = self.before, self.after.params, self.batch, *where
-        found = self.ledger(**settings).read(*given, **({} if known is None else known))
-        self.noise = found.noise
-        return found.arrays
+    def read(self, gradients=None, actual=None, **settings):
+        """Arrays of the step's ledger."""
+        account = self.ledger(**settings).read(*self.described(gradients), actual)
+        self.noise = account.noise
+        return account.arrays
 
     def measured(self, params):
         """Log-probs and entropies of the probe tokens `[2, O]`, by plain functions."""
@@ -221,21 +219,22 @@ def test_samples_by_hand():
 
 
 def test_forms_and_chunks_agree():
-    """law: push = gram = one sample and one sequence at a time; by layer, the head tied."""
+    """law: jvp = vjp = one sample and one sequence at a time; by layer, the head tied."""
     rows = (("(embed|layers/mlp)/.*", 1e-3), (".*", None))
     objective = dataclasses.replace(OBJECTIVE, entropy_coefficient=0)
     case = Case("layers", steps=2, objective=objective, parameters=rows)
     groups = ntk.by_layer(case.policy, case.before.params)
-    push = case.read(form="push", groups=groups)
-    small = {"form": "gram", "groups": groups, "memory_gib": 1e-9}
-    assert case.ledger(**small).estimates(*case.given)["gram"][1:3] == (1, 1)
-    gram = case.read(**small)
-    assert push.keys() == gram.keys()
-    for name, value in push.items():
-        scale = np.abs(first_order(push, name.split("/")[0])).max()
-        np.testing.assert_allclose(gram[name], value, rtol=0, atol=1e-10 * scale)
-    assert push["log_prob/policy/layer 1"].shape == (len(case.prober.targets), 8)
-    moved = {group for _, group in groups if np.abs(push[f"log_prob/policy/{group}"]).max() > 0}
+    by_jvp = case.read(form="jvp", groups=groups)
+    small = {"form": "vjp", "groups": groups, "memory_gib": 1e-9}
+    estimate = case.ledger(**small).estimates(*case.described())["vjp"]
+    assert (estimate.chunk, estimate.block) == (1, 1)
+    by_vjp = case.read(**small)
+    assert by_jvp.keys() == by_vjp.keys()
+    for name, value in by_jvp.items():
+        scale = np.abs(first_order(by_jvp, name.split("/")[0])).max()
+        np.testing.assert_allclose(by_vjp[name], value, rtol=0, atol=1e-10 * scale)
+    assert by_jvp["log_prob/policy/layer 1"].shape == (len(case.prober.targets), 8)
+    moved = {group for _, group in groups if np.abs(by_jvp[f"log_prob/policy/{group}"]).max() > 0}
     assert moved == {"embed", "layer 0", "layer 1"}
 
 
@@ -267,9 +266,8 @@ def test_the_step_hands_out_its_gradients(microbatches):
     for name, leaf in total(case.before.params).items():
         assert_close(gradients["policy"][0][name], leaf)
     actual = case.measured(case.after.params) - case.measured(case.before.params)
-    known = {"gradients": gradients, "actual": actual}
-    for by in attribution.BY:
-        whole, given = case.read(by=by), case.read(known, by=by)
+    for by in probe.LEDGER_BY:
+        whole, given = case.read(by=by), case.read(gradients, actual, by=by)
         assert whole.keys() == given.keys()
         for name, value in whole.items():
             scale = np.abs(first_order(whole, name.split("/")[0])).max()
@@ -340,11 +338,10 @@ def test_curvature_is_second_order():
     np.testing.assert_allclose(np.log10(np.divide(*sizes)), 2.0, atol=0.05)
 
 
-def compiled(ledger, given):
+def compiled(ledger, described):
     """The compiled program of a ledger."""
-    given = ledger._given(*given, None)
-    way = ledger_module._way(ledger, *ledger_module._shapes(given))
-    return accounts.read.lower(way, given, given.params).compile()
+    function, arguments = ledger.bind(*described)
+    return function.lower(*arguments).compile()
 
 
 def test_estimates_count_what_is_compiled():
@@ -358,9 +355,9 @@ def test_estimates_count_what_is_compiled():
     one = jax.tree.map(lambda leaf: leaf[:1], probe_set(policy.vocab_size))
     one = one.replace(completion_mask=jnp.ones((1, 3), bool), mask=jnp.ones((1, 7), bool))
     case.prober = probe.Prober(policy, one, params)
-    without = compiled(case.ledger(by="group"), case.given).cost_analysis()["flops"]
-    for form, estimate in case.ledger().estimates(*case.given).items():
-        found = compiled(case.ledger(form=form), case.given)
+    without = compiled(case.ledger(by="group"), case.described()).cost_analysis()["flops"]
+    for form, estimate in case.ledger().estimates(*case.described()).items():
+        found = compiled(case.ledger(form=form), case.described())
         flops = found.cost_analysis()["flops"] - without
         assert 0.8 < estimate.flops / flops < 1.0
         memory = found.memory_analysis().temp_size_in_bytes
@@ -407,7 +404,7 @@ def test_mistakes_are_named():
     """law: what cannot be is said before anything is computed."""
     case = Case(steps=1)
     with pytest.raises(ValueError, match=r"by must be .*token.*; form must .*; memory_gib must be"):
-        case.ledger(by="token", form="jvp", memory_gib=0)
+        case.ledger(by="token", form="dense", memory_gib=0)
     with pytest.raises(ValueError, match="8 rows cannot be cut in 3 equal parts"):
         case.read(microbatches=3)
     with pytest.raises(ValueError, match='groups: "head" names the head'):

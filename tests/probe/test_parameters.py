@@ -1,15 +1,19 @@
-"""Weight changes: sparsity, rank and straightness against numpy in float64."""
+"""Parameter changes against SVD, polyfit and whole matrices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.probe import weights
-from ntkrl.probe.linearity import extend_line, extrapolate, line_fit, start_line
-from ntkrl.probe.weights import (
+from ntkrl.probe import parameters
+from ntkrl.probe.parameters import (
+    classifier_measures,
     direction_cosine,
+    extend_line,
+    extrapolate,
     leading_direction,
+    line_fit,
+    start_line,
     update_rank,
     update_ranks,
     update_sparsity,
@@ -126,9 +130,54 @@ def test_ranks_of_stacked_matrices():
 def test_the_same_entries_every_time():
     """by hand: evenly spread over all leaves, all of them where there are few."""
     few = {"a": jnp.arange(3.0), "b": 3.0 + jnp.arange(4.0).reshape(2, 2)}
-    assert weights.some_entries(few).tolist() == list(range(7))
+    assert parameters.sample_entries(few).tolist() == list(range(7))
     many = {"a": jnp.arange(3e4).reshape(3, -1), "b": 3e4 + jnp.arange(1e4)}
-    found = np.asarray(weights.some_entries(many))
-    assert len(found) == weights.ENTRIES and found[0] == 0 and found[-1] == 4e4 - 1
+    found = np.asarray(parameters.sample_entries(many))
+    assert len(found) == parameters.ENTRIES and found[0] == 0 and found[-1] == 4e4 - 1
     gaps = np.diff(found)
     assert gaps.min() >= 9 and gaps.max() <= 10
+
+
+@pytest.mark.parametrize("block", [3, 4, 100])
+def test_classifier_measures(x64, block):
+    """oracle: whole matrices in numpy; blocks of 3 of 8 rows overlap, and 100 is all."""
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(8, 5))
+    weight = start + 0.1 * rng.normal(size=(8, 5))
+    found, norms = classifier_measures(jnp.asarray(weight), jnp.asarray(start), block)
+
+    def stable_rank(matrix):
+        return np.sum(matrix**2) / np.linalg.norm(matrix, 2) ** 2
+
+    rows = np.linalg.norm(weight, axis=1)
+    expected = {
+        "head_norm": np.linalg.norm(weight),
+        "head_distance": np.linalg.norm(weight - start),
+        "head_row_norm": rows.mean(),
+        "head_row_norm_max": rows.max(),
+        "head_stable_rank": stable_rank(weight),
+        "head_distance_stable_rank": stable_rank(weight - start),
+    }
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-9)
+    np.testing.assert_allclose(norms, rows, rtol=1e-12)
+
+
+def test_bfloat16_is_summed_in_float32():
+    """by hand: 512 rows of (1, 0); a bfloat16 sum of ones stops at 256."""
+    weight = jnp.zeros((512, 2), jnp.bfloat16).at[:, 0].set(1)
+    found, norms = classifier_measures(weight, jnp.zeros_like(weight), 64)
+    np.testing.assert_allclose(found["head_norm"] ** 2, 512, rtol=1e-6)
+    assert norms.dtype == jnp.float32
+
+
+def test_no_second_copy_of_the_matrix():
+    """law: by the compiler's analysis, temporaries are row norms and far below V×D.
+
+    In float32, since the compiler for CPUs widens loops over bfloat16 as a whole.
+    """
+    shape = jax.ShapeDtypeStruct((65536, 16), jnp.float32)
+    measured = jax.jit(lambda w, s: classifier_measures(w, s, 256))
+    held = measured.lower(shape, shape).compile().memory_analysis().temp_size_in_bytes
+    assert held < 65536 * 16 * 4 / 4

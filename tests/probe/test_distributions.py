@@ -1,22 +1,23 @@
-"""Confidence, entropy changes and squeezing against softmaxes written out in float64."""
+"""Entropy, its changes and divergences, by derivatives and whole logits in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.probe.confidence import (
+from ntkrl.probe.distributions import (
     advantage_covariance,
     confidence_measures,
+    divergences,
     entropy_changes,
     entropy_changes_by_tile,
     fit_entropy_reward,
 )
-from ntkrl.probe.squeezing import Masses, akg_factors, squeezing, token_masses
-from ntkrl.softmax import OutputHead, logit_statistics, logits
+from ntkrl.softmax import OutputHead, SoftmaxOptions, logit_statistics, logits
 from tests.oracles import log_softmax
 
 N, V, D = 4, 7, 3
+ROWS = 5
 
 
 def entropy(z):
@@ -88,7 +89,7 @@ def test_entropy_change_by_tiles(x64, settings, temperature, chunks):
         "body": (head.weight, d_phi),
         "bias": (d_bias[:, None], jnp.ones((N, 1))),
     }
-    found = entropy_changes_by_tile(head, phi, given, temperature, *chunks)
+    found = entropy_changes_by_tile(head, phi, given, SoftmaxOptions(temperature, *chunks))
     for part in steps:
         assert float(jnp.abs(expected[part]).min()) > 1e-3
         np.testing.assert_allclose(found[part], expected[part], rtol=1e-10)
@@ -120,60 +121,64 @@ def test_fit_of_reward_on_entropy():
         fit_entropy_reward(h[:2], r[:2])
 
 
-def test_akg_is_the_first_order_change(x64):
-    """oracle: central differences of log π(o) along K 𝒢, with A = −2."""
-    rng = np.random.default_rng(5)
-    z_o, z_u, kernel = rng.normal(size=V), rng.normal(size=V), rng.normal(size=(V, V))
-    found = akg_factors(*map(jnp.asarray, (z_o, kernel, z_u)), jnp.array(2), -2.0)
-    asked = -2.0 * (np.eye(V)[2] - np.exp(log_softmax(z_u)))
-    np.testing.assert_allclose(found.residual, asked, rtol=1e-12)
-    dz = kernel @ asked
-    slope = (log_softmax(z_o + 1e-5 * dz) - log_softmax(z_o - 1e-5 * dz)) / 2e-5
-    np.testing.assert_allclose(found.change, slope, rtol=1e-7)
-    np.testing.assert_allclose(found.adjust @ dz, found.change, rtol=1e-12)
-
-
-@pytest.mark.parametrize("chunks", [(1024, None), (3, 4)])
-def test_masses(x64, chunks):
-    """oracle: sums of whole softmaxes; where y = y* the others are all but one token."""
-    rng = np.random.default_rng(6)
-    head, phi = (
-        OutputHead(jnp.asarray(rng.normal(size=(V, D)))),
-        jnp.asarray(rng.normal(size=(N, D))),
+def draws(capped):
+    """Two policies over one vocabulary, of different widths."""
+    rng = np.random.default_rng(3)
+    settings = {"scale": 0.7, "soft_cap": 2.0} if capped else {}
+    head = OutputHead(jnp.asarray(2 * rng.normal(size=(V, 3))), jnp.asarray(rng.normal(size=V)))
+    other = OutputHead(jnp.asarray(rng.normal(size=(V, 2))), **settings)
+    return (head, jnp.asarray(rng.normal(size=(ROWS, 3)))), (
+        other,
+        jnp.asarray(rng.normal(size=(ROWS, 2))),
     )
-    log_pi = log_softmax(np.asarray(logits(head, phi)) / 0.8)
-    best = log_pi.argmax(-1)
-    y = np.array([best[0], *((best[1:] + 2) % V)])
-    found = token_masses(head, phi, jnp.asarray(y), jnp.asarray(best), 0.8, *chunks)
-    for o in range(N):
-        rest = [np.exp(log_pi[o, v]) for v in range(V) if v not in (y[o], best[o])]
-        expected = (log_pi[o, y[o]], log_pi[o, best[o]], np.log(sum(rest)))
-        np.testing.assert_allclose([part[o] for part in found], expected, rtol=1e-12)
 
 
-def test_a_negative_gradient_squeezes(x64):
-    """law: gradient descent on an unlikely token's log π feeds the arg max alone."""
-    z = jnp.array([[3.0, 0.0, 0.0, -4.0]])
-    eye, y, best = OutputHead(jnp.eye(4)), jnp.array([3]), jnp.array([0])
-    step = -0.5 * (jnp.eye(4)[3] - jax.nn.softmax(z[0]))
-    # the head's own kernel on feature z = φ is the identity, and W moves by step φᵀ/‖φ‖²
-    before, after = (token_masses(eye, z + move, y, best) for move in (0.0, step[None]))
-    table = squeezing(before, after, jnp.array([-1.0]))
-    assert table["tokens"].tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
-    moved = [float(table[name][0, 0]) for name in ("sampled", "greedy", "others")]
-    assert moved[0] < -0.1 and moved[1] > 0 > moved[2]
+@pytest.mark.parametrize(
+    "capped,temperature,chunks", [(False, 1.0, (1024, None)), (True, 0.6, (2, 3))]
+)
+def test_divergences_of_whole_logits(x64, capped, temperature, chunks):
+    """oracle: sums over all V; tiles of 3 rows overlap, chunks of 2 positions leave one over."""
+    policy, other = draws(capped)
+    found = divergences(policy, other, SoftmaxOptions(temperature, *chunks))
+    log_pi, log_rho = (log_softmax(np.asarray(logits(*p)) / temperature) for p in (policy, other))
+    pi, rho = np.exp(log_pi), np.exp(log_rho)
+    np.testing.assert_allclose(found.kl, (pi * (log_pi - log_rho)).sum(-1), rtol=1e-12)
+    np.testing.assert_allclose(found.kl_reverse, (rho * (log_rho - log_pi)).sum(-1), rtol=1e-12)
+    np.testing.assert_allclose(found.total_variation, np.abs(pi - rho).sum(-1) / 2, rtol=1e-12)
 
 
-def test_squeezing_by_hand():
-    """by hand: A < 0 at π 0.05 and 0.6, A > 0 twice at 0.05, A = 0 left out."""
-    p = jnp.array([0.05, 0.6, 0.05, 0.05, 0.05])
-    before = Masses(jnp.log(p), jnp.zeros(5), jnp.zeros(5))
-    after = Masses(jnp.log(p) - 1.0, jnp.array([1.0, 2.0, 3.0, 5.0, 9.0]), -jnp.ones(5))
-    found = squeezing(before, after, jnp.array([-1.0, -2.0, 1.0, 0.5, 0.0]))
-    assert found["tokens"].tolist() == [[1, 0, 1, 0], [2, 0, 0, 0]]
-    np.testing.assert_allclose(found["greedy"], [[1, 0, 2, 0], [4, 0, 0, 0]])
-    np.testing.assert_allclose(found["sampled"], [[-1, 0, -1, 0], [-1, 0, 0, 0]], rtol=1e-6)
-    np.testing.assert_allclose(found["others"], [[-1, 0, -1, 0], [-1, 0, 0, 0]])
-    sure = Masses(*[jnp.zeros(1)] * 3)  # π = 1 is an edge, and belongs above it
-    found = squeezing(sure, sure, jnp.ones(1), (0.5, 1.0))
-    assert found["tokens"].tolist() == [[0, 0, 0], [0, 0, 1]]
+def test_divergences_by_hand():
+    """by hand: π = (½, ½, 0), ρ = (¼, ¾, 0): TV ¼, KL ½ log 2 + ½ log ⅔; −∞ adds nothing."""
+    features = jnp.ones((1, 1))
+    pi = OutputHead(jnp.zeros((3, 1)), jnp.log(jnp.array([0.5, 0.5, 0.0])))
+    rho = OutputHead(jnp.zeros((3, 1)), jnp.log(jnp.array([0.25, 0.75, 0.0])))
+    found = divergences((pi, features), (rho, features), SoftmaxOptions(chunk_vocabulary=2))
+    expected = [
+        0.5 * np.log(2) + 0.5 * np.log(2 / 3),
+        0.25 * np.log(1 / 2) + 0.75 * np.log(3 / 2),
+        0.25,
+    ]
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-5)
+
+
+def test_memory_is_a_tile():
+    """law: by the compiler's analysis, temporaries are tiles and not positions × vocabulary."""
+    shapes = [
+        (
+            OutputHead(jax.ShapeDtypeStruct((8192, 4), jnp.float32)),
+            jax.ShapeDtypeStruct((512, 4), float),
+        )
+        for _ in range(2)
+    ]
+    options = SoftmaxOptions(1.0, 16, 256)
+    lowered = jax.jit(lambda a, b: divergences(a, b, options)).lower(*shapes)
+    held = lowered.compile().memory_analysis().temp_size_in_bytes
+    tile, weights = 16 * 256 * 4, 2 * 8192 * 4 * 4
+    assert held < 8 * tile + weights < 512 * 8192 * 4 / 10
+
+
+def test_vocabularies_must_agree():
+    """law: what cannot be compared is refused before tracing."""
+    (head, features), _ = draws(False)
+    with pytest.raises(ValueError, match=r"\(V, O\) is \(7, 5\) and \(6, 5\)"):
+        divergences((head, features), (OutputHead(head.weight[:6]), features))

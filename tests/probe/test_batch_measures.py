@@ -1,9 +1,16 @@
-"""Signal of a batch against per-sample gradients written out."""
+"""Measures of a batch against per-sample gradients and pairs of tokens written out."""
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from ntkrl.probe.signal import entropy_share, gradient_noise, reward_signal
+from ntkrl.probe.batch_measures import entropy_share, gradient_noise, group_measures, reward_signal
+from ntkrl.probe.features import (
+    ches,
+    head_influence,
+    token_sums,
+)
+from ntkrl.softmax import OutputHead
 
 
 def test_reward_signal_by_hand():
@@ -49,3 +56,27 @@ def test_entropy_share_by_hand():
     np.testing.assert_allclose(entropy_share(entropy, amounts, mask, 0.4), 0.2, rtol=1e-6)
     np.testing.assert_allclose(entropy_share(entropy, amounts, mask, 0.01), 0.3, rtol=1e-6)
     np.testing.assert_allclose(entropy_share(entropy, amounts, mask, 1.0), 1.0, rtol=1e-6)
+
+
+def test_group_measures_by_pairs(x64):
+    """oracle: two prompts of three completions; the second has equal advantages and no pair."""
+    rng = np.random.default_rng(3)
+    phi, y = rng.normal(size=(6, 2, 4)), rng.integers(0, 5, (6, 2))
+    mask = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]], bool)
+    each = np.array([1.0, -2.0, 0.5, 3.0, 3.0, 3.0])
+    head = OutputHead(jnp.asarray(rng.normal(size=(5, 4))))
+    advantages = jnp.asarray(np.repeat(each[:, None], 2, 1))
+    pair = head, jnp.asarray(phi)
+    found = group_measures(pair, jnp.asarray(y), advantages, jnp.asarray(mask), 3)
+    plain, scaled = ches(phi[:1], mask[:1], phi[1:2], mask[1:2])
+    assert float(found["probe/ches"]) == pytest.approx(float(plain[0]))
+    assert float(found["probe/ches_normalised"]) == pytest.approx(float(scaled[0]))
+    rows, columns = np.nonzero(mask)
+    own = jnp.asarray(phi[rows, columns]), jnp.asarray(y[rows, columns])
+    influence, a = head_influence(head, own, own), jnp.asarray(each[rows])
+    sums = token_sums(influence, a, rows // 3, rows // 3)
+    for sign in ("positive", "negative"):
+        wanted = float(jnp.mean(sums[sign][a > 0]))
+        assert float(found[f"probe/head_sum_{sign}"]) == pytest.approx(wanted)
+    spill = token_sums(influence, jnp.sign(a), rows // 3, rows // 3)["positive"][a < 0]
+    assert float(found["probe/head_sum_wrong"]) == pytest.approx(float(jnp.mean(spill)))

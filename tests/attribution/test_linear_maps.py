@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ntkrl.attribution.held import applied
+from ntkrl.attribution.linear_maps import linearize_update
 from tests.update.test_optimizers import draw, gradient, program_of
 
 CASES = {
@@ -46,11 +46,11 @@ def test_parts_add_up_and_are_linear(x64, name):
 
     @jax.jit
     def parts(grads, state, params):
-        found = applied(optimizer, grads, state, params)
+        found = linearize_update(optimizer, grads, state, params)
         part = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 0), grads)
         rest = jax.tree.map(jnp.subtract, grads, part)
-        halves = found.push(part), found.push(rest)
-        return found.push(grads), found.momentum, found.decay, *halves
+        halves = found.from_gradient(part), found.from_gradient(rest)
+        return found.from_gradient(grads), found.momentum, found.decay, *halves
 
     push, momentum, decay, part, rest = parts(grads, state, params)
     whole = jax.tree.map(lambda *leaves: sum(leaves), push, momentum, decay)
@@ -70,7 +70,7 @@ def test_adam_by_formula(x64):
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b1, b2, epsilon, weight_decay=decay)
     )
     grads, state, _ = last_of_three(optimizer, params)
-    found = applied(optimizer, grads, state, params)
+    found = linearize_update(optimizer, grads, state, params)
     adam, factor = state[1][0], 1 / optax.tree.norm(grads)
     assert factor < 0.5
 
@@ -83,7 +83,7 @@ def test_adam_by_formula(x64):
         jax.tree.map(compare, part, grads, adam.mu, adam.nu, params)
 
     check(
-        found.push(grads),
+        found.from_gradient(grads),
         lambda g, mu, theta, below: -rate * (1 - b1) / (1 - b1**3) * factor * g / below,
     )
     check(found.momentum, lambda g, mu, theta, below: -rate * b1 / (1 - b1**3) * mu / below)
@@ -96,8 +96,8 @@ def test_settings_in_the_state_are_no_momentum(x64):
     params = {"w": jnp.array([1.0, 2.0])}
     state = optimizer.init(params)
     _, state = optimizer.update({"w": jnp.array([4.0, -8.0])}, state, params)
-    found = applied(optimizer, {"w": jnp.array([1.0, 1.0])}, state, params)
-    np.testing.assert_allclose(found.push({"w": jnp.array([2.0, 4.0])})["w"], [-1.0, -2.0])
+    found = linearize_update(optimizer, {"w": jnp.array([1.0, 1.0])}, state, params)
+    np.testing.assert_allclose(found.from_gradient({"w": jnp.array([2.0, 4.0])})["w"], [-1.0, -2.0])
     np.testing.assert_allclose(found.momentum["w"], [-1.5, 3.0])
     np.testing.assert_allclose(found.decay["w"], 0.0)
 
@@ -115,9 +115,9 @@ def test_scans_are_followed(x64):
     given = jnp.array([1.0, 2.0, 4.0])
     sums = lambda carry, x: (carry + x, carry + x)  # noqa: E731
     for reverse, wanted in ((False, [1.0, 3.0, 7.0]), (True, [7.0, 6.0, 4.0])):
-        found = applied(scanned(sums, reverse), given, (), given)
-        np.testing.assert_allclose(found.push(given), wanted)
+        found = linearize_update(scanned(sums, reverse), given, (), given)
+        np.testing.assert_allclose(found.from_gradient(given), wanted)
     products = lambda carry, x: (carry * x + x, carry * x + x)  # noqa: E731
-    found = applied(scanned(products, False), given, (), given)
+    found = linearize_update(scanned(products, False), given, (), given)
     # 1, then 1·2 is held and 2 is kept, then (2 + 2)·4 is held and 4 is kept
-    np.testing.assert_allclose(found.push(given), [1.0, 2.0, 4.0])
+    np.testing.assert_allclose(found.from_gradient(given), [1.0, 2.0, 4.0])
