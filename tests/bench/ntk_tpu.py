@@ -33,9 +33,9 @@ from ntkrl.plan.topology import Machine
 from tests.bench.measure import OUT_OF_MEMORY, table, write_json
 
 BODY = (("layerwise", 64), ("layerwise", 256), ("layerwise", 640), ("jvp_vjp", 4))
-TOLD = ("program", "algorithm", "chunk", "dtype")
+LABELS = ("program", "algorithm", "chunk", "dtype")
 MEASURED = ("peak GiB per chip", "argument GiB", "temp GiB", "matmul FLOPs", "share")
-COLUMNS = (*TOLD, *MEASURED, "received GiB", "roofline s", "compile s")
+COLUMNS = (*LABELS, *MEASURED, "received GiB", "roofline s", "compile s")
 
 
 def setting(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> kernel.Setting:
@@ -88,8 +88,8 @@ def rows(machine: Machine, layers: int, length: int) -> Iterator[dict[str, Any]]
         s = setting(mesh, layers, length, jnp.dtype(dtype))
         calls = [(("apply", "", ""), kernel.apply_call(s))]
         calls += [(("body", *algorithm), gram_call(s, *algorithm)) for algorithm in BODY]
-        for told, call in calls:
-            row = dict(zip(TOLD, (*told, dtype), strict=True))
+        for labels, call in calls:
+            row = dict(zip(LABELS, (*labels, dtype), strict=True))
             yield row | measure(call, precision, machine)
 
 
