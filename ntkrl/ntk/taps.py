@@ -98,7 +98,7 @@ class TapPlan:
         return [*entries, sorted(self.direct), len(self.segments())]
 
     def segments(self) -> list[list[int]]:
-        """Return the operations in segments, each scan over layers a segment of its own."""
+        """Return the operations in segments, each scan over layers in a separate segment."""
         segments: list[list[int]] = [[]]
         for index, operation in enumerate(self.traced.operations):
             if index in self.aliases and self.leaf_slots[operation.outputs[0]] not in self.direct:
