@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import jax
 from jax.sharding import Mesh
 
 from ntkrl import data, models, trees
-from ntkrl.models import files, hub, lora
-from ntkrl.settings import DTYPES, ModelSettings, RunSettings
+from ntkrl.numerics import DTYPES
+from ntkrl.settings import RunSettings
 from ntkrl.setup import is_code
 from ntkrl.types import Params, Policy, Scorer
 
 
-def describe_policy(settings: ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
+def describe_policy(settings: models.ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
     """Return the policy that a run starts from, and its params as placed shapes.
 
     The vocabulary has the stored rows, or model.vocab_size; rows that a template may add are not
@@ -35,20 +34,25 @@ def describe_policy(settings: ModelSettings, mesh: Mesh) -> tuple[Policy, Params
         entries = {**settings.new, "vocab_size": rows, "architectures": [settings.architecture]}
     else:
         entries = read_entries(settings.path)
-    policy, shapes = models.describe(
-        entries["architectures"][0],
-        entries,
-        DTYPES[settings.dtype],
-        None if settings.compute_dtype is None else DTYPES[settings.compute_dtype],
-        settings.remat,
-        mesh,
-        models.Lora(**settings.lora) if settings.lora["rank"] else None,
+    options = models.ModelOptions(
+        compute_dtype=None if settings.compute_dtype is None else DTYPES[settings.compute_dtype],
+        remat=settings.remat,
+        untie=settings.untie,
+        lora=models.Lora(**settings.lora) if settings.lora["rank"] else None,
     )
-    if settings.untie and policy.tied:
-        policy, shapes = _abstract(models.untied, policy, shapes)
+    dtype = DTYPES[settings.dtype]
+    policy, shapes = models.describe(entries["architectures"][0], entries, dtype, mesh, options)
     rows = settings.vocab_size
     if rows is not None and rows != policy.vocab_size:
-        policy, shapes = _abstract(lambda *model: models.resized(*model, rows), policy, shapes)
+        policies = []  # a Policy is not an array: eval_shape cannot return it
+
+        def resized(params: Params) -> Params:
+            other, params = models.resized(policy, params, rows)
+            policies.append(other)
+            return params
+
+        shapes = jax.eval_shape(resized, shapes)
+        (policy,) = policies
     return policy, placed(shapes, policy.sharding, mesh)
 
 
@@ -74,14 +78,14 @@ def read_entries(path: str) -> dict[str, Any]:
       ValueError: found in none of them; nothing is downloaded.
     """
     directory = Path(path)
-    if (directory / lora.CONFIG_FILE).is_file():
+    if (directory / models.ADAPTER_CONFIG).is_file():
         raise ValueError(f"{path} holds adapters; plan with their base model and model.lora.rank.")
     if directory.is_dir():
-        return files.read_config(directory)
-    if hub.NAME.fullmatch(path):
+        return models.read_config(directory)
+    if models.HUB_NAME.fullmatch(path):
         cached = huggingface_hub.try_to_load_from_cache(path, "config.json")
         if isinstance(cached, str):
-            return files.read_config(Path(cached).parent)
+            return models.read_config(Path(cached).parent)
     if path in CONFIGS:
         return CONFIGS[path]
     raise ValueError(
@@ -91,7 +95,7 @@ def read_entries(path: str) -> dict[str, Any]:
 
 
 def device_bytes(tree: Any) -> float:
-    """Return the bytes of a tree of placed shapes on one device; only arrays in its memory count."""
+    """Return the bytes of placed shapes in one device's memory."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -105,21 +109,6 @@ def placed(tree: Any, patterns: trees.Patterns, mesh: Mesh) -> Any:
     """Set the sharding of every shape of a tree."""
     shardings = trees.shardings(tree, patterns, mesh)
     return jax.tree.map(lambda leaf, spec: leaf.update(sharding=spec), tree, shardings)
-
-
-def _abstract(
-    transform: Callable[..., tuple[Policy, Params]], policy: Policy, shapes: Params
-) -> tuple[Policy, Params]:
-    """Apply a function of a policy and its params to shapes."""
-    policies = []
-
-    def params_of(params: Params) -> Params:
-        other, params = transform(policy, params)
-        policies.append(other)
-        return params
-
-    shapes = jax.eval_shape(params_of, shapes)
-    return policies[0], shapes
 
 
 # config.json entries of published models, so that planning needs no download; copied from the

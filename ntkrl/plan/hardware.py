@@ -13,7 +13,7 @@ import re
 
 import jax
 
-GIB = 2.0**30
+from ntkrl.numerics import GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Chip:
     link_rate: float | None = None
 
 
-# Source: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; links of v4 from Jouppi et al. 2304.01433
-# (six of 50 GB/s each way). Memory is the limit that the compiler enforces (libtpu 0.0.42), slightly
-# below the published 32, 16, 95 and 32 GB.
+# Source: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; links of v4 from Jouppi et al.
+# 2304.01433 (six of 50 GB/s each way). Memory is the limit that the compiler enforces (libtpu
+# 0.0.42), slightly below the published 32, 16, 95 and 32 GB.
 CHIPS = {
     "v4": Chip(275e12, 30.75, 1200e9, 300e9),
     "v5e": Chip(197e12, 15.75, 819e9, 200e9),

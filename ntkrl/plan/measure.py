@@ -9,10 +9,11 @@ from collections.abc import Mapping
 
 import jax
 
+from ntkrl.numerics import GIB
 from ntkrl.plan import hlo
 from ntkrl.plan.abstract_models import device_bytes
-from ntkrl.plan.hardware import GIB, Chip
-from ntkrl.training import Program
+from ntkrl.plan.hardware import Chip
+from ntkrl.training import AbstractRun, Program
 
 UNITS = {"": 2.0**-30, "K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 REFUSALS = (
@@ -27,10 +28,12 @@ OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|Ran out of memory"
 class ProgramCost:
     """Memory and cost of one run of a program on one device.
 
-    name, part, stages, runs, rows: see training.Program.
+    name, part, stages: see training.Program.
+    runs: in a rollout step.
+    rows: that a device reads at a time.
     argument_gib: its arguments.
     resident_gib: trees of the run on the device beside them, copies_gib of which are copies for
-      probes (see training.Program.copies).
+      probes (see training.Program.extra).
     compile_seconds: duration of the compilation.
     peak_gib: peak memory, resident trees included; None if it was not compiled.
     scratch_gib: the program's peak beyond its arguments.
@@ -71,26 +74,29 @@ class ProgramCost:
         return chip.memory_gib is None or self.peak_gib <= chip.memory_gib
 
 
-def measure(program: Program, chip: Chip) -> tuple[ProgramCost, jax.stages.Compiled | None]:
+def measure(
+    run: AbstractRun, program: Program, chip: Chip
+) -> tuple[ProgramCost, jax.stages.Compiled | None]:
     """Compile a program and return its cost.
 
     Args:
-      program: from `training.programs`.
+      run: the run of the program.
+      program: to compile.
       chip: the device it is compiled for.
 
     Returns:
       The cost and the compiled program; None if the compiler refused it, for instance for want of
       memory: the cost then reports why, and the memory needed where the compiler states it.
     """
-    copies = device_bytes(program.copies) / GIB
+    copies = device_bytes(program.extra) / GIB
     cost = ProgramCost(
         name=program.name,
         part=program.part,
         stages=program.stages,
-        runs=program.runs,
-        rows=program.rows,
+        runs=program.runs_per_step,
+        rows=program.rows_per_device,
         argument_gib=device_bytes(program.arguments) / GIB,
-        resident_gib=max(map(device_bytes, program.resident)) / GIB + copies,
+        resident_gib=_resident_bytes(run, program) / GIB + copies,
         copies_gib=copies,
     )
     start = time.perf_counter()
@@ -100,7 +106,7 @@ def measure(program: Program, chip: Chip) -> tuple[ProgramCost, jax.stages.Compi
         cost = dataclasses.replace(cost, compile_seconds=time.perf_counter() - start)
         return _refused(cost, str(error)), None
     seconds = time.perf_counter() - start
-    counts, memory = hlo.count(compiled.as_text(), program.trips), compiled.memory_analysis()
+    counts, memory = hlo.count(compiled.as_text(), program.loop_trips), compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / GIB
     return dataclasses.replace(
@@ -115,6 +121,19 @@ def measure(program: Program, chip: Chip) -> tuple[ProgramCost, jax.stages.Compi
         collectives={kind: (x.count, x.size) for kind, x in counts.collectives.items()},
         seconds=roofline(counts, chip),
     ), compiled
+
+
+def _resident_bytes(run: AbstractRun, program: Program) -> float:
+    """Return the most bytes of resident trees that are not arguments, over the program's stages."""
+    stages = [stage for stage in run.stages if stage.stage.name in program.stages]
+    return max(
+        sum(
+            device_bytes(tree)
+            for name, tree in run.resident(stage).items()
+            if name not in program.resident
+        )
+        for stage in (stages if stages else run.stages)
+    )
 
 
 def roofline(cost: hlo.HloCost, chip: Chip) -> dict[str, float]:

@@ -1,14 +1,11 @@
-"""Text of `ntkrl plan`: a line per program and stage, candidates of a search, and a checked-in
-Markdown table of models and machines.
-"""
+"""Text of `ntkrl plan`: programs and stages, candidates of a search, and the Markdown table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from ntkrl.plan.advice import FITS
-from ntkrl.plan.candidate import TIMED, Candidate
+from ntkrl.plan.candidate import FITS, TIMED, Candidate
 from ntkrl.plan.hardware import Machine
 from ntkrl.plan.measure import ProgramCost
 

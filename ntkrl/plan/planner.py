@@ -54,9 +54,7 @@ def read_options(options: Mapping[str, str]) -> PlanSettings:
     limit = options.get("limit", str(SEARCH_LIMIT))
     if not limit.isdigit():
         raise ValueError(f"--limit={limit} must be a whole number.")
-    return PlanSettings(
-        options["topology"], "search" in options, int(limit), options.get("json")
-    )
+    return PlanSettings(options["topology"], "search" in options, int(limit), options.get("json"))
 
 
 def plan(settings: RunSettings, options: PlanSettings) -> list[Candidate]:
@@ -119,6 +117,4 @@ def write_table(path: str, settings: RunSettings, command: str) -> None:
             candidate = compile_candidate(dataclasses.replace(first, model=model), machine)
             rows.append(output.table_row(path_or_name, machine, candidate))
             jax.clear_caches()
-            Path(path).write_text(
-                output.format_table(rows, command, len(pairs)), encoding="utf-8"
-            )
+            Path(path).write_text(output.format_table(rows, command, len(pairs)), encoding="utf-8")
