@@ -1,9 +1,9 @@
-"""Classifier-first RL: policy gradient on the head alone, then on everything.
+"""Classifier-first RL: policy gradient on the head alone, then on all parameters.
 
 Command: as configs/rl.py, with --config=configs/cfrl.py.
-The length and rate of the first stage are our choice: the paper's are not known here. With
-plateau_window=10 in the first row it ends where the reward stops rising, with
-optimizer_state="keep" in the second the head goes on with its moments.
+Length and learning rate of the first stage are our choice: we do not know the paper's. With
+plateau_window=10 in the first stage it ends when the reward stops rising; with
+optimizer_state="keep" in the second the head keeps its moments.
 """
 
 from configs import base, rl

@@ -1,10 +1,10 @@
-"""Train a reward model on preferences.
+"""Training of a reward model on preferences.
 
 Command:
     ntkrl train --config=configs/reward.py --config.model.path=DIR --config.data.path=pairs.jsonl
-Every row holds "prompt", "chosen" and "rejected", in TRL's standard or conversational form. DIR is
-a language model, which gets a new head, or a sequence classifier with one label. The rate is that
-of princeton-pli/what-makes-good-rm.
+Rows have "prompt", "chosen" and "rejected", in TRL's standard or conversational format. DIR is a
+language model, which gets a new head, or a sequence classifier with one label. The learning rate is
+that of princeton-pli/what-makes-good-rm.
 """
 
 from configs import base

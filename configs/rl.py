@@ -1,9 +1,9 @@
-r"""Plain RL of your own model on your own prompts: RLOO, everything trained.
+r"""RL of your model on your prompts: RLOO on all parameters.
 
 Command:
     ntkrl train --config=configs/rl.py --config.model.path=DIR \
         --config.data.path=prompts.jsonl --config.reward.function=my_rewards.py:score
-Hardware: one GPU, several, or a CPU for small models; the mesh takes all devices.
+Hardware: one or several GPUs, or a CPU for small models; the mesh uses all devices.
 """
 
 from configs import base

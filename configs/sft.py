@@ -1,8 +1,8 @@
-"""Supervised training of your own model on prompts with completions.
+"""Supervised training of your model on prompts with completions.
 
 Command:
     ntkrl train --config=configs/sft.py --config.model.path=DIR --config.data.path=pairs.jsonl
-Every row holds "prompt" and "completion", in TRL's standard or conversational form.
+Rows have "prompt" and "completion", in TRL's standard or conversational format.
 """
 
 from ml_collections.config_dict import placeholder

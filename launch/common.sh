@@ -1,89 +1,89 @@
-# Sourced by the scripts beside it: settings, --dry-run and --help, mistakes told together, running
-# again, a virtual environment with this package in it.
+# Sourced by the other scripts: settings, --dry-run and --help, error reporting, restarts, and the
+# virtual environment with this package.
 # shellcheck shell=bash
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=launch/env.sh
 source launch/env.sh
 
-dry_run=""  # 1: commands are printed, none is run
-told=""     # 1: this script was told to end, so nothing is started again
-words=()    # the command line without --dry-run
+dry_run=""   # 1: print commands instead of running them
+stopping=""  # 1: this script received a signal to end and starts nothing more
+arguments=() # the command line without --dry-run
 mistakes=()
 
 # Print the comment at the top of the script.
 usage() { sed -n '1d; /^#/!q; s/^# \{0,1\}//p' "$0"; }
 
-# Take --dry-run and --help out of the command line, leave the rest in `words`.
-read_words() {
-    local word
-    for word in "$@"; do
-        case "$word" in
+# Parse --dry-run and --help; the other arguments go to `arguments`.
+read_arguments() {
+    local argument
+    for argument in "$@"; do
+        case "$argument" in
             --dry-run) dry_run=1 ;;
             -h | --help) usage && exit 0 ;;
-            *) words+=("$word") ;;
+            *) arguments+=("$argument") ;;
         esac
     done
 }
 
-# Move the first of the words into `verb`.
+# Move the first argument to `action`.
 # shellcheck disable=SC2034
-take_verb() {
-    verb="${words[0]-}"
-    words=(${words[@]+"${words[@]:1}"})
+take_action() {
+    action="${arguments[0]-}"
+    arguments=(${arguments[@]+"${arguments[@]:1}"})
 }
 
-say() { echo "$(basename "$0"): $*" >&2; }
+log() { echo "$(basename "$0"): $*" >&2; }
 
-# Note as a mistake every setting of the list that is empty, with its comment in env.sh.
-need() {
+# Add to `mistakes` every listed setting that is empty, with its comment in env.sh.
+require() {
     local name
     for name in "$@"; do
         [ -n "${!name}" ] || mistakes+=("$name is not set ($(sed -n "s/^$name=[^#]*# //p" launch/env.sh))")
     done
 }
 
-# Note as a mistake every setting of the list that is no whole number.
-need_number() {
+# Add to `mistakes` every listed setting that is not a whole number.
+require_number() {
     local name
     for name in "$@"; do
-        [[ "${!name}" =~ ^[0-9]+$ ]] || mistakes+=("$name=${!name} is no whole number")
+        [[ "${!name}" =~ ^[0-9]+$ ]] || mistakes+=("$name=${!name} is not a whole number")
     done
 }
 
-# Note as a mistake every program of the list that is not installed.
-need_program() {
+# Add to `mistakes` every listed program that is not installed.
+require_program() {
     local name
     for name in "$@"; do
         [ -n "$dry_run" ] || command -v "$name" >/dev/null || mistakes+=("$name is not installed")
     done
 }
 
-# Put --config=CONFIG before words that name none; note it as a mistake where there is no CONFIG.
-need_config() {
-    [[ " ${words[*]-} " == *" --config="* ]] && return
+# Prepend --config=CONFIG if the arguments have no --config; without CONFIG that is a mistake.
+require_config() {
+    [[ " ${arguments[*]-} " == *" --config="* ]] && return
     if [ -n "$CONFIG" ]; then
-        words=("--config=$CONFIG" ${words[@]+"${words[@]}"})
+        arguments=("--config=$CONFIG" ${arguments[@]+"${arguments[@]}"})
     else
-        mistakes+=("there is no --config=FILE among the words, and CONFIG is not set")
+        mistakes+=("no --config=FILE in the arguments, and CONFIG is not set")
     fi
 }
 
-# End with status 2 and one sentence if there are mistakes.
-check() {
+# Exit with status 2 and one message if there are mistakes.
+check_mistakes() {
     [ ${#mistakes[@]} -gt 0 ] || return 0
     local all
     all="$(printf '; %s' "${mistakes[@]}")"
-    say "${all:2}. Settings are in launch/env.sh or the environment; --help says more."
+    log "${all:2}. Settings are in launch/env.sh or the environment; see also --help."
     exit 2
 }
 
-# Print words such that a shell reads the same words.
+# Print arguments quoted for a shell.
 quoted() {
-    local word line=""
-    for word in "$@"; do
-        [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
-        line+=" $word"
+    local argument line=""
+    for argument in "$@"; do
+        [[ "$argument" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || argument="'${argument//\'/\'\\\'\'}'"
+        line+=" $argument"
     done
     printf '%s\n' "${line:1}"
 }
@@ -93,11 +93,11 @@ run() {
     if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }
 
-# Sleep; where this script's group is told something it ends early.
-nap() { { sleep "$1" || true; } 2>/dev/null; }
+# Sleep; a signal to the process group ends it early.
+brief_sleep() { { sleep "$1" || true; } 2>/dev/null; }
 
-# Run a command, or print it; what tells this script to end is passed on to the command.
-pass_on() {
+# Run a command, or print it; signals to end this script are forwarded to the command as SIGTERM.
+forward_signals() {
     local pid
     if [ -n "$dry_run" ]; then
         quoted "$@"
@@ -106,16 +106,16 @@ pass_on() {
     "$@" &
     pid="$!"
     # shellcheck disable=SC2064
-    trap "told=1; kill -TERM $pid 2>/dev/null || true" TERM INT HUP
-    while kill -0 "$pid" 2>/dev/null; do nap 0.1; done
+    trap "stopping=1; kill -TERM $pid 2>/dev/null || true" TERM INT HUP
+    while kill -0 "$pid" 2>/dev/null; do brief_sleep 0.1; done
     wait "$pid"
 }
 
-# Whether a run that ended so can go on: saved and left (75), lost another process (70), killed by a
-# signal or cut off (128 and more), but not interrupted from the keyboard (130).
-can_go_on() { [ "$1" = 70 ] || [ "$1" = 75 ] || { [ "$1" -ge 128 ] && [ "$1" != 130 ]; }; }
+# Return whether a run with this exit status can resume: preempted and saved (75), another process
+# lost (70), killed by a signal or disconnected (128 and more), but not interrupted by Ctrl-C (130).
+resumable() { [ "$1" = 70 ] || [ "$1" = 75 ] || { [ "$1" -ge 128 ] && [ "$1" != 130 ]; }; }
 
-# Print the worse of two statuses: the cause before what followed from it.
+# Print the worse of two exit statuses: causes rank above their consequences.
 worse() {
     local rank_1 rank_2
     rank_1="$(rank "$1")" rank_2="$(rank "$2")"
@@ -125,47 +125,49 @@ worse() {
 rank() {
     case "$1" in
         0) echo 0 ;;
-        143) echo 1 ;; # ended by SIGTERM, as it was told
+        143) echo 1 ;; # ended by a SIGTERM that was sent to it
         75) echo 2 ;;
         70) echo 3 ;;
         *) echo 4 ;;
     esac
 }
 
-# Run a command, and again while it can go on, up to RESTARTS times.
+# Run a command; restart it up to RESTARTS times while it can resume.
 retry() {
     local status until tries=0 pause="$WAIT_SECONDS"
     while true; do
         status=0
         "$@" || status=$?
-        if [ -n "$told" ] || [ "$tries" -ge "$RESTARTS" ] || ! can_go_on "$status"; then
+        if [ -n "$stopping" ] || [ "$tries" -ge "$RESTARTS" ] || ! resumable "$status"; then
             return "$status"
         fi
         tries=$((tries + 1))
-        say "status $status: starting again in $pause s ($tries of $RESTARTS)"
+        log "status $status: starting again in $pause s ($tries of $RESTARTS)"
         until=$((SECONDS + pause))
-        while [ -z "$told" ] && [ "$SECONDS" -lt "$until" ]; do nap 0.2; done
-        [ -z "$told" ] || return "$status"
+        while [ -z "$stopping" ] && [ "$SECONDS" -lt "$until" ]; do brief_sleep 0.2; done
+        [ -z "$stopping" ] || return "$status"
         pause=$((pause * 2 < 600 ? pause * 2 : 600))
     done
 }
 
-# Put the program into `ntkrl`: NTKRL, or this checkout in .venv.
+# Set `ntkrl`, the program, to NTKRL or this checkout in .venv, and `python` to its Python.
 # shellcheck disable=SC2034
 choose_program() {
     if [ -n "$NTKRL" ]; then
         read -r -a ntkrl <<<"$NTKRL"
+        python="${PYTHON:-python3}"
     else
         [ -n "$dry_run" ] || prepare "$EXTRA"
         ntkrl=(.venv/bin/python -m ntkrl)
+        python=.venv/bin/python
     fi
 }
 
-# Create or reuse .venv and install the package with the given extra, when setup.py has changed.
+# Create or reuse .venv; install the package with an extra if setup.py has changed.
 prepare() {
     local extra="$1" python="${PYTHON:-python3}" stamp
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "Python 3.11 or newer is needed, found $("$python" --version 2>&1)." >&2
+        echo "Python 3.11 or newer is required, this is $("$python" --version 2>&1)." >&2
         echo "Set PYTHON to a newer one, for example PYTHON=python3.12 bash $0" >&2
         exit 2
     fi

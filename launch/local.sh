@@ -1,20 +1,19 @@
 #!/usr/bin/env bash
-# Train on this machine, on its GPUs or its processor.
+# Train on this machine, on its GPUs or its CPU.
 #
 # usage: bash launch/local.sh [--dry-run] --config=FILE [--config.section.field=value ...]
 #
-# The words are those of `ntkrl train`. PROCESSES=2 starts two processes that train one run together
-# and meet on this machine; each has a GPU of its own, where there are GPUs, and its number before
-# its lines. When one ends with an error the others are told to end; SIGTERM, Ctrl-C and the loss of
-# the terminal are passed on as SIGTERM, so that the run saves. The status is the worst of all.
-# RESTARTS=5 starts a run again that can go on (statuses 70 and 75, or killed). Settings:
-# launch/env.sh.
+# Arguments are those of `ntkrl train`. PROCESSES=2 trains one run in two processes; each uses one GPU,
+# if there are GPUs, and its output lines are prefixed with its number. If one fails, the others are
+# told to end; SIGTERM, Ctrl-C and a lost terminal are forwarded as SIGTERM, so that the run saves.
+# The exit status is the worst of all. RESTARTS=5 restarts a run that can resume (status 70, 75, or
+# killed). Settings: launch/env.sh.
 set -euo pipefail
 : "${RESTARTS:=0}"
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
-# Print the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, one a line.
+# Print the visible GPUs, as in CUDA_VISIBLE_DEVICES, one per line.
 gpus() {
     if [ "${JAX_PLATFORMS:-}" = cpu ]; then
         return
@@ -25,36 +24,36 @@ gpus() {
     fi
 }
 
-# Put the command of one process into `command`.
+# Set `command` to the command of one process.
 compose() {
     local number="$1" port="$2"
-    command=("${ntkrl[@]}" train "${words[@]}")
+    command=("${ntkrl[@]}" train "${arguments[@]}")
     [ "$PROCESSES" -gt 1 ] || return 0
-    local place=("JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$PROCESSES")
-    place+=("JAX_PROCESS_ID=$number")
+    local coordinator=("JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$PROCESSES")
+    coordinator+=("JAX_PROCESS_ID=$number")
     if [ ${#devices[@]} -gt 0 ]; then
-        place+=("CUDA_VISIBLE_DEVICES=${devices[$number]}")
+        coordinator+=("CUDA_VISIBLE_DEVICES=${devices[$number]}")
     else
-        place+=(JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo)
+        coordinator+=(JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo)
     fi
-    command=(env "${place[@]}" "${command[@]}")
+    command=(env "${coordinator[@]}" "${command[@]}")
 }
 
-# Send a signal to all processes that still run.
+# Send a signal to all running processes.
 send() {
     local pid
     for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done
 }
 
-# Start the processes, wait for all, return the worst status.
-together() {
-    local number port="$PORT" status worst=0 left told_at="" pipes
+# Start the processes, wait for all, return the worst exit status.
+run_processes() {
+    local number port="$PORT" status worst=0 left stopped_at="" pipes
     [ -n "$port" ] || port="$("${PYTHON:-python3}" -c \
         'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     pids=() printers=()
     pipes="$(mktemp -d)"
-    # in process groups of their own: a signal to this script's whole group reaches them once, by
-    # `send`, as a second SIGTERM would end a run before it has saved
+    # separate process groups: a signal to this script's group reaches them only once, by `send`,
+    # since a second SIGTERM would end a run before it has saved
     set -m
     for ((number = 0; number < PROCESSES; number++)); do
         compose "$number" "$port"
@@ -82,24 +81,24 @@ together() {
         done
         pids=(${left[@]+"${left[@]}"})
         [ ${#pids[@]} -gt 0 ] || break
-        if [ -z "$told_at" ] && { [ -n "$told" ] || [ "$worst" != 0 ]; }; then
-            [ -n "$told" ] || say "a process ended with status $worst; the others are told to end"
-            told_at="$SECONDS"
+        if [ -z "$stopped_at" ] && { [ -n "$stopping" ] || [ "$worst" != 0 ]; }; then
+            [ -n "$stopping" ] || log "a process ended with status $worst; the others are told to end"
+            stopped_at="$SECONDS"
             send TERM
-        elif [ -n "$told_at" ] && [ $((SECONDS - told_at)) -ge "$GRACE_SECONDS" ]; then
-            say "still running $GRACE_SECONDS s after being told to end: killed"
+        elif [ -n "$stopped_at" ] && [ $((SECONDS - stopped_at)) -ge "$GRACE_SECONDS" ]; then
+            log "still running $GRACE_SECONDS s after being told to end: killed"
             send KILL
         fi
-        nap 0.1
+        brief_sleep 0.1
     done
     [ ${#printers[@]} -eq 0 ] || wait "${printers[@]}" || true
     rm -r "$pipes"
     return "$worst"
 }
 
-read_words "$@"
-need_config
-need_number PROCESSES RESTARTS WAIT_SECONDS GRACE_SECONDS
+read_arguments "$@"
+require_config
+require_number PROCESSES RESTARTS WAIT_SECONDS GRACE_SECONDS
 devices=()
 while read -r device; do devices+=("$device"); done < <(gpus)
 if [ ${#devices[@]} -gt 0 ] && [[ "$PROCESSES" =~ ^[0-9]+$ ]] &&
@@ -107,7 +106,7 @@ if [ ${#devices[@]} -gt 0 ] && [[ "$PROCESSES" =~ ^[0-9]+$ ]] &&
     mistakes+=("PROCESSES=$PROCESSES is more than the ${#devices[@]} GPUs here")
 fi
 [ "$PROCESSES" != 0 ] || mistakes+=("PROCESSES=0 is less than one")
-check
+check_mistakes
 choose_program
 if [ -n "$dry_run" ]; then
     for ((number = 0; number < PROCESSES; number++)); do
@@ -116,5 +115,5 @@ if [ -n "$dry_run" ]; then
     done
     exit 0
 fi
-trap 'told=1' TERM INT HUP
-retry together
+trap 'stopping=1' TERM INT HUP
+retry run_processes

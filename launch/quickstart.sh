@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Make a small base model, train RL and classifier-first RL from it, and write the report.
-# Run it again to go on where it stopped; finished parts are not repeated. --dry-run prints what it
-# would run; SEEDS="0 1 2" trains more seeds.
+# Train a small base model, then RL and classifier-first RL from it, and write the report.
+# Run it again to resume; finished parts are skipped. --dry-run prints the commands; SEEDS="0 1 2"
+# trains more seeds.
 set -euo pipefail
 : "${SEEDS:=0 1}"
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
-read_words "$@"
+read_arguments "$@"
 [ -n "$dry_run" ] || prepare ""
 
 runs=runs/quickstart
-# compiled programs are kept, so that the four runs compile once
+# compilation cache shared by the runs
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/$runs/compiled}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up and run the test suite; arguments go to pytest (for example -m slow).
+# Install and run the test suite; arguments go to pytest (for example -m slow).
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"

@@ -1,42 +1,42 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU slice of TPU VMs, asked for as a queued resource.
+# Train on a Cloud TPU slice of TPU VMs, requested as a queued resource.
 #
 # usage: bash launch/tpu_vm.sh COMMAND [--dry-run] [--config=FILE --config.section.field=value ...]
 #
-#   create    ask for the slice and wait until it is there
+#   create    request the slice and wait until it is active
 #   install   copy this checkout to every worker and install it there
-#   run       train on every worker: the words are those of `ntkrl train`
-#   loop      all three; where the slice is taken away or the run leaves with 75 or 70, delete it and
-#             begin again, up to RESTARTS times; at the run's end give the slice back
-#   state     of the request: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED, ...
-#   logs      the last lines that every worker printed
-#   delete    give the slice back
+#   run       train on every worker; arguments are those of `ntkrl train`
+#   loop      all three; if the slice is preempted or the run exits with 75 or 70, delete the slice
+#             and start over, up to RESTARTS times; release the slice when the run ends
+#   state     print the state of the request: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED, ...
+#   logs      print the last output lines of every worker
+#   delete    release the slice
 #
-# The run is in /bucket/RUN_NAME, which all workers share. Settings: launch/env.sh.
+# The run directory is /bucket/RUN_NAME, shared by all workers. Settings: launch/env.sh.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
-place=("--project=$PROJECT" "--zone=$ZONE")
+location=("--project=$PROJECT" "--zone=$ZONE")
 
 create() {
     run gcloud compute tpus queued-resources create "$RUN_NAME" "--node-id=$RUN_NAME" \
         "--accelerator-type=$ACCELERATOR" "--runtime-version=$RUNTIME" ${SPOT:+--spot} \
-        "${place[@]}" && await
+        "${location[@]}" && await
 }
 
-# Print the state of the request; nothing where there is no request.
+# Print the state of the request; nothing if there is no request.
 state() {
-    run gcloud compute tpus queued-resources describe "$RUN_NAME" "${place[@]}" \
+    run gcloud compute tpus queued-resources describe "$RUN_NAME" "${location[@]}" \
         "--format=value(state.state)"
 }
 
-# Wait until the slice is there; 75 where this request will not be filled any more.
+# Wait until the slice is active; return 75 if this request has failed.
 await() {
     local now before=""
     while [ -z "$dry_run" ]; do
         now="$(state)" || return 75
-        [ "$now" = "$before" ] || say "$RUN_NAME is $now"
+        [ "$now" = "$before" ] || log "$RUN_NAME is $now"
         before="$now"
         case "$now" in
             ACTIVE) return 0 ;;
@@ -47,23 +47,23 @@ await() {
     state
 }
 
-# Run a command on every worker; return the worst status that a worker told, 255 where the
-# connection was lost. What gcloud returns for several workers does not say which status they had.
+# Run a command on every worker; return the worst status that a worker reported, 255 if a connection
+# was lost. The exit status of gcloud does not give those of several workers.
 on_workers() {
-    local heard status worst=0 lost=0
-    local ssh=(gcloud compute tpus tpu-vm ssh "$RUN_NAME" "${place[@]}" --worker=all)
+    local output status worst=0 lost=0
+    local ssh=(gcloud compute tpus tpu-vm ssh "$RUN_NAME" "${location[@]}" --worker=all)
     ssh+=("--ssh-flag=-o ServerAliveInterval=30")
     ssh+=("--command=$1; echo \"a worker ended with status \$?\"")
     if [ -n "$dry_run" ]; then
         run "${ssh[@]}"
         return
     fi
-    heard="$(mktemp)"
-    "${ssh[@]}" 2>&1 | tee "$heard" || lost=255
+    output="$(mktemp)"
+    "${ssh[@]}" 2>&1 | tee "$output" || lost=255
     while read -r status; do
         worst="$(worse "$worst" "$status")"
-    done < <(sed -n 's/.*a worker ended with status \([0-9][0-9]*\).*/\1/p' "$heard")
-    rm "$heard"
+    done < <(sed -n 's/.*a worker ended with status \([0-9][0-9]*\).*/\1/p' "$output")
+    rm "$output"
     [ "$worst" != 0 ] || worst="$lost"
     return "$worst"
 }
@@ -71,18 +71,18 @@ on_workers() {
 install() {
     local archive="${TMPDIR:-/tmp}/ntkrl.tar.gz"
     run tar --exclude=./.git --exclude=./.venv --exclude=./runs -czf "$archive" . &&
-        run gcloud compute tpus tpu-vm scp "$archive" "$RUN_NAME:" "${place[@]}" --worker=all &&
+        run gcloud compute tpus tpu-vm scp "$archive" "$RUN_NAME:" "${location[@]}" --worker=all &&
         on_workers "mkdir -p ntkrl && tar -xzf ntkrl.tar.gz -C ntkrl &&
 $(quoted bash ntkrl/launch/worker.sh install "$BUCKET")"
 }
 
-train() { on_workers "$(quoted bash ntkrl/launch/worker.sh train "$RUN_NAME" "${words[@]}")"; }
+train() { on_workers "$(quoted bash ntkrl/launch/worker.sh train "$RUN_NAME" "${arguments[@]}")"; }
 
 delete() {
-    run gcloud compute tpus queued-resources delete "$RUN_NAME" "${place[@]}" --force --quiet
+    run gcloud compute tpus queued-resources delete "$RUN_NAME" "${location[@]}" --force --quiet
 }
 
-# Take the slice that is there, or ask for one.
+# Use the active slice, or request one.
 ensure() {
     local now=""
     if [ -n "$dry_run" ]; then state; else now="$(state 2>/dev/null)" || now=""; fi
@@ -94,34 +94,34 @@ ensure() {
     esac
 }
 
-# One turn of the loop: a slice on which a run can not go on any more is given back.
+# One iteration of the loop; it releases the slice when the run is finished or must be restarted.
 attempt() {
     local status=0
     ensure && install && train || status=$?
-    if [ "$status" = 0 ] || can_go_on "$status"; then delete || true; fi
+    if [ "$status" = 0 ] || resumable "$status"; then delete || true; fi
     return "$status"
 }
 
-read_words "$@"
-take_verb
-case "$verb" in
-    create) need ACCELERATOR RUNTIME && need_number POLL_SECONDS ;;
-    install) need BUCKET ;;
-    run) need_config ;;
+read_arguments "$@"
+take_action
+case "$action" in
+    create) require ACCELERATOR RUNTIME && require_number POLL_SECONDS ;;
+    install) require BUCKET ;;
+    run) require_config ;;
     loop)
-        need BUCKET ACCELERATOR RUNTIME
-        need_number RESTARTS WAIT_SECONDS POLL_SECONDS
-        need_config
+        require BUCKET ACCELERATOR RUNTIME
+        require_number RESTARTS WAIT_SECONDS POLL_SECONDS
+        require_config
         ;;
     state | logs | delete) ;;
-    *) mistakes+=("the first word is create, install, run, loop, state, logs or delete") ;;
+    *) mistakes+=("the first argument must be create, install, run, loop, state, logs or delete") ;;
 esac
-need PROJECT ZONE RUN_NAME
-need_program gcloud
-check
-case "$verb" in
+require PROJECT ZONE RUN_NAME
+require_program gcloud
+check_mistakes
+case "$action" in
     run) train ;;
     loop) retry attempt ;;
     logs) on_workers "tail -n 50 ntkrl.log" ;;
-    *) "$verb" ;;
+    *) "$action" ;;
 esac

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Run on every worker of a TPU VM slice; tpu_vm.sh calls it there.
+# Run on every worker of a TPU VM slice; called by tpu_vm.sh.
 #
 # usage: bash launch/worker.sh install BUCKET [--dry-run]
 #        bash launch/worker.sh train RUN_NAME [--dry-run] --config=FILE ...
 #
-# install mounts the bucket as /bucket and installs this checkout into .venv, with a Python of its
-# own, as that of TPU VMs may be too old. train starts this worker's process of the run; what it
-# prints is kept in ~/ntkrl.log.
+# install mounts the bucket as /bucket and installs this checkout into .venv with its own Python,
+# since that of TPU VMs may be too old. train starts this worker's process of the run and copies its
+# output to ~/ntkrl.log.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
@@ -25,7 +25,7 @@ install() {
     if ! mountpoint -q /bucket; then
         run sudo mkdir -p /bucket
         run sudo chown "$(id -u)" /bucket
-        # what another worker wrote is seen at once
+        # no metadata cache: files of other workers are visible at once
         run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 "$1" /bucket
     fi
     run python3 -m pip install --quiet --user uv
@@ -33,7 +33,7 @@ install() {
     run python3 -m uv pip install --quiet --python .venv/bin/python --editable ".[tpu]"
 }
 
-# Print a fact about this worker.
+# Print a metadata attribute of this worker.
 metadata() {
     curl -fsS -H "Metadata-Flavor: Google" \
         "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
@@ -46,29 +46,29 @@ train() {
         number="$(metadata agent-worker-number)"
     fi
     IFS=, read -r -a all <<<"$endpoints"
-    # a process that an earlier, lost connection left here holds the TPU: 75, give the slice back
+    # status 75 releases the slice if a process of an earlier, lost connection still uses the TPU
     run flock --nonblock --conflict-exit-code=75 ~/ntkrl.lock \
         env "JAX_COORDINATOR_ADDRESS=${all[0]##*:}:8476" "JAX_NUM_PROCESSES=${#all[@]}" \
         "JAX_PROCESS_ID=$number" .venv/bin/python -m ntkrl train "$@"
 }
 
-read_words "$@"
-take_verb
-name="${words[0]-}"
-words=(${words[@]+"${words[@]:1}"})
-case "$verb" in
-    install) [ -n "$name" ] || mistakes+=("install needs the name of a bucket") ;;
+read_arguments "$@"
+take_action
+name="${arguments[0]-}"
+arguments=(${arguments[@]+"${arguments[@]:1}"})
+case "$action" in
+    install) [ -n "$name" ] || mistakes+=("install requires the name of a bucket") ;;
     train)
-        [ -n "$name" ] || mistakes+=("train needs the name of the run")
-        need_config
+        [ -n "$name" ] || mistakes+=("train requires the name of the run")
+        require_config
         ;;
-    *) mistakes+=("the first word is install or train") ;;
+    *) mistakes+=("the first argument must be install or train") ;;
 esac
-check
-if [ "$verb" = install ]; then
+check_mistakes
+if [ "$action" = install ]; then
     install "$name"
 elif [ -n "$dry_run" ]; then
-    train "--config.run_dir=/bucket/$name" "${words[@]}"
+    train "--config.run_dir=/bucket/$name" "${arguments[@]}"
 else
-    train "--config.run_dir=/bucket/$name" "${words[@]}" 2>&1 | tee ~/ntkrl.log
+    train "--config.run_dir=/bucket/$name" "${arguments[@]}" 2>&1 | tee ~/ntkrl.log
 fi

@@ -1,4 +1,4 @@
-"""Rewards → advantages. Groups are N consecutive rows; one pure function per estimator.
+"""Advantages from rewards: one pure function per estimator; groups are N consecutive rows.
 
 Every function takes rewards `[B]`, B = P·N, and N, and returns `[B]`; `ESTIMATORS` names them.
 """
@@ -48,7 +48,7 @@ def leave_one_out(rewards: Array, group_size: int) -> Array:
       group_size: N ≥ 2.
 
     Raises:
-      ValueError: N < 2, or B no multiple of N.
+      ValueError: N < 2, or B not a multiple of N.
 
     Source: Kool et al. 2019; Ahmadian et al. 2402.14740, eq. 8.
     """
@@ -68,7 +68,7 @@ def group_mean(rewards: Array, group_size: int) -> Array:
       group_size: N ≥ 2.
 
     Raises:
-      ValueError: N < 2, or B no multiple of N.
+      ValueError: N < 2, or B not a multiple of N.
 
     Source: Liu et al. 2503.20783 (Dr. GRPO).
     """
@@ -87,14 +87,14 @@ def group_normalised(rewards: Array, group_size: int, epsilon: float = 1e-4) -> 
       epsilon: ε; TRL's value.
 
     Raises:
-      ValueError: N < 2, or B no multiple of N.
+      ValueError: N < 2, or B not a multiple of N.
 
     Source: Shao et al. 2402.03300, section 4.1.2; ddof and ε as in TRL's GRPOTrainer.
     """
     rewards_PN = _groups(rewards, group_size, "group_normalised")
     spread_P1 = jnp.std(rewards_PN, axis=1, keepdims=True, ddof=1)
-    centred_PN = rewards_PN - jnp.mean(rewards_PN, axis=1, keepdims=True)
-    return (centred_PN / (spread_P1 + epsilon)).reshape(-1)
+    centered_PN = rewards_PN - jnp.mean(rewards_PN, axis=1, keepdims=True)
+    return (centered_PN / (spread_P1 + epsilon)).reshape(-1)
 
 
 def batch_scaled(rewards: Array, group_size: int, epsilon: float = 1e-4) -> Array:
@@ -108,12 +108,12 @@ def batch_scaled(rewards: Array, group_size: int, epsilon: float = 1e-4) -> Arra
       epsilon: ε; TRL's value.
 
     Raises:
-      ValueError: N < 2, or B no multiple of N.
+      ValueError: N < 2, or B not a multiple of N.
 
     Source: Hu et al. 2508.08221 (Lite PPO); TRL's scale_rewards="batch".
     """
-    centred = group_mean(rewards, group_size)
-    return centred / (jnp.std(rewards, ddof=1) + epsilon)
+    centered = group_mean(rewards, group_size)
+    return centered / (jnp.std(rewards, ddof=1) + epsilon)
 
 
 def max_likelihood(rewards: Array, group_size: int) -> Array:
@@ -126,7 +126,7 @@ def max_likelihood(rewards: Array, group_size: int) -> Array:
       group_size: N ≥ 2.
 
     Raises:
-      ValueError: N < 2, or B no multiple of N.
+      ValueError: N < 2, or B not a multiple of N.
 
     Source: Tajwar et al. 2602.02710 (MaxRL); ∇ log p = ∇p / p with p the pass rate.
     """
@@ -137,9 +137,9 @@ def max_likelihood(rewards: Array, group_size: int) -> Array:
 
 
 def pass_at_k(rewards: Array, group_size: int, k: int, epsilon: float = 1e-4) -> Array:
-    """Weigh completions by what they do to pass@k, over all subgroups of k.
+    """Weight completions by their effect on pass@k, over all subgroups of k.
 
-    With S_i the mean over subsets of k that hold i of "one of them succeeds" and R̄ the mean over
+    With S_i the mean over subsets of k that contain i of "one of them succeeds" and R̄ the mean over
     all subsets, A_i = (S_i − R̄) / (√(R̄ (1 − R̄)) + ε). For c successes of N,
     R̄ = 1 − C(N−c, k)/C(N, k); S_i = 1 for a success, 1 − C(N−c−1, k−1)/C(N−1, k−1) otherwise.
 
@@ -150,7 +150,7 @@ def pass_at_k(rewards: Array, group_size: int, k: int, epsilon: float = 1e-4) ->
       epsilon: ε; ours, as in `group_normalised`.
 
     Raises:
-      ValueError: N < 2, B no multiple of N, or k outside its range.
+      ValueError: N < 2, B not a multiple of N, or k out of range.
 
     Source: Chen et al. 2508.10751, section 2.3 (analytical derivation).
     """
@@ -163,15 +163,15 @@ def pass_at_k(rewards: Array, group_size: int, k: int, epsilon: float = 1e-4) ->
     mean_P1 = 1 - _all_drawn_from(wrong_P1, k, group_size)
     with_wrong_P1 = 1 - _all_drawn_from(wrong_P1 - 1, k - 1, group_size - 1)
     deviation_P1 = jnp.sqrt(mean_P1 * (1 - mean_P1))
-    held_PN = jnp.where(solved_PN, 1.0, with_wrong_P1)
-    return ((held_PN - mean_P1) / (deviation_P1 + epsilon)).reshape(-1)
+    subset_PN = jnp.where(solved_PN, 1.0, with_wrong_P1)
+    return ((subset_PN - mean_P1) / (deviation_P1 + epsilon)).reshape(-1)
 
 
-def _all_drawn_from(part: Array, k: int, whole: int) -> Array:
-    """Return C(part, k)/C(whole, k), the chance that k drawn of `whole` all lie in `part`."""
+def _all_drawn_from(part: Array, k: int, total: int) -> Array:
+    """Return C(part, k)/C(total, k), the probability that k drawn of `total` are all in `part`."""
     share = jnp.ones(part.shape, float)
-    for taken in range(k):
-        share = share * jnp.maximum(part - taken, 0) / (whole - taken)
+    for drawn in range(k):
+        share = share * jnp.maximum(part - drawn, 0) / (total - drawn)
     return share
 
 
@@ -194,8 +194,8 @@ def reward_to_go(
 
     Source: Hu et al. 2501.03262, eqs. 4 to 6, with discount 1.
     """
-    held_BC = jnp.where(mask, token_penalties, 0.0)
-    ahead_BC = jnp.cumsum(held_BC[:, ::-1], axis=1)[:, ::-1]
+    masked_BC = jnp.where(mask, token_penalties, 0.0)
+    ahead_BC = jnp.cumsum(masked_BC[:, ::-1], axis=1)[:, ::-1]
     returns_BC = rewards[:, None] - ahead_BC
     count = jnp.sum(mask)
     mean = jnp.sum(jnp.where(mask, returns_BC, 0.0)) / jnp.maximum(count, 1)
@@ -228,4 +228,4 @@ ESTIMATORS: dict[str, Callable[[Array, int], Array]] = {
     "max_likelihood": max_likelihood,
 }
 LINEAR = ("none", "batch_mean", "leave_one_out", "group_mean")
-"""Those of a sum of rewards that are the sum of the rewards' own."""
+"""Estimators that are linear in the rewards."""

@@ -1,12 +1,13 @@
-"""A traced function as a straight line of operations: calls inlined, every value numbered.
+"""Jaxprs as flat lists of operations, and the costs read from them.
 
-The layer-wise road reads which operation uses which parameter from it, and replays it with
-perturbations added.
+Calls (`jit`, `remat`, …) are inlined and every value is numbered, so that a traced function can be
+analysed, replayed with perturbations, and its FLOPs and intermediate values counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,22 +15,22 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-# calls whose insides are read as if written in place; custom derivatives stay closed
+# calls that are inlined; functions with custom derivatives stay closed
 INLINED = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "remat", "remat2", "checkpoint"}
 )
 
 
 class Constant(NamedTuple):
-    """An operand that is a number in the program."""
+    """A literal operand."""
 
     value: Any
 
 
-class Step(NamedTuple):
-    """One operation.
+class Operation(NamedTuple):
+    """One primitive application.
 
-    eqn: what it is (`eqn.primitive.name`, `eqn.params`).
+    eqn: its jaxpr equation (`eqn.primitive.name`, `eqn.params`).
     inputs: slot of each operand, or a Constant.
     outputs: slots of the results.
     """
@@ -39,51 +40,56 @@ class Step(NamedTuple):
     outputs: tuple[int, ...]
 
     @property
+    def name(self) -> str:
+        """Name of the primitive."""
+        return self.eqn.primitive.name
+
+    @property
     def reads(self) -> set[int]:
         """Slots among the operands."""
         return {slot for slot in self.inputs if not isinstance(slot, Constant)}
 
     def run(self, read: Callable[[int | Constant], Any]) -> list[Any]:
-        """Return the results, given how to look an operand up."""
+        """Return the results; `read` maps an operand to its value."""
         primitive = self.eqn.primitive
         with self.eqn.ctx.manager:
-            found = primitive.bind(
+            results = primitive.bind(
                 *(read(slot) for slot in self.inputs),
                 **primitive.get_bind_params(self.eqn.params),
             )
-        return list(found) if primitive.multiple_results else [found]
+        return list(results) if primitive.multiple_results else [results]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-    """Steps in order; `avals[slot]` is the shape and dtype of a slot."""
+class TracedFunction:
+    """A function as operations in order; `avals[slot]` is the shape and dtype of a slot."""
 
     inputs: tuple[int, ...]
     constants: dict[int, Any]
-    steps: tuple[Step, ...]
+    operations: tuple[Operation, ...]
     outputs: tuple[int | Constant, ...]
     avals: tuple[Any, ...]
 
     def live(self) -> set[int]:
         """Return the slots that some output depends on."""
         needed = {slot for slot in self.outputs if not isinstance(slot, Constant)}
-        for step in reversed(self.steps):
-            if needed & set(step.outputs):
-                needed |= step.reads
+        for operation in reversed(self.operations):
+            if needed & set(operation.outputs):
+                needed |= operation.reads
         return needed
 
 
-def trace(function: Callable[..., Any], *arguments: Any) -> Program:
-    """Trace a function of arrays (or their shapes); steps that no output needs are left out."""
-    program = flatten(jax.make_jaxpr(function)(*arguments))
-    live = program.live()
-    steps = tuple(step for step in program.steps if live & set(step.outputs))
-    return dataclasses.replace(program, steps=steps)
+def trace(function: Callable[..., Any], *arguments: Any) -> TracedFunction:
+    """Trace a function of arrays (or their shapes); dead operations are left out."""
+    traced = flatten(jax.make_jaxpr(function)(*arguments))
+    live = traced.live()
+    operations = tuple(o for o in traced.operations if live & set(o.outputs))
+    return dataclasses.replace(traced, operations=operations)
 
 
-def flatten(closed: ClosedJaxpr) -> Program:
-    """Write a jaxpr as a Program."""
-    steps: list[Step] = []
+def flatten(closed: ClosedJaxpr) -> TracedFunction:
+    """Convert a jaxpr to a TracedFunction."""
+    operations: list[Operation] = []
     avals: list[Any] = []
     constants: dict[int, Any] = {}
 
@@ -91,52 +97,68 @@ def flatten(closed: ClosedJaxpr) -> Program:
         avals.extend(variable.aval for variable in variables)
         return tuple(range(len(avals) - len(variables), len(avals)))
 
-    def walk(jaxpr: Jaxpr, values: Sequence[Any], inputs: Sequence[int | Constant]) -> list[Any]:
+    def walk(jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[int | Constant]) -> list[Any]:
         slots: dict[Any, int | Constant] = dict(zip(jaxpr.invars, inputs, strict=True))
-        held = fresh(jaxpr.constvars)
-        constants.update(zip(held, values, strict=True))
-        slots.update(zip(jaxpr.constvars, held, strict=True))
+        const_slots = fresh(jaxpr.constvars)
+        constants.update(zip(const_slots, consts, strict=True))
+        slots.update(zip(jaxpr.constvars, const_slots, strict=True))
 
-        def look(atom: Any) -> int | Constant:
+        def operand(atom: Any) -> int | Constant:
             return Constant(atom.val) if isinstance(atom, Literal) else slots[atom]
 
         for eqn in jaxpr.eqns:
-            operands = tuple(look(atom) for atom in eqn.invars)
+            operands = tuple(operand(atom) for atom in eqn.invars)
             if eqn.primitive.name in INLINED:
                 inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
-                closed = isinstance(inner, ClosedJaxpr)
-                body, held_values = (inner.jaxpr, inner.consts) if closed else (inner, ())
-                results = walk(body, held_values, operands)
+                if isinstance(inner, ClosedJaxpr):
+                    results = walk(inner.jaxpr, inner.consts, operands)
+                else:
+                    results = walk(inner, (), operands)
             else:
                 results = fresh(eqn.outvars)
-                steps.append(Step(eqn, operands, results))
+                operations.append(Operation(eqn, operands, results))
             slots.update(zip(eqn.outvars, results, strict=True))
-        return [look(atom) for atom in jaxpr.outvars]
+        return [operand(atom) for atom in jaxpr.outvars]
 
     inputs = fresh(closed.jaxpr.invars)
     outputs = walk(closed.jaxpr, closed.consts, inputs)
-    return Program(inputs, constants, tuple(steps), tuple(outputs), tuple(avals))
+    return TracedFunction(inputs, constants, tuple(operations), tuple(outputs), tuple(avals))
 
 
-def flops(program: Program) -> int:
-    """Count the FLOPs of matrix products, those inside scans as often as they run."""
+def flops(traced: TracedFunction) -> int:
+    """Count the FLOPs of matrix products, a scan's body as often as it runs."""
     total = 0
-    for step in program.steps:
-        name, params = step.eqn.primitive.name, step.eqn.params
-        if name == "dot_general":
+    for operation in traced.operations:
+        params = operation.eqn.params
+        if operation.name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            inner = 1
-            for axis in contracted:
-                inner *= step.eqn.invars[0].aval.shape[axis]
-            total += 2 * inner * step.eqn.outvars[0].aval.size
-        elif name == "scan":
+            shape = operation.eqn.invars[0].aval.shape
+            inner = math.prod(shape[axis] for axis in contracted)
+            total += 2 * inner * operation.eqn.outvars[0].aval.size
+        elif operation.name == "scan":
             total += params["length"] * flops(flatten(params["jaxpr"]))
     return total
 
 
-def scan_counts(step: Step) -> tuple[int, int]:
-    """Return how many operands of a scan are constants, and how many are carried."""
-    params = step.eqn.params
+def value_counts(traced: TracedFunction) -> tuple[int, int]:
+    """Count the numbers computed on the way.
+
+    Returns:
+      `(all, within one iteration of the largest scan)`; without a scan both are the same.
+    """
+    total = sum(traced.avals[slot].size for o in traced.operations for slot in o.outputs)
+    largest = 0
+    for operation in traced.operations:
+        if operation.name == "scan":
+            iteration, _ = value_counts(flatten(operation.eqn.params["jaxpr"]))
+            total += iteration * operation.eqn.params["length"]
+            largest = max(largest, iteration)
+    return total, largest or total
+
+
+def scan_counts(operation: Operation) -> tuple[int, int]:
+    """Return the numbers of constant and of carried operands of a scan."""
+    params = operation.eqn.params
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carried, _ = params["ft_in"].unpack()  # JAX 0.11 on
@@ -144,10 +166,10 @@ def scan_counts(step: Step) -> tuple[int, int]:
 
 
 def is_traced(tree: Any) -> bool:
-    """Tell whether some leaf is being traced, so that values cannot be looked at."""
+    """Test whether some leaf is a tracer, so that its values are not available."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def is_inexact(value: Any) -> bool:
-    """Tell whether a value (or aval) can carry a derivative."""
+    """Test whether a value (or aval) is floating point or complex, so that it has derivatives."""
     return jnp.issubdtype(value.dtype, jnp.inexact)

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 2: a user's mistake, or a disk that takes no more. 75: asked to leave by SIGTERM, and
     saved. 130: interrupted. The last two go on where they were with the same command. A failure in
-    one of several processes ends it here and now, the others with 70 (see runtime.together).
+    one of several processes ends it here and now, the others with 70 (see
+    runtime.distributed_session).
 
     Args:
       argv: words after the program's name; None for the process's own.
@@ -83,7 +84,7 @@ def _train(words: Sequence[str]) -> int | None:
     from ntkrl.training import train
 
     config = runtime.read_config(words)
-    with runtime.together():
+    with runtime.distributed_session():
         try:
             train(config)
         except runtime.PreemptedError as error:
@@ -103,7 +104,7 @@ def _evaluate(words: Sequence[str]) -> None:
     run = options["run"] if "run" in options else None
     saved = None if run is None else evaluate_command.config_of(run)
     config = runtime.read_config([word for word in words if word not in own], saved)
-    with runtime.together():
+    with runtime.distributed_session():
         evaluate_command.evaluate(config, run, _step(options))
 
 
@@ -111,7 +112,7 @@ def _prepare(words: Sequence[str]) -> None:
     from ntkrl import prepare, runtime
 
     config = runtime.read_config(words)
-    with runtime.together():
+    with runtime.distributed_session():
         prepare.prepare(config)
 
 
@@ -139,11 +140,11 @@ def _study(words: Sequence[str]) -> None:
     from ntkrl import runtime, study
 
     _alone("study")
-    given = runtime.joined([word for word in words if word != "--page"])
+    given = runtime.join_config_flag([word for word in words if word != "--page"])
     config = runtime.read_config(given)
     named = [word for word in given if word.startswith("--config=")]
     file = named[-1].removeprefix("--config=")
-    settings = runtime.settings(study.StudySettings, config, "study")
+    settings = runtime.parse_section(study.StudySettings, config, "study")
     print(f"page: {study.run_study(settings, file, '--page' in words)}")
 
 
@@ -162,7 +163,7 @@ def _kernel(words: Sequence[str]) -> None:
 def _alone(command: str) -> None:
     from ntkrl import runtime
 
-    if runtime.several():
+    if runtime.is_distributed():
         raise ValueError(f"{command} works in one process; start it once, outside the run's own.")
 
 

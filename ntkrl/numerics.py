@@ -1,8 +1,9 @@
-"""Totals and lengths: small things every floor above needs."""
+"""Totals, padded lengths and scans over microbatches, for every floor above."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ def at_least_float32(values: Array) -> Array:
 
 
 SHORTEST_BUCKET = 8
+GIB = 2**30
+"""Bytes of a GiB."""
 HIGHEST = jax.lax.Precision.HIGHEST
 einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 """Products in full precision: accelerators otherwise multiply float32 in fewer bits."""
@@ -64,3 +67,45 @@ def primal(tree: Any) -> tuple[Any, bool]:
     wrapped = jax.tree.leaves(tree, is_leaf=is_wrapped)
     values = jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=is_wrapped)
     return values, any(leaf.perturbed for leaf in wrapped)
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """Split arrays `[B, …]` along the rows: `[parts, ⌈B/parts⌉, …]`, zeros at the end.
+
+    Part k holds rows k, k + parts, …: rows sharded over devices stay sharded in every part.
+    """
+
+    def split(leaf: Array) -> Array:
+        rows = -(-leaf.shape[0] // parts)
+        padding = [(0, rows * parts - leaf.shape[0])] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.moveaxis(jnp.pad(leaf, padding).reshape(rows, parts, *leaf.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(values: Array, rows: int) -> Array:
+    """Undo `split_rows` of one array."""
+    return jnp.moveaxis(values, 0, 1).reshape(-1, *values.shape[2:])[:rows]
+
+
+def scan_microbatches(
+    function: Callable[[Any], tuple[Any, Any]], parts: Any, combine: Callable[[Any, Any], Any]
+) -> tuple[Any, Any]:
+    """Apply a function to one part of a batch after another and accumulate its first result.
+
+    Args:
+      function: `part -> (sums, outputs)`.
+      parts: arrays with the parts in front, for instance from `split_rows`.
+      combine: adds the sums of two parts; it starts from zeros.
+
+    Returns:
+      The combined sums, and the outputs of each part, stacked.
+    """
+    shapes, _ = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def body(sums: Any, part: Any) -> tuple[Any, Any]:
+        part_sums, outputs = function(part)
+        return combine(sums, part_sums), outputs
+
+    return jax.lax.scan(body, zeros, parts)

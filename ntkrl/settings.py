@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ntkrl import models, report, rollout, runtime, update
-from ntkrl.data.settings import DataSettings, names
+from ntkrl.data import DataSettings, split_names
 from ntkrl.probe.settings import ProbeSettings
 from ntkrl.update.settings import ScheduleSettings, read_stages
 
@@ -269,7 +269,7 @@ def read_settings(config: ConfigDict) -> RunSettings:
             return None
 
     def section(kind: Any, name: str) -> Any:
-        return read(runtime.settings, kind, config[name], name)
+        return read(runtime.parse_section, kind, config[name], name)
 
     if config.method not in METHODS:
         problems.append(f"method {config.method!r} is not among {', '.join(METHODS)}.")
@@ -344,7 +344,7 @@ def _missing_beside(found: RunSettings) -> list[str]:
 def _rewards(config: ConfigDict) -> RewardSettings:
     given = config.reward.to_dict()
     functions = _functions(config, given.pop("function"), given.pop("weights"))
-    return runtime.settings(RewardSettings, {"functions": functions, **given}, "reward")
+    return runtime.parse_section(RewardSettings, {"functions": functions, **given}, "reward")
 
 
 def _functions(
@@ -354,7 +354,7 @@ def _functions(
         if config.method == "rl":
             raise ValueError("reward.function is missing; name one, such as my_rewards.py:score.")
         return ()
-    specs = names(given)
+    specs = split_names(given)
     weights = (1.0,) * len(specs) if weights is None else tuple(weights)
     if len(weights) != len(specs):
         raise ValueError(
@@ -374,7 +374,7 @@ def _objective(config: ConfigDict) -> update.Objective:
         )
     set_here = {name: value for name, value in given.items() if value is not None}
     whole = dataclasses.asdict(update.PRESETS[preset]) | set_here
-    return runtime.settings(update.Objective, whole, "objective")
+    return runtime.parse_section(update.Objective, whole, "objective")
 
 
 def best_of(settings: CheckpointSettings, headline: str) -> runtime.Best | None:

@@ -189,7 +189,7 @@ MISTAKES = {
     "step alone": (["--step=3"], "--step names a checkpoint of a run; give --run=RUN too"),
     "step": (["--run=RUN", "--step=3"], "has no checkpoint of step 3; kept are: 2, 4."),
     "word": (["--run=RUN", "--step=last"], "--step=last must be a whole number, or best."),
-    "two configs": (["--run=RUN", "--config=configs/rl.py"], "a run has a config of its own"),
+    "two configs": (["--run=RUN", "--config=configs/rl.py"], "the run has its own config"),
     "key": (["--run=RUN", "--config.eval.promts=3"], 'Did you mean "prompts"'),
     "type": (["--run=RUN", "--config.eval.prompts=many"], "many"),
     "counts": (

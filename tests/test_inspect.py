@@ -189,7 +189,7 @@ def test_files_that_do_not_fit(model, prompts, tmp_path, capsys):
     capsys.readouterr()
     for words, message in (
         ([model, f"--prompts={long}"], "prompt 1 (counted from 0) has 65 tokens and the model re"),
-        ([bare, f"--prompts={prompts}"], "holds no tokenizer; expected tokenizer.json"),
+        ([bare, f"--prompts={prompts}"], "has no tokenizer; expected tokenizer.json"),
         ([small, f"--prompts={prompts}"], "has 18 entries, the model's vocabulary 17"),
         ([model, f"--prompts={empty}"], "the file is empty. Expected one prompt per line"),
         ([tmp_path / "no", f"--prompts={prompts}"], "is no directory; give a Hugging Face model"),

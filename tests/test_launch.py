@@ -619,10 +619,9 @@ def test_paper_of_another_model_and_in_miniature(desk):
     assert not any("supervised" in line for line in lines)
     assert all("runs/paper-llama-3.2-1b/" in line for line in lines)
     assert sum("llama-3.2-1b " in line for line in lines) == len(lines) - 1
-    small = desk.run("paper", "--dry-run", "--config.miniature=true", "--config.mesh.fsdp=8")[1]
-    assert small == desk.run("paper", "--dry-run", "--config.mesh.fsdp=8", MINIATURE="1")[1]
-    assert sum("--config.miniature=true" in line for line in small) == len(small) - 1
-    assert "--config.prepare.made_up=runs/miniature/inputs" in small[0]
+    small = desk.run("paper", "--dry-run", "--config.mesh.fsdp=8", MINIATURE="1")[1]
+    assert sum("--config=configs/paper/miniature.py:" in line for line in small) == len(small) - 2
+    assert small[0].endswith("-m configs.paper.made_up runs/miniature/inputs")
     assert "--config.model.path=runs/miniature/inputs/pythia" in small[1]
 
 
@@ -644,7 +643,7 @@ def test_paper_goes_on_where_it_stopped(desk, published):
         path.touch()
     # sft and its other evaluation, rl and its evaluations, then a mistake in grpo
     status, lines, told = desk.run("paper", STATUSES="0 0 0 0 0 2", **published)
-    assert status == 2 and all(f"{path} is there" in told for path in done)
+    assert status == 2 and all(f"{path} exists" in told for path in done)
     verbs = ["train", "evaluate", "train", "evaluate", "evaluate", "train"]
     assert [line.split()[1] for line in lines] == verbs
     assert "grpo.py" in lines[-1]
@@ -664,16 +663,16 @@ def test_paper_passes_signals_on(desk, published, sent):
 @pytest.mark.parametrize(
     ("script", "words", "settings", "told"),
     [
-        ("local", [], {"PROCESSES": "two"}, ["no --config=FILE", "PROCESSES=two is no whole"]),
+        ("local", [], {"PROCESSES": "two"}, ["no --config=FILE", "PROCESSES=two is not a whole"]),
         ("local", ["--config=c"], {"PROCESSES": "0"}, ["PROCESSES=0 is less than one"]),
         ("tpu_vm", ["loop"], {}, ["BUCKET", "PROJECT", "ZONE", "no --config=FILE"]),
-        ("tpu_vm", [], GOOGLE, ["the first word is create, install"]),
+        ("tpu_vm", [], GOOGLE, ["the first argument must be create, install"]),
         ("worker", ["train"], {}, ["name of the run", "no --config=FILE"]),
         ("gke", ["run"], {"TOPOLOGY": "3x3"}, ["IMAGE", "BUCKET", "TOPOLOGY=3x3", "no --config"]),
-        ("gke", ["run"], {"TOPOLOGY": "big"}, ["TOPOLOGY=big", "is not like 4x4"]),
+        ("gke", ["run"], {"TOPOLOGY": "big"}, ["TOPOLOGY=big", "is not of the form 4x4"]),
         ("gke", ["xpk"], {}, ["CLUSTER", "PROJECT", "ZONE", "STORAGE", "IMAGE"]),
         ("slurm", [], {"TASKS_PER_NODE": "3"}, ["TASKS_PER_NODE=3 is neither", "no --config"]),
-        ("slurm", ["--config=c"], {"NODES": "x", "NTKRL": "n"}, ["NODES=x is no whole number"]),
+        ("slurm", ["--config=c"], {"NODES": "x", "NTKRL": "n"}, ["NODES=x is not a whole number"]),
         (
             "paper",
             ["mesh=1"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.paper import made_up
 from ntkrl import runtime
 from ntkrl.settings import read_settings
 from tests.children import Children
@@ -40,6 +41,8 @@ def commands(runs, **settings):
     found = []
     for line in script(runs, "--dry-run", **settings):
         words = shlex.split(line)
+        if "configs.paper.made_up" in words:
+            continue
         script_words = words[: words.index("launch/local.sh") + 1] if words[0] == "env" else []
         found.append(["train", *words[len(script_words) :]] if script_words else words[2:])
     return found
@@ -72,6 +75,7 @@ def children(tmp_path_factory):
 def runs(tmp_path_factory, children):
     """The directories of the whole chain; CF-RL was killed in its third checkpoint."""
     place = tmp_path_factory.mktemp("chain") / "runs"
+    made_up.write(place / "inputs")
     found = commands(place)
     cfrl = next(n for n, words in enumerate(found) if words[0] == "train" and "cfrl" in words[1])
     finished(children, found[:cfrl])
@@ -105,9 +109,8 @@ def test_the_chain(runs):
 
 @TOGETHER
 def test_configs_say_what_was_run(runs):
-    """law: no table is left in a run's config, and what the command line gave stands above it."""
+    """law: the miniature's values are in a run's config, and those of the command line above."""
     config = json.loads((runs / "rl-0" / "config.json").read_text())
-    assert config["miniature"] is True and "in_miniature" not in config
     assert config["data"]["prompts_per_step"] == 4
     assert config["model"]["path"] == str(runs / "sft" / "export")
     assert config["stages"][0]["epochs"] == 6.0
@@ -129,8 +132,7 @@ def test_a_reward_model(runs, children, tmp_path):
     """story: trained on the pairs that are not RL's, from the SFT model."""
     words = [
         "train",
-        "--config=configs/paper/reward.py",
-        "--config.miniature=true",
+        "--config=configs/paper/miniature.py:reward",
         f"--config.run_dir={tmp_path}",
         f"--config.model.path={runs / 'sft' / 'export'}",
         f"--config.data.path={runs / 'data' / 'reward.jsonl'}",
@@ -149,7 +151,8 @@ def test_every_config_is_read(name, variant):
     """law: of every model, in full size and in miniature."""
     given = [f"--config=configs/paper/{name}.py:{variant}"]
     full = read_settings(runtime.read_config(given))
-    small = read_settings(runtime.read_config([*given, "--config.miniature=true"]))
+    miniature = [f"--config=configs/paper/miniature.py:{name}:{variant}"]
+    small = read_settings(runtime.read_config(miniature))
     assert full.model.path.lower().endswith(variant)
     assert small.model.path.startswith("runs/miniature/")
     assert small.rollout.max_completion_tokens < full.rollout.max_completion_tokens
@@ -182,6 +185,7 @@ def test_the_papers_numbers():
 def test_the_llama_chain(tmp_path, children):
     """story: a tied head that is untied, tokens that are added, SFT on chosen responses."""
     place = tmp_path / "runs"
+    made_up.write(place / "inputs")
     finished(children, commands(place, VARIANT="llama-3.2-1b"))
     chosen = (place / "data" / "sft.jsonl").read_text().splitlines()
     assert len(chosen) == 32
@@ -202,6 +206,7 @@ def test_the_script_goes_on_after_a_kill(tmp_path):
     runs = tmp_path / "runs"
     program = f"{sys.executable} -m ntkrl"
     settings = {"MINIATURE": "1", "RUNS": str(runs), "NTKRL": program, "XLA_FLAGS": ""}
+    settings["PYTHON"] = sys.executable
     command = ["bash", str(ROOT / "launch" / "paper.sh")]
     given = {"env": {**os.environ, **settings}, "start_new_session": True}
     process = subprocess.Popen(command, **given)

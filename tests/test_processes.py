@@ -184,7 +184,7 @@ def test_killed_and_resumed_in_two_processes(tmp_path):
     (status, text), (killed, _) = struck_after(processes, broken, 24, victim=1)
     assert killed == -signal.SIGKILL and status == 70, text
     said = text[text.rindex("\nntkrl: ") :]
-    assert f"process 1 ({HOST}) gave no sign of life for 3 s" in said
+    assert f"process 1 ({HOST}) sent no heartbeat for 3 s" in said
     assert "Run the same command again: it resumes after rollout step " in said
     assert int(said.split("rollout step ")[-1].strip(" .\n")) in range(10, 40, 10)
     assert "resuming" in train(arguments, 2, 1)
@@ -220,7 +220,7 @@ def test_a_reward_that_hangs_on_one_host(base, tmp_path):  # noqa: F811
     assert (first, second) == (70, 2), found
     cause = f"reward function {rewards}:score did not answer within 3 s"
     assert f"process 1 ({HOST}) failed: {cause}" in told and cause in own
-    assert "it starts again, since there is no checkpoint yet" in told
+    assert "it starts over, since there is no checkpoint yet" in told
     assert "Traceback" not in told + own
 
 

@@ -178,7 +178,7 @@ def test_sigterm_saves_and_leaves(base, children, whole, tmp_path, capsys):
     status, output = children.run(arguments(base, run, *ranked, function))
     assert status == 0, output
     assert f"{rewards} has changed since step {step} was saved" in output
-    assert "the config has changed: checkpoint.every_steps: 100 -> 1 (when and what" in output
+    assert "the config has changed: checkpoint.every_steps: 100 -> 1 (schedule and" in output
     assert_same(whole, run)
     # of those saved since then, the best stays beside the newest
     best = better(left, key=left.get)

@@ -88,7 +88,7 @@ def everything(case, mesh):
     objective = update.policy_loss_fn(policy, loss, chunk_tokens=BUDGET, spread=spread)
     state = update.init_state(program, params, jax.random.key(0))
     step = jax.jit(update.make_step(program, objective, microbatches=2))
-    state, metrics = step(state, place(batch))
+    state, metrics, _ = step(state, place(batch))
     kernel = ntk.kernel(policy, params, ntk.last_positions(place(prompts()).tokens))
     found = {
         "made": params,
@@ -173,7 +173,7 @@ def test_a_gathered_copy_draws_the_same():
 
 def begun(setup, directory, config):
     """A run's loop with its state, started or resumed."""
-    loop = training_loop.Loop(setup, directory, runtime.to_json(config), runtime.Notice())
+    loop = training_loop.Loop(setup, directory, runtime.to_json(config), runtime.PreemptionNotice())
     loop._resume()
     return loop
 

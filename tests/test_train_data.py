@@ -121,5 +121,5 @@ def test_a_column_no_file_has(base, files, tmp_path, capsys):  # noqa: F811
     arguments = words(base, tmp_path / "run", path, f"--config.reward.function={rewards}:score")
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert "score requires 'solution', which is no column" in said
+    assert "score requires 'solution', which is not a column" in said
     assert "Columns are: answer, hard" in said and "'answer'" not in said

@@ -239,14 +239,14 @@ def test_problems_of_all_pieces_come_at_once(tmp_path, capsys):
     for part in (
         "it has 3 labels; a reward model has one",
         "pad_token_id must be a token id, not None",
-        "there is no file nothing.py",
+        "nothing.py does not exist",
         "mlp.gate_proj.weight has shape (20, 24), expected (21, 24)",
     ):
         assert part in said
     (model / "config.json").write_text(json.dumps(raw))
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert "holds no tokenizer" in said and "it has 3 labels" in said
+    assert "has no tokenizer" in said and "it has 3 labels" in said
     data.save_tokenizer(model)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": [{"role": "user", "content": "1"}]}) + "\n")

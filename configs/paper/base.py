@@ -12,8 +12,8 @@ mesh.
 
 Every config here takes a model's name after a colon, --config=configs/paper/rl.py:pythia-1b, of
 VARIANTS below; without one it is Pythia-2.8B. Each reads what the part before it wrote into
-runs/paper (runs/paper-NAME for another model); launch/paper.sh runs them all. With
---config.miniature=true each runs in seconds: tiny models, made-up data, in runs/miniature.
+runs/paper (runs/paper-NAME for another model); launch/paper.sh runs them all.
+configs/paper/miniature.py is all of them on tiny models and made-up data.
 
 Another model is planned by --config.model.path=meta-llama/Meta-Llama-3-8B or Qwen/Qwen3-8B, with
 --config.model.template=None.
@@ -27,7 +27,6 @@ from configs import base
 
 PROMPTS = 12_227  # 20 % of train_prefs (61135): the part that RL is given; filtered ones fewer
 TURNS = 3  # tokens that the template writes around a prompt: user, end of turn, assistant
-INPUTS = "runs/miniature/inputs"  # made up by configs/paper/data.py
 
 
 class Variant(NamedTuple):
@@ -37,7 +36,7 @@ class Variant(NamedTuple):
     the chosen responses of the reward model's part. prompts_per_step: of RL. epochs: of RL.
     vocab_size: rows after SFT, or None for those it has: more where the template's two tokens would
     leave a number that no mesh divides (our choice). untie: give the head a copy of its own before
-    RL, so that stage 1 moves it alone (our choice). in_miniature: its tiny model, and vocab_size.
+    RL, so that stage 1 moves it alone (our choice).
     """
 
     path: str
@@ -47,7 +46,6 @@ class Variant(NamedTuple):
     epochs: float
     vocab_size: int | None
     untie: bool
-    in_miniature: tuple[str, int | None]
 
 
 VARIANTS = {
@@ -60,7 +58,6 @@ VARIANTS = {
         epochs=6.0,
         vocab_size=None,
         untie=False,
-        in_miniature=("pythia", None),
     ),
     # 64 completions, SFT on UltraFeedback
     "pythia-1b": Variant(
@@ -71,7 +68,6 @@ VARIANTS = {
         epochs=2.0,
         vocab_size=None,
         untie=False,
-        in_miniature=("pythia", None),
     ),
     "llama-3.2-1b": Variant(
         "meta-llama/Llama-3.2-1B",
@@ -81,18 +77,8 @@ VARIANTS = {
         epochs=2.0,
         vocab_size=128_512,
         untie=True,
-        in_miniature=("llama", 264),
     ),
 }
-
-REWARD_IN_MINIATURE = ("reward.function", f"{INPUTS}/reward")
-IN_MINIATURE = (
-    ("data.max_prompt_tokens", 32 + TURNS),
-    ("rollout.max_completion_tokens", 8),
-    ("eval.prompts", 4),
-    ("eval.samples_per_prompt", 2),
-    ("checkpoint.every_steps", 2),
-)
 
 
 def get_config(part, variant, files=()):
@@ -122,18 +108,9 @@ def get_config(part, variant, files=()):
     # of all params it does not fit 16 chips: 26.1 GiB each by ntkrl plan
     config.probe.ledger_every_steps = placeholder(int)
     config.checkpoint.keep = 6
-    config.update_from_flattened_dict(dict(_places(chosen.runs, part, files)))
-    config.miniature = False  # true: the values of the table take the place of the others
-    config.in_miniature = (
-        ("model.path", f"{INPUTS}/{chosen.in_miniature[0]}"),
-        *IN_MINIATURE,
-        *_places("runs/miniature", part, files),
-    )
+    config.run_dir = f"{chosen.runs}/{part}"
+    config.update_from_flattened_dict({field: f"{chosen.runs}/{name}" for field, name in files})
     return config
-
-
-def _places(runs, part, files):
-    return (("run_dir", f"{runs}/{part}"), *((field, f"{runs}/{name}") for field, name in files))
 
 
 def stage(name, parameters, max_grad_norm=None, **length):

@@ -42,21 +42,7 @@ def get_config(variant="pythia-2.8b"):
             "split_seed": 1283,
             "selected": 500,  # prompts for statistics and evaluation
             "selection_seed": 237,  # of the training prompts; one more for the test prompts
-            "made_up": placeholder(str),  # directory for tiny models and data, written if missing
         }
     )
     config.prepare.supervised = base.VARIANTS[variant].supervised
-    # one part of the published data is a directory of Parquet files, the other a saved dataset
-    made_up = f"{base.INPUTS}/ultrafeedback_binarized"
-    config.in_miniature += (
-        base.REWARD_IN_MINIATURE,
-        ("reward.batch_size", 16),
-        ("prepare.preferences", f"{made_up}/train_prefs"),
-        ("prepare.test", f"{made_up}/test_prefs"),
-        ("prepare.max_tokens", 32),
-        ("prepare.selected", 4),
-        ("prepare.made_up", base.INPUTS),
-    )
-    if config.prepare.supervised is not None:
-        config.in_miniature += (("prepare.supervised", f"{base.INPUTS}/alpaca_farm/sft"),)
     return config

@@ -24,5 +24,4 @@ def get_config(variant="pythia-2.8b"):
     config.eval.samples_per_prompt = 10
     config.eval.repeats = 1
     config.data.eval_path = config.data.eval_path.replace("test", "test_selected")
-    config.in_miniature += (("data.eval_path", "runs/miniature/data/test_selected.jsonl"),)
     return config

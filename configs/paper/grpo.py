@@ -21,5 +21,4 @@ def get_config(variant="pythia-2.8b"):
     config.rollout.completions_per_prompt = GROUP
     row = config.stages[0]
     config.stages = (base.stage(row.name, row.parameters, epochs=row.epochs / fewer),)
-    config.in_miniature += (("data.prompts_per_step", 2),)
     return config

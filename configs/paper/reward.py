@@ -29,8 +29,4 @@ def get_config(variant="pythia-2.8b"):
     config.eval.every_steps = 100
     config.eval.prompts = 500
     config.probe.every_steps = placeholder(int)
-    config.in_miniature += (
-        ("model.path", "runs/miniature/sft/export"),
-        ("data.prompts_per_step", 8),
-    )
     return config

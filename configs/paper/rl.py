@@ -29,11 +29,4 @@ def get_config(variant="pythia-2.8b", part="rl"):
     config.stages = (base.stage("all", ((".*", 1e-7),), epochs=chosen.epochs),)
     # one an epoch
     config.checkpoint.every_steps = base.PROMPTS // config.data.prompts_per_step
-    config.in_miniature += (
-        base.REWARD_IN_MINIATURE,
-        ("probe.every_steps", 4),
-        ("probe.prompts", 2),
-        ("model.path", "runs/miniature/sft/export"),
-        ("data.prompts_per_step", 4),
-    )
     return config

@@ -27,9 +27,4 @@ def get_config(variant="pythia-2.8b"):
     config.stages = (base.stage("all", ((".*", 1e-6),), max_grad_norm=1.0, epochs=1.0),)
     config.eval.every_steps = placeholder(int)
     config.probe.every_steps = placeholder(int)
-    config.in_miniature += (
-        ("model.vocab_size", base.VARIANTS[variant].in_miniature[1]),
-        ("data.prompts_per_step", 8),
-        ("rollout.max_completion_tokens", 32 + 1),
-    )
     return config

@@ -1,4 +1,4 @@
-"""Classifier-first RL: the head alone first, then everything; as many rollouts as plain RL.
+"""Classifier-first RL on the quickstart's base model; as many rollouts as plain RL.
 
 Command: python -m ntkrl train --config=configs/quickstart/cfrl.py
 """

@@ -1,4 +1,4 @@
-"""Plain RL of the quickstart's base model: RLOO on everything.
+"""RL on the quickstart's base model: RLOO on all parameters.
 
 Command: python -m ntkrl train --config=configs/quickstart/rl.py
 """

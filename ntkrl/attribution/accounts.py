@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 from ntkrl import ntk, trees
 from ntkrl.attribution import contributions as parts
 from ntkrl.attribution import held
-from ntkrl.ntk.contexts import Grouped, features_at
-from ntkrl.ntk.network import as_network
+from ntkrl.ntk import GroupedContexts, as_network, features_at
 from ntkrl.numerics import at_least_float32
 from ntkrl.probe.signal import GradientNoise, noise_of
 from ntkrl.types import Array, Params, Policy, Total
@@ -72,7 +71,7 @@ class Given(NamedTuple):
     batch: Any
     beside: Any
     contexts: ntk.Contexts
-    sequences: Grouped
+    sequences: GroupedContexts
     targets: Array
     gradients: Gradients | None
     actual: Array | None

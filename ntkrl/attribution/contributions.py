@@ -18,9 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import ntk, trees
-from ntkrl.ntk.contexts import features_at
-from ntkrl.ntk.network import Network, as_network
-from ntkrl.ntk.parts import group_weights
+from ntkrl.ntk import Network, as_network, features_at, group_weights
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params, Policy
 

@@ -23,12 +23,12 @@ from ntkrl import trees
 from ntkrl.attribution import accounts, held
 from ntkrl.attribution import contributions as parts
 from ntkrl.attribution.accounts import Given, Way
-from ntkrl.jaxpr import Program, flatten, flops, trace
-from ntkrl.ntk.network import as_network
+from ntkrl.jaxpr import flops, trace, value_counts
+from ntkrl.ntk import as_network
+from ntkrl.numerics import GIB
 from ntkrl.types import Array, Params
 
 FORMS = ("push", "gram")
-GIB = 2**30
 MOST = {"push": 8, "gram": 32}
 """Samples at a time: more are no faster, and fill caches (measured on two CPU cores)."""
 SLOWER = 6
@@ -155,7 +155,7 @@ def _sizes(way: Way, given: Given) -> Sizes:
         return held.applied(way.optimizer, grads, state, params).push(grads)
 
     reading = trace(read, chosen, rest, tokens, mask)
-    forward, (values, layer) = flops(reading), _made(reading)
+    forward, (values, layer) = flops(reading), value_counts(reading)
     step = chosen, given.opt_state, chosen
     changing = flops(trace(change, *step)) - flops(trace(way.optimizer.update, *step))
     kind = jax.tree.leaves(chosen)[0].dtype
@@ -171,7 +171,7 @@ def _sizes(way: Way, given: Given) -> Sizes:
         head=2 * head * (way.policy.head_weight in trees.names(chosen)),
         values=values,
         layer=layer,
-        read=_made(trace(terms, chosen, rest, batch, given.beside))[0],
+        read=value_counts(trace(terms, chosen, rest, batch, given.beside))[0],
         trained=trained,
         body=moving,
     )
@@ -180,14 +180,3 @@ def _sizes(way: Way, given: Given) -> Sizes:
 def _first(tree: Any) -> Any:
     """Return the shapes of one row."""
     return jax.tree.map(lambda v: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype), tree)
-
-
-def _made(program: Program) -> tuple[int, int]:
-    """Count the numbers that steps make, and those within one turn of the largest scan."""
-    total, inside = 0, 0
-    for step in program.steps:
-        total += sum(program.avals[slot].size for slot in step.outputs)
-        if step.eqn.primitive.name == "scan":
-            turn, _ = _made(flatten(step.eqn.params["jaxpr"]))
-            total, inside = total + turn * step.eqn.params["length"], max(inside, turn)
-    return total, inside if inside else total

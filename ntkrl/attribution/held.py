@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ntkrl.jaxpr import Constant, Program, Step, flatten, scan_counts, trace
+from ntkrl.jaxpr import Constant, Operation, TracedFunction, flatten, scan_counts, trace
 from ntkrl.types import Array, Params
 
 ADDITIVE = frozenset(
@@ -84,16 +84,16 @@ def applied(
     )
 
 
-def _depend(program: Program, slots: set[int]) -> list[bool]:
+def _depend(program: TracedFunction, slots: set[int]) -> list[bool]:
     """Tell which results depend on some of the inputs."""
-    for step in program.steps:
+    for step in program.operations:
         if step.reads & slots:
             slots = slots | set(step.outputs)
     return [not isinstance(slot, Constant) and slot in slots for slot in program.outputs]
 
 
 def _run(
-    program: Program, values: Sequence[Any], carried: Sequence[bool]
+    program: TracedFunction, values: Sequence[Any], carried: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
     """Run a program; return results, and which of them carry what is followed."""
     found = {**program.constants, **dict(zip(program.inputs, values, strict=True))}
@@ -105,7 +105,7 @@ def _run(
     def carries(slot: int | Constant) -> bool:
         return not isinstance(slot, Constant) and slot in carrying
 
-    for step in program.steps:
+    for step in program.operations:
         flags = [carries(slot) for slot in step.inputs]
         if any(flags) and step.eqn.primitive.name == "scan":
             results, kept = _unrolled(step, [read(slot) for slot in step.inputs], flags)
@@ -120,7 +120,7 @@ def _run(
     return [read(slot) for slot in program.outputs], [carries(slot) for slot in program.outputs]
 
 
-def _is_linear(step: Step, carried: Sequence[bool]) -> bool:
+def _is_linear(step: Operation, carried: Sequence[bool]) -> bool:
     name = step.eqn.primitive.name
     if name in PRODUCTS:
         return sum(carried) == 1
@@ -133,7 +133,7 @@ def _is_linear(step: Step, carried: Sequence[bool]) -> bool:
 
 
 def _unrolled(
-    step: Step, values: Sequence[Any], carried: Sequence[bool]
+    step: Operation, values: Sequence[Any], carried: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
     """Run a scan turn by turn, as what is kept may change from one to the next."""
     params = step.eqn.params

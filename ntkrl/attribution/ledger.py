@@ -28,9 +28,7 @@ from ntkrl.attribution import accounts
 from ntkrl.attribution.accounts import COLUMNS, Found, Given, Gradients, Terms, Way
 from ntkrl.attribution.contributions import MEASURES, members_of
 from ntkrl.attribution.costs import FORMS, Estimate, choose, estimates
-from ntkrl.ntk.contexts import checked, grouped
-from ntkrl.ntk.network import as_network
-from ntkrl.ntk.predict import BODY
+from ntkrl.ntk import BODY_GROUP, as_network, check_contexts, group_by_sequence
 from ntkrl.probe.settings import LEDGER_BY as BY
 from ntkrl.probe.signal import GradientNoise
 from ntkrl.types import Array, Params, Policy, TrainState
@@ -71,7 +69,7 @@ class Ledger:
     terms: Terms
     optimizer: optax.GradientTransformation
     trained: tuple[bool, ...]
-    groups: trees.Patterns = BODY
+    groups: trees.Patterns = BODY_GROUP
     by: str = "sample"
     form: str = "auto"
     memory_gib: float = 2.0
@@ -118,7 +116,7 @@ class Ledger:
           targets: `[O]` the probe tokens.
           beside: what the terms are given beside rows (the Head compared with, or None).
           gradients: by term the gradient of its mean and its count, where the step handed them
-            out (`update.make_step_apart`); None to make them again.
+            out (`update.make_step_with_term_gradients`); None to make them again.
           actual: `[2, O]` measured change of log π and entropy, where it is known; None to read
             the probe tokens after the step.
 
@@ -155,7 +153,7 @@ class Ledger:
         self, before: TrainState, batch: Any, contexts: ntk.Contexts, targets: Array, beside: Any
     ) -> Given:
         network = as_network(self.policy)
-        seen = checked(contexts, "contexts", network, before.params, is_policy=True)
+        seen = check_contexts(contexts, "contexts", network, before.params, is_policy=True)
         rows = jax.tree.leaves(batch)[0].shape[0]
         if rows % self.microbatches:
             raise ValueError(
@@ -163,7 +161,7 @@ class Ledger:
                 "divisor of the rows as microbatches."
             )
         state = before.params, before.opt_state
-        return Given(*state, batch, beside, seen, grouped(seen), targets, None, None)
+        return Given(*state, batch, beside, seen, group_by_sequence(seen), targets, None, None)
 
 
 def _shapes(given: Given) -> tuple[Any, ...]:

@@ -1,38 +1,39 @@
-"""Prompts in, token arrays out: files, tokenizer, batch order, and a built-in task.
+"""Data: prompt files, tokenizers, batches, their order, and a built-in task.
 
-Promises: every wrong row of a file is named before training starts; nothing is cut, added or
+Every invalid row of a file is reported before training starts; nothing is truncated, added or
 downloaded silently; the batch at a position is a pure function of the position. Imports only
-`ntkrl.types` from this package.
+`ntkrl.types`.
 """
 
-from ntkrl.data.batches import prompt_batch, supervised_batch
-from ntkrl.data.expressions import (
+from ntkrl.data.arithmetic_task import (
     characters,
+    expression_prompts,
     save_tokenizer,
     solutions,
     supervised_set,
     targets,
 )
-from ntkrl.data.expressions import prompt_set as expression_prompts
+from ntkrl.data.batches import packed_batches, pad_rows, prompt_batch, supervised_batch
 from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
-from ntkrl.data.packing import packed_batches
-from ntkrl.data.prompts import PromptSet, checked, join, read_prompts, read_set
-from ntkrl.data.published import Rows, files_of, needed_arrow, read_rows
-from ntkrl.data.templates import apply_template, read_template
+from ntkrl.data.prompts import PromptSet, join, read_prompts, read_set, validate_rows
+from ntkrl.data.published import Rows, files_of, import_pyarrow, read_rows
+from ntkrl.data.settings import DataSettings, split_names
 from ntkrl.data.tokens import (
+    apply_template,
     decode_completions,
     encode_completions,
     encode_prompts,
     load_tokenizer,
+    read_template,
     stop_finder,
 )
 
 __all__ = [
+    "DataSettings",
     "PromptSet",
     "Rows",
     "apply_template",
     "characters",
-    "checked",
     "decode_completions",
     "encode_completions",
     "encode_prompts",
@@ -40,10 +41,11 @@ __all__ = [
     "expression_prompts",
     "files_of",
     "hold_out",
+    "import_pyarrow",
     "join",
     "load_tokenizer",
-    "needed_arrow",
     "packed_batches",
+    "pad_rows",
     "prompt_batch",
     "read_prompts",
     "read_rows",
@@ -51,12 +53,14 @@ __all__ = [
     "read_template",
     "rows_at",
     "save_tokenizer",
+    "solutions",
+    "split_names",
     "spread",
     "stop_finder",
     "supervised_batch",
-    "solutions",
     "supervised_set",
     "take",
     "targets",
+    "validate_rows",
     "weighted_rows_at",
 ]

@@ -1,8 +1,8 @@
-"""Prompts with their columns, read from a file or directory (see published.py), checked row by row.
+"""Prompts with their columns, read from a file or directory (see published.py) and validated.
 
 Two forms, as in TRL: *standard* (`{"prompt": "text"}`) and *conversational*
-(`{"prompt": [{"role": "user", "content": "text"}]}`). A file holds one of them. Where no columns
-are needed, a plain text file with one prompt per line will do.
+(`{"prompt": [{"role": "user", "content": "text"}]}`), one of them per file. A plain text file has
+one prompt per line and no columns.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ntkrl.data.problems import listed
-from ntkrl.data.published import Rows, read_rows
+from ntkrl.data.published import Rows, read_bytes, read_rows
 
 Message = dict[str, Any]
 
+MAX_LISTED = 10
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EXAMPLES = (
     '{"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}, '
@@ -24,13 +24,21 @@ EXAMPLES = (
 )
 
 
+def listed(problems: Sequence[str]) -> str:
+    """Return the first ten problems as indented lines, and the number of others."""
+    lines = [f"\n  {problem}" for problem in problems[:MAX_LISTED]]
+    if len(problems) > MAX_LISTED:
+        lines.append(f"\n  and {len(problems) - MAX_LISTED} more")
+    return "".join(lines)
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order, and what is known about each.
+    """Prompts in a fixed order, with columns.
 
-    prompts: one text each (standard) or one list of messages each (conversational).
-    columns: name to one value per prompt; None where a row has no value.
-    source: where the prompts came from, for messages.
+    prompts: a text each (standard) or a list of messages each (conversational).
+    columns: name to one value per prompt; None if the row has no value.
+    source: of the prompts, for messages.
     """
 
     prompts: tuple[str | list[Message], ...]
@@ -39,97 +47,79 @@ class PromptSet:
 
     @property
     def conversational(self) -> bool:
-        """True when prompts are lists of messages."""
+        """Return whether prompts are lists of messages."""
         return len(self.prompts) > 0 and isinstance(self.prompts[0], list)
 
 
 def read_set(path: str | Path, required: Sequence[str] = ("prompt",)) -> PromptSet:
-    """Read and check the rows of a file or a directory.
+    """Read and validate the rows of a file or a directory; other keys than "prompt" become columns.
 
     Args:
-      path: UTF-8 JSON Lines (blank lines are skipped), or what else published.py reads.
-      required: keys every row must hold (null counts as missing); "prompt" always is one.
-        "completion", "chosen" and "rejected" among them are checked too: text for standard
-        prompts, a list of messages for conversational ones.
-
-    Returns:
-      The rows in file order. Keys other than "prompt" become columns.
+      path: UTF-8 JSON Lines (blank lines are skipped), or another form of published.py.
+      required: keys that every row must have (null counts as missing), in addition to "prompt".
+        "completion", "chosen" and "rejected" must be text for standard prompts, a list of
+        messages for conversational ones.
 
     Raises:
-      ValueError: what `published.read_rows` raises, no rows, or rows that are wrong; all of them
-        are named as file:line, or file and row, in one message.
+      ValueError: errors of `read_rows`, no rows, or invalid rows; the message lists all of them
+        as file:line, or file and row.
     """
-    return checked(read_rows(path), required)
+    return validate_rows(read_rows(path), required)
 
 
-def checked(found: Rows, required: Sequence[str] = ("prompt",)) -> PromptSet:
-    """Check rows and return them as a set; see `read_set`."""
-    _, _, rows, problems = found
+def validate_rows(table: Rows, required: Sequence[str] = ("prompt",)) -> PromptSet:
+    """Validate rows and return them as a set; see `read_set`."""
+    rows, problems = table.rows, list(table.problems)
     if not rows and not problems:
-        raise ValueError(f"{found.source}: the file is empty. Expected {EXAMPLES}.")
-    form = _form(found)
-    problems = problems + [
-        (number, fault) for number, row in rows for fault in _faults(row, required, form)
-    ]
+        raise ValueError(f"{table.source}: the file is empty. Expected {EXAMPLES}.")
+    form = _form(table)
+    problems += [(number, fault) for number, row in rows for fault in _faults(row, required, form)]
     if problems:
-        # Stable by number, since what is no object is found before mistakes of content.
-        ordered = [
-            f"{found.place(number)}: {fault}"
-            for number, fault in sorted(problems, key=lambda p: p[0])
-        ]
+        problems.sort(key=lambda problem: problem[0])  # stable
+        lines = [f"{table.place(number)}: {fault}" for number, fault in problems]
         raise ValueError(
-            f"{found.source}: problems: {len(problems)}{listed(ordered)}\nExpected {EXAMPLES}."
+            f"{table.source}: problems: {len(problems)}{listed(lines)}\nExpected {EXAMPLES}."
         )
     names = dict.fromkeys(name for _, row in rows for name in row if name != "prompt")
     return PromptSet(
         prompts=tuple(row["prompt"] for _, row in rows),
         columns={name: [row[name] if name in row else None for _, row in rows] for name in names},
-        source=found.source,
+        source=table.source,
     )
 
 
 def join(prompt_sets: Sequence[PromptSet]) -> PromptSet:
-    """Put prompt sets one after the other.
-
-    Args:
-      prompt_sets: at least one.
-
-    Returns:
-      Their rows; a column that a set does not have is None there.
+    """Concatenate prompt sets, at least one; columns that a set lacks are None there.
 
     Raises:
       ValueError: text prompts in some and lists of messages in others.
     """
-    forms = {one.conversational: one.source for one in prompt_sets}
+    forms = {each.conversational: each.source for each in prompt_sets}
     if len(forms) > 1:
         raise ValueError(
             f"mixed forms: prompts are text in {forms[False]} and lists of messages in "
             f"{forms[True]}; use one."
         )
-    names = dict.fromkeys(name for one in prompt_sets for name in one.columns)
+    columns: dict[str, list[Any]] = {}
+    for name in dict.fromkeys(name for each in prompt_sets for name in each.columns):
+        columns[name] = []
+        for each in prompt_sets:
+            absent = [None] * len(each.prompts)
+            columns[name] += each.columns[name] if name in each.columns else absent
     return PromptSet(
-        prompts=tuple(prompt for one in prompt_sets for prompt in one.prompts),
-        columns={name: [v for one in prompt_sets for v in _column(one, name)] for name in names},
-        source=", ".join(one.source for one in prompt_sets),
+        prompts=tuple(prompt for each in prompt_sets for prompt in each.prompts),
+        columns=columns,
+        source=", ".join(each.source for each in prompt_sets),
     )
 
 
-def _column(prompt_set: PromptSet, name: str) -> list[Any]:
-    held = prompt_set.columns
-    return held[name] if name in held else [None] * len(prompt_set.prompts)
-
-
 def read_prompts(path: str | Path) -> PromptSet:
-    """Read a file of prompts alone: one per line if its name ends in `.txt`, else as `read_set`.
+    """Read prompts: one per line if the name ends in `.txt`, else as `read_set`.
 
-    Args:
-      path: a UTF-8 file; blank lines are skipped, other white space of a text line is kept.
-
-    Returns:
-      The prompts in file order; a text file has no columns.
+    Blank lines are skipped; other white space is preserved.
 
     Raises:
-      ValueError: the file cannot be read or holds no prompts, or what `read_set` raises.
+      ValueError: the file cannot be read or has no prompts, or errors of `read_set`.
     """
     path = Path(path)
     if path.suffix != ".txt":
@@ -138,10 +128,7 @@ def read_prompts(path: str | Path) -> PromptSet:
         wrong = "is a directory" if path.exists() else "no such file"
         raise ValueError(f"{path}: {wrong}. Expected a text file with one prompt per line.")
     try:
-        # Windows editors put a byte-order mark first; it is no part of the first prompt.
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+        text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8."
@@ -153,37 +140,37 @@ def read_prompts(path: str | Path) -> PromptSet:
     return PromptSet(prompts=prompts, columns={}, source=str(path))
 
 
-def _form(found: Rows) -> tuple[type, str] | None:
-    """Return the form of the first row with a text or list prompt, and which row that is."""
-    for number, row in found.rows:
+def _form(table: Rows) -> tuple[Any, str] | None:
+    """Return the type of the first text or list prompt, and the name of its row."""
+    for number, row in table.rows:
         if "prompt" in row and isinstance(row["prompt"], str | list):
-            return type(row["prompt"]), f"{found.unit} {number}"
+            return type(row["prompt"]), f"{table.unit} {number}"
     return None
 
 
 def _faults(
-    row: dict[str, Any], required: Sequence[str], form: tuple[type, str] | None
+    row: dict[str, Any], required: Sequence[str], form: tuple[Any, str] | None
 ) -> list[str]:
-    wanted = dict.fromkeys(("prompt", *required))
+    keys = dict.fromkeys(("prompt", *required))
     faults = [
         f"no {name!r} (missing or null); the row has {', '.join(row) if row else 'no keys'}"
-        for name in wanted
+        for name in keys
         if name not in row or row[name] is None
     ]
     if "prompt" in row and row["prompt"] is not None:
         faults += _prompt_faults(row["prompt"], form)
     for name in ("completion", "chosen", "rejected"):
-        if name in wanted and name in row and row[name] is not None:
+        if name in keys and name in row and row[name] is not None:
             faults += _completion_faults(name, row[name], form)
     return faults
 
 
-def _prompt_faults(prompt: Any, form: tuple[type, str] | None) -> list[str]:
+def _prompt_faults(prompt: Any, form: tuple[Any, str] | None) -> list[str]:
     if not isinstance(prompt, str | list):
         return [f"'prompt' is {type(prompt).__name__}; expected text or a list of messages"]
     if form is not None and not isinstance(prompt, form[0]):
-        here, there = ("a list of messages", "text")[:: 1 if isinstance(prompt, list) else -1]
-        return [f"mixed forms: this prompt is {here}, that of {form[1]} is {there}; use one"]
+        this, other = ("a list of messages", "text")[:: 1 if isinstance(prompt, list) else -1]
+        return [f"mixed forms: this prompt is {this}, that of {form[1]} is {other}; use one"]
     if isinstance(prompt, str):
         return ["empty prompt"] if not prompt.strip() else _text_faults("'prompt'", prompt)
     faults = _message_faults("prompt", prompt)
@@ -192,13 +179,13 @@ def _prompt_faults(prompt: Any, form: tuple[type, str] | None) -> list[str]:
     return faults
 
 
-def _completion_faults(name: str, completion: Any, form: tuple[type, str] | None) -> list[str]:
+def _completion_faults(name: str, completion: Any, form: tuple[Any, str] | None) -> list[str]:
     if form is None:
         return []
     if not isinstance(completion, form[0]):
-        wanted = "a list of messages" if form[0] is list else "text"
-        found = type(completion).__name__
-        return [f"{name!r} is {found}; expected {wanted}, the form of the prompts"]
+        expected = "a list of messages" if form[0] is list else "text"
+        actual = type(completion).__name__
+        return [f"{name!r} is {actual}; expected {expected}, the form of the prompts"]
     if isinstance(completion, str):
         return _text_faults(repr(name), completion)
     return _message_faults(name, completion)
@@ -209,23 +196,23 @@ def _message_faults(name: str, messages: list[Any]) -> list[str]:
         return [f"empty {name} (a list without messages)"]
     faults = []
     for i, message in enumerate(messages):
-        where = f"message {i} of {name!r}"
+        label = f"message {i} of {name!r}"
         if not isinstance(message, dict):
-            found = type(message).__name__
-            faults.append(f"{where} is {found}; expected an object with 'role' and 'content'")
+            kind = type(message).__name__
+            faults.append(f"{label} is {kind}; expected an object with 'role' and 'content'")
         elif "role" not in message or message["role"] not in ROLES:
-            found = repr(message["role"]) if "role" in message else "missing"
-            faults.append(f"{where}: role is {found}; expected one of {', '.join(ROLES)}")
+            role = repr(message["role"]) if "role" in message else "missing"
+            faults.append(f"{label}: role is {role}; expected one of {', '.join(ROLES)}")
         elif "content" not in message or not isinstance(message["content"], str):
-            found = type(message["content"]).__name__ if "content" in message else "missing"
-            faults.append(f"{where}: content is {found}; expected text")
+            kind = type(message["content"]).__name__ if "content" in message else "missing"
+            faults.append(f"{label}: content is {kind}; expected text")
         else:
-            faults += _text_faults(where, message["content"])
+            faults += _text_faults(label, message["content"])
     return faults
 
 
 def _text_faults(name: str, text: str) -> list[str]:
-    # JSON can escape half of a surrogate pair, which is no character and stops a tokenizer.
+    # JSON can escape half of a surrogate pair, on which tokenizers fail
     if any("\ud800" <= character <= "\udfff" for character in text):
-        return [f"{name} holds half of a surrogate pair (\\ud800-\\udfff), which is no character"]
+        return [f"{name} has half of a surrogate pair (\\ud800-\\udfff), which is not a character"]
     return []

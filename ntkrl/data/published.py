@@ -1,15 +1,15 @@
-"""Rows of data sets in the forms they are published in, from this machine alone.
+"""Readers of published data sets in local files.
 
-| path | holds |
+| path | content |
 |---|---|
 | `FILE.json` | a list of objects |
-| `FILE.parquet` | a table; needs the extra `data` (pyarrow), as the two below |
-| `DIR` with state.json | a split that `datasets` saved (`save_to_disk`) |
-| `DIR` with *.parquet | shards of one split, together |
+| `FILE.parquet` | a table; needs the extra `data` (pyarrow), as the next two do |
+| `DIR` with state.json | a split saved by `datasets` (`save_to_disk`) |
+| `DIR` with *.parquet | all shards of one split |
 | any other file | JSON Lines: an object per line |
 
-`DIR/NAME` is a split NAME that lies in DIR, or in a folder of DIR, in any of these forms: where DIR
-holds `data/NAME-00000-of-00002.parquet` and its sister, the two together.
+`DIR/NAME` also names the split NAME in DIR or a subdirectory of DIR, in any of these forms, such as
+the shards `DIR/data/NAME-00000-of-00002.parquet` and `DIR/data/NAME-00001-of-00002.parquet`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FORMS = "JSON Lines, .json (a list of objects), .parquet, or a directory of a sa
 
 
 class Rows(NamedTuple):
-    """What a path holds, unchecked.
+    """Rows of a path before validation.
 
-    source: the path, for messages. unit: "line" or "row", what numbers count. rows: number and
-    object. problems: number and fault of those that are no objects.
+    source: the path, for messages. unit: "line" or "row", counted by the numbers. rows: number and
+    object. problems: number and fault of rows that are not objects.
     """
 
     source: str
@@ -38,107 +38,108 @@ class Rows(NamedTuple):
     problems: list[tuple[int, str]]
 
     def place(self, number: int) -> str:
-        """Name a row in messages."""
+        """Return the name of a row for messages."""
         colon = self.unit == "line"
         return f"{self.source}:{number}" if colon else f"{self.source} row {number}"
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """Return the files that a path or a split's name stands for, in the order of their rows.
+    """Return the files of a path or of a split's name, in the order of their rows.
 
     Raises:
-      ValueError: nothing there, several splits or forms of one, or shards that are missing.
+      ValueError: no such file, several splits or forms of one, or missing shards.
     """
     path = Path(path)
     if path.is_file():
         return [path]
     if path.is_dir():
-        return _in_directory(path)
-    return _split(path)
+        return _directory_files(path)
+    return _named_split(path)
 
 
 def read_rows(path: str | Path) -> Rows:
     """Read every row.
 
     Args:
-      path: see the module; lines of JSON Lines are counted from 1, rows of the rest from 0.
+      path: see the module; lines of JSON Lines count from 1, other rows from 0.
 
     Raises:
-      ValueError: what `files_of` raises, a file that is damaged or no list, or no pyarrow.
+      ValueError: errors of `files_of`, a file that is corrupt or not a list, or no pyarrow.
     """
     files = files_of(path)
     if files[0].suffix not in (".json", ".parquet", ".arrow"):
         return _json_lines(files[0])
     values = [value for file in files for value in READERS[file.suffix](file)]
     source = str(files[0]) if len(files) == 1 and Path(path).is_file() else str(path)
-    fault = "expected an object, found "
-    problems = [
-        (number, fault + type(value).__name__)
-        for number, value in enumerate(values)
-        if not isinstance(value, dict)
-    ]
-    wrong = {number for number, _ in problems}
-    rows = [(number, value) for number, value in enumerate(values) if number not in wrong]
+    rows, problems = [], []
+    for number, value in enumerate(values):
+        if isinstance(value, dict):
+            rows.append((number, value))
+        else:
+            problems.append((number, f"expected an object, found {type(value).__name__}"))
     return Rows(source, "row", rows, problems)
 
 
-def _in_directory(path: Path) -> list[Path]:
+def _directory_files(path: Path) -> list[Path]:
     if (path / "state.json").is_file():
-        return _saved(path)
+        return _saved_files(path)
     if (path / "dataset_dict.json").is_file():
         splits = sorted(part.name for part in path.iterdir() if (part / "state.json").is_file())
-        raise ValueError(f"{path} is a directory of several splits; {_name_one(path, splits)}.")
+        raise ValueError(f"{path} is a directory of several splits; {_choices(path, splits)}.")
     tables = sorted(path.glob("*.parquet"))
     if tables:
-        return _one_split(path, tables)
-    inside = sorted({name for part in (path, *_folders(path)) for name in _names(part)})
-    hint = f"; {_name_one(path, inside)}" if inside else ", and holds no data file"
+        return _split_shards(path, tables)
+    splits = _all_splits(path)
+    hint = f"; {_choices(path, splits)}" if splits else " without a data file"
     raise ValueError(f"{path} is a directory{hint}. Allowed are {FORMS}.")
 
 
-def _name_one(path: Path, splits: Sequence[str]) -> str:
-    return f"name one of {', '.join(str(path / split) for split in splits)}"
+def _choices(path: Path, splits: Sequence[str]) -> str:
+    return f"give one of {', '.join(str(path / split) for split in splits)}"
 
 
-def _folders(path: Path) -> list[Path]:
+def _subdirectories(path: Path) -> list[Path]:
     return sorted(part for part in path.iterdir() if part.is_dir())
 
 
-def _names(path: Path) -> list[str]:
-    """Return what splits a folder holds, by the names of files and folders."""
-    found = []
+def _all_splits(path: Path) -> list[str]:
+    """Return the names of all splits in a directory and its subdirectories."""
+    return sorted({n for part in (path, *_subdirectories(path)) for n in _split_names(part)})
+
+
+def _split_names(path: Path) -> list[str]:
+    """Return the names of the splits directly in a directory."""
+    names = []
     for part in path.iterdir():
         shard = SHARD.fullmatch(part.name)
         if shard:
-            found.append(shard["split"])
+            names.append(shard["split"])
         elif part.suffix in ENDINGS:
-            found.append(part.stem)
+            names.append(part.stem)
         elif (part / "state.json").is_file() or (part.is_dir() and any(part.glob("*.parquet"))):
-            found.append(part.name)
-    return found
+            names.append(part.name)
+    return names
 
 
-def _split(path: Path) -> list[Path]:
-    """Find a split by its name in a directory or its folders."""
+def _named_split(path: Path) -> list[Path]:
+    """Find a split by its name in a directory or its subdirectories."""
     directory, name = path.parent, path.name
-    found: list[list[Path]] = []
-    for part in (directory, *_folders(directory)) if directory.is_dir() else ():
-        found += [[part / (name + end)] for end in ENDINGS if (part / (name + end)).is_file()]
+    matches: list[list[Path]] = []
+    for part in (directory, *_subdirectories(directory)) if directory.is_dir() else ():
+        matches += [[part / (name + end)] for end in ENDINGS if (part / (name + end)).is_file()]
         shards = [s for s in sorted(part.glob("*.parquet")) if _split_of(s) == name]
-        found += [_one_split(part, shards)] if shards else []
+        matches += [_split_shards(part, shards)] if shards else []
         inner = part / name
         if inner.is_dir() and part != directory:
-            found.append(_in_directory(inner))
-    if len(found) > 1:
-        told = ", ".join(str(files[0]) for files in found)
-        raise ValueError(f"{path} may be any of {told}; name the one that is meant.")
-    if not found:
-        there = []
-        if directory.is_dir():
-            there = sorted({n for part in (directory, *_folders(directory)) for n in _names(part)})
-        beside = f" {directory} holds {', '.join(there)}." if there else ""
-        raise ValueError(f"{path}: no such file.{beside} Allowed are {FORMS}.")
-    return found[0]
+            matches.append(_directory_files(inner))
+    if len(matches) > 1:
+        listed = ", ".join(str(files[0]) for files in matches)
+        raise ValueError(f"{path} is ambiguous: {listed}; give the path of one.")
+    if not matches:
+        splits = _all_splits(directory) if directory.is_dir() else []
+        hint = f" {directory} has {', '.join(splits)}." if splits else ""
+        raise ValueError(f"{path}: no such file.{hint} Allowed are {FORMS}.")
+    return matches[0]
 
 
 def _split_of(path: Path) -> str | None:
@@ -146,66 +147,73 @@ def _split_of(path: Path) -> str | None:
     return None if shard is None else shard["split"]
 
 
-def _one_split(path: Path, tables: Sequence[Path]) -> list[Path]:
-    """Check that tables are the whole of one split."""
+def _split_shards(path: Path, tables: Sequence[Path]) -> list[Path]:
+    """Check that tables are all shards of one split."""
     shards = [shard for table in tables if (shard := SHARD.fullmatch(table.name))]
     splits = sorted({shard["split"] for shard in shards})
     if len(splits) > 1 or (shards and len(shards) < len(tables)):
         names = [*splits, *(table.name for table in tables if _split_of(table) is None)]
-        raise ValueError(f"{path} holds tables of several splits; {_name_one(path, names)}.")
+        raise ValueError(f"{path} has tables of several splits; {_choices(path, names)}.")
     if shards:
         counts = {int(shard["count"]) for shard in shards}
-        held = sorted(int(shard["number"]) for shard in shards)
-        if len(counts) > 1 or held != list(range(max(counts))):
+        numbers = sorted(int(shard["number"]) for shard in shards)
+        if len(counts) > 1 or numbers != list(range(max(counts))):
             raise ValueError(
-                f"{path}: of the {max(counts)} shards of {splits[0]} there are "
-                f"{', '.join(table.name for table in tables)}; copy each of them once."
+                f"{path}: of the {max(counts)} shards of {splits[0]} only "
+                f"{', '.join(table.name for table in tables)} exist; copy each of them once."
             )
     return list(tables)
 
 
-def _saved(path: Path) -> list[Path]:
-    state = _parsed(path / "state.json")
-    again = "save the dataset again with datasets' save_to_disk"
+def _saved_files(path: Path) -> list[Path]:
+    state = _read_json(path / "state.json")
+    fix = "save the dataset again with datasets' save_to_disk"
     entries = state["_data_files"] if isinstance(state, dict) and "_data_files" in state else None
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and "filename" in entry for entry in entries
     ):
-        raise ValueError(f"{path / 'state.json'} names no data files; {again}.")
+        raise ValueError(f"{path / 'state.json'} names no data files; {fix}.")
     if any(state[key] for key in ("_indices_files", "_indices_data_files") if key in state):
-        raise ValueError(f"{path} holds a selection of its rows apart from them; {again}.")
+        raise ValueError(f"{path} stores a selection of rows separately; {fix}.")
     files = [path / str(entry["filename"]) for entry in entries]
     missing = [file.name for file in files if file.parent != path or not file.is_file()]
     if missing or not files:
-        raise ValueError(f"{path}: {', '.join(missing) or 'every data file'} is missing; {again}.")
+        raise ValueError(f"{path}: {', '.join(missing) or 'every data file'} is missing; {fix}.")
     return files
 
 
-def _parsed(path: Path) -> Any:
+def read_bytes(path: Path) -> bytes:
+    """Read a file without the byte-order mark that Windows editors write.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
     try:
-        return json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_json(path: Path) -> Any:
+    content = read_bytes(path)
+    try:
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}).") from error
 
 
 def _json_list(path: Path) -> list[Any]:
     try:
-        found = _parsed(path)
+        values = _read_json(path)
     except ValueError as error:
-        raise ValueError(f"{error} An object per line is JSON Lines: call it .jsonl.") from error
-    if not isinstance(found, list):
-        raise ValueError(f"{path} holds {type(found).__name__}; expected a list of objects.")
-    return found
+        raise ValueError(f"{error} Rename a file with an object per line to .jsonl.") from error
+    if not isinstance(values, list):
+        raise ValueError(f"{path} is {type(values).__name__}; expected a list of objects.")
+    return values
 
 
-def needed_arrow(path: Path) -> Any:
-    """Return pyarrow, which only tables need.
-
-    Raises:
-      ValueError: it is not installed.
-    """
+def import_pyarrow(path: Path) -> Any:
+    """Return pyarrow; raise ValueError if it is not installed."""
     try:
         import pyarrow
     except ImportError as error:
@@ -217,22 +225,26 @@ def needed_arrow(path: Path) -> Any:
 
 
 def _parquet(path: Path) -> list[Any]:
-    arrow = needed_arrow(path)
+    arrow = import_pyarrow(path)
     from pyarrow import parquet
 
     try:
         return parquet.ParquetFile(path).read().to_pylist()
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no whole Parquet file ({error}); copy it again.") from error
+        raise ValueError(
+            f"{path} is not a complete Parquet file ({error}); copy it again."
+        ) from error
 
 
 def _stream(path: Path) -> list[Any]:
-    arrow = needed_arrow(path)
+    arrow = import_pyarrow(path)
     try:
         with arrow.memory_map(str(path)) as source, arrow.ipc.open_stream(source) as reader:
             return reader.read_all().to_pylist()
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no whole Arrow file ({error}); copy it again.") from error
+        raise ValueError(
+            f"{path} is not a complete Arrow file ({error}); copy it again."
+        ) from error
 
 
 READERS = {".json": _json_list, ".parquet": _parquet, ".arrow": _stream}
@@ -240,12 +252,7 @@ READERS = {".json": _json_list, ".parquet": _parquet, ".arrow": _stream}
 
 def _json_lines(path: Path) -> Rows:
     rows, problems = [], []
-    try:
-        # Windows editors put a byte-order mark first; it is no part of the first row.
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    for line, raw in enumerate(content.split(b"\n"), start=1):
+    for line, raw in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not raw.strip():
             continue
         try:

@@ -1,4 +1,4 @@
-"""Which files the prompts of a run come from: the config's data section."""
+"""Settings of prompts and their batches: the config's data section."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import dataclasses
 import math
 
 
-def names(given: str) -> tuple[str, ...]:
-    """Return the names in a list separated by commas."""
-    return tuple(name.strip() for name in given.split(","))
+def split_names(text: str) -> tuple[str, ...]:
+    """Return the names of a comma-separated list."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Which prompts.
+    """Prompts of a run.
 
-    path: prompts (with completions for sft) in a form of data/published.py, several paths by
-      commas; None: the built-in task.
-    weights: what share of the rows each file of `path` gives, relative and > 0; None for epochs
-      that visit every row of every file once.
-    eval_path: held-out prompts, likewise; None holds out `held_out` of `path`.
-    held_out: fraction of each file of `path` kept for evaluation, in [0, 1).
+    path: comma-separated paths of prompts (with completions for sft), see data/published.py; None
+      for the built-in task.
+    weights: relative share of the rows drawn from each file of `path`, > 0; None for epochs that
+      visit every row of every file once.
+    eval_path: evaluation prompts, likewise; None holds out `held_out` of `path`.
+    held_out: fraction of each file of `path` held out for evaluation, in [0, 1).
     examples: supervised examples drawn for the built-in task (sft).
     prompts_per_step: P ≥ 1.
-    max_prompt_tokens: longest prompt allowed.
-    packing: several supervised examples share a row (see data.packed_batches).
+    max_prompt_tokens: longest prompt allowed (tokens).
+    packing: pack several supervised examples into a row (see data.packed_batches).
     """
 
     path: str | None
@@ -42,12 +42,13 @@ class DataSettings:
             problems.append(f"data.held_out must be in [0, 1), not {self.held_out}")
         if self.prompts_per_step < 1 or self.max_prompt_tokens < 1:
             problems.append("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1")
-        files = 0 if self.path is None else len(names(self.path))
-        given = self.weights
-        if given is not None and (len(given) != files or not all(0 < w < math.inf for w in given)):
+        files = 0 if self.path is None else len(split_names(self.path))
+        weights = () if self.weights is None else self.weights
+        positive = all(0 < weight < math.inf for weight in weights)
+        if self.weights is not None and (len(weights) != files or not positive):
             problems.append(
                 f"data.weights must be a positive number for each of the {files} files of "
-                f"data.path, not {tuple(given)}; None visits every row once an epoch"
+                f"data.path, not {tuple(weights)}; None visits every row once an epoch"
             )
         if problems:
             raise ValueError("; ".join(problems) + ".")

@@ -1,50 +1,98 @@
-"""From text to token ids and back.
+"""Tokenizers: loading, chat templates, encoding and decoding.
 
-No token is added that the text or the chat template does not hold (but the end token of a
-supervised completion), and nothing is cut silently.
+Only the text and the chat template determine the tokens, but for the end token of a supervised
+completion. Nothing is truncated silently.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ntkrl.data.problems import listed
-from ntkrl.data.prompts import PromptSet
+from ntkrl.data.prompts import PromptSet, listed
 from ntkrl.types import Array
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """Load a Hugging Face tokenizer from a local directory; nothing is downloaded.
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A chat template.
 
-    A tokenizer without a pad token gets its end-of-sequence token as pad. That is safe here,
-    since every array comes with a mask and no code compares tokens with the pad id.
+    text: jinja2, as in transformers' `chat_template`.
+    tokens: special tokens to add to the tokenizer, in this order.
+    """
+
+    text: str
+    tokens: tuple[str, ...] = ()
+
+
+# The format of princeton-pli/what-makes-good-rm for Pythia, without line breaks and without a
+# start token. It writes a system message as an assistant's; this one rejects it.
+PYTHIA = Template(
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('roles are user and assistant, not ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    ("<|user|>", "<|assistant|>"),
+)
+TEMPLATES = {"pythia": PYTHIA}
+
+
+def read_template(name: str) -> Template:
+    """Return a template by name ("pythia"), or from a path that ends in `.jinja`.
+
+    Raises:
+      ValueError: an unknown name, or a file that cannot be read.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if not name.endswith(".jinja"):
+        raise ValueError(
+            f"model.template {name!r} is unknown; give {', '.join(TEMPLATES)} or a .jinja file."
+        )
+    try:
+        return Template(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"model.template {name} cannot be read: {error}.") from error
+
+
+def apply_template(tokenizer: Any, template: Template) -> int:
+    """Set a tokenizer's chat template and add its special tokens; return how many were new."""
+    tokenizer.chat_template = template.text
+    return tokenizer.add_special_tokens({"additional_special_tokens": list(template.tokens)})
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load a local Hugging Face tokenizer and set its `eos_token_id` and `pad_token_id`.
+
+    A missing pad token becomes the end-of-sequence token: every array has a mask, and no code
+    compares tokens with the pad id.
 
     Args:
       path: directory with `tokenizer.json` (or the vocabulary of a slow tokenizer) and
         `tokenizer_config.json`.
 
-    Returns:
-      The tokenizer, with `eos_token_id` and `pad_token_id` set.
-
     Raises:
-      ValueError: no such directory, no tokenizer files, files that do not load (those that
-        need remote code among them), or no end-of-sequence token.
+      ValueError: no such directory, no tokenizer files, files that do not load (such as those
+        that need remote code), or no end-of-sequence token.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is no directory; give the directory that holds tokenizer.json.")
+        raise ValueError(f"{path} is not a directory; give the directory of tokenizer.json.")
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(
-            f"{path} holds no tokenizer; expected tokenizer.json and tokenizer_config.json (or a "
+            f"{path} has no tokenizer; expected tokenizer.json and tokenizer_config.json (or a "
             f"vocabulary: {', '.join(TOKENIZER_FILES[1:])}). Copy them from the model's source."
         )
-    # Here and not above, since transformers takes seconds to import.
+    # a local import, since transformers takes seconds to import
     from transformers import AutoTokenizer
 
     try:
@@ -69,28 +117,24 @@ def load_tokenizer(path: str | Path) -> Any:
 def encode_prompts(
     tokenizer: Any, prompt_set: PromptSet, max_prompt_tokens: int
 ) -> list[list[int]]:
-    """Encode every prompt.
+    """Return the token ids of each prompt, unpadded.
 
-    Standard prompts are encoded as they are, without special tokens. Conversational ones go
-    through the tokenizer's chat template with the generation prompt.
+    Text prompts are encoded without special tokens, conversations by the tokenizer's chat
+    template with the generation prompt.
 
     Args:
       tokenizer: from `load_tokenizer`.
       prompt_set: the prompts.
       max_prompt_tokens: longest prompt allowed (tokens).
 
-    Returns:
-      Token ids of each prompt, unpadded.
-
     Raises:
-      ValueError: no chat template where one is needed, or prompts that cannot be encoded, are
-        empty or too long; all such rows in one message.
+      ValueError: a missing chat template, or prompts that cannot be encoded, are empty or too
+        long; the message lists all such rows.
     """
     if prompt_set.conversational:
-        _check_template(tokenizer, prompt_set.source)
         texts = _render(tokenizer, prompt_set, prompt_set.prompts, generation_prompt=True)
     else:
-        texts = list(prompt_set.prompts)
+        texts = [str(prompt) for prompt in prompt_set.prompts]
     encoded = _encode(tokenizer, texts, prompt_set.source, "prompt")
     problems = [f"row {row}: no tokens" for row, ids in enumerate(encoded) if not ids]
     if problems:
@@ -105,30 +149,25 @@ def encode_prompts(
 def encode_completions(
     tokenizer: Any, prompt_set: PromptSet, max_completion_tokens: int
 ) -> list[list[int]]:
-    """Encode the column "completion" for supervised training, each with the end token last.
+    """Return the token ids of the column "completion" for SFT, unpadded, the end token last.
 
-    A conversational completion is what the chat template writes after the generation prompt.
-    Its own end token closes it, and white space the template writes after that is left out,
-    as a sampler would stop there.
+    A conversational completion is what the chat template writes after the generation prompt. If
+    it has the end token, only white space that follows it is dropped, as a sampler stops there.
 
     Args:
       tokenizer: from `load_tokenizer`.
       prompt_set: prompts with a "completion" for every row.
-      max_completion_tokens: longest completion allowed (tokens, the end token counts).
-
-    Returns:
-      Token ids of each completion, unpadded; an empty text is the end token alone.
+      max_completion_tokens: longest completion allowed (tokens, including the end token).
 
     Raises:
-      ValueError: no such column or rows without one, no chat template where one is needed, or
-        completions that cannot be encoded or are too long; all such rows in one message.
+      ValueError: a missing column, value or chat template, or completions that cannot be encoded
+        or are too long; the message lists all such rows.
     """
     completions = _completions(prompt_set)
     if prompt_set.conversational:
-        _check_template(tokenizer, prompt_set.source)
-        completions = _rendered_completions(tokenizer, prompt_set, completions)
+        completions = _render_completions(tokenizer, prompt_set, completions)
     encoded = [
-        _closed(tokenizer, ids)
+        _end_sequence(tokenizer, ids)
         for ids in _encode(tokenizer, completions, prompt_set.source, "completion")
     ]
     _check_lengths(encoded, max_completion_tokens, prompt_set.source, "completion")
@@ -138,18 +177,13 @@ def encode_completions(
 def decode_completions(
     tokenizer: Any, tokens: Array, completion_mask: Array, eos_id: int
 ) -> tuple[list[str], list[list[int]]]:
-    """Return the completions of a rollout as texts and as token ids.
+    """Return the completions of a rollout as texts without special tokens, and as all token ids.
 
     Args:
       tokenizer: from `load_tokenizer`.
       tokens: `[B, T]` or `[B, C]`; the completions are the last C columns.
       completion_mask: `[B, C]` bool.
-      eos_id: end-of-sequence token, left out of the text even where the tokenizer does not
-        call it special.
-
-    Returns:
-      `(texts, ids)`: the masked tokens of each row as text without special tokens, and as ids
-      with them.
+      eos_id: end-of-sequence token, never part of the text.
 
     Raises:
       ValueError: the mask is wider than the tokens or has another number of rows.
@@ -161,7 +195,7 @@ def decode_completions(
             "expected [B, T] and [B, C] with T ≥ C."
         )
     tokens_BC = tokens_BT[:, tokens_BT.shape[1] - mask_BC.shape[1] :]
-    ids = [row[keep].tolist() for row, keep in zip(tokens_BC, mask_BC, strict=True)]
+    ids = [row[mask].tolist() for row, mask in zip(tokens_BC, mask_BC, strict=True)]
     texts = [
         tokenizer.decode(
             [token for token in row if token != eos_id],
@@ -174,45 +208,39 @@ def decode_completions(
 
 
 def stop_finder(tokenizer: Any, stops: Sequence[str]) -> Callable[[np.ndarray], int | None]:
-    """Return a function that finds where the first stop string of a completion ends.
+    """Return `find(ids [n])`: the fewest tokens whose text contains a stop string, or None.
 
     Args:
       tokenizer: from `load_tokenizer`.
-      stops: strings, one at least.
-
-    Returns:
-      `find(ids [n]) -> count | None`, the fewest tokens whose text holds a stop string.
+      stops: at least one string.
     """
 
-    def holds(ids: np.ndarray) -> bool:
+    def contains_stop(ids: np.ndarray) -> bool:
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return any(stop in text for stop in stops)
 
     def find(ids: np.ndarray) -> int | None:
-        if not holds(ids):
+        if not contains_stop(ids):
             return None
-        low, high = 0, len(ids)  # text only grows with tokens, so halving finds the first
+        low, high = 0, len(ids)  # text only grows with tokens, so bisection finds the first
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if holds(ids[:middle]) else (middle, high)
+            low, high = (low, middle) if contains_stop(ids[:middle]) else (middle, high)
         return high
 
     return find
 
 
-def _check_template(tokenizer: Any, source: str) -> None:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{source}: prompts are lists of messages, but the tokenizer has no chat template. "
-            "Put chat_template.jinja into the tokenizer's directory (or set "
-            '"chat_template" in tokenizer_config.json), or use {"prompt": "text"} rows.'
-        )
-
-
 def _render(
     tokenizer: Any, prompt_set: PromptSet, conversations: Sequence[Any], generation_prompt: bool
 ) -> list[str]:
-    # jinja2 comes with transformers' chat templates; only they need it.
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{prompt_set.source}: prompts are lists of messages, but the tokenizer has no chat "
+            "template. Put chat_template.jinja into the tokenizer's directory (or set "
+            '"chat_template" in tokenizer_config.json), or use {"prompt": "text"} rows.'
+        )
+    # jinja2 comes with transformers' chat templates, its only use
     from jinja2 import TemplateError
 
     def write(messages: Any) -> str:
@@ -220,26 +248,26 @@ def _render(
             messages, add_generation_prompt=generation_prompt, tokenize=False
         )
 
-    return _each(
-        write, conversations, TemplateError, f"{prompt_set.source}: the chat template refuses"
-    )
+    message = f"{prompt_set.source}: the chat template rejects"
+    return _map_rows(write, conversations, TemplateError, message)
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], source: str, what: str) -> list[list[int]]:
+def _encode(tokenizer: Any, texts: Sequence[str], source: str, kind: str) -> list[list[int]]:
     def ids(text: str | list[str]) -> Any:
-        # Templates write their own special tokens; the length is checked by the caller.
+        # templates write special tokens themselves; the caller checks lengths
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     try:
         return ids(list(texts))
-    except Exception:  # tokenizers raises bare Exception; again by row, to name the rows
-        return _each(ids, texts, Exception, f"{source}: the tokenizer cannot encode the {what} of")
+    except Exception:  # tokenizers raises bare Exception; encode by row to name the rows
+        message = f"{source}: the tokenizer cannot encode the {kind} of"
+        return _map_rows(ids, texts, Exception, message)
 
 
-def _each(
+def _map_rows(
     call: Callable[[Any], Any], items: Sequence[Any], kind: type[Exception], message: str
 ) -> list[Any]:
-    # One ValueError names all rows on which the call raises `kind`.
+    """Apply a function to every row; one ValueError lists all rows that raise `kind`."""
     results, problems = [], []
     for row, item in enumerate(items):
         try:
@@ -258,43 +286,43 @@ def _completions(prompt_set: PromptSet) -> list[Any]:
             f"{prompt_set.source}: supervised training needs a column 'completion'; "
             f"columns are: {', '.join(columns) if columns else 'none'}."
         )
-    form, wanted = (list, "a list of messages") if prompt_set.conversational else (str, "text")
+    kind, form = (list, "a list of messages") if prompt_set.conversational else (str, "text")
     problems = [
         f"row {row}: {completion!r:.60}"
         for row, completion in enumerate(columns["completion"])
-        if not isinstance(completion, form)
+        if not isinstance(completion, kind)
     ]
     if problems:
         raise ValueError(
-            f"{prompt_set.source}: every 'completion' must be {wanted}{listed(problems)}"
+            f"{prompt_set.source}: every 'completion' must be {form}{listed(problems)}"
         )
     return columns["completion"]
 
 
-def _rendered_completions(
+def _render_completions(
     tokenizer: Any, prompt_set: PromptSet, completions: Sequence[Any]
 ) -> list[str]:
     prompts = prompt_set.prompts
     starts = _render(tokenizer, prompt_set, prompts, generation_prompt=True)
-    whole = [[*prompt, *rest] for prompt, rest in zip(prompts, completions, strict=True)]
-    texts = _render(tokenizer, prompt_set, whole, generation_prompt=False)
+    conversations = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    texts = _render(tokenizer, prompt_set, conversations, generation_prompt=False)
     pairs = list(zip(texts, starts, strict=True))
     problems = [
-        f"row {row}: {start!r:.60} is no start of {text!r:.60}"
+        f"row {row}: {start!r:.60} is not a prefix of {text!r:.60}"
         for row, (text, start) in enumerate(pairs)
         if not text.startswith(start)
     ]
     if problems:
         raise ValueError(
             f"{prompt_set.source}: the chat template writes a conversation that does not start "
-            f"with its prompt, so the completion cannot be told apart{listed(problems)}\n"
+            f"with its prompt, so the completion cannot be separated{listed(problems)}\n"
             "Use a template whose generation prompt is the start of an assistant turn."
         )
     return [text[len(start) :] for text, start in pairs]
 
 
-def _closed(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Return the ids ended by the end token, which a template may have written already."""
+def _end_sequence(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return the ids with the end token last; a template may have written it already."""
     eos_id = tokenizer.eos_token_id
     if eos_id in ids:
         end = len(ids) - ids[::-1].index(eos_id)
@@ -303,14 +331,14 @@ def _closed(tokenizer: Any, ids: list[int]) -> list[int]:
     return [*ids, eos_id]
 
 
-def _check_lengths(encoded: list[list[int]], limit: int, source: str, what: str) -> None:
+def _check_lengths(encoded: list[list[int]], limit: int, source: str, kind: str) -> None:
     problems = [
         f"row {row}: {len(ids)} tokens" for row, ids in enumerate(encoded) if len(ids) > limit
     ]
     if problems:
         longest = max(len(ids) for ids in encoded)
         raise ValueError(
-            f"{source}: {len(problems)} {what}s are longer than {limit} tokens{listed(problems)}\n"
-            f"Raise --config.data.max_{what}_tokens (the longest has {longest}), or shorten or "
+            f"{source}: {len(problems)} {kind}s are longer than {limit} tokens{listed(problems)}\n"
+            f"Raise --config.data.max_{kind}_tokens (the longest has {longest}), or shorten or "
             "filter these rows."
         )

@@ -178,7 +178,7 @@ class _Held:
         """Read the params, once."""
         try:
             return self.checkpoints.restore_params(self.step, like)
-        except runtime.DamagedError as error:
+        except runtime.CorruptCheckpointError as error:
             raise ValueError(
                 f"step {self.step} of {self.run} is damaged ({error}); {self.listed}"
             ) from error

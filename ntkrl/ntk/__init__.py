@@ -25,33 +25,49 @@ your own needs a function for its features and the name of its head's matrix:
 Models of this package are passed as they come: `ntk.kernel(policy, params, contexts)`.
 """
 
-from ntkrl.ntk.contexts import Contexts, every_position, last_positions
+from ntkrl.ntk.contexts import (
+    Contexts,
+    GroupedContexts,
+    check_contexts,
+    every_position,
+    features_at,
+    group_by_sequence,
+    last_positions,
+)
 from ntkrl.ntk.eigen import eigenpairs
+from ntkrl.ntk.estimates import ALGORITHMS, Estimate, cheapest
 from ntkrl.ntk.kernel import Factored, Kernel
 from ntkrl.ntk.make import kernel
-from ntkrl.ntk.network import Head, Network
-from ntkrl.ntk.parts import PARTS, by_layer, by_module
-from ntkrl.ntk.predict import predict
-from ntkrl.ntk.roads import ROADS, Estimate
+from ntkrl.ntk.network import Head, Network, as_network
+from ntkrl.ntk.parts import PARTS, by_layer, by_module, group_weights
+from ntkrl.ntk.predict import BODY_GROUP, predict
 from ntkrl.ntk.scores import score_gram
 from ntkrl.ntk.spectrum import alignment, cka, frobenius
 
 __all__ = [
+    "ALGORITHMS",
+    "BODY_GROUP",
     "PARTS",
-    "ROADS",
     "Contexts",
     "Estimate",
     "Factored",
+    "GroupedContexts",
     "Head",
     "Kernel",
     "Network",
     "alignment",
+    "as_network",
     "by_layer",
     "by_module",
+    "check_contexts",
+    "cheapest",
     "cka",
     "eigenpairs",
     "every_position",
+    "features_at",
     "frobenius",
+    "group_by_sequence",
+    "group_weights",
     "kernel",
     "last_positions",
     "predict",

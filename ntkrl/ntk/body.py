@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ntkrl import trees
-from ntkrl.jaxpr import Program, trace
+from ntkrl.jaxpr import TracedFunction, trace
 from ntkrl.ntk.network import Head, Network
 from ntkrl.types import Array, Params
 
@@ -88,7 +88,7 @@ class Body:
         spec = PartitionSpec(None, mesh.axis_names)
         return jax.lax.with_sharding_constraint(cotangents, NamedSharding(mesh, spec))
 
-    def program(self, params: Params, tokens: Any, mask: Array) -> Program:
+    def program(self, params: Params, tokens: Any, mask: Array) -> TracedFunction:
         """Return the features of one sequence, traced: inputs are all leaves, tokens and mask."""
         return traced(self.network, params, tokens, mask)
 
@@ -114,7 +114,7 @@ def make_body(network: Network, params: Params, tokens: Any, mask: Array) -> Bod
     return Body(bare, used, tied, tuple(spread) if several else None)
 
 
-def traced(network: Network, params: Params, tokens: Any, mask: Array) -> Program:
+def traced(network: Network, params: Params, tokens: Any, mask: Array) -> TracedFunction:
     """Trace the features of one sequence; equal shapes are traced once."""
     leaves, treedef = jax.tree.flatten(params)
     data, data_treedef = jax.tree.flatten((tokens, mask))
@@ -124,7 +124,9 @@ def traced(network: Network, params: Params, tokens: Any, mask: Array) -> Progra
 
 
 @functools.lru_cache(maxsize=128)
-def _traced(network: Network, treedef: Any, data_treedef: Any, shapes: tuple[Any, ...]) -> Program:
+def _traced(
+    network: Network, treedef: Any, data_treedef: Any, shapes: tuple[Any, ...]
+) -> TracedFunction:
     count = treedef.num_leaves
 
     def flat(*arguments: Array) -> Array:

@@ -72,7 +72,7 @@ def every_position(tokens: Array, mask: Array | None = None) -> Contexts:
     return Contexts(tokens, jnp.asarray(positions), jnp.asarray(rows), mask)
 
 
-def checked(
+def check_contexts(
     contexts: Contexts, what: str, network: Network, params: Params, is_policy: bool
 ) -> Contexts:
     """Return the contexts with rows and mask filled in, or say all that is wrong with them.
@@ -131,7 +131,7 @@ def checked(
     )
 
 
-class Grouped(NamedTuple):
+class GroupedContexts(NamedTuple):
     """Contexts gathered by sequence, so that each sequence is read once.
 
     tokens: inputs of S sequences, S in front.
@@ -146,7 +146,7 @@ class Grouped(NamedTuple):
     slots: Array
 
 
-def grouped(contexts: Contexts) -> Grouped:
+def group_by_sequence(contexts: Contexts) -> GroupedContexts:
     """Gather checked contexts by sequence; traced ones stay one sequence each."""
     tokens, mask = contexts.tokens, contexts.mask
     if is_traced((contexts.rows, contexts.positions)):
@@ -163,7 +163,7 @@ def grouped(contexts: Contexts) -> Grouped:
         positions_SP = np.zeros((len(used), most), np.int32)
         positions_SP[sequence_O, place_O] = positions_O
         slots = sequence_O * most + place_O
-    return Grouped(
+    return GroupedContexts(
         jax.tree.map(lambda leaf: jnp.asarray(leaf)[used], tokens),
         jnp.asarray(mask)[used],
         jnp.asarray(positions_SP),

@@ -2,7 +2,7 @@
 
 Every body form is Γ[a, b] = c_aᵀ J_φ J_φ'ᵀ c_b for directions c at positions of sequences: the unit
 vectors give M, the rows of W give entries of G, W^T g gives score functions, a sum over positions
-gives sequence aggregates. A road (see roads.py) is a way to compute Γ.
+gives sequence aggregates. A algorithm (see estimates.py) is a way to compute Γ.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ntkrl.ntk.contexts import Grouped
+from ntkrl.ntk.contexts import GroupedContexts
 from ntkrl.numerics import einsum
 from ntkrl.types import Array
 
@@ -77,7 +77,9 @@ class Directions:
         )
 
 
-def directions(sides: Grouped, vectors: Array | None, width: int, summed: bool) -> Directions:
+def directions(
+    sides: GroupedContexts, vectors: Array | None, width: int, summed: bool
+) -> Directions:
     """Arrange `[O, B, D]` vectors of contexts (None: unit vectors) by sequence."""
     arranged = None
     if vectors is not None:

@@ -1,4 +1,4 @@
-"""The two roads by parameter-sized gradients, and the products with J they are made of.
+"""The two algorithms by parameter-sized gradients, and the products with J they are made of.
 
     products    Γ column by column: one VJP of an updated direction, one JVP at all observed ones
     jacobians   gradients of both sides side by side, contracted over the parameters

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ntkrl.ntk import forms, heads, parts, roads
+from ntkrl.ntk import estimates, forms, heads, parts
 from ntkrl.ntk.problem import Problem, vocabulary_indices
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array
@@ -273,13 +273,13 @@ class Kernel(Problem):
         arguments = (left, right, operands.head, roles, self.has_bias, every)
         return total + jnp.sum(heads.head_diagonal(*arguments), axis=-1)
 
-    def estimate(self, part: str = "body", chunk: int | None = None) -> roads.Estimate:
-        """Return road, chunk, FLOPs and memory of `body(part, chunk)` before it runs."""
+    def estimate(self, part: str = "body", chunk: int | None = None) -> estimates.Estimate:
+        """Return algorithm, chunk, FLOPs and memory of `body(part, chunk)` before it runs."""
         found = self.estimates_of(part, *self.sides(None, None), chunk)
-        return roads.choose(found, self.road, self.budget)
+        return estimates.choose(found, self.algorithm, self.budget)
 
-    def estimates(self, part: str = "body") -> dict[str, roads.Estimate]:
-        """Return the Estimate of every road that can be taken to `body(part)`."""
+    def estimates(self, part: str = "body") -> dict[str, estimates.Estimate]:
+        """Return the Estimate of every algorithm that can be taken to `body(part)`."""
         return self.estimates_of(part, *self.sides(None, None), None)
 
     def _dense_body(self, part: str, rows_R: Array, columns_C: Array) -> Array:

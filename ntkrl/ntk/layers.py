@@ -1,4 +1,4 @@
-"""The layer-wise road: Γ from activation and cotangent Gram matrices, one layer at a time.
+"""The layer-wise algorithm: Γ from activation and cotangent Gram matrices, one layer at a time.
 
 The features are traced once; going backwards through them, layer by layer, both sides' cotangents
 of every tapped product exist only long enough to be contracted. It takes VJPs alone, never builds

@@ -5,8 +5,8 @@
 (2, 2)
 >>> change = kernel.apply(jnp.ones((2, policy.vocab_size)))  # one VJP, one JVP
 >>> block = kernel.dense(rows=[5, 8], columns=[0, 1])  # [O, U, 2, 2]
->>> print(kernel.estimate().road)  # what body() will do, before it runs
-layers
+>>> print(kernel.estimate().algorithm)  # what body() will do, before it runs
+layerwise
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 from ntkrl import trees
 from ntkrl.jaxpr import is_traced
 from ntkrl.ntk import parts
-from ntkrl.ntk.contexts import Contexts, checked
+from ntkrl.ntk.contexts import Contexts, check_contexts
+from ntkrl.ntk.estimates import ALGORITHMS
 from ntkrl.ntk.kernel import Kernel
 from ntkrl.ntk.network import Network, as_network, check_params, check_policy_head
-from ntkrl.ntk.roads import GIB, ROADS
 from ntkrl.ntk.rows import RowsKernel
+from ntkrl.numerics import GIB
 from ntkrl.types import Params, Policy
 
 
@@ -30,7 +31,7 @@ def kernel(
     *,
     groups: trees.Patterns = (),
     precondition: Params | None = None,
-    road: str = "auto",
+    algorithm: str = "auto",
     forward_mode: bool = True,
     memory_gib: float = 8.0,
 ) -> Kernel:
@@ -46,8 +47,8 @@ def kernel(
         `ntk.by_layer(model, params)`; each name is then a part. A stacked leaf is spelled once per
         layer (`layers/3/mlp/up/kernel`) or for all layers at once (`layers/mlp/up/kernel`).
       precondition: tree like params, the diagonal P of J P Jᵀ (for Adam 1 / (√ν + ε)).
-      road: how feature Jacobians are contracted: "products", "jacobians" or "layers", or "auto" for
-        the cheapest of them by the estimates of `ntkrl.ntk.roads`; "rows" is the brute-force
+      algorithm: how feature Jacobians are contracted: "jvp_vjp", "jacobian" or "layerwise", or
+        "auto" for the cheapest of them by their estimates; "dense" is the brute-force
         oracle, V Jacobian rows per context.
       forward_mode: False for networks without forward-mode derivatives (fused attention): every
         JVP becomes a VJP of a VJP.
@@ -59,16 +60,17 @@ def kernel(
 
     Raises:
       ValueError: contexts out of range or on padding; params that are not floating point, not of
-        one dtype or not finite; a head that does not fit; unknown road; groups that do not cover.
+        one dtype or not finite; a head that does not fit; unknown algorithm; groups
+        that do not cover.
     """
-    network = _checked(model, params, road, memory_gib)
+    network = _checked(model, params, algorithm, memory_gib)
     ids = isinstance(model, Policy)
-    here = checked(observed, "observed", network, params, ids)
+    here = check_contexts(observed, "observed", network, params, ids)
     same = updated is None or updated is observed
-    there = here if same else checked(updated, "updated", network, params, ids)
+    there = here if same else check_contexts(updated, "updated", network, params, ids)
     if precondition is not None:
         precondition = parts.checked_precondition(precondition, params)
-    form = RowsKernel if road == "rows" else Kernel
+    form = RowsKernel if algorithm == "dense" else Kernel
     return form(
         network,
         params,
@@ -76,20 +78,22 @@ def kernel(
         there,
         groups=parts.check_groups(groups, network, params),
         precondition=precondition,
-        road=road,
+        algorithm=algorithm,
         forward_mode=forward_mode,
         budget=int(memory_gib * GIB),
         symmetric=same,
     )
 
 
-def _checked(model: Policy | Network, params: Params, road: str, memory_gib: float) -> Network:
+def _checked(model: Policy | Network, params: Params, algorithm: str, memory_gib: float) -> Network:
     network = as_network(model)
     check_params(network, params)
     if isinstance(model, Policy) and not is_traced(params):
         check_policy_head(model, network, params)
-    if road not in ("auto", "rows", *ROADS):
-        raise ValueError(f"road {road!r} is unknown; known are auto, {', '.join(ROADS)}, rows.")
+    if algorithm not in ("auto", "dense", *ALGORITHMS):
+        raise ValueError(
+            f"algorithm {algorithm!r} is unknown; known are auto, {', '.join(ALGORITHMS)}, dense."
+        )
     if not memory_gib > 0:
         raise ValueError(f"memory_gib must be positive, not {memory_gib}.")
     return network

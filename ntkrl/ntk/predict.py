@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl import trees
-from ntkrl.ntk.contexts import Contexts, checked, features_at
+from ntkrl.ntk.contexts import Contexts, check_contexts, features_at
 from ntkrl.ntk.gradients import weighted
 from ntkrl.ntk.network import Network, as_network
 from ntkrl.ntk.parts import group_weights
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Params, Policy
 
-BODY: trees.Patterns = ((r".*", "body"),)
+BODY_GROUP: trees.Patterns = ((r".*", "body"),)
 
 
 def predict(
@@ -28,7 +28,7 @@ def predict(
     direction: Params,
     observed: Contexts,
     targets: Array | None = None,
-    groups: trees.Patterns = BODY,
+    groups: trees.Patterns = BODY_GROUP,
 ) -> dict[str, Array]:
     """Predict Δ log π of observed contexts, split by group of parameters.
 
@@ -56,7 +56,7 @@ def predict(
         list that does not cover the parameters.
     """
     network = as_network(model)
-    observed = checked(observed, "observed", network, params, isinstance(model, Policy))
+    observed = check_contexts(observed, "observed", network, params, isinstance(model, Policy))
     same = jax.tree.structure(params) == jax.tree.structure(direction)
     if not same or any(
         a.shape != b.shape

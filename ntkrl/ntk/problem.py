@@ -1,4 +1,4 @@
-"""What all forms of a kernel share: its contexts read, its parts resolved, Γ by the right road."""
+"""The state shared by all forms of a kernel: contexts, parts, Γ by the chosen algorithm."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import trees
-from ntkrl.ntk import heads, parts, roads
+from ntkrl.ntk import estimates, heads, parts
 from ntkrl.ntk.body import Body, make_body
-from ntkrl.ntk.contexts import Contexts, Grouped, grouped
+from ntkrl.ntk.contexts import Contexts, GroupedContexts, group_by_sequence
 from ntkrl.ntk.directions import Directions, directions
 from ntkrl.ntk.forms import Operands
 from ntkrl.ntk.network import Network
+from ntkrl.numerics import GIB
 from ntkrl.types import Array, Params
-
-GIB = roads.GIB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +28,7 @@ class Problem:
     network, params, observed, updated: checked arguments of `ntkrl.ntk.kernel`.
     groups: `{name: indices of spelled parameter names}`.
     precondition: the diagonal P as a tree like params, or None.
-    road, forward_mode: as given.
+    algorithm, forward_mode: as given.
     budget: bytes a call may use beyond the params.
     symmetric: whether updated is observed.
     """
@@ -40,7 +39,7 @@ class Problem:
     updated: Contexts
     groups: Mapping[str, list[int]]
     precondition: Params | None
-    road: str
+    algorithm: str
     forward_mode: bool
     budget: int
     symmetric: bool
@@ -127,30 +126,30 @@ class Problem:
         return one, directions(there, right, self.feature_size, summed)
 
     @functools.cached_property
-    def _grouped(self) -> tuple[Grouped, Grouped]:
-        here = grouped(self.observed)
-        return here, here if self.symmetric else grouped(self.updated)
+    def _grouped(self) -> tuple[GroupedContexts, GroupedContexts]:
+        here = group_by_sequence(self.observed)
+        return here, here if self.symmetric else group_by_sequence(self.updated)
 
     def estimates_of(
         self, part: str, here: Directions, there: Directions | None, chunk: int | None
-    ) -> dict[str, roads.Estimate]:
-        """Return the Estimate of every road to Γ of a part."""
+    ) -> dict[str, estimates.Estimate]:
+        """Return the Estimate of every algorithm to Γ of a part."""
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {chunk}.")
         weights = parts.leaf_weights(self.part(part).weights, self.body_function.used)
         arguments = (self.body_function, self.params, here, there, weights)
-        return roads.estimates(*arguments, self.budget, chunk)
+        return estimates.estimates(*arguments, self.budget, chunk)
 
     def flat_gram(
         self, part: str, here: Directions, there: Directions | None, chunk: int | None = None
     ) -> Array:
-        """Return Γ `[S_o·A_o, S_u·A_u]` of a part by the chosen road."""
+        """Return Γ `[S_o·A_o, S_u·A_u]` of a part by the chosen algorithm."""
         found = self.estimates_of(part, here, there, chunk)
-        chosen = roads.choose(found, self.road, self.budget)
+        chosen = estimates.choose(found, self.algorithm, self.budget)
         weights = parts.leaf_weights(self.part(part).weights, self.body_function.used)
         arrays = (self.params, here, there, weights)
-        settings = (chosen.road, chosen.chunk, self.forward_mode)
-        return roads.gram(self.body_function, *arrays, *settings)
+        settings = (chosen.algorithm, chosen.chunk, self.forward_mode)
+        return estimates.gram(self.body_function, *arrays, *settings)
 
     def gram(self, part: str, left: Array | None, right: Array | None, chunk: int | None) -> Array:
         """Return Γ of directions of contexts: `[O, B_o, U, B_u]`."""

@@ -1,4 +1,4 @@
-"""The brute-force road: every form from V Jacobian rows per context, the oracle of the others."""
+"""The brute-force algorithm, an oracle: every form from V Jacobian rows per context."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RowsKernel(Kernel):
         columns_C = vocabulary_indices(columns, self.vocab_size, "columns")
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         count = self.observed.count * rows_R.shape[0] + self.updated.count * columns_C.shape[0]
-        self.afford(2 * size * count, "two Jacobians", "road='auto'")
+        self.afford(2 * size * count, "two Jacobians", "algorithm='auto'")
         left = _role_jacobians(self.network, self.params, self.observed, rows_R)
         right = _role_jacobians(self.network, self.params, self.updated, columns_C)
         found = self.part(part)

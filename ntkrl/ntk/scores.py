@@ -46,7 +46,8 @@ def score_gram(
         sum over its contexts, at one VJP a sequence.
       part: a part or group.
       chunk: directions taken at a time; None for as many as memory allows.
-      **settings: `groups`, `precondition`, `road`, `forward_mode`, `memory_gib` of `ntk.kernel`.
+      **settings: `groups`, `precondition`, `algorithm`, `forward_mode`, `memory_gib` of
+        `ntk.kernel`.
 
     Returns:
       `[O, O]`, or `[N', N']` for the N' rows that have contexts, in their order.

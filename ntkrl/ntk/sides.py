@@ -1,4 +1,4 @@
-"""One side of the layer-wise road: the features replayed forward, cotangents taken backward."""
+"""One side of the layer-wise algorithm: features replayed forward, cotangents taken backward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Side:
         self.common = dict(self.program.constants)
         self.common |= dict(zip(self.program.inputs, leaves, strict=False))
         for index in sorted(plan.aliases):
-            step = self.program.steps[index]
+            step = self.program.operations[index]
             if plan.owned[step.outputs[0]] not in plan.plain:
                 self.common[step.outputs[0]] = step.run(lambda slot: self.common[slot])[0]
         side = block.side
@@ -66,7 +66,7 @@ class Side:
 
     def _forward(self, number: int) -> None:
         run = self.runs[number]
-        steps = [self.program.steps[index] for index in run]
+        steps = [self.program.operations[index] for index in run]
         made = {slot for step in steps for slot in step.outputs}
         reads = {slot for step in steps for slot in step.reads} - made
         held = {slot: self.state[slot] for slot in sorted(reads) if slot in self.state}
@@ -76,13 +76,16 @@ class Side:
         else:
             results, self.carries[number] = self._forward_scan(number)
         later = {
-            s for rest in self.runs[number + 1 :] for i in rest for s in self.program.steps[i].reads
+            s
+            for rest in self.runs[number + 1 :]
+            for i in rest
+            for s in self.program.operations[i].reads
         }
         later |= set(self.program.outputs)
         self.state |= {slot: results[slot] for slot in made if slot in later}
 
     def _forward_scan(self, number: int) -> tuple[dict[int, Array], list[Array]]:
-        step, inner = self.program.steps[self.runs[number][0]], self.scan(number).inner
+        step, inner = self.program.operations[self.runs[number][0]], self.scan(number).inner
         params = step.eqn.params
         consts, carries = scan_counts(step)
 
@@ -116,7 +119,7 @@ class Side:
     def backward(self, number: int) -> dict[int, Factors]:
         """Go back through a run of plain steps; return the factors of what is tapped there."""
         run, plan = self.runs[number], self.plan
-        steps = [self.program.steps[index] for index in run]
+        steps = [self.program.operations[index] for index in run]
         outputs = self.taken([slot for step in steps for slot in step.outputs])
         reads = {slot for step in steps for slot in step.reads}
         shared = {s: self.common[s] for s in reads if s in plan.dependent and s in self.common}
@@ -154,7 +157,7 @@ class ScanBack:
 
     def __init__(self, side: Side, number: int):
         self.side, self.number = side, number
-        self.step = side.program.steps[side.runs[number][0]]
+        self.step = side.program.operations[side.runs[number][0]]
         self.plan = side.scan(number)
         self.first_carry, carried = scan_counts(self.step)
         self.first_xs = self.first_carry + carried
@@ -270,7 +273,7 @@ def replay(
     env, records = dict(env), {}
     read = lambda slot: slot.value if isinstance(slot, Constant) else env[slot]  # noqa: E731
     for index in run:
-        step = plan.program.steps[index]
+        step = plan.program.operations[index]
         results = step.run(read)
         if nudges is not None and index in plan.taps:
             operands = [read(slot) for slot in step.inputs]
@@ -286,14 +289,16 @@ def call(
     """Run the body of a scan."""
     program = plan.program
     env = program.constants | dict(zip(program.inputs, operands, strict=True))
-    env, records = replay(plan, list(range(len(program.steps))), env, nudges)
+    env, records = replay(plan, list(range(len(program.operations))), env, nudges)
     outputs = [s.value if isinstance(s, Constant) else env[s] for s in program.outputs]
     return outputs, records
 
 
 def nudged(plan: taps.Plan, tapped: list[int]) -> dict[int, Array]:
     """Return zeros to add to tapped results; their cotangents are δ."""
-    avals = {index: plan.program.avals[plan.program.steps[index].outputs[0]] for index in tapped}
+    avals = {
+        index: plan.program.avals[plan.program.operations[index].outputs[0]] for index in tapped
+    }
     return {index: jnp.zeros(aval.shape, aval.dtype) for index, aval in avals.items()}
 
 
@@ -303,7 +308,7 @@ def factors_of(
     """Arrange activations and cotangents of tapped results by leaf."""
     found = {}
     for index, delta in deltas.items():
-        tap, step = plan.taps[index], plan.program.steps[index]
+        tap, step = plan.taps[index], plan.program.operations[index]
         arranged = jax.vmap(lambda c, tap=tap, step=step: tap.delta(step, c))(delta)
         found[tap.leaf] = Factors(records[index], arranged)
     return found

@@ -1,4 +1,4 @@
-"""Where a program uses its parameters: the plan of the layer-wise road.
+"""Where a program uses its parameters: the plan of the layer-wise algorithm.
 
 A leaf that enters one matrix product (or one table lookup) is *tapped* there: its gradient is
 Σ_t x_t δ_tᵀ with x the other operand and δ the cotangent of the result, so that inner products of
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ntkrl.jaxpr import Constant, Program, Step, flatten, is_inexact, scan_counts
+from ntkrl.jaxpr import Constant, Operation, TracedFunction, flatten, is_inexact, scan_counts
 from ntkrl.types import Array
 
 # a gradient is the same up to order of entries after these, and up to nothing after the first two
@@ -36,7 +36,7 @@ class Tap(NamedTuple):
     operand: int
     kind: str
 
-    def activation(self, step: Step, operands: list[Any]) -> Array:
+    def activation(self, step: Operation, operands: list[Any]) -> Array:
         """Return x `[t, i]` of a product, or the ids `[t]` of a lookup."""
         if self.kind == "gather":
             return operands[1].reshape(-1)
@@ -46,7 +46,7 @@ class Tap(NamedTuple):
         width = math.prod(x.shape[axis] for axis in contracted)
         return jnp.transpose(x, (*free, *contracted)).reshape(-1, width)
 
-    def delta(self, step: Step, cotangent: Array) -> Array:
+    def delta(self, step: Operation, cotangent: Array) -> Array:
         """Return δ `[A, t, f]` of cotangents `[A, *result]`."""
         params, axes = step.eqn.params, range(1, cotangent.ndim)
         if self.kind == "gather":
@@ -74,7 +74,7 @@ class Plan:
     dependent: slots that depend on a leaf.
     """
 
-    program: Program
+    program: TracedFunction
     owned: dict[int, int]
     aliases: frozenset[int]
     taps: dict[int, Tap]
@@ -97,7 +97,7 @@ class Plan:
     def segments(self) -> list[list[int]]:
         """Return the steps in runs, each scan over layers a run of its own."""
         runs: list[list[int]] = [[]]
-        for index, step in enumerate(self.program.steps):
+        for index, step in enumerate(self.program.operations):
             if index in self.aliases and self.owned[step.outputs[0]] not in self.plain:
                 continue
             if index in self.scans:
@@ -119,7 +119,7 @@ class ScanPlan(NamedTuple):
 
 
 def plan(
-    program: Program,
+    program: TracedFunction,
     owned: dict[int, int],
     may_tap: Callable[[int, bool], bool],
     nested: bool = False,
@@ -137,7 +137,7 @@ def plan(
     aliases = set()
     uses: dict[int, list[tuple[int, int]]] = {leaf: [] for leaf in owned.values()}
     dependent = set(owned)
-    for index, step in enumerate(program.steps):
+    for index, step in enumerate(program.operations):
         mine = [n for n, s in enumerate(step.inputs) if not isinstance(s, Constant) and s in slots]
         if step.reads & dependent:
             dependent |= {slot for slot in step.outputs if is_inexact(program.avals[slot])}
@@ -156,7 +156,7 @@ def plan(
         if len(found) != 1 or leaf in returned:
             continue
         ((index, operand),) = found
-        step = program.steps[index]
+        step = program.operations[index]
         whole = exact[step.inputs[operand]]
         if _is_slice(step, operand) and whole and not nested:
             sliced.setdefault(index, {})[operand] = leaf
@@ -169,7 +169,7 @@ def plan(
         frozenset(aliases),
         taps,
         {
-            index: _scan_plan(program.steps[index], leaves, may_tap)
+            index: _scan_plan(program.operations[index], leaves, may_tap)
             for index, leaves in sliced.items()
         },
         frozenset(uses) - held,
@@ -178,20 +178,20 @@ def plan(
 
 
 def _scan_plan(
-    step: Step, leaves: dict[int, int], may_tap: Callable[[int, bool], bool]
+    step: Operation, leaves: dict[int, int], may_tap: Callable[[int, bool], bool]
 ) -> ScanPlan:
     inner = flatten(step.eqn.params["jaxpr"])
     owned = {inner.inputs[operand]: leaf for operand, leaf in leaves.items()}
     return ScanPlan(plan(inner, owned, may_tap, nested=True), leaves)
 
 
-def _is_slice(step: Step, operand: int) -> bool:
+def _is_slice(step: Operation, operand: int) -> bool:
     if step.eqn.primitive.name != "scan":
         return False
     return operand >= sum(scan_counts(step))
 
 
-def _kind(step: Step, operand: int, whole: bool, slots: dict[int, int]) -> str | None:
+def _kind(step: Operation, operand: int, whole: bool, slots: dict[int, int]) -> str | None:
     """Return how the step uses a leaf, None where its gradient does not factor."""
     name, params = step.eqn.primitive.name, step.eqn.params
     if name == "dot_general":

@@ -1,16 +1,25 @@
-"""Rewards: Python functions under TRL's contract, verifiers, reward models, weighted and summed.
+"""Rewards: Python functions under TRL's contract, verifiers, reward models, and their weighted sum.
 
-Promises: completions are never evaluated as code; a function that hangs, dies or returns anything
-but numbers stops the run with a message that names it, its file and the row, or counts as the
-default the config gives. Users' functions run in processes of their own, which import this room
-without JAX: what needs it (`reward.networks`) is imported by its own name.
+Completions are never executed. A function that hangs, dies or returns anything but numbers stops
+the run with a message that names it, its file and the row, or counts as the configured default.
+User functions run in worker processes, which import this room without JAX: `RewardModel`,
+`RewardTexts` and `padded_batch_size` are loaded on first use.
 """
 
-from ntkrl.reward.expressions import evaluate, score
-from ntkrl.reward.functions import RewardFunction, RewardResult, RewardSet
+from typing import Any
+
+from ntkrl.reward.functions import RewardFunction
 from ntkrl.reward.loading import load_function, open_function
-from ntkrl.reward.normalisation import read_normalisation, read_rewards, write_rewards
-from ntkrl.reward.verifiers import BUILT_IN, final_answer
+from ntkrl.reward.reward_set import (
+    RewardResult,
+    RewardSet,
+    read_normalisation,
+    read_rewards,
+    write_rewards,
+)
+from ntkrl.reward.verifiers import BUILT_IN, evaluate, expression_score, final_answer
+
+_NEEDS_JAX = ("RewardModel", "RewardTexts", "padded_batch_size")
 
 __all__ = [
     "BUILT_IN",
@@ -18,11 +27,20 @@ __all__ = [
     "RewardResult",
     "RewardSet",
     "evaluate",
+    "expression_score",
     "final_answer",
     "load_function",
     "open_function",
     "read_normalisation",
     "read_rewards",
-    "score",
     "write_rewards",
+    *_NEEDS_JAX,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_JAX:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ntkrl.reward import reward_models
+
+    return getattr(reward_models, name)

@@ -1,4 +1,4 @@
-"""From the words of a configuration to a reward function."""
+"""Loading of reward functions by name or file, in this process or in a worker process."""
 
 from __future__ import annotations
 
@@ -6,126 +6,225 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import json
+import os
+import select
+import signal
+import subprocess
 import sys
-import traceback
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any, cast
 
-from ntkrl.reward.functions import RewardFunction
-from ntkrl.reward.processes import ProcessFunction
-from ntkrl.reward.verifiers import BUILT_IN, IN_PROCESS, built_in
+from ntkrl.reward.functions import RewardError, RewardFunction, line_in
+from ntkrl.reward.verifiers import BUILT_IN, IN_WORKER, with_options
 
 FORMS = f"{', '.join(BUILT_IN)} (built in), 'path/to/file.py:function' or a reward model directory"
+LOADING_SECONDS = 300.0  # a user's imports may take long
 
 
 def open_function(
-    spec: str, seconds: float, options: Mapping[str, Any], **given: Any
+    spec: str, seconds: float, options: Mapping[str, Any], **fields: Any
 ) -> RewardFunction:
-    """Load a reward function for a run: a user's own in a process of its own.
+    """Load a reward function for a run; user functions run in a worker process.
 
     Args:
       spec: as for `load_function`.
-      seconds: that a call of a function in a process may take.
-      options: replaces defaults of a built-in function.
-      **given: `weight`, `shift`, `scale` and `on_failure` of a RewardFunction.
+      seconds: time limit of a call in a worker.
+      options: replace defaults of a built-in function.
+      **fields: `weight`, `shift`, `scale` and `on_failure` of the RewardFunction.
 
     Raises:
-      ValueError: what `load_function` raises, or options that the function does not have.
+      ValueError: errors of `load_function`, or options that the function does not have.
     """
-    if spec in BUILT_IN and spec not in IN_PROCESS:
-        call = built_in(spec, options)
-        unknown = sorted(set(options) - set(inspect.signature(BUILT_IN[spec]).parameters))
-        if unknown:
-            raise ValueError(f"reward.options.{spec} has no {', '.join(unknown)}.")
-        return RewardFunction(spec, call, **given)
+    if spec in BUILT_IN and spec not in IN_WORKER:
+        return RewardFunction(spec, with_options(spec, options), **fields)
     if options:
         raise ValueError(f"reward.options: {spec!r} takes none.")
-    served = ProcessFunction(spec, seconds)
-    return RewardFunction(served.name, served, source=spec, **given)
+    worker = WorkerFunction(spec, seconds)
+    return RewardFunction(worker.name, worker, source=spec, **fields)
 
 
 def load_function(spec: str, weight: float = 1.0) -> RewardFunction:
-    """Load a reward function into this process.
+    """Load a built-in function or "path/to/file.py:function" into this process.
 
-    A file is run once, however many of its functions are loaded. It is the user's own code
-    and runs with the user's rights.
-
-    Args:
-      spec: name of a built-in function or "path/to/file.py:function".
-      weight: finite factor of its rewards in the sum.
-
-    Returns:
-      The function; its name is that of the Python function.
+    A file is executed once, with the user's rights, however many of its functions are loaded.
 
     Raises:
-      ValueError: another spec, no such file, a file that does not run, no such function in
-        it, something that cannot be called, or parameters that do not fit the contract.
+      ValueError: another spec, no such file, a file that fails to run, no such function in it, an
+        object that cannot be called, or parameters that do not fit the contract.
     """
     if spec in BUILT_IN:
         return RewardFunction(spec, BUILT_IN[spec], weight)
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name:
         raise ValueError(
-            f"{spec!r} names no reward function{_near(spec, BUILT_IN)} Allowed is {FORMS}."
+            f"{spec!r} is not a reward function{_near(spec, BUILT_IN)} Allowed is {FORMS}."
         )
     path = Path(file)
     if not path.is_file():
-        beside = [str(other) for other in sorted(path.parent.glob("*.py"))]
+        siblings = [str(other) for other in sorted(path.parent.glob("*.py"))]
         raise ValueError(
-            f"reward function {spec}: there is no file {file}{_near(str(path), beside)} "
+            f"reward function {spec}: {file} does not exist{_near(str(path), siblings)} "
             "Paths are relative to the working directory."
         )
-    members = vars(_run(path, spec))
+    members = vars(_execute(path, spec))
     if name not in members:
-        found = [n for n, value in members.items() if callable(value) and not n.startswith("_")]
+        names = [n for n, value in members.items() if callable(value) and not n.startswith("_")]
         raise ValueError(
-            f"reward function {spec}: {file} has no {name!r}{_near(name, found)} "
-            f"It has: {', '.join(found) if found else 'no functions'}."
+            f"reward function {spec}: {file} has no {name!r}{_near(name, names)} "
+            f"It has: {', '.join(names) if names else 'no functions'}."
         )
     return RewardFunction(name, members[name], weight, source=spec)
 
 
-def _run(path: Path, spec: str) -> ModuleType:
-    # named by its contents too: an edited file is run anew within one process
+def _execute(path: Path, spec: str) -> ModuleType:
+    # the name includes the content, so that an edited file is executed again
     digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()
     name = f"ntkrl_reward_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, path)
+    module_spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
-    # Dataclasses look their module up by name while the file still runs.
-    sys.modules[name] = module
+    sys.modules[name] = module  # dataclasses look up their module while it is executed
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = " Install it, or add its directory to PYTHONPATH." if missing else ""
+        text, line = str(error), line_in(path, error)
+        if isinstance(error, SyntaxError):
+            text, line = error.msg, error.lineno
         raise ValueError(
-            f"reward function {spec}: {path} does not run: {type(error).__name__}: "
-            f"{_first_line(error)} at {path}:{_line(error, path)}.{_import_hint(error)}"
+            f"reward function {spec}: {path} does not run: {type(error).__name__}: {text} at "
+            f"{path}:{line}.{hint}"
         ) from error
     return module
 
 
-def _first_line(error: Exception) -> str:
-    return error.msg if isinstance(error, SyntaxError) else str(error)
-
-
-def _line(error: Exception, path: Path) -> int | None:
-    if isinstance(error, SyntaxError):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    return own[-1].lineno if own else None
-
-
-def _import_hint(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return " Install it, or add the folder that holds it to PYTHONPATH."
-    return ""
-
-
-def _near(given: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(known), n=1)
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+class WorkerFunction:
+    """A reward function in a worker process (`ntkrl.reward.worker`), called like the function.
+
+    The process starts with the object; a call that exceeds the time limit kills it, and the next
+    call starts another.
+    """
+
+    def __init__(self, spec: str, seconds: float):
+        """Start the process and read the function's signature.
+
+        Args:
+          spec: as for `load_function`.
+          seconds: time limit of a call.
+
+        Raises:
+          ValueError: the file or function cannot be loaded.
+        """
+        self.spec, self.seconds = spec, seconds
+        self.process: subprocess.Popen[bytes] | None = None
+        self.buffer = b""
+        description = self._start()
+        self.name = description["name"]
+        self.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect._ParameterKind(kind),
+                    default=inspect.Parameter.empty if required else None,
+                )
+                for name, kind, required in description["parameters"]
+            ]
+        )
+
+    def __call__(
+        self,
+        log_extra: Callable[[str, Iterable[Any]], None] = lambda column, values: None,
+        log_metric: Callable[[str, float], None] = lambda name, value: None,
+        **arguments: Any,
+    ) -> list[float | None]:
+        """Call the function; raise RewardError if it fails, exceeds the time limit, or dies."""
+        if self.process is None:
+            self._start()
+        arguments.pop("trainer_state", None)
+        answer = self._request(json.dumps(arguments).encode() + b"\n", self.seconds)
+        if "error" in answer:
+            raise RewardError(answer["error"])
+        for name, value in answer["metrics"]:
+            log_metric(name, value)
+        for column, values in answer["extra"]:
+            log_extra(column, values)
+        return answer["values"]
+
+    def close(self) -> None:
+        """Kill the process."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+            self.requests.close()
+            self.answers.close()
+            self.process = None
+
+    def __del__(self) -> None:
+        if getattr(self, "process", None) is not None:
+            self.close()
+
+    def _start(self) -> dict[str, Any]:
+        self.buffer = b""
+        # workers never use the accelerator
+        environment = {"JAX_PLATFORMS": "cpu", **os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ntkrl.reward.worker", self.spec],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        self.requests = cast(IO[bytes], self.process.stdin)
+        self.answers = cast(IO[bytes], self.process.stdout)
+        description = self._request(b"", LOADING_SECONDS)
+        if "error" in description:
+            self.close()
+            raise ValueError(description["error"])
+        return description
+
+    def _request(self, request: bytes, seconds: float) -> dict[str, Any]:
+        """Send a request and return the answer, within a time limit."""
+        deadline = time.monotonic() + seconds
+        writer, reader = self.requests.fileno(), self.answers.fileno()
+        os.set_blocking(writer, False)
+        while b"\n" not in self.buffer:
+            wait = max(deadline - time.monotonic(), 0)
+            readable, writable, _ = select.select([reader], [writer] if request else [], [], wait)
+            if not readable and not writable:
+                self.close()
+                raise RewardError(
+                    f"reward function {self.spec} did not answer within {seconds:g} s; its "
+                    "process was killed. Raise reward.timeout, or set reward.on_failure to the "
+                    "reward of such calls."
+                )
+            try:
+                if writable:
+                    request = request[os.write(writer, request) :]
+                chunk = os.read(reader, 1 << 20) if readable else None
+            except BrokenPipeError:
+                chunk = b""
+            if chunk == b"":
+                status = None if self.process is None else self.process.wait()
+                self.close()
+                raise RewardError(
+                    f"the process of reward function {self.spec} ended with status {status} "
+                    "(killed for memory, or an exit inside the function); see its output above."
+                )
+            self.buffer += chunk or b""
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return json.loads(line)

@@ -1,30 +1,40 @@
 """Built-in reward functions, with their published defaults.
 
-    exact_match    1 where the final answer equals the column `answer`
-    math_verify    1 where math-verify finds the answer equal to the column `solution`; None where
-                   the solution cannot be read (TRL's accuracy_reward; needs the extra `math`)
-    think_format   1 where the text is one <think>…</think> block and an answer (TRL)
+    expressions    1 if the completion is an arithmetic expression equal to the column `target`
+    exact_match    1 if the final answer equals the column `answer`
+    math_verify    1 if math-verify finds the answer equal to the column `solution`; None if it
+                   cannot parse the solution (TRL's accuracy_reward; needs the extra `math`)
+    think_format   1 if the text is one <think>…</think> block and an answer (TRL)
     soft_overlong  0 to −1 over the last tokens of the budget (DAPO 2503.14476; TRL)
-    cosine_length  right answers are worth more when short, wrong ones less bad when long (Yeo et
-                   al. 2502.03373; open-r1)
-    repetition     ≤ 0: the share of repeated n-grams (Yeo et al. 2502.03373; open-r1)
+    cosine_length  correct answers score higher when short, wrong ones when long (Yeo et al.
+                   2502.03373; open-r1)
+    repetition     ≤ 0: minus the share of repeated n-grams (Yeo et al. 2502.03373; open-r1)
 
-Completions come as texts or as lists of messages, of which the last one's content counts.
+Completions are texts or lists of messages, of which the content of the last counts. Expressions are
+parsed by recursive descent, never by `eval`, with caps on the work per completion:
+
+    expression := term (('+' | '-') term)*
+    term       := factor ('*' factor)*
+    factor     := integer | '(' expression ')'
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ntkrl.reward import expressions
-
 THINK = re.compile(r"^<think>(?!.*<think>)(.*?)</think>.*$", re.DOTALL)
-IN_PROCESS = ("math_verify",)
-"""Those that a process of their own has to serve: what they call may not return."""
+IN_WORKER = ("math_verify",)
+"""Functions that need a worker process, since their calls may not return."""
+MAX_CHARACTERS = 64
+MAX_NESTING = 16
+MAX_DIGITS = 6
+DIGITS = "0123456789"  # str.isdigit accepts other scripts and superscripts
 
 
 def text_of(completion: Any) -> str:
@@ -33,7 +43,7 @@ def text_of(completion: Any) -> str:
 
 
 def final_answer(text: str) -> str:
-    r"""Return what follows the last `####`, else the last `\boxed{…}`, else the whole text."""
+    r"""Return the text after the last `####`, else the last `\boxed{…}`, else the full text."""
     if "####" in text:
         return _plain(text.rsplit("####", 1)[1])
     start = text.rfind(r"\boxed{")
@@ -52,7 +62,7 @@ def _plain(text: str) -> str:
 
 
 def exact_match(completions: Sequence[Any], answer: Sequence[Any]) -> list[float]:
-    """Compare final answers, white space and a full stop at the end aside."""
+    """Compare final answers, ignoring white space and a final full stop."""
     pairs = zip(completions, answer, strict=True)
     return [float(final_answer(text_of(c)) == final_answer(str(a))) for c, a in pairs]
 
@@ -71,20 +81,20 @@ def math_verify(completions: Sequence[Any], solution: Sequence[Any]) -> list[flo
         try_extract_without_anchor=False,
     )
     rewards: list[float | None] = []
-    for completion, wanted in zip(completions, solution, strict=True):
-        gold = parse(str(wanted))
+    for completion, reference in zip(completions, solution, strict=True):
+        gold = parse(str(reference))
         if not gold:
             rewards.append(None)
             continue
-        found = parse(
+        answer = parse(
             text_of(completion), extraction_config=[extraction], extraction_mode="first_match"
         )
-        rewards.append(float(verify(gold, found)))
+        rewards.append(float(verify(gold, answer)))
     return rewards
 
 
 def think_format(completions: Sequence[Any]) -> list[float]:
-    """Check for one block of thought before the answer."""
+    """Check for exactly one <think> block before the answer."""
     return [float(THINK.match(text_of(completion)) is not None) for completion in completions]
 
 
@@ -93,54 +103,47 @@ def soft_overlong(
     max_completion_len: int = 16384,
     soft_punish_cache: int = 4096,
 ) -> list[float]:
-    """Punish completions that come near the budget, linearly over the last tokens.
+    """Penalise completions near the token budget, linearly over its last tokens.
 
     Args:
       completion_ids: token ids of each completion.
-      max_completion_len: tokens, from which on the punishment is 1.
-      soft_punish_cache: tokens before that over which it grows.
+      max_completion_len: tokens at which the penalty reaches 1.
+      soft_punish_cache: tokens over which it grows from 0.
     """
     over = [len(ids) - (max_completion_len - soft_punish_cache) for ids in completion_ids]
     return [-min(max(n / soft_punish_cache, 0.0), 1.0) for n in over]
 
 
-def cosine_length(
-    completions: Sequence[Any],
-    answer: Sequence[Any],
-    min_value_wrong: float = -1.0,
-    max_value_wrong: float = -0.5,
-    min_value_correct: float = 0.5,
-    max_value_correct: float = 1.0,
-    max_len: int = 1000,
-) -> list[float]:
-    """Scale right and wrong (by `exact_match`) along a half cosine of the length in characters.
+@dataclasses.dataclass(frozen=True)
+class CosineLength:
+    """Score correct and wrong answers (by `exact_match`) along a half cosine of their length.
 
-    Right answers fall from `max_value_correct` to `min_value_correct`, wrong ones rise from
-    `min_value_wrong` to `max_value_wrong`, over `max_len` characters; longer ones stay at the end.
+    Correct answers fall from `max_value_correct` to `min_value_correct`, wrong ones rise from
+    `min_value_wrong` to `max_value_wrong`, over `max_len` characters, and stay constant beyond.
     """
-    rewards = []
-    right = exact_match(completions, answer)
-    for completion, correct in zip(completions, right, strict=True):
-        start, end = (
-            (max_value_correct, min_value_correct)
-            if correct
-            else (min_value_wrong, max_value_wrong)
-        )
-        progress = min(len(text_of(completion)) / max_len, 1.0)
-        rewards.append(end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress)))
-    return rewards
+
+    min_value_wrong: float = -1.0
+    max_value_wrong: float = -0.5
+    min_value_correct: float = 0.5
+    max_value_correct: float = 1.0
+    max_len: int = 1000
+
+    def __call__(self, completions: Sequence[Any], answer: Sequence[Any]) -> list[float]:
+        """Return one reward per completion."""
+        rewards = []
+        for completion, correct in zip(completions, exact_match(completions, answer), strict=True):
+            start, end = self.min_value_wrong, self.max_value_wrong
+            if correct:
+                start, end = self.max_value_correct, self.min_value_correct
+            progress = min(len(text_of(completion)) / self.max_len, 1.0)
+            rewards.append(end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress)))
+        return rewards
 
 
 def repetition(
     completions: Sequence[Any], ngram_size: int = 3, max_penalty: float = -1.0
 ) -> list[float]:
-    """Punish n-grams of words that occur again: max_penalty · (1 − distinct / all).
-
-    Args:
-      completions: the completions.
-      ngram_size: words in a row, n.
-      max_penalty: ≤ 0.
-    """
+    """Penalise repeated n-grams of `ngram_size` words: max_penalty · (1 − distinct / all)."""
     rewards = []
     for completion in completions:
         words = text_of(completion).lower().split()
@@ -150,18 +153,117 @@ def repetition(
     return rewards
 
 
+def evaluate(text: str) -> int | None:
+    """Return the value of an expression, or None if it is not in the grammar or exceeds a cap.
+
+    Caps: 64 characters, 16 nested parentheses, integers of 1 to 6 digits (leading zeros allowed).
+    """
+    if len(text) > MAX_CHARACTERS:
+        return None
+    parsed = _expression(text, 0, 0)
+    if parsed is None or parsed[1] != len(text):
+        return None
+    return parsed[0]
+
+
+def expression_score(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    target: Sequence[int | None],
+    **columns: Any,
+) -> list[float | None]:
+    """Return 1 for expressions that equal their target by at least one operator, else 0.
+
+    The target itself scores 0, since it only copies the prompt. A target of None gives None.
+
+    Raises:
+      ValueError: a target is neither an integer nor None.
+    """
+    wrong = [f"row {row}: {value!r}" for row, value in enumerate(target) if not _is_target(value)]
+    if wrong:
+        raise ValueError(
+            f"the column 'target' must be integers (None where absent), but {'; '.join(wrong[:10])}"
+        )
+    return [
+        None if value is None else float(_solves(completion, value))
+        for completion, value in zip(completions, target, strict=True)
+    ]
+
+
+def _is_target(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _solves(completion: Any, target: int) -> bool:
+    text = text_of(completion)
+    # operators of the grammar are binary, so that one in a valid expression has operands
+    return evaluate(text) == target and any(operator in text for operator in "+-*")
+
+
+# Parsers map the text, a position and the nesting depth to (value, next position), or to None.
+
+
+def _expression(text: str, at: int, nesting: int) -> tuple[int, int] | None:
+    parsed = _term(text, at, nesting)
+    while parsed is not None and text[parsed[1] : parsed[1] + 1] in ("+", "-"):
+        value, at = parsed
+        right = _term(text, at + 1, nesting)
+        if right is None:
+            return None
+        parsed = (value + right[0] if text[at] == "+" else value - right[0], right[1])
+    return parsed
+
+
+def _term(text: str, at: int, nesting: int) -> tuple[int, int] | None:
+    parsed = _factor(text, at, nesting)
+    while parsed is not None and text[parsed[1] : parsed[1] + 1] == "*":
+        right = _factor(text, parsed[1] + 1, nesting)
+        if right is None:
+            return None
+        parsed = (parsed[0] * right[0], right[1])
+    return parsed
+
+
+def _factor(text: str, at: int, nesting: int) -> tuple[int, int] | None:
+    if text[at : at + 1] == "(":
+        if nesting == MAX_NESTING:
+            return None
+        inner = _expression(text, at + 1, nesting + 1)
+        if inner is None or text[inner[1] : inner[1] + 1] != ")":
+            return None
+        return inner[0], inner[1] + 1
+    end = at
+    while end < len(text) and text[end] in DIGITS:
+        end += 1
+    if not 1 <= end - at <= MAX_DIGITS:
+        return None
+    return int(text[at:end]), end
+
+
 BUILT_IN: dict[str, Callable[..., Any]] = {
-    "expressions": expressions.score,
+    "expressions": expression_score,
     "exact_match": exact_match,
     "math_verify": math_verify,
     "think_format": think_format,
     "soft_overlong": soft_overlong,
-    "cosine_length": cosine_length,
+    "cosine_length": CosineLength(),
     "repetition": repetition,
 }
 
 
-def built_in(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a built-in function with some of its defaults replaced."""
-    function = BUILT_IN[name]
+def with_options(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return a built-in function with some of its defaults replaced.
+
+    Raises:
+      ValueError: options that the function does not have.
+    """
+    function: Any = BUILT_IN[name]
+    configurable = dataclasses.is_dataclass(function)
+    known = vars(function) if configurable else inspect.signature(function).parameters
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"reward.options.{name} has no {', '.join(unknown)}.")
+    if configurable:
+        return dataclasses.replace(function, **options)
     return functools.partial(function, **options) if options else function

@@ -1,32 +1,43 @@
-"""Machines and files: mesh and shardings, distributed start, checkpoints, config reading."""
+"""Configs, device meshes, multi-process runs, checkpoints and files of a run directory."""
 
-from ntkrl.runtime.checkpoint import Best, Checkpoints, DamagedError, NotSavedError
-from ntkrl.runtime.config import from_json, joined, read_config, settings, to_json
+from ntkrl.runtime.checkpoint import (
+    Best,
+    Checkpoints,
+    CheckpointWriteError,
+    CorruptCheckpointError,
+)
+from ntkrl.runtime.config import (
+    from_json,
+    join_config_flag,
+    parse_section,
+    read_config,
+    to_json,
+)
+from ntkrl.runtime.distributed import (
+    allgather_object,
+    check_consistent,
+    distributed_session,
+    heartbeat,
+    is_distributed,
+    is_writer,
+    local_slice,
+    log,
+    record_resume_step,
+)
 from ntkrl.runtime.mesh import (
     fetch,
     make_mesh,
-    on_host,
+    offload_to_host,
     place,
     place_rows,
     replicated,
     row_sharding,
 )
-from ntkrl.runtime.notice import Notice, PreemptedError
-from ntkrl.runtime.processes import (
-    agree,
-    check_alike,
-    is_writer,
-    mark,
-    own_part,
-    saved,
-    several,
-    tell,
-    together,
-)
+from ntkrl.runtime.preemption import PreemptedError, PreemptionNotice
 from ntkrl.runtime.rundir import (
-    changes,
-    check_claim,
-    claim,
+    check_run_dir,
+    claim_run_dir,
+    config_changes,
     config_identity,
     save_arrays,
     save_text,
@@ -34,36 +45,36 @@ from ntkrl.runtime.rundir import (
 
 __all__ = [
     "Best",
+    "CheckpointWriteError",
     "Checkpoints",
-    "DamagedError",
-    "NotSavedError",
-    "Notice",
+    "CorruptCheckpointError",
     "PreemptedError",
-    "agree",
-    "changes",
-    "check_alike",
-    "check_claim",
-    "claim",
+    "PreemptionNotice",
+    "allgather_object",
+    "check_consistent",
+    "check_run_dir",
+    "claim_run_dir",
+    "config_changes",
     "config_identity",
+    "distributed_session",
     "fetch",
     "from_json",
+    "heartbeat",
+    "is_distributed",
     "is_writer",
-    "joined",
+    "join_config_flag",
+    "local_slice",
+    "log",
     "make_mesh",
-    "mark",
-    "on_host",
-    "own_part",
+    "offload_to_host",
+    "parse_section",
     "place",
     "place_rows",
     "read_config",
+    "record_resume_step",
     "replicated",
     "row_sharding",
     "save_arrays",
     "save_text",
-    "saved",
-    "settings",
-    "several",
-    "tell",
     "to_json",
-    "together",
 ]

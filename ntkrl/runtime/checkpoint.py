@@ -1,8 +1,8 @@
-"""Save and restore a run by Orbax: one directory per step, whole or absent, checked when read.
+"""Atomic, asynchronous checkpoints by Orbax with checksums: one directory per step.
 
-Orbax copies the arrays to the host, writes them to a temporary directory while training goes on,
-and renames it: a kill at any moment leaves whole checkpoints only. A byte that changes later is
-found by the sum of bits saved beside every array, since the files hold no checksum of their data.
+Orbax copies the arrays to the host, writes them to a temporary directory while training continues
+and renames it, so that a kill leaves complete checkpoints only. Its files have no checksum of their
+data: a sum of bits per array, saved beside them, detects later corruption.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ from ntkrl import trees
 from ntkrl.runtime.mesh import fetch
 from ntkrl.types import Array, Params, TrainState
 
-# what goes wrong comes as an exception too, and is told in a sentence
+# errors are also raised as exceptions, which callers report in one sentence
 logging.getLogger("absl").addFilter(lambda record: record.levelno > logging.ERROR)
 
-WRITER_SECONDS = 60.0  # for what writes on after a save has failed
-LOOKS, LOOK_SECONDS = 5, 0.1  # without anything new, until it is taken to have ended
+WRITER_SECONDS = 60.0  # limit for threads that still write after a failed save
+POLLS, POLL_SECONDS = 5, 0.1  # consecutive polls without new files that count as finished
 
-_told_before = sys.unraisablehook
+_default_hook = sys.unraisablehook
 
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
-def _late(told: Any) -> bool:
-    """Tell whether a write has ended that nobody waits for, since another one has failed.
+def _is_late_write(event: Any) -> bool:
+    """Return whether an unraisable error is of a write that finished after its save had failed.
 
-    TensorStore's threads then call a loop of Orbax's that is closed, with no Python code between.
+    TensorStore's threads then call Orbax's closed event loop, with no Python frame between.
     """
-    trace = told.exc_traceback
-    if told.object is not None or trace is None or str(told.exc_value) != "Event loop is closed":
+    trace = event.exc_traceback
+    if event.object is not None or trace is None or str(event.exc_value) != "Event loop is closed":
         return False
     return trace.tb_frame.f_code is asyncio.BaseEventLoop.call_soon_threadsafe.__code__
 
 
-sys.unraisablehook = lambda told: None if _late(told) else _told_before(told)
+sys.unraisablehook = lambda event: None if _is_late_write(event) else _default_hook(event)
 
 
-class DamagedError(Exception):
-    """A checkpoint that cannot be read as it was written."""
+class CorruptCheckpointError(Exception):
+    """A checkpoint that cannot be read, or whose content has changed since it was saved."""
 
 
-class NotSavedError(Exception):
-    """A checkpoint that could not be written; those before it are as they were."""
+class CheckpointWriteError(Exception):
+    """A checkpoint that could not be written; earlier ones are intact."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """Which checkpoints stay beside the newest.
+    """Retention of the best checkpoints in addition to the newest.
 
-    count: how many. metric: a name of the metrics. mode: "max" or "min", what is better.
+    count: number of them. metric: name of the ranking metric. mode: "max" or "min".
     """
 
     count: int
@@ -76,7 +76,7 @@ class Best:
     mode: str
 
     def value(self, metrics: Mapping[str, float]) -> float:
-        """Return the metric, the worst there is for a checkpoint ranked by another metric."""
+        """Return the metric; the worst value for a checkpoint that was ranked by another."""
         worst = -math.inf if self.mode == "max" else math.inf
         return metrics[self.metric] if self.metric in metrics else worst
 
@@ -84,20 +84,19 @@ class Best:
 class Checkpoints:
     """The checkpoints of one run directory.
 
-    A checkpoint holds the TrainState, a sum of bits of each of its arrays and a small JSON position
-    (rollout step, stage, …).
+    Each contains the TrainState, a JSON position (rollout step, stage, …) and their checksums.
     """
 
     def __init__(
         self, directory: str | Path, keep: int, best: Best | None = None, reading: bool = False
     ):
-        """Open the directory; what a kill left half written is removed.
+        """Open the directory and remove incomplete checkpoints.
 
         Args:
-          directory: of the checkpoints, made if missing.
-          keep: how many of the newest stay, ≥ 1.
-          best: which others stay, or None.
-          reading: make and remove nothing, since a run may be writing there.
+          directory: of the checkpoints, created if missing.
+          keep: number of newest checkpoints to retain, ≥ 1.
+          best: retention of others, or None.
+          reading: create and remove nothing, since a run may be writing there.
         """
         self.directory = Path(directory).absolute()
         self.keep, self.best, self.reading = keep, best, reading
@@ -106,11 +105,11 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         policies = ocp.checkpoint_managers
-        kept: list[Any] = [policies.LatestN(self.keep)]
+        retained: list[Any] = [policies.LatestN(self.keep)]
         ranked: dict[str, Any] = {}
         if self.best is not None:
             ranked = {"best_fn": self.best.value, "best_mode": self.best.mode}
-            kept.append(
+            retained.append(
                 policies.BestN(
                     get_metric_fn=self.best.value,
                     reverse=self.best.mode == "min",
@@ -119,19 +118,19 @@ class Checkpoints:
                 )
             )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=policies.AnyPreservationPolicy(retained),
             cleanup_tmp_directories=not self.reading,
             create=not self.reading,
             read_only=self.reading,
             **ranked,
         )
         if not self.reading and jax.process_index() == 0:
-            _drop_broken_metrics(self.directory)
+            _quarantine_metrics(self.directory)
         multihost_utils.sync_global_devices("checkpoints open")
         return ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
-        """Return the steps held whole, increasing; one that is being written is not among them."""
+        """Return the complete steps, increasing, without one that is still being written."""
         return sorted(step for step in self.manager.all_steps() if step != self.pending)
 
     def latest(self) -> int | None:
@@ -139,7 +138,7 @@ class Checkpoints:
         return self.steps()[-1] if self.steps() else None
 
     def best_step(self) -> int | None:
-        """Return the best step by the metric of `best`, or None where none was measured."""
+        """Return the best step by the metric of `best`, or None if no step has it."""
         return self.manager.best_step()
 
     def save(
@@ -149,21 +148,21 @@ class Checkpoints:
         position: Mapping[str, Any],
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begin to write a checkpoint; return when the state may be donated.
+        """Start writing a checkpoint; return as soon as the state may be donated.
 
         Args:
-          step: rollout steps finished; one that is held already is left alone.
+          step: rollout steps finished; a step that exists already is skipped.
           state: the TrainState.
-          position: JSON values, not to be changed any more.
-          metrics: of this step; the one that ranks checkpoints may be missing.
+          position: JSON values that the caller no longer modifies.
+          metrics: of this step; the ranking metric may be missing.
 
         Raises:
-          NotSavedError: this one, or the one that was being written, could not be written.
+          CheckpointWriteError: this checkpoint, or the pending one, could not be written.
         """
-        self.settle()
+        self.finish_saving()
         if step == self.latest():
             return
-        arrays = _plain(state)
+        arrays = _as_dict(state)
         try:
             self.manager.save(
                 step,
@@ -176,8 +175,8 @@ class Checkpoints:
                 ),
                 metrics=self._rank(metrics),
             )
-        except Exception as error:  # Orbax and TensorStore raise whatever they like
-            raise self._not_saved(step, error) from error
+        except Exception as error:  # Orbax and TensorStore raise many types
+            raise self._write_error(step, error) from error
         self.pending = step
 
     def _rank(self, metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
@@ -186,70 +185,61 @@ class Checkpoints:
         value = float(metrics[self.best.metric])
         return {self.best.metric: value} if math.isfinite(value) else None
 
-    def settle(self, wait: bool = True) -> None:
-        """Finish what is being written.
-
-        Args:
-          wait: False looks only whether it is done.
+    def finish_saving(self, wait: bool = True) -> None:
+        """Wait for the pending checkpoint; with `wait=False` only check it, without blocking.
 
         Raises:
-          NotSavedError: it could not be written.
+          CheckpointWriteError: it could not be written.
         """
         if self.pending is None or not (wait or not self.manager.is_saving_in_progress()):
             return
         try:
             self.manager.wait_until_finished()
         except Exception as error:
-            raise self._not_saved(self.pending, error) from error
+            raise self._write_error(self.pending, error) from error
         self.pending = None
 
-    def _not_saved(self, step: int, error: Exception) -> NotSavedError:
-        """Forget a save that failed and remove what it wrote."""
+    def _write_error(self, step: int, error: Exception) -> CheckpointWriteError:
+        """Discard a failed save and its files."""
         self.pending = None
-        if jax.process_count() == 1:  # several would have to agree on what happened
+        if jax.process_count() == 1:  # several would have to reopen in step
             with contextlib.suppress(Exception):
                 self.manager.close()
-            _let_end(self.directory)
+            _remove_partial(self.directory)
             self.manager = self._open()
-        return NotSavedError(f"the checkpoint of step {step} could not be written: {_cause(error)}")
+        return CheckpointWriteError(
+            f"the checkpoint of step {step} could not be written: {_cause(error)}"
+        )
 
     def position(self, step: int) -> dict[str, Any]:
         """Read the position of a checkpoint without its arrays.
 
         Raises:
-          DamagedError: it cannot be read, or is not what was saved.
+          CorruptCheckpointError: it cannot be read, or has changed since it was saved.
         """
-        read = ocp.args.JsonRestore()
-        held = self._read(step, position=read, sums=read)
-        if held.sums["position"] != _digest(held.position):
-            raise DamagedError("its position has changed since it was saved")
-        return held.position
+        json_item = ocp.args.JsonRestore()
+        items = self._read(step, position=json_item, sums=json_item)
+        if items.sums["position"] != _digest(items.position):
+            raise CorruptCheckpointError("its position has changed since it was saved")
+        return items.position
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """Read a TrainState with the structure, dtypes and shardings of `like`.
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """Restore a TrainState with the structure, dtypes and shardings of `target`.
 
         Args:
-          step: as saved.
-          like: arrays or ShapeDtypeStructs with shardings.
+          step: of the checkpoint.
+          target: arrays or ShapeDtypeStructs with shardings.
 
         Raises:
-          DamagedError: it cannot be read, or does not hold the bits that were saved.
+          CorruptCheckpointError: it cannot be read, or its arrays have changed since.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
-        held = self._read_arrays(step, ocp.args.StandardRestore(abstract))
-        return TrainState(**{**held, "key": jax.random.wrap_key_data(held["key"])})
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(target))
+        fields = self._read_arrays(step, ocp.args.StandardRestore(abstract))
+        return TrainState(**{**fields, "key": jax.random.wrap_key_data(fields["key"])})
 
-    def restore_params(self, step: int, like: Params) -> Params:
-        """Read the params of a checkpoint alone.
-
-        Args:
-          step: as saved.
-          like: arrays or ShapeDtypeStructs with shardings.
-
-        Raises:
-          DamagedError: as `restore`.
-        """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": like})
+    def restore_params(self, step: int, target: Params) -> Params:
+        """Restore only the params of a checkpoint; arguments and errors as `restore`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": target})
         restore = ocp.args.PyTreeRestore(
             abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -258,53 +248,50 @@ class Checkpoints:
         return self._read_arrays(step, restore)["params"]
 
     def _read_arrays(self, step: int, arrays: Any) -> dict[str, Any]:
-        held = self._read(step, state=arrays, sums=ocp.args.JsonRestore())
-        sums = held.sums["arrays"]
-        found = bit_sums(held.state)
-        changed = [name for name in found if name not in sums or sums[name] != found[name]]
+        items = self._read(step, state=arrays, sums=ocp.args.JsonRestore())
+        saved, current = items.sums["arrays"], bit_sums(items.state)
+        changed = [name for name in current if name not in saved or saved[name] != current[name]]
         if changed:
-            raise DamagedError(f"bits of {', '.join(changed)} have changed since they were saved")
-        return held.state
+            names = ", ".join(changed)
+            raise CorruptCheckpointError(f"bits of {names} have changed since they were saved")
+        return items.state
 
-    def _read(self, step: int, **items: Any) -> Any:
+    def _read(self, step: int, **arguments: Any) -> Any:
         try:
-            held = self.manager.restore(step, args=ocp.args.Composite(**items))
-            whole = held.sums.keys() == {"position", "arrays"}
+            items = self.manager.restore(step, args=ocp.args.Composite(**arguments))
+            complete = items.sums.keys() == {"position", "arrays"}
         except Exception as error:
-            raise DamagedError(_cause(error)) from error
-        if not whole:
-            raise DamagedError("its sums have changed since they were saved")
-        return held
+            raise CorruptCheckpointError(_cause(error)) from error
+        if not complete:
+            raise CorruptCheckpointError("its sums have changed since they were saved")
+        return items
 
-    def set_aside(self, step: int) -> Path:
-        """Rename a damaged checkpoint, so that its step can be saved again; return where it is."""
-        place = self.directory / f"{step}.damaged"
+    def quarantine(self, step: int) -> Path:
+        """Rename a corrupt checkpoint to STEP.damaged, so that its step can be saved again."""
+        path = self.directory / f"{step}.damaged"
         if jax.process_index() == 0:
-            shutil.rmtree(place, ignore_errors=True)
-            (self.directory / str(step)).rename(place)
-        multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+            shutil.rmtree(path, ignore_errors=True)
+            (self.directory / str(step)).rename(path)
+        multihost_utils.sync_global_devices(f"checkpoint {step} quarantined")
         self.manager.reload()
-        return place
+        return path
 
     def close(self) -> None:
-        """Finish what is being written and release Orbax's threads.
+        """Wait for the pending checkpoint and release Orbax's threads.
 
         Raises:
-          NotSavedError: it could not be written.
+          CheckpointWriteError: it could not be written.
         """
         try:
-            self.settle()
+            self.finish_saving()
         finally:
             self.manager.close()
 
 
 def bit_sums(tree: Any) -> dict[str, int]:
-    """Return for every array the sum of its bits read as whole numbers, modulo 2³².
+    """Return a checksum by array: the sum of its words as unsigned integers, modulo 2³².
 
-    The same for every sharding; any single bit that changes changes it.
-
-    Args:
-      tree: arrays of numbers or bools.
+    It does not depend on the sharding, and detects any single changed bit.
     """
     leaves = jax.tree.leaves(tree)
     return dict(zip(trees.names(tree), map(int, fetch(_bit_sums(leaves))), strict=True))
@@ -325,26 +312,26 @@ def _digest(position: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
 
 
-def _let_end(directory: Path) -> None:
-    """Remove what a failed save left, until nothing comes back.
+def _remove_partial(directory: Path) -> None:
+    """Remove the files of a failed save, until no new ones appear.
 
-    After an error of one write Orbax's threads and TensorStore's, which nobody can wait for, finish
-    the others, and make the directories anew.
+    After one write fails, threads of Orbax and of TensorStore, which cannot be joined, finish the
+    others and create the directories again.
     """
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
             thread.join(WRITER_SECONDS)
-    quiet, end = 0, time.monotonic() + WRITER_SECONDS
-    while quiet < LOOKS and time.monotonic() < end:
-        left = list(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
-        quiet = 0 if left else quiet + 1
-        for path in left:
+    quiet, deadline = 0, time.monotonic() + WRITER_SECONDS
+    while quiet < POLLS and time.monotonic() < deadline:
+        partial = list(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+        quiet = 0 if partial else quiet + 1
+        for path in partial:
             shutil.rmtree(path, ignore_errors=True)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
-def _drop_broken_metrics(directory: Path) -> None:
-    """Rename metrics that are no JSON: Orbax would open no checkpoint at all; it is unranked."""
+def _quarantine_metrics(directory: Path) -> None:
+    """Rename metrics that are not JSON: Orbax would otherwise open no checkpoint at all."""
     for path in directory.glob("*/metrics/metrics"):
         try:
             json.loads(path.read_text(encoding="utf-8"))
@@ -353,13 +340,13 @@ def _drop_broken_metrics(directory: Path) -> None:
 
 
 def _cause(error: Exception) -> str:
-    """Say in a line what an exception of Orbax means."""
+    """Return a one-line cause of an exception of Orbax."""
     text = " ".join(str(error).split())
     if "No space left" in text or "ENOSPC" in text:
         return "no space left on the device"
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def _plain(state: TrainState) -> dict[str, Any]:
+def _as_dict(state: TrainState) -> dict[str, Any]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {**fields, "key": jax.random.key_data(fields["key"])}

@@ -1,6 +1,6 @@
-"""Configs: an ml_collections file plus `--config.section.field=value` overrides.
+"""Config files (ml_collections) with `--config.section.field=value` overrides.
 
-Below the assembly floor there is no ConfigDict: each section becomes a frozen dataclass.
+Rooms below `setup` see frozen dataclasses, one per section, never a ConfigDict.
 """
 
 from __future__ import annotations
@@ -11,41 +11,39 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 from ml_collections.config_flags import config_path
 
-Settings = TypeVar("Settings")
-EMPTIED = re.compile(r"--config\.[^.=]+\.[^.=]+=None")
-MINIATURE = re.compile(r"--(no)?config\.miniature(=|$)")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+SET_TO_NONE = re.compile(r"--config\.([^.=]+\.[^.=]+)=None")
 
 
 def read_config(arguments: Sequence[str], saved: ConfigDict | None = None) -> ConfigDict:
-    """Read `--config=FILE` and its overrides, or overrides of a saved config alone.
-
-    A config may hold a table `in_miniature` of (field, value): with `--config.miniature=true` these
-    values take the place of the file's, and overrides that of either. No table is left in what is
-    returned.
+    """Read `--config=FILE` and its overrides, or the overrides of a saved config.
 
     Args:
-      arguments: command-line words after the command's name.
-      saved: from `from_json`; takes the file's place.
+      arguments: command-line arguments after the command's name.
+      saved: from `from_json`; replaces the file.
 
     Raises:
-      ValueError: no config or two, a file that does not load, a key that does not exist, a value
-        of the wrong type, or words that are no flags.
+      ValueError: no config or two, a file that does not load, an unknown key, a value of the wrong
+        type, or arguments that are not flags.
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # config files import configs.base
-    arguments = joined(arguments)
-    named = [word for word in arguments if word.startswith("--config=")]
+    arguments = join_config_flag(arguments)
+    named = [argument for argument in arguments if argument.startswith("--config=")]
     if saved is not None:
         if named:
-            raise ValueError(f"{named[-1]}: a run has a config of its own; leave out one of both.")
-        return _overridden(arguments, saved, "config.json", saved)
+            raise ValueError(f"{named[-1]}: the run has its own config; leave out one of the two.")
+        return _override(arguments, saved, "config.json", saved)
     if not named:
         raise ValueError("--config=FILE is missing, for example --config=configs/base.py.")
     path = named[-1].removeprefix("--config=").split(":")[0]
@@ -53,66 +51,59 @@ def read_config(arguments: Sequence[str], saved: ConfigDict | None = None) -> Co
         raise ValueError(
             f"--config={path}: no such file; configs/ is read relative to {Path.cwd()}."
         )
-    plain, _ = _parse(named[-1:], path)
-    if "in_miniature" not in plain:
-        return _overridden(arguments, plain, path, None)
-    asked, _ = _parse([*named[-1:], *(word for word in arguments if MINIATURE.match(word))], path)
-    with plain.unlocked(), plain.ignore_type():
-        table = plain.in_miniature
-        del plain.in_miniature
-        for name, value in table if asked.miniature else ():
-            config_path.set_value(name, plain, value)
-    return _overridden([word for word in arguments if word not in named], plain, path, plain)
+    defaults, _ = _parse(named[-1:], path)
+    return _override(arguments, defaults, path, None)
 
 
-def joined(arguments: Sequence[str]) -> list[str]:
-    """Return words with `--config FILE` written as `--config=FILE`."""
-    words = list(arguments)
-    if "--config" in words[:-1]:
-        at = words.index("--config")
-        words[at : at + 2] = [f"--config={words[at + 1]}"]
-    return words
+def join_config_flag(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with `--config FILE` written as `--config=FILE`."""
+    joined = list(arguments)
+    if "--config" in joined[:-1]:
+        at = joined.index("--config")
+        joined[at : at + 2] = [f"--config={joined[at + 1]}"]
+    return joined
 
 
-def _overridden(
-    arguments: Sequence[str], plain: ConfigDict, path: str, saved: ConfigDict | None
+def _override(
+    arguments: Sequence[str], defaults: ConfigDict, path: str, saved: ConfigDict | None
 ) -> ConfigDict:
-    problems = [problem for word in arguments if (problem := _unknown_key(word, plain))]
+    problems = [problem for word in arguments if (problem := _unknown_key(word, defaults))]
     if problems:
         raise ValueError("\n".join(problems))
-    # None is no value of a typed flag, and what many settings are turned off by
-    emptied = [word for word in arguments if EMPTIED.fullmatch(word)]
-    config, rest = _parse([word for word in arguments if word not in emptied], path, saved)
-    for word in emptied:
-        with config.ignore_type():
-            config_path.set_value(word[len("--config.") : -len("=None")], config, None)
-    if len(rest) > 1:
-        raise ValueError(f"{' '.join(rest[1:])} is no flag; write --config.section.field=value.")
+    # None is not a value of a typed flag, but turns many settings off
+    unset = [match[1] for word in arguments if (match := SET_TO_NONE.fullmatch(word))]
+    typed = [word for word in arguments if not SET_TO_NONE.fullmatch(word)]
+    config, positional = _parse(typed, path, saved)
+    with config.ignore_type():
+        for name in unset:
+            config_path.set_value(name, config, None)
+    if len(positional) > 1:
+        raise ValueError(
+            f"{' '.join(positional[1:])} is not a flag; write --config.section.field=value."
+        )
     return config
 
 
 def _parse(
     arguments: Sequence[str], path: str, saved: ConfigDict | None = None
 ) -> tuple[ConfigDict, list[str]]:
-    found = flags.FlagValues()
-    words = ["ntkrl", *arguments]
-    given = {"flag_values": found, "sys_argv": words}
+    values, argv = flags.FlagValues(), ["ntkrl", *arguments]
     if saved is None:
-        config_flags.DEFINE_config_file("config", None, "Path of a config file.", **given)
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     else:
-        config_flags.DEFINE_config_dict("config", saved, **given)
+        config_flags.DEFINE_config_dict("config", saved, flag_values=values, sys_argv=argv)
     try:
-        rest = found(words)
-        return found.config, rest
+        positional = values(argv)
+        return values.config, positional
     except SyntaxError as error:
         raise ValueError(f"{path} is not valid Python: {error}.") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(_text(error)) from error
 
 
-def _unknown_key(word: str, config: ConfigDict) -> str | None:
-    """Say that an override's key does not exist, with the nearest known one."""
-    name = word.split("=")[0].lstrip("-")
+def _unknown_key(argument: str, config: ConfigDict) -> str | None:
+    """Return a message with the nearest known key if an override's key does not exist."""
+    name = argument.split("=")[0].lstrip("-")
     if not name.startswith("config."):
         return None
     try:
@@ -123,40 +114,35 @@ def _unknown_key(word: str, config: ConfigDict) -> str | None:
 
 
 def _text(error: Exception) -> str:
-    # a KeyError prints its message quoted and escaped
+    # str() of a KeyError quotes and escapes its message
     return " ".join(str(error.args[0]).split()) if error.args else str(error)
 
 
-def settings(kind: type[Settings], section: ConfigDict, name: str) -> Settings:
-    """Turn a config section into its frozen dataclass.
-
-    Args:
-      kind: the dataclass.
-      section: the ConfigDict.
-      name: the section's name in messages.
+def parse_section(kind: type[Settings], section: ConfigDict, name: str) -> Settings:
+    """Convert a config section to its frozen dataclass; `name` is the section's in messages.
 
     Raises:
-      ValueError: fields that are missing or unknown (all at once, with the nearest known name),
-        or values that the dataclass refuses.
+      ValueError: missing or unknown fields (all of them, with the nearest known name), or values
+        that the dataclass rejects.
     """
-    given = section.to_dict() if isinstance(section, ConfigDict) else dict(section)
+    values = section.to_dict() if isinstance(section, ConfigDict) else dict(section)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     problems = []
-    for key in given:
+    for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(fields)}"
             problems.append(f"{name}.{key} does not exist{hint}")
     for key, field in fields.items():
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        if key not in given and not optional:
+        if key not in values and not optional:
             problems.append(f"{name}.{key} is missing")
-        elif key in given and given[key] is None and "None" not in str(field.type):
+        elif key in values and values[key] is None and "None" not in str(field.type):
             problems.append(f"{name}.{key} must not be None")
     if problems:
         raise ValueError("; ".join(problems) + ".")
     try:
-        return kind(**given)
+        return kind(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config section {name}: {error}") from error
 
@@ -167,7 +153,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> ConfigDict:
-    """Return the ConfigDict that `to_json` came from; what is None may be set to anything."""
+    """Return the ConfigDict of `to_json`; fields that are None accept any type."""
     return ConfigDict({name: _typed(value) for name, value in values.items()})
 
 
@@ -179,18 +165,18 @@ def _typed(value: Any) -> Any:
     return placeholder(object) if value is None else value
 
 
-def differences(saved: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List every field in which two configs differ, as `section.field: saved -> given`."""
-    found = []
-    for key in sorted({*saved, *given}):
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the fields in which two configs differ, as `section.field: old -> new`."""
+    changed = []
+    for key in sorted({*old, *new}):
         name = f"{prefix}{key}"
-        old = saved[key] if key in saved else "(absent)"
-        new = given[key] if key in given else "(absent)"
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{name}.")
-        elif old != new:
-            found.append(f"{name}: {old!r} -> {new!r}")
-    return found
+        before = old[key] if key in old else "(absent)"
+        after = new[key] if key in new else "(absent)"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed += differences(before, after, f"{name}.")
+        elif before != after:
+            changed.append(f"{name}: {before!r} -> {after!r}")
+    return changed
 
 
 def _json(value: Any) -> Any:
@@ -200,6 +186,4 @@ def _json(value: Any) -> Any:
         return {str(key): _json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_json(entry) for entry in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""Device mesh over (data, fsdp, tensor), and where batches go."""
+"""Device mesh over (data, fsdp, tensor); transfers of arrays to and from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ntkrl import trees
-from ntkrl.runtime.processes import mark
+from ntkrl.runtime.distributed import heartbeat
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -18,7 +18,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     """Arrange devices in a (data, fsdp, tensor) mesh.
 
     Args:
-      data, fsdp, tensor: axis sizes ≥ 1; one of them may be −1 for "all that is left".
+      data, fsdp, tensor: axis sizes ≥ 1; one may be −1 for all remaining devices.
       devices: devices to use; None for all.
 
     Raises:
@@ -26,44 +26,40 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
-    given = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) == 1 and given > 0 and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices; "
-            "the sizes must multiply to that number, and one of them may be -1."
+            "the sizes must multiply to that number, one of them may be -1."
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
 def place_rows(tree: Any, mesh: Mesh) -> Any:
-    """Put a batch on the mesh, rows spread over the data and fsdp axes together.
+    """Shard the rows of a batch over the data and fsdp axes, see `row_sharding`.
 
     Args:
-      tree: arrays with one leading row axis, equally long; the same in every process.
+      tree: arrays with a leading row axis of one length; the same in every process, which
+        transfers its addressable rows.
       mesh: the device mesh.
-
-    Returns:
-      The arrays, placed by `row_sharding`; each process gives the rows of its devices.
     """
     sharding = row_sharding(jax.tree.leaves(tree)[0].shape[0], mesh)
     return place(tree, jax.tree.map(lambda leaf: sharding, tree))
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Put arrays where shardings say.
+    """Transfer arrays to devices by their shardings.
 
     Args:
-      tree: arrays, host ones the same in every process.
+      tree: arrays; host arrays must be the same in every process, which transfers its
+        addressable shards.
       shardings: one per array.
-
-    Returns:
-      The arrays, of which each process gives what its devices hold.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
-    mark()  # what follows may wait for the others, unlike what made the arrays
+    heartbeat()  # from here on this process may wait for others
     return jax.tree.map(_place, tree, shardings)
 
 
@@ -77,28 +73,28 @@ def _place(leaf: Any, sharding: Sharding) -> jax.Array:
 
 
 def row_sharding(rows: int, mesh: Mesh) -> NamedSharding:
-    """Return how so many rows lie: whole everywhere where data and fsdp do not divide them."""
-    whole = rows % trees.row_parts(mesh)
-    return NamedSharding(mesh, PartitionSpec() if whole else PartitionSpec(trees.ROWS))
+    """Return the sharding of a row axis: replicated if data × fsdp does not divide it."""
+    divisible = rows % trees.row_parts(mesh) == 0
+    return NamedSharding(mesh, PartitionSpec(trees.ROWS) if divisible else PartitionSpec())
 
 
-def on_host(shardings: Any, tree: Any) -> Any:
-    """Return shardings whose arrays wait in the host's memory; scalars stay on the devices."""
-
-    def moved(sharding: NamedSharding, leaf: Any) -> NamedSharding:
-        return sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding
-
-    return jax.tree.map(moved, shardings, tree)
+def offload_to_host(shardings: Any, tree: Any) -> Any:
+    """Return shardings with memory kind "pinned_host", but for scalars."""
+    return jax.tree.map(
+        lambda sharding, leaf: sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding,
+        shardings,
+        tree,
+    )
 
 
 def fetch(tree: Any) -> Any:
-    """Bring arrays to this process as whole numpy arrays, wherever their shards are."""
+    """Gather sharded arrays as full numpy arrays in this process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    mark()
+    heartbeat()
     return jax.tree.map(trees.whole, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Return the fully replicated sharding."""
     return NamedSharding(mesh, PartitionSpec())

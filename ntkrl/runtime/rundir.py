@@ -1,4 +1,4 @@
-"""The files of a run directory that are neither checkpoints nor metrics."""
+"""config.json of a run directory, and atomic writes of its other files."""
 
 from __future__ import annotations
 
@@ -12,58 +12,51 @@ import numpy as np
 from ntkrl.runtime.config import differences
 
 ALLOWED = {
-    "checkpoint": "when and what is kept, not what is computed",
-    "logging": "what is told elsewhere, not what is computed",
-    "mesh": "the same numbers but for rounding",
-    "run_dir": "where the run lies",
+    "checkpoint": "schedule and retention only, not the computation",
+    "logging": "loggers only, not the computation",
+    "mesh": "same numbers up to rounding",
+    "run_dir": "path of the run",
 }
-"""Sections of a config that a resumed run may change, and why: with them it still computes what it
-would have computed. Any other difference would make one run of two, and is refused."""
+"""Config sections that a resumed run may change, and why: the run computes what it would have
+computed. Any other difference would mix two runs, and is refused."""
 
 
-def changes(saved: Mapping[str, Any], given: Mapping[str, Any], what: str) -> list[str]:
-    """Compare the config that something was made with and the config of this run.
+def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject: str) -> list[str]:
+    """Return the differences within ALLOWED sections between two configs, with the reason.
 
     Args:
-      saved, given: as JSON values.
-      what: was made with `saved`, as messages call it.
-
-    Returns:
-      Every difference that ALLOWED names, with the reason.
+      saved, config: as JSON values.
+      subject: name, in messages, of what was created with `saved`.
 
     Raises:
-      ValueError: any other difference; all of both kinds are named.
+      ValueError: any other difference; the message lists all of both kinds.
     """
-    refused = differences(*map(config_identity, (saved, given)))
-    sections = [name for name in ALLOWED if name in saved and name in given]
+    refused = differences(config_identity(saved), config_identity(config))
+    sections = [name for name in ALLOWED if name in saved and name in config]
     allowed = [
         f"{change} ({ALLOWED[name]})"
         for name in sections
-        for change in differences({name: saved[name]}, {name: given[name]})
+        for change in differences({name: saved[name]}, {name: config[name]})
     ]
     if not refused:
         return allowed
-    beside = f" Allowed beside: {'; '.join(allowed)}." if allowed else ""
+    also = f" Also changed, but allowed: {'; '.join(allowed)}." if allowed else ""
     raise ValueError(
-        f"{what} was begun with another config: {'; '.join(refused)}.{beside} Set what was changed "
-        "back, give another --config.run_dir, or remove the directory to start over."
+        f"{subject} was begun with another config: {'; '.join(refused)}.{also} Undo these changes, "
+        "set another --config.run_dir, or remove the directory to start over."
     )
 
 
 def config_identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a config that all of a run must share: everything but ALLOWED."""
+    """Return the sections of a config that must not change within a run: all but ALLOWED."""
     return {name: value for name, value in values.items() if name not in ALLOWED}
 
 
-def check_claim(directory: Path, given: Mapping[str, Any]) -> list[str] | None:
-    """Check that a run directory, if it is one already, belongs to the same config.
-
-    Args:
-      directory: the run directory.
-      given: the config as JSON values.
+def check_run_dir(directory: Path, config: Mapping[str, Any]) -> list[str] | None:
+    """Check that a run directory belongs to the same config (JSON values).
 
     Returns:
-      The allowed differences, see `changes`; None where it is none yet.
+      The allowed differences, see `config_changes`; None if it has no config.json yet.
 
     Raises:
       ValueError: it was begun with another config.
@@ -71,27 +64,22 @@ def check_claim(directory: Path, given: Mapping[str, Any]) -> list[str] | None:
     path = directory / "config.json"
     if not path.exists():
         return None
-    return changes(json.loads(path.read_text(encoding="utf-8")), given, str(directory))
+    return config_changes(json.loads(path.read_text(encoding="utf-8")), config, str(directory))
 
 
-def claim(directory: Path, given: Mapping[str, Any]) -> None:
-    """Write config.json, and again where an allowed part of it has changed.
-
-    Args:
-      directory: the run directory, made if missing.
-      given: the config as JSON values.
+def claim_run_dir(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json, creating the directory, unless it is up to date.
 
     Raises:
-      ValueError: as `check_claim`.
+      ValueError: as `check_run_dir`.
     """
-    if check_claim(directory, given) == []:
-        return
-    text = json.dumps(given, indent=2, sort_keys=True) + "\n"
-    save_text(directory / "config.json", text)
+    if check_run_dir(directory, config) != []:
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        save_text(directory / "config.json", text)
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a text file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
@@ -99,9 +87,9 @@ def save_text(path: Path, text: str) -> None:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an .npz whole or not at all; arrays of numbers only, so no pickle is needed."""
+    """Write an .npz file of numeric arrays atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     partial.replace(path)

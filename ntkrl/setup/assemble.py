@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime, trees, update
-from ntkrl.data.settings import names
+from ntkrl.data import split_names
 from ntkrl.settings import DTYPES, ModelSettings, RunSettings
 from ntkrl.setup.base_samples import Samples, read_base
 from ntkrl.setup.rewards import Problems, reward_set
@@ -200,7 +200,7 @@ def _tokenizer(settings: ModelSettings, run_directory: Path) -> tuple[str, Any]:
         source = str(run_directory / "tokenizer")
         if runtime.is_writer():
             data.save_tokenizer(source)
-        runtime.agree("the new tokenizer")
+        runtime.allgather_object("the new tokenizer")
     else:
         source = models.tokenizer_directory(source)
     tokenizer = data.load_tokenizer(source)
@@ -299,10 +299,10 @@ def _prompt_sets(
         return [data.expression_prompts("train")], [held_set]
     required = REQUIRED[settings.method]
     held = required if settings.method == "reward" else ("prompt",)
-    wanted = [(name, required) for name in names(files.path)]
+    wanted = [(name, required) for name in split_names(files.path)]
     count = len(wanted)
     if files.eval_path is not None:
-        wanted += [(name, held) for name in names(files.eval_path)]
+        wanted += [(name, held) for name in split_names(files.eval_path)]
     found = _each(lambda one: data.read_set(*one), wanted)
     train_sets, held_sets = found[:count], found[count:]
     if held_sets or not scored or files.held_out == 0:

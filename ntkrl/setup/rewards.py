@@ -8,7 +8,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime
-from ntkrl.reward.networks import NetworkReward
 from ntkrl.settings import DTYPES, RewardSettings
 
 
@@ -63,7 +62,7 @@ def reward_set(settings: RewardSettings, mesh: Mesh) -> reward.RewardSet:
             f"reward.normalisation {settings.normalisation} holds rewards of "
             f"{', '.join(sorted(held))}, which no function gives; they are called {names}."
         )
-    return reward.RewardSet(tuple(loaded), runtime.own_part, runtime.agree)
+    return reward.RewardSet(tuple(loaded), runtime.local_slice, runtime.allgather_object)
 
 
 def _name(spec: str) -> str:
@@ -89,5 +88,5 @@ def _function(
         return reward.open_function(spec, settings.timeout, options, **given)
     scorer, params = models.load_scorer(directory, DTYPES[settings.dtype], mesh)
     tokenizer = data.load_tokenizer(directory)
-    call = NetworkReward(scorer, params, tokenizer, mesh, settings.batch_size)
+    call = reward.RewardModel(scorer, params, tokenizer, mesh, settings.batch_size)
     return reward.RewardFunction(name, call, source=str(directory), on_mesh=True, **given)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from ntkrl import runtime
-from ntkrl.data.settings import names
+from ntkrl.data import split_names
 from ntkrl.settings import RunSettings, best_of
 from ntkrl.types import TrainState
 
@@ -62,7 +62,7 @@ class RunCheckpointer:
         except OSError as error:
             if kind is None:
                 raise
-            runtime.tell(str(error))
+            runtime.log(str(error))
         finally:
             self.checkpoints.close()
 
@@ -80,18 +80,18 @@ class RunCheckpointer:
         Raises:
           ValueError: it is of another config or format, or none is whole.
         """
-        damaged: dict[int, runtime.DamagedError] = {}
+        damaged: dict[int, runtime.CorruptCheckpointError] = {}
         for step in reversed(self.checkpoints.steps()):
             try:
                 position = self.checkpoints.position(step)
                 self._check(step, position)
                 state = self.checkpoints.restore(step, like(position))
-            except runtime.DamagedError as error:
+            except runtime.CorruptCheckpointError as error:
                 damaged[step] = error
                 continue
             for number, error in damaged.items():
-                place = self.checkpoints.set_aside(number)
-                runtime.tell(
+                place = self.checkpoints.quarantine(number)
+                runtime.log(
                     f"the checkpoint of step {number} is damaged ({error}) and now called {place}; "
                     f"going back to step {step}"
                 )
@@ -113,7 +113,7 @@ class RunCheckpointer:
                 "go on with the version that wrote it."
             )
         if position["config_hash"] != self.made_by["config_hash"]:
-            runtime.changes(position["config"], self.config, place)
+            runtime.config_changes(position["config"], self.config, place)
 
     def _tell_changes(self, step: int, position: Mapping[str, Any]) -> None:
         """Tell what a resumed run takes another version of; its numbers may differ from here on."""
@@ -122,7 +122,7 @@ class RunCheckpointer:
             for name in sorted(before.keys() & now.keys()):
                 if before[name] != now[name]:
                     change = f": {before[name]} -> {now[name]}" if kind == "versions" else ""
-                    runtime.tell(f"{name} has changed since step {step} was saved{change}")
+                    runtime.log(f"{name} has changed since step {step} was saved{change}")
 
     def save(
         self,
@@ -145,7 +145,7 @@ class RunCheckpointer:
         self.settle()
         try:
             self.checkpoints.save(step, state, {**self.made_by, **position}, metrics)
-        except runtime.NotSavedError as error:
+        except runtime.CheckpointWriteError as error:
             self._failed(error)
 
     def settle(self, wait: bool = True) -> None:
@@ -157,14 +157,14 @@ class RunCheckpointer:
         """
         pending = self.checkpoints.pending
         try:
-            self.checkpoints.settle(wait)
-        except runtime.NotSavedError as error:
+            self.checkpoints.finish_saving(wait)
+        except runtime.CheckpointWriteError as error:
             self._failed(error)
         else:
             if pending != self.checkpoints.pending:
                 self.failures = 0
 
-    def _failed(self, error: runtime.NotSavedError) -> None:
+    def _failed(self, error: runtime.CheckpointWriteError) -> None:
         self.failures += 1
         told = f"{error}; the last good checkpoint is {self.last_good()}"
         if jax.process_count() > 1 or self.failures >= self.settings.failures:
@@ -172,7 +172,7 @@ class RunCheckpointer:
                 f"{told}. {self.failures} in a row failed (checkpoint.failures); make room, and "
                 "run the same command again."
             ) from error
-        runtime.tell(f"{told}; going on")
+        runtime.log(f"{told}; going on")
 
     def newest(self) -> int:
         """Return after which rollout step the run would resume; 0 where it would start again."""
@@ -202,7 +202,7 @@ def _files(settings: RunSettings) -> list[str]:
     if settings.rollout.engine is not None:
         given.append(settings.rollout.engine.rpartition(":")[0])
     for listed in (settings.data.path, settings.data.eval_path):
-        given += [] if listed is None else names(listed)
+        given += [] if listed is None else split_names(listed)
     return [name for name in given if name is not None and Path(name).is_file()]
 
 

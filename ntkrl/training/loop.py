@@ -50,29 +50,29 @@ def train(config: ConfigDict) -> Path:
       PreemptedError: asked to leave by SIGTERM, and saved after the rollout step that was
         under way.
     """
-    with runtime.Notice() as notice:
+    with runtime.PreemptionNotice() as notice:
         return _train(config, notice)
 
 
-def _train(config: ConfigDict, notice: runtime.Notice) -> Path:
+def _train(config: ConfigDict, notice: runtime.PreemptionNotice) -> Path:
     directory = Path(config.run_dir)
     settings = read_settings(config)
     given = runtime.to_json(config)
-    runtime.check_alike("config", given)
-    changed = runtime.check_claim(directory, given)
-    if runtime.agree("whether it is finished", (directory / "finished").exists())[0]:
-        runtime.tell(f"{directory} is finished; remove it to run again.")
+    runtime.check_consistent("config", given)
+    changed = runtime.check_run_dir(directory, given)
+    if runtime.allgather_object("whether it is finished", (directory / "finished").exists())[0]:
+        runtime.log(f"{directory} is finished; remove it to run again.")
         return directory
     for change in changed or ():
-        runtime.tell(f"the config has changed: {change}")
+        runtime.log(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
     setup = assemble(settings, directory)
     loop = Loop(setup, directory, given, notice)
     if runtime.is_writer():
-        runtime.claim(directory, given)
+        runtime.claim_run_dir(directory, given)
     _check_shared(directory)
     if settings.method == "rl":
-        runtime.tell(f"objective: {update.describe(settings.objective)}")
+        runtime.log(f"objective: {update.describe(settings.objective)}")
     loop.run()
     setup.export(directory / "export", loop.state.params)
     if loop.reference is not None:
@@ -90,7 +90,7 @@ class Loop:
         setup: Setup,
         directory: Path,
         config: dict[str, Any],
-        notice: runtime.Notice,
+        notice: runtime.PreemptionNotice,
     ):
         self.setup, self.settings, self.directory = setup, setup.settings, directory
         self.notice = notice
@@ -141,7 +141,7 @@ class Loop:
                 if last or due(self.settings.checkpoint.every_steps, rollout_step):
                     self._save(rollout_step, metrics)
                 self.keeper.settle(wait=False)
-                runtime.saved(self.keeper.newest())
+                runtime.record_resume_step(self.keeper.newest())
                 writer.write_timings(int(self.state.step), self.clock.lap(), rollout_step)
                 headline = self.source.headline
                 bar.set_postfix({headline: f"{metrics[headline]:.3f}", "stage": metrics["stage"]})
@@ -162,7 +162,7 @@ class Loop:
 
     def _advance(self, rollout_step: int) -> dict[str, Any]:
         """Take one rollout step: make the batches, update on each, probe the last update."""
-        runtime.mark(f"rollout step {rollout_step}")
+        runtime.heartbeat(f"rollout step {rollout_step}")
         self._enter_stage()
         next_key, key = jax.random.split(self.state.key)
         self.state = self.state.replace(key=next_key)
@@ -174,7 +174,7 @@ class Loop:
         reference = self.source.reference_head(turn)
         logged: list[dict[str, float]] = []
         todo = batches * self.settings.schedule.inner_epochs
-        apart, gradients = False, []
+        apart, result = False, None
         for number, own in enumerate(todo, start=1):
             batch = bare(own)
             if looking and number == len(todo):  # the step donates its state
@@ -182,8 +182,9 @@ class Loop:
                 batch, apart = seen.batch, seen.before.opt_state is not None
             placed = runtime.place_rows(batch, self.setup.mesh)
             step = self._step(placed, reference, apart)
-            self.state, values, *gradients = step(self.state, placed, reference)
-            logged.append({name: float(value) for name, value in values.items()})
+            result = step(self.state, placed, reference)
+            self.state = result.state
+            logged.append({name: float(value) for name, value in result.metrics.items()})
             self._check_finite(logged[-1], rollout_step)
             if number == 1:
                 self.source.check_first(logged[-1], rollout_step)
@@ -191,8 +192,8 @@ class Loop:
         metrics |= self.source.summary(logged)
         metrics |= self._count(metrics, rollout_step)
         if looking:
-            ended = {"after": self.state} | ({"gradients": gradients[0]} if apart else {})
-            metrics |= self.watcher.look(seen._replace(**ended), stage, rollout_step)
+            seen = seen._replace(after=self.state, gradients=result.term_gradients)
+            metrics |= self.watcher.look(seen, stage, rollout_step)
             self.clock("look")
         return metrics
 
@@ -216,14 +217,14 @@ class Loop:
         if self.progress.steps == 0:
             warning = self.programs[self.progress.stage].warning(self.state.params)
             if warning is not None:
-                runtime.tell(warning)
+                runtime.log(warning)
 
     def _count(self, metrics: dict[str, Any], rollout_step: int) -> dict[str, Any]:
         """Count a rollout step in its stage, move the reference; return what is logged of it."""
         program = self.programs[self.progress.stage]
         self.progress = update.advance(program.stage, self.progress, metrics)
         if self.progress.ended is not None:
-            runtime.tell(f"stage {program.stage.name!r} ends: {self.progress.ended}")
+            runtime.log(f"stage {program.stage.name!r} ends: {self.progress.ended}")
         if due(self.settings.schedule.reference_sync_steps, rollout_step):
             alpha = self.settings.schedule.reference_mixup_alpha
             self.reference = self.mix(self.state.params, self.reference, alpha)
@@ -273,13 +274,13 @@ class Loop:
             state = self.states.first(self.programs[0])
         else:
             start, position, state = held
-            runtime.tell(f"resuming {self.directory} after rollout step {start}")
+            runtime.log(f"resuming {self.directory} after rollout step {start}")
         self.progress = update.Progress(**position["progress"])
         self.tokens_seen = position["num_tokens"]
         self.source.position = position["prompt_batches"]
         # apart from what the step donates, since the step may read its head
         self.reference, self.state = state.reference, state.replace(reference=None)
-        runtime.saved(start)
+        runtime.record_resume_step(start)
         return start
 
     def _described(self, position: Mapping[str, Any]) -> TrainState:
@@ -305,7 +306,7 @@ class _Clock:
         self.last = time.perf_counter()
 
     def __call__(self, activity: str) -> None:
-        runtime.mark(f"the end of {activity}")
+        runtime.heartbeat(f"the end of {activity}")
         now = time.perf_counter()
         name = f"{activity}_seconds"
         self.seconds[name] = self.seconds.setdefault(name, 0.0) + now - self.last
@@ -320,7 +321,7 @@ class _Clock:
 
 def _check_shared(directory: Path) -> None:
     """Check that every process sees the run directory of the first."""
-    seen = runtime.agree("the run directory", str(directory.absolute()))
+    seen = runtime.allgather_object("the run directory", str(directory.absolute()))
     deadline = time.monotonic() + SHARED_SECONDS if len(seen) > 1 else 0.0
     while not (directory / "config.json").exists():
         if time.monotonic() > deadline:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ntkrl import runtime, update
-from ntkrl.reward.texts import Texts
+from ntkrl.reward import RewardTexts
 from ntkrl.settings import HEADLINES
 from ntkrl.setup.assemble import Prompts, Setup
 from ntkrl.training.sources import StepContext, averages, split, step_rows
@@ -29,7 +29,7 @@ class PreferenceSource:
           ValueError: texts that do not fit the model.
         """
         self.setup, self.position = setup, 0
-        self.texts = Texts(setup.scorer, setup.tokenizer)
+        self.texts = RewardTexts(setup.scorer, setup.tokenizer)
         self.train = self._encoded(setup.train)
         self.held_out = None if setup.held_out is None else self._encoded(setup.held_out)
         centering_coefficient = setup.settings.preference.centering_coefficient
@@ -46,7 +46,7 @@ class PreferenceSource:
     ) -> PreferenceBatch:
         ids = [side[0][row] for row in rows for side in encoded]
         gates = [side[1][row] for row in rows for side in encoded]
-        tokens, mask = self.texts.padded(ids, len(ids))
+        tokens, mask = self.texts.pad(ids, len(ids))
         shape = (len(rows), 2, tokens.shape[1])
         return PreferenceBatch(
             tokens=tokens.reshape(shape),

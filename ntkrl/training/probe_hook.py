@@ -82,7 +82,7 @@ class ProbeHook:
         self.directory, self.refused = directory, False
         self.history = History(directory / "probes")
         self.settings = setup.settings.probe
-        if self.settings.kernel_every_steps is not None and runtime.several():
+        if self.settings.kernel_every_steps is not None and runtime.is_distributed():
             raise ValueError(
                 "probe.kernel_every_steps: exact kernels are for one process; set it to None."
             )
@@ -303,12 +303,12 @@ class ProbeHook:
         fits = free is None or needed < free
         if not fits and not self.refused:
             self.refused = True
-            runtime.tell(
+            runtime.log(
                 f"no ledger: it needs about {needed / 2**30:.1f} GiB on a device beside training, "
                 f"{free / 2**30:.1f} are free; lower probe.memory_gib, spread the params "
                 "over more devices, or set probe.ledger_every_steps=None."
             )
-        return all(runtime.agree("whether a ledger fits", fits))
+        return all(runtime.allgather_object("whether a ledger fits", fits))
 
     def _own(self, batch: UpdateBatch) -> np.ndarray | None:
         """Tell which samples answer the probe token's own prompt; None where none does."""

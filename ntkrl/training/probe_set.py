@@ -54,7 +54,7 @@ def make_probes(setup: Setup, directory: Path, key: Array) -> Probes:
       ValueError: a family without its column, completions that do not fit, a damaged file.
     """
     path = directory / "probes" / "set.npz"
-    if runtime.agree("whether there is a probe set", path.is_file())[0]:
+    if runtime.allgather_object("whether there is a probe set", path.is_file())[0]:
         return _read(setup, path)
     rows = np.arange(min(setup.settings.probe.prompts, setup.held_out.size))
     own = _sampled(setup, rows, key)

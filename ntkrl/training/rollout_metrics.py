@@ -38,7 +38,7 @@ def rollout_metrics(found: Collected, group: int) -> dict[str, float]:
             for name, statistic in (("mean", np.mean), ("min", np.min), ("max", np.max)):
                 metrics[f"completions/{name}_{suffix}"] = float(statistic(lengths))
     for name, why in found.result.failures.items():
-        runtime.tell(f"counted as reward.on_failure: {why}")
+        runtime.log(f"counted as reward.on_failure: {why}")
         metrics[f"rewards/{name}/failures"] = 1.0
     for name, values in found.result.per_function.items():
         applicable = values[~np.isnan(values)].astype(np.float64)

@@ -68,7 +68,7 @@ class States:
         """Return the shapes of an opt_state, where it lies in a step, and where between steps."""
         shapes = jax.eval_shape(make, state)
         where = self.shardings(shapes)
-        return shapes, where, runtime.on_host(where, shapes) if self.offloads else where
+        return shapes, where, runtime.offload_to_host(where, shapes) if self.offloads else where
 
 
 def _fresh(program: update.StageProgram, state: TrainState) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,36 +31,37 @@ def jitted_step(
       rows: of a batch.
       reference: the Head compared with, arrays or shapes with places, or None.
       apart: whether the loss comes by terms and their gradients are handed out
-        (`update.make_step_apart`).
+        (`update.make_step_with_term_gradients`).
     """
     schedule = setup.settings.schedule
-    make = update.make_step_apart if apart else update.make_step
+    make = update.make_step_with_term_gradients if apart else update.make_step
     step = make(program, minimised, schedule.microbatches)
     if schedule.offload_optimizer:
         there = trees.shardings(state, setup.sharding, setup.mesh).opt_state
         step = update.offloaded(step, there)
     placed, beside = jax.tree.map(lambda leaf: leaf.sharding, (state, reference))
-    found = (placed, runtime.replicated(setup.mesh))
     if apart:
-        own, _ = trees.partition(placed.params, program.trained)
-        step, found = _laid(step, own), (*found, None)
+        trained, _ = trees.partition(placed.params, program.trained)
+        step = _constrained(step, trained)
     return jax.jit(
         step,
         in_shardings=(placed, runtime.row_sharding(rows, setup.mesh), beside),
-        out_shardings=found,
+        out_shardings=update.StepResult(placed, runtime.replicated(setup.mesh)),
         donate_argnums=0,
     )
 
 
-def _laid(step: Any, shardings: Any) -> Any:
-    """Return a step whose gradients lie as the leaves they are of."""
+def _constrained(
+    step: Callable[..., update.StepResult], shardings: Any
+) -> Callable[..., update.StepResult]:
+    """Return a step whose term gradients are constrained to the parameters' shardings."""
 
-    def laid(*given: Any) -> Any:
-        *found, gradients = step(*given)
-        placed = {
+    def constrained(state: TrainState, batch: Any, reference: Any = None) -> update.StepResult:
+        result = step(state, batch, reference)
+        gradients = {
             name: (jax.lax.with_sharding_constraint(grads, shardings), count)
-            for name, (grads, count) in gradients.items()
+            for name, (grads, count) in result.term_gradients.items()
         }
-        return *found, placed
+        return result._replace(term_gradients=gradients)
 
-    return laid
+    return constrained

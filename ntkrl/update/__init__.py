@@ -1,11 +1,27 @@
-"""Objective, stages, optimizer assembly and the train step: pure functions of arrays."""
+"""Objective, stages, optimizers and the train step: pure functions of arrays."""
 
-from ntkrl.update.loss import Measures, kl_estimate, policy_loss, supervised_loss
+from ntkrl.update.loss import (
+    Measures,
+    kl_estimate,
+    policy_loss,
+    policy_terms,
+    preference_loss,
+    preference_loss_fn,
+    supervised_loss,
+    supervised_terms,
+)
 from ntkrl.update.objective import CHOICES, Objective, describe
 from ntkrl.update.optimizers import steps_taken
-from ntkrl.update.preference import preference_loss, preference_loss_fn
 from ntkrl.update.presets import FORMULAS, PRESETS
-from ntkrl.update.settings import ScheduleSettings, due, read_stages
+from ntkrl.update.settings import (
+    Progress,
+    ScheduleSettings,
+    advance,
+    due,
+    enter_stage,
+    read_stages,
+    steps_left,
+)
 from ntkrl.update.stages import (
     Stage,
     StageProgram,
@@ -13,18 +29,6 @@ from ntkrl.update.stages import (
     stage_program,
     stage_programs,
 )
-from ntkrl.update.step import (
-    Gradients,
-    LossFn,
-    init_state,
-    make_step,
-    make_step_apart,
-    offloaded,
-    policy_loss_fn,
-    transfer_state,
-)
-from ntkrl.update.stopping import Progress, advance, enter_stage, steps_left
-from ntkrl.update.terms import policy_terms, supervised_terms
 from ntkrl.update.token_weights import (
     correction_weights,
     counted_tokens,
@@ -33,12 +37,23 @@ from ntkrl.update.token_weights import (
     filter_sign,
     reward_penalties,
 )
+from ntkrl.update.train_step import (
+    Gradients,
+    LossFn,
+    StepResult,
+    init_state,
+    make_step,
+    make_step_with_term_gradients,
+    offloaded,
+    policy_loss_fn,
+    transfer_state,
+)
 
 __all__ = [
     "CHOICES",
     "FORMULAS",
-    "Gradients",
     "PRESETS",
+    "Gradients",
     "LossFn",
     "Measures",
     "Objective",
@@ -46,33 +61,34 @@ __all__ = [
     "ScheduleSettings",
     "Stage",
     "StageProgram",
+    "StepResult",
+    "advance",
+    "check_stages",
     "correction_weights",
     "counted_tokens",
     "covariance_weights",
     "describe",
     "due",
-    "equal_groups",
-    "advance",
-    "check_stages",
     "enter_stage",
+    "equal_groups",
+    "filter_sign",
     "init_state",
     "kl_estimate",
     "make_step",
-    "make_step_apart",
-    "read_stages",
-    "reward_penalties",
-    "transfer_state",
-    "filter_sign",
+    "make_step_with_term_gradients",
     "offloaded",
     "policy_loss",
     "policy_loss_fn",
     "policy_terms",
     "preference_loss",
     "preference_loss_fn",
+    "read_stages",
+    "reward_penalties",
     "stage_program",
     "stage_programs",
     "steps_left",
     "steps_taken",
     "supervised_loss",
     "supervised_terms",
+    "transfer_state",
 ]

@@ -1,8 +1,8 @@
-"""What RL minimises, as separate axes.
+"""The RL objective as independent axes.
 
 advantage × ratio × clip × aggregation × KL estimator and place × entropy × rollout correction ×
-overlong completions × groups without signal. The formulas are in loss.py (per token), weights.py
-(what multiplies each token), ntkrl/advantage.py and, for the rows, presets.py.
+overlong completions × groups without signal. Formulas are in loss.py (per token), token_weights.py
+(factors of tokens), ntkrl/advantage.py and, for named algorithms, presets.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 UNGROUPED = ("none", "batch_mean", "reward_to_go")
-"""Estimators that do not compare the completions of one prompt."""
+"""Estimators that do not compare the completions of a prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +49,17 @@ class Objective:
       "sequence_mean": its 1/length-th power; "none": no ratio, the surrogate is A log π.
     clip: "min": min(ρA, clip(ρ)A); "detach": clip(ρ) A log π with the ratio held constant; "none".
     clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high]; in (0, 1] and > 0.
-    dual_clip: c > 1 + clip_high, the largest ratio that a negative advantage is multiplied by;
-      None for no bound.
+    dual_clip: c > 1 + clip_high, bound on the ratio for negative advantages; None for no bound.
     aggregation: "token_mean": over all tokens; "sequence_mean": over completions of the mean over
       their tokens; "sequence_sum": over completions of their sum; "constant": the sum over
       tokens, divided by completions × the completion budget.
     kl_estimator: of KL(π‖π_ref) per token: k1 = log π − log π_ref, k2 = k1²/2,
       k3 = e^(−k1) − 1 + k1, "full" over the vocabulary.
     kl_place: "reward" (summed over the completion, no gradient), "loss" (per token) or "off".
-    kl_coefficient: β ≥ 0; with 0 the reference policy is not read.
+    kl_coefficient: β ≥ 0; with 0 the reference policy is not evaluated.
     entropy_coefficient: ≥ 0, on H(π) per token, full vocabulary.
-    covariance: of (log π, A) over the batch's tokens: "clip" takes a random fraction of those in
-      covariance_range out of the gradient; "kl" penalises the largest fraction; "off".
+    covariance: of (log π, A) over the batch's tokens: "clip" excludes a random fraction of those in
+      covariance_range from the gradient; "kl" penalises the largest fraction; "off".
     covariance_fraction: of the batch's tokens, in (0, 1).
     covariance_range: lowest and highest covariance that "clip" picks from.
     covariance_penalty: ≥ 0, coefficient of |log π − log π_old| under "kl".
@@ -70,9 +69,9 @@ class Objective:
     correction_cap: > 0.
     overlong: completions cut by the budget: "keep", or "mask" them out of the loss.
     group_filter: groups of equal rewards: "off", "drop" them from the loss, or "resample" other
-      prompts in their stead.
-    signs: of the advantages that are learned from: "both", or "positive" or "negative" ones alone,
-      the others being 0 (Zhu et al. 2506.01347).
+      prompts to replace them.
+    signs: of the advantages to learn from: "both", or only "positive" or "negative", the others
+      being set to 0 (Zhu et al. 2506.01347).
     """
 
     advantage: str = "leave_one_out"
@@ -135,7 +134,7 @@ class Objective:
         return [f"needs {text}" for holds, text in rules if not holds]
 
     def _conflicts(self) -> list[str]:
-        """Name what cannot go together; every setting that would be silently without effect."""
+        """List conflicting settings, and settings that would silently have no effect."""
         ratio, place = self.ratio_level, self.kl_place
         rules = (
             (
@@ -161,8 +160,7 @@ class Objective:
                 "covariance compares with the policy that sampled and needs a ratio_level",
             ),
             (
-                self.advantage in ("none", "batch_mean", "reward_to_go")
-                and self.group_filter != "off",
+                self.advantage in UNGROUPED and self.group_filter != "off",
                 f"group_filter {self.group_filter} needs an advantage within groups; equal rewards "
                 f"carry signal under advantage {self.advantage}",
             ),
@@ -171,19 +169,21 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference policy has to be read."""
+        """True if the reference policy has to be evaluated."""
         return self.kl_place != "off" and self.kl_coefficient > 0
 
     @property
     def needs_distribution(self) -> bool:
-        """Whether the reference's whole distribution is needed, not the tokens' log-probs alone."""
+        """True if the reference's full distribution is needed, beyond the tokens' log-probs."""
         return self.needs_reference and self.kl_estimator == "full"
 
 
 def describe(objective: Objective) -> str:
-    """Return in one line the chief axes, and all others on which it leaves the defaults."""
-    chief = ("advantage", "ratio_level", "clip", "aggregation", "kl_place")
-    values = dataclasses.asdict(objective)
-    plain = dataclasses.asdict(Objective())
-    shown = {name: v for name, v in values.items() if name in chief or v != plain[name]}
-    return " · ".join(f"{axis} {value}" for axis, value in shown.items())
+    """Return a line of the main axes, and of all others that differ from the defaults."""
+    main = ("advantage", "ratio_level", "clip", "aggregation", "kl_place")
+    defaults = dataclasses.asdict(Objective())
+    return " · ".join(
+        f"{axis} {value}"
+        for axis, value in dataclasses.asdict(objective).items()
+        if axis in main or value != defaults[axis]
+    )

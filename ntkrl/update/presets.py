@@ -1,6 +1,6 @@
-"""The named algorithms as rows over the axes; each docstring is the formula that its row means.
+"""Named algorithms as points on the axes of an Objective; each docstring states the formula.
 
-Throughout: completions i of B, tokens t of |o_i|, Σ over tokens that count; ρ_it = π/π_old of a
+Throughout: completions i of B, tokens t of |o_i|, Σ over counted tokens; ρ_it = π/π_old of a
 token; k1 = log π − log π_ref and k3 = e^(−k1) − 1 + k1; [·] clips to [1 − ε_low, 1 + ε_high].
 """
 
@@ -13,7 +13,7 @@ def reinforce() -> Objective:
     """Minimise −1/B Σ_i A_i Σ_t log π(o_it), A_i = r_i − mean of the batch.
 
     Source: Williams 1992 with a batch-mean baseline; no ratio, no clip, no KL term. For no
-    baseline at all set advantage none.
+    baseline set advantage none.
     """
     return Objective(
         advantage="batch_mean", ratio_level="none", clip="none", aggregation="sequence_sum"
@@ -33,7 +33,7 @@ def reinforce_pp() -> Objective:
 
 
 def rloo() -> Objective:
-    """Minimise −1/B Σ_i min(ρ_i A_i, [ρ_i] A_i) with the ratio of whole completions.
+    """Minimise −1/B Σ_i min(ρ_i A_i, [ρ_i] A_i) with the ratio of sequences.
 
     ρ_i = Π_t ρ_it; A_i = R_i − mean of the other completions' R, R_i = r_i − β Σ_t k1_it without a
     gradient; β = 0.05, ε = 0.2.
@@ -52,8 +52,8 @@ def rloo() -> Objective:
 def rloo_trl012() -> Objective:
     """Minimise what `rloo` does: the formula of TRL 0.12's RLOOTrainer is the same.
 
-    What set that trainer apart is outside the objective: 2 completions per prompt, 2 minibatches,
-    metric names (`objective/kl` …), as in the recipe of Tomihari 2601.04670.
+    That trainer's other settings are outside the objective: 2 completions per prompt, 2
+    minibatches, metric names (`objective/kl` …), as in the recipe of Tomihari 2601.04670.
 
     Source: TRL 0.12.1, trl/trainer/rloo_trainer.py.
     """
@@ -135,17 +135,9 @@ def cispo() -> Objective:
     return Objective(advantage="group_normalised", clip="detach", clip_low=1.0, clip_high=4.0)
 
 
-_ROWS = (
-    reinforce,
-    reinforce_pp,
-    rloo,
-    rloo_trl012,
-    ppo_clip,
-    grpo,
-    dr_grpo,
-    dapo,
-    gspo,
-    cispo,
+_ALGORITHMS = (
+    *(reinforce, reinforce_pp, rloo, rloo_trl012, ppo_clip),
+    *(grpo, dr_grpo, dapo, gspo, cispo),
 )
-PRESETS: dict[str, Objective] = {row.__name__: row() for row in _ROWS}
-FORMULAS: dict[str, str] = {row.__name__: row.__doc__ for row in _ROWS}
+PRESETS: dict[str, Objective] = {make.__name__: make() for make in _ALGORITHMS}
+FORMULAS: dict[str, str] = {make.__name__: make.__doc__ for make in _ALGORITHMS}

@@ -1,8 +1,10 @@
-"""How a run goes on in time: the config's schedule section and its stages."""
+"""Settings of the schedule and its stages, and progress through the stages."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,20 +14,20 @@ from ntkrl.update.stages import Stage, check_stages
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleSettings:
-    """How a rollout becomes optimizer steps.
+    """Optimizer steps on a rollout.
 
-    minibatches: equal parts a rollout is cut in, one optimizer step each; divides the prompts.
-    microbatches: equal parts of a minibatch that are read one after another, their gradients
-      added; divides the completions (examples) of a minibatch.
+    minibatches: equal parts of a rollout, one optimizer step each; divides the prompts.
+    microbatches: equal parts of a minibatch for gradient accumulation; divides its completions
+      (examples).
     inner_epochs: passes over a rollout.
     chunk_tokens: positions whose logits exist at a time on each device.
-    offload_optimizer: optimizer moments lie in the host's memory but during a step.
+    offload_optimizer: keep optimizer moments in host memory between steps.
     log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats).
-    resample_rounds: further batches of prompts that may replace groups of equal rewards, where
-      the objective's group_filter is "resample".
-    on_no_signal: "skip" a step whose completions have nothing to learn from, or "stop" the run.
+    resample_rounds: further batches of prompts that may replace groups of equal rewards, with the
+      objective's group_filter "resample".
+    on_no_signal: "skip" a step whose completions carry no signal, or "stop" the run.
     reference_sync_steps: rollout steps between syncs of the reference policy with the policy, or
-        None to keep the starting params.
+      None to keep the starting params.
     reference_mixup_alpha: α of a sync, reference ← α policy + (1 − α) reference, in (0, 1].
     """
 
@@ -64,27 +66,27 @@ class ScheduleSettings:
 
     @property
     def updates(self) -> int:
-        """Optimizer steps per rollout step, where none is skipped."""
+        """Optimizer steps per rollout step, if none is skipped."""
         return self.minibatches * self.inner_epochs
 
 
 def due(every_steps: int | None, rollout_step: int) -> bool:
-    """Tell whether what happens every so many rollout steps (None: never) happens after this."""
+    """Return whether an event of period `every_steps` (None: never) follows this rollout step."""
     return every_steps is not None and rollout_step % every_steps == 0
 
 
 def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
-    """Read every row and check how they follow each other.
+    """Return the stages of a config, each checked and against the one before.
 
     Raises:
-      ValueError: everything that is wrong in any row, in one message.
+      ValueError: all problems of all stages, in one message.
     """
     if not config.stages:
         raise ValueError("stages is empty; give at least one row (see configs/base.py).")
     stages, problems = [], []
     for number, row in enumerate(config.stages):
         try:
-            stages.append(runtime.settings(Stage, row, f"stages[{number}]"))
+            stages.append(runtime.parse_section(Stage, row, f"stages[{number}]"))
         except ValueError as error:
             problems.append(str(error))
     ruled = [s.name for s in stages if (s.plateau_window, s.kl_budget) != (None, None)]
@@ -97,3 +99,56 @@ def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
         raise ValueError("\n".join(problems))
     check_stages(stages)
     return tuple(stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Progress through the stages; JSON values, saved with every checkpoint.
+
+    stage: index of the stage of the last rollout step.
+    steps: rollout steps done in it.
+    rewards: mean rewards of its last rollout steps, newest last; twice the plateau's window.
+    ended: the reason why it ended, or None.
+    """
+
+    stage: int = 0
+    steps: int = 0
+    rewards: Sequence[float] = ()
+    ended: str | None = None
+
+
+def advance(stage: Stage, progress: Progress, metrics: Mapping[str, Any]) -> Progress:
+    """Count a rollout step, and end the stage by its length or a stopping rule.
+
+    Args:
+      stage: the current one, its length in steps.
+      progress: before the rollout step.
+      metrics: of the rollout step; stopping rules read `reward` and `kl`. A step without an update
+        may have no `kl`.
+    """
+    steps, window, rewards = progress.steps + 1, stage.plateau_window, ()
+    reasons = [f"its {steps} steps are done"] if steps >= stage.steps else []
+    if window is not None:
+        rewards = (*progress.rewards, metrics["reward"])[-2 * window :]
+        before, last = sum(rewards[:window]) / window, sum(rewards[window:]) / window
+        if len(rewards) == 2 * window and not last - before > stage.plateau_tolerance:
+            reasons.append(
+                f"mean reward of the last {window} steps is {last:.4g}, of the {window} before "
+                f"{before:.4g}: no gain above {stage.plateau_tolerance:.4g}"
+            )
+    has_kl = stage.kl_budget is not None and "kl" in metrics
+    if has_kl and not metrics["kl"] <= stage.kl_budget:
+        reasons.append(f"kl {metrics['kl']:.4g} exceeds its budget of {stage.kl_budget:.4g}")
+    ended = " and ".join(reasons) if reasons else None
+    return Progress(progress.stage, steps, rewards, ended)
+
+
+def enter_stage(progress: Progress) -> Progress:
+    """Return the progress that a rollout step starts from: the next stage's if one has ended."""
+    return progress if progress.ended is None else Progress(progress.stage + 1)
+
+
+def steps_left(stages: Sequence[Stage], progress: Progress) -> int:
+    """Return the most rollout steps that are left; 0 at the end of the last stage."""
+    current = 0 if progress.ended is not None else stages[progress.stage].steps - progress.steps
+    return current + sum(stage.steps for stage in stages[progress.stage + 1 :])

@@ -1,8 +1,8 @@
-"""Stages as data: which parameters, how long, which optimizer, rate and schedule.
+"""Stages as data: trained parameters, length, optimizer, learning rates and schedule.
 
-A stage's parameters are an ordered `(pattern, learning rate or None)` list over the whole tree;
-None freezes. Classifier-first RL is two rows: the head alone, then everything. Freezing is a
-partition: frozen leaves are not differentiated, and the optimizer never sees them.
+A stage's parameters are an ordered `(pattern, learning rate or None)` list that covers the tree;
+None freezes. Classifier-first RL has two stages: the head, then all parameters. Freezing is a
+partition: frozen leaves are not differentiated and not part of the optimizer's state.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ ROUNDING_LOSS_LIMIT = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One row of the schedule.
+    """One stage of the schedule.
 
-    name: shown in metrics and figures.
-    steps: rollout steps (RL) or batches (supervised) the stage lasts at most, ≥ 1, or None.
+    name: used in metrics and figures.
+    steps: most rollout steps (RL) or batches (supervised), ≥ 1, or None.
     parameters: ordered `(pattern, learning rate > 0 or None for frozen)`; must cover all.
-    epochs: passes over the prompts the stage lasts at most, one batch of them a rollout step, > 0,
-        or None. The shorter of steps and epochs counts, and one of them is needed.
+    epochs: most passes over the prompts, one batch of them per rollout step, > 0, or None. The
+      shorter of steps and epochs applies, and one of them is required.
     optimizer: a key of OPTIMIZERS.
-    optimizer_state: "reset", or "keep": parameters that the stage before trained too, by the same
-        optimizer, keep their moments and counts.
+    optimizer_state: "reset", or "keep": moments and counts of parameters that the previous stage
+      trained too, by the same optimizer, are transferred.
     max_grad_norm: clip the global norm over trained leaves, or None.
-    b1, b2, epsilon: of Adam, and of what muon leaves to Adam.
+    b1, b2, epsilon: of Adam, also for the parameters that muon leaves to AdamW.
     momentum: of sgd and muon in [0, 1); None: 0 and 0.95.
     weight_decay: rate × weight_decay × θ is subtracted from every trained θ.
-    decay: ordered `(pattern, weight_decay)` in weight_decay's place, or None; must cover all.
-    schedule: "constant", "linear" or "cosine" fall over the stage's optimizer steps.
-    warmup_steps: optimizer steps of linear rise before, ≥ 0.
-    final_fraction: of the peak rate, where linear and cosine end, in [0, 1].
-    plateau_window: stop when the mean reward of the last so many rollout steps does not exceed
-        that of as many before by more than `plateau_tolerance` (≥ 0); None: never.
+    decay: ordered `(pattern, weight_decay)` instead of weight_decay, or None; must cover all.
+    schedule: "constant", "linear" or "cosine" decay over the stage's optimizer steps.
+    warmup_steps: optimizer steps of linear warmup before, ≥ 0.
+    final_fraction: final rate of linear and cosine relative to the peak, in [0, 1].
+    plateau_window: stop when the mean reward of the last `plateau_window` rollout steps does not
+      exceed that of as many before by more than `plateau_tolerance` (≥ 0); None: never.
     kl_budget: stop when a rollout step's `kl` exceeds it (nats per token, > 0); None: never.
     """
 
@@ -78,7 +78,7 @@ class Stage:
             raise ValueError(f"stage {self.name!r}: " + "; ".join(problems) + ".")
 
     def in_steps(self, steps_per_epoch: int) -> Stage:
-        """Return the stage with its length in rollout steps alone, parts of a step rounded up."""
+        """Return the stage with its length in rollout steps only, fractions rounded up."""
         if self.epochs is None:
             return self
         # 0.07 · 100 is a little more than 7
@@ -97,21 +97,21 @@ def _length(stage: Stage) -> Iterator[str]:
 
 
 def _optimizer(stage: Stage) -> Iterator[str]:
-    given = vars(stage)
+    values = vars(stage)
     for pattern, rate in stage.parameters:
         if rate is not None and not rate > 0:
             yield f"learning rate of {pattern!r} must be > 0, or None to freeze, not {rate}"
     if stage.max_grad_norm is not None and not stage.max_grad_norm > 0:
         yield f"max_grad_norm must be > 0 or None, not {stage.max_grad_norm}"
     for name in RATES:
-        if given[name] is not None and not 0 <= given[name] < 1:
-            yield f"{name} must be in [0, 1), not {given[name]}"
+        if values[name] is not None and not 0 <= values[name] < 1:
+            yield f"{name} must be in [0, 1), not {values[name]}"
     if not stage.epsilon > 0:
         yield f"epsilon must be > 0, not {stage.epsilon}"
     rows = () if stage.decay is None else stage.decay
-    for where, decay in (("weight_decay", stage.weight_decay), *rows):
+    for pattern, decay in (("weight_decay", stage.weight_decay), *rows):
         if not decay >= 0:
-            yield f"decay of {where!r} must be ≥ 0, not {decay}"
+            yield f"decay of {pattern!r} must be ≥ 0, not {decay}"
     if stage.decay is not None and stage.weight_decay != 0:
         yield "give weight_decay or decay, not both"
     if stage.optimizer_state not in OPTIMIZER_STATES:
@@ -121,7 +121,7 @@ def _optimizer(stage: Stage) -> Iterator[str]:
         return
     defaults = {field.name: field.default for field in dataclasses.fields(stage)}
     read = optimizers.accepted(stage.optimizer)
-    unread = [name for name in OPTIONS if name not in read and given[name] != defaults[name]]
+    unread = [name for name in OPTIONS if name not in read and values[name] != defaults[name]]
     if unread:
         yield f"optimizer {stage.optimizer!r} has no {', '.join(unread)} (it has {', '.join(read)})"
 
@@ -149,11 +149,11 @@ def _rules(stage: Stage) -> Iterator[str]:
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Check what stages ask of those before them.
+    """Check the optimizer states that stages keep from the previous one.
 
     Raises:
-      ValueError: a first stage that keeps, or one that keeps the state of another optimizer, or of
-        other decay rates of its moments.
+      ValueError: the first stage keeps a state, or a stage keeps that of a different optimizer, or
+        of different decay rates of its moments.
     """
     problems = []
     for before, stage in zip((None, *stages), stages, strict=False):
@@ -162,13 +162,13 @@ def check_stages(stages: Sequence[Stage]) -> None:
         if before is None:
             problems.append(f"stage {stage.name!r} is the first and has no optimizer_state to keep")
             continue
-        # moments under other decay rates would not be what their count says
+        # moments and counts are only consistent under the same decay rates
         for name in ("optimizer", *RATES):
-            own, other = vars(stage)[name], vars(before)[name]
-            if own != other:
+            value, other = vars(stage)[name], vars(before)[name]
+            if value != other:
                 problems.append(
                     f"stage {stage.name!r} cannot keep the optimizer_state of stage "
-                    f"{before.name!r}: its {name} is {own!r}, the other's {other!r}; use one for "
+                    f"{before.name!r}: its {name} is {value!r}, the other's {other!r}; use one for "
                     "both, or optimizer_state 'reset'"
                 )
     if problems:
@@ -179,11 +179,11 @@ def check_stages(stages: Sequence[Stage]) -> None:
 class StageProgram:
     """A stage bound to a params tree.
 
-    stage: the row it came from.
+    stage: its settings.
     rates: learning rate or None per leaf, in leaf order.
     optimizer: transforms gradients of the trained leaves only.
-    head_alone: whether the features do not move, so that those the sampler read can be used.
-    learning_rate: of the first trained row, by count of the stage's optimizer steps before.
+    head_alone: only the head is trained, so that features stored by the sampler stay valid.
+    learning_rate: of the first trained pattern, by the stage's past optimizer steps.
     """
 
     stage: Stage
@@ -198,19 +198,18 @@ class StageProgram:
         return tuple(rate is not None for rate in self.rates)
 
     def warning(self, params: Params) -> str | None:
-        """Return a warning where rounding takes the updates of a tenth of the trained entries.
+        """Return a warning if rounding loses the updates of a tenth of the trained entries.
 
-        All optimizers but sgd, whose updates are as large as its gradients, move an entry by about
-        its learning rate at most: so this is known before the first rollout, at no cost to the
-        step. What a run really loses is more.
+        Updates of all optimizers but sgd are at most about the learning rate: so a lower bound on
+        the loss is known before the first rollout, at no cost to the step.
 
         Args:
-          params: the stage starts from.
+          params: at the start of the stage.
         """
         if self.stage.optimizer == "sgd":
             return None
-        chosen, _ = trees.partition(params, self.trained)
-        leaves, rates = jax.tree.leaves(chosen), [rate for rate in self.rates if rate is not None]
+        trained, _ = trees.partition(params, self.trained)
+        leaves, rates = jax.tree.leaves(trained), [rate for rate in self.rates if rate is not None]
         lost = sum(
             optimizers.rounding_loss(leaf, rate) * leaf.size
             for leaf, rate in zip(leaves, rates, strict=True)
@@ -232,27 +231,27 @@ def stage_program(
     """Bind a stage to a model.
 
     Args:
-      stage: the row, its length given in steps.
-      network: says which parameters are stacked, and whether the head is tied.
+      stage: its settings, the length in steps.
+      network: declares stacked parameters and whether the head is tied.
       params: the params tree (arrays or shapes).
       updates_per_step: optimizer steps per rollout step, ≥ 1.
 
     Raises:
       ValueError: patterns that do not cover the parameters or match none, a stage that trains
-        nothing, one that asks for the head of a tied model, or a warm-up longer than the stage.
+        nothing, a head that is tied to the embedding, or a warm-up longer than the stage.
     """
     _refuse_tied_head(stage, network, params)
-    what = f"stage {stage.name!r}"
-    rates = trees.match(stage.parameters, params, what)
+    label = f"stage {stage.name!r}"
+    rates = trees.match(stage.parameters, params, label)
     rows = ((".*", stage.weight_decay),) if stage.decay is None else stage.decay
-    decays = trees.match(rows, params, f"{what}, decay")
+    decays = trees.match(rows, params, f"{label}, decay")
     trained = tuple(rate is not None for rate in rates)
     if not any(trained):
-        raise ValueError(f"{what} freezes every parameter; give one a learning rate.")
+        raise ValueError(f"{label} freezes every parameter; give one a learning rate.")
     updates = stage.steps * updates_per_step
     if stage.warmup_steps > updates:
         raise ValueError(
-            f"{what} lasts {updates} optimizer steps, fewer than its warmup_steps = "
+            f"{label} lasts {updates} optimizer steps, fewer than its warmup_steps = "
             f"{stage.warmup_steps}."
         )
     schedule = optimizers.rate_schedule(
@@ -262,22 +261,22 @@ def stage_program(
         name: optimizers.Treatment(rate, decay, name.startswith(_prefixes(network)))
         for name, rate, decay in zip(trees.names(params), rates, decays, strict=True)
     }
-    chosen, _ = trees.partition(params, trained)
+    leaves, _ = trees.partition(params, trained)
     options = {name: vars(stage)[name] for name in OPTIONS}
     first = next(rate for _, rate in stage.parameters if rate is not None)
     return StageProgram(
         stage,
         tuple(rates),
         optimizers.make_optimizer(
-            stage.optimizer, options, treatments, chosen, schedule, stage.max_grad_norm
+            stage.optimizer, options, treatments, leaves, schedule, stage.max_grad_norm
         ),
-        head_alone=isinstance(network, Policy) and _moves_head_alone(network, chosen),
+        head_alone=isinstance(network, Policy) and _is_head(network, leaves),
         learning_rate=lambda count: first * float(schedule(count)),
     )
 
 
-def _moves_head_alone(policy: Policy, chosen: Params) -> bool:
-    return not policy.tied and {*trees.names(chosen)} <= {policy.head_weight, policy.head_bias}
+def _is_head(policy: Policy, trained: Params) -> bool:
+    return not policy.tied and {*trees.names(trained)} <= {policy.head_weight, policy.head_bias}
 
 
 def stage_programs(
@@ -286,8 +285,8 @@ def stage_programs(
     """Bind every stage of a run (see `stage_program`).
 
     Raises:
-      ValueError: what is wrong with any of them, or one that keeps the optimizer_state of
-        parameters the stage before did not train, in one message.
+      ValueError: all problems of all stages, or a stage that keeps the optimizer_state of
+        parameters that the stage before did not train, in one message.
     """
     programs, problems = [], []
     for stage in stages:
@@ -297,8 +296,8 @@ def stage_programs(
             problems.append(str(error))
     if not problems:
         for before, after in itertools.pairwise(programs):
-            both = any(map(operator.and_, before.trained, after.trained))
-            if after.stage.optimizer_state == "keep" and not both:
+            shared = any(map(operator.and_, before.trained, after.trained))
+            if after.stage.optimizer_state == "keep" and not shared:
                 problems.append(
                     f"stage {after.stage.name!r} keeps the optimizer_state of stage "
                     f"{before.stage.name!r}, which trains none of its parameters; use 'reset'."
@@ -317,8 +316,8 @@ def _refuse_tied_head(stage: Stage, network: Policy | Scorer, params: Params) ->
         return
     present = trees.names(params)
     for pattern, _ in stage.parameters:
-        asks = re.fullmatch(pattern, "head/weight") is not None
-        if asks and not any(re.fullmatch(pattern, name) for name in present):
+        is_head = re.fullmatch(pattern, "head/weight") is not None
+        if is_head and not any(re.fullmatch(pattern, name) for name in present):
             raise ValueError(
                 f"stage {stage.name!r}: {pattern!r} asks for the head, but this model's head is "
                 f"tied to the input embedding. Either train the shared matrix, by the pattern "

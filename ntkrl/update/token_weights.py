@@ -1,7 +1,7 @@
-"""What multiplies each token's score function, settled for a whole batch before any step on it.
+"""Factors of each token's score function, computed for a full batch before any step on it.
 
-Pure functions of `[B, C]` arrays. What looks at the batch as a whole (quantiles, group variances,
-corrections) is done here once, so that minibatches and micro-batches see the same weights.
+Pure functions of `[B, C]` arrays. Statistics of the full batch (quantiles, group variances,
+corrections) are computed once, so that minibatches and microbatches use the same weights.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ def reward_penalties(
     mask: Array,
     kl: Array | None = None,
 ) -> Array:
-    """Return what each token takes off its completion's reward: β KL_t, without a gradient.
+    """Return the penalty of each token on its completion's reward: β KL_t, without a gradient.
 
     Args:
       objective: the axes.
       log_probs: `[B, C]` of the policy that sampled (nats).
       ref_log_probs: `[B, C]` (nats).
       mask: `[B, C]` completion mask.
-      kl: `[B, C]` the whole KL (nats), for estimator "full".
+      kl: `[B, C]` KL over the vocabulary (nats), for estimator "full".
 
     Returns:
-      `[B, C]`, 0 where masked; all 0 where the KL term does not sit in the reward.
+      `[B, C]`, 0 where masked; all 0 if the KL term is not in the reward.
     """
     if objective.kl_place != "reward" or not objective.needs_reference:
         return jnp.zeros(mask.shape, jnp.float32)
@@ -44,10 +44,10 @@ def reward_penalties(
 def counted_tokens(
     objective: Objective, mask: Array, finished: Array, rewards: Array, group_size: int
 ) -> Array:
-    """Take completions out of the loss that the objective does not learn from.
+    """Mask completions that the objective excludes from the loss.
 
     Args:
-      objective: the axes; `overlong` and `group_filter` count.
+      objective: its `overlong` and `group_filter` are used.
       mask: `[B, C]` completion mask.
       finished: `[B]` bool, False where the budget cut the completion.
       rewards: `[B]`, groups of N consecutive.
@@ -64,13 +64,13 @@ def counted_tokens(
 
 
 def equal_groups(rewards: Array, group_size: int) -> Array:
-    """Tell which groups `[P]` have one reward only, so that their advantages are all zero."""
+    """Return which groups `[P]` have equal rewards, so that their advantages are all zero."""
     rewards_PN = rewards.reshape(-1, group_size)
     return jnp.all(rewards_PN == rewards_PN[:, :1], axis=1)
 
 
 def filter_sign(objective: Objective, advantages: Array) -> Array:
-    """Return advantages with those of the sign that is not learned from at 0."""
+    """Set advantages of the sign excluded by the objective to 0."""
     if objective.signs == "positive":
         return jnp.maximum(advantages, 0.0)
     if objective.signs == "negative":
@@ -81,13 +81,13 @@ def filter_sign(objective: Objective, advantages: Array) -> Array:
 def correction_weights(
     objective: Objective, old_log_probs: Array, behaviour_log_probs: Array, mask: Array
 ) -> Array:
-    """Return π_old/μ, bounded as the objective says.
+    """Return importance weights π_old/μ, truncated or masked.
 
     Args:
-      objective: the axes; `correction`, `correction_level` and `correction_cap` count.
-      old_log_probs: `[B, C]` of the trainer's own forward pass, untruncated (nats).
-      behaviour_log_probs: `[B, C]` with which tokens were drawn: truncated, and as the sampler's
-        arithmetic has them (nats).
+      objective: its `correction`, `correction_level` and `correction_cap` are used.
+      old_log_probs: `[B, C]` of the trainer's forward pass, full vocabulary (nats).
+      behaviour_log_probs: `[B, C]` of the distribution sampled from: truncated, in the sampler's
+        arithmetic (nats).
       mask: `[B, C]` completion mask.
 
     Returns:
@@ -100,8 +100,8 @@ def correction_weights(
         return jnp.ones(mask.shape, jnp.float32)
     log_weight_BC = jnp.where(mask, old_log_probs - behaviour_log_probs, 0.0)
     if objective.correction_level == "sequence":
-        whole_B1 = jnp.sum(log_weight_BC, axis=1, keepdims=True)
-        log_weight_BC = jnp.broadcast_to(whole_B1, mask.shape)
+        sequence_B1 = jnp.sum(log_weight_BC, axis=1, keepdims=True)
+        log_weight_BC = jnp.broadcast_to(sequence_B1, mask.shape)
     weight_BC = jnp.exp(log_weight_BC)
     if objective.correction == "truncate":
         return jnp.minimum(weight_BC, objective.correction_cap)
@@ -111,22 +111,22 @@ def correction_weights(
 def covariance_weights(
     objective: Objective, log_probs: Array, advantages: Array, mask: Array, key: Array
 ) -> tuple[Array, Array | None]:
-    """Hold back the tokens that lower the entropy most.
+    """Exclude or penalise the tokens that lower the entropy most.
 
-    c = (log π − mean)(A − mean) over the batch's tokens, n of them; k = max(1, ⌊fraction · n⌋).
+    c = (log π − mean)(A − mean) over the n tokens of the batch; k = max(1, ⌊fraction · n⌋).
     "clip" sets the advantage of k tokens, drawn from those with c in the range, to 0; "kl" puts a
     penalty on |log π − log π_old| of the k tokens with the largest c.
 
     Args:
-      objective: the axes; the `covariance…` ones count.
-      log_probs: `[B, C]` of the policy that sampled (nats): the mask is settled before the first
-        step, where the published code takes it from the current policy at each.
+      objective: its `covariance…` fields are used.
+      log_probs: `[B, C]` of the policy that sampled (nats): tokens are selected before the first
+        step, where the published code uses the current policy at each.
       advantages: `[B, C]`.
       mask: `[B, C]` completion mask.
       key: consumed by "clip".
 
     Returns:
-      `(advantages, penalties)`, `[B, C]` each; penalties are None but for "kl".
+      `(advantages, penalties)`, `[B, C]` each; penalties are None except for "kl".
 
     Source: Cui et al. 2505.22617, section 4.
     """
@@ -134,25 +134,25 @@ def covariance_weights(
         return advantages, None
     count = jnp.sum(mask)
 
-    def centred(values: Array) -> Array:
+    def centered(values: Array) -> Array:
         mean = jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, 1)
         return jnp.where(mask, values - mean, 0.0)
 
-    covariance_BC = centred(log_probs) * centred(advantages)
-    wanted = jnp.maximum(1, (objective.covariance_fraction * count).astype(jnp.int32))
+    covariance_BC = centered(log_probs) * centered(advantages)
+    selected = jnp.maximum(1, (objective.covariance_fraction * count).astype(jnp.int32))
     if objective.covariance == "kl":
-        chosen_BC = _largest(jnp.where(mask, covariance_BC, -jnp.inf), wanted)
+        chosen_BC = _largest(jnp.where(mask, covariance_BC, -jnp.inf), selected)
         return advantages, jnp.where(chosen_BC, objective.covariance_penalty, 0.0)
     low, high = objective.covariance_range
     eligible_BC = mask & (covariance_BC > low) & (covariance_BC < high)
     order_BC = jax.random.uniform(key, mask.shape)
-    chosen_BC = _largest(jnp.where(eligible_BC, order_BC, -jnp.inf), wanted)
+    chosen_BC = _largest(jnp.where(eligible_BC, order_BC, -jnp.inf), selected)
     return jnp.where(chosen_BC, 0.0, advantages), None
 
 
 def _largest(values: Array, count: Array) -> Array:
     """Mark the `count` largest finite entries."""
     flat = values.reshape(-1)
-    places = jnp.arange(flat.size, dtype=jnp.int32)
-    rank = jnp.zeros_like(places).at[jnp.argsort(-flat)].set(places)
+    order = jnp.arange(flat.size, dtype=jnp.int32)
+    rank = jnp.zeros_like(order).at[jnp.argsort(-flat)].set(order)
     return ((rank < count) & (flat > -jnp.inf)).reshape(values.shape)

@@ -148,7 +148,7 @@ def updating(bench: Bench, rows: int, microbatches: int) -> Iterator[dict[str, A
     held = [update.init_state(program, jax.tree.map(jnp.copy, bench.params), jax.random.key(0))]
 
     def once() -> Any:
-        held[0], metrics = step(held[0], part)
+        held[0], metrics, _ = step(held[0], part)
         return metrics["loss"]
 
     each = timed(once)
@@ -173,7 +173,7 @@ def kernels(bench: Bench, contexts: int, length: int) -> Iterator[dict[str, Any]
 
     each = timed(call, 1)
     yield {
-        "what": f"kernel, {contexts} contexts of {length}: {told.road}, {told.chunk} at a time",
+        "what": f"kernel, {contexts} contexts of {length}: {told.algorithm}, chunk {told.chunk}",
         "seconds": each,
         "floor": told.flops / bench.flops_rate,
         "limit": "compute",

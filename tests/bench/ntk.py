@@ -9,7 +9,7 @@ before the clock starts; memory is what the process grew by during a call, resul
     vocabulary factored at V = 512 and V = 50304, all else as in small
     scores     Gram matrix of ∇ log π of 16 × 32 tokens, against stacked gradients
 
-`--only=small,scores` chooses, `--json=FILE` keeps the rows, `--roads` times every road on small.
+`--only=small,scores` chooses, `--json=FILE` keeps the rows, `--algorithms` times each on small.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MINUTES = 20 * 60
 def ours(
     form: str,
     config: dict[str, Any],
-    road: str = "auto",
+    algorithm: str = "auto",
     repeats: int = 5,
     memory_gib: float = 8.0,
 ) -> dict[str, Any]:
@@ -59,7 +59,9 @@ def ours(
     where = ntk.last_positions(jnp.asarray(tokens_NT))
 
     def make() -> ntk.Kernel:
-        return ntk.kernel(peer.policy, peer.params, where, road=road, memory_gib=memory_gib)
+        return ntk.kernel(
+            peer.policy, peer.params, where, algorithm=algorithm, memory_gib=memory_gib
+        )
 
     def call() -> Any:
         kernel = make()
@@ -134,7 +136,7 @@ def _measured(call: Any, repeats: int, warm: bool = True) -> dict[str, Any]:
     return {"seconds": seconds, "MiB": round(peak.mib)}
 
 
-def small(roads: bool) -> list[tuple[str, str, dict[str, Any]]]:
+def small(algorithms: bool) -> list[tuple[str, str, dict[str, Any]]]:
     """Name the methods of the first question: what, function, arguments."""
     found = [
         ("ours, factored (s, M)", "ours", {"form": "factored"}),
@@ -154,17 +156,17 @@ def small(roads: bool) -> list[tuple[str, str, dict[str, Any]]]:
         ),
         ("torch.func, jacrev", "peer_kernel", {"tool": "torch", "way": "rows", "chunk": 64}),
     ]
-    if roads:
-        for road in ntk.ROADS:
-            arguments = {"form": "factored", "road": road, "repeats": 1}
-            found.append((f"ours, factored, road {road}", "ours", arguments))
+    if algorithms:
+        for algorithm in ntk.ALGORITHMS:
+            arguments = {"form": "factored", "algorithm": algorithm, "repeats": 1}
+            found.append((f"ours, factored, algorithm {algorithm}", "ours", arguments))
     return [(what, name, {**arguments, "config": SMALL}) for what, name, arguments in found]
 
 
-def questions(roads: bool) -> dict[str, list[tuple[str, str, dict[str, Any]]]]:
+def questions(algorithms: bool) -> dict[str, list[tuple[str, str, dict[str, Any]]]]:
     """Return the methods of every question."""
     return {
-        "small": small(roads),
+        "small": small(algorithms),
         "large": [("ours, factored", "ours", {"form": "factored", "config": LARGE, "repeats": 1})],
         "vocabulary": [
             (
@@ -189,9 +191,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="small,large,vocabulary,scores")
     parser.add_argument("--json")
-    parser.add_argument("--roads", action="store_true")
+    parser.add_argument("--algorithms", action="store_true")
     options = parser.parse_args()
-    asked, known = options.only.split(","), questions(options.roads)
+    asked, known = options.only.split(","), questions(options.algorithms)
     if not set(asked) <= set(known):
         parser.error(f"--only takes {', '.join(known)}, separated by commas")
     errors = measure.run_isolated("tests.bench.ntk:agreement", {"config": SMALL}, MINUTES)

@@ -3,7 +3,7 @@
     python -m tests.bench.ntk_tpu [--topology=v5e:4x4] [--length=64] [--layers=32] [--json=FILE]
 
 The params are FSDP-sharded over all chips; observed and updated are the last positions of two
-different sequences (O = U = 1). Compiled are `apply` and M of the body by two roads, float32
+different sequences (O = U = 1). Compiled are `apply` and M of the body by two algorithms, float32
 multiplied as such ("highest": 6 bfloat16 passes, where a TPU's default is 1) and bfloat16 compute.
 Memory is the compiler's. FLOPs and collectives are counted in the compiled program of one chip,
 loops multiplied out: `share` tells how much of the work a chip does, 1 / chips where it is spread
@@ -24,19 +24,19 @@ from jax.sharding import Mesh
 
 from ntkrl import models, runtime
 from ntkrl.jaxpr import flops, trace
-from ntkrl.ntk import roads
+from ntkrl.ntk import estimates
 from ntkrl.ntk.contexts import Contexts
 from ntkrl.ntk.directions import Directions
+from ntkrl.numerics import GIB
 from ntkrl.plan import hlo, kernel, networks, topology
-from ntkrl.plan.chips import GIB
 from ntkrl.plan.measure import roofline
 from ntkrl.plan.abstract_models import CONFIGS
 from ntkrl.plan.topology import Machine
 from ntkrl.types import Array, Params
 from tests.bench.measure import OUT_OF_MEMORY, table, write_json
 
-BODY = (("layers", 64), ("layers", 256), ("layers", 640), ("products", 4))
-TOLD = ("program", "road", "chunk", "dtype")
+BODY = (("layerwise", 64), ("layerwise", 256), ("layerwise", 640), ("jvp_vjp", 4))
+TOLD = ("program", "algorithm", "chunk", "dtype")
 MEASURED = ("peak GiB per chip", "argument GiB", "temp GiB", "matmul FLOPs", "share")
 COLUMNS = (*TOLD, *MEASURED, "received GiB", "roofline s", "compile s")
 
@@ -49,13 +49,13 @@ def setting(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> kernel.
     return kernel.setting(policy, placed, mesh, length)
 
 
-def gram_call(s: kernel.Setting, road: str, chunk: int) -> tuple[Any, tuple[Any, ...]]:
+def gram_call(s: kernel.Setting, algorithm: str, chunk: int) -> tuple[Any, tuple[Any, ...]]:
     """Return `kernel.body()` as a jitted function and its arguments."""
 
     def gram(params: Params, *contexts: Contexts) -> Array:
         width = s.network.weight(s.params).shape[1]
         sides = [Directions(c.tokens, c.mask, c.positions[:, None], None, width) for c in contexts]
-        return roads.gram(s.body, params, *sides, None, road, chunk, True)
+        return estimates.gram(s.body, params, *sides, None, algorithm, chunk, True)
 
     return jax.jit(gram), (s.params, s.context, s.context)
 
@@ -91,7 +91,7 @@ def rows(machine: Machine, layers: int, length: int) -> Iterator[dict[str, Any]]
     for dtype, precision in (("float32", "highest"), ("bfloat16", "default")):
         s = setting(mesh, layers, length, jnp.dtype(dtype))
         calls = [(("apply", "", ""), kernel.apply_call(s))]
-        calls += [(("body", *road), gram_call(s, *road)) for road in BODY]
+        calls += [(("body", *algorithm), gram_call(s, *algorithm)) for algorithm in BODY]
         for told, call in calls:
             row = dict(zip(TOLD, (*told, dtype), strict=True))
             yield row | measure(call, precision, machine)

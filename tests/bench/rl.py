@@ -88,7 +88,7 @@ def our_steps(
             ref_log_probs=ref_log_probs,
             advantages=found["advantages"],
         )
-        state, metrics = step(state, part)
+        state, metrics, _ = step(state, part)
         float(metrics["loss"])
         times.append(time.perf_counter())
         marks.append(tuple(np.diff(times)) + (times[-1] - times[0],))

@@ -111,7 +111,7 @@ def our_step(
         return update.policy_loss(objective, LENGTH, statistics, part)
 
     step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, loss)))
-    state, _ = step(update.init_state(program, params, jax.random.key(0)), batch)
+    state, *_ = step(update.init_state(program, params, jax.random.key(0)), batch)
     with tempfile.TemporaryDirectory() as place:
         ntkrl.export(place, policy, state.params)
         return load_file(f"{place}/model.safetensors")

@@ -44,8 +44,8 @@ def by_rows(tokens: int) -> Callable[..., Any]:
     """Return loss and gradient by chunks of completions whose logits are made once."""
     from ntkrl.numerics import masked_total
     from ntkrl.types import UpdateBatch
-    from ntkrl.update.loss import Measures
-    from ntkrl.update.microbatch import loss_by_rows
+    from ntkrl.update import Measures
+    from ntkrl.update.train_step import chunked_loss
 
     def of_rows(found: Any, batch: UpdateBatch) -> Any:
         values = found.log_probs + 0.01 * found.entropy
@@ -62,7 +62,7 @@ def by_rows(tokens: int) -> Callable[..., Any]:
             advantages=zeros,
         )
         parts = -(-targets.size // tokens)
-        return loss_by_rows(of_rows, 1.0, parts, Head(weight), phi, batch)[0].total
+        return chunked_loss((of_rows, 1.0, parts), Head(weight), phi, batch)[0].total
 
     return loss
 

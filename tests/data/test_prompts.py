@@ -51,7 +51,7 @@ def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
 def test_missing_file_directory_and_empty_file(tmp_path):
     with pytest.raises(ValueError, match=r"absent.jsonl: no such file. Allowed are JSON Lines"):
         read_set(tmp_path / "absent.jsonl")
-    with pytest.raises(ValueError, match="is a directory, and holds no data file"):
+    with pytest.raises(ValueError, match="is a directory without a data file"):
         read_set(tmp_path)
     with pytest.raises(ValueError, match=r"rows.jsonl: the file is empty. Expected"):
         read_set(_write(tmp_path, "", "  "))
@@ -67,7 +67,7 @@ def test_missing_file_directory_and_empty_file(tmp_path):
         ({"prompt": None}, r"no 'prompt' \(missing or null\)"),
         ({"prompt": 3}, "'prompt' is int; expected text or a list of messages"),
         ({"prompt": " "}, "empty prompt"),
-        ({"prompt": "\ud800"}, "'prompt' holds half of a surrogate pair"),
+        ({"prompt": "\ud800"}, "'prompt' has half of a surrogate pair"),
         (
             {"prompt": USER},
             "mixed forms: this prompt is a list of messages, that of line 1 is text",

@@ -55,7 +55,7 @@ def test_saved_datasets_are_read_as_their_library_reads_them(tmp_path):
         found = _objects(tmp_path / "saved" / split)
         assert found == datasets.load_from_disk(tmp_path / "saved" / split).to_list()
     with pytest.raises(
-        ValueError, match=r"several splits; name one of .*test_prefs, .*train_prefs"
+        ValueError, match=r"several splits; give one of .*test_prefs, .*train_prefs"
     ):
         read_rows(tmp_path / "saved")
 
@@ -76,17 +76,17 @@ def test_splits_by_name(tmp_path):
     assert _objects(tmp_path / "val") == [{"n": 4}]
     # other splits beside it are no part of one
     with pytest.raises(
-        ValueError, match=r"several splits; name one of .*test_prefs, .*train_prefs"
+        ValueError, match=r"several splits; give one of .*test_prefs, .*train_prefs"
     ):
         read_rows(tmp_path / "data")
     with pytest.raises(
-        ValueError, match=r"no such file. .* holds .*sft, test_prefs, train_prefs, val"
+        ValueError, match=r"no such file. .* has .*sft, test_prefs, train_prefs, val"
     ):
         read_rows(tmp_path / "train")
-    with pytest.raises(ValueError, match=r"is a directory; name one of .*sft"):
+    with pytest.raises(ValueError, match=r"is a directory; give one of .*sft"):
         read_rows(tmp_path)
     (tmp_path / "val.jsonl").write_text('{"n": 5}\n')
-    with pytest.raises(ValueError, match=r"may be any of .*val.jsonl, .*val.json; name the one"):
+    with pytest.raises(ValueError, match=r"is ambiguous: .*val.jsonl, .*val.json; give the path"):
         read_rows(tmp_path / "val")
 
 
@@ -121,10 +121,10 @@ def _saved(place, state, content=None):
 
 
 MISTAKES = [
-    (_bad_json, "is not valid JSON .* call it .jsonl"),
-    (_no_list, "holds dict; expected a list of objects"),
-    (_cut_table, "is no whole Parquet file .* copy it again"),
-    (_missing_shard, "of the 2 shards of train there are train-00000-of-00002.parquet"),
+    (_bad_json, "is not valid JSON .* to .jsonl"),
+    (_no_list, "is dict; expected a list of objects"),
+    (_cut_table, "is not a complete Parquet file .* copy it again"),
+    (_missing_shard, "of the 2 shards of train only train-00000-of-00002.parquet"),
     (lambda place: _saved(place, {}), "state.json names no data files"),
     (lambda place: _saved(place, {"_data_files": [{"filename": "d.arrow"}]}), "d.arrow is missing"),
     (
@@ -134,11 +134,11 @@ MISTAKES = [
     (lambda place: _saved(place, {"_data_files": []}), "every data file is missing"),
     (
         lambda place: _saved(place, {"_data_files": [{"filename": "d"}], "_indices_files": [1]}),
-        "a selection of its rows apart",
+        "a selection of rows separately",
     ),
     (
         lambda place: _saved(place, {"_data_files": [{"filename": "d.arrow"}]}, b"nothing"),
-        "is no whole Arrow file",
+        "is not a complete Arrow file",
     ),
 ]
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ntkrl.data.expressions import save_tokenizer
+from ntkrl.data import save_tokenizer
 from ntkrl.data.prompts import PromptSet
 from ntkrl.data.tokens import (
     decode_completions,
@@ -99,7 +99,7 @@ def test_refusing_chat_template_names_rows(tokenizer):
     tokenizer.chat_template = (
         "{% if messages[0]['content'] == '2' %}{{ raise_exception('no twos') }}{% endif %}1"
     )
-    with pytest.raises(ValueError, match="(?s)template refuses 1 rows.*row 1, .*no twos"):
+    with pytest.raises(ValueError, match="(?s)template rejects 1 rows.*row 1, .*no twos"):
         encode_prompts(tokenizer, _set(_user("1"), _user("2")), 10)
 
 
@@ -151,7 +151,9 @@ def test_completion_that_cannot_be_told_from_its_prompt(tokenizer):
         "{% if add_generation_prompt %}+{% endif %}"
     )
     rows = _set(_user("1"), completion=[_assistant("2")])
-    with pytest.raises(ValueError, match=r"(?s)cannot be told apart.*row 0: '1=\+' is no start of"):
+    with pytest.raises(
+        ValueError, match=r"(?s)cannot be separated.*row 0: '1=\+' is not a prefix of"
+    ):
         encode_completions(tokenizer, rows, 9)
 
 
@@ -190,9 +192,9 @@ def test_missing_end_token(directory, tmp_path):
 
 
 def test_missing_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="absent is no directory; give the directory"):
+    with pytest.raises(ValueError, match="absent is not a directory; give the directory"):
         load_tokenizer(tmp_path / "absent")
-    with pytest.raises(ValueError, match="holds no tokenizer; expected tokenizer.json and"):
+    with pytest.raises(ValueError, match="has no tokenizer; expected tokenizer.json and"):
         load_tokenizer(tmp_path)
 
 

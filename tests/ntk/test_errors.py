@@ -125,7 +125,7 @@ def test_a_policy_must_mean_what_it_says():
 
 
 def test_bad_requests_are_named():
-    """law: unknown parts and roads, rows outside, wrong shapes, results too large."""
+    """law: unknown parts and algorithms, rows outside, wrong shapes, results too large."""
     params = toy_params(TOY)
     kernel = ntk.kernel(TOY, params, changed(), groups=((".*", "all"),))
     cases = [
@@ -136,7 +136,10 @@ def test_bad_requests_are_named():
         (lambda: kernel.apply(jnp.ones((3, 9), int)), "cotangents must be floating point"),
         (lambda: kernel.body(chunk=0), "chunk must be at least 1"),
         (lambda: kernel.bilinear(*[jnp.ones((3, 9))] * 2, by="row"), "by must be 'context'"),
-        (lambda: ntk.kernel(TOY, params, changed(), road="fast"), "road 'fast' is unknown"),
+        (
+            lambda: ntk.kernel(TOY, params, changed(), algorithm="fast"),
+            "algorithm 'fast' is unknown",
+        ),
         (lambda: ntk.kernel(TOY, params, changed(), memory_gib=0), "memory_gib must be positive"),
         (
             lambda: ntk.kernel(TOY, params, changed(), memory_gib=1e-7).dense(),

@@ -104,7 +104,7 @@ def test_kernels_of_any_framework(framework):
     network, params, plain = FRAMEWORKS[framework]()
     contexts = ntk.last_positions(jnp.asarray(TOKENS))
     kernel = ntk.kernel(network, params, contexts)
-    close(kernel.dense(), ntk.kernel(network, params, contexts, road="rows").dense(), 2e-5)
+    close(kernel.dense(), ntk.kernel(network, params, contexts, algorithm="dense").dense(), 2e-5)
     phi = np.asarray(network.features(params, jnp.asarray(TOKENS)))[:, -1]
     close(kernel.head, phi @ phi.T + 1, 2e-5)
     close(network.weight(params) @ phi.T, np.asarray(plain(phi)).T, 2e-5)
@@ -122,7 +122,7 @@ def test_inputs_need_not_be_tokens():
     inputs = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
     contexts = ntk.Contexts({"x": inputs}, positions=jnp.zeros(5, int))
     kernel = ntk.kernel(network, params, contexts)
-    close(kernel.dense(), ntk.kernel(network, params, contexts, road="rows").dense(), 2e-5)
+    close(kernel.dense(), ntk.kernel(network, params, contexts, algorithm="dense").dense(), 2e-5)
 
 
 def _regression(params, inputs):
@@ -142,16 +142,16 @@ def _fused_features(params, tokens):
     return _fused(params["embed"][tokens] @ params["mix"])
 
 
-@pytest.mark.parametrize("road", ["auto", *ntk.ROADS])
-def test_networks_without_forward_mode(road):
+@pytest.mark.parametrize("algorithm", ["auto", *ntk.ALGORITHMS])
+def test_networks_without_forward_mode(algorithm):
     """oracle: chosen explicitly, every form works from VJPs; without, JAX says what is missing."""
     rng = np.random.default_rng(0)
     shapes = {"embed": (VOCAB, WIDTH), "mix": (WIDTH, WIDTH), "head": (VOCAB, WIDTH)}
     params = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
     network = ntk.Network(_fused_features, ntk.Head("head"))
     contexts = ntk.last_positions(jnp.asarray(TOKENS))
-    kernel = ntk.kernel(network, params, contexts, forward_mode=False, road=road)
-    dense = np.asarray(ntk.kernel(network, params, contexts, road="rows").dense())
+    kernel = ntk.kernel(network, params, contexts, forward_mode=False, algorithm=algorithm)
+    dense = np.asarray(ntk.kernel(network, params, contexts, algorithm="dense").dense())
     close(kernel.dense(), dense, 2e-5)
     right = rng.normal(size=(3, VOCAB))
     close(kernel.apply(right), np.einsum("ouvw,uw->ov", dense, right), 2e-5)

@@ -18,10 +18,10 @@ for width, layers, length, rows in ((96, 1, 4, 1), (64, 2, 8, 3), (128, 1, 16, 2
     tokens = jax.random.randint(jax.random.key(1), (rows, length), 0, 40)
     where = ntk.last_positions(tokens)
     found = {}
-    for road, chunk in (("products", 16), ("layers", None), ("layers", width // 2)):
-        body = np.asarray(ntk.kernel(policy, params, where, road=road).body(chunk=chunk))
-        found[road, chunk] = body
-    first = found.pop(("products", 16))
+    for algorithm, chunk in (("jvp_vjp", 16), ("layerwise", None), ("layerwise", width // 2)):
+        body = np.asarray(ntk.kernel(policy, params, where, algorithm=algorithm).body(chunk=chunk))
+        found[algorithm, chunk] = body
+    first = found.pop(("jvp_vjp", 16))
     for name, other in found.items():
         error = np.abs(other - first).max() / np.abs(first).max()
         print(width, name, error)
@@ -29,10 +29,10 @@ for width, layers, length, rows in ((96, 1, 4, 1), (64, 2, 8, 3), (128, 1, 16, 2
 """
 
 
-def test_roads_agree_in_optimised_programs():
-    """oracle: roads against each other at sizes where XLA's CPU backend fuses products.
+def test_algorithms_agree_in_optimised_programs():
+    """oracle: algorithms against each other at sizes where XLA's CPU backend fuses products.
 
-    With one product per leaf summed up, jax 0.10.2 gave garbage in the layer-wise road here.
+    With one product per leaf summed up, jax 0.10.2 gave garbage in the layer-wise algorithm here.
     """
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import ntkrl
 from ntkrl import ntk, runtime, trees
-from ntkrl.ntk import roads
+from ntkrl.ntk import estimates
 from tests.ntk.networks import close
 from tests.toys import TINY
 
@@ -37,13 +37,13 @@ def model():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
 def test_sharded_equals_one_device(sizes):
-    """law: both sharded roads and the products, float64 to 1e-10."""
+    """law: both sharded algorithms and the products, float64 to 1e-10."""
     policy, params, contexts = model()
     placed, there = spread(policy, params, contexts, sizes)
     right = np.random.default_rng(1).normal(size=(8, 24))
     whole = ntk.kernel(policy, params, contexts)
-    for road in ("products", "layers"):
-        kernel = ntk.kernel(policy, placed, there, road=road)
+    for algorithm in ("jvp_vjp", "layerwise"):
+        kernel = ntk.kernel(policy, placed, there, algorithm=algorithm)
         assert kernel.body_function.shardings is not None
         close(kernel.body(), whole.body())
     kernel = ntk.kernel(policy, placed, there)
@@ -56,8 +56,8 @@ def test_sharded_equals_one_device(sizes):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("road", ["products", "jacobians"])
-def test_gradients_stay_sharded(road):
+@pytest.mark.parametrize("algorithm", ["jvp_vjp", "jacobian"])
+def test_gradients_stay_sharded(algorithm):
     """law: with wide layers, gradients of all leaves are most of the memory, and each device has
     less than a third of what one device alone needs (an eighth, and what is whole everywhere)."""
     config = {**WIDE, "hidden_size": 64, "intermediate_size": 512}
@@ -70,7 +70,7 @@ def test_gradients_stay_sharded(road):
     for one in (params, placed):
         kernel = ntk.kernel(policy, one, contexts)
         here, _ = kernel.sides(None, None)
-        arguments = (kernel.body_function, one, here, None, None, road, 16, True)
-        compiled = roads.gram.lower(*arguments).compile()
+        arguments = (kernel.body_function, one, here, None, None, algorithm, 16, True)
+        compiled = estimates.gram.lower(*arguments).compile()
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert temporary[1] < temporary[0] / 3

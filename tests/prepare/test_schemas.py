@@ -1,9 +1,12 @@
 """By hand: rows as they are published, as conversations, and what is wrong with some."""
 
+import datasets
+import numpy as np
 import pytest
 
 from ntkrl.data import Rows
 from ntkrl.prepare import schemas
+from ntkrl.prepare.schemas import select, split
 
 USER, YES, NO = (
     {"role": role, "content": text}
@@ -74,3 +77,25 @@ def test_rows_without_a_prompt():
     assert schemas.without_prompt({"instruction": "", "input": ""})
     assert not schemas.without_prompt({"instruction": "", "input": "a"})
     assert not schemas.without_prompt({"prompt": "a"}) and not schemas.without_prompt({"x": 1})
+
+
+@pytest.mark.parametrize(("size", "share"), [(2, 0.5), (40, 0.8), (101, 0.8), (77, 0.31)])
+def test_splits_as_datasets_does(size, share):
+    """oracle: train_test_split of `datasets` with the public code's arguments."""
+    rows = datasets.Dataset.from_dict({"row": list(range(size))})
+    expected = rows.train_test_split(test_size=1 - float(share), seed=1283)
+    first, second = split(size, share, 1283)
+    assert first.tolist() == expected["train"]["row"][:]
+    assert second.tolist() == expected["test"]["row"][:]
+
+
+def test_too_few_for_two_parts():
+    """law: told, not an empty part."""
+    with pytest.raises(ValueError, match="1 preferences cannot be split"):
+        split(1, 0.8, 0)
+
+
+def test_selected_rows():
+    """by hand: the start of a permutation; all in order where there are no more."""
+    assert select(9, 3, 237).tolist() == np.random.RandomState(237).permutation(9)[:3].tolist()
+    assert select(3, 3, 237).tolist() == [0, 1, 2]

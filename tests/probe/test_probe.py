@@ -11,7 +11,7 @@ from ntkrl import probe, update
 from ntkrl.probe.step import BYTES, comparison
 from ntkrl.types import ProbeSet
 from tests.toys import toy_params, toy_policy
-from tests.update.test_step import make_batch, rloo
+from tests.update.test_train_step import make_batch, rloo
 
 
 def test_feature_measures_by_loops():
@@ -113,7 +113,7 @@ def test_prediction_of_a_real_adam_step(x64, rows):
     stage = update.Stage(name="x", steps=1, parameters=rows, max_grad_norm=0.5)
     program = update.stage_program(stage, policy, params)
     state = update.init_state(program, params, jax.random.key(0))
-    after, _ = update.make_step(program, update.policy_loss_fn(policy, rloo))(
+    after, *_ = update.make_step(program, update.policy_loss_fn(policy, rloo))(
         state, make_batch(policy.vocab_size)
     )
     metrics, arrays, _ = prober.compare(params, after.params)

@@ -5,8 +5,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from ntkrl.reward.functions import RewardSet
-from ntkrl.reward.loading import load_function
+from ntkrl.reward import RewardSet, load_function
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def test_built_in():
     rewards = RewardSet((function,))
     result = rewards(["24=", "24="], ["3*8", "24"], [[], []], {"target": [24, 24]})
     np.testing.assert_array_equal(result.rewards, [2.0, 0.0])
-    with pytest.raises(ValueError, match="expressions requires 'target', which is no column"):
+    with pytest.raises(ValueError, match="expressions requires 'target', which is not a column"):
         rewards.check_columns(())
 
 
@@ -81,12 +80,12 @@ def test_bad_results_name_the_file(write):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("expresions", "'expresions' names no reward function; did you mean 'expressions'"),
-        ("my_rewards.py", "names no reward function. Allowed is expressions, exact_match"),
-        ("my_rewards:score", "names no reward function"),
-        ("my_rewards.py:", "names no reward function"),
-        ("my_reward.py:score", r"there is no file my_reward.py; did you mean 'my_rewards.py'\?"),
-        ("gone/x.py:score", "there is no file gone/x.py. Paths are relative to the working dir"),
+        ("expresions", "'expresions' is not a reward function; did you mean 'expressions'"),
+        ("my_rewards.py", "is not a reward function. Allowed is expressions, exact_match"),
+        ("my_rewards:score", "is not a reward function"),
+        ("my_rewards.py:", "is not a reward function"),
+        ("my_reward.py:score", r"my_reward.py does not exist; did you mean 'my_rewards.py'\?"),
+        ("gone/x.py:score", "gone/x.py does not exist. Paths are relative to the working dir"),
         ("my_rewards.py:scor", r"has no 'scor'; did you mean 'score'\? It has: score, other"),
         ("my_rewards.py:LIMIT", "my_rewards.py:LIMIT is int, not a function"),
         ("my_rewards.py:other", "takes x by position only"),

@@ -18,7 +18,7 @@ from ntkrl import runtime, trees, update
 from ntkrl.runtime import checkpoint
 from ntkrl.runtime.checkpoint import bit_sums
 from ntkrl.types import TrainState
-from tests.update.test_step import ADAM, HEAD, neox
+from tests.update.test_train_step import ADAM, HEAD, neox
 
 
 def make_state(stage):
@@ -76,29 +76,30 @@ def test_a_moving_reference_is_kept(tmp_path):
 
 def test_claim(tmp_path):
     """law: a run directory belongs to one config; every difference is named."""
-    runtime.claim(tmp_path / "run", {"seed": 1, "model": {"path": "a"}})
-    runtime.claim(tmp_path / "run", {"seed": 1, "model": {"path": "a"}})
+    runtime.claim_run_dir(tmp_path / "run", {"seed": 1, "model": {"path": "a"}})
+    runtime.claim_run_dir(tmp_path / "run", {"seed": 1, "model": {"path": "a"}})
     with pytest.raises(ValueError, match="model.path: 'a' -> 'b'; seed: 1 -> 2"):
-        runtime.claim(tmp_path / "run", {"seed": 2, "model": {"path": "b"}})
+        runtime.claim_run_dir(tmp_path / "run", {"seed": 2, "model": {"path": "b"}})
 
 
 def test_allowed_changes(tmp_path):
     """law: what changes no number may change and is told; refused and allowed are listed apart."""
     begun = {"seed": 1, "mesh": {"data": 8}, "logging": {"wandb": None}, "checkpoint": {"keep": 2}}
-    runtime.claim(tmp_path, begun)
-    assert runtime.check_claim(tmp_path, begun) == []
+    runtime.claim_run_dir(tmp_path, begun)
+    assert runtime.check_run_dir(tmp_path, begun) == []
     moved = begun | {"mesh": {"data": 4}, "checkpoint": {"keep": 3}}
-    assert runtime.check_claim(tmp_path, moved) == [
-        "checkpoint.keep: 2 -> 3 (when and what is kept, not what is computed)",
-        "mesh.data: 8 -> 4 (the same numbers but for rounding)",
+    assert runtime.check_run_dir(tmp_path, moved) == [
+        "checkpoint.keep: 2 -> 3 (schedule and retention only, not the computation)",
+        "mesh.data: 8 -> 4 (same numbers up to rounding)",
     ]
     with pytest.raises(ValueError) as told:
-        runtime.claim(tmp_path, moved | {"seed": 2})
-    assert "another config: seed: 1 -> 2. Allowed beside: checkpoint.keep: 2 -> 3" in str(
-        told.value
+        runtime.claim_run_dir(tmp_path, moved | {"seed": 2})
+    assert (
+        "another config: seed: 1 -> 2. Also changed, but allowed: checkpoint.keep: 2 -> 3"
+        in str(told.value)
     )
     assert json.loads((tmp_path / "config.json").read_text()) == begun
-    runtime.claim(tmp_path, moved)
+    runtime.claim_run_dir(tmp_path, moved)
     assert json.loads((tmp_path / "config.json").read_text()) == moved
 
 
@@ -203,13 +204,13 @@ def test_damage_is_noticed(tmp_path, name):
     checkpoints.close()
     DAMAGES[name](tmp_path / "2")
     again = runtime.Checkpoints(tmp_path, keep=2)
-    with pytest.raises(runtime.DamagedError) as told:
+    with pytest.raises(runtime.CorruptCheckpointError) as told:
         again.position(2)
         again.restore(2, state)
     if name == "a bit of an array":
         assert str(told.value) == "bits of params/noise have changed since they were saved"
     assert again.position(1) == {"num_tokens": 123}
-    again.set_aside(2)
+    again.quarantine(2)
     assert again.steps() == [1] and (tmp_path / "2.damaged").is_dir()
     again.save(2, state, {"num_tokens": 5})  # the step is free again
     again.close()
@@ -250,7 +251,7 @@ def test_bit_sums():
 def unraisable(monkeypatch):
     """What is told of exceptions that nobody can catch."""
     told = []
-    monkeypatch.setattr(checkpoint, "_told_before", told.append)
+    monkeypatch.setattr(checkpoint, "_default_hook", told.append)
     return told
 
 
@@ -259,9 +260,9 @@ def test_writes_that_end_late_are_not_told(small_disk, unraisable):
     params = {f"{n}": jax.random.normal(jax.random.key(n), (256, 256)) for n in range(40)}
     state = TrainState(step=jnp.int32(0), params=params, opt_state=None, key=jax.random.key(0))
     checkpoints = runtime.Checkpoints(small_disk("4m") / "c", keep=1)
-    with pytest.raises(runtime.NotSavedError, match="no space left on the device"):
+    with pytest.raises(runtime.CheckpointWriteError, match="no space left on the device"):
         checkpoints.save(1, state, {})
-        checkpoints.settle()
+        checkpoints.finish_saving()
     checkpoints.close()
     assert unraisable == [] and checkpoints.steps() == []
 

@@ -52,48 +52,6 @@ def test_round_trip_through_json():
     assert again.stages[0].name == first.stages[0].name
 
 
-SMALL = """
-from configs import base
-
-def get_config(name="a"):
-    config = base.get_config()
-    config.name, config.model.path, config.reward.function = name, "full", "expressions"
-    config.miniature = False
-    config.in_miniature = (
-        ("model.path", "tiny"),
-        ("data.prompts_per_step", 2),
-        ("reward.function", None),
-        ("stages", (base.stage("one", 1, ((".*", 0.5),)), base.stage("two", 2, ((".*", 0.5),)))),
-    )
-    return config
-"""
-
-
-def test_a_table_of_values_for_a_miniature(tmp_path):
-    """by hand: the table above the file, overrides above the table, parts of its values too."""
-    path = tmp_path / "small.py"
-    path.write_text(SMALL)
-
-    def values(*words):
-        found = runtime.read_config([f"--config={path}:b", *words])
-        assert "in_miniature" not in found and found.name == "b"
-        steps = [stage.steps for stage in found.stages]
-        return found.model.path, found.data.prompts_per_step, found.reward.function, steps
-
-    full = ("full", 16, "expressions", [100])
-    assert values() == values("--config.miniature=false") == full
-    tiny = ("tiny", 2, None, [1, 2])
-    assert values("--config.miniature=true") == values("--config.miniature") == tiny
-    more = ["--config.data.prompts_per_step=5", "--config.stages[1].steps=7"]
-    assert values("--config.miniature=true", *more) == ("tiny", 5, None, [1, 7])
-    assert values("--config.miniature=true", "--config.model.path=None")[0] is None
-    with pytest.raises(ValueError, match=r"stages\[1\].* out of range"):
-        values(*more)
-    config = runtime.read_config([f"--config={path}", "--config.miniature=true"])
-    saved = runtime.from_json(runtime.to_json(config))
-    assert runtime.read_config(["--config.seed=1"], saved).model.path == "tiny"
-
-
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -107,7 +65,7 @@ def test_a_table_of_values_for_a_miniature(tmp_path):
             'config.sed does not exist.*\n.*config.data.pth does not exist.*mean "path"',
         ),
         (["--config=configs/base.py", "--config.stages[3].steps=2"], r"stages\[3\].* out of range"),
-        (["--config=configs/base.py", "train"], "train is no flag"),
+        (["--config=configs/base.py", "train"], "train is not a flag"),
         (["--config=configs/base.py", "--confg.seed=1"], "confg"),
     ],
 )
@@ -184,14 +142,14 @@ def test_differences_names_fields():
 
 def test_logging_may_change_on_resume(tmp_path):
     """law: a run is resumed with other loggers, as it was begun otherwise in no setting at all."""
-    runtime.claim(tmp_path, runtime.to_json(read()))
+    runtime.claim_run_dir(tmp_path, runtime.to_json(read()))
     other = runtime.to_json(read("--config.logging.tensorboard=True", "--config.logging.wandb=p"))
-    assert runtime.check_claim(tmp_path, other)
-    runtime.claim(tmp_path, other)
+    assert runtime.check_run_dir(tmp_path, other)
+    runtime.claim_run_dir(tmp_path, other)
     assert json.loads((tmp_path / "config.json").read_text()) == other
     other["probe"]["prompts"] = 3
-    with pytest.raises(ValueError, match=r"another config: probe.prompts: 8 -> 3\. Set what"):
-        runtime.check_claim(tmp_path, other)
+    with pytest.raises(ValueError, match=r"another config: probe.prompts: 8 -> 3\. Undo these"):
+        runtime.check_run_dir(tmp_path, other)
 
 
 @pytest.mark.parametrize(

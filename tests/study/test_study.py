@@ -22,7 +22,7 @@ TASKS = ("small, expressions", "small, supervised")
 def settings(root, **changes):
     """The checked-in plan, in another directory."""
     config = runtime.read_config([f"--config={FILE}"])
-    found = runtime.settings(StudySettings, config, "study")
+    found = runtime.parse_section(StudySettings, config, "study")
     return dataclasses.replace(found, run_dir=str(root), **changes)
 
 
@@ -125,7 +125,7 @@ def test_prompts_and_preferences(tmp_path):
     assert {row["target"] for row in answers} <= parts["train"] and len(answers) > 1000
     for row in answers[::97]:
         given = [row["prompt"]], [row["completion"]], [[]]
-        assert reward.expressions.score(*given, [row["target"]]) == [1.0]
+        assert reward.expression_score(*given, [row["target"]]) == [1.0]
     samples = tmp_path / "samples.jsonl"
     rows = [
         {"prompt": f"{p}=", "completion": str(c), "reward": c % 3} for p in "12" for c in range(9)

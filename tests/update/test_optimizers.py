@@ -11,7 +11,7 @@ import pytest
 from ntkrl import trees, update
 from ntkrl.update.optimizers import rate_schedule, rounding_loss
 from tests.toys import toy_params, toy_policy
-from tests.update.test_step import make_batch, rloo
+from tests.update.test_train_step import make_batch, rloo
 
 LAYERED = dataclasses.replace(toy_policy(), stacked=("layers",))
 SHAPES = {
@@ -189,7 +189,7 @@ def in_stages(policy, params, *stages):
         state = update.transfer_state(program, state) if number else state
         step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, rloo)))
         for _ in range(program.stage.steps):
-            state, _ = step(state, make_batch(policy.vocab_size, seed=seed))
+            state, *_ = step(state, make_batch(policy.vocab_size, seed=seed))
             seed += 1
     return state
 

@@ -1,0 +1,181 @@
+"""Story: users' functions in processes of their own, which hang, die and print."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from ntkrl.reward import RewardFunction, RewardSet, load_function, open_function
+from ntkrl.reward.functions import RewardError
+from ntkrl.reward.loading import WorkerFunction
+
+CODE = """
+    import asyncio, os, sys, time
+    import numpy as np
+
+    def plain(completions, answer, log_metric, log_extra, **kwargs):
+        print("to be seen, and to disturb nothing", flush=True)
+        log_metric("length", np.mean([len(c) for c in completions]))
+        log_extra("answer", answer)
+        return [None if a is None else float(len(c)) / 3 for c, a in zip(completions, answer)]
+
+    async def later(prompts, completions):
+        await asyncio.sleep(0.01)
+        return np.arange(len(completions), dtype=np.float32)
+
+    def slow(completions, seconds):
+        time.sleep(seconds[0])
+        return [1.0] * len(completions)
+
+    def spin(completions):
+        open("spinning", "w").close()
+        while True:
+            pass
+
+    def gone(completions, leave):
+        if leave[0]:
+            os._exit(7)
+        return [2.0] * len(completions)
+
+    def wrong(completions):
+        return ["x"] * len(completions)
+
+    def failing(completions):
+        return [1 / 0]
+
+    def light(completions):
+        return [float(name in sys.modules) for name in ("jax", "numpy")]
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    """Write the file, and return a maker of functions from it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(textwrap.dedent(CODE))
+    return lambda name, seconds=30.0, **given: open_function(
+        f"mine.py:{name}", seconds, {}, **given
+    )
+
+
+def call(functions, completions=("ab", "c"), **columns):
+    """Reward some completions."""
+    made = RewardSet(tuple(functions))
+    return made(["p"] * len(completions), completions, [[1]] * len(completions), columns)
+
+
+def test_equal_to_the_function_itself(rewards):
+    """oracle: the same function loaded into this process; its signature is known here."""
+    here, there = load_function("mine.py:plain"), rewards("plain")
+    assert there.missing([]) == here.missing([]) == ["answer"]
+    also = RewardFunction("also", lambda completions: [1.0] * len(completions))
+    found = [call([f, also], ("abcd", "x"), answer=["1", None]) for f in (here, there)]
+    np.testing.assert_allclose(found[0].rewards, [1 + 4 / 3, 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(found[0].rewards, found[1].rewards)
+    assert found[0].logged == found[1].logged == {"length": 2.5}
+    assert found[0].extra == found[1].extra == {"answer": ["1", None]}
+    np.testing.assert_array_equal(call([rewards("later")]).rewards, [0.0, 1.0])
+
+
+def test_processes_start_without_jax(rewards):
+    """law: a worker loads numpy and the user's imports, and no accelerator library."""
+    np.testing.assert_array_equal(call([rewards("light")]).rewards, [0.0, 1.0])
+
+
+def test_out_of_time_and_again(rewards):
+    """law: a call that takes too long is ended in time, and the next one is served."""
+    function = rewards("slow", 1.0)
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"mine.py:slow did not answer within 1 s; its process"):
+        call([function], seconds=[60, 60])
+    assert time.monotonic() - began < 5
+    np.testing.assert_array_equal(call([function], seconds=[0, 0]).rewards, [1.0, 1.0])
+
+
+def test_a_process_that_ends(rewards):
+    """law: an exit inside the function is told with its status, and the next call is served."""
+    function = rewards("gone")
+    with pytest.raises(RewardError, match="mine.py:gone ended with status 7"):
+        call([function], leave=[True, True])
+    np.testing.assert_array_equal(call([function], leave=[False, True]).rewards, [2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("spin", "did not answer within 1 s"),
+        ("wrong", "values that are not finite float32 numbers"),
+        ("failing", r"raised ZeroDivisionError: division by zero at mine.py:33\."),
+    ],
+)
+def test_failures_stop_or_count(rewards, name, message):
+    """law: a failure stops the run, or is the default for every row, counted and told."""
+    with pytest.raises(RewardError, match=message):
+        call([rewards(name, 1.0)])
+    result = call([rewards(name, 1.0, on_failure=-1.0, weight=2.0), rewards("later")])
+    np.testing.assert_array_equal(result.rewards, [-2.0, -1.0])
+    assert list(result.failures) == [name]
+
+
+def test_functions_run_at_the_same_time(rewards):
+    """law: three functions that wait a second each take less than two together."""
+    functions = [rewards("slow") for _ in range(3)]
+    named = [RewardFunction(f"slow{i}", f.call) for i, f in enumerate(functions)]
+    began = time.monotonic()
+    call(named, seconds=[1.0, 1.0])
+    assert time.monotonic() - began < 2
+
+
+def test_large_requests_and_answers(rewards):
+    """law: more than a pipe holds goes through in both directions."""
+    texts = ("x" * 200_000,) * 40
+    answers = ["y" * 100_000] * 40
+    result = call([rewards("plain")], texts, answer=answers)
+    assert result.rewards[0] == pytest.approx(200_000 / 3) and result.extra["answer"] == answers
+
+
+def test_what_cannot_be_loaded_is_told_at_the_start(rewards):
+    """law: messages of the loader pass through from the process."""
+    with pytest.raises(ValueError, match="mine.py has no 'plane'; did you mean 'plain'"):
+        rewards("plane")
+
+
+def test_a_worker_ends_with_its_run(rewards, tmp_path):
+    """law: a run killed while a function spins leaves no process behind."""
+    child = (
+        "from ntkrl.reward.loading import WorkerFunction\n"
+        "function = WorkerFunction('mine.py:spin', 60.0)\n"
+        "print(function.process.pid, flush=True)\n"
+        "function(completions=['a'])\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
+    worker = int(run.stdout.readline())
+    while not (tmp_path / "spinning").exists():
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        state = open(f"/proc/{worker}/stat").read().split(")")[1].split()[0]
+        if state == "Z":  # ended, and nobody is there to collect it
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker goes on")
+
+
+def test_close_ends_the_process(rewards):
+    """law: a closed function has no process; it starts again when it is called."""
+    function = rewards("later").call
+    assert isinstance(function, WorkerFunction)
+    process = function.process
+    function.close()
+    assert process.poll() is not None
+    assert function(prompts=[], completions=["a"]) == [0.0]

@@ -1,0 +1,265 @@
+"""Story: processes that die, hang, fail or never come; the others end in time, and say who."""
+
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ntkrl import runtime
+from ntkrl.runtime import health
+from ntkrl.runtime.distributed import StartupTimeoutError, rendezvous
+from tests.hosts import ends, free_port, start
+
+# each step meets the others twice: on the devices, and in an agreement
+CHILD = """
+import os, signal, sys, time
+import jax, numpy as np
+from ntkrl import runtime
+
+own, deed, by = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1], int(sys.argv[2])
+
+def run():
+    mesh = runtime.make_mesh(-1, 1, 1)
+    runtime.record_resume_step(0)
+    for step in range(1, 4):
+        runtime.heartbeat(f"rollout step {step}")
+        if step == 2 and own == by:
+            act()
+        rows = runtime.place_rows(np.arange(8.0), mesh)
+        assert float(jax.numpy.sum(rows)) == 28.0
+        if deed == "astray" and own == by:
+            runtime.allgather_object("another thing")
+        found = runtime.allgather_object("rewards", [own * step])
+        assert found == [[number * step] for number in range(jax.process_count())], found
+        runtime.record_resume_step(step)
+    runtime.log("well done")
+
+def act():
+    if deed == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if deed == "stall":
+        time.sleep(100)
+    if deed == "mistake":
+        raise ValueError("reward function score returned 3 rewards for 4 completions")
+    if deed == "bug":
+        raise RuntimeError("something else")
+    if deed == "abort":
+        os.abort()
+
+try:
+    with runtime.distributed_session():
+        run()
+except ValueError as error:  # what main does
+    sys.exit(f"main: {error}")
+"""
+HOST = socket.gethostname()
+RESUMES = "Run the same command again: it resumes after rollout step 1."
+
+
+def run(deed, by, count=3, **given):
+    """Run CHILD in some processes; return how each ended, and the seconds it took."""
+    before = time.monotonic()
+    given = {"SILENCE": "3", **given}
+    found = ends(start(count, ["-c", CHILD, deed, str(by)], **given), seconds=60)
+    return found, time.monotonic() - before
+
+
+def test_three_processes_agree_and_end():
+    """story: values of all in all, one writer, status 0."""
+    found, _ = run("nothing", 0)
+    assert [status for status, _ in found] == [0, 0, 0], found
+    assert ["well done" in text for _, text in found] == [True, False, False]
+
+
+WAITED = "made no progress after rollout step 2 for 4 s"
+LOST = {  # deed, by which of how many, limits, its own status, what the others say
+    "a worker is killed": ("kill", 1, 3, {}, -signal.SIGKILL, "sent no heartbeat for 3 s"),
+    "a worker stalls": ("stall", 1, 2, {"STALL": "4"}, health.OTHERS_FAILED, WAITED),
+    "a worker's mistake": ("mistake", 1, 2, {}, health.MISTAKE, "failed: reward function score"),
+    "the first one's": ("mistake", 0, 3, {}, health.MISTAKE, "failed: reward function score"),
+    "SLOW the first stalls": ("stall", 0, 3, {"STALL": "4"}, health.OTHERS_FAILED, WAITED),
+    "SLOW abort": ("abort", 1, 2, {}, 128 + signal.SIGABRT, "was aborted by a fatal error of XLA"),
+    "SLOW another error": ("bug", 1, 2, {}, health.FAILED, "failed: RuntimeError: something else"),
+}
+CASES = [
+    pytest.param(case, id=name, marks=[pytest.mark.slow] if name.startswith("SLOW") else [])
+    for name, case in LOST.items()
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_others_end_and_say_why(case):
+    """story: status 70 and one sentence with process, host and cause, wherever they wait."""
+    deed, by, count, given, status, message = case
+    found, seconds = run(deed, by, count, **given)
+    assert seconds < 45
+    for number, (ended, text) in enumerate(found):
+        if number == by:
+            assert ended == status, text
+            continue
+        assert ended == health.OTHERS_FAILED, text
+        said = text[text.rindex("\nntkrl: ") :]
+        assert said.startswith(f"\nntkrl: process {by} ({HOST}) {message}"), text
+        assert RESUMES in said
+        assert "Traceback" not in text
+    own = found[by][1]
+    if deed == "mistake":
+        assert "ntkrl: reward function score returned 3" in own and RESUMES in own
+        assert "Traceback" not in own
+    if deed == "bug":
+        assert "Traceback" in own
+
+
+def test_the_coordinator_is_killed():
+    """story: JAX aborts the others at once; they still say who is gone, and end with 70."""
+    found, seconds = run("kill", 0, count=2)
+    assert found[0][0] == -signal.SIGKILL and seconds < 45
+    for ended, text in found[1:]:
+        assert ended == health.OTHERS_FAILED, text
+        assert f"\nntkrl: process 0 ({HOST})" in text
+        assert "\nRun the same command again: it" in text
+
+
+@pytest.mark.slow
+def test_a_frozen_process():
+    """story: SIGSTOP is silence; the others end, and so does it once it goes on."""
+    processes = start(2, ["-c", CHILD, "freeze", "1"], SILENCE="3")
+    ((ended, text),) = ends(processes[:1], seconds=60)
+    assert ended == health.OTHERS_FAILED and f"process 1 ({HOST}) sent no heartbeat" in text
+    processes[1].send_signal(signal.SIGCONT)
+    ((ended, text),) = ends(processes[1:], seconds=60)
+    assert ended == health.OTHERS_FAILED and f"process 0 ({HOST})" in text
+
+
+def test_ways_that_part():
+    """story: a process that asks for another agreement is told apart, not waited for."""
+    found, _ = run("astray", 1, count=2)
+    assert any("the processes diverged" in text for _, text in found)
+    assert 0 not in [status for status, _ in found]
+
+
+def test_a_process_that_never_comes():
+    """story: those that came end after the time to start, and name it."""
+    processes = start(3, ["-c", CHILD, "nothing", "0"], START="6")
+    processes[1].kill()
+    for number, (status, text) in enumerate(ends(processes, seconds=60)):
+        if number != 1:
+            assert status == health.OTHERS_FAILED, text
+            assert "process 1 of 3 did not connect" in text and "NTKRL_START_TIMEOUT" in text
+
+
+def test_a_process_that_comes_late():
+    """story: process 0 comes seconds after the other, which waits for it."""
+    processes = start(2, ["-c", CHILD, "nothing", "0"])
+    processes[0].send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    processes[0].send_signal(signal.SIGCONT)
+    assert [status for status, _ in ends(processes, seconds=60)] == [0, 0]
+
+
+def test_a_port_that_is_taken():
+    """story: process 0 says so and what to do; the others that it did not come."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        found, _ = run("nothing", 0, count=2, START="6", JAX_COORDINATOR_ADDRESS=address)
+    assert found[0][0] == 1 and "cannot use the port" in found[0][1]
+    assert "another JAX_COORDINATOR_ADDRESS" in found[0][1]
+    assert found[1][0] == health.OTHERS_FAILED and "process 0 of 2 did not connect" in found[1][1]
+
+
+WRONG = {
+    "one variable": ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "all three must be set"),
+    "number too high": (
+        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+        "JAX_PROCESS_ID=2",
+    ),
+    "no port": (
+        {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+        "must be HOST:PORT",
+    ),
+    "no time": ({"JAX_NUM_PROCESSES": "2", "NTKRL_STALL_TIMEOUT": "soon"}, "STALL_TIMEOUT=soon"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
+def test_descriptions_that_make_no_sense(case, monkeypatch):
+    """law: they are refused before anything is waited for."""
+    given, message = case
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message), runtime.distributed_session():
+        pass
+
+
+def test_one_process_has_neither_service_nor_threads():
+    """law: a single process is left alone, and agrees with itself."""
+    import threading
+
+    before = threading.active_count()
+    with runtime.distributed_session():
+        runtime.heartbeat("something")
+        assert runtime.allgather_object("x", 3) == [3] and runtime.is_writer()
+        assert runtime.local_slice(7) == slice(0, 7)
+        assert threading.active_count() == before
+
+
+def meetings(numbers, counts, seconds=20.0, before=None):
+    """Let threads meet as processes do; return what each found or was told."""
+    address = f"127.0.0.1:{free_port()}"
+
+    def one(number, count):
+        try:
+            return rendezvous(address, count, number, seconds)
+        except (StartupTimeoutError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    with ThreadPoolExecutor(len(numbers) + 1) as pool:
+        if before is not None:
+            pool.submit(before, address)
+        return list(pool.map(one, numbers, counts))
+
+
+def test_all_come():
+    """law: every process hears every host's name."""
+    assert meetings([2, 1, 0], [3, 3, 3]) == [[socket.gethostname()] * 3] * 3
+
+
+def test_a_stranger_comes_too():
+    """law: what is no process of ours is not counted, and keeps nobody out."""
+
+    def stranger(address):
+        host, port = address.split(":")
+        for _ in range(100):
+            try:
+                with socket.create_connection((host, int(port)), timeout=5) as connection:
+                    connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                return
+            except ConnectionRefusedError:
+                pass
+
+    assert meetings([0, 1], [2, 2], before=stranger) == [[socket.gethostname()] * 2] * 2
+
+
+MISMATCHES = {
+    "counts": (
+        [0, 1],
+        [2, 3],
+        "ValueError: process 1 (%s) expects 3 processes, process 0 expects 2",
+    ),
+    "numbers": ([0, 1, 1], [3, 3, 3], "ValueError: two processes have the index 1, on %s and"),
+    "missing": ([0, 2], [3, 3], "StartupTimeoutError: process 1 of 3 did not connect to"),
+    "no first": ([1, 2], [3, 3], "StartupTimeoutError: process 0 of 3 did not connect to"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES.values(), ids=MISMATCHES.keys())
+def test_what_does_not_fit_is_told_to_all(case):
+    """law: the same sentence everywhere, with numbers and hosts."""
+    numbers, counts, message = case
+    message = message.replace("%s", socket.gethostname())
+    for told in meetings(numbers, counts, seconds=2.0):
+        assert told.startswith(message), told
