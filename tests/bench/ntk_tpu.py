@@ -30,7 +30,7 @@ from ntkrl.ntk.directions import Directions
 from ntkrl.numerics import GIB
 from ntkrl.plan import hlo, kernel, networks, topology
 from ntkrl.plan.measure import roofline
-from ntkrl.plan.abstract_models import CONFIGS
+from ntkrl.plan.shapes import SHAPES
 from ntkrl.plan.topology import Machine
 from ntkrl.types import Array, Params
 from tests.bench.measure import OUT_OF_MEMORY, table, write_json
@@ -43,8 +43,10 @@ COLUMNS = (*TOLD, *MEASURED, "received GiB", "roofline s", "compile s")
 
 def setting(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> kernel.Setting:
     """Describe Pythia-2.8B, float32 params sharded over the mesh and all else on every chip."""
-    config = {**CONFIGS["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
-    policy, shapes = models.describe("GPTNeoXForCausalLM", config, compute_dtype=compute_dtype)
+    config = {**SHAPES["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
+    policy, shapes = models.describe(
+        "GPTNeoXForCausalLM", config, options=models.ModelOptions(compute_dtype)
+    )
     placed = networks.placed(shapes, policy.sharding, mesh)
     return kernel.setting(policy, placed, mesh, length)
 

@@ -1,0 +1,213 @@
+"""Figure and table of the kernels in a `kernel.npz`, as `ntkrl kernel` writes it."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
+
+from ntkrl.report.plotting import (
+    MARKERS,
+    PALETTE,
+    REFERENCE_GREY,
+    WIDTH_INCHES,
+    dress,
+    figure_bytes,
+    label_bar,
+    shown,
+)
+
+Arrays = Mapping[str, np.ndarray]
+
+PARTS = ("head", "body", "cross", "full")
+NAMES = {"head": "head, R", "body": "body, G", "cross": "cross", "full": "full, K"}
+COLORS = {"head": PALETTE[0], "body": PALETTE[1], "cross": PALETTE[2], "full": "#000000"}
+LABELLED_CONTEXTS = 16
+"""Most contexts labelled with words beside the heat map; more are numbered."""
+LABEL_WIDTH = 13
+ANNOTATED_CONTEXTS = 8
+"""Most contexts whose cosines are written into the cells."""
+
+
+def write_kernel(path: Path, arrays: Arrays) -> None:
+    """Draw the arrays of a kernel.npz into a PNG."""
+    path.write_bytes(figure_bytes(draw_kernel(arrays), "png"))
+
+
+def draw_kernel(arrays: Arrays) -> Figure:
+    """Draw the cosines of features, the largest eigenvalues, and the shares of the parts."""
+    figure = Figure(figsize=(WIDTH_INCHES, 9.4), layout="constrained", facecolor="white")
+    count = len(arrays["positions"])
+    title = f"Neural tangent kernel of {count} context{'s' if count > 1 else ''}"
+    figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
+    # subfigures: long labels of the map must not narrow the other panels
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(4.2, 2.6, 2.1))
+    _draw_cosines(_titled(top, "Head kernel R, as cosines of features φ"), arrays)
+    _draw_spectrum(_titled(middle, "Largest eigenvalues"), arrays)
+    _draw_shares(_titled(bottom, "Shares of the parts in the kernel"), arrays)
+    return figure
+
+
+def format_kernel(arrays: Arrays) -> str:
+    """Format parts and groups of a kernel as a table: mean traces, shares, norms, λ₁."""
+    titles = ("mean tr K(o,o)", "share", "mean tr K(o,u)", "share", "norm", "largest λ")
+    lines = [f"{'part':<14}" + "".join(f"{title:>15}" for title in titles)]
+    lines.append("-" * len(lines[0]))
+    for part in PARTS:
+        if f"trace_{part}" in arrays:
+            cells = _traces(arrays[f"trace_{part}"], arrays["trace_full"])
+            for name in (f"frobenius_{part}", f"eigenvalues_{part}"):
+                cells.append(float(arrays[name].flat[0]) if name in arrays else np.nan)
+            lines.append(_line(NAMES[part], cells))
+    if "layers" in arrays:
+        lines.append("")
+        for name, trace in zip(arrays["layers"], arrays["trace_layers"], strict=True):
+            lines.append(_line(str(name), _traces(trace, arrays["trace_full"])))
+    off = arrays["cosines"][~np.eye(len(arrays["cosines"]), dtype=bool)]
+    if off.size:
+        lines.append(
+            f"\ncosines of the features of two contexts: mean {off.mean():.3f}, from "
+            f"{off.min():.3f} to {off.max():.3f}"
+        )
+    return "\n".join(lines)
+
+
+def _traces(part: np.ndarray, full: np.ndarray) -> list[float]:
+    """Return mean and share of a part's traces on, and then off the diagonal."""
+    cells = []
+    for entries in (np.eye(len(full), dtype=bool), ~np.eye(len(full), dtype=bool)):
+        some = entries.any()
+        cells.append(float(part[entries].mean()) if some else np.nan)
+        cells.append(float(part[entries].sum() / full[entries].sum()) if some else np.nan)
+    return cells
+
+
+def _line(name: str, cells: list[float]) -> str:
+    texts = ["–" if np.isnan(cell) else f"{cell:.3g}" for cell in cells]
+    return f"{name:<14.14}" + "".join(f"{text:>15}" for text in texts)
+
+
+def _titled(figure: SubFigure, title: str) -> Axes:
+    figure.suptitle(title, fontsize=12, x=0.02, ha="left")
+    return figure.subplots()
+
+
+def _draw_cosines(axis: Axes, arrays: Arrays) -> None:
+    """Draw the cosines as a heat map; two colours around 0 where signs differ."""
+    cosines = arrays["cosines"]
+    count, signed = len(cosines), cosines.min() < 0
+    # a step below the lowest, to distinguish it from white; a single cosine of 1 starts at 0
+    low = -1.0 if signed else float(np.floor(20 * cosines.min() - 0.5) / 20)
+    low = low if count > 1 else 0.0
+    image = axis.imshow(
+        cosines, cmap="RdBu_r" if signed else "Blues", vmin=low, vmax=1.0, interpolation="nearest"
+    )
+    axis.tick_params(labelsize=10, length=2)
+    axis.set_xlabel("context u", fontsize=12)
+    axis.set_ylabel("context o", fontsize=12)
+    bar = axis.figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02)
+    bar.ax.tick_params(labelsize=10)
+    bar.outline.set_visible(False)
+    axis.spines[:].set_visible(False)
+    _label_contexts(axis, arrays)
+    if count <= ANNOTATED_CONTEXTS:
+        for o, u in np.ndindex(count, count):
+            dark = abs(cosines[o, u] - (0.0 if signed else low)) > 0.6 * (1.0 - max(low, 0.0))
+            color = "white" if dark else "black"
+            text = _two_digits(cosines[o, u])
+            axis.text(u, o, text, ha="center", va="center", fontsize=9, color=color)
+
+
+def _label_contexts(axis: Axes, arrays: Arrays) -> None:
+    """Label few contexts with words, several of one prompt with the prompt, others by number."""
+    rows, count = arrays["rows"], len(arrays["rows"])
+    starts = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
+    single = len(starts) == count
+    if count <= LABELLED_CONTEXTS:
+        labels = _prompt_words(arrays)[rows] if single else arrays["endings"]
+        axis.set_xticks(range(count), range(count), fontsize=10 if count < 12 else 8)
+        axis.set_yticks(range(count), [f"{_plain(w)}  {i}" for i, w in enumerate(labels)])
+        return
+    axis.locator_params(integer=True)
+    if single:
+        return
+    for start in starts[1:]:
+        axis.axhline(start - 0.5, color="white", linewidth=1.0)
+        axis.axvline(start - 0.5, color="white", linewidth=1.0)
+    if len(starts) <= LABELLED_CONTEXTS:
+        middles = (starts + np.r_[starts[1:], count] - 1) / 2
+        axis.set_yticks(middles, [_plain(text) for text in _prompt_words(arrays)[rows[starts]]])
+
+
+def _prompt_words(arrays: Arrays) -> np.ndarray:
+    """Return the prompts without their common prefix, such as a template's."""
+    texts = [str(text) for text in arrays["texts"]]
+    shared = len(os.path.commonprefix(texts)) if len(texts) > 1 else 0
+    return np.array([f"…{text[shared:]}" for text in texts] if shared > LABEL_WIDTH // 2 else texts)
+
+
+def _plain(text: str) -> str:
+    """Shorten to one line; white space alone is quoted."""
+    line = " ".join(str(text).split())
+    # ideographs are as wide as two letters
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in line[:LABEL_WIDTH])
+    return shown(line, LABEL_WIDTH - wide // 2) if line else repr(str(text))
+
+
+def _two_digits(value: float) -> str:
+    # adding 0 removes the sign of −0
+    return f"{round(float(value), 2) + 0.0:.2f}".replace("-", "−")
+
+
+def _draw_spectrum(axis: Axes, arrays: Arrays) -> None:
+    """Draw the largest eigenvalues of head, body and full kernel."""
+    dress(axis)
+    count = len(arrays["eigenvalues_full"])
+    rank = np.arange(1, count + 1)
+    for part, marker, size in (("full", MARKERS[0], 7), ("body", MARKERS[1], 4)):
+        values = np.where(arrays[f"eigenvalues_{part}"] > 0, arrays[f"eigenvalues_{part}"], np.nan)
+        axis.plot(
+            rank, values, color=COLORS[part], marker=marker, markersize=size, label=NAMES[part]
+        )
+    # the largest has multiplicity V, so it covers every rank drawn
+    head = float(arrays["eigenvalues_head"][0])
+    axis.plot(
+        rank, np.full(count, head), color=COLORS["head"], linestyle="--", label="head, R (V-fold)"
+    )
+    axis.set_yscale("log")
+    axis.locator_params(axis="x", integer=True)
+    axis.set_xlabel("rank", fontsize=12)
+    axis.set_ylabel("eigenvalue (logit²/θ²)", fontsize=12)
+    axis.legend(fontsize=11, frameon=False)
+
+
+def _draw_shares(axis: Axes, arrays: Arrays) -> None:
+    """Draw the parts' shares of the trace, within a context and between two."""
+    dress(axis)
+    axis.grid(False, axis="y")
+    parts = [part for part in PARTS if f"share_{part}" in arrays]
+    groups = ("one context\n(o = u)", "two contexts\n(o ≠ u)")
+    height = 0.8 / len(parts)
+    for i, part in enumerate(parts):
+        places = np.arange(2) + (i - (len(parts) - 1) / 2) * height
+        shares = arrays[f"share_{part}"]
+        axis.barh(places, np.nan_to_num(shares), 0.9 * height, color=COLORS[part])
+        for place, share in zip(places, shares, strict=True):
+            if np.isfinite(share):
+                text = f"{NAMES[part]}: {_two_digits(share)}"
+                label_bar(axis, max(share, 0.0), place, text)
+    axis.axvline(0, color=REFERENCE_GREY, linewidth=0.8)
+    axis.set_yticks(range(2), groups)
+    axis.invert_yaxis()
+    axis.set_xlabel("share of Σ tr K", fontsize=12)
+    low, high = axis.get_xlim()
+    high = max(high, 1.0)
+    ticks = MaxNLocator(5).tick_values(low, high)
+    axis.set_xticks(ticks[(ticks >= low) & (ticks <= high)])
+    axis.set_xlim(low, low + 1.32 * (high - low))  # room for the words at the bars
