@@ -8,12 +8,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
-from ntkrl import ntk, runtime, trees
-from ntkrl.plan import abstract_models
+from ntkrl import runtime, trees
+from ntkrl.plan import abstract_models, kernel
 from ntkrl.plan.hardware import Chip, Machine
 from ntkrl.plan.measure import ProgramCost, measure
 from ntkrl.probe import CADENCES
@@ -172,21 +170,9 @@ def candidate_programs(run: AbstractRun, probe: bool) -> Programs:
     """Yield the programs of a run; with `probe`, also K c for the last position of a prompt."""
     yield from run_programs(run, probe)
     if probe:
-        policy, params = run.model.policy, run.model.params
-        row = jax.ShapeDtypeStruct((1, run.width), jnp.int32)
-        position, mask = row.update(shape=(1,)), row.update(dtype=jnp.bool_)
-        context = run.replicated(ntk.Contexts(row, position, position, mask))
-        cotangents = run.replicated(jax.ShapeDtypeStruct((1, policy.vocab_size), jnp.float32))
-        apply = ntk.kernel_program(policy, params, context, lambda kernel, c: kernel.apply(c))
-        yield Program(
-            name="kernel apply",
-            part=PROBE,
-            stages=(),
-            function=apply,
-            arguments=(params, context, context, cotangents),
-            resident=frozenset({"params"}),
-            runs_per_step=0.0,
-        )
+        setting = kernel.setting(run.model.policy, run.model.params, run.mesh, run.width)
+        apply, arguments = kernel.apply_call(setting)
+        yield Program("kernel apply", PROBE, (), apply, arguments, frozenset({"params"}), 0.0)
 
 
 def crowding(run: AbstractRun) -> str | None:

@@ -7,7 +7,7 @@ different sequences (O = U = 1). Compiled are `apply` and M of the body by two a
 multiplied as such ("highest": 6 bfloat16 passes, where a TPU's default is 1) and bfloat16 compute.
 Memory is the compiler's. FLOPs and collectives are counted in the compiled program of one chip,
 loops multiplied out: `share` tells how much of the work a chip does, 1 / chips where it is spread
-evenly. `roofline s` is at the published rates in ntkrl/plan/chips.py. Needs jax[tpu].
+evenly. `roofline s` is at the published rates in ntkrl/plan/hardware.py. Needs jax[tpu].
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ntkrl.ntk import estimates
 from ntkrl.ntk.contexts import Contexts
 from ntkrl.ntk.directions import Directions
 from ntkrl.numerics import GIB
-from ntkrl.plan import hlo, kernel, networks, topology
+from ntkrl.plan import abstract_models, hardware, hlo, kernel
+from ntkrl.plan.abstract_models import CONFIGS
+from ntkrl.plan.hardware import Machine
 from ntkrl.plan.measure import roofline
-from ntkrl.plan.shapes import SHAPES
-from ntkrl.plan.topology import Machine
 from ntkrl.types import Array, Params
 from tests.bench.measure import OUT_OF_MEMORY, table, write_json
 
@@ -43,11 +43,11 @@ COLUMNS = (*TOLD, *MEASURED, "received GiB", "roofline s", "compile s")
 
 def setting(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> kernel.Setting:
     """Describe Pythia-2.8B, float32 params sharded over the mesh and all else on every chip."""
-    config = {**SHAPES["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
+    config = {**CONFIGS["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
     policy, shapes = models.describe(
         "GPTNeoXForCausalLM", config, options=models.ModelOptions(compute_dtype)
     )
-    placed = networks.placed(shapes, policy.sharding, mesh)
+    placed = abstract_models.placed(shapes, policy.sharding, mesh)
     return kernel.setting(policy, placed, mesh, length)
 
 
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--json")
     options = parser.parse_args(arguments)
-    machine, found = topology.machine(options.topology), []
+    machine, found = hardware.machine(options.topology), []
     for row in rows(machine, options.layers, options.length):
         found.append(row)
         print(*row.values(), file=sys.stderr, flush=True)

@@ -178,9 +178,7 @@ def test_what_to_turn(settings, part, changes, more, knob):  # noqa: F811
     name = "ledger all" if part == PROBE else part
     sizes = {"argument_gib": 1.0, "resident_gib": 1.0, "peak_gib": 30.0, "scratch_gib": 28.0}
     cost = measure.ProgramCost(
-        **{"name": name, "part": part, "stages": ("all",), "runs": 1.0, "rows": 1}
-        | sizes
-        | changes
+        **{"name": name, "part": part, "stages": ("all",), "runs": 1.0, "rows": 1} | sizes | changes
     )
     verdict = candidate.verdict(run_of(settings("rl", *more)), cost, hardware.CHIPS["v5e"])
     advice = verdict.partition("; ")[2]

@@ -10,9 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ntkrl.training.credit import without_kl_advantages
-from ntkrl.training.programs import ledgers, updates
-from ntkrl.training.train_state import TrainStates
 
 from ntkrl import attribution, data, models, probe, reward, runtime, update
 from ntkrl.generate import RewardedRollout
@@ -25,7 +22,10 @@ from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup
 from ntkrl.training import BATCH_SOURCES, GENERATION, PROBE, UPDATE, ProbeHook, Program, StepContext
 from ntkrl.training.batch_sources import split
+from ntkrl.training.credit import without_kl_advantages
 from ntkrl.training.probe_hook import make_ledger
+from ntkrl.training.programs import ledgers, updates
+from ntkrl.training.train_state import TrainStates
 from ntkrl.types import ProbeSet
 from tests.toys import TINY
 
