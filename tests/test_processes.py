@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from ntkrl import data
 from ntkrl.main import main
 from tests.hosts import ends, start
-from tests.models.test_reward_models import torch_scorer
+from tests.models.test_scorers import torch_scorer
 from tests.test_train import ROOT, base, lines, words  # noqa: F401
 from tests.test_train_models import preferences
 

@@ -12,7 +12,7 @@ import ntkrl
 from ntkrl import data, models, trees
 from ntkrl.main import main
 from tests.models.families import torch_model
-from tests.models.test_reward_models import torch_scorer
+from tests.models.test_scorers import torch_scorer
 from tests.test_train import ROOT, lines, one_device, words  # noqa: F401
 
 

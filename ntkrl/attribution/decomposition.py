@@ -66,7 +66,7 @@ class OptimizerStep(NamedTuple):
     batch: its batch, arrays with B rows in front.
     reference: the Head that the loss compares with, passed to the terms; or None.
     gradients: by term the gradient of its mean and its count, where the step returned them
-        (`update.make_step_apart`); None to compute them again.
+        (`update.make_step_with_term_gradients`); None to compute them again.
     """
 
     before: TrainState

@@ -17,7 +17,7 @@ from ntkrl.models.pretrained import (
     stored_tensors,
     tokenizer_directory,
 )
-from ntkrl.models.reward_models import (
+from ntkrl.models.scorers import (
     NewHead,
     check_scorer,
     describe_scorer,

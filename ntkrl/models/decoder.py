@@ -212,7 +212,7 @@ class Transformer(nnx.Module):
         positions, cache = nn.token_positions(mask_BT, cache)
         inputs = [
             nn.AttentionInputs(
-                None if kind.rope is None else nn.rotary_tables(positions.index, kind.rope),
+                None if kind.rope is None else nn.rotary_tables(positions.position, kind.rope),
                 positions.within(kind.window),
             )
             for kind in config.kinds
@@ -221,7 +221,7 @@ class Transformer(nnx.Module):
         if config.embedding_scale != 1.0:  # rounded to the compute dtype, as in training
             x_BTD = x_BTD * jnp.asarray(config.embedding_scale, x_BTD.dtype)
         if config.learned_positions:
-            x_BTD = x_BTD + jnp.take(self.positions.embedding[...], positions.index, axis=0)
+            x_BTD = x_BTD + jnp.take(self.positions.embedding[...], positions.position, axis=0)
         kinds = config.layer_kinds
         x_BTD, cache = nn.scan_layers(self.layers, x_BTD, inputs, kinds, cache, execution)
         return self.final_norm(x_BTD), cache

@@ -19,8 +19,9 @@ SCORERS: dict[str, Family] = {family.scorer: family for family in FAMILIES.value
 def architecture_of(raw: dict[str, Any]) -> str | None:
     """Return the single architecture named by a config.json, or None."""
     names = raw["architectures"] if "architectures" in raw else None
-    single = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
-    return names[0] if single else None
+    if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        return names[0]
+    return None
 
 
 def family_of(raw: dict[str, Any], source: str | Path) -> Family:

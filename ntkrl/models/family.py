@@ -194,9 +194,9 @@ class ConfigReader:
             kind = "default"
         if kind == "default":
             return Rope(size, base)
-        names = ("factor",)
+        names = ["factor"]
         if kind == "llama3":
-            names += ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
         factor, *bands = (self._entry(section, name, None) for name in names)
         if kind == "linear":
             return Rope(size, base, kind, factor)

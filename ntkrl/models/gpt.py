@@ -15,7 +15,7 @@ from ntkrl.models.layers import ACTIVATIONS
 
 GPT2 = "GPT2LMHeadModel"
 NEOX = "GPTNeoXForCausalLM"
-NORMS = {"norm": "layer", "gated_mlp": False, "mlp_bias": True}
+BLOCK: dict[str, Any] = {"norm": "layer", "gated_mlp": False, "mlp_bias": True}
 
 # names within a layer: ours · GPT-2's · GPT-NeoX's
 _LAYER = (
@@ -89,7 +89,7 @@ def parse_gpt2(raw: Mapping[str, Any]) -> Config:
         attention_bias=True,
         output_bias=True,
         learned_positions=True,
-        **NORMS,
+        **BLOCK,
         extra={"model_type": "gpt2", **raw},
     )
     reader.finish("GPT-2")
@@ -125,7 +125,7 @@ def parse_neox(raw: Mapping[str, Any]) -> Config:
         attention_bias=bias,
         output_bias=bias,
         parallel_residual=reader.boolean("use_parallel_residual", True),
-        **NORMS,
+        **BLOCK,
         extra={"model_type": "gpt_neox", **raw},
     )
     reader.finish("GPT-NeoX")

@@ -309,8 +309,8 @@ def write_model(
     fresh = directory.with_name(directory.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-    for name in COMPANIONS if source is not None else ():
-        if (Path(source) / name).is_file():
+    for name in COMPANIONS:
+        if source is not None and (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, fresh / name)
     (fresh / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     _write_tensors(fresh, tensors, shard_bytes, stem)

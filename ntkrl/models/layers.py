@@ -292,7 +292,7 @@ def scan_layers(
             new_keys, new_values = (jnp.swapaxes(new, 1, 2) for new in (new_keys, new_values))
             if keys is None:
                 return new_keys, new_values
-            at = (index, 0, 0, start, 0)
+            at: Any = (index, 0, 0, start, 0)
             keys = jax.lax.dynamic_update_slice(keys, new_keys[None].astype(keys.dtype), at)
             values = jax.lax.dynamic_update_slice(values, new_values[None].astype(values.dtype), at)
             return keys[index].astype(x_BTD.dtype), values[index].astype(x_BTD.dtype)
@@ -310,18 +310,18 @@ def scan_layers(
     count = jax.tree.leaves(state)[0].shape[0]
     per_layer = (state, jnp.arange(count), jnp.asarray(kinds) if len(inputs) > 1 else None)
     (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, *stored), per_layer)
-    return x_BTD, None if cache is None else cache.replace(keys=keys, values=values)
+    return x_BTD, None if cache is None else dataclasses.replace(cache, keys=keys, values=values)
 
 
 class Positions(NamedTuple):
     """Positions of the new tokens among all tokens so far.
 
-    index: `[B, T]`, counted over the real tokens of a segment.
+    position: `[B, T]`, counted over the real tokens of a segment.
     allowed: `[B, T, S]` real keys no later than each query, of its segment.
     distance: `[T, S]` columns from key to query.
     """
 
-    index: Array
+    position: Array
     allowed: Array
     distance: Array
 
@@ -342,7 +342,7 @@ def token_positions(mask_BT: Array, cache: Cache | None) -> tuple[Positions, Cac
     """
     packed = mask_BT.dtype != bool
     if cache is None:
-        before_B1, mask_BS, first = 0, mask_BT, 0
+        before_B1, mask_BS, first = jnp.int32(0), mask_BT, jnp.int32(0)
     elif packed:
         raise ValueError(
             f"decode continues one sequence per row and takes a bool mask, not {mask_BT.dtype}; "
@@ -352,7 +352,7 @@ def token_positions(mask_BT: Array, cache: Cache | None) -> tuple[Positions, Cac
         before_B1 = jnp.sum(cache.mask, axis=1, keepdims=True)
         mask_BS = jax.lax.dynamic_update_slice(cache.mask, mask_BT, (0, cache.length))
         first = cache.length
-        cache = cache.replace(mask=mask_BS, length=cache.length + mask_BT.shape[1])
+        cache = dataclasses.replace(cache, mask=mask_BS, length=cache.length + mask_BT.shape[1])
     columns_T, columns_S = first + jnp.arange(mask_BT.shape[1]), jnp.arange(mask_BS.shape[1])
     distance_TS = columns_T[:, None] - columns_S[None, :]
     allowed_BTS = (distance_TS >= 0)[None] & mask_BS.astype(bool)[:, None, :]

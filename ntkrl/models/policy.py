@@ -70,12 +70,12 @@ def build(
       key: PRNG key, consumed.
       dtype: of the params.
       mesh: shard the params over it by the family's patterns, or None for one device.
-      options: compute_dtype and remat.
+      options: with `untie`, the output head is drawn too.
 
     Raises:
       ValueError: unknown architecture or impossible config.
     """
-    family, parsed = _parsed(architecture, config)
+    family, parsed = _parsed(architecture, config, options)
     policy, shapes = make_policy(family, parsed, dtype, options, mesh)
     by_name = family.shardings(trees.named_leaves(shapes), mesh)
     shardings = jax.tree.unflatten(jax.tree.structure(shapes), list(by_name.values()))
@@ -93,24 +93,26 @@ def describe(
     """Return the policy of `build` or `load`, with shapes (jax.ShapeDtypeStruct) for arrays.
 
     Args:
-      architecture, config, dtype, mesh: as in `build`.
-      options: all of them.
+      architecture, config, dtype, mesh, options: as in `build`.
 
     Raises:
       ValueError: unknown architecture or impossible config.
     """
-    family, parsed = _parsed(architecture, config)
+    family, parsed = _parsed(architecture, config, options)
+    return make_policy(family, parsed, dtype, options, mesh)
+
+
+def _parsed(
+    architecture: str, config: dict[str, Any], options: ModelOptions
+) -> tuple[Family, Config]:
+    raw = {**config, "architectures": [architecture]}
+    family = family_of(raw, "config")
+    parsed = family.parse(raw)
     if options.lora is not None:
         parsed = dataclasses.replace(parsed, adapters=options.lora.adapters(family))
     if options.untie:
         parsed = dataclasses.replace(parsed, tie_word_embeddings=False)
-    return make_policy(family, parsed, dtype, options, mesh)
-
-
-def _parsed(architecture: str, config: dict[str, Any]) -> tuple[Family, Config]:
-    raw = {**config, "architectures": [architecture]}
-    family = family_of(raw, "config")
-    return family, family.parse(raw)
+    return family, parsed
 
 
 def make_policy(
@@ -224,9 +226,16 @@ def _empty_cache(config: Config, sizes: tuple[int, int], dtype: Any, mesh: Mesh 
     )
 
 
+def _rebuilt(policy: Policy, **changes: Any) -> Policy:
+    """Return the policy with changes of its config."""
+    if policy.rebuild is None:
+        raise ValueError("whitened policies cannot change; untie or resize before.")
+    return policy.rebuild(dataclasses.replace(policy.config, **changes))
+
+
 def untied(policy: Policy, params: Params) -> tuple[Policy, Params]:
     """Give a tied model an output head of its own, a copy of the embedding."""
-    policy = policy.rebuild(dataclasses.replace(policy.config, tie_word_embeddings=False))
+    policy = _rebuilt(policy, tie_word_embeddings=False)
     return policy, {**params, "head": {"weight": jnp.copy(params["embed"]["embedding"])}}
 
 
@@ -263,8 +272,7 @@ def resized(
         shapes = jax.eval_shape(resize_all, tables)
         shardings = trees.shardings(shapes, policy.sharding, mesh)
     tables = jax.jit(resize_all, out_shardings=shardings)(tables)
-    policy = policy.rebuild(dataclasses.replace(policy.config, vocab_size=rows))
-    return policy, {**params, **tables}
+    return _rebuilt(policy, vocab_size=rows), {**params, **tables}
 
 
 def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Params]:

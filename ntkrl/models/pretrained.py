@@ -51,7 +51,7 @@ def load(
     directory, adapter_directory = _directories(path, base)
     raw = hf_files.read_config(directory)
     family = family_of(raw, directory)
-    adapters = None
+    adapters: Adapters | None = None
     if adapter_directory is not None:
         if options.lora is not None:
             raise ValueError(
@@ -66,7 +66,7 @@ def load(
     added = {name: leaf for name, leaf in leaves.items() if lora_files.is_adapter(name)}
     stored = {name: leaf for name, leaf in leaves.items() if name not in added}
     arrays = read_params(directory, family, stored, mesh, policy.tied)
-    if adapter_directory is not None:
+    if adapter_directory is not None and adapters is not None:
         table = lora_files.adapter_family(family, adapters)
         arrays |= read_params(adapter_directory, table, added, mesh, stem=lora_files.STEM)
     elif options.lora is not None:
@@ -141,17 +141,18 @@ def read_params(
     """
     sizes = {name: leaf.shape for name, leaf in shapes.items()}
     tensors = hf_files.check_tensors(directory, family, sizes, tied, stem)
-    shardings, arrays = family.shardings(shapes, mesh), {}
-    for name, leaf in shapes.items():
+    shardings = family.shardings(shapes, mesh)
 
-        def block(index: tuple[slice, ...], name=name, leaf=leaf) -> np.ndarray:
+    def read_leaf(name: str, leaf: jax.ShapeDtypeStruct) -> Array:
+        def block(index: Any) -> np.ndarray:
             pairs = zip(index, leaf.shape, strict=True)
             ends = [part.indices(size)[:2] for part, size in pairs]
             return tensors.read(name, ends, leaf.dtype)
 
         # called once per distinct block, whatever the number of devices that hold it
-        arrays[name] = jax.make_array_from_callback(leaf.shape, shardings[name], block)
-    return arrays
+        return jax.make_array_from_callback(leaf.shape, shardings[name], block)
+
+    return {name: read_leaf(name, leaf) for name, leaf in shapes.items()}
 
 
 def export(path: str | Path, policy: Policy, params: Params, source: str | None = None) -> None:

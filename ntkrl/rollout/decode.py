@@ -11,6 +11,7 @@ block, so that no cache moves between devices.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import chex
@@ -43,13 +44,16 @@ class ActiveRows:
 
 @chex.dataclass(frozen=True)
 class Output:
-    """Sampled tokens and their records, `[B, C]`; finished `[B]`; features `[B, C, D]` or None."""
+    """Sampled tokens and their records, `[B, C]`; finished `[B]`; features `[B, C, D]` or None.
+
+    `finished` is None while columns alone are written.
+    """
 
     tokens: Array
     log_probs: Array
     kept_log_mass: Array
     mask: Array
-    finished: Array
+    finished: Array | None
     features: Array | None
 
 
@@ -93,7 +97,8 @@ class Decoder:
         count = self.settings.completions_per_prompt
         cache = self.policy.init_cache(prompts.tokens.shape[0], columns, self.settings.cache_dtype)
         features_PTD, cache = self.policy.decode(params, cache, prompts.tokens, prompts.mask)
-        cache = cache.replace(
+        cache = replace(
+            cache,
             keys=jnp.repeat(cache.keys, count, axis=1),
             values=jnp.repeat(cache.values, count, axis=1),
             mask=jnp.repeat(cache.mask, count, axis=0),
@@ -134,7 +139,7 @@ class Decoder:
             real_R1 = ~active.done[:, None]
             last_R1 = active.last[:, None]
             phi_R1D, cache = self.policy.decode(params, active.cache, last_R1, real_R1)
-            active = active.replace(cache=cache)
+            active = replace(active, cache=cache)
             return t + 1, *self._sample(params, active, chunk, phi_R1D[:, 0], t, t - start)
 
         def unfinished(carry: tuple[Array, ActiveRows, Output]) -> Array:
@@ -160,7 +165,8 @@ class Decoder:
             selected = jax.vmap(of_block, in_axes=(axis, 0), out_axes=axis)(blocked, order)
             return selected.reshape(*before, rows, *after)
 
-        cache = active.cache.replace(
+        cache = replace(
+            active.cache,
             keys=select(active.cache.keys, 1),
             values=select(active.cache.values, 1),
             mask=select(active.cache.mask),
@@ -181,9 +187,9 @@ class Decoder:
         more = columns - cache.mask.shape[1]
         if cache.keys.shape[3] == cache.mask.shape[1]:  # a policy's state may have another form
             pad = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
-            cache = cache.replace(keys=jnp.pad(cache.keys, pad), values=jnp.pad(cache.values, pad))
+            cache = replace(cache, keys=jnp.pad(cache.keys, pad), values=jnp.pad(cache.values, pad))
         mask = jnp.pad(cache.mask, ((0, 0), (0, more)))
-        return self._sharded(active.replace(cache=cache.replace(mask=mask)))
+        return self._sharded(replace(active, cache=replace(cache, mask=mask)))
 
     def truncate(
         self, active: ActiveRows, output: Output, lengths: Array
@@ -196,14 +202,15 @@ class Decoder:
         ended_B = lengths <= jnp.sum(output.mask, axis=1)
         columns_1C = jnp.arange(output.mask.shape[1])[None]
         mask_BC = output.mask & (columns_1C < lengths[:, None])
-        output = output.replace(
+        output = replace(
+            output,
             tokens=jnp.where(mask_BC, output.tokens, self.settings.pad_id),
             log_probs=jnp.where(mask_BC, output.log_probs, 0.0),
             kept_log_mass=jnp.where(mask_BC, output.kept_log_mass, 0.0),
             mask=mask_BC,
             finished=output.finished | ended_B,
         )
-        active = active.replace(done=active.done | ended_B[active.rows])
+        active = replace(active, done=active.done | ended_B[active.rows])
         return self._results(self._sharded(active), output)
 
     def longest(self, output: Output) -> Array:
@@ -257,8 +264,8 @@ class Decoder:
                 table, values[:, None].astype(table.dtype), column, axis=1
             )
 
-        chunk = jax.tree.map(set_column, chunk.replace(finished=None), sampled)
-        return active.replace(last=tokens_R, done=done_R), chunk.replace(finished=done_R)
+        chunk = jax.tree.map(set_column, replace(chunk, finished=None), sampled)
+        return replace(active, last=tokens_R, done=done_R), replace(chunk, finished=done_R)
 
     def _empty_output(self, rows: int, columns: int, dtype: Any) -> Output:
         """Return an output without tokens; `dtype` is that of features."""
@@ -289,8 +296,10 @@ class Decoder:
             return jax.vmap(of_block)(table, values, rows).reshape(shape)
 
         finished = output.finished.at[active.rows].set(active.done)
-        output = output.replace(finished=None)
-        return jax.tree.map(write, output, chunk.replace(finished=None)).replace(finished=finished)
+        output = replace(output, finished=None)
+        return replace(
+            jax.tree.map(write, output, replace(chunk, finished=None)), finished=finished
+        )
 
     def _results(self, active: ActiveRows, output: Output) -> tuple[ActiveRows, Output, Array]:
         """Return the state, and the number of unfinished rows per block, replicated."""
@@ -301,11 +310,13 @@ class Decoder:
 
     def _sharded(self, active: ActiveRows) -> ActiveRows:
         cache, axes = active.cache, (None, trees.ROWS, "tensor")
-        active, mask = trees.spread_rows((active.replace(cache=None), cache.mask), self.mesh)
-        return active.replace(
-            cache=cache.replace(
+        active, mask = trees.spread_rows((replace(active, cache=None), cache.mask), self.mesh)
+        return replace(
+            active,
+            cache=replace(
+                cache,
                 keys=trees.constrain(cache.keys, self.mesh, *axes),
                 values=trees.constrain(cache.values, self.mesh, *axes),
                 mask=mask,
-            )
+            ),
         )

@@ -69,7 +69,7 @@ class ExternalSampler:
     ) -> Rollout:
         budget = self.settings.max_completion_tokens
         lengths_B = np.array([len(answer["tokens"]) for answer in answers])
-        length = bucket_length(max(lengths_B), budget)
+        length = bucket_length(int(lengths_B.max()), budget)
         completions_BC = np.full((len(answers), length), self.settings.pad_id, np.int32)
         log_probs_BC = np.zeros(completions_BC.shape, np.float32)
         for row, answer in enumerate(answers):
@@ -100,9 +100,10 @@ def load_engine(spec: str, directory: str, settings: SamplerSettings) -> Generat
       ValueError: no such file or function, or an exception in it, quoted in the message.
     """
     file, _, name = spec.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise ValueError(f"rollout.engine {spec!r} is not an existing 'path/to/file.py:function'.")
     module_spec = importlib.util.spec_from_file_location("ntkrl_engine", file)
+    exists = file.endswith(".py") and Path(file).is_file()
+    if not exists or module_spec is None or module_spec.loader is None:
+        raise ValueError(f"rollout.engine {spec!r} is not an existing 'path/to/file.py:function'.")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from ntkrl.softmax.tiling import Tile
 from ntkrl.types import Array
 
 
@@ -34,11 +33,19 @@ class TokenStatistics(NamedTuple):
     top_tokens: Array | None = None
 
 
+class ReferenceSums(NamedTuple):
+    """Running sums for KL(π‖ρ): gap Σ e (z − z_ref), the reference's running maximum and total."""
+
+    gap: Array
+    peak: Array
+    total: Array
+
+
 class OnlineSums(NamedTuple):
     """Running sums over tiles, relative to the running maximum `peak`; e = exp(z − peak).
 
-    total Σe, moment Σ e (z − peak), squares Σ e², gap Σ e (z − z_ref); the reference's peak and
-    total; the k largest logits and their tokens.
+    total Σe, moment Σ e (z − peak), squares Σ e²; the likeliest token and the target's logit; sums
+    for a reference; the k largest logits and their tokens.
     """
 
     peak: Array
@@ -47,9 +54,7 @@ class OnlineSums(NamedTuple):
     squares: Array
     argmax: Array
     target: Array
-    gap: Array | None
-    reference_peak: Array | None
-    reference_total: Array | None
+    reference: ReferenceSums | None
     top: tuple[Array, Array] | None
 
 
@@ -57,19 +62,22 @@ def initial_sums(shape: tuple[int, ...], dtype: Any, top: int, with_reference: b
     """Return the sums over no tile, for positions of a shape."""
     # lower than any logit, and finite: −∞ − (−∞) would be NaN
     zeros, low = jnp.zeros(shape, dtype), jnp.full(shape, jnp.finfo(dtype).min / 2, dtype)
-    reference = (zeros, low, zeros) if with_reference else (None, None, None)
+    reference = ReferenceSums(zeros, low, zeros) if with_reference else None
     best = None
     if top:
         best = (jnp.full((*shape, top), -jnp.inf, dtype), jnp.zeros((*shape, top), jnp.int32))
-    return OnlineSums(
-        low, zeros, zeros, zeros, jnp.zeros(shape, jnp.int32), zeros, *reference, best
-    )
+    return OnlineSums(low, zeros, zeros, zeros, jnp.zeros(shape, jnp.int32), zeros, reference, best)
 
 
 def accumulate(
-    sums: OnlineSums, tile: Tile, z: Array, y: Array, z_reference: Array | None
+    sums: OnlineSums,
+    z: Array,
+    y: Array,
+    start: Array | int,
+    fresh: Array,
+    z_reference: Array | None,
 ) -> OnlineSums:
-    """Add a tile of logits `[N, R]` to the sums `[N]`."""
+    """Add a tile of logits `[N, R]` to the sums `[N]`; y, start and fresh as in Tile."""
     best, at_best = jnp.max(z, axis=1), jnp.argmax(z, axis=1).astype(jnp.int32)
     peak = jnp.maximum(sums.peak, best)
     shift = sums.peak - peak
@@ -77,7 +85,7 @@ def accumulate(
     shifted = z - peak[:, None]
     e = jnp.exp(shifted)
     moment = shrink * (sums.moment + shift * sums.total)
-    local = y - tile.start
+    local = y - start
     in_tile = (local >= 0) & (local < z.shape[1])
     at = jnp.clip(local, 0, z.shape[1] - 1)[:, None]
     picked = jnp.take_along_axis(z, at, axis=1)[:, 0]
@@ -87,25 +95,27 @@ def accumulate(
         # where: a logit of −∞ has e = 0 and e z = 0, not NaN
         moment=moment + jnp.sum(jnp.where(e > 0, e * shifted, 0), axis=1),
         squares=jnp.square(shrink) * sums.squares + jnp.sum(jnp.square(e), axis=1),
-        argmax=jnp.where(best > sums.peak, tile.start + at_best, sums.argmax),
-        target=jnp.where(in_tile & tile.fresh[at[:, 0]], picked, sums.target),
-        top=None if sums.top is None else _merge_top(sums.top, tile, z),
+        argmax=jnp.where(best > sums.peak, start + at_best, sums.argmax),
+        target=jnp.where(in_tile & fresh[at[:, 0]], picked, sums.target),
+        top=None if sums.top is None else _merge_top(sums.top, start, z),
     )
-    if z_reference is None:
+    if z_reference is None or sums.reference is None:
         return updated
-    reference_peak = jnp.maximum(sums.reference_peak, jnp.max(z_reference, axis=1))
-    reference_e = jnp.exp(z_reference - reference_peak[:, None])
-    return updated._replace(
-        gap=shrink * sums.gap + jnp.sum(jnp.where(e > 0, e * (z - z_reference), 0), axis=1),
-        reference_peak=reference_peak,
-        reference_total=jnp.exp(sums.reference_peak - reference_peak) * sums.reference_total
-        + jnp.sum(reference_e, axis=1),
+    before = sums.reference
+    peak = jnp.maximum(before.peak, jnp.max(z_reference, axis=1))
+    total = jnp.sum(jnp.exp(z_reference - peak[:, None]), axis=1)
+    gap = jnp.sum(jnp.where(e > 0, e * (z - z_reference), 0), axis=1)
+    reference = ReferenceSums(
+        gap=shrink * before.gap + gap,
+        peak=peak,
+        total=jnp.exp(before.peak - peak) * before.total + total,
     )
+    return updated._replace(reference=reference)
 
 
-def _merge_top(top: tuple[Array, Array], tile: Tile, z: Array) -> tuple[Array, Array]:
+def _merge_top(top: tuple[Array, Array], start: Array | int, z: Array) -> tuple[Array, Array]:
     """Return the k largest logits and their tokens, of those so far and of a tile."""
-    ids = jnp.broadcast_to(tile.start + jnp.arange(z.shape[1], dtype=jnp.int32)[None], z.shape)
+    ids = jnp.broadcast_to(start + jnp.arange(z.shape[1], dtype=jnp.int32)[None], z.shape)
     values, tokens = (jnp.concatenate(pair, axis=1) for pair in zip(top, (z, ids), strict=True))
     best, at = jax.lax.top_k(values, top[0].shape[-1])
     return best, jnp.take_along_axis(tokens, at, axis=1)
@@ -115,9 +125,9 @@ def finalize(sums: OnlineSums) -> tuple[TokenStatistics, tuple[Array, Array | No
     """Return the statistics, and log Σ exp z of the distribution and of the reference."""
     normaliser = sums.peak + jnp.log(sums.total)
     kl, reference_normaliser, top_log_probs, top_tokens = (None,) * 4
-    if sums.gap is not None:
-        reference_normaliser = sums.reference_peak + jnp.log(sums.reference_total)
-        kl = sums.gap / sums.total - normaliser + reference_normaliser
+    if sums.reference is not None:
+        reference_normaliser = sums.reference.peak + jnp.log(sums.reference.total)
+        kl = sums.reference.gap / sums.total - normaliser + reference_normaliser
     if sums.top is not None:
         top_log_probs, top_tokens = sums.top[0] - normaliser[:, None], sums.top[1]
     statistics = TokenStatistics(
@@ -169,6 +179,7 @@ def logits_cotangent(
         total += c * 2 * pi * (pi - statistics.sum_squares[:, None])
     if (c := cotangent("max_prob")) is not None:
         total += c * statistics.max_prob[:, None] * ((ids == statistics.argmax[:, None]) - pi)
-    if gap is not None and (c := cotangent("kl")) is not None:
-        total += c * jnp.where(pi > 0, pi * (gap - statistics.kl[:, None]), 0)
+    kl = statistics.kl
+    if gap is not None and kl is not None and (c := cotangent("kl")) is not None:
+        total += c * jnp.where(pi > 0, pi * (gap - kl[:, None]), 0)
     return total

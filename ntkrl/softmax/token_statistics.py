@@ -102,7 +102,7 @@ def token_statistics(
 
     def of_chunk(chunk: tuple[Array, Array, Array | None]) -> TokenStatistics:
         phi, y, reference_phi = chunk
-        pair = None if reference is None else (reference[0], reference_phi)
+        pair = None if reference_phi is None or reference is None else (reference[0], reference_phi)
         return _flattened(options, head, phi, y, pair)
 
     reference_phi = None if reference is None else split(reference[1])
@@ -152,7 +152,7 @@ def _forward_pass(
         z = tile_logits(head, tile, phi, options.temperature)
         if reference is not None:
             z_reference = _reference_logits(reference, rows, number, options)
-        return accumulate(sums, tile, z, y, z_reference), None
+        return accumulate(sums, z, y, tile.start, tile.fresh, z_reference), None
 
     dtype = jnp.promote_types(phi.dtype, jnp.float32)
     sums = initial_sums(y.shape, dtype, options.top, reference is not None)
@@ -249,9 +249,9 @@ def _of_logits(z: Array, y: Array) -> TokenStatistics:
 
 
 def _single_tile(z: Array, y: Array) -> tuple[TokenStatistics, Array]:
-    tile = Tile(0, None, None, jnp.ones(z.shape[-1], bool))
     sums = initial_sums(y.shape, z.dtype, 0, False)
-    statistics, (normaliser, _) = finalize(accumulate(sums, tile, z, y, None))
+    sums = accumulate(sums, z, y, 0, jnp.ones(z.shape[-1], bool), None)
+    statistics, (normaliser, _) = finalize(sums)
     return statistics, normaliser
 
 

@@ -49,7 +49,7 @@ class History:
         self._extend(step, arrays)
         metrics = {}
         for prefix, sums in self.sums.items():
-            if sums.count >= 3:
+            if sums.number >= 3:
                 _, scalars = probe.line_fit(sums)
                 metrics |= {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
         return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -105,13 +105,9 @@ def policy_loss_fn(
             chunks = -(-rows // (spread * max(1, chunk_tokens // length)))
             arrays = batch.replace(features=None, ref_features=None)
             return chunked_loss((loss, temperature, chunks), head, features, arrays)
-        statistics = token_statistics(
-            head,
-            features,
-            batch.tokens[:, -length:],
-            SoftmaxOptions(temperature, chunk_tokens * spread, TILE_VOCABULARY),
-            None if reference is None else (reference, batch.ref_features),
-        )
+        options = SoftmaxOptions(temperature, chunk_tokens * spread, TILE_VOCABULARY)
+        pair = None if reference is None else (reference, batch.ref_features)
+        statistics = token_statistics(head, features, batch.tokens[:, -length:], options, pair)
         return loss(statistics, batch)
 
     return loss_fn

@@ -22,7 +22,7 @@ from ntkrl.models.families import FAMILIES
 from tests.bench import measure
 from tests.models.families import CASES, EACH, tokens_and_mask, torch_logits, torch_model
 from tests.models.test_lora import with_adapters
-from tests.models.test_reward_models import right_padded, torch_scorer
+from tests.models.test_scorers import right_padded, torch_scorer
 
 
 def logits_error(model: Any, directory: Path) -> float:

@@ -10,9 +10,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ntkrl import data, runtime
 from ntkrl.models import load_scorer
-from ntkrl.models.reward_models import ATTRIBUTES, GATE
+from ntkrl.models.scorers import ATTRIBUTES, GATE
 from ntkrl.reward import RewardFunction, RewardModel, RewardSet
-from tests.models.test_reward_models import armo, slow_armo, torch_scorer  # noqa: F401
+from tests.models.test_scorers import armo, slow_armo, torch_scorer  # noqa: F401
 
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import ntkrl
 from ntkrl import models, runtime
-from ntkrl.models.reward_models import ATTRIBUTES, GATE
+from ntkrl.models.scorers import ATTRIBUTES, GATE
 from tests.models.families import CASES
 
 CLASSES = {

@@ -96,19 +96,18 @@ def load_scorer(
     directory = hf_files.local_directory(path)
     raw = hf_files.read_config(directory)
     name = architecture_of(raw)
-    if new is not None and name in FAMILIES:
+    family = None if name is None or new is None else FAMILIES.get(name)
+    if new is not None and family is not None:
         raw = {**raw, "num_labels": 1, "id2label": {"0": "LABEL_0"}, "pad_token_id": new.pad_id}
-        raw["architectures"] = [FAMILIES[name].scorer]
-    else:
-        new = None
+        raw["architectures"] = [family.scorer]
     spec = _spec(raw, dtype, directory)
     scorer, shapes = _assemble(spec, dtype, mesh, compute_dtype, str(directory))
     leaves = trees.named_leaves(shapes)
-    if new is None:
+    if new is None or family is None:
         arrays = read_params(directory, spec.family, leaves, mesh)
     else:
         trunk = {name: leaf for name, leaf in leaves.items() if name != SCORE}
-        arrays = read_params(directory, FAMILIES[name], trunk, mesh, tied=True)
+        arrays = read_params(directory, family, trunk, mesh, tied=True)
         leaf = leaves[SCORE]
         draw = jax.random.normal(jax.random.key(new.seed), leaf.shape, leaf.dtype)
         sharding = spec.family.shardings({SCORE: leaf}, mesh)[SCORE]
