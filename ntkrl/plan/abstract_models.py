@@ -1,21 +1,23 @@
-"""Networks as placed shapes: policies and reward models with no array allocated."""
+"""Networks as placed shapes: policies, reward models and a kernel, with no array allocated."""
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkrl import data, models, trees
+from ntkrl import data, models, ntk, runtime, trees
 from ntkrl.numerics import DTYPES
 from ntkrl.settings import RunSettings
 from ntkrl.setup import is_code
-from ntkrl.types import Params, Policy, Scorer
+from ntkrl.types import Array, Params, Policy, Scorer
 
 
 def describe_policy(settings: models.ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
@@ -92,6 +94,28 @@ def read_entries(path: str) -> dict[str, Any]:
         f"{path!r} is not a directory here, nor in the hub's cache, and its shape is not known; "
         f"give a directory with its config.json, or one of {', '.join(CONFIGS)}."
     )
+
+
+def kernel_apply(
+    policy: Policy, params: Params, mesh: Mesh, length: int
+) -> tuple[Callable[..., Array], tuple[Any, ...]]:
+    """Return `K.apply` of the full kernel between last positions of two sequences of a length.
+
+    Args:
+      policy: the network's functions.
+      params: placed shapes.
+      mesh: of the params; other arrays are replicated on it.
+      length: tokens of each sequence.
+
+    Returns:
+      The jitted function and its abstract arguments: params, two contexts and cotangents.
+    """
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=runtime.replicated(mesh))
+    position = row.update(shape=(1,))
+    context = ntk.Contexts(row, position, position, row.update(dtype=jnp.bool_))
+    cotangents = row.update(shape=(1, policy.vocab_size), dtype=jnp.float32)
+    apply = ntk.kernel_program(policy, params, context, lambda kernel, c: kernel.apply(c))
+    return apply, (params, context, context, cotangents)
 
 
 def device_bytes(tree: Any) -> float:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ntkrl import runtime, trees
-from ntkrl.plan import abstract_models, kernel
+from ntkrl.plan import abstract_models
 from ntkrl.plan.hardware import Chip, Machine
 from ntkrl.plan.measure import ProgramCost, measure
 from ntkrl.probe import CADENCES
@@ -170,8 +170,10 @@ def candidate_programs(run: AbstractRun, probe: bool) -> Programs:
     """Yield the programs of a run; with `probe`, also K c for the last position of a prompt."""
     yield from run_programs(run, probe)
     if probe:
-        setting = kernel.setting(run.model.policy, run.model.params, run.mesh, run.width)
-        apply, arguments = kernel.apply_call(setting)
+        model = run.model
+        apply, arguments = abstract_models.kernel_apply(
+            model.policy, model.params, run.mesh, run.width
+        )
         yield Program("kernel apply", PROBE, (), apply, arguments, frozenset({"params"}), 0.0)
 
 

@@ -9,7 +9,7 @@ from ntkrl.runtime.checkpoint import Best
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """When checkpoints are saved, and which are kept.
+    """Schedule and retention of checkpoints.
 
     every_steps: rollout steps between checkpoints.
     keep: number of the newest to keep.

@@ -186,7 +186,7 @@ class ProbeHook:
         if step.accounted:
             direction_metrics, directions = self._directions(after.params, number)
             metrics, arrays = metrics | direction_metrics, arrays | directions
-        arrays["weights"] = trees.whole(probe.sample_entries(before.params))
+        arrays["weights"] = trees.gather_to_host(probe.sample_entries(before.params))
         if runtime.is_writer():
             metrics |= self.history.linearity(number, arrays)
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
