@@ -107,7 +107,7 @@ def make_sample(
         if jax.process_count() > 1:
             raise ValueError("rollout.engine samples in one process; leave it out for several.")
         generate = rollout.load_engine(settings.engine, setup.policy.source, sampler_settings)
-        stored = functools.partial(models.stored, setup.policy)
+        stored = functools.partial(models.stored_tensors, setup.policy)
         return rollout.ExternalSampler(generate, sampler_settings, stored)
     find_stop = data.stop_finder(tokenizer, settings.stop) if settings.stop else None
     return rollout.Sampler(setup.policy, sampler_settings, find_stop, setup.mesh)

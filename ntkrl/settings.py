@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ntkrl import models, report, rollout, runtime, update
 from ntkrl.data import DataSettings, split_names
-from ntkrl.probe.settings import ProbeSettings
+from ntkrl.probe import ProbeSettings
 from ntkrl.update.settings import ScheduleSettings, read_stages
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}

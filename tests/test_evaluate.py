@@ -237,4 +237,4 @@ def test_mistakes_of_a_base_are_told_together(run, saved, tmp_path, capsys):
     assert "has 8 samples, and rewards beside it are 2 of score" in capsys.readouterr().err
     path.with_suffix(".rewards.json").write_text('{"rewards": {"score": [[]]}}')
     assert main(["evaluate", f"--run={run}", f"--config.eval.base={path}"]) == 2
-    assert "'score' is no list of numbers" in capsys.readouterr().err
+    assert "'score' is not a list of numbers" in capsys.readouterr().err

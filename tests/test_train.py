@@ -256,7 +256,7 @@ def test_supervised_training_learns(tmp_path):
 
 
 MISTAKES = {
-    "no model": (["--config.model.path=/nowhere"], "'/nowhere' is no directory"),
+    "no model": (["--config.model.path=/nowhere"], "'/nowhere' is not a directory"),
     "no reward": (["--config.reward.function=nope.py:score"], "nope.py"),
     "group of one": (
         ["--config.rollout.completions_per_prompt=1"],

@@ -40,19 +40,19 @@ def compare(base: Samples, own: Samples, threshold: float) -> dict[str, float]:
     both = base, own
     samples = own.rewards.shape[1]
     ks = powers(samples)
-    best = [np.array([probe.coverage.best_of_n(row, ks) for row in one.rewards]) for one in both]
+    best = [np.array([probe.best_of_n(row, ks) for row in one.rewards]) for one in both]
     for k, gap_P in zip(ks, (best[1] - best[0]).T, strict=True):
         found |= mean_interval(f"diversity/gap_best_of_{k}", gap_P)
     solved = [one.rewards >= threshold for one in both]
-    curves = [probe.coverage.pass_curves(s.sum(axis=1), samples, ks) for s in solved]
-    crossing = probe.coverage.crossing_interval(*curves, ks, draws=DRAWS)
+    curves = [probe.pass_curves(s.sum(axis=1), samples, ks) for s in solved]
+    crossing = probe.crossing_interval(*curves, ks, draws=DRAWS)
     found |= _named("diversity/crossing_k", crossing)
     answers = [[list(map(reward.final_answer, group)) for group in one.texts] for one in both]
     correct: list[set[str]] = [set() for _ in own.texts]
     for said, right in zip(answers, solved, strict=True):
         for i, (group, flags) in enumerate(zip(said, right, strict=True)):
             correct[i] |= {answer for answer, flag in zip(group, flags, strict=True) if flag}
-    support = probe.coverage.support_change(*answers, correct)
+    support = probe.support_change(*answers, correct)
     words = (*support._fields, "retention", "discovery", "score", "change")
     return found | {f"diversity/support_{word}": float(getattr(support, word)) for word in words}
 

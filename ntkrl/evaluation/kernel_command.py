@@ -5,7 +5,7 @@
     tokens, mask [N, T]    left-padded prompts         texts [N]    the prompts as text
     rows, positions [O]    prompt and column           endings [O]  the context's last token as text
 
-and what `ntkrl/probe/kernels.py` lists: head, cosines, traces, shares, norms and eigenvalues.
+and the arrays of `probe.kernel_measures`: head, cosines, traces, shares, norms and eigenvalues.
 """
 
 from __future__ import annotations

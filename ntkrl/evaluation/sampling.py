@@ -158,7 +158,7 @@ def prompt_measures(
     rewards_PN = np.asarray(rewards, np.float64).reshape(-1, group)
     solved_PN = rewards_PN >= settings.success_threshold
     distinct_P, solutions_P = probe.distinct_counts(texts, solved_PN.ravel(), group)
-    answers_P, entropy_P = probe.diversity.distinct_answers(texts, reward.final_answer, group)
+    answers_P, entropy_P = probe.distinct_answers(texts, reward.final_answer, group)
     found = {
         "eval/reward": rewards_PN.mean(axis=1),
         "eval/pass@1": solved_PN.mean(axis=1),
@@ -169,15 +169,13 @@ def prompt_measures(
         "diversity/answer_entropy": entropy_P,
     }
     ks, groups = powers(group), np.reshape(np.asarray(texts, object), (-1, group))
-    pass_PK = probe.coverage.pass_curves(solved_PN.sum(axis=1), group, ks)
-    best_PK = np.array([probe.coverage.best_of_n(row, ks) for row in rewards_PN])
+    pass_PK = probe.pass_curves(solved_PN.sum(axis=1), group, ks)
+    best_PK = np.array([probe.best_of_n(row, ks) for row in rewards_PN])
     for i, k in enumerate(ks):
         found[f"diversity/pass@{k}"] = pass_PK[:, i]
         found[f"diversity/best_of_{k}"] = best_PK[:, i]
     for n in (1, 2):
-        found[f"diversity/distinct_{n}"] = np.array(
-            [probe.diversity.distinct_n(g, n) for g in groups]
-        )
+        found[f"diversity/distinct_{n}"] = np.array([probe.distinct_n(g, n) for g in groups])
     if group > 1:
-        found["diversity/self_bleu"] = np.array([probe.diversity.self_bleu(g) for g in groups])
+        found["diversity/self_bleu"] = np.array([probe.self_bleu(g) for g in groups])
     return found

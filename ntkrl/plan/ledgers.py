@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import attribution, ntk, runtime, trees, update
-from ntkrl.attribution import accounts, ledger
-from ntkrl.probe.settings import DRAWN, ProbeSettings
-from ntkrl.probe.step import BYTES
+from ntkrl.probe import ProbeSettings, completions_per_block
 from ntkrl.setup.assemble import Setup
 from ntkrl.types import TrainState, UpdateBatch
 
 
 class ReadCall(NamedTuple):
-    """A call of `accounts.read` described.
+    """A call of `Ledger.read` described.
 
     read: the jitted function. arguments: for its `lower`. blocks: parts of the probe set it is
     called for. together: completions of each.
@@ -38,7 +36,7 @@ def kept(settings: ProbeSettings, state: TrainState) -> list[Any]:
 
 def read_call(
     setup: Setup,
-    terms: accounts.Terms,
+    terms: attribution.Terms,
     stage: update.StageProgram,
     state: TrainState,
     batch: UpdateBatch,
@@ -64,8 +62,6 @@ def read_call(
         mesh=setup.mesh,
     )
     before = state.replace(opt_state=_on_devices(state.opt_state))
-    given = made._given(before, batch, contexts, targets, reference)
-    way = ledger._way(made, *ledger._shapes(given))
     whole = runtime.replicated(setup.mesh)
     step = update.make_step_with_term_gradients(stage, terms, setup.settings.schedule.microbatches)
     grads = jax.eval_shape(step, state, batch, reference)[2]
@@ -79,7 +75,8 @@ def read_call(
         for name, (own, count) in grads.items()
     }
     actual = jax.ShapeDtypeStruct((2, len(targets)), jnp.float32, sharding=whole)
-    given = given._replace(gradients=gradients, actual=actual)
+    described = attribution.OptimizerStep(before, state.params, batch, reference, gradients)
+    function, (spec, inputs) = made.bind(described, contexts, targets, actual)
 
     def placed(leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -87,8 +84,8 @@ def read_call(
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=whole)
 
-    arguments = (way, jax.tree.map(placed, given), state.params)
-    return ReadCall(accounts.read, arguments, blocks, contexts.tokens.shape[0])
+    arguments = (spec, jax.tree.map(placed, inputs))
+    return ReadCall(function, arguments, blocks, contexts.tokens.shape[0])
 
 
 def probe_tokens(setup: Setup) -> tuple[ntk.Contexts, Any, int]:
@@ -100,10 +97,8 @@ def probe_tokens(setup: Setup) -> tuple[ntk.Contexts, Any, int]:
     """
     settings, asked = setup.settings, setup.settings.probe
     width, budget = settings.data.max_prompt_tokens, settings.rollout.max_completion_tokens
-    each = [asked.completions_per_prompt if one in DRAWN else 1 for one in asked.families]
-    total = asked.prompts * sum(each)
-    room = asked.memory_gib * 2**30 // (BYTES * budget * setup.policy.vocab_size)
-    count = int(max(1, min(total, room)))
+    total = asked.completions
+    count = completions_per_block(total, budget, setup.policy.vocab_size, asked.memory_gib)
     contexts = ntk.Contexts(
         np.zeros((count, width + budget), np.int32),
         np.tile(width - 1 + np.arange(budget), count),

@@ -145,7 +145,7 @@ class Run:
         """Whether steps are looked at, which needs held-out prompts (see ProbeHook)."""
         files = self.settings.data
         held_out = files.path is None or files.eval_path is not None or files.held_out > 0
-        return self.settings.probe.looks and self.evaluates and held_out
+        return self.settings.probe.enabled and self.evaluates and held_out
 
     def kept(self, stage: update.StageProgram) -> list[Any]:
         """Return the copies that lie there during a step that is looked at."""
@@ -207,21 +207,20 @@ def generation(run: Run, sampler: Any, count: int, part: str) -> Steps:
     prompts = run.rows(jax.eval_shape(lambda: _prompts(count, width)))
     chunk, budget = sampler.settings.chunk_steps, settings.rollout.max_completion_tokens
     columns = [width + min(chunk << n, budget - 1) for n in range(budget.bit_length())]
-    columns = sorted({*columns, sampler.columns(width, 1 + chunk)})
+    columns = sorted({*columns, sampler.cache_columns(width, 1 + chunk)})
     columns = [one for one in columns if one <= width + max(budget - 1, chunk)]
 
     def lowered(name: str, program: str, runs: float, *arguments: Any, rows: int) -> Program:
-        call = sampler.programs[program]
-        trips = chunk if program == "read_on" else 1
+        call = gather if program == "gather" else getattr(sampler.programs, program)
+        trips = chunk if program == "decode_chunk" else 1
         mine = held if any(one is run.params for one in arguments) else frozenset()
         # a gathered copy lies there while the cache grows too
         beside = () if any(params is one for one in (run.params, *arguments)) else params
         given = (part, stages, call, arguments, mine, runs if stages else 0.0, trips, rows)
         return Program(label + name, *given, kept=beside)
 
-    params = run.params
+    params, gather = run.params, sampler.gather_program(run.params)
     if sampler.settings.gather_params:
-        gather = sampler.gathering(params)
         compiled = yield lowered("gathering", "gather", 1, params, rows=1)
         if compiled is None:
             return
@@ -232,18 +231,18 @@ def generation(run: Run, sampler: Any, count: int, part: str) -> Steps:
     if compiled is None or budget == 1:
         return
     rows = run.per_device(count * sampler.settings.completions_per_prompt)
-    live, written = _results(sampler.programs["prefill"], compiled, first)[:2]
+    live, written = _results(sampler.programs.prefill, compiled, first)[:2]
     if len(columns) > 1:
         grown = (columns[-1], live)
         runs = len(columns) - 1
-        compiled = yield lowered("cache growth", "longer", runs, *grown, rows=rows)
+        compiled = yield lowered("cache growth", "grow_cache", runs, *grown, rows=rows)
         if compiled is None:
             return
-        live = _results(sampler.programs["longer"], compiled, grown)
+        live = _results(sampler.programs.grow_cache, compiled, grown)
     start = run.whole(jax.ShapeDtypeStruct((), jnp.int32))
     chunks = -(-(budget - 1) // chunk)
     last = (params, live, written, start)
-    yield lowered("decoding", "read_on", chunks, *last, rows=rows)
+    yield lowered("decoding", "decode_chunk", chunks, *last, rows=rows)
 
 
 def references(run: Run) -> Steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ntkrl.plan.chips import Chip
 from ntkrl.plan.measure import Row
 from ntkrl.plan.programs import GENERATION, PROBE, SCORING, UPDATE, Run
-from ntkrl.probe.settings import CADENCES
+from ntkrl.probe import CADENCES
 
 
 def verdict(run: Run, row: Row, chip: Chip) -> str:

@@ -135,7 +135,8 @@ def assemble(settings: RunSettings, run_directory: Path) -> Setup:
             rewards = reward_set(settings.reward, mesh)
     with problems:
         if settings.model.path is not None:
-            rows = models.check(settings.model.path, trunk=settings.method == "reward")
+            check = models.check_scorer if settings.method == "reward" else models.check
+            rows = check(settings.model.path)
     with problems:
         source, tokenizer = _tokenizer(settings.model, run_directory)
     if tokenizer is not None:
@@ -236,7 +237,7 @@ def _scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, 
             f"reward models are trained without {', '.join(f'model.{name}' for name in unused)}."
         )
     compute = None if given.compute_dtype is None else DTYPES[given.compute_dtype]
-    new = models.New(tokenizer.pad_token_id, settings.seed)
+    new = models.NewHead(tokenizer.pad_token_id, settings.seed)
     return models.load_scorer(given.path, DTYPES[given.dtype], mesh, compute, new)
 
 
@@ -245,8 +246,8 @@ def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tu
     dtype = DTYPES[settings.dtype]
     if settings.path is not None:
         lora = models.Lora(**settings.lora, seed=seed) if settings.lora["rank"] else None
-        given = {"untie": settings.untie, "remat": settings.remat, "lora": lora}
-        return models.load(settings.path, dtype, mesh, compute, **given)
+        options = models.ModelOptions(compute, settings.remat, settings.untie, lora)
+        return models.load(settings.path, dtype, mesh, options)
     raw = {
         **settings.new,
         "vocab_size": len(tokenizer),
@@ -254,8 +255,8 @@ def _model(settings: ModelSettings, tokenizer: Any, mesh: Mesh, seed: int) -> tu
         "bos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    given = (jax.random.key(seed), dtype, compute, settings.remat, mesh)
-    return models.build(settings.architecture, raw, *given)
+    options = models.ModelOptions(compute, settings.remat)
+    return models.build(settings.architecture, raw, jax.random.key(seed), dtype, mesh, options)
 
 
 def _prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | None]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ntkrl import probe
-from ntkrl.probe.weights import Leading
+from ntkrl.probe import SingularTriple
 from ntkrl.report import read_arrays, step_files
 
 DIRECTION = "direction"
@@ -32,7 +32,7 @@ class History:
           directory: that looks write `step_*.npz` to.
         """
         self.directory = directory
-        self.lines: dict[str, probe.linearity.LineSums] = {}
+        self.lines: dict[str, probe.LineSums] = {}
 
     def straightness(self, step: int, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Add a look, and say how well lines in the step explain what all of them saw.
@@ -52,12 +52,12 @@ class History:
         self._extend(step, arrays)
         found = {}
         for room, line in self.lines.items():
-            if line.count >= 3:
-                _, scalars = probe.linearity.line_fit(line)
+            if line.number >= 3:
+                _, scalars = probe.line_fit(line)
                 found |= {f"{room}/{name}": float(value) for name, value in scalars.items()}
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
-    def turning(self, step: int, leading: dict[str, Leading]) -> dict[str, float]:
+    def turning(self, step: int, leading: dict[str, SingularTriple]) -> dict[str, float]:
         """Compare leading directions with those of the last look before that has any.
 
         Args:
@@ -90,12 +90,12 @@ class History:
                 continue
             given = arrays[name], float(step)
             if room in self.lines:
-                self.lines[room] = probe.linearity.extend_line(self.lines[room], *given)
+                self.lines[room] = probe.extend_line(self.lines[room], *given)
             else:
-                self.lines[room] = probe.linearity.start_line(*given)
+                self.lines[room] = probe.start_line(*given)
 
 
-def direction_arrays(leading: dict[str, Leading]) -> dict[str, np.ndarray]:
+def direction_arrays(leading: dict[str, SingularTriple]) -> dict[str, np.ndarray]:
     """Return what a probe file keeps of leading directions."""
     return {
         f"{DIRECTION}/{name}/{side}": np.asarray(getattr(own, side))
@@ -104,7 +104,7 @@ def direction_arrays(leading: dict[str, Leading]) -> dict[str, np.ndarray]:
     }
 
 
-def _cosine(own: Leading, arrays: dict[str, np.ndarray], name: str) -> float:
+def _cosine(own: SingularTriple, arrays: dict[str, np.ndarray], name: str) -> float:
     sides = {side: arrays[f"{DIRECTION}/{name}/{side}"] for side in ("left", "right")}
-    cosines = jax.vmap(probe.weights.direction_cosine)(own, own._replace(**sides))
+    cosines = jax.vmap(probe.direction_cosine)(own, own._replace(**sides))
     return float(np.mean(cosines))

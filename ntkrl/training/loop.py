@@ -106,7 +106,7 @@ class Loop:
         self.watcher, self.eval_sample = None, None
         if setup.held_out is not None and setup.policy is not None:
             self.eval_sample = make_evaluation_sample(setup)
-            if self.settings.probe.looks:
+            if self.settings.probe.enabled:
                 # the same seed for every run of a model, so that runs share one probe set
                 key = _stream(0, PROBE_STREAM, 0)
                 self.watcher = ProbeHook(setup, self.source, self.programs, directory, key)

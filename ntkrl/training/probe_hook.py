@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import attribution, data, ntk, probe, runtime, trees, update
-from ntkrl.probe.settings import CADENCES
+from ntkrl.probe import CADENCES
 from ntkrl.setup.assemble import Setup
-from ntkrl.softmax import Head
+from ntkrl.softmax import OutputHead
 from ntkrl.training.history import History, direction_arrays
 from ntkrl.training.probe_set import (
     FORMAT,
@@ -37,14 +37,14 @@ class Seen(NamedTuple):
     """An optimizer step that is looked at.
 
     before: copies of what the step began with. batch: what it sees, on the host. reference: the
-    Head it compares with, or None. shares: `[B]` of the KL in the reward in the samples'
+    OutputHead it compares with, or None. shares: `[B]` of the KL in the reward in the samples'
     advantages, where it is one number each and the batch therefore does not tell; or None.
     after: the state it ended with. gradients: by term of the loss, where a ledger is made of it.
     """
 
     before: TrainState
     batch: UpdateBatch
-    reference: Head | None
+    reference: OutputHead | None
     shares: np.ndarray | None
     after: TrainState | None = None
     gradients: update.Gradients | None = None
@@ -110,7 +110,7 @@ class ProbeHook:
         self,
         state: TrainState,
         batch: UpdateBatch,
-        reference: Head | None,
+        reference: OutputHead | None,
         stage: int,
         rollout_step: int,
     ) -> Seen:
@@ -151,7 +151,7 @@ class ProbeHook:
         if before.opt_state is not None:
             found, kept = self._directions(after.params, number)
             metrics, arrays = metrics | found, arrays | kept
-        arrays["weights"] = trees.whole(probe.weights.some_entries(before.params))
+        arrays["weights"] = trees.whole(probe.sample_entries(before.params))
         if runtime.is_writer():
             metrics |= self.history.straightness(number, arrays)
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
@@ -161,11 +161,11 @@ class ProbeHook:
         if not self.setup.settings.data.packing:
             given = self.setup.settings.rollout.temperature, self._chunk, self._group(step.batch)
             both = before.params, after.params
-            found = probe.step_measures(self.setup.policy, *both, bare(placed), *given)
+            found = probe.step_measures(self.setup.policy, both, bare(placed), *given)
             metrics |= jax.tree.map(float, found)
             if due(self.settings.kernel_every_steps, rollout_step):
                 metrics |= self._alignment(before.params, step.batch)
-        moved, _ = probe.weights.update_sparsity(self.setup.params, after.params)
+        moved, _ = probe.update_sparsity(self.setup.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
         if before.opt_state is not None:
             both = (arrays["actual"], np.asarray(new.statistics.entropy - old.statistics.entropy))
@@ -180,9 +180,9 @@ class ProbeHook:
         if not due(self.settings.kernel_every_steps, rollout_step):
             return measures
         now, start = self._kernel(params), self.start_kernel
-        found = probe.drift.kernel_drift(now, start)
+        found = probe.kernel_drift(now, start)
         if self.settings.kernel_layers:
-            shares = probe.drift.layer_shares(now["layers"], now["trace_layers"])
+            shares = probe.layer_shares(now["layers"], now["trace_layers"])
             found |= {f"layer_share/{group}": share for group, share in shares.items()}
         return measures | {f"probe/{name}": value for name, value in found.items()}
 
@@ -190,7 +190,7 @@ class ProbeHook:
         self, params: Params, number: int
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Return how matrices have moved since the start, and the directions that are kept."""
-        ranks, leading = probe.weights.update_ranks(self.setup.params, params)
+        ranks, leading = probe.update_ranks(self.setup.params, params)
         named = {f"weights/{n}/{kind}": float(v) for n in ranks for kind, v in ranks[n].items()}
         metrics = {name: value for name, value in named.items() if math.isfinite(value)}
         leading = runtime.fetch(leading)
@@ -229,7 +229,7 @@ class ProbeHook:
         return self._kernel(self.setup.params)
 
     def _kernel(self, params: Params) -> dict[str, np.ndarray]:
-        contexts, settings = self.prober.some(self.settings.kernel_contexts), self.settings
+        contexts, settings = self.prober.subset(self.settings.kernel_contexts), self.settings
         given = self.setup.policy, params, contexts, settings.kernel_layers, settings.memory_gib
         return probe.kernel_traces(probe.plan_kernel(*given))
 
@@ -259,16 +259,18 @@ class ProbeHook:
     ) -> dict[str, float]:
         batch, read = step.batch, self.ledgers[stage].read
 
+        taken = attribution.OptimizerStep(
+            step.before, step.after.params, placed, step.reference, step.gradients
+        )
         noises = []
 
         def account(*where: Any) -> dict[str, np.ndarray]:
             *probed, actual_O2 = where
-            beside = step.reference, step.gradients, actual_O2.T
-            found = read(step.before, step.after.params, placed, *probed, *beside)
+            found = read(taken, *probed, actual_O2.T)
             noises.append(found.noise)
             return found.arrays
 
-        arrays = self.prober.each(account, actual)
+        arrays = self.prober.map_blocks(account, actual)
         if step.shares is not None:
             arrays = attribution.split_term(arrays, "policy", "kl", step.shares)
         advantages_B = _means(batch.advantages, batch.completion_mask)

@@ -22,7 +22,7 @@ import numpy as np
 from ntkrl import data, runtime
 from ntkrl.generate import make_sample, prompt_batch
 from ntkrl.numerics import bucket_length
-from ntkrl.probe.settings import COLUMNS, DRAWN, FAMILIES
+from ntkrl.probe import FAMILIES, FAMILY_COLUMNS, SAMPLED_FAMILIES
 from ntkrl.setup.assemble import Setup
 from ntkrl.types import Array, ProbeSet
 
@@ -62,7 +62,7 @@ def make_probes(setup: Setup, directory: Path, key: Array) -> Probes:
     groups: list[int] = []
     families: list[str] = []
     for family in setup.settings.probe.families:
-        found = _drawn(family, own) if family in DRAWN else _given(setup, family, rows)
+        found = _drawn(family, own) if family in SAMPLED_FAMILIES else _given(setup, family, rows)
         for group, texts in enumerate(found):
             completions += texts
             groups += [group] * len(texts)
@@ -129,11 +129,12 @@ def _drawn(family: str, own: Sequence[list[list[int]]]) -> Sequence[list[list[in
 
 def _given(setup: Setup, family: str, rows: np.ndarray) -> list[list[list[int]]]:
     columns, source = setup.held_out.prompt_set.columns, setup.held_out.prompt_set.source
-    name = next((name for name in COLUMNS[family] if name in columns), None)
+    name = next((name for name in FAMILY_COLUMNS[family] if name in columns), None)
     if name is None:
         raise ValueError(
             f"probe.families names {family!r}, but {source} has no column "
-            f"{' or '.join(COLUMNS[family])}; add it to the held-out prompts or leave it out."
+            f"{' or '.join(FAMILY_COLUMNS[family])}; add it to the held-out prompts or leave it "
+            "out."
         )
     chosen = data.take(setup.held_out.prompt_set, rows)
     texts = dataclasses.replace(chosen, columns={"completion": chosen.columns[name]})

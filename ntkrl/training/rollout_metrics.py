@@ -22,7 +22,7 @@ def rollout_metrics(found: Collected, group: int) -> dict[str, float]:
     Source: TRL 1.16's RLOOTrainer, but for `reward_group_std`, TRL's `reward_std` until 0.26.
     """
     rewards_PN = found.result.rewards.astype(np.float64).reshape(-1, group)
-    variances_P, signal = probe.signal.reward_signal(rewards_PN)
+    variances_P, signal = probe.reward_signal(rewards_PN)
     lengths_B = np.asarray(found.rollout.completion_mask).sum(axis=1)
     ended_B = np.asarray(found.rollout.finished)
     metrics = {

@@ -14,7 +14,7 @@ from ntkrl.generate import Collected, collect, joined, make_sample
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.settings import HEADLINES
 from ntkrl.setup.assemble import Setup
-from ntkrl.softmax import Head, TokenStatistics, token_statistics
+from ntkrl.softmax import OutputHead, SoftmaxOptions, TokenStatistics, token_statistics
 from ntkrl.training.rollout_metrics import rollout_metrics
 from ntkrl.training.sources import StepContext, averages, split, step_rows
 from ntkrl.training.weighing import advantages, weigh
@@ -56,7 +56,7 @@ class RolloutSource:
         budget = self.setup.settings.rollout.max_completion_tokens
         return update.policy_loss(self.objective, budget, statistics, batch)
 
-    def reference_head(self, turn: StepContext) -> Head | None:
+    def reference_head(self, turn: StepContext) -> OutputHead | None:
         """Return the head that the step compares whole distributions with, or None."""
         wanted = self.objective.kl_place == "loss" and self.objective.needs_distribution
         return head_of(self.setup.policy, turn.reference) if wanted else None
@@ -208,17 +208,16 @@ class RolloutSource:
     ) -> tuple[Array, Array | None, Array | None]:
         policy = self.setup.policy
         chunk = self.setup.settings.schedule.chunk_tokens * self.setup.spread
+        options = SoftmaxOptions(self.temperature, chunk)
         if features is None:
             features = completion_features(policy, params, tokens, mask, length)
         head, targets = head_of(policy, params), tokens[:, -length:]
-        found = token_statistics(head, features, targets, self.temperature, chunk)
+        found = token_statistics(head, features, targets, options)
         if not whole:
             return found.log_probs, None, None
         own = completion_features(policy, beside, tokens, mask, length)
         other = (head, features)
-        compared = token_statistics(
-            head_of(policy, beside), own, targets, self.temperature, chunk, reference=other
-        )
+        compared = token_statistics(head_of(policy, beside), own, targets, options, other)
         return found.log_probs, compared.kl, features
 
     def _teaches(self, batch: UpdateBatch) -> bool:

@@ -75,7 +75,7 @@ def make(config: dict[str, Any], side: int) -> Bench:
     """Draw the model's weights and measure the chip."""
     rates = limits(side)
     policy, params = models.build(
-        "GPTNeoXForCausalLM", config, jax.random.key(0), compute_dtype=jnp.bfloat16
+        "GPTNeoXForCausalLM", config, jax.random.key(0), options=models.ModelOptions(jnp.bfloat16)
     )
     head = config["vocab_size"] * config["hidden_size"]
     whole = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -44,7 +44,9 @@ COLUMNS = (*TOLD, *MEASURED, "received GiB", "roofline s", "compile s")
 def setting(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> kernel.Setting:
     """Describe Pythia-2.8B, float32 params sharded over the mesh and all else on every chip."""
     config = {**SHAPES["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
-    policy, shapes = models.describe("GPTNeoXForCausalLM", config, compute_dtype=compute_dtype)
+    policy, shapes = models.describe(
+        "GPTNeoXForCausalLM", config, options=models.ModelOptions(compute_dtype)
+    )
     placed = networks.placed(shapes, policy.sharding, mesh)
     return kernel.setting(policy, placed, mesh, length)
 

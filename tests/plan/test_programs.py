@@ -1,7 +1,6 @@
 """The programs of a run, described by shapes, against the run itself and arithmetic by hand."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -12,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl import data, models, probe, reward, runtime, update
-from ntkrl.attribution import accounts
+from ntkrl import attribution, data, models, probe, reward, runtime, update
 from ntkrl.generate import Collected
 from ntkrl.plan import measure, networks, programs, topology
 from ntkrl.plan.chips import Chip
@@ -217,7 +215,7 @@ def test_no_looks_no_copies(settings, change):
     assert names == ["update all"] and not run.watches
 
 
-def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
+def test_shapes_are_those_of_a_ledger(settings):
     """law: a real ledger is made in the way, and of the shapes and places, that were planned."""
     families = "--config.probe.families=('own', 'reference')"
     one = settings("rl", families, "--config.probe.memory_gib=1.1e-4", "--config.probe.prompts=4")
@@ -246,24 +244,21 @@ def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
     prober = probe.Prober(policy, held, params, memory_gib=one.probe.memory_gib)
     calls = []
 
-    def read(*given):
-        calls.append(given)
+    def read(*probed):
+        taken = attribution.OptimizerStep(before, state.params, batch, gradients=gradients)
+        calls.append(made.bind(taken, *probed, jnp.zeros((2, len(probed[1]))))[1])
         raise StopIteration
 
-    monkeypatch.setattr(accounts, "read", read)
     with pytest.raises(StopIteration):
-        shape = (2, len(prober.blocks[0][1]))
-        beside = {"gradients": gradients, "actual": jnp.zeros(shape)}
-        prober.each(functools.partial(made.read, before, state.params, batch, **beside))
+        prober.map_blocks(read)
     # the program of the plan's own network has other functions of the same names
-    (way, given, after), (planned,) = calls[0], programs.accounts(run)
+    (spec, inputs), (planned,) = calls[0], programs.accounts(run)
     bound = {"policy": None, "terms": None, "optimizer": None}
-    assert planned.arguments[0]._replace(**bound) == way._replace(**bound)
+    assert dataclasses.replace(planned.arguments[0], **bound) == dataclasses.replace(spec, **bound)
     assert planned.name == "ledger all" and planned.runs == len(prober.blocks) / 50 == 3 / 50
     assert planned.rows == prober.blocks[0][0].tokens.shape[0] == 4
-    for real, shapes in zip((given, after), planned.arguments[1:], strict=True):
-        expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
-        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), real) == expected
+    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned.arguments[1])
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), inputs) == expected
     kept = run.kept(stage)
     for real, shapes in zip((before.params, before.opt_state), kept, strict=True):
         same = jax.tree.map(
