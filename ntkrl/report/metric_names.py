@@ -87,7 +87,7 @@ def aliased(style: str, values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items():
             word = _match(ours, name)
             if word is not None:
-                renamed[_PLACEHOLDER.sub(lambda _, word=word: word, theirs)] = value
+                renamed[_PLACEHOLDER.sub("{}", theirs).format(word)] = value
     return renamed
 
 

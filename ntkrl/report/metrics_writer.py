@@ -66,7 +66,7 @@ class MetricsWriter:
           ValueError: a name is not known, or "step" is among the values.
         """
         _check_names(values)
-        line = {"step": int(step)}
+        line: dict[str, Any] = {"step": int(step)}
         for name, value in values.items():
             line[name] = str(value) if name == "stage" else _number(value)
         _write_line(self._metrics, line)
