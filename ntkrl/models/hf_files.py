@@ -276,7 +276,7 @@ def gather_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndar
     for ours, stored, transpose in table:
         if ours not in leaves:
             continue
-        array = trees.whole(leaves[ours])
+        array = trees.gather_to_host(leaves[ours])
         if jax.process_index() != 0:
             continue
         for i, layer in enumerate(array) if LAYER in stored else [(0, array)]:

@@ -13,8 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from ntkrl import data, models, trees
+from ntkrl.numerics import DTYPES
 from ntkrl.plan.shapes import SHAPES
-from ntkrl.settings import DTYPES, ModelSettings, RunSettings
+from ntkrl.settings import RunSettings
 from ntkrl.setup import is_code
 from ntkrl.types import Params, Policy, Scorer
 
@@ -42,7 +43,7 @@ def read_entries(path: str) -> dict[str, Any]:
     )
 
 
-def describe_policy(settings: ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
+def describe_policy(settings: models.ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
     """Return the policy that a run would start from, and its params as placed shapes.
 
     The vocabulary has the rows that are stored, or model.vocab_size; those a template may add are

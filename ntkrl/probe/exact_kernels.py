@@ -58,7 +58,7 @@ class KernelPlan:
     @property
     def body_kernels(self) -> int:
         """Number of body kernels of pairs of blocks: one, and one for each group."""
-        return len(self.pairs) * (1 + len(self.kernel.groups))
+        return len(self.pairs) * (1 + len(self.kernel.problem.groups))
 
     @property
     def steps(self) -> int:
@@ -92,7 +92,7 @@ def plan_kernel(
     groups = ntk.by_layer(model, params) if layers else ()
     make = functools.partial(ntk.kernel, model, params, groups=groups, memory_gib=memory_gib)
     kernel = make(contexts)
-    contexts = kernel.observed  # with rows and mask filled in
+    contexts = kernel.problem.observed  # with rows and mask filled in
 
     def between(a: slice, b: slice) -> ntk.Kernel:
         return make(select(contexts, a), None if a == b else select(contexts, b))
@@ -121,10 +121,13 @@ def kernel_measures(
       ValueError: n out of range.
     """
     kernel = plan.kernel
-    size = kernel.observed.count * kernel.vocab_size
+    size = kernel.problem.observed.count * kernel.problem.vocab_size
     if not 1 <= eigenpairs < size:
         raise ValueError(f"eigenpairs must be in [1, {size}) for these contexts, not {eigenpairs}.")
-    arrays: dict[str, Any] = {"head": kernel.head, "cosines": _cosines(kernel.readings[0].features)}
+    arrays: dict[str, Any] = {
+        "head": kernel.head,
+        "cosines": _cosines(kernel.problem.head_inputs[0].features),
+    }
     traces, body_square = _traces(plan, progress)
     arrays |= traces
     progress(plan.body_kernels, "norms")
@@ -132,7 +135,7 @@ def kernel_measures(
     for i, part in enumerate(("body", "full"), start=1):
         progress(plan.body_kernels + i, f"eigenvalues of {part}")
         arrays[f"eigenvalues_{part}"] = _largest(kernel, eigenpairs, part)
-    if kernel.network.head.soft_cap is None:
+    if not kernel.problem.capped:
         arrays["eigenvalues_head"] = np.linalg.eigvalsh(np.asarray(kernel.head))[::-1]
     else:
         arrays["eigenvalues_head"] = _largest(kernel, eigenpairs, "head")
@@ -167,7 +170,7 @@ def batch_alignment(
         context = select(contexts, slice(number, number + 1))
         kernel = ntk.kernel(policy, params, context, memory_gib=memory_gib)
         target = jnp.asarray(targets[number : number + 1])
-        statistics = token_statistics(head, kernel.readings[0].features, target)
+        statistics = token_statistics(head, kernel.problem.head_inputs[0].features, target)
         square = 1 - 2 * jnp.exp(statistics.log_probs[0]) + statistics.sum_squares[0]
         diagonal.append((float(kernel.trace()[0, 0]), float(square)))
     traces, squares = np.asarray(diagonal).T
@@ -183,9 +186,9 @@ def select(contexts: ntk.Contexts, indices: slice | np.ndarray) -> ntk.Contexts:
 
 def _blocks(kernel: ntk.Kernel) -> list[slice]:
     """Split the contexts in blocks whose M fits its fraction of the memory."""
-    numbers = BODY_FRACTION * kernel.budget / kernel.head.dtype.itemsize
-    step = max(1, int(numbers**0.5 / kernel.feature_size))
-    count = kernel.observed.count
+    numbers = BODY_FRACTION * kernel.problem.budget / kernel.head.dtype.itemsize
+    step = max(1, int(numbers**0.5 / kernel.problem.feature_size))
+    count = kernel.problem.observed.count
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
@@ -196,8 +199,8 @@ def _cosines(features_OD: Array) -> Array:
 
 def _traces(plan: KernelPlan, progress: Progress) -> tuple[dict[str, Any], float]:
     """Return traces of parts and groups with shares, and ‖G‖², computed block by block."""
-    kernel, groups, done = plan.kernel, tuple(plan.kernel.groups), 0
-    count = kernel.observed.count
+    kernel, groups, done = plan.kernel, tuple(plan.kernel.problem.groups), 0
+    count = kernel.problem.observed.count
     traces = np.zeros((1 + len(groups), count, count), kernel.head.dtype)
     square = 0.0
     for a, b in plan.pairs:
@@ -211,7 +214,7 @@ def _traces(plan: KernelPlan, progress: Progress) -> tuple[dict[str, Any], float
         traces[:, b, a] = np.swapaxes(traces[:, a, b], 1, 2)
         done += 1 + len(groups)
     parts = {"head": np.asarray(kernel.trace("head")), "body": traces[0]}
-    if kernel.tied:
+    if kernel.problem.tied:
         parts["cross"] = np.asarray(kernel.trace("cross"))
     full = sum(parts.values())
     arrays = {f"trace_{part}": values for part, values in parts.items()} | {"trace_full": full}
@@ -231,9 +234,9 @@ def _shares(part_OO: np.ndarray, full_OO: np.ndarray) -> np.ndarray:
 
 def _body_sums(kernel: ntk.Kernel) -> tuple[Array, Array | float]:
     """Return tr G(o, u) `[o, u]` and ‖G‖² of a block; the latter NaN under a soft-cap."""
-    if kernel.network.head.soft_cap is not None:  # slopes vary over the vocabulary
+    if kernel.problem.capped:  # slopes vary over the vocabulary
         return kernel.trace("body"), jnp.nan
-    factored = kernel.factored()
+    factored = ntk.factored(kernel, "body")
     return _trace_and_square(factored.weight, factored.body)
 
 
@@ -249,15 +252,17 @@ def _trace_and_square(weight_VD: Array, body_OUDD: Array) -> tuple[Array, Array]
 def _norms(kernel: ntk.Kernel, arrays: Mapping[str, Any], body_square: float) -> dict[str, Any]:
     """Return ‖K_P‖_F: by ‖R + G‖² = ‖R‖² + 2 Σ head tr G + ‖G‖², or dense where that fits."""
     squares: dict[str, Any] = {}
-    if kernel.network.head.soft_cap is None:
-        head_square = kernel.vocab_size * np.sum(np.asarray(arrays["head"], float) ** 2)
+    if not kernel.problem.capped:
+        head_square = kernel.problem.vocab_size * np.sum(np.asarray(arrays["head"], float) ** 2)
         squares = {"head": head_square, "body": body_square}
-        if not kernel.tied:
+        if not kernel.problem.tied:
             mixed = np.sum(np.asarray(arrays["head"] * arrays["trace_body"], float))
             squares["full"] = head_square + 2 * mixed + body_square
-    numbers = (kernel.observed.count * kernel.vocab_size) ** 2
-    if numbers * kernel.head.dtype.itemsize <= kernel.budget:
-        parts = ("head", "body", "cross", "full") if kernel.tied else ("head", "body", "full")
+    numbers = (kernel.problem.observed.count * kernel.problem.vocab_size) ** 2
+    if numbers * kernel.head.dtype.itemsize <= kernel.problem.budget:
+        parts = (
+            ("head", "body", "cross", "full") if kernel.problem.tied else ("head", "body", "full")
+        )
         for part in parts:
             if part not in squares:
                 squares[part] = ntk.frobenius(kernel, part) ** 2

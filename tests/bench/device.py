@@ -169,7 +169,7 @@ def kernels(bench: Bench, contexts: int, length: int) -> Iterator[dict[str, Any]
     told = kernel.estimate()
 
     def call() -> Any:
-        return ntk.kernel(bench.policy, bench.params, where).factored()
+        return ntk.factored(ntk.kernel(bench.policy, bench.params, where))
 
     each = timed(call, 1)
     yield {

@@ -52,7 +52,7 @@ def test_blocks_and_groups_and_a_small_head():
     params = {**params, "head": 0.05 * params["head"]}
     # a quarter of 1.2 KB holds M of one pair (16 numbers of 8 bytes), not of four
     plan = plan_kernel(described, params, here, layers=True, memory_gib=1.2e3 / 2**30)
-    assert len(plan.pairs) == 3 and plan.body_kernels == 3 * (1 + len(plan.kernel.groups))
+    assert len(plan.pairs) == 3 and plan.body_kernels == 3 * (1 + len(plan.kernel.problem.groups))
     steps = []
     found = kernel_measures(plan, 8, lambda done, doing: steps.append((done, doing)))
     assert [done for done, _ in steps] == list(range(plan.steps))
@@ -116,7 +116,7 @@ def test_advantage_alignment_by_dense_kernels(x64):
     described, params = network("plain", False)
     kernel = ntk.kernel(described, params, HERE)
     y, advantages = np.array([1, 5, 8]), np.array([1.0, -2.0, 0.5])
-    logits = described.logits(params, kernel.readings[0].features)
+    logits = described.logits(params, kernel.problem.head_inputs[0].features)
     pi = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     stacked = (advantages[:, None] * (np.eye(VOCAB)[y] - pi)).ravel()
     whole = np.asarray(kernel.dense()).transpose(0, 2, 1, 3).reshape(stacked.size, -1)
@@ -136,7 +136,7 @@ def test_alignment_of_a_batch(x64):
     here = ntk.every_position(jax.random.randint(jax.random.key(0), (2, 3), 0, 7))
     y, advantages = np.arange(6), np.array([1.0, -2.0, 0.5, 1.0, 0.0, 3.0])
     kernel = ntk.kernel(policy, params, here)
-    pi = jax.nn.softmax(policy.head(params, kernel.readings[0].features))
+    pi = jax.nn.softmax(policy.head(params, kernel.problem.head_inputs[0].features))
     squares = 1 - 2 * pi[np.arange(6), y] + np.sum(pi**2, axis=1)
     gram = ntk.score_gram(policy, params, here, y)
     wanted = advantage_alignment(gram, kernel.trace(), advantages, squares)

@@ -112,7 +112,7 @@ def test_head_influence_is_the_head_kernel(x64, kind, chunk):
     """oracle: g_oᵀ R g_u with R and logits written out; tiles of 4 of 9 rows overlap."""
     described, params = network(kind, False)
     kernel = ntk.kernel(described, params, HERE)
-    phi = kernel.readings[0].features
+    phi = kernel.problem.head_inputs[0].features
     y = jnp.array([1, 5, 8])
     logits = described.logits(params, phi)
     g = np.eye(VOCAB)[y] - np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -129,7 +129,7 @@ def test_head_influence_is_the_head_kernel(x64, kind, chunk):
 def test_head_sums_are_sums_of_pairs(x64, kind, chunk):
     """law: sums without pairs are the pairs' sums; a temperature is a scale of the logits."""
     described, params = network(kind, False)
-    phi = ntk.kernel(described, params, HERE).readings[0].features
+    phi = ntk.kernel(described, params, HERE).problem.head_inputs[0].features
     given = HEADS[kind]
     bias = params["head_bias"] if "bias" in given else None
     head = OutputHead(
