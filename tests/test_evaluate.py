@@ -197,8 +197,8 @@ MISTAKES = {
         "eval.samples_per_prompt must be ≥ 1, not 0; eval.repeats must be ≥ 1, not 0.",
     ),
     "no base": (["--run=RUN", "--config.eval.base=/none.jsonl"], "/none.jsonl: no such file"),
-    "no samples": (["--run=RUN", "--config.eval.base=x.json"], "x.json is no file of samples"),
-    "prompts": (["--run=RUN", "--config.eval.prompts=6"], "other prompts: 2 of the 6 asked here"),
+    "no samples": (["--run=RUN", "--config.eval.base=x.json"], "x.json is not a file of samples"),
+    "prompts": (["--run=RUN", "--config.eval.prompts=6"], "other prompts: 2 of the 6 used here"),
     "samples": (
         ["--run=RUN", "--config.eval.samples_per_prompt=4"],
         "holds 2 samples of a prompt, and 4 are drawn here",

@@ -11,7 +11,7 @@ import pytest
 
 from ntkrl import models, ntk, rollout, runtime, trees, update
 from ntkrl.settings import read_settings
-from ntkrl.setup import assemble
+from ntkrl.setup import set_up
 from ntkrl.training import loop as training_loop
 from ntkrl.types import PromptBatch, UpdateBatch
 from tests.models.families import CASES, EACH
@@ -197,7 +197,7 @@ def test_no_table_is_ever_whole_on_one_device(tmp_path):
     sizes = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
     config = settings_of(tmp_path, *sizes, "--config.stages[0].optimizer=adamw")
     before = {id(array) for array in jax.live_arrays()}
-    setup = assemble(read_settings(config), tmp_path)
+    setup = set_up(read_settings(config), tmp_path)
     loop = begun(setup, tmp_path, config)
     made = [array for array in jax.live_arrays() if id(array) not in before]
     up = loop.state.params["layers"]["mlp"]["up"]["kernel"]
@@ -224,7 +224,7 @@ def test_moments_wait_on_the_host(tmp_path):
         training_loop.train(config)
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         found.append([json.loads(line) for line in lines])
-        setup = assemble(read_settings(config), directory)
+        setup = set_up(read_settings(config), directory)
         moments = jax.tree.leaves(begun(setup, directory, config).state.opt_state)
         kinds = {leaf.sharding.memory_kind for leaf in moments if leaf.ndim}
         assert kinds == ({"pinned_host"} if offload == "True" else {"device"})

@@ -25,10 +25,10 @@ def killed_at(monkeypatch, step):
     """Let the next run die when it asks for the batches of a rollout step, or of none."""
     original = RolloutSource.batches
 
-    def batches(self, turn):
-        if turn.step + 1 == step:
+    def batches(self, context):
+        if context.rollout_step == step:
             raise KilledError
-        return original(self, turn)
+        return original(self, context)
 
     monkeypatch.setattr(RolloutSource, "batches", batches)
 

@@ -25,6 +25,7 @@ from ntkrl.models.scorers import (
     load_scorer,
     write_new_scorer,
 )
+from ntkrl.models.settings import ModelSettings
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -32,6 +33,7 @@ __all__ = [
     "REMAT",
     "Lora",
     "ModelOptions",
+    "ModelSettings",
     "NewHead",
     "build",
     "check",

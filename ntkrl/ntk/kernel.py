@@ -59,7 +59,7 @@ class Kernel:
     def head(self) -> Array:
         """`[O, U]` s² (⟨φ(o), φ(u)⟩ + 1 with a bias); the head kernel is this times I_V.
 
-        With a soft-cap it is multiplied by the cap's derivatives on both sides (see `ntk.factored`).
+        With a soft-cap the cap's derivatives multiply it on both sides (see `ntk.factored`).
 
         Raises:
           ValueError: with a preconditioner the head kernel is not a multiple of I.

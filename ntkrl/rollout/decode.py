@@ -43,18 +43,22 @@ class ActiveRows:
 
 
 @chex.dataclass(frozen=True)
-class Output:
-    """Sampled tokens and their records, `[B, C]`; finished `[B]`; features `[B, C, D]` or None.
-
-    `finished` is None while columns alone are written.
-    """
+class Columns:
+    """Sampled tokens and their records, `[B, C]`; features `[B, C, D]`, or None."""
 
     tokens: Array
     log_probs: Array
     kept_log_mass: Array
     mask: Array
-    finished: Array | None
     features: Array | None
+
+
+@chex.dataclass(frozen=True)
+class Output:
+    """All completions: their columns, and finished `[B]` bool."""
+
+    columns: Columns
+    finished: Array
 
 
 def completion_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
@@ -112,9 +116,10 @@ class Decoder:
             keys=completion_keys(key, prompts, count),
             rows=jnp.arange(rows, dtype=jnp.int32),
         )
-        chunk, first = self._empty_output(rows, 1, phi_BD.dtype), jnp.int32(0)
+        chunk, first = self._empty(rows, 1, phi_BD.dtype), jnp.int32(0)
         active, chunk = self._sample(params, active, chunk, phi_BD, first, first)
-        output = self._empty_output(rows, self.settings.max_completion_tokens, phi_BD.dtype)
+        columns_BC = self._empty(rows, self.settings.max_completion_tokens, phi_BD.dtype)
+        output = Output(columns=columns_BC, finished=active.done)
         output = self._write(output, chunk, active, first)
         return self._results(self._sharded(active), output)
 
@@ -134,7 +139,7 @@ class Decoder:
         """
         end = jnp.minimum(start + self.settings.chunk_steps, self.settings.max_completion_tokens)
 
-        def step(carry: tuple[Array, ActiveRows, Output]) -> tuple[Array, ActiveRows, Output]:
+        def step(carry: tuple[Array, ActiveRows, Columns]) -> tuple[Array, ActiveRows, Columns]:
             t, active, chunk = carry
             real_R1 = ~active.done[:, None]
             last_R1 = active.last[:, None]
@@ -142,11 +147,12 @@ class Decoder:
             active = replace(active, cache=cache)
             return t + 1, *self._sample(params, active, chunk, phi_R1D[:, 0], t, t - start)
 
-        def unfinished(carry: tuple[Array, ActiveRows, Output]) -> Array:
+        def unfinished(carry: tuple[Array, ActiveRows, Columns]) -> Array:
             return (carry[0] < end) & ~jnp.all(carry[1].done)
 
-        features = output.log_probs if output.features is None else output.features
-        chunk = self._empty_output(len(active.rows), self.settings.chunk_steps, features.dtype)
+        written = output.columns
+        features = written.log_probs if written.features is None else written.features
+        chunk = self._empty(len(active.rows), self.settings.chunk_steps, features.dtype)
         _, active, chunk = jax.lax.while_loop(unfinished, step, (start, active, chunk))
         output = self._write(output, chunk, active, start)
         return self._results(active, output)
@@ -199,38 +205,39 @@ class Decoder:
         Returns:
           `(active, output, remaining)` as `decode_chunk`.
         """
-        ended_B = lengths <= jnp.sum(output.mask, axis=1)
-        columns_1C = jnp.arange(output.mask.shape[1])[None]
-        mask_BC = output.mask & (columns_1C < lengths[:, None])
-        output = replace(
-            output,
-            tokens=jnp.where(mask_BC, output.tokens, self.settings.pad_id),
-            log_probs=jnp.where(mask_BC, output.log_probs, 0.0),
-            kept_log_mass=jnp.where(mask_BC, output.kept_log_mass, 0.0),
+        written = output.columns
+        ended_B = lengths <= jnp.sum(written.mask, axis=1)
+        columns_1C = jnp.arange(written.mask.shape[1])[None]
+        mask_BC = written.mask & (columns_1C < lengths[:, None])
+        written = replace(
+            written,
+            tokens=jnp.where(mask_BC, written.tokens, self.settings.pad_id),
+            log_probs=jnp.where(mask_BC, written.log_probs, 0.0),
+            kept_log_mass=jnp.where(mask_BC, written.kept_log_mass, 0.0),
             mask=mask_BC,
-            finished=output.finished | ended_B,
         )
+        output = Output(columns=written, finished=output.finished | ended_B)
         active = replace(active, done=active.done | ended_B[active.rows])
         return self._results(self._sharded(active), output)
 
     def longest(self, output: Output) -> Array:
         """Return the length of the longest completion, replicated."""
-        return trees.replicate(jnp.max(jnp.sum(output.mask, axis=1)), self.mesh)
+        return trees.replicate(jnp.max(jnp.sum(output.columns.mask, axis=1)), self.mesh)
 
     def rollout(self, length: int, prompts: PromptBatch, output: Output) -> Rollout:
         """Concatenate the prompts with the first `length` columns of the output."""
         count = self.settings.completions_per_prompt
-        output = jax.tree.map(lambda leaf: leaf[:, :length] if leaf.ndim > 1 else leaf, output)
+        written = jax.tree.map(lambda leaf: leaf[:, :length], output.columns)
         tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
         mask_BT = jnp.repeat(prompts.mask, count, axis=0)
         result = Rollout(
-            tokens=jnp.concatenate([tokens_BT, output.tokens], axis=1),
-            mask=jnp.concatenate([mask_BT, output.mask], axis=1),
-            completion_mask=output.mask,
-            sampler_log_probs=output.log_probs,
-            kept_log_mass=output.kept_log_mass,
+            tokens=jnp.concatenate([tokens_BT, written.tokens], axis=1),
+            mask=jnp.concatenate([mask_BT, written.mask], axis=1),
+            completion_mask=written.mask,
+            sampler_log_probs=written.log_probs,
+            kept_log_mass=written.kept_log_mass,
             finished=output.finished,
-            features=output.features,
+            features=written.features,
         )
         return trees.spread_rows(result, self.mesh)
 
@@ -238,11 +245,11 @@ class Decoder:
         self,
         params: Params,
         active: ActiveRows,
-        chunk: Output,
+        chunk: Columns,
         phi_RD: Array,
         t: Array,
         column: Array,
-    ) -> tuple[ActiveRows, Output]:
+    ) -> tuple[ActiveRows, Columns]:
         """Sample token t of every active row from its features into a column of the chunk."""
         keys_R = jax.vmap(jax.random.fold_in, in_axes=(0, None))(active.keys, t)
         drawn = draw(self.settings, logits(head_of(self.policy, params), phi_RD), keys_R)
@@ -250,12 +257,11 @@ class Decoder:
         tokens_R = jnp.where(real_R, drawn.tokens, self.settings.pad_id)
         # pad_id may equal eos_id: a row that is done stays done either way
         done_R = active.done | (tokens_R == self.settings.eos_id)
-        sampled = Output(
+        sampled = Columns(
             tokens=tokens_R,
             log_probs=jnp.where(real_R, drawn.log_probs, 0.0),
             kept_log_mass=jnp.where(real_R, drawn.kept_log_mass, 0.0),
             mask=real_R,
-            finished=None,
             features=None if chunk.features is None else jnp.where(real_R[:, None], phi_RD, 0),
         )
 
@@ -264,28 +270,28 @@ class Decoder:
                 table, values[:, None].astype(table.dtype), column, axis=1
             )
 
-        chunk = jax.tree.map(set_column, replace(chunk, finished=None), sampled)
-        return replace(active, last=tokens_R, done=done_R), replace(chunk, finished=done_R)
+        chunk = jax.tree.map(set_column, chunk, sampled)
+        return replace(active, last=tokens_R, done=done_R), chunk
 
-    def _empty_output(self, rows: int, columns: int, dtype: Any) -> Output:
-        """Return an output without tokens; `dtype` is that of features."""
+    def _empty(self, rows: int, columns: int, dtype: Any) -> Columns:
+        """Return columns without tokens; `dtype` is that of features."""
         shape = (rows, columns)
         zeros = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
         keep = self.settings.keep_features
-        return Output(
+        return Columns(
             tokens=jnp.full(shape, self.settings.pad_id, jnp.int32),
             log_probs=zeros,
             kept_log_mass=zeros,
             mask=jnp.zeros(shape, bool),
-            finished=jnp.zeros(rows, bool),
             features=jnp.zeros((*shape, self.policy.feature_size), dtype) if keep else None,
         )
 
-    def _write(self, output: Output, chunk: Output, active: ActiveRows, start: Array) -> Output:
-        """Write the columns of a chunk at `start` into the output's rows, block by block."""
-        blocks = trees.blocks(self.mesh, output.mask.shape[0])
+    def _write(self, output: Output, chunk: Columns, active: ActiveRows, start: Array) -> Output:
+        """Write a chunk's columns at `start` into the rows of the output, block by block."""
+        total = len(output.finished)
+        blocks = trees.blocks(self.mesh, total)
         columns_1C = start + jnp.arange(chunk.mask.shape[1])[None]
-        rows = active.rows.reshape(blocks, -1) % (output.mask.shape[0] // blocks)
+        rows = active.rows.reshape(blocks, -1) % (total // blocks)
 
         def of_block(table: Array, values: Array, rows: Array) -> Array:
             return table.at[rows[:, None], columns_1C].set(values, mode="drop")
@@ -295,28 +301,26 @@ class Decoder:
             table, values = (x.reshape(blocks, -1, *x.shape[1:]) for x in (table, values))
             return jax.vmap(of_block)(table, values, rows).reshape(shape)
 
-        finished = output.finished.at[active.rows].set(active.done)
-        output = replace(output, finished=None)
-        return replace(
-            jax.tree.map(write, output, replace(chunk, finished=None)), finished=finished
+        return Output(
+            columns=jax.tree.map(write, output.columns, chunk),
+            finished=output.finished.at[active.rows].set(active.done),
         )
 
     def _results(self, active: ActiveRows, output: Output) -> tuple[ActiveRows, Output, Array]:
         """Return the state, and the number of unfinished rows per block, replicated."""
-        blocks = trees.blocks(self.mesh, output.mask.shape[0])
+        blocks = trees.blocks(self.mesh, len(output.finished))
         remaining = jnp.sum(~active.done.reshape(blocks, -1), axis=1)
         output = trees.spread_rows(output, self.mesh)
         return active, output, trees.replicate(remaining, self.mesh)
 
     def _sharded(self, active: ActiveRows) -> ActiveRows:
         cache, axes = active.cache, (None, trees.ROWS, "tensor")
-        active, mask = trees.spread_rows((replace(active, cache=None), cache.mask), self.mesh)
-        return replace(
-            active,
-            cache=replace(
-                cache,
-                keys=trees.constrain(cache.keys, self.mesh, *axes),
-                values=trees.constrain(cache.values, self.mesh, *axes),
-                mask=mask,
-            ),
+        by_row = (active.last, active.done, active.keys, active.rows, cache.mask)
+        last, done, keys, rows, mask = trees.spread_rows(by_row, self.mesh)
+        cache = replace(
+            cache,
+            keys=trees.constrain(cache.keys, self.mesh, *axes),
+            values=trees.constrain(cache.values, self.mesh, *axes),
+            mask=mask,
         )
+        return ActiveRows(cache=cache, last=last, done=done, keys=keys, rows=rows)

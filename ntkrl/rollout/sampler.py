@@ -7,7 +7,7 @@ half of its rows are done, doubles the KV cache when it is full, and checks for 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ class Sampler:
         # 2. prefill: KV cache of the prompts, first token of every completion
         columns = self.cache_columns(prompt_length, 1 + chunk)
         active, output, remaining = self.programs.prefill(columns, params, prompts, key)
-        rows = output.mask.shape[0]
+        rows = len(output.finished)
         blocks, lengths, sampled = trees.blocks(self.mesh, rows), np.zeros(rows, np.int64), 1
         active, output, most = self._apply_stops(active, output, lengths, remaining)
         # 3. decode loop: chunks of single-token steps while any completion is unfinished
@@ -111,7 +111,7 @@ class Sampler:
     def compilations(self) -> int:
         """Return how many programs were compiled so far."""
         programs = [*self.programs, *([] if self._gather is None else [self._gather])]
-        return sum(program._cache_size() for program in programs)
+        return sum(cast(Any, program)._cache_size() for program in programs)
 
     def gather_program(self, params: Params) -> jax.stages.Wrapped:
         """Return the program that casts params for decoding and gathers them over fsdp."""
@@ -162,7 +162,7 @@ class Sampler:
           `(active, output, most)`, most the largest number of unfinished rows in a block.
         """
         if self.find_stop is not None:
-            tokens_BC, mask_BC = runtime.fetch((output.tokens, output.mask))
+            tokens_BC, mask_BC = runtime.fetch((output.columns.tokens, output.columns.mask))
             lengths_B = mask_BC.sum(axis=1)
             ends_B = np.full(len(lengths_B), self.settings.max_completion_tokens + 1)
             for row in np.nonzero(lengths_B > lengths)[0]:

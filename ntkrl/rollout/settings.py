@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ntkrl.numerics import DTYPES
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
@@ -77,3 +79,47 @@ class SamplerSettings:
     def truncates(self) -> bool:
         """True if top_k, top_p or min_p exclude tokens."""
         return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+    """Sampling of completions in training: the config's rollout section (see SamplerSettings).
+
+    stop: strings that end a completion; they are part of it.
+    cache_dtype: of keys and values while sampling, or None for the network's.
+    gather_params: sample from a copy of the params that is gathered over fsdp.
+    engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
+    """
+
+    completions_per_prompt: int
+    max_completion_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    stop: tuple[str, ...]
+    cache_dtype: str | None
+    gather_params: bool
+    engine: str | None
+
+    def __post_init__(self):
+        problems = []
+        if not self.temperature > 0:
+            problems.append(
+                f"rollout.temperature must be > 0, not {self.temperature}: a greedy sampler gives "
+                "groups of equal completions; for greedy evaluation set eval.temperature=0"
+            )
+        if self.cache_dtype is not None and self.cache_dtype not in DTYPES:
+            problems.append(
+                f"rollout.cache_dtype {self.cache_dtype!r} is not among {', '.join(DTYPES)}"
+            )
+        if not all(self.stop):
+            problems.append("rollout.stop holds an empty string")
+        checked = dataclasses.asdict(self)
+        del checked["stop"], checked["cache_dtype"], checked["engine"]
+        try:
+            SamplerSettings(eos_id=0, pad_id=0, **checked)
+        except ValueError as error:
+            problems.append(str(error).rstrip("."))
+        if problems:
+            raise ValueError("; ".join(problems) + ".")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ntkrl.generate import Collected
+from ntkrl.generate import RewardedRollout
 from ntkrl.reward import RewardResult
-from ntkrl.training.rollout_metrics import rollout_metrics
+from ntkrl.training.rollout_source import rollout_metrics
 from ntkrl.types import Rollout
 
 
@@ -22,7 +22,7 @@ def collected(lengths, finished, rewards, **result):
         finished=np.asarray(finished),
     )
     parts = {"per_function": {}, "logged": {}, "extra": {}, "failures": {}} | result
-    return Collected(rollout, [], RewardResult(np.asarray(rewards, np.float32), **parts))
+    return RewardedRollout(rollout, [], RewardResult(np.asarray(rewards, np.float32), **parts))
 
 
 def test_by_hand():
