@@ -37,6 +37,14 @@ def get_config(run=None):
     return _plan() if run is None else _run(run)
 
 
+def get_study(config, file):
+    """Return the study that `ntkrl study` runs: its phases of runs, and its page of verdicts."""
+    from configs.evidence.paper_study import PaperStudy, StudySettings
+    from ntkrl import runtime
+
+    return PaperStudy(runtime.parse_section(StudySettings, config, "study"), file)
+
+
 def _plan():
     plan = ConfigDict(
         {

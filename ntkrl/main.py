@@ -144,8 +144,7 @@ def _study(words: Sequence[str]) -> None:
     config = runtime.read_config(given)
     named = [word for word in given if word.startswith("--config=")]
     file = named[-1].removeprefix("--config=")
-    settings = runtime.parse_section(study.StudySettings, config, "study")
-    print(f"page: {study.run_study(settings, file, '--page' in words)}")
+    print(f"page: {study.run_study(config, file, '--page' in words)}")
 
 
 def _kernel(words: Sequence[str]) -> None:

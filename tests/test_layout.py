@@ -37,7 +37,9 @@ OWNERS = {
     "flax": {"models"},
     "matplotlib": {"report", "study"},
     "orbax": {"runtime"},
-    "ml_collections": {"runtime", "settings", "update", "training", "evaluation", "prepare"},
+    "ml_collections": {
+        *("runtime", "settings", "update", "training", "evaluation", "prepare", "study"),
+    },
     "pyarrow": {"data", "prepare"},
     "transformers": {"data"},
     "safetensors": {"models"},
@@ -78,13 +80,12 @@ PENDING_ROOMS = {
     "settings",
     "setup",
     "softmax",
-    "study",
     "training",
     "trees",
     "types",
     "update",
 }
-PENDING_FILES = {"configs/evidence/index.html"}
+PENDING_FILES = set()
 
 
 def room_of(path):

@@ -1,6 +1,6 @@
 """Metrics over sampled completions, and their comparison with a base policy."""
 
-from ntkrl.evaluation.comparison import mean_interval
+from ntkrl.evaluation.comparison import mean_interval, powers
 from ntkrl.evaluation.sampling import (
     Evaluated,
     evaluate_policy,
@@ -13,5 +13,6 @@ __all__ = [
     "evaluate_policy",
     "make_evaluation_sample",
     "mean_interval",
+    "powers",
     "prompts_together",
 ]

@@ -1,7 +1,4 @@
-"""Back ends beside the JSONL files: TensorBoard and Weights & Biases.
-
-Both packages are extras, imported here alone and only where a run asks for them.
-"""
+"""TensorBoard and Weights & Biases loggers; their packages are imported on first use."""
 
 from __future__ import annotations
 
@@ -13,29 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ntkrl.report.names import ALIASES, aliased
+from ntkrl.report.metric_names import ALIASES, aliased
 
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by the extra that installs them
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+"""Package by the extra that installs it."""
 WANDB_ID_FILE = "wandb_id"
-
-
-class Logger(Protocol):
-    """What a run's metrics and timings are written to as well."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take the values of a step: numbers, and texts such as the stage's name."""
-
-    def close(self, failed: bool) -> None:
-        """Write what is held back; `failed` where the run ended in an error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingSettings:
-    """Where metrics go beside metrics.jsonl; a run may be resumed with others.
+    """Loggers beside metrics.jsonl; a run may be resumed with different ones.
 
-    tensorboard: whether event files go to `tensorboard/` of the run directory.
-    wandb: project at Weights & Biases, or None; WANDB_MODE=offline keeps the run here.
-    aliases: key of ALIASES whose names both get beside ours, or None.
+    tensorboard: write event files to `tensorboard/` of the run directory.
+    wandb: project at Weights & Biases, or None; with WANDB_MODE=offline the run stays local.
+    aliases: key of ALIASES; both loggers also get each metric under that library's name. Or None.
     """
 
     tensorboard: bool
@@ -51,71 +39,80 @@ class LoggingSettings:
         if self.aliases is not None and not self.tensorboard and self.wandb is None:
             problems.append(
                 "logging.aliases needs logging.tensorboard or logging.wandb: metrics.jsonl has one "
-                "name per thing"
+                "name per metric"
             )
         if problems:
             raise ValueError("; ".join(problems) + ".")
 
 
 def check_loggers(settings: LoggingSettings) -> None:
-    """Import what the settings ask for.
+    """Import the packages of the enabled loggers.
 
     Args:
       settings: of the run.
 
     Raises:
-      ValueError: a package is missing; all at once, with the extras that install them.
+      ValueError: packages are missing; all at once, with the extras that install them.
     """
-    asked = {"tensorboard": settings.tensorboard, "wandb": settings.wandb is not None}
+    enabled = {"tensorboard": settings.tensorboard, "wandb": settings.wandb is not None}
     problems = []
-    for extra in [extra for extra, wanted in asked.items() if wanted]:
-        package = PACKAGES[extra]
+    for extra in (extra for extra, enable in enabled.items() if enable):
         try:
-            importlib.import_module(package)
+            importlib.import_module(PACKAGES[extra])
         except ImportError as error:
             problems.append(
-                f"logging.{extra} needs the package {package} ({error}); "
+                f"logging.{extra} needs the package {PACKAGES[extra]} ({error}); "
                 f"pip install 'ntkrl[{extra}]', or leave logging.{extra} out."
             )
     if problems:
         raise ValueError("\n".join(problems))
 
 
+class Logger(Protocol):
+    """A receiver of metrics and timings beside the JSONL files."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log the values of a step: numbers, and texts such as the stage's name."""
+
+    def close(self, failed: bool) -> None:
+        """Flush; `failed` where the run ended in an error."""
+
+
 def open_loggers(
     settings: LoggingSettings, directory: Path, group: str, resume_step: int
 ) -> list[Logger]:
-    """Open the back ends of a run.
+    """Open the loggers of a run.
 
     Args:
       settings: of the run.
       directory: the run directory, with its config.json.
       group: name that seeds of one method share.
-      resume_step: optimizer steps the restored state has taken, −1 for a run from the start.
+      resume_step: optimizer steps of the restored state, −1 for a new run.
 
     Raises:
       ValueError: Weights & Biases refuses the run.
     """
-    found: list[Logger] = []
+    loggers: list[Logger] = []
     if settings.wandb is not None:
-        found.append(WeightsAndBiases(directory, settings.wandb, group))
+        loggers.append(WeightsAndBiases(directory, settings.wandb, group))
     if settings.tensorboard:
-        found.append(TensorBoard(directory / "tensorboard", resume_step))
+        loggers.append(TensorBoard(directory / "tensorboard", resume_step))
     if settings.aliases is None:
-        return found
-    return [Aliased(logger, settings.aliases) for logger in found]
+        return loggers
+    return [Aliased(logger, settings.aliases) for logger in loggers]
 
 
 class TensorBoard:
-    """Event files; a resumed run hides the steps that it takes again.
+    """Event files; a resumed run hides the steps that it repeats.
 
-    Their names have no characters but letters, digits and -_/. so that it is `eval/pass_1` there.
+    TensorBoard's names allow only letters, digits and -_/. so `eval/pass@1` becomes `eval/pass_1`.
     """
 
     def __init__(self, directory: Path, resume_step: int):
         """Begin an event file of the steps after `resume_step`."""
         import tensorboardX
 
-        # numbered: files begun in one second would have one name, and the last would remain
+        # numbered: files begun within one second would overwrite each other
         number = len(list(directory.glob("events.*")))
         self._writer = tensorboardX.SummaryWriter(
             str(directory),
@@ -130,7 +127,7 @@ class TensorBoard:
         for name, value in values.items():
             if not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
-            elif name not in self._texts or self._texts[name] != value:
+            elif self._texts.get(name) != value:
                 self._texts[name] = value
                 self._writer.add_text(name, value, step)
 
@@ -140,14 +137,14 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run at Weights & Biases, which a resumed run goes on with.
+    """A run at Weights & Biases, continued when the run directory is resumed.
 
-    Its steps only ever rise there, while a resumed run takes some again; so `step` is a metric
-    like the others, and the axis of their charts.
+    W&B's own steps must rise, while a resumed run repeats some; so `step` is logged as a metric
+    and serves as the axis of the charts.
     """
 
     def __init__(self, directory: Path, project: str, group: str):
-        """Start the run, or go on with the one whose id the run directory holds.
+        """Start the run, or continue the one whose id is in the run directory.
 
         Raises:
           ValueError: Weights & Biases refuses it.
@@ -165,45 +162,45 @@ class WeightsAndBiases:
                 config=json.loads((directory / "config.json").read_text(encoding="utf-8")),
             )
         except wandb.Error as error:
-            said = str(error).rstrip(".")
+            message = str(error).rstrip(".")
             raise ValueError(
-                f"Weights & Biases did not start the run: {said}. Log in with `wandb login`, set "
-                "WANDB_MODE=offline to keep the run here, or leave logging.wandb out."
+                f"Weights & Biases did not start the run: {message}. Log in with `wandb login`, "
+                "set WANDB_MODE=offline to keep the run here, or leave logging.wandb out."
             ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log the values beside their step."""
+        """Log the values with their step."""
         self._run.log({"step": step, **values})
 
     def close(self, failed: bool) -> None:
-        """End the run; it waits for what is still on its way."""
+        """End the run after uploading pending values."""
         self._run.finish(exit_code=int(failed))
 
 
 class Aliased:
-    """A back end that gets values under another library's names too."""
+    """A logger that also gets values under another library's names."""
 
     def __init__(self, logger: Logger, style: str):
         """Wrap `logger`; `style` is a key of ALIASES."""
         self._logger, self._style = logger, style
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the values under both names."""
+        """Log the values under both names."""
         renamed = aliased(self._style, {"step": step, **values})
         self._logger.write(step, {**values, **renamed})
 
     def close(self, failed: bool) -> None:
-        """Close the back end."""
+        """Close the wrapped logger."""
         self._logger.close(failed)
 
 
 def _run_id(path: Path) -> str:
-    """Read the run's id at Weights & Biases, or make one up.
+    """Read the run's id at Weights & Biases, or draw one.
 
-    It is drawn, not derived from the config: a directory that was removed to start over must not
-    go on with the old run, and the id of a run deleted there can never be used again.
+    Random instead of derived from the config: a removed directory must not continue the old run,
+    and W&B never accepts the id of a deleted run again.
     """
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")

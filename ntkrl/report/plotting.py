@@ -1,4 +1,4 @@
-"""Drawing parts that the figures share: colours, panels, curves over runs, stage marks.
+"""Elements shared by the figures: colours, panels, curves over runs, stage marks, files.
 
 Everything is set on Figure and Axes objects; no pyplot, hence no state between figures. Sizes
 are chosen for a phone: 5.2 inches drawn on 350 pixels leave 11 points at about 10 pixels.
@@ -6,9 +6,12 @@ are chosen for a phone: 5.2 inches drawn on 350 pixels leave 11 points at about 
 
 from __future__ import annotations
 
-import dataclasses
+import io
+import warnings
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -16,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ntkrl.report.names import GLOSSARY
+from ntkrl.report.metric_names import GLOSSARY
 from ntkrl.report.runs import Run, by_name, series, stage_ends
 
 # Okabe and Ito's palette without yellow (too light on white) and black (kept for references).
@@ -25,10 +28,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 WIDTH_INCHES = 5.2
 REFERENCE_GREY = "#555555"
 LABEL_CHARACTERS = 28
+DOTS_PER_INCH = 180
+FORMATS = {"png": {"Software": None}, "svg": {"Creator": None, "Date": None}}
+"""File formats of a figure, each without the metadata that would differ between equal figures."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """Colour and marker of one method, equal in all figures of a report."""
 
     color: str
@@ -36,9 +41,9 @@ class Look:
 
 
 def looks(runs: Sequence[Run]) -> dict[str, Look]:
-    """Give every method its look, by the order of names.
+    """Assign each method a look, by the order of names.
 
-    Beyond six methods colours repeat with other markers, so every pair stays apart up to 36.
+    Beyond six methods colours repeat with other markers, so up to 36 looks differ.
     """
     count = len(PALETTE)
     return {
@@ -47,8 +52,18 @@ def looks(runs: Sequence[Run]) -> dict[str, Look]:
     }
 
 
+def figure_bytes(figure: Figure, suffix: str, dots_per_inch: int = DOTS_PER_INCH) -> bytes:
+    """Return a figure as file of a format; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "ntkrl"}):
+        # texts of runs may hold characters that the font lacks; it draws boxes for them
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format=suffix, dpi=dots_per_inch, metadata=FORMATS[suffix])
+    return buffer.getvalue()
+
+
 def shown(text: str, limit: int = LABEL_CHARACTERS) -> str:
-    """Shorten a user's word and keep matplotlib from reading it as mathematics."""
+    """Shorten a user's text and escape dollars, which matplotlib reads as mathematics."""
     short = text if len(text) <= limit else text[: limit - 1] + "…"
     return short.replace("$", r"\$")
 
@@ -58,20 +73,27 @@ def has(runs: Sequence[Run], name: str) -> bool:
     return any(np.isfinite(series(run, name)[1]).any() for run in runs)
 
 
-def panels(count: int, title: str, height: float = 2.2) -> tuple[Figure, list[Axes]]:
-    """Make a figure of `count` panels below each other that share their steps."""
-    # One panel alone may be taller; the title and the legend need 0.9 inches.
-    inches = 3.0 if count == 1 else height * count
-    figure = Figure(figsize=(WIDTH_INCHES, inches + 0.9), layout="constrained", facecolor="white")
-    axes = list(figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0])
+def column(title: str, inches: float, count: int, **layout: Any) -> tuple[Figure, list[Axes]]:
+    """Return a titled figure of `count` axes below each other, and the axes."""
+    size = (WIDTH_INCHES, inches)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    axes = list(figure.subplots(count, 1, squeeze=False, **layout)[:, 0])
     figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
+    return figure, axes
+
+
+def panels(count: int, title: str, height: float = 2.2) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` panels below each other that share their horizontal axis."""
+    # A single panel may be taller; the title and the legend need 0.9 inches.
+    inches = 3.0 if count == 1 else height * count
+    figure, axes = column(title, inches + 0.9, count, sharex=True)
     for axis in axes:
         dress(axis)
     return figure, axes
 
 
 def dress(axis: Axes) -> None:
-    """Set what all axes have in common."""
+    """Apply the style common to all axes."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=11)
     axis.grid(True, color="#dddddd", linewidth=0.6)
@@ -79,15 +101,21 @@ def dress(axis: Axes) -> None:
 
 
 def label_steps(axis: Axes) -> None:
-    """Name the horizontal axis of the lowest panel."""
+    """Label the horizontal axis of the lowest panel."""
     axis.set_xlabel(f"optimizer {GLOSSARY['step'][0]}", fontsize=12)
 
 
-def name_values(axis: Axes, metric: str, words: str) -> None:
-    """Name the vertical axis in words, with the unit the glossary gives the metric."""
+def label_values(axis: Axes, metric: str, words: str) -> None:
+    """Label the vertical axis in words, with the metric's unit from the glossary."""
     unit = GLOSSARY[metric][0]
     label = words if unit in words else f"{words}\n({unit})"
     axis.set_ylabel(label, fontsize=12)
+
+
+def label_bar(axis: Axes, value: float, row: float, text: str, **style: Any) -> None:
+    """Write a text beside the end of a horizontal bar."""
+    style = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", **style}
+    axis.annotate(text, (value, row), fontsize=10, **style)
 
 
 def draw_curves(axis: Axes, runs: Sequence[Run], name: str, marked: bool = True) -> None:
@@ -99,22 +127,27 @@ def draw_curves(axis: Axes, runs: Sequence[Run], name: str, marked: bool = True)
       name: the metric.
       marked: put markers on the bold line, for metrics that are measured now and then.
     """
+    groups = by_name(runs)
     for method, look in looks(runs).items():
-        group = by_name(runs)[method]
-        curves = [curve for curve in (series(run, name) for run in group) if curve[0].size]
+        curves = recorded(groups[method], name)
         if not curves:
             continue
         if len(curves) > 1:
             for steps, values in curves:
                 axis.plot(steps, values, color=look.color, linewidth=0.7, alpha=0.5)
-        steps, values = coinciding(curves)
         bold = {"color": look.color, "linewidth": 2.2}
         if marked:
             bold |= {"marker": look.marker, "markersize": 4.5}
-        axis.plot(steps, values.mean(axis=0), **bold)
-        if len(curves) > 1:
-            low, high = values.min(axis=0), values.max(axis=0)
-            axis.fill_between(steps, low, high, color=look.color, alpha=0.18, linewidth=0)
+        draw_mean(axis, curves, **bold)
+
+
+def draw_mean(axis: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], **style: Any) -> None:
+    """Draw the mean of curves and, for several, the band from lowest to highest."""
+    steps, values = coinciding(curves)
+    axis.plot(steps, values.mean(axis=0), **style)
+    if len(curves) > 1:
+        low, high = values.min(axis=0), values.max(axis=0)
+        axis.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def draw_thin(axis: Axes, runs: Sequence[Run], name: str) -> None:
@@ -122,6 +155,11 @@ def draw_thin(axis: Axes, runs: Sequence[Run], name: str) -> None:
     for method, look in looks(runs).items():
         for run in by_name(runs)[method]:
             axis.plot(*series(run, name), color=look.color, linewidth=0.6, alpha=0.4)
+
+
+def recorded(runs: Sequence[Run], name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the series of a metric of every run that has it."""
+    return [curve for curve in (series(run, name) for run in runs) if curve[0].size]
 
 
 def coinciding(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +179,7 @@ def coinciding(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
 
 
 def draw_stages(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
-    """Mark where stages end with dashed lines, each named once in the first panel."""
+    """Mark the ends of stages with dashed lines, each named once in the first panel."""
     ends = sorted({(step, stage) for run in runs for stage, step in stage_ends(run)})
     last = max((line["step"] for run in runs for line in run.metrics), default=0)
     for number, (step, stage) in enumerate(ends):
@@ -163,22 +201,22 @@ def draw_stages(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
         )
 
 
-def finish(
+def add_legend(
     figure: Figure,
     runs: Sequence[Run],
     extra: Sequence[tuple[Artist, str]] = (),
     band: str = "lowest to highest",
 ) -> Figure:
-    """Add the legend of methods, of bands over seeds (and what else is drawn) below the panels."""
-    entries = [
-        (Line2D([], [], color=look.color, marker=look.marker, linewidth=2.2, markersize=5), name)
-        for name, look in looks(runs).items()
-    ]
-    labels = [shown(f"{name}{_seeds(runs, name)}") for _, name in entries]
-    if any(len(group) > 1 for group in by_name(runs).values()):
-        extra = [*extra, (Patch(color=REFERENCE_GREY, alpha=0.18), f"band: {band}")]
-    labels.extend(text for _, text in extra)
-    handles = [handle for handle, _ in entries] + [handle for handle, _ in extra]
+    """Add the legend of methods, bands over seeds and extra entries below the panels."""
+    groups, entries = by_name(runs), []
+    for name, look in looks(runs).items():
+        seeds = f", mean of {len(groups[name])} runs" if len(groups[name]) > 1 else ""
+        line = Line2D([], [], color=look.color, marker=look.marker, linewidth=2.2, markersize=5)
+        entries.append((line, shown(f"{name}{seeds}")))
+    entries += extra
+    if any(len(group) > 1 for group in groups.values()):
+        entries.append((Patch(color=REFERENCE_GREY, alpha=0.18), f"band: {band}"))
+    handles, labels = zip(*entries, strict=True)
     columns = 2 if len(labels) > 1 and max(map(len, labels)) <= 26 else 1
     figure.legend(
         handles,
@@ -190,8 +228,3 @@ def finish(
         handlelength=1.8,
     )
     return figure
-
-
-def _seeds(runs: Sequence[Run], name: str) -> str:
-    count = len(by_name(runs)[name])
-    return f", mean of {count} runs" if count > 1 else ""

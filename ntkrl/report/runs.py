@@ -1,7 +1,7 @@
-"""Reading run directories, of runs that ended, go on or crashed, into frozen records.
+"""Run directories of finished, running or crashed runs, read into frozen records.
 
 Imports numpy, the standard library and this room only, so that a report can be built on any
-machine. What is missing is written down in words and never filled in.
+machine. Missing parts are named in notes and never filled in.
 """
 
 from __future__ import annotations
@@ -10,37 +10,36 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ntkrl.report.ledgers import StepLedger, read_ledgers
-from ntkrl.report.names import is_known
-from ntkrl.report.probes import ProbeTexts, read_probes, read_texts
-from ntkrl.report.writers import FINISHED_FILE, METRICS_FILE, TIMINGS_FILE
+from ntkrl.report.metric_names import is_known
+from ntkrl.report.metrics_writer import FINISHED_FILE, METRICS_FILE, TIMINGS_FILE
+from ntkrl.report.records import ProbeTexts, StepLedger, read_ledgers, read_probes, read_texts
 
-OF_PROBES = ("probe/", "predict/", "ledger/")
-"""Metrics that are read on the probe set."""
+PROBE_METRICS = ("probe/", "predict/", "ledger/")
+"""Prefixes of metrics that are measured on the probe set."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """What one run directory holds.
+    """Contents of one run directory.
 
     path: the directory.
     name: label of the method, from the config; runs of one name differ in the seed.
     seed: from the config.
-    config: the whole config.
-    metrics: lines of metrics.jsonl in order of writing.
-    timings: lines of timings.jsonl in order of writing.
-    texts: the probe set in words, None in older runs.
+    config: the complete config.
+    metrics, timings: lines of metrics.jsonl and timings.jsonl in file order.
+    texts: the probe set as text, None in older runs.
     probes: per step, arrays `[O]` over probe tokens, and `cosines` `[S, S]`.
-    ledgers: per step, its account.
-    evaluations: by name, the metrics of `ntkrl evaluate`.
-    finished: True when the run ended normally.
-    notes: what is missing or odd, in words.
+    ledgers: by step.
+    evaluations: metrics of `ntkrl evaluate`, by name of the evaluation.
+    finished: whether the run ended normally.
+    notes: missing or unusable parts, in words.
     """
 
     path: Path
@@ -64,10 +63,10 @@ def read_run(path: str | os.PathLike) -> Run:
       path: the directory a training run wrote.
 
     Returns:
-      The Run; what a running or crashed run lacks is named in `notes`.
+      The Run; `notes` name what a running or crashed run lacks.
 
     Raises:
-      ValueError: the path is no run directory, or its config has no name or seed.
+      ValueError: the path is not a run directory, or its config has no name or seed.
     """
     path = Path(path)
     config = _read_config(path)
@@ -109,32 +108,40 @@ def read_runs(paths: Sequence[str | os.PathLike]) -> tuple[Run, ...]:
       The runs.
 
     Raises:
-      ValueError: no path, a path given twice, or a path that is no run directory.
+      ValueError: no path, a repeated path, or a path that is not a run directory.
     """
     if not paths:
         raise ValueError("no run directories were given; name at least one")
     resolved = [Path(path).resolve() for path in paths]
-    twice = sorted({str(path) for path in resolved if resolved.count(path) > 1})
-    if twice:
-        raise ValueError(f"run directories given more than once: {', '.join(twice)}")
+    repeated = sorted({str(path) for path in resolved if resolved.count(path) > 1})
+    if repeated:
+        raise ValueError(f"run directories given more than once: {', '.join(repeated)}")
     return ordered([read_run(path) for path in paths])
 
 
 def ordered(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Sort by name, then seed, then directory: whatever order the file system has."""
+    """Sort by name, then seed, then directory, independent of the file system's order."""
     return tuple(sorted(runs, key=lambda run: (run.name, run.seed, str(run.path))))
 
 
 def by_name(runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:
-    """Group runs by method, methods and seeds in the order of `ordered`."""
+    """Group runs by method; methods and seeds in the order of `ordered`."""
     groups: dict[str, tuple[Run, ...]] = {}
     for run in ordered(runs):
-        groups[run.name] = (*groups[run.name], run) if run.name in groups else (run,)
+        groups[run.name] = (*groups.get(run.name, ()), run)
     return groups
 
 
+def groups_with(runs: Sequence[Run], value: Callable[[Run], Any]) -> dict[str, list[Any]]:
+    """Return each method's truthy values of its runs; methods without any are left out."""
+    groups = {
+        name: [v for run in group if (v := value(run))] for name, group in by_name(runs).items()
+    }
+    return {name: values for name, values in groups.items() if values}
+
+
 def comparable(runs: Sequence[Run]) -> tuple[tuple[Run, ...], str]:
-    """Take from runs what was read on different tokens.
+    """Drop probe measurements of runs that were probed on different tokens.
 
     Args:
       runs: any runs.
@@ -142,7 +149,7 @@ def comparable(runs: Sequence[Run]) -> tuple[tuple[Run, ...], str]:
     Returns:
       runs: the same, without probes, ledgers and the metrics of probe tokens where digests of
         their probe sets differ.
-      refusal: which runs have which set, in words; "" where nothing differs.
+      refusal: the runs of each probe set, in words; "" where the sets are equal.
     """
     digests: dict[str, list[str]] = {}
     for run in ordered(runs):
@@ -160,7 +167,7 @@ def comparable(runs: Sequence[Run]) -> tuple[tuple[Run, ...], str]:
 
 def _without_probes(run: Run) -> Run:
     metrics = [
-        {name: value for name, value in line.items() if not name.startswith(OF_PROBES)}
+        {name: value for name, value in line.items() if not name.startswith(PROBE_METRICS)}
         for line in run.metrics
     ]
     return dataclasses.replace(run, metrics=metrics, probes={}, ledgers={})
@@ -183,16 +190,16 @@ def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
     """
     if not is_known(name) or name == "stage":
         raise ValueError(f"{name!r} is not a numeric metric of the glossary")
-    found = {line["step"]: line[name] for line in run.metrics if name in line}
-    steps = sorted(found)
-    values = [math.nan if found[step] is None else float(found[step]) for step in steps]
+    values_by_step = {line["step"]: line[name] for line in run.metrics if name in line}
+    steps = sorted(values_by_step)
+    values = [math.nan if (v := values_by_step[step]) is None else float(v) for step in steps]
     return np.array(steps, dtype=int), np.array(values, dtype=float)
 
 
 def stage_ends(run: Run) -> tuple[tuple[str, int], ...]:
-    """Return (name, last step) of every stage but the one the run is in, or ended in.
+    """Return (name, last step) of every stage but the current or last one.
 
-    The stages are those written in the metrics, or those of the config when none is written.
+    The stages are those in the metrics, or those of the config where the metrics name none.
     """
     labelled = [(line["step"], line["stage"]) for line in run.metrics if "stage" in line]
     labelled = [(step, stage) for step, stage in sorted(labelled) if step > 0]
@@ -200,17 +207,12 @@ def stage_ends(run: Run) -> tuple[tuple[str, int], ...]:
         pairs = zip(labelled, labelled[1:], strict=False)
         return tuple((str(stage), step) for (step, stage), (_, after) in pairs if stage != after)
     ends, total = [], 0
-    for stage in config_stages(run)[:-1]:
-        if stage["steps"] is None:  # given in epochs: the prompts say how long
+    for stage in run.config.get("stages", ())[:-1]:
+        if stage["steps"] is None:  # in epochs: the number of prompts decides
             break
         total += int(stage["steps"])
         ends.append((str(stage["name"]), total))
     return tuple(ends)
-
-
-def config_stages(run: Run) -> Sequence[dict[str, Any]]:
-    """Return the stages of the config, none when it names none."""
-    return run.config["stages"] if "stages" in run.config else ()
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -218,22 +220,23 @@ def _read_config(path: Path) -> dict[str, Any]:
         "expected a directory with config.json (with a name and a seed) and metrics.jsonl, as "
         "training writes it"
     )
+    file = path / "config.json"
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; {expected}")
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} is no run directory, it has no config.json; {expected}")
+    if not file.is_file():
+        raise ValueError(f"{path} is not a run directory, it has no config.json; {expected}")
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} is not JSON ({error}); {expected}") from error
+        raise ValueError(f"{file} is not JSON ({error}); {expected}") from error
     missing = [key for key in ("name", "seed") if not isinstance(config, dict) or key not in config]
     if missing:
-        raise ValueError(f"{path / 'config.json'} has no {' and no '.join(missing)}; {expected}")
+        raise ValueError(f"{file} has no {' and no '.join(missing)}; {expected}")
     return config
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read the lines that can be read and name those that cannot."""
+    """Read the valid lines of a JSONL file, with a note for each other line."""
     if not path.exists():
         return [], [f"no {path.name}"]
     lines, notes = [], []
@@ -241,23 +244,17 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
-        line = _parse(text)
-        if line is not None:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
         elif number == len(texts):  # no newline after it
             notes.append(f"the last line of {path.name} is cut short and was left out")
         else:
             notes.append(f"line {number} of {path.name} cannot be read and was left out")
     return lines, notes
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    whole = isinstance(line, dict) and "step" in line and isinstance(line["step"], int)
-    return line if whole else None
 
 
 def _content_notes(metrics: Sequence[dict[str, Any]]) -> list[str]:
@@ -268,25 +265,27 @@ def _content_notes(metrics: Sequence[dict[str, Any]]) -> list[str]:
         notes.append("no held-out evaluation of the starting model (eval/reward at step 0)")
     if not any("predict/head_share" in line for line in metrics):
         notes.append("no predicted changes (predict/…)")
-    counts: dict[str, int] = {}
-    for line in metrics:
-        for name, value in line.items():
-            if value is None or (isinstance(value, float) and not math.isfinite(value)):
-                counts[name] = counts[name] + 1 if name in counts else 1
+    counts = Counter(
+        name
+        for line in metrics
+        for name, value in line.items()
+        if value is None or (isinstance(value, float) and not math.isfinite(value))
+    )
     notes.extend(f"{name} is not finite at {count} steps" for name, count in sorted(counts.items()))
     return notes
 
 
 def _read_evaluations(directory: Path) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Read `NAME.json`, which holds metrics, beside `NAME.rewards.json`, which does not."""
+    """Read the metrics in `NAME.json`; `NAME.rewards.json` holds none."""
     evaluations, notes = {}, []
     for path in sorted(directory.glob("*.json")):
         if path.name.endswith(".rewards.json"):
             continue
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            metrics = json.loads(path.read_text(encoding="utf-8"))
             evaluations[path.stem] = {
-                name: math.nan if told[name] is None else float(told[name]) for name in sorted(told)
+                name: math.nan if metrics[name] is None else float(metrics[name])
+                for name in sorted(metrics)
             }
         except (OSError, ValueError, TypeError):
             notes.append(f"evaluations/{path.name} cannot be read and was left out")

@@ -1,75 +1,115 @@
-"""A study: many runs from one plan, and what they say about the claims they were made for.
+"""Studies: many runs from one config file, resumed where they stopped, and a page about them.
 
-Promise: one command goes on where it stopped, every run is a command that is kept, and the page
-is made from run directories alone.
+Promise: one command runs what has not run yet, every run is a command that is recorded, and the
+page is made from run directories alone. The config file offers the study: which runs there are and
+what its page says about them (see `configs/study.py`).
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from tqdm import tqdm
+from ml_collections import ConfigDict
 
-from ntkrl import runtime
-from ntkrl.study.claims import verdicts
-from ntkrl.study.page import write_page
-from ntkrl.study.plan import Commands, StudySettings
-from ntkrl.study.results import Results
-from ntkrl.study.running import run_jobs
-from ntkrl.study.similarity import write_similarities
-from ntkrl.study.summary import write_summaries
-from ntkrl.study.tasks import write_preferences, write_prompts
+from ntkrl.study.jobs import Job, run_jobs, started_commands
+from ntkrl.study.overview import ArmGroup, figure_html, group_sections
+from ntkrl.study.results import (
+    Measure,
+    Point,
+    Results,
+    area,
+    at_time,
+    change,
+    first,
+    grid_points,
+    last,
+    mean_interval,
+    mean_of,
+    paired,
+    rank_points,
+    training_seconds,
+    write_run_metrics,
+)
 
-__all__ = ["StudySettings", "run_study"]
+__all__ = [
+    "ArmGroup",
+    "Job",
+    "Measure",
+    "Point",
+    "Results",
+    "Study",
+    "area",
+    "at_time",
+    "change",
+    "figure_html",
+    "first",
+    "grid_points",
+    "group_sections",
+    "last",
+    "load_study",
+    "mean_interval",
+    "mean_of",
+    "paired",
+    "rank_points",
+    "run_study",
+    "started_commands",
+    "training_seconds",
+    "write_run_metrics",
+]
 
 
-def run_study(study: StudySettings, file: str, page_only: bool = False) -> Path:
+class Study(Protocol):
+    """A study, as `get_study(config, file)` of its config file returns it.
+
+    root: directory of everything the study writes.
+    jobs: commands at a time.
+    """
+
+    root: Path
+    jobs: int
+
+    def phases(self) -> Iterable[tuple[str, Sequence[Job]]]:
+        """Yield a title and jobs; a phase is asked for after the ones before have succeeded."""
+
+    def write_page(self, command: str) -> Path:
+        """Write the page from the runs that exist, and name the command on it."""
+
+
+def run_study(config: ConfigDict, file: str, page_only: bool = False) -> Path:
     """Run what has not run yet, and write the page.
 
     Args:
-      study: the plan.
-      file: of its config.
+      config: of the study.
+      file: path of its config file.
       page_only: run nothing; the page says what is missing.
 
     Returns:
-      The page. Beside it lie the verdicts (`verdicts.md`, `verdicts.json`) and `runs.jsonl`.
+      The page.
 
     Raises:
-      ValueError: a run failed.
+      ValueError: the file offers no study, or a run failed.
     """
-    if not page_only:
-        write_prompts(study.root)
-        for title, jobs in Commands(study, file).phases():
-            if title == "reward models":
-                _write_preferences(study)
-            run_jobs(title, jobs, study.jobs, study.root)
-        _write_similarities(study)
-    results = Results(study)
-    listed = verdicts(results)
-    told = [verdict._asdict() for verdict in listed]
-    runtime.save_text(study.root / "verdicts.json", json.dumps(told, indent=2) + "\n")
-    write_summaries(results)
-    return write_page(results, listed, f"ntkrl study --config={file}")
+    study = load_study(config, file)
+    for title, jobs in () if page_only else study.phases():
+        run_jobs(title, jobs, study.jobs, study.root)
+    return study.write_page(f"ntkrl study --config={file}")
 
 
-def _write_preferences(study: StudySettings) -> None:
-    """Pair the base models' samples, for each reward model there will be."""
-    for size in study.learned:
-        for seed in study.seeds:
-            place = study.place(size, "base", seed)
-            samples = place / "train" / "evaluations" / f"{place.name}.jsonl"
-            out = study.place(size, "data", seed) / "preferences.jsonl"
-            write_preferences(samples, out, seed)
+def load_study(config: ConfigDict, file: str) -> Study:
+    """Return the study that a config file offers.
 
-
-def _write_similarities(study: StudySettings) -> None:
-    places = [
-        (study.place(size, "base", seed), study.place(size, arm, seed))
-        for size, arms in study.arms.items()
-        for arm in ("base", *(arm for arm in arms if arm in ("rl", "cfrl")))
-        for seed in study.seeds
-    ]
-    for base, place in tqdm(places, desc="similarity by layer"):
-        samples = base / "test" / "evaluations" / f"{base.name}.jsonl"
-        write_similarities(place / "export", samples, place / "similarity.json")
+    Raises:
+      ValueError: the file offers none, or the config is refused.
+    """
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_study"):
+        raise ValueError(
+            f"{file} is not the config of a study; expected get_study(config, file) beside its "
+            "get_config, as in configs/study.py."
+        )
+    return module.get_study(config, file)

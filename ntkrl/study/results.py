@@ -1,178 +1,221 @@
-"""What a study's runs found: numbers by arm and seed, and statistics over seeds."""
+"""Results of a study's runs: measures by arm and seed, statistics over seeds, choice of rates.
+
+A run of an arm and seed is in `ROOT/GROUP/ARM-SEED`; groups hold what shares a base model or a
+task.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ntkrl import intervals
+from ntkrl import intervals, runtime
 from ntkrl.report import Run, read_run, series
-from ntkrl.report.probes import read_arrays, step_files
-from ntkrl.study.plan import StudySettings
 
+Measure = Callable[[Run], float]
+"""A number of one run."""
+Point = dict[str, float]
+"""Values of a grid's keys."""
 TRAINING = ("sample", "reward", "score", "update", "data")
-"""Activities that a run's wall time is made of; evaluations and probes are not."""
+"""Timed activities that count as training; evaluations and probes do not."""
+DIGITS = 6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results:
-    """The run directories of a study, read as they are asked for."""
+    """The runs of a study, read on first use.
 
-    study: StudySettings
-    held: dict[Path, Run | None] = dataclasses.field(default_factory=dict)
+    root: directory of the study.
+    seeds: of the runs that are compared.
+    """
 
-    def run(self, size: str, arm: str, seed: int) -> Run | None:
-        """Return a run, None where there is none that has begun."""
-        return self.at(self.study.place(size, arm, seed))
+    root: Path
+    seeds: tuple[int, ...]
+    _cache: dict[Path, Run | None] = dataclasses.field(default_factory=dict)
+
+    def place(self, group: str, arm: str, seed: int) -> Path:
+        """Return the directory of a run."""
+        return self.root / group / f"{arm}-{seed}"
 
     def at(self, place: Path) -> Run | None:
         """Return the run of a directory, None where none has begun."""
-        if place not in self.held:
+        if place not in self._cache:
             begun = (place / "metrics.jsonl").exists()
-            self.held[place] = read_run(place) if begun else None
-        return self.held[place]
+            self._cache[place] = read_run(place) if begun else None
+        return self._cache[place]
 
-    def over_seeds(self, size: str, arm: str, measure: Callable[[Run], float]) -> np.ndarray:
-        """Return a number of each seed's finished run `[seeds]`, NaN where there is none."""
-        runs = [self.run(size, arm, seed) for seed in self.study.seeds]
-        done = [run if run is not None and run.finished else None for run in runs]
-        return np.array([math.nan if run is None else measure(run) for run in done])
+    def runs(self, group: str, arm: str) -> list[Run | None]:
+        """Return the runs of an arm by seed, None where none has begun."""
+        return [self.at(self.place(group, arm, seed)) for seed in self.seeds]
 
-    def told(self, size: str, arm: str, name: str, file: str) -> np.ndarray:
-        """Return a metric of each seed's evaluation `[seeds]`: `{arm}-{seed}/FILE/evaluations`."""
-        found = []
-        for seed in self.study.seeds:
-            place = self.study.place(size, arm, seed)
-            path = place / file / "evaluations" / f"{place.name}.json"
-            value = _json(path)[name] if path.exists() else None
-            found.append(math.nan if value is None else value)
-        return np.array(found, float)
+    def over_seeds(self, group: str, arm: str, measure: Measure) -> np.ndarray:
+        """Return a measure of each seed's finished run `[seeds]`, NaN where there is none."""
+        runs = self.runs(group, arm)
+        return np.array([measure(r) if r is not None and r.finished else math.nan for r in runs])
 
-    @property
-    def missing(self) -> list[str]:
-        """Runs that are not there or not finished, in words."""
-        lost = []
-        for size in self.study.sizes:
-            for arm in self.study.arms[size]:
-                if arm.startswith("sgd"):
-                    continue
-                seeds = [s for s in self.study.seeds if not _finished(self.run(size, arm, s))]
-                if seeds:
-                    lost.append(f"{size} {arm}: seeds {', '.join(map(str, seeds))}")
-        return lost
+    def evaluated(self, group: str, arm: str, directory: str, metric: str) -> np.ndarray:
+        """Return a metric of each seed's evaluation in a directory of the run `[seeds]`."""
+        values = []
+        for seed in self.seeds:
+            place = self.place(group, arm, seed)
+            path = place / directory / "evaluations" / f"{place.name}.json"
+            metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            values.append(math.nan if metrics.get(metric) is None else metrics[metric])
+        return np.array(values, float)
 
+    def missing(self, group: str, arms: Sequence[str]) -> Iterator[str]:
+        """Yield each arm with missing or unfinished runs, and their seeds."""
+        for arm in arms:
+            runs = zip(self.seeds, self.runs(group, arm), strict=True)
+            seeds = [str(seed) for seed, run in runs if run is None or not run.finished]
+            if seeds:
+                yield f"{group} {arm}: seeds {', '.join(seeds)}"
 
-def first(name: str) -> Callable[[Run], float]:
-    """Return the measure of a run: a metric's first value."""
-    return lambda run: _at(run, name, 0)
-
-
-def last(name: str) -> Callable[[Run], float]:
-    """Return the measure of a run: a metric's last value."""
-    return lambda run: _at(run, name, -1)
+    def finished(self, group: str) -> Iterator[Run]:
+        """Yield every finished run below the directory of a group, whatever its arm and seed."""
+        for mark in sorted((self.root / group).glob("**/finished")):
+            run = self.at(mark.parent)
+            if run is not None:
+                yield run
 
 
-def change(name: str) -> Callable[[Run], float]:
-    """Return the measure of a run: a metric's last value less its first."""
-    return lambda run: _at(run, name, -1) - _at(run, name, 0)
+def first(metric: str) -> Measure:
+    """Return the measure: a metric's first value."""
+    return lambda run: _value(run, metric, 0)
 
 
-def mean_of(name: str) -> Callable[[Run], float]:
-    """Return the measure of a run: the mean of a metric over steps."""
-    return lambda run: _mean(series(run, name)[1])
+def last(metric: str) -> Measure:
+    """Return the measure: a metric's last value."""
+    return lambda run: _value(run, metric, -1)
 
 
-def area(run: Run) -> float:
-    """Return the mean of the held-out reward over the steps of a run: area under its curve."""
-    steps, values = series(run, "eval/reward")
-    if steps.size < 2:
-        return math.nan
-    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+def change(metric: str) -> Measure:
+    """Return the measure: a metric's last value less its first."""
+    return lambda run: _value(run, metric, -1) - _value(run, metric, 0)
 
 
-def seconds(run: Run, step: float) -> float:
+def mean_of(metric: str) -> Measure:
+    """Return the measure: the mean of a metric's finite values."""
+
+    def measure(run: Run) -> float:
+        values = series(run, metric)[1]
+        finite = values[np.isfinite(values)]
+        return float(finite.mean()) if finite.size else math.nan
+
+    return measure
+
+
+def area(metric: str) -> Measure:
+    """Return the measure: the area under a metric's curve, divided by its steps."""
+
+    def measure(run: Run) -> float:
+        steps, values = series(run, metric)
+        if steps.size < 2:
+            return math.nan
+        return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+    return measure
+
+
+def training_seconds(run: Run, step: float = math.inf) -> float:
     """Return the wall time of training up to an optimizer step (s).
 
-    Of each stage the median step counts, so that compiling does not.
+    Each step counts as its stage's median one, which leaves out compilation.
     """
     stages = {line["step"]: line["stage"] for line in run.metrics if "stage" in line}
     spent: dict[str, list[float]] = {}
     for line in run.timings:
         if line["step"] in stages:
-            told = [line[n] for a in TRAINING if (n := f"{a}_seconds") in line]
-            spent.setdefault(stages[line["step"]], []).append(sum(told))
-    counts = {s: sum(1 for at, own in stages.items() if own == s and at <= step) for s in spent}
+            seconds = [line[n] for name in TRAINING if (n := f"{name}_seconds") in line]
+            spent.setdefault(stages[line["step"]], []).append(sum(seconds))
+    counts = {s: sum(stage == s and at <= step for at, stage in stages.items()) for s in spent}
     return float(sum(np.median(spent[stage]) * counts[stage] for stage in spent))
 
 
-def reward_at(run: Run, limit: float) -> float:
-    """Return the held-out reward after so many seconds of training, between evaluations linearly.
-
-    NaN where the run ended before.
-    """
-    steps, values = series(run, "eval/reward")
-    times = [seconds(run, step) for step in steps]
+def at_time(run: Run, metric: str, limit: float) -> float:
+    """Return a metric after `limit` seconds of training, interpolated; NaN past the run's end."""
+    steps, values = series(run, metric)
+    times = [training_seconds(run, step) for step in steps]
     return float(np.interp(limit, times, values)) if steps.size and limit <= times[-1] else math.nan
 
 
 def mean_interval(values: np.ndarray) -> intervals.Interval | None:
     """Return the mean over seeds with its bootstrap interval; None without a value."""
-    held = values[np.isfinite(values)]
-    return intervals.mean_interval(held) if held.size else None
+    finite = values[np.isfinite(values)]
+    return intervals.mean_interval(finite) if finite.size else None
 
 
-def paired(one: np.ndarray, other: np.ndarray) -> intervals.Paired | None:
-    """Return the test of other − one over the seeds both have; None below two."""
-    both = np.isfinite(one) & np.isfinite(other)
-    return intervals.paired_difference(one[both], other[both]) if both.sum() > 1 else None
+def paired(first_values: np.ndarray, second_values: np.ndarray) -> intervals.Paired | None:
+    """Return the test of second − first over the seeds with both; None below two."""
+    both = np.isfinite(first_values) & np.isfinite(second_values)
+    if both.sum() < 2:
+        return None
+    return intervals.paired_difference(first_values[both], second_values[both])
 
 
-def entropy_shares(run: Run) -> tuple[float, float]:
-    """Return the change of the probe's entropy in the accounted steps by R and by the rest.
+def grid_points(grid: Mapping[str, Sequence[float]]) -> list[Point]:
+    """Return every combination of a grid's values."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
-    Every column of a ledger (samples, momentum, decay) has a part of the head's role (R) and of the
-    others (G); mean over probe tokens, summed over steps (nats).
+
+def rank_points(
+    points: Sequence[Point], runs: Sequence[Sequence[Run]], metric: str, window: int = 2
+) -> tuple[Point, list[Point]]:
+    """Choose the point of the highest metric.
+
+    Args:
+      points: of a grid.
+      runs: of each point, over tuning seeds.
+      metric: a run counts with the mean of its last values.
+      window: how many.
+
+    Returns:
+      The best point, and every point with its mean over runs as "reward".
     """
-    head = body = 0.0
-    for _, path in step_files(run.path / "ledger", ".npz"):
-        arrays = read_arrays(path)
-        for name, value in ({} if arrays is None else arrays).items():
-            if not name.startswith("entropy/") or name.count("/") != 2:
-                continue
-            amount = float(np.sum(value) / value.shape[0])
-            if name.endswith("/head"):
-                head += amount
-            else:
-                body += amount
-    return head, body
+    means = [
+        float(np.mean([np.mean(series(run, metric)[1][-window:]) for run in group]))
+        for group in runs
+    ]
+    rows = [{**point, "reward": mean} for point, mean in zip(points, means, strict=True)]
+    return points[int(np.argmax(means))], rows
 
 
-def head_part(run: Run) -> float:
-    """Return R's share of the first-order change of the entropy, NaN where there is no ledger."""
-    head, body = entropy_shares(run)
-    return head / (head + body) if head + body else math.nan
+def write_run_metrics(
+    path: Path,
+    runs: Sequence[tuple[str, str | None, Run]],
+    measures: Mapping[str, Measure],
+    metrics: Sequence[str],
+) -> None:
+    """Write a JSON line per run: its measures, and first, last and mean of each metric it has.
+
+    Args:
+      path: of the JSONL file.
+      runs: name, command and run of each line.
+      measures: by name.
+      metrics: of the glossary.
+    """
+    rows = []
+    for name, command, run in runs:
+        row: dict[str, object] = {"run": name, "command": command}
+        row |= {key: _rounded(measure(run)) for key, measure in measures.items()}
+        for metric in metrics:
+            values = series(run, metric)[1]
+            if values.size:
+                row[metric] = [_rounded(v) for v in (values[0], values[-1], values.mean())]
+        rows.append(json.dumps(row) + "\n")
+    runtime.save_text(path, "".join(rows))
 
 
-def _at(run: Run, name: str, place: int) -> float:
-    values = series(run, name)[1]
-    return float(values[place]) if values.size else math.nan
+def _value(run: Run, metric: str, index: int) -> float:
+    values = series(run, metric)[1]
+    return float(values[index]) if values.size else math.nan
 
 
-def _mean(values: Sequence[float] | np.ndarray) -> float:
-    held = np.asarray(values, float)
-    held = held[np.isfinite(held)]
-    return float(held.mean()) if held.size else math.nan
-
-
-def _finished(run: Run | None) -> bool:
-    return run is not None and run.finished
-
-
-def _json(path: Any) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

@@ -13,7 +13,7 @@ import pytest
 
 from ntkrl.report import write_report
 from ntkrl.report.figures import FIGURES
-from ntkrl.report.names import GLOSSARY
+from ntkrl.report.metric_names import GLOSSARY
 from tests.report.conftest import write_probe_set
 
 PACKAGE = Path(__file__).parents[2] / "ntkrl"

@@ -1,267 +1,81 @@
-"""A study: its plan, the files it makes, how it runs, and what it concludes from known numbers."""
+"""The runner of studies: its jobs, and a study that a config file offers."""
 
-import dataclasses
-import json
-import math
-import re
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from ntkrl import main, reward, runtime
-from ntkrl.settings import read_settings
-from ntkrl.study import claims, results, run_study, running, tasks
-from ntkrl.study.plan import Commands, Job, StudySettings
+from ntkrl import main
+from ntkrl.study import Job
+from ntkrl.study.jobs import environment, run_jobs
 
-FILE = "configs/study.py"
-TASKS = ("small, expressions", "small, supervised")
+STUDY = """
+from pathlib import Path
+from ml_collections import ConfigDict
+from ntkrl.study import Job
 
+def get_config():
+    return ConfigDict({"run_dir": "study"})
 
-def settings(root, **changes):
-    """The checked-in plan, in another directory."""
-    config = runtime.read_config([f"--config={FILE}"])
-    found = runtime.parse_section(StudySettings, config, "study")
-    return dataclasses.replace(found, run_dir=str(root), **changes)
+class Study:
+    jobs = 1
 
+    def __init__(self, config, file):
+        self.root, self.file = Path(config.run_dir), file
 
-def lines(name, step):
-    """Metrics of a run as plain formulas of arm and step."""
-    gain = {"rl": 0.2, "cfrl": 0.3}[name] if name in ("rl", "cfrl") else 0.1
-    share = step / 8
-    found = {"step": step, "eval/reward": 0.3 + gain * share}
-    found |= {"stage": "all"} if step else {}
-    found |= {"probe/confidence": 0.6 + 0.1 * share, "probe/entropy": 1.0 - 0.2 * share}
-    found |= {"probe/cosine_across_prompts": 0.7, "eval/distinct_completions": 0.9 - 0.1 * share}
-    found |= {"probe/head_norm": 5.0, "probe/feature_distortion_relative": 0.1}
-    found |= {"diversity/best_of_1": 0.3 + 0.2 * share, "diversity/best_of_64": 0.9}
-    found |= {f"diversity/support_{word}": 4.0 for word in ("kept", "gained")}
-    found["diversity/support_lost"] = 4.0 + step
-    return found | {"predict/correlation": 0.99, "predict/relative_error": 0.1}
+    def phases(self):
+        yield "first", [Job("one", ("presets", "rloo"), self.root / "logs" / "one.txt")]
+        (self.root / "between").write_text((self.root / "logs" / "one.txt").read_text())
+        yield "second", [Job("two", ("presets", "grpo"), self.root / "logs" / "two.txt")]
 
+    def write_page(self, command):
+        page = self.root / "index.html"
+        page.write_text(command)
+        return page
 
-def fabricate(study, size, arm, seed, name=None, change=None):
-    """Write a finished run."""
-    place = study.place(size, arm, seed)
-    place.mkdir(parents=True)
-    (place / "config.json").write_text(json.dumps({"name": name or arm, "seed": seed}))
-    told = [lines(arm, step) for step in range(9)]
-    for line in told:
-        line["eval/reward"] += 0.001 * seed
-        line.update({} if change is None else change(line["step"]))
-    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
-    timings = [{"step": step, "sample_seconds": 1.0, "update_seconds": 0.5} for step in range(1, 9)]
-    (place / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timings))
-    (place / "finished").touch()
-    (place / "ledger").mkdir()
-    arrays = {"entropy/policy/head": np.full((5, 3), -0.1), "entropy/momentum/body": np.zeros(5)}
-    arrays |= {"entropy/policy/body": np.full((5, 3), -0.3), "log_prob/policy/head": np.ones(5)}
-    np.savez(place / "ledger" / "step_000004.npz", **arrays)
-    return place
-
-
-def test_every_run_has_a_config(tmp_path):
-    """law: what the plan runs can be read, each in its own directory; nothing tunes on test."""
-    study = settings(tmp_path, seeds=(1,), tuning_seeds=(9,))
-    (tmp_path / "small").mkdir()
-    commands = Commands(study, FILE)
-    commands.chosen = lambda: {"rl": {"body": 1e-3}, "cfrl": {"head": 1e-2, "body": 1e-3}}
-    places = {}
-    for title, jobs in commands.phases():
-        for job in jobs:
-            config = runtime.read_config(job.words[1:])
-            found = read_settings(config)
-            assert Path(config.run_dir) in job.done.parents, job
-            assert job.done not in places
-            places[job.done] = job.name
-            if "/sgd" in job.words[1]:
-                assert found.probe.every_steps == 1, "its only step is looked at"
-            if title == "choice of rates":
-                assert found.data.eval_path == f"{tmp_path}/data/validation.jsonl"
-                assert found.evaluation.base is None
-    medium = runtime.read_config(["--config=configs/study.py:medium/cfrl,head=1e-2,body=5e-4"])
-    assert [row.parameters[0][1] for row in medium.stages] == [1e-2, 5e-4]
-    assert len(places) > 40
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"jobs": 0, "seeds": (1, 9), "tuning_seeds": (9,)}, "jobs must be ≥ 1.*tuning seed"),
-        ({"tuned": "huge"}, "'huge', which has no arms"),
-        ({"grids": {"rl": {"body": (1.0,)}, "cfrl": {"body": (1.0, 2.0)}}}, "equally many points"),
-        ({"arms": {"small": ("rl",)}}, "lacks the arms of the grids: cfrl"),
-    ],
-)
-def test_mistakes_in_a_plan(tmp_path, changes, message):
-    """by hand: what cannot be run is refused, all of it at once."""
-    with pytest.raises(ValueError, match=message):
-        settings(tmp_path, **changes)
-
-
-def test_mistakes_in_a_word(capsys):
-    """by hand: an unknown arm, size or key is told with what there is, and no trace."""
-    assert main.main(["train", "--config=configs/study.py:small/ppo,rate=3"]) == 2
-    assert "expected SIZE/ARM,key=value" in capsys.readouterr().err
-
-
-def test_prompts_and_preferences(tmp_path):
-    """law: parts are disjoint, answers are right, and the chosen completion has more reward."""
-    tasks.write_prompts(tmp_path)
-
-    def read(name):
-        text = (tmp_path / "data" / f"{name}.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
-
-    parts = {
-        name: {row["target"] for row in read(name)} for name in ("train", "validation", "test")
-    }
-    assert {name: len(part) for name, part in parts.items()} == dict(
-        train=24, validation=6, test=10
-    )
-    assert len(set.union(*parts.values())) == 40
-    answers = read("supervised")
-    assert {row["target"] for row in answers} <= parts["train"] and len(answers) > 1000
-    for row in answers[::97]:
-        given = [row["prompt"]], [row["completion"]], [[]]
-        assert reward.expression_score(*given, [row["target"]]) == [1.0]
-    samples = tmp_path / "samples.jsonl"
-    rows = [
-        {"prompt": f"{p}=", "completion": str(c), "reward": c % 3} for p in "12" for c in range(9)
-    ]
-    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tasks.write_preferences(samples, tmp_path / "pairs.jsonl", 0)
-    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    assert len(pairs) == 2 * tasks.PAIRS_PER_PROMPT
-    assert all(int(pair["chosen"]) % 3 > int(pair["rejected"]) % 3 for pair in pairs)
+def get_study(config, file):
+    return Study(config, file)
+"""
 
 
 def test_commands_run_once_and_say_what_failed(tmp_path, capsys):
-    """story: two at a time, ended ones are not repeated, a failure stops all and is told."""
+    """story: two at a time, ended ones are not repeated, a failure stops all and is reported."""
     good = [Job(f"good {i}", ("help",), tmp_path / "logs" / f"good_{i}.txt") for i in range(3)]
-    running.run_jobs("runs", good, 2, tmp_path)
+    run_jobs("runs", good, 2, tmp_path)
     assert "usage" in (tmp_path / "logs" / "good_2.txt").read_text()
     assert (tmp_path / "commands.txt").read_text() == "ntkrl help\n" * 3
     begun = time.monotonic()
-    running.run_jobs("runs", good, 2, tmp_path)
+    run_jobs("runs", good, 2, tmp_path)
     assert time.monotonic() - begun < 1
     bad = Job("bad", ("report",), tmp_path / "never")
     with pytest.raises(ValueError, match=r"(?s)bad ended with status 2.*needs at least one run"):
-        running.run_jobs("runs", [bad], 1, tmp_path)
+        run_jobs("runs", [bad], 1, tmp_path)
     silent = Job("silent", ("help",), tmp_path / "never")
     with pytest.raises(ValueError, match="silent ended with status 0"):
-        running.run_jobs("runs", [silent], 1, tmp_path)
+        run_jobs("runs", [silent], 1, tmp_path)
 
 
 def test_runs_at_a_time_share_a_gpu(tmp_path, monkeypatch):
     """by hand: JAX would give each three quarters of its memory; a user's own share stands."""
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     monkeypatch.delenv(name, raising=False)
-    assert running.environment(tmp_path, 2)[name] == "0.450"
+    assert environment(tmp_path, 2)[name] == "0.450"
     monkeypatch.setenv(name, "0.2")
-    assert running.environment(tmp_path, 2)[name] == "0.2"
+    assert environment(tmp_path, 2)[name] == "0.2"
 
 
-def test_rates_are_chosen_by_the_last_evaluations(tmp_path):
-    """by hand: the grid's point of highest mean over seeds of the last two evaluations."""
-    study = settings(tmp_path)
-    commands = Commands(study, FILE)
-    wanted = ("rl_body=0.0003", "cfrl_body=0.0003_head=0.003")
-    for job in commands.tuning():
-        name, _, seed = job.done.parent.name.rpartition("-")
-
-        def change(step, best=name in wanted):
-            return {"eval/reward": 0.9 if best and step >= 7 else 0.5}
-
-        fabricate(study, "small/tuning", name, int(seed), change=change)
-    assert commands.chosen() == {"rl": {"body": 3e-4}, "cfrl": {"head": 3e-3, "body": 3e-4}}
-    told = json.loads((tmp_path / "small" / "rates.json").read_text())
-    assert [row["reward"] for row in told["rl"]["tried"]] == [0.5] * 4 + [0.9] + [0.5] * 4
-
-
-def found(study):
-    """Verdicts by claim."""
-    listed = claims.verdicts(results.Results(study))
-    return {one.claim: one for one in listed if one.task in TASKS}
-
-
-def test_verdicts_of_known_numbers(tmp_path):
-    """by hand: what holds, holds partly, does not hold and was not run."""
-    study = settings(tmp_path, seeds=(1, 2, 3, 4, 5, 6))
-    for seed in study.seeds:
-        fabricate(study, "small", "rl", seed)
-        sign = 1 if seed < 5 else -1.5  # ahead on average alone
-        change = {"probe/feature_distortion_relative": 0.1 - 0.02 * sign, "probe/head_norm": 4.0}
-        fabricate(study, "small", "cfrl", seed, change=lambda step, change=change: change)
-        for number, rate in enumerate(study.sgd_rates):
-            error = {"predict/relative_error": (1 + 0.1 * seed) * rate}
-            fabricate(study, "small", f"sgd_{number}", seed, "sgd", lambda step, e=error: e)
-    told = found(study)
-    slope = next(one for claim, one in told.items() if "∝ rate" in claim)
-    assert (slope.verdict, slope.number) == ("holds", "1 [1, 1]")
-    ahead = told["classifier first reaches more held-out reward at the end, equal rollouts"]
-    assert ahead.verdict == "holds"
-    assert "rl 0.503 to cfrl 0.603; difference +0.1 [0.1, 0.1], p = 0.031" in ahead.number
-    timed = told["classifier first reaches more held-out reward, equal training time"]
-    assert timed.verdict == "holds"
-    account = {
-        claim[-30:]: one.verdict for claim, one in told.items() if "LP-FT's account" in claim
-    }
-    assert set(account.values()) == {"partly", "does not hold"}
-    share = told["R makes most of the change of entropy: share > ½"]
-    assert (share.verdict, share.number) == ("does not hold", "0.25 [0.25, 0.25], p = 0.031")
-    gap = next(one for claim, one in told.items() if "best-of-N closes" in claim)
-    assert "64: 0; at N = 64 the base reaches 0.9, RL 0.9; difference -0.2" in gap.number
-    assert gap.verdict == "holds" and "lead by N: 1: 0.2, 2: –," in gap.number
-    support = next(one for claim, one in told.items() if "loses more than it gains" in claim)
-    assert support.verdict == "holds"
-    assert "lost 12 (by chance 4), gained 4 (by chance 4)" in support.number
-    assert (
-        told["the same with the head alone, whose logits are exactly linear"].verdict == "not run"
-    )
-
-
-def test_equal_time_counts_no_compiling(tmp_path):
-    """by hand: median seconds of a step times steps; the reward between evaluations is linear."""
-    study = settings(tmp_path, seeds=(1,))
-    place = fabricate(study, "small", "rl", 1)
-    told = (place / "timings.jsonl").read_text().splitlines()
-    told[0] = json.dumps({"step": 1, "sample_seconds": 99.0, "look_seconds": 50.0})
-    (place / "timings.jsonl").write_text("\n".join(told) + "\n")
-    run = results.Results(study).run("small", "rl", 1)
-    assert results.seconds(run, math.inf) == 1.5 * 8
-    assert results.seconds(run, 4) == 1.5 * 4
-    assert results.reward_at(run, 1.5 * 4.5) == pytest.approx(0.301 + 0.2 * 4.5 / 8)
-    assert math.isnan(results.reward_at(run, 1e9))
-
-
-def test_a_page_of_what_is_there(tmp_path):
-    """story: nothing runs; the page and the Markdown say what was found and what is missing."""
-    study = settings(tmp_path, seeds=(1, 2))
-    for arm in ("rl", "cfrl"):
-        for seed in study.seeds:
-            fabricate(study, "small", arm, seed)
-    similarity = {f"{kind}": [0.9, 0.8] for kind in ("within_response", "across_responses")}
-    similarity["across_prompts"] = [0.7, 0.6]
-    place = study.place("small", "rl", 1) / "similarity.json"
-    place.write_text(json.dumps(similarity))
-    command = f"ntkrl train --config={FILE}:small/rl,seed=2,root={tmp_path},steps=8"
-    (tmp_path / "commands.txt").write_text(
-        f"{command}\nntkrl evaluate --config={FILE}:x/y,seed=2\n"
-    )
-    page = run_study(study, FILE, page_only=True).read_text()
-    assert "Not run, or not finished: small cfrl_short: seeds 1, 2" in page
-    assert page.count("<h2>") >= 7 and "Similarity" in page or "small-layers" in page
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    table = (tmp_path / "verdicts.md").read_text()
-    assert "| 4 | classifier first reaches more held-out reward at the end" in table
-    listed = json.loads((tmp_path / "verdicts.json").read_text())
-    assert {one["question"] for one in listed} == {1, 2, 3, 4, 5, 6}
-    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [run["run"] for run in runs] == [
-        f"small/{arm}-{s}" for arm in ("cfrl", "rl") for s in (1, 2)
-    ]
-    assert [run["command"] for run in runs] == [None, None, None, command]
-    assert runs[3]["eval/reward"] == [0.302, 0.502, 0.402]
-    assert runs[3]["seconds"] == 12.0
+def test_a_config_file_offers_its_study(tmp_path, capsys):
+    """story: phases run in order, the next after what the last one wrote; --page runs nothing."""
+    file, root = tmp_path / "mine.py", tmp_path / "runs"
+    file.write_text(STUDY)
+    root.mkdir()
+    words = ["study", f"--config={file}", f"--config.run_dir={root}"]
+    assert main.main([*words, "--page"]) == 0
+    assert sorted(path.name for path in root.iterdir()) == ["index.html"]
+    assert main.main(words) == 0
+    assert "rloo" in (root / "between").read_text()
+    assert (root / "commands.txt").read_text() == "ntkrl presets rloo\nntkrl presets grpo\n"
+    assert (root / "index.html").read_text() == f"ntkrl study --config={file}"
+    assert f"page: {root / 'index.html'}" in capsys.readouterr().out
+    file.write_text(STUDY.replace("get_study", "get_nothing"))
+    assert main.main(words) == 2
+    assert "is not the config of a study" in capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""A report for a terminal: the table, curves in a line each, the last ledger, and notes."""
+"""A report for a terminal: the table, sparklines of curves, the last ledger, and notes."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import textwrap
 import unicodedata
@@ -9,17 +10,24 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ntkrl.report.compare import caveats, cells, comparisons
-from ntkrl.report.influence import influence_map, last_by_sample
-from ntkrl.report.plotting import coinciding
-from ntkrl.report.runs import Run, by_name, comparable, read_runs, series
-from ntkrl.report.table import format_table, number
-from ntkrl.report.waterfall import QUANTITY, bars, last_ledgers, means
+from ntkrl.report.comparisons import comparison_table
+from ntkrl.report.ledger_figures import (
+    QUANTITY,
+    bar_ends,
+    influence_map,
+    last_by_sample,
+    last_ledgers,
+    part_means,
+    steps_of,
+)
+from ntkrl.report.plotting import coinciding, recorded
+from ntkrl.report.runs import Run, by_name, comparable, read_runs
+from ntkrl.report.tables import format_table, number
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 PLAIN = {**dict(zip(BLOCKS, "_.-=+*%#", strict=True)), "→": ">", "−": "-", "–": "-", "±": "~"}
 PLAIN |= {"Δ": "d", "π": "p", "Σ": "S", "…": "~", "·": "|", "│": "|", "“": '"', "”": '"'}
-"""What stands for a character where an encoding lacks it, one for one so that columns stay."""
+"""Replacements where an encoding lacks a character, one for one so that columns stay aligned."""
 CURVES = {
     "reward": "reward",
     "eval/reward": "held-out reward",
@@ -39,8 +47,8 @@ def format_text(
 
     Args:
       run_paths: as in `write_report`.
-      width: columns that texts and bars may take, at least LEAST_WIDTH; the table takes 100.
-      encoding: of where it is written; what it lacks is replaced.
+      width: columns for texts and bars, at least LEAST_WIDTH; the table takes 100.
+      encoding: of the output; missing characters are replaced.
 
     Returns:
       Lines.
@@ -48,16 +56,16 @@ def format_text(
     Raises:
       ValueError: as in `write_report`.
     """
-    given = read_runs(run_paths)
-    runs, refusal = comparable(given)
+    all_runs = read_runs(run_paths)
+    runs, refusal = comparable(all_runs)
     width = max(width, LEAST_WIDTH)
-    lines = [*format_table(runs).splitlines(), *_wrapped(refusal, width)]
-    lines += [*_compared(runs, width), *_curves(runs, width), *_ledgers(runs, width)]
-    lines += [*_samples(given, width), "", "notes"]
-    for run in given:
-        told = "; ".join(run.notes) if run.notes else "complete"
-        lines += _wrapped(f"{run.name}, seed {run.seed} ({run.path.name}): {told}", width)
-    # a text of a run could hold codes that move the cursor
+    lines = [*format_table(runs).splitlines(), *_wrap(refusal, width)]
+    lines += [*_comparisons(runs, width), *_curves(runs, width), *_ledgers(runs, width)]
+    lines += [*_samples(all_runs, width), "", "notes"]
+    for run in all_runs:
+        notes = "; ".join(run.notes) if run.notes else "complete"
+        lines += _wrap(f"{run.name}, seed {run.seed} ({run.path.name}): {notes}", width)
+    # texts of a run may contain control codes that move the cursor
     text = "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
     try:
         "".join(PLAIN).encode(encoding)
@@ -66,35 +74,31 @@ def format_text(
     return text.encode(encoding, "replace").decode(encoding)
 
 
-def _compared(runs: Sequence[Run], width: int) -> Iterator[str]:
-    found = comparisons(runs)
-    if found:
+def _comparisons(runs: Sequence[Run], width: int) -> Iterator[str]:
+    table = comparison_table(runs)
+    if table is not None:
         yield from ("", "methods seed by seed")
-    for one in found:
-        if one.found is not None:
-            pair, metric, seeds, gap, interval, p_value = cells(one)
+        for pair, metric, seeds, gap, interval, p_value in table.rows:
             yield cut(f"  {pair}, {metric}: {gap} ({interval}), p {p_value}, {seeds} seeds", width)
-    for note in caveats(found):
-        yield from _wrapped(note, width)
+        for note in table.notes:
+            yield from _wrap(note, width)
 
 
 def _curves(runs: Sequence[Run], width: int) -> Iterator[str]:
-    """Draw each metric of each method as one line of blocks, from its lowest to its highest."""
+    """Draw each metric of each method as a sparkline, from its lowest to its highest value."""
     for name, group in by_name(runs).items():
-        yield from (
-            "",
-            cut(f"{name}, mean of {len(group)} runs" if len(group) > 1 else name, width),
-        )
+        title = f"{name}, mean of {len(group)} runs" if len(group) > 1 else name
+        yield from ("", cut(title, width))
         for metric, words in CURVES.items():
-            curves = [curve for curve in (series(run, metric) for run in group) if curve[0].size]
+            curves = recorded(group, metric)
             if not curves:
                 continue
             steps, values = coinciding(curves)
-            kept = np.isfinite(values).all(axis=0)
-            mean = values.mean(axis=0)[kept]
+            finite = np.isfinite(values).all(axis=0)
+            mean = values.mean(axis=0)[finite]
             if mean.size:
-                ends = f"{number(mean[0])} → {number(mean[-1])}"
-                yield f"  {words:<17}{sparkline(mean, width - 42)}  {ends}, step {steps[kept][-1]}"
+                ends = f"{number(mean[0])} → {number(mean[-1])}, step {steps[finite][-1]}"
+                yield f"  {words:<17}{sparkline(mean, width - 42)}  {ends}"
 
 
 def sparkline(values: np.ndarray, width: int) -> str:
@@ -109,14 +113,14 @@ def _ledgers(runs: Sequence[Run], width: int) -> Iterator[str]:
     for name, group in by_name(runs).items():
         ledgers = last_ledgers(group)
         for measure, quantity in QUANTITY.items() if ledgers else ():
-            steps = " or ".join(str(step) for step in sorted({one.step for one in ledgers}))
-            words = f"{name}, step {steps}: {quantity} of the probe tokens, nats"
-            yield from ("", cut(words, width), *waterfall_lines(means(ledgers, measure), width))
+            words = f"{name}, step {steps_of(ledgers)}: {quantity} of the probe tokens, nats"
+            yield from ("", cut(words, width))
+            yield from waterfall_lines(part_means(ledgers, measure), width)
 
 
 def waterfall_lines(values: dict[str, float], width: int) -> list[str]:
-    """Draw parts as bars, each from where the one above ends; "actual", the last, from 0."""
-    room, (starts, ends) = width - 31, bars(values)
+    """Draw parts as bars, each from the end of the one above; "actual", the last, from 0."""
+    room, (starts, ends) = width - 31, bar_ends(values)
     low, high = min(0.0, ends.min()), max(0.0, ends.max())
     scale = (room - 1) / (high - low) if high > low else 0.0
     zero = round(-low * scale)
@@ -131,26 +135,26 @@ def waterfall_lines(values: dict[str, float], width: int) -> list[str]:
 
 
 def _samples(runs: Sequence[Run], width: int) -> Iterator[str]:
-    """List the samples that moved the probe completions most, in the first seed of a method."""
+    """List the most influential samples on the probe completions, in each method's first seed."""
     for name, group in by_name(runs).items():
-        run = next((run for run in group if last_by_sample(run) is not None), None)
+        pairs = ((run, ledger) for run in group if (ledger := last_by_sample(run)) is not None)
+        run, ledger = next(pairs, (None, None))
         if run is None:
             continue
-        ledger = last_by_sample(run)
         rows, values = influence_map(ledger, run.texts, SAMPLES)
         words = f"{name}, seed {run.seed}, step {ledger.step}: samples of most influence"
         yield from ("", cut(f"{words} (advantage; Σ|Δ log π|; Σ Δ log π, nats)", width))
-        for row, moved in zip(rows, values, strict=True):
-            one = ledger.samples[row]
-            told = f"  {one.advantage:+6.2f} {np.abs(moved).sum():8.3g} {moved.sum():+9.3g}  "
-            yield cut(told + " ".join(f"{one.prompt} → {one.completion}".split()), width)
+        for row, change in zip(rows, values, strict=True):
+            prompt, completion, advantage = dataclasses.astuple(ledger.samples[row])
+            sizes = f"  {advantage:+6.2f} {np.abs(change).sum():8.3g} {change.sum():+9.3g}  "
+            yield cut(sizes + " ".join(f"{prompt} → {completion}".split()), width)
 
 
 def cut(text: str, width: int) -> str:
     """Cut a line to columns of a terminal; ideographs take two."""
     if _columns(text) <= width:
         return text
-    text = text[:width]  # no character takes less than one
+    text = text[:width]  # every character takes one column or more
     while _columns(text) > width - 1:
         text = text[:-1]
     return text + "…"
@@ -160,5 +164,5 @@ def _columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")

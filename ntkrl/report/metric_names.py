@@ -1,32 +1,38 @@
-"""Metric names, one place: TRL's names where TRL has one, ours otherwise.
+"""The metric glossary: TRL's names where TRL has one, ours otherwise.
 
-`GLOSSARY` and `FAMILIES` map every name in `metrics.jsonl` to its unit and meaning; the loops emit
-no other. `TIMINGS` are for dashboards, as are other libraries' names of the same quantities.
+`GLOSSARY` and `FAMILIES` map every name in `metrics.jsonl` to its unit and meaning; other names are
+refused. Dashboards also get `TIMINGS` and other libraries' names of the same quantities.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-_PLACE = re.compile("<[a-z]+>")
+_PLACEHOLDER = re.compile("<[a-z]+>")
 
 GLOSSARY: dict[str, tuple[str, str]] = {
     "step": ("steps", "optimizer steps taken, all stages together"),
     "rollout_step": ("steps", "batches of prompts sampled so far"),
     "stage": ("name", "the stage the step belongs to"),
     "num_tokens": ("tokens", "prompt and completion tokens seen so far"),
-    "learning_rate": ("rate", "of the last optimizer step, of the stage's first trained row"),
+    "learning_rate": (
+        "rate",
+        "of the last optimizer step, of the stage's first trained row",
+    ),
     # training batch
     "reward": ("reward", "mean reward of the step's completions, before any KL term"),
     "reward_std": ("reward", "standard deviation over all completions of the step (unbiased)"),
-    "reward_group_std": ("reward", "mean of it within groups (TRL's reward_std until 0.26)"),
+    "reward_group_std": (
+        "reward",
+        "the same within groups, mean (TRL's reward_std until 0.26)",
+    ),
     "frac_reward_zero_std": ("fraction", "groups whose completions all got the same reward"),
     "entropy": ("nats", "token mean of H(π) over completions, full vocabulary"),
     "confidence": ("probability", "token mean of max π over completions"),
     "kl": ("nats", "token mean of KL(π‖π_ref) by objective.kl_estimator"),
-    "policy_loss": ("loss", "the objective that was minimised"),
+    "policy_loss": ("loss", "the minimised objective"),
     "loss": ("nats", "token mean of −log π on completions (supervised training)"),
     "packing/fill": ("fraction", "columns of packed rows that hold a token (supervised training)"),
     "grad_norm": ("norm", "global norm of the gradient over trained leaves, before clipping"),
@@ -35,8 +41,11 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "clip_ratio/region_mean": ("fraction", "tokens that either side clips"),
     "clip_ratio/low_min": ("fraction", "smallest clip_ratio/low_mean of the optimizer steps"),
     "clip_ratio/high_max": ("fraction", "largest clip_ratio/high_mean of the optimizer steps"),
-    "skipped_updates": ("count", "minibatches left out: no token in them had anything to teach"),
-    "resampling_rounds": ("count", "further batches of prompts drawn for groups of equal rewards"),
+    "skipped_updates": ("count", "minibatches without a token of non-zero weight, left out"),
+    "resampling_rounds": (
+        "count",
+        "further batches of prompts, for groups of equal rewards",
+    ),
     "completions/mean_length": ("tokens", "mean completion length, end-of-sequence included"),
     "completions/min_length": ("tokens", "length of the shortest completion"),
     "completions/max_length": ("tokens", "length of the longest completion"),
@@ -119,7 +128,7 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "probe/head_sum_wrong": ("nats/rate", "mean Σ_u gᵀR(o, u)g_u, A_u > 0, at o with A < 0 (NTHR)"),
     "probe/linearity": (
         "fraction",
-        "mean R² of lines through the tokens' log π at all looks so far",
+        "mean R² of lines through the tokens' log π at all probes so far",
     ),
     "probe/linearity_pooled": ("fraction", "variance of all tokens that such lines explain"),
     "probe/head_row_norm": ("norm", "mean norm of the rows of W"),
@@ -132,21 +141,24 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "probe/cka_head": ("cosine", "centred alignment of R_t and R_0"),
     "probe/cka_body": ("cosine", "the same of tr G(o, u)"),
     "probe/advantage_alignment": ("ratio", "aᵀKa/(tr K ‖a‖²), a the stacked A (e_y − π)"),
-    # texts and samples of one policy, or of two
+    # diversity of one policy's samples, and support against another's
     "diversity/self_bleu": ("score", "mean BLEU of a completion against the prompt's others"),
     "diversity/distinct_answers": (
         "count",
-        "distinct final answers per prompt (whole texts if unmarked)",
+        "distinct final answers per prompt (complete texts if unmarked)",
     ),
     "diversity/answer_entropy": ("nats", "entropy of the final answers of a prompt, plug-in"),
     "diversity/crossing_k": (
         "samples",
         "k from which eval.base's pass@k lies above; null: nowhere",
     ),
-    "diversity/support_kept": ("answers", "correct ones that eval.base and the policy reach"),
-    "diversity/support_lost": ("answers", "correct ones that eval.base alone reaches"),
-    "diversity/support_gained": ("answers", "correct ones that the policy alone reaches"),
-    "diversity/support_neither": ("answers", "correct ones that neither reaches"),
+    "diversity/support_kept": (
+        "answers",
+        "correct answers sampled by eval.base and the policy",
+    ),
+    "diversity/support_lost": ("answers", "correct answers sampled by eval.base only"),
+    "diversity/support_gained": ("answers", "correct answers sampled by the policy only"),
+    "diversity/support_neither": ("answers", "correct answers sampled by neither"),
     "diversity/support_retention": ("fraction", "kept/(kept + lost)"),
     "diversity/support_discovery": ("fraction", "gained/(kept + gained)"),
     "diversity/support_score": ("fraction", "harmonic mean of retention and discovery"),
@@ -157,7 +169,7 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "weights/direction_cosine": ("cosine", "weights/<leaf>/direction_cosine, mean over leaves"),
     "weights/linearity": ("fraction", "mean R² of a line through each of 4096 entries"),
     "weights/linearity_pooled": ("fraction", "variance of these entries that such lines explain"),
-    # what a batch holds to learn from
+    # gradient signal of a batch
     "signal/reward_variance": ("reward²", "mean over prompts of the variance of its rewards"),
     "signal/mean_square": ("norm²", "‖mean g‖² of per-sample gradients, before clipping"),
     "signal/noise": ("norm²", "tr Cov(g) of them"),
@@ -167,7 +179,7 @@ GLOSSARY: dict[str, tuple[str, str]] = {
         "share",
         "of the policy gradient on the top 20 % of tokens by entropy",
     ),
-    # predicted against actual change of the probe tokens' log-probs in one optimizer step
+    # predicted and actual change of the probe tokens' log-probs in one optimizer step
     "predict/head_share": ("share", "⟨Δ_R, Δ⟩/⟨Δ, Δ⟩, Δ the predicted change; R part"),
     "predict/body_share": ("share", "the same for the G part; shares add up to 1"),
     "predict/cross_share": ("share", "the same for the cross part of a tied head"),
@@ -175,17 +187,17 @@ GLOSSARY: dict[str, tuple[str, str]] = {
     "predict/correlation": ("correlation", "between predicted and actual change over probe tokens"),
 }
 
-# the step ledger: what each part of one optimizer step did to the probe tokens
+# the step ledger: contribution of each part of one optimizer step to the probe tokens' change
 _LEDGER = {
     "policy": "the policy term of all samples",
     "likelihood": "the likelihood of all examples (supervised training)",
     "kl": "the KL of all samples, in the loss or, where advantages are linear in it, in the reward "
     "(else, as under group_normalised, in policy)",
     "bonus": "the entropy bonus of all samples",
-    "momentum": "the optimizer's state from before",
+    "momentum": "the optimizer state before the step",
     "decay": "weight decay",
-    "optimizer": "what no column accounts for; rounding, unless the optimizer is not linear",
-    "curvature": "what first order leaves out",
+    "optimizer": "remainder of no other column; rounding, unless the optimizer is not linear",
+    "curvature": "terms beyond first order",
     "head": "all terms of the samples, through the head's role (R)",
     "body": "all terms of the samples, through the features (G)",
     "positive": "all terms of samples with A > 0",
@@ -193,21 +205,21 @@ _LEDGER = {
     "self": "all terms of samples that answer the probe token's own prompt",
     "others": "all terms of samples that answer other prompts",
 }
-for _part, _what in _LEDGER.items():
-    GLOSSARY[f"ledger/{_part}_share"] = ("share", f"⟨Δ_part, Δ⟩/⟨Δ, Δ⟩, Δ measured; {_what}")
-    GLOSSARY[f"ledger/{_part}_entropy"] = ("nats", f"mean ΔH of probe tokens; {_what}")
+for _part, _meaning in _LEDGER.items():
+    GLOSSARY[f"ledger/{_part}_share"] = ("share", f"⟨Δ_part, Δ⟩/⟨Δ, Δ⟩, Δ measured; {_meaning}")
+    GLOSSARY[f"ledger/{_part}_entropy"] = ("nats", f"mean ΔH of probe tokens; {_meaning}")
 GLOSSARY |= {
     "ledger/actual_entropy": ("nats", "mean measured ΔH of probe tokens in the step"),
     "ledger/optimizer_size": ("ratio", "‖Δ_optimizer‖ / ‖Δ‖ over probe tokens' log-probs"),
     "ledger/curvature_size": ("ratio", "‖Δ_curvature‖ / ‖Δ‖ over probe tokens' log-probs"),
 }
 
-# names that carry a word of their own: reward functions' names, what they log, parts, parameters
+# names with a placeholder: reward functions, their logged values, parts, parameters
 FAMILIES: dict[str, tuple[str, str]] = {
     "rewards/<fn>/mean": ("reward", "mean of a reward function where it applies, unweighted"),
     "rewards/<fn>/std": ("reward", "standard deviation over the same completions (unbiased)"),
     "rewards/<fn>/failures": ("calls", "its failed calls, counted as reward.on_failure"),
-    "logged/<name>": ("any", "mean of what reward functions gave to log_metric"),
+    "logged/<name>": ("any", "mean of the values reward functions passed to log_metric"),
     "probe/entropy_change/<part>": ("nats", "mean −Cov(log π, Δz) of a part of the change Δz"),
     "probe/<family>/log_prob": ("nats", "mean log π of the probe tokens of a family"),
     "probe/<family>/entropy": ("nats", "mean H(π) on the probe tokens of a family"),
@@ -228,17 +240,17 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "weights/<leaf>/direction_cosine": ("cosine", "of the leading directions of successive ΔW"),
 }
 
-# for dashboards alone: in the run directory they stand apart, in timings.jsonl
+# for dashboards only; a run directory has them in timings.jsonl
 TIMINGS: dict[str, tuple[str, str]] = {
     "timings/sample_seconds": ("seconds", "drawing the completions of a rollout step"),
-    "timings/reward_seconds": ("seconds", "rewarding them"),
+    "timings/reward_seconds": ("seconds", "computing their rewards"),
     "timings/update_seconds": ("seconds", "its optimizer steps"),
     "timings/<activity>_seconds": ("seconds", "any other activity, such as eval"),
-    "step_time": ("seconds", "the whole rollout step without probes and evaluations"),
+    "step_time": ("seconds", "the rollout step without probes and evaluations"),
 }
 NOT_TRAINING = ("probe_seconds", "look_seconds", "eval_seconds")
 
-_TRL_TOO = (
+_SHARED_WITH_TRL = (
     *("num_tokens", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "grad_norm"),
     *("rewards/<fn>/mean", "rewards/<fn>/std", "step_time", "accuracy", "margin", "mean_reward"),
     *(f"clip_ratio/{side}_mean" for side in ("low", "high", "region")),
@@ -251,7 +263,7 @@ _TRL_TOO = (
 
 ALIASES: dict[str, dict[str, str]] = {
     # TRL ≥ 0.27, whose callbacks for W&B and TensorBoard put train/ before every name
-    "trl": {name: f"train/{name}" for name in _TRL_TOO}
+    "trl": {name: f"train/{name}" for name in _SHARED_WITH_TRL}
     | {
         "step": "train/global_step",
         "loss": "train/loss",
@@ -302,31 +314,73 @@ DIFFERENT: dict[str, dict[str, str]] = {
         "response_length/clip_ratio": "counts completions that end exactly at the budget too",
     },
 }
-"""What other libraries' names stand for where we have no name for it, or one that differs."""
+"""Other libraries' names of quantities that we do not measure, or measure differently."""
+
+
+COLUMNS = ("metric", "unit", "meaning", "elsewhere")
+
+
+class GlossaryEntry(NamedTuple):
+    """One metric; elsewhere: (library, its name there) for each library that measures the same."""
+
+    name: str
+    unit: str
+    meaning: str
+    elsewhere: tuple[tuple[str, str], ...]
+
+
+def entries() -> list[GlossaryEntry]:
+    """Return every metric; families and timings last."""
+    return [
+        GlossaryEntry(
+            name,
+            unit,
+            meaning,
+            tuple((style, table[name]) for style, table in ALIASES.items() if name in table),
+        )
+        for name, (unit, meaning) in (GLOSSARY | FAMILIES | TIMINGS).items()
+    ]
+
+
+def format_glossary() -> str:
+    """Return the glossary as Markdown, followed by the names in DIFFERENT."""
+    lines = [_markdown(*COLUMNS), "|---" * len(COLUMNS) + "|"]
+    for entry in entries():
+        elsewhere = ", ".join(f"{style} `{name}`" for style, name in entry.elsewhere)
+        lines.append(_markdown(f"`{entry.name}`", entry.unit, entry.meaning, elsewhere))
+    lines += ["", "Names of other libraries that stand for something else:", ""]
+    lines += [_markdown("library", "name", "stands for"), "|---|---|---|"]
+    for style, table in DIFFERENT.items():
+        lines += [_markdown(style, f"`{name}`", meaning) for name, meaning in table.items()]
+    return "\n".join(lines)
 
 
 def is_known(name: str) -> bool:
     """Tell whether `name` is in the glossary or in one of the families."""
-    return name in GLOSSARY or any(_word(family, name) is not None for family in FAMILIES)
+    return name in GLOSSARY or any(_match(family, name) is not None for family in FAMILIES)
 
 
 def aliased(style: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the values that another library measures too, under its names.
+    """Return the values that another library measures too, under its names.
 
     Args:
       style: a key of ALIASES.
       values: by our names, "step" and timings included.
     """
-    found = {}
+    renamed = {}
     for ours, theirs in ALIASES[style].items():
         for name, value in values.items():
-            word = _word(ours, name)
+            word = _match(ours, name)
             if word is not None:
-                found[_PLACE.sub(lambda _, word=word: word, theirs)] = value
-    return found
+                renamed[_PLACEHOLDER.sub(lambda _, word=word: word, theirs)] = value
+    return renamed
 
 
-def _word(pattern: str, name: str) -> str | None:
-    """Return what stands in `name` for the pattern's <…> ("" where it has none), None if other."""
-    match = re.fullmatch(_PLACE.sub("(.+)", re.escape(pattern)), name)
+def _match(pattern: str, name: str) -> str | None:
+    """Return the text at the pattern's placeholder ("" without one), None if names differ."""
+    match = re.fullmatch(_PLACEHOLDER.sub("(.+)", re.escape(pattern)), name)
     return None if match is None else "".join(match.groups())
+
+
+def _markdown(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

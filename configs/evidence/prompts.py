@@ -1,4 +1,4 @@
-"""The files a study's runs read: prompts in three parts, right answers, and preferences."""
+"""Files that the study's runs read: prompts in three parts, right answers, and preferences."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import numpy as np
 
 from ntkrl import data, runtime
 
-ASIDE = 6
-"""Training targets that rates are chosen by."""
+SET_ASIDE = 6
+"""Number of training targets that choose rates."""
 PAIRS_PER_PROMPT = 64
 
 
 def write_prompts(root: Path) -> None:
     """Write train, validation and test prompts, and right answers `a+b+c-d` for the first.
 
-    The targets set aside are spread over the training targets by rank.
+    The validation targets are spread over the training targets by rank.
     """
     targets = data.targets("train")
-    places = np.linspace(0, len(targets) - 1, ASIDE + 2).round().astype(int)[1:-1]
-    aside = {targets[place] for place in places}
+    places = np.linspace(0, len(targets) - 1, SET_ASIDE + 2).round().astype(int)[1:-1]
+    validation = {targets[place] for place in places}
     parts = {
-        "train": [target for target in targets if target not in aside],
-        "validation": sorted(aside),
+        "train": [target for target in targets if target not in validation],
+        "validation": sorted(validation),
         "test": list(data.targets("test")),
     }
-    for name, chosen in parts.items():
-        _write(root / "data" / f"{name}.jsonl", map(_prompt, chosen))
+    for name, part in parts.items():
+        _write(root / "data" / f"{name}.jsonl", map(_prompt, part))
     answers = [
         {**_prompt(target), "completion": text}
         for target in parts["train"]
@@ -42,12 +42,12 @@ def write_prompts(root: Path) -> None:
 
 
 def write_preferences(samples: Path, out: Path, seed: int) -> None:
-    """Pair completions of a prompt whose true rewards differ, the better one first.
+    """Pair completions of a prompt with different true rewards, the better one chosen.
 
     Args:
       samples: an evaluation's JSONL: prompt, completion, reward.
       out: JSONL of prompt, chosen, rejected.
-      seed: of which completions are paired.
+      seed: of the random pairing.
 
     Raises:
       ValueError: no prompt has completions of different rewards.
@@ -57,10 +57,10 @@ def write_preferences(samples: Path, out: Path, seed: int) -> None:
         row = json.loads(line)
         by_prompt.setdefault(row["prompt"], []).append((row["reward"], row["completion"]))
     pairs = []
-    for prompt, found in by_prompt.items():
+    for prompt, scored in by_prompt.items():
         room = len(pairs) + PAIRS_PER_PROMPT
-        for first, second in rng.integers(len(found), size=(4 * PAIRS_PER_PROMPT, 2)):
-            (high, chosen), (low, rejected) = found[first], found[second]
+        for first, second in rng.integers(len(scored), size=(4 * PAIRS_PER_PROMPT, 2)):
+            (high, chosen), (low, rejected) = scored[first], scored[second]
             if high > low and len(pairs) < room:
                 pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not pairs:

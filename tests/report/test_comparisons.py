@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ntkrl.report import read_run
-from ntkrl.report.compare import caveats, comparison_section, comparisons
+from ntkrl.report import read_run, table_section
+from ntkrl.report.comparisons import comparison_table, comparisons
 from tests.report.conftest import write_run
 
 
@@ -28,9 +28,9 @@ def test_pairs_by_hand(run_paths):
         _edit(path, "eval/reward", lambda step, value, gap=gap: value + gap * (step > 0))
     one = _of(comparisons([read_run(path) for path in run_paths]), "eval/reward")
     assert (one.first, one.second, one.seeds) == ("cfrl", "rl", 2)
-    assert one.found.difference == pytest.approx(0.2)
-    assert (one.found.low, one.found.high) == pytest.approx((0.1, 0.3))
-    assert one.found.p_value == 0.5 and one.found.exact
+    assert one.test.difference == pytest.approx(0.2)
+    assert (one.test.low, one.test.high) == pytest.approx((0.1, 0.3))
+    assert one.test.p_value == 0.5 and one.test.exact
 
 
 @pytest.mark.parametrize("stopped", [0, 2])
@@ -40,31 +40,31 @@ def test_last_common_step_by_hand(run_paths, stopped):
     lines = metrics.read_text().splitlines(True)
     metrics.write_text("".join(lines[:13]))
     runs = [read_run(path) for path in run_paths]
-    assert _of(comparisons(runs), "eval/reward").found.difference == pytest.approx(0.0)
-    assert _of(comparisons(runs), "probe/entropy").found.difference == pytest.approx(0.0)
+    assert _of(comparisons(runs), "eval/reward").test.difference == pytest.approx(0.0)
+    assert _of(comparisons(runs), "probe/entropy").test.difference == pytest.approx(0.0)
     metrics.write_text(lines[0])
     one = _of(comparisons([read_run(path) for path in run_paths]), "eval/reward")
-    assert one.seeds == 1 and one.found is None
+    assert one.seeds == 1 and one.test is None
 
 
 def test_too_few_seeds_are_said(run_paths, tmp_path):
     """By hand: one seed in common, or one that is there twice, gives words and no test."""
     runs = [read_run(path) for path in (run_paths[0], *run_paths[2:])]
     found = comparisons(runs)
-    assert found and all(one.found is None and one.seeds == 1 for one in found)
-    (note,) = caveats(found)
+    assert found and all(one.test is None and one.seeds == 1 for one in found)
+    (note,) = comparison_table(runs).notes
     assert note.startswith("rl and cfrl: too few seeds, 1 seed in common; a test needs two")
-    section = comparison_section(runs)
+    section = table_section(comparison_table(runs))
     assert "too few seeds" in section and "<table>" not in section
     again = write_run(tmp_path / "again", "rl", 0)
     runs = [read_run(path) for path in (*run_paths, again)]
     assert {one.seeds for one in comparisons(runs)} == {1}
-    assert comparison_section(runs[:2]) == ""
+    assert comparison_table(runs[:2]) is None
 
 
 def test_section_by_hand(run_paths):
     """By hand: a row per metric both have; how many tests there are is said."""
-    section = comparison_section([read_run(path) for path in run_paths])
+    section = table_section(comparison_table([read_run(path) for path in run_paths]))
     assert section.count('<th scope="row">rl − cfrl</th>') == 9
     assert "for there being 9 of these tests" in section
     cells = "<td>held-out reward</td><td>2</td><td>0.000</td><td>0.000 to 0.000</td><td>1</td>"

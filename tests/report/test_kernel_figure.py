@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ntkrl.report.kernels import draw_kernel, format_kernel, write_kernel
+from ntkrl.report.kernel_figure import draw_kernel, format_kernel, write_kernel
 
 
 def arrays(count, rows=None, sign=1.0, tied=False, text="What is {}?"):

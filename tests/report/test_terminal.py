@@ -7,7 +7,7 @@ import pytest
 
 from ntkrl.main import main
 from ntkrl.report import format_text
-from ntkrl.report.text import cut, sparkline, waterfall_lines
+from ntkrl.report.terminal import cut, sparkline, waterfall_lines
 from tests.report.conftest import write_ledger, write_probe_set
 
 

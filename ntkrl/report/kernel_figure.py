@@ -1,8 +1,4 @@
-"""One figure and one table of the kernels that `ntkrl kernel` computed.
-
-Both read the arrays of `kernel.npz` alone; `ntkrl/inspect.py` and `ntkrl/probe/kernels.py` list
-them.
-"""
+"""Figure and table of the kernels in a `kernel.npz`, as `ntkrl kernel` writes it."""
 
 from __future__ import annotations
 
@@ -16,13 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from ntkrl.report.page import saved
 from ntkrl.report.plotting import (
     MARKERS,
     PALETTE,
     REFERENCE_GREY,
     WIDTH_INCHES,
     dress,
+    figure_bytes,
+    label_bar,
     shown,
 )
 
@@ -31,17 +28,16 @@ Arrays = Mapping[str, np.ndarray]
 PARTS = ("head", "body", "cross", "full")
 NAMES = {"head": "head, R", "body": "body, G", "cross": "cross", "full": "full, K"}
 COLORS = {"head": PALETTE[0], "body": PALETTE[1], "cross": PALETTE[2], "full": "#000000"}
-NAMED_CONTEXTS = 16
-"""Contexts whose words fit beside the heat map; more are numbered."""
-LABEL = 13
-"""Characters of a context's words."""
-WRITTEN_CONTEXTS = 8
-"""Contexts whose cosines fit into the cells."""
+LABELLED_CONTEXTS = 16
+"""Most contexts labelled with words beside the heat map; more are numbered."""
+LABEL_WIDTH = 13
+ANNOTATED_CONTEXTS = 8
+"""Most contexts whose cosines are written into the cells."""
 
 
 def write_kernel(path: Path, arrays: Arrays) -> None:
     """Draw the arrays of a kernel.npz into a PNG."""
-    path.write_bytes(saved(draw_kernel(arrays), "png"))
+    path.write_bytes(figure_bytes(draw_kernel(arrays), "png"))
 
 
 def draw_kernel(arrays: Arrays) -> Figure:
@@ -50,7 +46,7 @@ def draw_kernel(arrays: Arrays) -> Figure:
     count = len(arrays["positions"])
     title = f"Neural tangent kernel of {count} context{'s' if count > 1 else ''}"
     figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
-    # figures of their own, since long words beside the map must not narrow the other panels
+    # subfigures: long labels of the map must not narrow the other panels
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(4.2, 2.6, 2.1))
     _draw_cosines(_titled(top, "Head kernel R, as cosines of features φ"), arrays)
     _draw_spectrum(_titled(middle, "Largest eigenvalues"), arrays)
@@ -59,7 +55,7 @@ def draw_kernel(arrays: Arrays) -> Figure:
 
 
 def format_kernel(arrays: Arrays) -> str:
-    """Return parts and groups of a kernel as a table: mean traces, shares, norms, λ₁."""
+    """Format parts and groups of a kernel as a table: mean traces, shares, norms, λ₁."""
     titles = ("mean tr K(o,o)", "share", "mean tr K(o,u)", "share", "norm", "largest λ")
     lines = [f"{'part':<14}" + "".join(f"{title:>15}" for title in titles)]
     lines.append("-" * len(lines[0]))
@@ -85,16 +81,16 @@ def format_kernel(arrays: Arrays) -> str:
 def _traces(part: np.ndarray, full: np.ndarray) -> list[float]:
     """Return mean and share of a part's traces on, and then off the diagonal."""
     cells = []
-    for chosen in (np.eye(len(full), dtype=bool), ~np.eye(len(full), dtype=bool)):
-        alone = not chosen.any()
-        cells.append(np.nan if alone else float(part[chosen].mean()))
-        cells.append(np.nan if alone else float(part[chosen].sum() / full[chosen].sum()))
+    for entries in (np.eye(len(full), dtype=bool), ~np.eye(len(full), dtype=bool)):
+        some = entries.any()
+        cells.append(float(part[entries].mean()) if some else np.nan)
+        cells.append(float(part[entries].sum() / full[entries].sum()) if some else np.nan)
     return cells
 
 
 def _line(name: str, cells: list[float]) -> str:
-    written = ["–" if np.isnan(cell) else f"{cell:.3g}" for cell in cells]
-    return f"{name:<14.14}" + "".join(f"{cell:>15}" for cell in written)
+    texts = ["–" if np.isnan(cell) else f"{cell:.3g}" for cell in cells]
+    return f"{name:<14.14}" + "".join(f"{text:>15}" for text in texts)
 
 
 def _titled(figure: SubFigure, title: str) -> Axes:
@@ -106,7 +102,7 @@ def _draw_cosines(axis: Axes, arrays: Arrays) -> None:
     """Draw the cosines as a heat map; two colours around 0 where signs differ."""
     cosines = arrays["cosines"]
     count, signed = len(cosines), cosines.min() < 0
-    # a step below the lowest, so that it is told from white; cosines of 1 alone start at 0
+    # a step below the lowest, to distinguish it from white; a single cosine of 1 starts at 0
     low = -1.0 if signed else float(np.floor(20 * cosines.min() - 0.5) / 20)
     low = low if count > 1 else 0.0
     image = axis.imshow(
@@ -120,23 +116,23 @@ def _draw_cosines(axis: Axes, arrays: Arrays) -> None:
     bar.outline.set_visible(False)
     axis.spines[:].set_visible(False)
     _label_contexts(axis, arrays)
-    if count <= WRITTEN_CONTEXTS:
+    if count <= ANNOTATED_CONTEXTS:
         for o, u in np.ndindex(count, count):
             dark = abs(cosines[o, u] - (0.0 if signed else low)) > 0.6 * (1.0 - max(low, 0.0))
             color = "white" if dark else "black"
-            text = _written(cosines[o, u])
+            text = _two_digits(cosines[o, u])
             axis.text(u, o, text, ha="center", va="center", fontsize=9, color=color)
 
 
 def _label_contexts(axis: Axes, arrays: Arrays) -> None:
-    """Name few contexts in words, several of one prompt by their prompt, others by number."""
+    """Label few contexts with words, several of one prompt with the prompt, others by number."""
     rows, count = arrays["rows"], len(arrays["rows"])
     starts = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
     single = len(starts) == count
-    if count <= NAMED_CONTEXTS:
-        words = _prompt_words(arrays)[rows] if single else arrays["endings"]
+    if count <= LABELLED_CONTEXTS:
+        labels = _prompt_words(arrays)[rows] if single else arrays["endings"]
         axis.set_xticks(range(count), range(count), fontsize=10 if count < 12 else 8)
-        axis.set_yticks(range(count), [f"{_plain(w)}  {i}" for i, w in enumerate(words)])
+        axis.set_yticks(range(count), [f"{_plain(w)}  {i}" for i, w in enumerate(labels)])
         return
     axis.locator_params(integer=True)
     if single:
@@ -144,28 +140,28 @@ def _label_contexts(axis: Axes, arrays: Arrays) -> None:
     for start in starts[1:]:
         axis.axhline(start - 0.5, color="white", linewidth=1.0)
         axis.axvline(start - 0.5, color="white", linewidth=1.0)
-    if len(starts) <= NAMED_CONTEXTS:
+    if len(starts) <= LABELLED_CONTEXTS:
         middles = (starts + np.r_[starts[1:], count] - 1) / 2
         axis.set_yticks(middles, [_plain(text) for text in _prompt_words(arrays)[rows[starts]]])
 
 
 def _prompt_words(arrays: Arrays) -> np.ndarray:
-    """Return the prompts without a start that all share, such as a template's."""
+    """Return the prompts without their common prefix, such as a template's."""
     texts = [str(text) for text in arrays["texts"]]
     shared = len(os.path.commonprefix(texts)) if len(texts) > 1 else 0
-    return np.array([f"…{text[shared:]}" for text in texts] if shared > LABEL // 2 else texts)
+    return np.array([f"…{text[shared:]}" for text in texts] if shared > LABEL_WIDTH // 2 else texts)
 
 
 def _plain(text: str) -> str:
-    """Shorten to one line; white space alone is shown as such."""
+    """Shorten to one line; white space alone is quoted."""
     line = " ".join(str(text).split())
     # ideographs are as wide as two letters
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in line[:LABEL])
-    return shown(line, LABEL - wide // 2) if line else repr(str(text))
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in line[:LABEL_WIDTH])
+    return shown(line, LABEL_WIDTH - wide // 2) if line else repr(str(text))
 
 
-def _written(value: float) -> str:
-    # adding 0 takes the sign off what rounds to it
+def _two_digits(value: float) -> str:
+    # adding 0 removes the sign of −0
     return f"{round(float(value), 2) + 0.0:.2f}".replace("-", "−")
 
 
@@ -179,7 +175,7 @@ def _draw_spectrum(axis: Axes, arrays: Arrays) -> None:
         axis.plot(
             rank, values, color=COLORS[part], marker=marker, markersize=size, label=NAMES[part]
         )
-    # the largest is V-fold, so it holds every rank that is drawn
+    # the largest has multiplicity V, so it covers every rank drawn
     head = float(arrays["eigenvalues_head"][0])
     axis.plot(
         rank, np.full(count, head), color=COLORS["head"], linestyle="--", label="head, R (V-fold)"
@@ -204,14 +200,8 @@ def _draw_shares(axis: Axes, arrays: Arrays) -> None:
         axis.barh(places, np.nan_to_num(shares), 0.9 * height, color=COLORS[part])
         for place, share in zip(places, shares, strict=True):
             if np.isfinite(share):
-                axis.annotate(
-                    f"{NAMES[part]}: {_written(share)}",
-                    (max(share, 0.0), place),
-                    xytext=(4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=10,
-                )
+                text = f"{NAMES[part]}: {_two_digits(share)}"
+                label_bar(axis, max(share, 0.0), place, text)
     axis.axvline(0, color=REFERENCE_GREY, linewidth=0.8)
     axis.set_yticks(range(2), groups)
     axis.invert_yaxis()

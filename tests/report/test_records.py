@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from ntkrl.report import read_run
-from ntkrl.report.influence import influence_map
+from ntkrl.report import FIGURES, read_run
+from ntkrl.report.ledger_figures import influence_map, part_means
 from ntkrl.report.runs import comparable
-from ntkrl.report.waterfall import entropy_waterfall, means
 from tests.report.conftest import SAMPLES, SIZE, ledger_arrays, write_ledger, write_probe_set
+
+(entropy_waterfall,) = [spec for spec in FIGURES if spec.stem == "ledger_entropy"]
 
 
 def test_ledger_by_hand(run_paths):
@@ -137,11 +138,11 @@ def test_different_probe_sets_are_refused(run_paths):
 def test_waterfall_by_hand(run_paths):
     """By hand: bars are means over tokens and seeds, end to end, and reach the actual change."""
     runs = [read_run(path) for path in run_paths[:2]]
-    values = means([run.ledgers[10] for run in runs], "entropy")
+    values = part_means([run.ledgers[10] for run in runs], "entropy")
     arrays = [ledger_arrays(10), ledger_arrays(11)]
     curvature = np.mean([one["entropy/curvature"] for one in arrays])
     assert values["curvature"] == pytest.approx(curvature, rel=1e-4)
-    (axis,) = entropy_waterfall(runs).axes
+    (axis,) = entropy_waterfall.draw(runs).axes
     assert axis.get_title(loc="left") == "rl, step 10, mean of 2 runs"
     bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axis.patches]
     for (_, end), (start, _) in zip(bars[:-1], bars[1:-1], strict=False):
@@ -171,4 +172,4 @@ def test_older_runs_have_none_of_it(run_paths):
     run = read_run(path)
     assert run.notes == () and run.texts is None and sorted(run.probes) == [5, 10]
     assert run.ledgers == {} and run.evaluations == {}
-    assert entropy_waterfall([run]) is None
+    assert entropy_waterfall.draw([run]) is None

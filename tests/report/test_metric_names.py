@@ -5,7 +5,15 @@ import re
 import pytest
 
 from ntkrl.report import format_glossary
-from ntkrl.report.names import ALIASES, DIFFERENT, FAMILIES, GLOSSARY, TIMINGS, aliased, is_known
+from ntkrl.report.metric_names import (
+    ALIASES,
+    DIFFERENT,
+    FAMILIES,
+    GLOSSARY,
+    TIMINGS,
+    aliased,
+    is_known,
+)
 
 
 def test_aliases_by_hand():

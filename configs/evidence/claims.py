@@ -1,0 +1,431 @@
+"""The paper's claims, each with a number, an interval over seeds and a verdict.
+
+The criteria were written before any run of the study: `holds` where the complete interval is on
+the claimed side and, for a difference or a value above a limit, p ≤ 0.05; `partly` where only the
+mean is; else `does not hold`. Intervals are 95 %, bootstrap over seeds, and too narrow for so few;
+p-values are from all sign flips over seeds: with six seeds no less than 0.03.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from configs.evidence.similarity import read_similarities
+from ntkrl.evaluation import powers
+from ntkrl.intervals import Interval
+from ntkrl.report import Run, read_arrays, step_files
+from ntkrl.study import (
+    Measure,
+    Results,
+    area,
+    at_time,
+    change,
+    first,
+    last,
+    mean_interval,
+    mean_of,
+    paired,
+    training_seconds,
+)
+
+LEVEL = 0.05
+HOLDS, PARTLY, FAILS, UNKNOWN = "holds", "partly", "does not hold", "not run"
+NO_NUMBER = "–"
+COSINE = "probe/cosine_across_prompts"
+DISTORTION = "probe/feature_distortion_relative"
+
+
+class Plan(Protocol):
+    """Settings that claims depend on; see `paper_study.StudySettings`."""
+
+    arms: dict[str, tuple[str, ...]]
+    samples: int
+    sgd_rates: tuple[float, ...]
+    sizes: list[str]
+
+
+class Verdict(NamedTuple):
+    """A claim with its verdict.
+
+    question: 1 to 6, of the study.
+    task: which runs it was tested on.
+    claim: in words.
+    number: the measured value in words, with its interval.
+    verdict: `holds`, `partly`, `does not hold` or `not run`; "" for a number without a claim.
+    """
+
+    question: int
+    task: str
+    claim: str
+    number: str
+    verdict: str
+
+
+class Arm(NamedTuple):
+    """An arm of a size, with the study it belongs to."""
+
+    results: Results
+    plan: Plan
+    size: str
+    name: str
+
+    @property
+    def task(self) -> str:
+        """Name of the runs' task."""
+        tasks = {"rlhf": "learned reward", "sft": "supervised"}
+        return f"{self.size}, {tasks.get(self.name.split('_')[0], 'expressions')}"
+
+    def other(self, name: str) -> Arm:
+        """Return another arm of the size."""
+        return self._replace(name=name)
+
+    def over_seeds(self, measure: Measure) -> np.ndarray:
+        """Return a measure of each seed's finished run `[seeds]`, NaN without one."""
+        return self.results.over_seeds(self.size, self.name, measure)
+
+    def mean(self, measure: Measure) -> str:
+        """Return the mean of a measure over seeds in words."""
+        return _mean(self.over_seeds(measure))
+
+
+def verdicts(results: Results, plan: Plan) -> list[Verdict]:
+    """Return every claim's verdict, by question."""
+    listed = []
+    for size in plan.sizes:
+        arms = plan.arms[size]
+        for plain, classifier_first in (("rl", "cfrl"), ("rlhf", "rlhf_first")):
+            if plain == "rl" or plain in arms:
+                listed += _of_pair(Arm(results, plan, size, plain), classifier_first)
+        for name, claims in OF_ARMS:
+            if name in arms:
+                listed.append(claims(Arm(results, plan, size, name)))
+        for question, claim, (plain, other), measure, sign in COMPARED:
+            if {plain, other} <= set(arms):
+                arm = Arm(results, plan, size, plain)
+                listed.append(_versus(question, claim, arm, other, measure, sign))
+    return sorted(listed, key=lambda verdict: verdict.question)
+
+
+def _of_pair(rl: Arm, classifier_first: str) -> list[Verdict]:
+    """Return the claims about RL, and about RL with the classifier first, on one task."""
+    learned = rl.name == "rlhf"
+    diversity = "diversity/distinct_answers" if learned else "eval/distinct_completions"
+    start = rl.over_seeds(first(COSINE))
+    moved = mean_interval(rl.over_seeds(change(COSINE)))
+    claim = "features of other prompts are alike before RL: cosine > 0.5"
+    listed = [
+        _above(1, rl.task, claim, start, 0.5),
+        _number(1, rl.task, "how far RL moves that cosine", moved and _interval(moved)),
+    ]
+    for metric, claim, sign in (
+        ("probe/confidence", "confidence (max π) rises under RL", 1),
+        ("probe/entropy", "entropy (nats) falls under RL", -1),
+        (diversity, "distinct answers of a prompt's samples become fewer", -1),
+    ):
+        values = rl.over_seeds(change(metric))
+        verdict = _above(3, rl.task, claim, sign * values, 0.0)
+        if verdict.verdict != UNKNOWN:
+            p_value = verdict.number.partition(", p")[2]
+            verdict = verdict._replace(number=f"{_interval(mean_interval(values))}, p{p_value}")
+        listed.append(verdict)
+    shares = rl.over_seeds(head_share)
+    claim = "R makes most of the change of entropy: share > ½"
+    listed.append(_above(3, rl.task, claim, shares, 0.5))
+    listed += (_true_reward if learned else _rewards)(rl, classifier_first)
+    for metric, words, sign in (
+        (DISTORTION, "less feature distortion than RL", -1),
+        ("probe/head_norm", "a larger classifier norm than RL", 1),
+    ):
+        claim = f"LP-FT's account: classifier first gives {words}"
+        listed.append(_versus(5, claim, rl, classifier_first, last(metric), sign))
+    return listed
+
+
+def _true_reward(rl: Arm, classifier_first: str) -> list[Verdict]:
+    """Compare classifier first with RL in true reward, where training saw a learned one."""
+    arms = (rl.name, classifier_first)
+    rewards = [rl.results.evaluated(rl.size, arm, "true", "eval/reward") for arm in arms]
+    claim = "classifier first reaches more true reward, equal rollouts"
+    return [_difference(4, rl.task, claim, *rewards)]
+
+
+def _rewards(rl: Arm, classifier_first: str) -> list[Verdict]:
+    """Compare classifier first with RL in reward, at equal rollouts and at equal time."""
+    listed = []
+    for words, measure in (
+        ("held-out reward at the end, equal rollouts", last("eval/reward")),
+        ("area under the held-out reward, equal rollouts", area("eval/reward")),
+    ):
+        claim = f"classifier first reaches more {words}"
+        listed.append(_versus(4, claim, rl, classifier_first, measure, 1))
+    runs = (rl.results.runs(rl.size, arm) for arm in (rl.name, classifier_first))
+    timed = [_at_equal_time(*pair) for pair in zip(*runs, strict=True)]
+    claim = "classifier first reaches more held-out reward, equal training time"
+    listed.append(_difference(4, rl.task, claim, *np.array(timed, float).T))
+    claim = "classifier first ends with more confidence than RL"
+    return [*listed, _versus(4, claim, rl, classifier_first, last("probe/confidence"), 1)]
+
+
+def _at_equal_time(a: Run | None, b: Run | None) -> tuple[float, float]:
+    """Return both rewards after the training time of the faster run."""
+    if a is None or b is None:
+        return math.nan, math.nan
+    limit = min(training_seconds(run) for run in (a, b))
+    return at_time(a, "eval/reward", limit), at_time(b, "eval/reward", limit)
+
+
+def head_share(run: Run) -> float:
+    """Return R's share of the first-order change of the probe's entropy, NaN without ledgers.
+
+    Every column of a ledger (samples, momentum, decay) has a part of the head's role (R) and of
+    the others (G); means over probe tokens, summed over the steps with ledgers (nats).
+    """
+    head = body = 0.0
+    for _, path in step_files(run.path / "ledger", ".npz"):
+        for name, values in (read_arrays(path) or {}).items():
+            if not name.startswith("entropy/") or name.count("/") != 2:
+                continue
+            amount = float(np.sum(values) / values.shape[0])
+            if name.endswith("/head"):
+                head += amount
+            else:
+                body += amount
+    return head / (head + body) if head + body else math.nan
+
+
+def sgd(arm: Arm) -> Verdict:
+    """First order: the relative error of the prediction grows as the rate, slope 1 ± 0.2."""
+    claim = "error of the first-order prediction ∝ rate (SGD): slope 1 ± 0.2"
+    return _within(2, arm.task, claim, _slope(arm), 0.8, 1.2)
+
+
+def sgd_head(arm: Arm) -> Verdict:
+    """The same where the head moves alone and logits are linear in it."""
+    claim = "the same with the head alone, whose logits are exactly linear"
+    return _within(2, arm.task, claim, _slope(arm), 0.8, 1.2)
+
+
+def _slope(arm: Arm) -> np.ndarray:
+    """Return of each seed the slope of log relative error in log rate `[seeds]`."""
+    rates, measure = np.log(arm.plan.sgd_rates), mean_of("predict/relative_error")
+    names = [f"{arm.name}_{number}" for number in range(len(rates))]
+    errors = np.log(np.array([arm.other(name).over_seeds(measure) for name in names]))
+    return np.array([np.polyfit(rates, column, 1)[0] for column in errors.T])
+
+
+def adam(rl: Arm) -> Verdict:
+    """First order along real Adam steps: correlation above 0.95."""
+    values = rl.over_seeds(mean_of("predict/correlation"))
+    error = mean_interval(rl.over_seeds(mean_of("predict/relative_error")))
+    claim = "a real Adam step does to log π what first order says: correlation > 0.95"
+    verdict = _above(2, rl.task, claim, values, 0.95)
+    suffix = "" if error is None else f"; relative error {_interval(error)}"
+    return verdict._replace(number=verdict.number + suffix)
+
+
+def lengths(rl: Arm) -> Verdict:
+    """Held-out reward by length of stage 1; no claim."""
+    arms = {"0": "rl", "5 %": "cfrl_short", "25 %": "cfrl", "50 %": "cfrl_long"}
+    return _rewards_of(rl, "reward by stage 1's part of the steps", arms)
+
+
+def objectives(rl: Arm) -> Verdict:
+    """Held-out reward by objective; no claim."""
+    arms = {"RLOO": "rl", "GRPO": "grpo", "REINFORCE": "reinforce"}
+    return _rewards_of(rl, "reward by objective", arms)
+
+
+def gap(rl: Arm) -> Verdict:
+    """Best of N: RL's lead over the base at N = 1 shrinks with N."""
+    largest, metric = rl.plan.samples, "diversity/best_of_{}"
+    leads = {n: rl.over_seeds(change(metric.format(n))) for n in powers(largest)}
+    claim = f"RL's lead over its base in best-of-N closes from N = 1 to N = {largest}"
+    verdict = _difference(6, rl.task, claim, leads[1], leads[largest], -1)
+    listed = ", ".join(f"{n}: {_mean(values)}" for n, values in leads.items())
+    base, end = (rl.mean(edge(metric.format(largest))) for edge in (first, last))
+    reached = f"at N = {largest} the base reaches {base}, RL {end}"
+    return verdict._replace(number=f"lead by N: {listed}; {reached}; {verdict.number}")
+
+
+def support(rl: Arm) -> Verdict:
+    """Support: RL loses more right answers than it gains, beyond sampling noise.
+
+    Before the first step the same model is compared with its own earlier samples: its losses and
+    gains are chance.
+    """
+    lost, gained = "diversity/support_lost", "diversity/support_gained"
+    surplus = [rl.over_seeds(edge(lost)) - rl.over_seeds(edge(gained)) for edge in (first, last)]
+    claim = "of the right answers among the samples, RL loses more than it gains"
+    verdict = _difference(6, rl.task, claim, *surplus)
+    words = []
+    for word in ("kept", "lost", "gained"):
+        chance, end = (rl.mean(edge(f"diversity/support_{word}")) for edge in (first, last))
+        words.append(f"{word} {end} (by chance {chance})")
+    return verdict._replace(number=f"{', '.join(words)}; lost − gained: {verdict.number}")
+
+
+def depths(rl: Arm) -> Verdict:
+    """Cosines of features of other prompts by depth, before and after RL; no claim."""
+    claim = "cosine of features of other prompts by depth, before and after RL"
+    by_seed = [read_similarities(rl.results, rl.size, arm) for arm in ("base", "rl")]
+    if not all(by_seed):
+        return _number(1, rl.task, claim, None)
+    ends = (np.mean([seed["across_prompts"] for seed in seeds], axis=0) for seeds in by_seed)
+    layers = [
+        f"{depth}: {before:.3g} to {after:.3g}"
+        for depth, (before, after) in enumerate(zip(*ends, strict=True), start=1)
+    ]
+    return _number(1, rl.task, claim, f"layers {'; '.join(layers)}")
+
+
+OF_ARMS: tuple[tuple[str, Callable[[Arm], Verdict]], ...] = (
+    ("rl", depths),
+    ("sgd", sgd),
+    ("sgd_head", sgd_head),
+    ("rl", adam),
+    ("cfrl_long", lengths),
+    ("grpo", objectives),
+    ("rl", gap),
+    ("rl", support),
+)
+"""Claims of one arm, and the arm."""
+COMPARED: tuple[tuple[int, str, tuple[str, str], Measure, int], ...] = (
+    (
+        3,
+        "with diverse (whitened) features confidence rises less",
+        ("rl", "whitened"),
+        change("probe/confidence"),
+        -1,
+    ),
+    (
+        3,
+        "with diverse features R's share of the predicted Δ log π is smaller",
+        ("rl", "whitened"),
+        mean_of("predict/head_share"),
+        -1,
+    ),
+    (3, "what diverse features do to held-out reward", ("rl", "whitened"), last("eval/reward"), 0),
+    (
+        3,
+        "negative advantages alone raise confidence less than positive ones alone",
+        ("positive", "negative"),
+        change("probe/confidence"),
+        -1,
+    ),
+    (
+        3,
+        "what negative instead of positive advantages do to held-out reward",
+        ("positive", "negative"),
+        last("eval/reward"),
+        0,
+    ),
+    (
+        4,
+        "classifier first reaches more held-out reward, equal full updates",
+        ("rl", "cfrl_more"),
+        last("eval/reward"),
+        1,
+    ),
+    (
+        5,
+        "LP-FT itself (supervised control): head first distorts features less",
+        ("sft", "sft_first"),
+        last(DISTORTION),
+        -1,
+    ),
+    (
+        5,
+        "LP-FT itself (supervised control): a larger classifier norm",
+        ("sft", "sft_first"),
+        last("probe/head_norm"),
+        1,
+    ),
+)
+"""Claims that the second arm has more (sign 1) or less (−1) of a measure; 0: no claim.
+
+Each is question, claim, arms, measure and sign.
+"""
+
+
+def _above(question: int, task: str, claim: str, values: np.ndarray, limit: float) -> Verdict:
+    """Judge whether the mean is above a limit."""
+    interval = mean_interval(values)
+    if interval is None:
+        return _number(question, task, claim, None)
+    test = paired(np.full_like(values, limit), values)
+    p_value = 1.0 if test is None else test.p_value
+    judged = _judged(interval.value - limit, interval.low - limit, p_value)
+    return Verdict(question, task, claim, f"{_interval(interval)}, p = {p_value:.2g}", judged)
+
+
+def _within(
+    question: int, task: str, claim: str, values: np.ndarray, low: float, high: float
+) -> Verdict:
+    """Judge whether the mean is between two limits."""
+    interval = mean_interval(values)
+    if interval is None:
+        return _number(question, task, claim, None)
+    inside = min(interval.value - low, high - interval.value)
+    judged = _judged(inside, min(interval.low - low, high - interval.high))
+    return Verdict(question, task, claim, _interval(interval), judged)
+
+
+def _versus(
+    question: int, claim: str, arm: Arm, other: str, measure: Measure, sign: int
+) -> Verdict:
+    """Judge whether another arm has more (sign 1) or less (−1) of a measure; 0: neither."""
+    values = [arm.over_seeds(measure), arm.other(other).over_seeds(measure)]
+    verdict = _difference(question, arm.task, claim, *values, sign)
+    if verdict.verdict == UNKNOWN:
+        return verdict
+    words = f"{arm.name} {_mean(values[0])} to {other} {_mean(values[1])}"
+    return verdict._replace(number=f"{words}; {verdict.number}")
+
+
+def _difference(
+    question: int, task: str, claim: str, a: np.ndarray, b: np.ndarray, sign: int = 1
+) -> Verdict:
+    """Judge whether b − a has a sign."""
+    test = paired(a, b)
+    if test is None:
+        return _number(question, task, claim, None)
+    low = test.low if sign > 0 else -test.high
+    judged = _judged(sign * test.difference, low, test.p_value) if sign else ""
+    ends = f"[{test.low:.3g}, {test.high:.3g}], p = {test.p_value:.2g}"
+    return Verdict(question, task, claim, f"difference {test.difference:+.3g} {ends}", judged)
+
+
+def _judged(mean: float, end: float, p_value: float = 0.0) -> str:
+    if end > 0 and p_value <= LEVEL:
+        return HOLDS
+    return PARTLY if mean > 0 else FAILS
+
+
+def _number(question: int, task: str, claim: str, number: str | None) -> Verdict:
+    """Return a number without a claim; None: it was not measured."""
+    if number is None:
+        return Verdict(question, task, claim, NO_NUMBER, UNKNOWN)
+    return Verdict(question, task, claim, number, "")
+
+
+def _rewards_of(arm: Arm, claim: str, arms: dict[str, str]) -> Verdict:
+    """List the held-out reward of arms, with intervals; no claim."""
+    reward = last("eval/reward")
+    intervals = {words: mean_interval(arm.other(n).over_seeds(reward)) for words, n in arms.items()}
+    texts = {words: NO_NUMBER if i is None else _interval(i) for words, i in intervals.items()}
+    number = "; ".join(f"{words}: {text}" for words, text in texts.items())
+    known = any(interval is not None for interval in intervals.values())
+    return Verdict(4, f"{arm.size}, expressions", claim, number, "" if known else UNKNOWN)
+
+
+def _interval(interval: Interval) -> str:
+    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+
+
+def _mean(values: np.ndarray) -> str:
+    interval = mean_interval(values)
+    return NO_NUMBER if interval is None else f"{interval.value:.3g}"

@@ -1,0 +1,245 @@
+"""The study of the paper's claims: its runs, its files, and its verdicts from known numbers."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.evidence import claims, prompts
+from configs.evidence.paper_study import PaperStudy, StudySettings
+from ntkrl import main, reward, runtime, study
+from ntkrl.settings import read_settings
+
+FILE = "configs/study.py"
+TASKS = ("small, expressions", "small, supervised")
+
+
+def settings(root, **changes):
+    """The checked-in settings, in another directory."""
+    config = runtime.read_config([f"--config={FILE}"])
+    found = runtime.parse_section(StudySettings, config, "study")
+    return dataclasses.replace(found, run_dir=str(root), **changes)
+
+
+def paper_study(root, **changes):
+    """The study of these settings."""
+    return PaperStudy(settings(root, **changes), FILE)
+
+
+def lines(name, step):
+    """Metrics of a run as plain formulas of arm and step."""
+    gain = {"rl": 0.2, "cfrl": 0.3}[name] if name in ("rl", "cfrl") else 0.1
+    share = step / 8
+    found = {"step": step, "eval/reward": 0.3 + gain * share}
+    found |= {"stage": "all"} if step else {}
+    found |= {"probe/confidence": 0.6 + 0.1 * share, "probe/entropy": 1.0 - 0.2 * share}
+    found |= {"probe/cosine_across_prompts": 0.7, "eval/distinct_completions": 0.9 - 0.1 * share}
+    found |= {"probe/head_norm": 5.0, "probe/feature_distortion_relative": 0.1}
+    found |= {"diversity/best_of_1": 0.3 + 0.2 * share, "diversity/best_of_64": 0.9}
+    found |= {f"diversity/support_{word}": 4.0 for word in ("kept", "gained")}
+    found["diversity/support_lost"] = 4.0 + step
+    return found | {"predict/correlation": 0.99, "predict/relative_error": 0.1}
+
+
+def fabricate(paper, size, arm, seed, name=None, change=None):
+    """Write a finished run."""
+    place = paper.results.place(size, arm, seed)
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps({"name": name or arm, "seed": seed}))
+    told = [lines(arm, step) for step in range(9)]
+    for line in told:
+        line["eval/reward"] += 0.001 * seed
+        line.update({} if change is None else change(line["step"]))
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    timings = [{"step": step, "sample_seconds": 1.0, "update_seconds": 0.5} for step in range(1, 9)]
+    (place / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timings))
+    (place / "finished").touch()
+    (place / "ledger").mkdir()
+    arrays = {"entropy/policy/head": np.full((5, 3), -0.1), "entropy/momentum/body": np.zeros(5)}
+    arrays |= {"entropy/policy/body": np.full((5, 3), -0.3), "log_prob/policy/head": np.ones(5)}
+    np.savez(place / "ledger" / "step_000004.npz", **arrays)
+    return place
+
+
+def test_every_run_has_a_config(tmp_path, monkeypatch):
+    """law: what the plan runs can be read, each in its own directory; nothing tunes on test."""
+    paper = paper_study(tmp_path, seeds=(1,), tuning_seeds=(9,))
+    skipped = ("prompts.write_prompts", "prompts.write_preferences", "similarity.write_all")
+    for name in skipped:
+        monkeypatch.setattr(f"configs.evidence.{name}", lambda *arguments: None)
+    paper.chosen = lambda: {"rl": {"body": 1e-3}, "cfrl": {"head": 1e-2, "body": 1e-3}}
+    places = {}
+    for title, jobs in paper.phases():
+        for job in jobs:
+            config = runtime.read_config(job.words[1:])
+            found = read_settings(config)
+            assert Path(config.run_dir) in job.done.parents, job
+            assert job.done not in places
+            places[job.done] = job.name
+            if "/sgd" in job.words[1]:
+                assert found.probe.every_steps == 1, "its only step is probed"
+            if title == "choice of rates":
+                assert found.data.eval_path == f"{tmp_path}/data/validation.jsonl"
+                assert found.evaluation.base is None
+    medium = runtime.read_config(["--config=configs/study.py:medium/cfrl,head=1e-2,body=5e-4"])
+    assert [row.parameters[0][1] for row in medium.stages] == [1e-2, 5e-4]
+    assert len(places) > 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"jobs": 0, "seeds": (1, 9), "tuning_seeds": (9,)}, "jobs must be ≥ 1.*tuning seed"),
+        ({"tuned": "huge"}, "'huge', which has no arms"),
+        ({"grids": {"rl": {"body": (1.0,)}, "cfrl": {"body": (1.0, 2.0)}}}, "equally many points"),
+        ({"arms": {"small": ("rl",)}}, "lacks the arms of the grids: cfrl"),
+    ],
+)
+def test_mistakes_in_the_settings(tmp_path, changes, message):
+    """by hand: settings that cannot be run are refused, all at once."""
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **changes)
+
+
+def test_mistakes_in_a_word(capsys):
+    """by hand: an unknown arm, size or key is reported with the known ones, and no trace."""
+    assert main.main(["train", "--config=configs/study.py:small/ppo,rate=3"]) == 2
+    assert "expected SIZE/ARM,key=value" in capsys.readouterr().err
+
+
+def test_prompts_and_preferences(tmp_path):
+    """law: parts are disjoint, answers are right, and the chosen completion has more reward."""
+    prompts.write_prompts(tmp_path)
+
+    def read(name):
+        text = (tmp_path / "data" / f"{name}.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    parts = {
+        name: {row["target"] for row in read(name)} for name in ("train", "validation", "test")
+    }
+    assert {name: len(part) for name, part in parts.items()} == dict(
+        train=24, validation=6, test=10
+    )
+    assert len(set.union(*parts.values())) == 40
+    answers = read("supervised")
+    assert {row["target"] for row in answers} <= parts["train"] and len(answers) > 1000
+    for row in answers[::97]:
+        given = [row["prompt"]], [row["completion"]], [[]]
+        assert reward.expression_score(*given, [row["target"]]) == [1.0]
+    samples = tmp_path / "samples.jsonl"
+    rows = [
+        {"prompt": f"{p}=", "completion": str(c), "reward": c % 3} for p in "12" for c in range(9)
+    ]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts.write_preferences(samples, tmp_path / "pairs.jsonl", 0)
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == 2 * prompts.PAIRS_PER_PROMPT
+    assert all(int(pair["chosen"]) % 3 > int(pair["rejected"]) % 3 for pair in pairs)
+
+
+def test_rates_are_chosen_by_the_last_evaluations(tmp_path):
+    """by hand: the grid's point of highest mean over seeds of the last two evaluations."""
+    paper = paper_study(tmp_path)
+    wanted = ("rl_body=0.0003", "cfrl_body=0.0003_head=0.003")
+    for job in paper.tuning():
+        name, _, seed = job.done.parent.name.rpartition("-")
+
+        def change(step, best=name in wanted):
+            return {"eval/reward": 0.9 if best and step >= 7 else 0.5}
+
+        fabricate(paper, "small/tuning", name, int(seed), change=change)
+    assert paper.chosen() == {"rl": {"body": 3e-4}, "cfrl": {"head": 3e-3, "body": 3e-4}}
+    told = json.loads((tmp_path / "small" / "rates.json").read_text())
+    assert [row["reward"] for row in told["rl"]["tried"]] == [0.5] * 4 + [0.9] + [0.5] * 4
+
+
+def found(paper):
+    """Verdicts by claim."""
+    listed = claims.verdicts(paper.results, paper.settings)
+    return {one.claim: one for one in listed if one.task in TASKS}
+
+
+def test_verdicts_of_known_numbers(tmp_path):
+    """by hand: what holds, holds partly, does not hold and was not run."""
+    paper = paper_study(tmp_path, seeds=(1, 2, 3, 4, 5, 6))
+    for seed in paper.settings.seeds:
+        fabricate(paper, "small", "rl", seed)
+        sign = 1 if seed < 5 else -1.5  # ahead on average alone
+        change = {"probe/feature_distortion_relative": 0.1 - 0.02 * sign, "probe/head_norm": 4.0}
+        fabricate(paper, "small", "cfrl", seed, change=lambda step, change=change: change)
+        for number, rate in enumerate(paper.settings.sgd_rates):
+            error = {"predict/relative_error": (1 + 0.1 * seed) * rate}
+            fabricate(paper, "small", f"sgd_{number}", seed, "sgd", lambda step, e=error: e)
+    told = found(paper)
+    slope = next(one for claim, one in told.items() if "∝ rate" in claim)
+    assert (slope.verdict, slope.number) == ("holds", "1 [1, 1]")
+    ahead = told["classifier first reaches more held-out reward at the end, equal rollouts"]
+    assert ahead.verdict == "holds"
+    assert "rl 0.503 to cfrl 0.603; difference +0.1 [0.1, 0.1], p = 0.031" in ahead.number
+    timed = told["classifier first reaches more held-out reward, equal training time"]
+    assert timed.verdict == "holds"
+    account = {
+        claim[-30:]: one.verdict for claim, one in told.items() if "LP-FT's account" in claim
+    }
+    assert set(account.values()) == {"partly", "does not hold"}
+    share = told["R makes most of the change of entropy: share > ½"]
+    assert (share.verdict, share.number) == ("does not hold", "0.25 [0.25, 0.25], p = 0.031")
+    gap = next(one for claim, one in told.items() if "best-of-N closes" in claim)
+    assert "64: 0; at N = 64 the base reaches 0.9, RL 0.9; difference -0.2" in gap.number
+    assert gap.verdict == "holds" and "lead by N: 1: 0.2, 2: –," in gap.number
+    support = next(one for claim, one in told.items() if "loses more than it gains" in claim)
+    assert support.verdict == "holds"
+    assert "lost 12 (by chance 4), gained 4 (by chance 4)" in support.number
+    assert (
+        told["the same with the head alone, whose logits are exactly linear"].verdict == "not run"
+    )
+
+
+def test_equal_time_counts_no_compiling(tmp_path):
+    """by hand: median seconds of a step times steps; the reward between evaluations is linear."""
+    paper = paper_study(tmp_path, seeds=(1,))
+    place = fabricate(paper, "small", "rl", 1)
+    told = (place / "timings.jsonl").read_text().splitlines()
+    told[0] = json.dumps({"step": 1, "sample_seconds": 99.0, "look_seconds": 50.0})
+    (place / "timings.jsonl").write_text("\n".join(told) + "\n")
+    (run,) = paper.results.runs("small", "rl")
+    assert study.training_seconds(run) == 1.5 * 8
+    assert study.training_seconds(run, 4) == 1.5 * 4
+    assert study.at_time(run, "eval/reward", 1.5 * 4.5) == pytest.approx(0.301 + 0.2 * 4.5 / 8)
+    assert math.isnan(study.at_time(run, "eval/reward", 1e9))
+
+
+def test_a_page_of_what_is_there(tmp_path):
+    """story: nothing runs; the page and the Markdown say what was found and what is missing."""
+    paper = paper_study(tmp_path, seeds=(1, 2))
+    for arm in ("rl", "cfrl"):
+        for seed in paper.settings.seeds:
+            fabricate(paper, "small", arm, seed)
+    similarity = {f"{kind}": [0.9, 0.8] for kind in ("within_response", "across_responses")}
+    similarity["across_prompts"] = [0.7, 0.6]
+    place = paper.results.place("small", "rl", 1) / "similarity.json"
+    place.write_text(json.dumps(similarity))
+    command = f"ntkrl train --config={FILE}:small/rl,seed=2,root={tmp_path},steps=8"
+    (tmp_path / "commands.txt").write_text(
+        f"{command}\nntkrl evaluate --config={FILE}:x/y,seed=2\n"
+    )
+    page = paper.write_page(f"ntkrl study --config={FILE}").read_text()
+    assert "Not run, or not finished: small cfrl_short: seeds 1, 2" in page
+    assert page.count("<h2>") >= 7 and "Similarity" in page or "small-layers" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    table = (tmp_path / "verdicts.md").read_text()
+    assert "| 4 | classifier first reaches more held-out reward at the end" in table
+    listed = json.loads((tmp_path / "verdicts.json").read_text())
+    assert {one["question"] for one in listed} == {1, 2, 3, 4, 5, 6}
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [run["run"] for run in runs] == [
+        f"small/{arm}-{s}" for arm in ("cfrl", "rl") for s in (1, 2)
+    ]
+    assert [run["command"] for run in runs] == [None, None, None, command]
+    assert runs[3]["eval/reward"] == [0.302, 0.502, 0.402]
+    assert runs[3]["seconds"] == 12.0
