@@ -1,7 +1,7 @@
 """Intervals and paired tests for few seeds or many prompts; seeded, in numpy.
 
-What is resampled are the rows of the values: give one row per independent unit (a prompt, a seed),
-not one per completion.
+The rows of the values are resampled: pass a row per independent unit (a prompt, a seed), not per
+completion.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-TOGETHER = 2**20
-"""Numbers of resampled rows that exist at a time."""
+CHUNK = 2**20
+"""Resampled values in memory at a time."""
 
 
 class Interval(NamedTuple):
@@ -27,9 +27,9 @@ class Paired(NamedTuple):
     """A mean difference of paired values.
 
     difference, low, high: mean of b − a and its bootstrap interval.
-    p_value: two-sided, in (0, 1]; the chance of a mean as far from 0 were the signs of the
-      differences those of fair coins.
-    patterns: sign patterns that stands on, and `exact` whether those are all 2ⁿ.
+    p_value: two-sided, in (0, 1]; the probability of a mean at least as far from 0 if the signs of
+      the differences were random.
+    patterns: number of sign patterns evaluated; exact: whether those are all 2ⁿ.
     """
 
     difference: float
@@ -49,15 +49,15 @@ def bootstrap(
 ) -> Interval:
     """Return a statistic with its percentile bootstrap interval.
 
-    Quantiles are values that occurred, so that a statistic may be infinite. With few rows the
+    Quantiles are observed values, so that a statistic may be infinite. With few rows the
     interval is too short: of n rows only n different values exist.
 
     Args:
       statistic: of arrays shaped as the columns, a number.
       *columns: arrays with n ≥ 1 rows each, resampled together.
-      level: what the interval covers, in (0, 1).
-      draws: resamples.
-      seed: of the resampling.
+      level: coverage of the interval, in (0, 1).
+      draws: number of resamples.
+      seed: seed of the resampling.
 
     Returns:
       Interval.
@@ -73,31 +73,31 @@ def bootstrap(
         raise ValueError(f"columns need equally many rows, one or more, not {sorted(sizes)}.")
     (size,) = sizes
     rng = np.random.default_rng(seed)
-    found = []
+    samples = []
     for _ in range(draws):
         rows = rng.integers(size, size=size)
-        found.append(statistic(*(array[rows] for array in arrays)))
-    return _between(float(statistic(*arrays)), np.array(found), level)
+        samples.append(statistic(*(array[rows] for array in arrays)))
+    return _percentiles(float(statistic(*arrays)), np.array(samples), level)
 
 
 def mean_interval(
     values: np.ndarray, level: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Return the mean of `[n]` values with its interval, as `bootstrap` would, many at a time."""
-    held = np.asarray(values, float)
-    if not len(held):
+    """Return the mean of `[n]` values and its interval; `bootstrap`, vectorised."""
+    values = np.asarray(values, float)
+    if not len(values):
         raise ValueError("columns need equally many rows, one or more, not [0].")
-    rng, together = np.random.default_rng(seed), max(1, TOGETHER // len(held))
-    found = []
-    for start in range(0, draws, together):
-        rows = rng.integers(len(held), size=(min(together, draws - start), len(held)))
-        found.append(held[rows].mean(axis=1))
-    return _between(float(held.mean()), np.concatenate(found), level)
+    rng, chunk = np.random.default_rng(seed), max(1, CHUNK // len(values))
+    samples = []
+    for start in range(0, draws, chunk):
+        rows = rng.integers(len(values), size=(min(chunk, draws - start), len(values)))
+        samples.append(values[rows].mean(axis=1))
+    return _percentiles(float(values.mean()), np.concatenate(samples), level)
 
 
-def _between(value: float, found: np.ndarray, level: float) -> Interval:
+def _percentiles(value: float, samples: np.ndarray, level: float) -> Interval:
     tail = (1 - level) / 2
-    low, high = np.quantile(found, [tail, 1 - tail], method="inverted_cdf")
+    low, high = np.quantile(samples, [tail, 1 - tail], method="inverted_cdf")
     return Interval(value, float(low), float(high))
 
 
@@ -108,11 +108,11 @@ def paired_difference(
     draws: int = 10_000,
     seed: int = 0,
 ) -> Paired:
-    """Test whether b differs from a in the mean, by flipping signs of paired differences.
+    """Test whether the means of a and b differ, by flipping signs of paired differences.
 
-    All 2ⁿ patterns are taken where they are no more than `draws` (n ≤ 13 at 10 000): then the
-    p-value is exact, and no smaller than 2/2ⁿ. Else `draws` random patterns are, and the one seen
-    counts among them: (1 + hits)/(1 + draws).
+    All 2ⁿ sign patterns are evaluated where these are at most `draws` (n ≤ 13 at 10 000): then the
+    p-value is exact, and at least 2/2ⁿ. Otherwise `draws` random patterns are, and the observed
+    pattern is counted as well: (1 + hits)/(1 + draws).
 
     Args:
       first, second: a and b `[n]`, pair by pair (the same seed or prompt), n ≥ 1.
@@ -124,7 +124,7 @@ def paired_difference(
     Raises:
       ValueError: different numbers of values, or none.
 
-    Source: Fisher 1935; Phipson & Smyth 2010 (the added one).
+    Source: Fisher 1935; Phipson & Smyth 2010 (adding 1 to both counts).
     """
     a, b = np.asarray(first, float), np.asarray(second, float)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
@@ -137,7 +137,7 @@ def paired_difference(
     else:
         bits = np.random.default_rng(seed).integers(2, size=(draws, len(gaps)))
     means = (1 - 2 * bits) @ gaps / len(gaps)
-    # sums in another order differ in the last bits from the one seen
+    # sums in another order differ from the observed one in the last bits
     hits = np.sum(np.abs(means) >= abs(value) - 1e-12 * np.abs(gaps).max())
     p_value = hits / len(bits) if exact else (1 + hits) / (1 + len(bits))
     return Paired(value, low, high, float(p_value), len(bits), exact)

@@ -31,19 +31,18 @@ kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=
 Configs live in configs/; every field has its meaning in configs/base.py.
 Set NTKRL_TRACEBACK=1 to see where an error came from.
 Exit statuses: 0 done, 2 a mistake of the user's, 70 another process of the run failed or was lost,
-75 saved and left when asked to, 130 interrupted."""
+75 saved and stopped after SIGTERM, 130 interrupted."""
 
 PREEMPTED = 75
-"""Exit status of a run that was asked to leave: EX_TEMPFAIL, try again."""
+"""Exit status of a run that SIGTERM ended: EX_TEMPFAIL, try again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status.
 
-    0: done. 2: a user's mistake, or a disk that takes no more. 75: asked to leave by SIGTERM, and
-    saved. 130: interrupted. The last two go on where they were with the same command. A failure in
-    one of several processes ends it here and now, the others with 70 (see
-    runtime.distributed_session).
+    0: done. 2: a user's mistake, or a full disk. 75: saved and stopped after SIGTERM. 130:
+    interrupted. After the last two the same command resumes. If one of several processes fails, it
+    ends at once and the others exit with 70 (see runtime.distributed_session).
 
     Args:
       argv: words after the program's name; None for the process's own.
@@ -95,17 +94,17 @@ def _train(words: Sequence[str]) -> int | None:
 
 def _evaluate(words: Sequence[str]) -> None:
     from ntkrl import runtime
-    from ntkrl.evaluation import evaluate_command
+    from ntkrl.evaluation import commands
 
-    own = [word for word in words if word.startswith(("--run", "--step"))]
-    options, _ = _options(own, ("run", "step"))
+    chosen = [word for word in words if word.startswith(("--run", "--step"))]
+    options, _ = _options(chosen, ("run", "step"))
     if "step" in options and "run" not in options:
         raise ValueError("--step names a checkpoint of a run; give --run=RUN too.")
     run = options["run"] if "run" in options else None
-    saved = None if run is None else evaluate_command.config_of(run)
-    config = runtime.read_config([word for word in words if word not in own], saved)
+    saved = None if run is None else commands.config_of(run)
+    config = runtime.read_config([word for word in words if word not in chosen], saved)
     with runtime.distributed_session():
-        evaluate_command.evaluate(config, run, _step(options))
+        commands.evaluate(config, run, _step(options))
 
 
 def _prepare(words: Sequence[str]) -> None:
@@ -120,12 +119,12 @@ def _plan(words: Sequence[str]) -> None:
     from ntkrl import plan, runtime
     from ntkrl.settings import read_settings
 
-    given = [word for word in words if word.startswith("--config")]
-    rest = [word for word in words if word not in given]
-    options, places = _options(rest, ("topology", "limit", "json", "table"), ("search",))
+    config_words = [word for word in words if word.startswith("--config")]
+    others = [word for word in words if word not in config_words]
+    options, places = _options(others, ("topology", "limit", "json", "table"), ("search",))
     if places:
         raise ValueError(f"plan takes options only, not {' '.join(places)}.")
-    settings = read_settings(runtime.read_config(given))
+    settings = read_settings(runtime.read_config(config_words))
     if "table" in options:
         if len(options) > 1:
             raise ValueError("plan --table=FILE takes no other option: it names its machines.")
@@ -140,9 +139,9 @@ def _study(words: Sequence[str]) -> None:
     from ntkrl import runtime, study
 
     _alone("study")
-    given = runtime.join_config_flag([word for word in words if word != "--page"])
-    config = runtime.read_config(given)
-    named = [word for word in given if word.startswith("--config=")]
+    config_words = runtime.join_config_flag([word for word in words if word != "--page"])
+    config = runtime.read_config(config_words)
+    named = [word for word in config_words if word.startswith("--config=")]
     file = named[-1].removeprefix("--config=")
     print(f"page: {study.run_study(config, file, '--page' in words)}")
 
@@ -190,17 +189,17 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _export(words: Sequence[str]) -> None:
-    from ntkrl.evaluation import evaluate_command
+    from ntkrl.evaluation import commands
 
     _alone("export")
     options, places = _options(words, ("step",))
     if len(places) != 2:
         raise ValueError("export needs a run directory and an output directory.")
-    evaluate_command.export(places[0], places[1], _step(options))
+    commands.export(places[0], places[1], _step(options))
 
 
 def _step(options: Mapping[str, str]) -> int | str | None:
-    """Read which checkpoint is meant; None: the newest."""
+    """Parse --step; None is the newest checkpoint."""
     step = options["step"] if "step" in options else None
     if step is not None and step.isdigit():
         return int(step)
@@ -226,14 +225,16 @@ def _options(
     words: Sequence[str], known: Sequence[str], switches: Sequence[str] = ()
 ) -> tuple[dict[str, str], list[str]]:
     """Split words into `--name=value` options (and `--switch` ones, with no value) and the rest."""
-    options, rest = {}, []
+    options, others = {}, []
     for word in words:
         if not word.startswith("--"):
-            rest.append(word)
+            others.append(word)
             continue
         name, _, value = word[2:].partition("=")
         if word[2:] not in switches and (name not in known or not value):
-            allowed = ", ".join([f"--{one}=…" for one in known] + [f"--{one}" for one in switches])
+            allowed = ", ".join(
+                [f"--{option}=…" for option in known] + [f"--{switch}" for switch in switches]
+            )
             raise ValueError(f"{word} is not understood; allowed are {allowed}.")
         options[name] = value
-    return options, rest
+    return options, others

@@ -18,6 +18,9 @@ def at_least_float32(values: Array) -> Array:
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+"""Dtypes of params, networks and key-value caches, by their name in a config."""
+GIB = 2**30
 SHORTEST_BUCKET = 8
 GIB = 2**30
 """Bytes of a GiB."""

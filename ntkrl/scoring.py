@@ -1,17 +1,23 @@
-"""Read completions under a policy: log-probs, entropy, top mass, features; never V-wide at once."""
+"""Statistics of completions under a policy: log-probs, entropy, arg-max mass; logits in chunks."""
 
 from __future__ import annotations
 
 from ntkrl import trees
-from ntkrl.softmax import Head, TokenStatistics, token_statistics
+from ntkrl.softmax import (
+    DEFAULT_OPTIONS,
+    OutputHead,
+    SoftmaxOptions,
+    TokenStatistics,
+    token_statistics,
+)
 from ntkrl.types import Array, Params, Policy
 
 
-def head_of(policy: Policy, params: Params) -> Head:
+def head_of(policy: Policy, params: Params) -> OutputHead:
     """Return the arrays of a policy's head."""
-    named = trees.named_leaves(params)
-    bias = None if policy.head_bias is None else named[policy.head_bias]
-    return Head(named[policy.head_weight], bias, policy.head_scale, policy.head_soft_cap)
+    leaves = trees.named_leaves(params)
+    bias = None if policy.head_bias is None else leaves[policy.head_bias]
+    return OutputHead(leaves[policy.head_weight], bias, policy.head_scale, policy.head_soft_cap)
 
 
 def completion_features(
@@ -20,14 +26,13 @@ def completion_features(
     """Return the features that predict each completion token.
 
     Args:
-      policy: the network's functions.
-      params: its params.
+      policy, params: the network.
       tokens: `[B, T]` prompt then completion.
       mask: `[B, T]` bool, True on real tokens.
       completion_length: C, columns that belong to the completion, in [1, T).
 
     Returns:
-      `[B, C, D]`; entry c is read one column before completion token c.
+      `[B, C, D]`; entry c comes from the column before completion token c.
     """
     features_BTD = policy.features(params, tokens, mask)
     length = tokens.shape[1]
@@ -40,21 +45,17 @@ def score(
     tokens: Array,
     mask: Array,
     completion_length: int,
-    temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    options: SoftmaxOptions = DEFAULT_OPTIONS,
 ) -> TokenStatistics:
-    """Return log-prob, entropy, Σπ² and arg-max mass of every completion token.
+    """Compute log-prob, entropy, Σπ² and arg-max mass of every completion token.
 
     Args:
       policy, params, tokens, mask, completion_length: as in `completion_features`.
-      temperature: the sampling temperature, so that ratios compare like with like; > 0.
-      chunk_tokens: positions whose logits exist at a time.
+      options: the sampling temperature (for comparable ratios), and chunk sizes.
 
     Returns:
       TokenStatistics of `[B, C]` arrays (nats); entries on padding are finite and meaningless.
     """
     features_BCD = completion_features(policy, params, tokens, mask, completion_length)
     targets_BC = tokens[:, -completion_length:]
-    return token_statistics(
-        head_of(policy, params), features_BCD, targets_BC, temperature, chunk_tokens
-    )
+    return token_statistics(head_of(policy, params), features_BCD, targets_BC, options)

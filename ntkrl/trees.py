@@ -1,9 +1,9 @@
-"""Questions about parameters, asked by name: match, partition, merge, shard.
+"""Operations on parameters by name: match, partition, merge, shard.
 
 A parameter's name is its path joined by "/", for example `layers/attention/qkv/kernel`.
 Freezing, learning rates, weight decay, sharding and kernel groups are all ordered
-`(pattern, value)` lists over those names: regular expressions that must match a whole name,
-the first match wins, every name must be covered and every pattern must be of use.
+`(pattern, value)` lists over those names: regular expressions that must match the full name;
+the first match wins, every name must be covered and every pattern must match some name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ntkrl.types import Params
 Patterns = Sequence[tuple[str, Any]]
 
 ROWS = ("data", "fsdp")
-"""Mesh axes that rows of a batch are spread over together."""
+"""Mesh axes that the rows of a batch are sharded over together."""
 
 
 def names(tree: Params) -> list[str]:
@@ -38,19 +38,19 @@ def named_leaves(tree: Params) -> dict[str, Any]:
 
 
 def match(patterns: Patterns, tree: Params, what: str = "patterns") -> list[Any]:
-    """Give every leaf the value of the first pattern that matches its whole name.
+    """Return for every leaf the value of the first pattern that matches its full name.
 
     Args:
       patterns: ordered `(regular expression, value)` pairs.
       tree: the params tree (arrays or shapes).
-      what: how the list is called in messages.
+      what: name of the list in messages.
 
     Returns:
       One value per leaf, in leaf order. A list and not a tree, since values may be None.
 
     Raises:
       ValueError: a name is matched by no pattern, a pattern matches no name, or a pattern is
-        no regular expression; all of them in one message.
+        not a regular expression; all problems in one message.
     """
     return match_names(patterns, [(name,) for name in names(tree)], what)
 
@@ -58,11 +58,11 @@ def match(patterns: Patterns, tree: Params, what: str = "patterns") -> list[Any]
 def match_names(
     patterns: Patterns, spellings: Sequence[tuple[str, ...]], what: str = "patterns"
 ) -> list[Any]:
-    """Do `match` for given names, each in one or several spellings of which one must match.
+    """Match names that each have one or several spellings, one of which must match.
 
     Args:
       patterns, what: as in `match`.
-      spellings: per name the ways to write it, the one shown in messages first.
+      spellings: the spellings of each name, the one for messages first.
 
     Returns:
       One value per name.
@@ -100,14 +100,14 @@ def match_names(
 
 
 def partition(tree: Params, selected: Sequence[bool]) -> tuple[Params, Params]:
-    """Split a tree in two of the same shape, with None where a leaf went to the other.
+    """Split a tree in two of the same structure, with None in place of the other's leaves.
 
     Args:
       tree: any pytree.
       selected: one bool per leaf, in leaf order.
 
     Returns:
-      `(chosen, rest)`; None is an empty subtree to JAX, so each holds only its own leaves.
+      `(chosen, rest)`; None is an empty subtree to JAX, so each has only its leaves.
     """
     leaves, treedef = jax.tree.flatten(tree)
     chosen = [leaf if keep else None for leaf, keep in zip(leaves, selected, strict=True)]
@@ -123,18 +123,18 @@ def merge(chosen: Params, rest: Params) -> Params:
 
 
 def shardings(tree: Params, patterns: Patterns, mesh: Mesh) -> Params:
-    """Give every leaf a NamedSharding.
+    """Return the NamedSharding of every leaf.
 
-    A pattern may match the end of a name as well as the whole, so that one list serves params,
-    gradients and optimizer moments (`opt_state/…/mu/head/weight`) alike, and may go unused.
+    A pattern may match the full name or its end, so that a single list serves params, gradients and
+    optimizer moments (`opt_state/…/mu/head/weight`); patterns may go unused.
 
     Args:
-      tree: params, or a state that holds trees like them (arrays or shapes).
-      patterns: `(pattern, mesh axis or None per dimension)`; missing dimensions are whole.
+      tree: params, or a state with trees of their structure (arrays or shapes).
+      patterns: `(pattern, mesh axis or None per dimension)`; missing dimensions are not sharded.
       mesh: the device mesh.
 
     Returns:
-      A tree of NamedSharding. A dimension that its mesh axis does not divide stays whole.
+      A tree of NamedSharding. A dimension that its mesh axis does not divide is not sharded.
 
     Raises:
       ValueError: a name is matched by no pattern.
@@ -155,13 +155,13 @@ def shardings(tree: Params, patterns: Patterns, mesh: Mesh) -> Params:
 
 
 def constrain(value: Any, mesh: Mesh | None, *axes: Any) -> Any:
-    """Say, in a program, how an array lies on the mesh.
+    """Constrain the sharding of an array in a jitted function.
 
     Args:
       value: the array.
-      mesh: the device mesh; None or one device asks for nothing.
-      axes: per dimension the mesh axis, or several together, that it is spread over; None for
-        whole. A dimension they do not divide, or that is not named, lies as the compiler likes.
+      mesh: the device mesh; None or a single device means no constraint.
+      axes: per dimension the mesh axis or axes that it is sharded over; None for no sharding. A
+        dimension that they do not divide, or that is not listed, is left to the compiler.
 
     Returns:
       The array.
@@ -170,24 +170,24 @@ def constrain(value: Any, mesh: Mesh | None, *axes: Any) -> Any:
         return value
     spec = [PartitionSpec.UNCONSTRAINED] * value.ndim
     for number, names in enumerate(axes):
-        together = (names,) if isinstance(names, str) else names
-        if names is None or value.shape[number] % _size(mesh, together) == 0:
+        group = (names,) if isinstance(names, str) else names
+        if names is None or value.shape[number] % _size(mesh, group) == 0:
             spec[number] = names
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def spread_rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Say, in a program, that the first axis of arrays is spread over ROWS."""
+    """Constrain the first axis of arrays to be sharded over ROWS."""
     return jax.tree.map(lambda leaf: constrain(leaf, mesh, ROWS), tree)
 
 
 def replicate(value: Any, mesh: Mesh | None) -> Any:
-    """Say, in a program, that an array is whole on every device."""
+    """Constrain an array to be replicated on every device."""
     return constrain(value, mesh, *(None,) * value.ndim)
 
 
 def without(patterns: Patterns, axis: str) -> Patterns:
-    """Return a list for `shardings` in which nothing is spread over a mesh axis."""
+    """Return a list for `shardings` without a mesh axis."""
     return [
         (pattern, tuple(None if name == axis else name for name in axes))
         for pattern, axes in patterns
@@ -195,12 +195,12 @@ def without(patterns: Patterns, axis: str) -> Patterns:
 
 
 def row_parts(mesh: Mesh) -> int:
-    """Return over how many parts the rows of a batch are spread."""
+    """Return the number of shards of the rows of a batch."""
     return _size(mesh, ROWS)
 
 
 def blocks(mesh: Mesh | None, rows: int) -> int:
-    """Return over how many blocks rows are spread: 1 where the mesh does not divide them."""
+    """Return the number of shards of some rows: 1 where the mesh does not divide them."""
     parts = 1 if mesh is None else row_parts(mesh)
     return 1 if rows % parts else parts
 
@@ -209,8 +209,8 @@ def _size(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in axes)
 
 
-def whole(leaf: Any) -> np.ndarray:
-    """Bring an array to this host, wherever its shards are; every process must ask for it."""
+def gather_to_host(leaf: Any) -> np.ndarray:
+    """Return an array as numpy, gathered from all processes; a collective call."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)

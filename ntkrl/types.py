@@ -170,7 +170,7 @@ class Rollout:
 
 @chex.dataclass(frozen=True)
 class UpdateBatch:
-    """What one optimizer step sees.
+    """The batch of one optimizer step.
 
     tokens, mask: `[B, T]`, as in Rollout; or packed rows with segment numbers (see Policy).
     completion_mask: `[B, C]` bool.

@@ -197,8 +197,8 @@ MISTAKES = {
         "eval.samples_per_prompt must be ≥ 1, not 0; eval.repeats must be ≥ 1, not 0.",
     ),
     "no base": (["--run=RUN", "--config.eval.base=/none.jsonl"], "/none.jsonl: no such file"),
-    "no samples": (["--run=RUN", "--config.eval.base=x.json"], "x.json is no file of samples"),
-    "prompts": (["--run=RUN", "--config.eval.prompts=6"], "other prompts: 2 of the 6 asked here"),
+    "no samples": (["--run=RUN", "--config.eval.base=x.json"], "x.json is not a file of samples"),
+    "prompts": (["--run=RUN", "--config.eval.prompts=6"], "other prompts: 2 of the 6 used here"),
     "samples": (
         ["--run=RUN", "--config.eval.samples_per_prompt=4"],
         "holds 2 samples of a prompt, and 4 are drawn here",
@@ -237,4 +237,4 @@ def test_mistakes_of_a_base_are_told_together(run, saved, tmp_path, capsys):
     assert "has 8 samples, and rewards beside it are 2 of score" in capsys.readouterr().err
     path.with_suffix(".rewards.json").write_text('{"rewards": {"score": [[]]}}')
     assert main(["evaluate", f"--run={run}", f"--config.eval.base={path}"]) == 2
-    assert "'score' is no list of numbers" in capsys.readouterr().err
+    assert "'score' is not a list of numbers" in capsys.readouterr().err

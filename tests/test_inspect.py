@@ -192,7 +192,10 @@ def test_files_that_do_not_fit(model, prompts, tmp_path, capsys):
         ([bare, f"--prompts={prompts}"], "has no tokenizer; expected tokenizer.json"),
         ([small, f"--prompts={prompts}"], "has 18 entries, the model's vocabulary 17"),
         ([model, f"--prompts={empty}"], "the file is empty. Expected one prompt per line"),
-        ([tmp_path / "no", f"--prompts={prompts}"], "is no directory; give a Hugging Face model"),
+        (
+            [tmp_path / "no", f"--prompts={prompts}"],
+            "is not a directory; give a Hugging Face",
+        ),
         ([model, f"--prompts={prompts}", f"--out={long}"], "is a file; name a directory"),
     ):
         arguments = [f"--out={tmp_path / 'out'}", *map(str, words)]

@@ -11,7 +11,7 @@ import pytest
 
 from ntkrl import models, ntk, rollout, runtime, trees, update
 from ntkrl.settings import read_settings
-from ntkrl.setup import assemble
+from ntkrl.setup import set_up
 from ntkrl.training import loop as training_loop
 from ntkrl.types import PromptBatch, UpdateBatch
 from tests.models.families import CASES, EACH
@@ -137,10 +137,10 @@ def test_rows_leave_and_caches_grow_without_moving():
     policy, params = made("llama", mesh)
     sampler = rollout.Sampler(policy, SETTINGS, mesh=mesh)
     placed = runtime.place_rows(prompts(), mesh)
-    live, written, left = sampler.programs["prefill"](9, params, placed, jax.random.key(1))
+    live, written, left = sampler.programs.prefill(9, params, placed, jax.random.key(1))
     assert left.shape == (4,) and left.sharding.is_fully_replicated
-    for name, sizes in (("fewer", (16, 4)), ("longer", (21,))):
-        text = sampler.programs[name].lower(*sizes, live).compile().as_text()
+    for name, sizes in (("compact", (16, 4)), ("grow_cache", (21,))):
+        text = getattr(sampler.programs, name).lower(*sizes, live).compile().as_text()
         moved = [word for word in COLLECTIVES if word in text]
         assert not moved, (name, moved)
     assert any(word in sampler_text(sampler, params, live, written) for word in COLLECTIVES)
@@ -149,14 +149,14 @@ def test_rows_leave_and_caches_grow_without_moving():
 def sampler_text(sampler, params, live, written):
     """The compiled program that draws tokens."""
     given = (params, live, written, jnp.int32(1))
-    return sampler.programs["read_on"].lower(*given).compile().as_text()
+    return sampler.programs.decode_chunk.lower(*given).compile().as_text()
 
 
 def test_a_gathered_copy_draws_the_same():
     """law: the copy lies over tensor alone, and the tokens are those of the params themselves."""
     mesh = runtime.make_mesh(1, 4, 2)
     _, architecture, settings = CASES["llama"]
-    given = {"compute_dtype": jnp.bfloat16, "mesh": mesh}
+    given = {"options": models.ModelOptions(jnp.bfloat16), "mesh": mesh}
     policy, params = models.build(architecture, settings, jax.random.key(0), **given)
     copied = dataclasses.replace(SETTINGS, gather_params=True, params_dtype=jnp.bfloat16)
     sampler = rollout.Sampler(policy, copied, mesh=mesh)
@@ -164,7 +164,7 @@ def test_a_gathered_copy_draws_the_same():
     expected = rollout.Sampler(policy, SETTINGS, mesh=mesh)(params, placed, key)
     found = sampler(params, placed, key)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
-    gathered = trees.named_leaves(sampler.programs["gather"](params))
+    gathered = trees.named_leaves(sampler.gather_program(params)(params))
     up = gathered["layers/mlp/up/kernel"]
     assert up.dtype == jnp.bfloat16 and tuple(up.sharding.spec) == (None, None, "tensor")
     spec = params["layers"]["mlp"]["up"]["kernel"].sharding.spec
@@ -197,7 +197,7 @@ def test_no_table_is_ever_whole_on_one_device(tmp_path):
     sizes = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
     config = settings_of(tmp_path, *sizes, "--config.stages[0].optimizer=adamw")
     before = {id(array) for array in jax.live_arrays()}
-    setup = assemble(read_settings(config), tmp_path)
+    setup = set_up(read_settings(config), tmp_path)
     loop = begun(setup, tmp_path, config)
     made = [array for array in jax.live_arrays() if id(array) not in before]
     up = loop.state.params["layers"]["mlp"]["up"]["kernel"]
@@ -224,7 +224,7 @@ def test_moments_wait_on_the_host(tmp_path):
         training_loop.train(config)
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         found.append([json.loads(line) for line in lines])
-        setup = assemble(read_settings(config), directory)
+        setup = set_up(read_settings(config), directory)
         moments = jax.tree.leaves(begun(setup, directory, config).state.opt_state)
         kinds = {leaf.sharding.memory_kind for leaf in moments if leaf.ndim}
         assert kinds == ({"pinned_host"} if offload == "True" else {"device"})

@@ -163,9 +163,9 @@ def test_first_ratio_is_one_and_keys_are_fresh(base, tmp_path, monkeypatch):
     """law: sampler and trainer agree before each rollout's first update; no key is used twice."""
     keys, original = [], RolloutSource.batches
 
-    def spy(self, turn):
-        keys.append(tuple(jax.random.key_data(turn.key).tolist()))
-        return original(self, turn)
+    def spy(self, context):
+        keys.append(tuple(jax.random.key_data(context.key).tolist()))
+        return original(self, context)
 
     monkeypatch.setattr(RolloutSource, "batches", spy)
     run = tmp_path / "run"
@@ -229,7 +229,7 @@ def test_evaluate(base, tmp_path, capsys):
     assert main(["evaluate", "--config=configs/rl.py", "--config.reward.function=expressions"]) == 2
     assert "model.path is missing" in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path / "x")]) == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
 
 
 def test_supervised_training_learns(tmp_path):
@@ -256,7 +256,7 @@ def test_supervised_training_learns(tmp_path):
 
 
 MISTAKES = {
-    "no model": (["--config.model.path=/nowhere"], "'/nowhere' is no directory"),
+    "no model": (["--config.model.path=/nowhere"], "'/nowhere' is not a directory"),
     "no reward": (["--config.reward.function=nope.py:score"], "nope.py"),
     "group of one": (
         ["--config.rollout.completions_per_prompt=1"],

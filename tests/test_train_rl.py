@@ -129,11 +129,11 @@ def test_stage_one_from_stored_features(base, tmp_path, monkeypatch):
     assert run_of(base, stored, *head) == 0
 
     class Blind(RolloutSource):
-        def _collect(self, turn):
-            found, metrics = super()._collect(turn)
-            assert found.rollout.features is not None
-            drawn = found.rollout.replace(features=None)
-            return type(found)(drawn, found.texts, found.result), metrics
+        def _collect(self, context):
+            rewarded, metrics = super()._collect(context)
+            assert rewarded.rollout.features is not None
+            drawn = rewarded.rollout.replace(features=None)
+            return type(rewarded)(drawn, rewarded.texts, rewarded.result), metrics
 
     monkeypatch.setitem(BATCH_SOURCES, "rl", Blind)
     assert run_of(base, again, *head) == 0

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 import ntkrl
 from ntkrl import data, trees
 from ntkrl.main import main
+from ntkrl.models import ModelOptions
 from ntkrl.training import RolloutSource
 from tests.test_train import base, lines, one_device, words  # noqa: F401
 from tests.toys import torch_neox
@@ -24,10 +25,10 @@ def killed_at(monkeypatch, step):
     """Let the next run die when it asks for the batches of a rollout step, or of none."""
     original = RolloutSource.batches
 
-    def batches(self, turn):
-        if turn.step + 1 == step:
+    def batches(self, context):
+        if context.rollout_step == step:
             raise KilledError
-        return original(self, turn)
+        return original(self, context)
 
     monkeypatch.setattr(RolloutSource, "batches", batches)
 
@@ -138,7 +139,7 @@ def test_a_tied_head_by_choice(tmp_path, capsys, untie):
     else:
         rows = rows.replace("head/.*", "embed/embedding")
     assert main([*arguments, f"--config.stages[0].parameters={rows}"]) == 0, capsys.readouterr().err
-    before = trees.named_leaves(ntkrl.load(model, untie=untie)[1])
+    before = trees.named_leaves(ntkrl.load(model, options=ModelOptions(untie=untie))[1])
     policy, params = ntkrl.load(run / "export")
     assert policy.tied != untie
     after = trees.named_leaves(params)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ntkrl.main import main
-from ntkrl.probe.settings import FAMILIES
+from ntkrl.probe import FAMILIES
 from ntkrl.report import is_known
-from ntkrl.training.probe_hook import kl_shares
+from ntkrl.training.credit import kl_shares
 from ntkrl.types import UpdateBatch
 from tests.test_train import STAGES, base, lines, one_device, words  # noqa: F401
 

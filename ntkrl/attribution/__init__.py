@@ -1,5 +1,17 @@
 """The step ledger: per-sample, momentum and decay contributions to one optimizer step."""
 
-from ntkrl.attribution.ledger import BY, Ledger, ledger_measures, split_term
+from ntkrl.attribution.decomposition import COLUMNS, AttributionInputs, OptimizerStep, Terms
+from ntkrl.attribution.ledger import Account, Ledger, ledger_measures, split_term
+from ntkrl.attribution.linear_maps import MEASURES
 
-__all__ = ["BY", "Ledger", "ledger_measures", "split_term"]
+__all__ = [
+    "COLUMNS",
+    "MEASURES",
+    "Account",
+    "AttributionInputs",
+    "Ledger",
+    "OptimizerStep",
+    "Terms",
+    "ledger_measures",
+    "split_term",
+]

@@ -1,182 +1,163 @@
-"""What each form of the samples' contributions costs, and which is taken.
+"""Estimated cost of each form of the samples' contributions.
 
 With f the FLOPs of a sample's gradients and changes, J those of one JVP over the probe set, r those
-of the gradients of one probe sequence's P tokens, θ the trained numbers in the features' role, B
+of the gradients of one probe sequence's P tokens, θ the trained parameters in the features' role, B
 samples, T terms, G groups that hold some of θ, S probe sequences in n blocks:
 
-    push    B f + B T G J
-    gram    n B f + S r + B T 2 (2 S P) θ, with O in place of S P where n = 1
+    jvp    B f + B T G J
+    vjp    n B f + S r + B T 2 (2 S P) θ, with O in place of S P where n = 1
 
-and 2 B T O V D more in both for a trained head. The columns that are no sample's are T + 3 JVPs
-by group, three by sample; the gradients that they need the step hands out, at a pass backward for
-each term beyond the first. f, J and r are counted in the traced programs; work counts matrix
-products. Memory is reckoned from above.
+and 2 B T O V D more in both for a trained head. The other columns are T + 3 JVPs by group, three by
+sample. f, J and r are counted in the traced programs, matrix products alone; memory is an upper
+bound.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 
-from ntkrl import trees
-from ntkrl.attribution import accounts, held
-from ntkrl.attribution import contributions as parts
-from ntkrl.attribution.accounts import Given, Way
+from ntkrl import ntk, trees
+from ntkrl.attribution import decomposition, linear_maps
+from ntkrl.attribution.decomposition import AttributionInputs, AttributionSpec, OptimizerStep
 from ntkrl.jaxpr import flops, trace, value_counts
-from ntkrl.ntk import as_network
 from ntkrl.numerics import GIB
 from ntkrl.types import Array, Params
 
-FORMS = ("push", "gram")
-MOST = {"push": 8, "gram": 32}
+FORMS = ("jvp", "vjp")
+MAX_CHUNK = {"jvp": 8, "vjp": 32}
 """Samples at a time: more are no faster, and fill caches (measured on two CPU cores)."""
-SLOWER = 6
-"""How much longer FLOPs of single tokens' gradients take than others (measured there too)."""
+TOKEN_GRADIENT_SLOWDOWN = 6
+"""Time per FLOP of single tokens' gradients over that of other products (measured there too)."""
 
 
-class Estimate(NamedTuple):
-    """What a form will cost.
+@dataclasses.dataclass(frozen=True)
+class FormEstimate(ntk.Estimate):
+    """The cost of a form ("jvp" or "vjp") as `algorithm`, for `chunk` samples at a time.
 
-    form: "push" or "gram".
-    chunk: samples at a time.
-    block: probe sequences whose gradients are written out at a time (gram).
-    flops: of matrix products.
-    time: flops, but those of single tokens' gradients SLOWER times; forms are chosen by it.
-    bytes: working memory beyond params and state.
+    block: probe sequences whose gradients are written out at a time (vjp).
+    token_flops: FLOPs of single tokens' gradients.
     """
 
-    form: str
-    chunk: int
     block: int
-    flops: float
-    time: float
-    bytes: int
+    token_flops: float
+
+    @property
+    def time(self) -> float:
+        """The FLOPs, those of single tokens' gradients weighted by TOKEN_GRADIENT_SLOWDOWN."""
+        return self.flops + self.token_flops * (TOKEN_GRADIENT_SLOWDOWN - 1)
 
 
-class Sizes(NamedTuple):
-    """Counts read off the traced programs.
+class _Counts(NamedTuple):
+    """Counts of the traced programs.
 
-    sample, push, rows: FLOPs f, J, r.
-    head: FLOPs of the head for one change.
-    values, layer: numbers made in reading one probe sequence, and within one layer of it.
-    read: numbers made in reading a sample.
-    trained, body: trained numbers, and those in the features' role.
+    sample, jvp, tokens: FLOPs f, J, r. head: FLOPs of the head for one change.
+    values, layer: values computed for one probe sequence, and within one layer of it.
+    sample_values: values computed for a sample.
     """
 
     sample: int
-    push: int
-    rows: int
+    jvp: int
+    tokens: int
     head: int
     values: int
     layer: int
-    read: int
-    trained: int
-    body: int
+    sample_values: int
 
 
-def estimates(way: Way, given: Given, memory_gib: float) -> dict[str, Estimate]:
-    """Return the Estimate of each form; `gram` only where features move at all."""
-    s = _sizes(way, given)
-    count, width = given.sequences.positions.shape
-    rows, terms = jax.tree.leaves(given.batch)[0].shape[0], len(way.names)
-    moving = len({group for own in way.members.used for group in own})
-    item = max(4, *(leaf.dtype.itemsize for leaf in jax.tree.leaves(given.params)))
-    tokens = given.targets.shape[0]
-    output = (1 + len(way.members.names)) * 2 * tokens * terms * rows
+def estimates(
+    spec: AttributionSpec, inputs: AttributionInputs, memory_gib: float
+) -> dict[str, FormEstimate]:
+    """Return the estimate of each form; "vjp" only where features move at all."""
+    params = inputs.step.before.params
+    trained, _ = trees.partition(params, spec.trained)
+    body, _ = trees.partition(trained, spec.groups.body)
+    trained_size, body_size = (sum(v.size for v in jax.tree.leaves(t)) for t in (trained, body))
+    n = _counts(spec, inputs, body_size > 0)
+    count, width = inputs.sequences.positions.shape
+    rows, terms = jax.tree.leaves(inputs.step.batch)[0].shape[0], len(spec.names)
+    item = max(4, *(leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
+    numbers, tokens = memory_gib * GIB / item, inputs.targets.shape[0]
+    output = (1 + len(spec.groups.names)) * 2 * tokens * terms * rows
     # a gradient and its change; logits of the probe tokens
-    change = 2 * s.trained + tokens * way.policy.vocab_size
-    fixed, each = output + count * s.values, s.read + terms * (change + count * s.layer)
-    chunk = _fitting(memory_gib * GIB / item - fixed, each, min(rows, MOST["push"]))
-    work = float(rows * (s.sample + terms * s.head + terms * moving * s.push))
-    found = {
-        "push": Estimate(
-            *("push", chunk, count),
-            flops=work,
-            time=work,
-            bytes=int(item * (fixed + chunk * each)),
+    change = 2 * trained_size + tokens * spec.policy.vocab_size
+
+    def fitting(budget: float, each: int, most: int) -> int:
+        return int(max(1, min(most, budget // each)))
+
+    def estimate(form: str, chunk: int, block: int, work: int, memory: int) -> FormEstimate:
+        token_flops = float(count * n.tokens) if form == "vjp" else 0.0
+        return FormEstimate(
+            *(form, chunk, work + token_flops, int(item * memory), item * output),
+            *(block, token_flops),
         )
-    }
-    if s.body:
-        sequence, each = 2 * width * s.body, s.read + terms * change
-        fixed = output + s.values + 2 * width * s.layer
-        room = memory_gib * GIB / item - fixed
-        block = _fitting(room / 2, sequence, count)
-        chunk = _fitting(room - block * sequence, each, min(rows, MOST["gram"]))
+
+    fixed, each = output + count * n.values, n.sample_values + terms * (change + count * n.layer)
+    chunk = fitting(numbers - fixed, each, min(rows, MAX_CHUNK["jvp"]))
+    work = rows * (n.sample + terms * n.head + terms * len(spec.groups.moving) * n.jvp)
+    by_form = {"jvp": estimate("jvp", chunk, count, work, fixed + chunk * each)}
+    if body_size:
+        sequence, each = 2 * width * body_size, n.sample_values + terms * change
+        fixed = output + n.values + 2 * width * n.layer
+        block = fitting((numbers - fixed) / 2, sequence, count)
+        chunk = fitting(numbers - fixed - block * sequence, each, min(rows, MAX_CHUNK["vjp"]))
         blocks = -(-count // block)
         slots = tokens if blocks == 1 else blocks * block * width
-        work = rows * (blocks * s.sample + terms * s.head) + 4 * slots * s.body * rows * terms
-        found["gram"] = Estimate(
-            *("gram", chunk, block),
-            flops=float(work + count * s.rows),
-            time=float(work + count * s.rows * SLOWER),
-            bytes=int(item * (fixed + block * sequence + chunk * each)),
-        )
-    return found
+        work = rows * (blocks * n.sample + terms * n.head) + 4 * slots * body_size * rows * terms
+        memory = fixed + block * sequence + chunk * each
+        by_form["vjp"] = estimate("vjp", chunk, block, work, memory)
+    return by_form
 
 
-def choose(found: dict[str, Estimate], form: str, memory_gib: float) -> Estimate:
-    """Return the estimate of the form to take; push where the features do not move."""
-    if form != "auto" and form in found:
-        return found[form]
-    fitting = [one for one in found.values() if one.bytes <= memory_gib * GIB]
-    if fitting:
-        return min(fitting, key=lambda one: one.time)
-    return min(found.values(), key=lambda one: one.bytes)
+def _counts(spec: AttributionSpec, inputs: AttributionInputs, has_body: bool) -> _Counts:
+    network, sequences, step = ntk.as_network(spec.policy), inputs.sequences, inputs.step
+    trained, frozen = trees.partition(step.before.params, spec.trained)
 
+    def row(tree: Any) -> Any:
+        return jax.tree.map(lambda v: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype), tree)
 
-def _fitting(room: float, each: int, most: int) -> int:
-    return int(max(1, min(most, room // each)))
+    def features(trained: Params, frozen: Params, tokens: Array, mask: Array) -> Array:
+        return network.read(trees.merge(trained, frozen), tokens, mask)
 
+    def features_jvp(trained: Params, change: Params, *fixed: Any) -> Array:
+        return jax.jvp(lambda leaves: features(leaves, *fixed), (trained,), (change,))[1]
 
-def _sizes(way: Way, given: Given) -> Sizes:
-    network, (_, width) = as_network(way.policy), given.sequences.positions.shape
-    chosen, rest = trees.partition(given.params, way.trained)
-    body, _ = trees.partition(chosen, way.members.body)
-    batch, tokens, mask = map(_first, (given.batch, given.sequences.tokens, given.sequences.mask))
+    def token_gradients(trained: Params, frozen: Params, sequence: Any) -> list[Array]:
+        return linear_maps.probe_gradients(network, spec.groups, trained, frozen, sequence)
 
-    def read(chosen: Params, rest: Params, tokens: Array, mask: Array) -> Array:
-        return network.read(trees.merge(chosen, rest), tokens, mask)
-
-    def push(chosen: Params, change: Params, *fixed: Any) -> Array:
-        return jax.jvp(lambda c: read(c, *fixed), (chosen,), (change,))[1]
-
-    def rows(chosen: Params, rest: Params, *sequence: Array) -> list[Array]:
-        return parts.gradients(network, way.members, chosen, rest, sequence)
-
-    def terms(chosen: Params, rest: Params, batch: Any, beside: Any) -> Any:
-        return way.terms(trees.merge(chosen, rest), batch, beside)
-
-    def sample(chosen: Params, rest: Params, batch: Any, beside: Any) -> Params:
-        own = given._replace(params=trees.merge(chosen, rest), beside=beside)
-        return accounts.pulled(way, own, batch)[0]
+    def sample_gradients(params: Params, batch: Any, reference: Any) -> Params:
+        before = dataclasses.replace(step.before, params=params)
+        sample = OptimizerStep(before, params, batch, reference)
+        return decomposition.term_gradients(spec, sample, batch)[0]
 
     def change(grads: Params, state: Any, params: Params) -> Params:
-        return held.applied(way.optimizer, grads, state, params).push(grads)
+        update = linear_maps.linearize_update(spec.optimizer, grads, state, params)
+        return update.from_gradient(grads)
 
-    reading = trace(read, chosen, rest, tokens, mask)
-    forward, (values, layer) = flops(reading), value_counts(reading)
-    step = chosen, given.opt_state, chosen
-    changing = flops(trace(change, *step)) - flops(trace(way.optimizer.update, *step))
-    kind = jax.tree.leaves(chosen)[0].dtype
-    positions = jax.ShapeDtypeStruct((1, width), int)
-    pull = jax.ShapeDtypeStruct((1, width, 2, way.policy.feature_size), kind)
-    trained, moving = (sum(v.size for v in jax.tree.leaves(tree)) for tree in (chosen, body))
-    head = way.policy.vocab_size * way.policy.feature_size * given.targets.shape[0]
-    sequences = given.contexts.mask.shape[0]
-    return Sizes(
-        sample=flops(trace(sample, chosen, rest, batch, given.beside)) + len(way.names) * changing,
-        push=sequences * (flops(trace(push, chosen, chosen, rest, tokens, mask)) - forward),
-        rows=flops(trace(rows, chosen, rest, tokens, mask, positions, pull)) if moving else 0,
-        head=2 * head * (way.policy.head_weight in trees.names(chosen)),
+    batch, tokens, mask = row(step.batch), row(sequences.tokens), row(sequences.mask)
+    forward = trace(features, trained, frozen, tokens, mask)
+    jvp = trace(features_jvp, trained, trained, frozen, tokens, mask)
+    arguments = step.before.params, batch, step.reference
+    sample, terms = trace(sample_gradients, *arguments), trace(spec.terms, *arguments)
+    update = trained, step.before.opt_state, trained
+    changes = flops(trace(change, *update)) - flops(trace(spec.optimizer.update, *update))
+    values, layer = value_counts(forward)
+    token_flops, width = 0, spec.policy.feature_size
+    if has_body:
+        dtype, shape = jax.tree.leaves(trained)[0].dtype, (1, sequences.positions.shape[1])
+        positions = jax.ShapeDtypeStruct(shape, int)
+        cotangents = jax.ShapeDtypeStruct((*shape, 2, width), dtype)
+        sequence = tokens, mask, positions, cotangents
+        token_flops = flops(trace(token_gradients, trained, frozen, sequence))
+    head = 2 * spec.policy.vocab_size * width * inputs.targets.shape[0]
+    return _Counts(
+        sample=flops(sample) + len(spec.names) * changes,
+        jvp=inputs.contexts.tokens.shape[0] * (flops(jvp) - flops(forward)),
+        tokens=token_flops,
+        head=head * (spec.policy.head_weight in trees.names(trained)),
         values=values,
         layer=layer,
-        read=value_counts(trace(terms, chosen, rest, batch, given.beside))[0],
-        trained=trained,
-        body=moving,
+        sample_values=value_counts(terms)[0],
     )
-
-
-def _first(tree: Any) -> Any:
-    """Return the shapes of one row."""
-    return jax.tree.map(lambda v: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype), tree)

@@ -1,21 +1,22 @@
-"""The step ledger: what each sample, momentum and decay did to the probe tokens in one real step.
+"""The step ledger: contributions of samples, momentum and decay to one real optimizer step.
 
-The change θ → θ' of an optimizer step is, with every factor of the optimizer held at what it really
-was (see ntkrl.attribution.held), a sum over training samples, terms of the loss, momentum, weight
-decay and what is left of the optimizer. Pushed to the probe tokens,
+With every factor of the optimizer at its realised value, the change θ → θ' of a step is a sum over
+training samples, terms of the loss, momentum, weight decay and a remainder of the optimizer (see
+ntkrl.attribution.linear_maps). At the probe tokens,
 
     Δ log π(o) = Σ_i Σ_terms + momentum + decay + optimizer + curvature
 
-where all but the curvature are first order, and the curvature is what was measured less their sum.
-The change of entropy, ΔH = −Cov_{a∼π}(log π(a), Δz(a)) to first order, splits in the same way. Each
-column is split by group of parameters: "head", the head's role, and groups in the features' role
-(a tied matrix counts in both, as in `ntk.predict`).
+where all but the curvature are first order, and the curvature is the measured change less their
+sum. The change of entropy, ΔH = −Cov_{a∼π}(log π(a), Δz(a)) to first order, splits in the same way.
+Each column is split by group of parameters: "head", the head's role, and groups in the features'
+role (a tied matrix counts in both, as in `ntk.predict`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,21 +25,27 @@ import optax
 from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
-from ntkrl.attribution import accounts
-from ntkrl.attribution.accounts import COLUMNS, Found, Given, Gradients, Terms, Way
-from ntkrl.attribution.contributions import MEASURES, members_of
-from ntkrl.attribution.costs import FORMS, Estimate, choose, estimates
-from ntkrl.ntk import BODY_GROUP, as_network, check_contexts, group_by_sequence
-from ntkrl.probe.settings import LEDGER_BY as BY
-from ntkrl.probe.signal import GradientNoise
-from ntkrl.types import Array, Params, Policy, TrainState
+from ntkrl.attribution.costs import FORMS, FormEstimate, estimates
+from ntkrl.attribution.decomposition import (
+    COLUMNS,
+    AttributionInputs,
+    AttributionResult,
+    AttributionSpec,
+    OptimizerStep,
+    Terms,
+    attribute,
+)
+from ntkrl.attribution.linear_maps import MEASURES, parameter_groups
+from ntkrl.numerics import GIB
+from ntkrl.probe import LEDGER_BY, GradientNoise
+from ntkrl.types import Array, Params, Policy
 
 
 class Account(NamedTuple):
-    """What a ledger says of a step.
+    """Attribution of a step.
 
     arrays: by name, see `Ledger.read`.
-    noise: of the samples' gradients as they are before clipping; None by group.
+    noise: of the samples' gradients before clipping; None by group.
     """
 
     arrays: dict[str, np.ndarray]
@@ -50,26 +57,26 @@ class Ledger:
     """A step ledger bound to a stage.
 
     policy: the network's functions.
-    terms: `(params, rows of a batch, beside) -> ({name: Total}, measures)`, the terms of the loss
-        that the step minimised, each divided by its own count; they add up over rows. Measures
-        are not read. Keep one function object: compiled programs are found by it.
+    terms: `(params, rows of a batch, reference) -> ({name: Total}, measures)`, the terms of the
+        loss that the step minimised, each divided by its own count; they add up over rows. Measures
+        are not read. Keep one function object: compiled programs are cached by it.
     optimizer: transformation of the trained leaves' gradients.
     trained: one bool per leaf of the params, in leaf order.
     groups: `(pattern, name)` tuples over the parameters in the features' role, as in `ntk.kernel`.
     by: "group" for the samples of a batch together, "sample" for each of them.
-    form: of the samples' contributions: "push", one JVP over the probe set for each, "gram", inner
-        products with the gradients of all probe tokens, or "auto" for the one that should take
-        least time in what `memory_gib` allows.
+    form: of the samples' contributions: "jvp", one JVP over the probe set for each, "vjp", inner
+        products with the gradients of all probe tokens, or "auto" for the fastest that fits in
+        `memory_gib` by estimate.
     memory_gib: what the samples' contributions may use beyond params and state (GiB).
-    microbatches: equal parts of the rows that the whole gradient is read in.
-    mesh: over which params and batch are spread, or None.
+    microbatches: equal parts of the rows that the batch's gradient is accumulated over.
+    mesh: over which params and batch are sharded, or None.
     """
 
     policy: Policy
     terms: Terms
     optimizer: optax.GradientTransformation
     trained: tuple[bool, ...]
-    groups: trees.Patterns = BODY_GROUP
+    groups: trees.Patterns = ntk.BODY_GROUP
     by: str = "sample"
     form: str = "auto"
     memory_gib: float = 2.0
@@ -78,8 +85,8 @@ class Ledger:
 
     def __post_init__(self):
         problems = []
-        if self.by not in BY:
-            problems.append(f"by must be one of {', '.join(BY)}, not {self.by!r}")
+        if self.by not in LEDGER_BY:
+            problems.append(f"by must be one of {', '.join(LEDGER_BY)}, not {self.by!r}")
         if self.form not in (*FORMS, "auto"):
             problems.append(f"form must be one of {', '.join(FORMS)}, auto, not {self.form!r}")
         if not self.memory_gib > 0:
@@ -93,123 +100,116 @@ class Ledger:
         Raises:
           ValueError: they do not.
         """
-        members_of(self.groups, self.policy, params, self.trained)
+        parameter_groups(self.groups, self.policy, params, self.trained)
 
     def read(
         self,
-        before: TrainState,
-        after: Params,
-        batch: Any,
+        step: OptimizerStep,
         contexts: ntk.Contexts,
         targets: Array,
-        beside: Any = None,
-        gradients: Gradients | None = None,
         actual: Array | None = None,
     ) -> Account:
-        """Account for one step.
+        """Attribute the change that one optimizer step made at the probe tokens.
 
         Args:
-          before: params and optimizer state that the step began with.
-          after: params it ended with.
-          batch: what it saw, arrays with B rows in front.
+          step: the optimizer step.
           contexts: O probe contexts.
           targets: `[O]` the probe tokens.
-          beside: what the terms are given beside rows (the Head compared with, or None).
-          gradients: by term the gradient of its mean and its count, where the step handed them
-            out (`update.make_step_with_term_gradients`); None to make them again.
-          actual: `[2, O]` measured change of log π and entropy, where it is known; None to read
-            the probe tokens after the step.
+          actual: `[2, O]` measured change of log π and entropy, where it is known; None to
+            measure it.
 
         Returns:
           Account. Its arrays are, for "log_prob" and "entropy" (nats): `log_prob/<column>/<group>`,
           with columns the terms (`[O, B]` by sample, else `[O]`), "momentum", "decay" and
-          "optimizer" (`[O]`), groups "head" and those given; `log_prob/actual` and
+          "optimizer" (`[O]`), groups "head" and those of `groups`; `log_prob/actual` and
           `log_prob/curvature` (`[O]`). Columns and curvature add up to the actual change.
 
         Raises:
-          ValueError: contexts that do not fit, groups that do not cover the params, a term called
+          ValueError: contexts that do not fit, groups that do not cover the params, a term named
             like a column, rows that `microbatches` does not divide.
         """
-        given = self._given(before, batch, contexts, targets, beside)
-        way = _way(self, *_shapes(given))
-        given = given._replace(gradients=gradients, actual=actual)
-        found = jax.device_get(accounts.read(way, given, after))
-        return Account(_named(way, found), found.noise)
+        function, (spec, inputs) = self.bind(step, contexts, targets, actual)
+        result = jax.device_get(function(spec, inputs))
+        return Account(_named_arrays(spec, result), result.noise)
 
-    def estimates(
+    def bind(
         self,
-        before: TrainState,
-        batch: Any,
+        step: OptimizerStep,
         contexts: ntk.Contexts,
         targets: Array,
-        beside: Any = None,
-    ) -> dict[str, Estimate]:
-        """Return what each form of the samples' contributions costs; arguments as for `read`."""
-        shapes = _shapes(self._given(before, batch, contexts, targets, beside))
-        given = jax.tree.unflatten(shapes[0], shapes[1:])
-        return estimates(_way(self, *shapes), given, self.memory_gib)
+        actual: Array | None = None,
+    ) -> tuple[Callable[..., AttributionResult], tuple[AttributionSpec, AttributionInputs]]:
+        """Return the call that `read` makes: a jitted function and its positional arguments.
 
-    def _given(
-        self, before: TrainState, batch: Any, contexts: ntk.Contexts, targets: Array, beside: Any
-    ) -> Given:
-        network = as_network(self.policy)
-        seen = check_contexts(contexts, "contexts", network, before.params, is_policy=True)
-        rows = jax.tree.leaves(batch)[0].shape[0]
+        The first argument is static. Arrays of all but the contexts may be `jax.ShapeDtypeStruct`,
+        for `function.lower(*arguments)`; arguments and errors are those of `read`.
+        """
+        network, params = ntk.as_network(self.policy), step.before.params
+        contexts = ntk.check_contexts(contexts, "contexts", network, params, is_policy=True)
+        rows = jax.tree.leaves(step.batch)[0].shape[0]
         if rows % self.microbatches:
             raise ValueError(
                 f"ledger: {rows} rows cannot be cut in {self.microbatches} equal parts; choose a "
                 "divisor of the rows as microbatches."
             )
-        state = before.params, before.opt_state
-        return Given(*state, batch, beside, seen, group_by_sequence(seen), targets, None, None)
+        sequences = ntk.group_by_sequence(contexts)
+        inputs = AttributionInputs(step, contexts, sequences, targets, actual)
+        leaves, treedef = jax.tree.flatten(inputs)
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        return attribute, (_spec(self, treedef, *shapes), inputs)
 
-
-def _shapes(given: Given) -> tuple[Any, ...]:
-    leaves, treedef = jax.tree.flatten(given)
-    return treedef, *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    def estimates(
+        self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
+    ) -> dict[str, FormEstimate]:
+        """Return the cost of each form of the samples' contributions; arguments as for `read`."""
+        _, (spec, inputs) = self.bind(step, contexts, targets)
+        return estimates(spec, inputs, self.memory_gib)
 
 
 @functools.lru_cache(maxsize=16)
-def _way(ledger: Ledger, treedef: Any, *shapes: Any) -> Way:
-    """Return how the ledger of a step of these shapes is made."""
-    given = jax.tree.unflatten(treedef, shapes)
-    names = tuple(jax.eval_shape(ledger.terms, given.params, given.batch, given.beside)[0])
-    taken = sorted({*COLUMNS, "actual", "curvature"} & {*names})
-    if taken:
-        raise ValueError(f"ledger: terms may not be called {', '.join(taken)}; rename them.")
-    way = Way(
+def _spec(ledger: Ledger, treedef: Any, *shapes: Any) -> AttributionSpec:
+    """Return the static part of the attribution of a step of these shapes."""
+    inputs = jax.tree.unflatten(treedef, shapes)
+    step, params = inputs.step, inputs.step.before.params
+    names = tuple(jax.eval_shape(ledger.terms, params, step.batch, step.reference)[0])
+    reserved = sorted({*COLUMNS, "actual", "curvature"} & {*names})
+    if reserved:
+        raise ValueError(f"ledger: terms may not be called {', '.join(reserved)}; rename them.")
+    spec = AttributionSpec(
         *(ledger.policy, ledger.terms, ledger.optimizer, ledger.trained),
         *(ledger.microbatches, ledger.mesh),
-        members=members_of(ledger.groups, ledger.policy, given.params, ledger.trained),
+        groups=parameter_groups(ledger.groups, ledger.policy, params, ledger.trained),
         names=names,
         by=ledger.by,
     )
-    found = estimates(way, given, ledger.memory_gib)
-    way = way._replace(columns=found["push"].chunk * len(names))
+    costs = estimates(spec, inputs, ledger.memory_gib)
+    spec = dataclasses.replace(spec, columns=costs["jvp"].chunk * len(names))
     if ledger.by == "group":
-        return way
-    best = choose(found, ledger.form, ledger.memory_gib)
-    return way._replace(form=best.form, chunk=best.chunk, block=best.block)
+        return spec
+    best = costs.get(ledger.form) or ntk.cheapest(costs.values(), ledger.memory_gib * GIB)
+    return dataclasses.replace(spec, form=best.algorithm, chunk=best.chunk, block=best.block)
 
 
-def _named(way: Way, found: Found) -> dict[str, np.ndarray]:
-    """Lay the arrays out by name."""
-    named, terms = {}, () if way.by == "sample" else way.names
+def _named_arrays(spec: AttributionSpec, result: AttributionResult) -> dict[str, np.ndarray]:
+    """Arrange a result by the names of `Ledger.read`."""
+    arrays: dict[str, np.ndarray] = {}
+    terms = () if spec.by == "sample" else spec.names
     for m, measure in enumerate(MEASURES):
-        own = {}
-        for g, group in enumerate(("head", *way.members.names)):
-            for t, term in enumerate(way.names):
-                if found.samples is not None:
-                    own[f"{term}/{group}"] = found.samples[g, m, :, t]
+        named: dict[str, Any] = {}
+        for g, group in enumerate(("head", *spec.groups.names)):
+            if result.samples is not None:
+                for t, term in enumerate(spec.names):
+                    named[f"{term}/{group}"] = result.samples[g, m, :, t]
             for k, column in enumerate((*terms, *COLUMNS)):
-                own[f"{column}/{group}"] = found.columns[g, m, :, k]
-        first = sum(_summed(value) for value in own.values())
-        own |= {"actual": found.actual[m], "curvature": found.actual[m] - first}
-        named |= {f"{measure}/{name}": value for name, value in own.items()}
-    return named
+                named[f"{column}/{group}"] = result.columns[g, m, :, k]
+        first_order = sum(_sum_samples(value) for value in named.values())
+        actual = result.actual[m]
+        named |= {"actual": actual, "curvature": actual - first_order}
+        arrays |= {f"{measure}/{name}": value for name, value in named.items()}
+    return arrays
 
 
-def _summed(values: np.ndarray) -> np.ndarray:
+def _sum_samples(values: np.ndarray) -> np.ndarray:
     """Sum over samples where there are any."""
     return values if values.ndim == 1 else values.sum(axis=1, dtype=np.float64)
 
@@ -217,40 +217,34 @@ def _summed(values: np.ndarray) -> np.ndarray:
 def split_term(
     arrays: dict[str, np.ndarray], term: str, part: str, shares: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Take a part out of the columns of a term.
-
-    Args:
-      arrays: of a ledger by sample.
-      term: whose samples' contributions are split.
-      part: name of the new term.
-      shares: `[B]` of the part in each sample's contribution.
-    """
-    found = {}
+    """Split a part, of `[B]` shares in each sample's contribution, off the columns of a term."""
+    split: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
         measure, column, *group = name.split("/", 2)
         if column == term:
-            own = value * shares
-            found |= {f"{measure}/{part}/{group[0]}": own, name: value - own}
+            moved = value * shares
+            split |= {f"{measure}/{part}/{group[0]}": moved, name: value - moved}
         else:
-            found[name] = value
-    return found
+            split[name] = value
+    return split
 
 
 def ledger_measures(
     arrays: dict[str, np.ndarray],
     advantages: np.ndarray | None = None,
-    own: np.ndarray | None = None,
+    same_prompt: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Summarise a step's ledger.
 
     Parts are the terms and other columns, the curvature, "head" and "body" (all groups) of the
-    terms, and where asked for, the terms' samples with A > 0 ("positive") and A < 0 ("negative"),
-    and of the probe token's own prompt ("self") and other ones ("others").
+    terms; by sample also the terms' samples with A > 0 ("positive") and A < 0 ("negative"), and of
+    the probe token's own prompt ("self") and other ones ("others").
 
     Args:
       arrays: from `Ledger.read`.
       advantages: `[B]` of the samples, or None; needs a ledger by sample.
-      own: `[O, B]` bool, whether the sample answers the probe token's prompt, or None; likewise.
+      same_prompt: `[O, B]` bool, True where the sample answers the probe token's prompt, or None;
+        likewise.
 
     Returns:
       `ledger/<part>_share`, ⟨Δ_part, Δ⟩/⟨Δ, Δ⟩ with Δ the actual change of log π: those of
@@ -258,7 +252,7 @@ def ledger_measures(
       (nats). `ledger/optimizer_size` and `ledger/curvature_size`, ‖Δ_part‖/‖Δ‖. A step that moved
       nothing gives NaN.
     """
-    metrics = {}
+    metrics: dict[str, float] = {}
     for measure in MEASURES:
         prefix = f"{measure}/"
         named = {
@@ -267,37 +261,38 @@ def ledger_measures(
             if name.startswith(prefix)
         }
         actual = named.pop("actual")
-        found = _parts(named, advantages, own)
+        parts = _parts(named, advantages, same_prompt)
         if measure == "entropy":
-            metrics |= {f"ledger/{part}_entropy": float(v.mean()) for part, v in found.items()}
+            metrics |= {f"ledger/{part}_entropy": float(v.mean()) for part, v in parts.items()}
             metrics["ledger/actual_entropy"] = float(actual.mean())
             continue
         with np.errstate(invalid="ignore", divide="ignore"):
-            for part, value in found.items():
+            for part, value in parts.items():
                 metrics[f"ledger/{part}_share"] = float(value @ actual / (actual @ actual))
             for part in ("optimizer", "curvature"):
-                size = np.linalg.norm(found[part]) / np.linalg.norm(actual)
+                size = np.linalg.norm(parts[part]) / np.linalg.norm(actual)
                 metrics[f"ledger/{part}_size"] = float(size)
     return metrics
 
 
 def _parts(
-    named: dict[str, np.ndarray], advantages: np.ndarray | None, own: np.ndarray | None
+    named: dict[str, np.ndarray], advantages: np.ndarray | None, same_prompt: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Return `[O]` per part; columns first, then what the terms are made of."""
-    found = {"curvature": named.pop("curvature")}
-    samples, roles = 0.0, {"head": 0.0, "body": 0.0}
+    """Return `[O]` per part; columns first, then parts of the terms."""
+    parts: dict[str, Any] = {"curvature": named.pop("curvature")}
+    samples: Any = 0.0
+    roles: dict[str, Any] = {"head": 0.0, "body": 0.0}
     for name, value in named.items():
         column, group = name.split("/", 1)
-        found[column] = found.setdefault(column, 0.0) + _summed(value)
+        parts[column] = parts.setdefault(column, 0.0) + _sum_samples(value)
         if column not in COLUMNS:
             samples = samples + value
-            roles["head" if group == "head" else "body"] += _summed(value)
-    found |= roles
+            roles["head" if group == "head" else "body"] += _sum_samples(value)
+    parts |= roles
     if advantages is not None:
-        found["positive"] = samples @ (advantages > 0)
-        found["negative"] = samples @ (advantages < 0)
-    if own is not None:
-        found["self"] = np.sum(samples * own, axis=1)
-        found["others"] = np.sum(samples * ~own, axis=1)
-    return found
+        parts["positive"] = samples @ (advantages > 0)
+        parts["negative"] = samples @ (advantages < 0)
+    if same_prompt is not None:
+        parts["self"] = np.sum(samples * same_prompt, axis=1)
+        parts["others"] = np.sum(samples * ~same_prompt, axis=1)
+    return parts

@@ -63,4 +63,5 @@ __all__ = [
     "targets",
     "validate_rows",
     "weighted_rows_at",
+    "widened",
 ]

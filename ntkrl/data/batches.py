@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.types import PromptBatch, UpdateBatch
+from ntkrl.types import Array, PromptBatch, Rollout, UpdateBatch
+
+Batch = TypeVar("Batch", Rollout, UpdateBatch)
 
 Encoded = Sequence[Sequence[int]]
 
@@ -212,3 +215,30 @@ def _pack_batch(
             segments_BT[i, start:end] = segment
             completion_mask_BT[i, end - len(completion) : end] = True
     return _update_batch(tokens_BT, segments_BT, completion_mask_BT[:, 1:])
+
+
+def widened(batch: Batch, prompt_length: int, completion_length: int, pad_id: int) -> Batch:
+    """Pad a batch to longer prompts (on the left) and longer completions (on the right).
+
+    Args:
+      batch: a Rollout or an UpdateBatch; arrays of the host or of devices.
+      prompt_length: columns of the prompt (tokens), at least the batch's.
+      completion_length: C, columns of the completion (tokens), at least the batch's.
+      pad_id: token written where the mask is False; masks and other arrays are padded with 0.
+
+    Returns:
+      The batch, tokens and mask `[B, prompt_length + C]`, what is per completion token `[B, C, …]`.
+    """
+    length = batch.completion_mask.shape[1]
+    after = completion_length - length
+    before = prompt_length - (batch.tokens.shape[1] - length)
+
+    def pad(name: str, leaf: Array | np.ndarray | None) -> Array | np.ndarray | None:
+        if leaf is None or leaf.ndim < 2:
+            return leaf
+        left = before if name in ("tokens", "mask") else 0
+        sides = [(0, 0), (left, after)] + [(0, 0)] * (leaf.ndim - 2)
+        numpy = np if isinstance(leaf, np.ndarray) else jnp
+        return numpy.pad(leaf, sides, constant_values=pad_id if name == "tokens" else 0)
+
+    return batch.replace(**{name: pad(name, leaf) for name, leaf in batch.items()})

@@ -1,15 +1,15 @@
-"""Metrics over sampled completions, and their comparison with a base policy."""
+"""Metrics over sampled completions, their comparison with a base policy, and kernels of prompts."""
 
 from ntkrl.evaluation.comparison import mean_interval, powers
 from ntkrl.evaluation.sampling import (
-    Evaluated,
+    EvaluationSamples,
     evaluate_policy,
     make_evaluation_sample,
     prompts_together,
 )
 
 __all__ = [
-    "Evaluated",
+    "EvaluationSamples",
     "evaluate_policy",
     "make_evaluation_sample",
     "mean_interval",

@@ -1,4 +1,4 @@
-"""An evaluation against the samples of another policy, which an earlier evaluation saved.
+"""Comparison of a policy's samples with those that an earlier evaluation saved.
 
 Samples are compared prompt by prompt, so that no second model is needed.
 """
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from ntkrl import intervals, probe, reward
-from ntkrl.setup.base_samples import Samples
+from ntkrl.setup import Samples
 
 DRAWS = 2000
 """Resamples of prompts for an interval: its ends then vary by a twentieth of its length."""
 
 
-def compare(base: Samples, own: Samples, threshold: float) -> dict[str, float]:
+def compare(base: Samples, samples: Samples, threshold: float) -> dict[str, float]:
     """Compare the samples of a policy with those of a base.
 
     A pair is a sample of either for the same prompt, all with all, and the larger reward wins; an
@@ -24,37 +24,40 @@ def compare(base: Samples, own: Samples, threshold: float) -> dict[str, float]:
     rewarded for it.
 
     Args:
-      base, own: of the same prompts, N samples each.
+      base, samples: of the same prompts, N samples each.
       threshold: a sample with at least this reward is a success.
 
     Returns:
       Metrics, those of intervals over prompts with `_low` and `_high`; `diversity/crossing_k` is
-      infinite where the base's pass@k lies nowhere above the policy's up to N, and a share NaN
-      where there is nothing to share.
+      infinite where the base's pass@k exceeds the policy's at no k up to N, and a share is NaN
+      where its denominator is 0.
     """
-    pairs = own.rewards[:, :, None], base.rewards[:, None, :]
+    pairs = samples.rewards[:, :, None], base.rewards[:, None, :]
     wins_P = np.mean(np.greater(*pairs) + 0.5 * np.equal(*pairs), axis=(1, 2))
-    gaps_P = own.rewards.mean(axis=1) - base.rewards.mean(axis=1)
-    found = mean_interval("eval/win_rate", wins_P)
-    found |= mean_interval("eval/reward_difference", gaps_P)
-    both = base, own
-    samples = own.rewards.shape[1]
-    ks = powers(samples)
-    best = [np.array([probe.coverage.best_of_n(row, ks) for row in one.rewards]) for one in both]
-    for k, gap_P in zip(ks, (best[1] - best[0]).T, strict=True):
-        found |= mean_interval(f"diversity/gap_best_of_{k}", gap_P)
-    solved = [one.rewards >= threshold for one in both]
-    curves = [probe.coverage.pass_curves(s.sum(axis=1), samples, ks) for s in solved]
-    crossing = probe.coverage.crossing_interval(*curves, ks, draws=DRAWS)
-    found |= _named("diversity/crossing_k", crossing)
-    answers = [[list(map(reward.final_answer, group)) for group in one.texts] for one in both]
-    correct: list[set[str]] = [set() for _ in own.texts]
-    for said, right in zip(answers, solved, strict=True):
-        for i, (group, flags) in enumerate(zip(said, right, strict=True)):
-            correct[i] |= {answer for answer, flag in zip(group, flags, strict=True) if flag}
-    support = probe.coverage.support_change(*answers, correct)
+    gaps_P = samples.rewards.mean(axis=1) - base.rewards.mean(axis=1)
+    metrics = mean_interval("eval/win_rate", wins_P)
+    metrics |= mean_interval("eval/reward_difference", gaps_P)
+    policies, count = (base, samples), samples.rewards.shape[1]
+    ks = powers(count)
+    base_best_PK, best_PK = (
+        np.array([probe.best_of_n(row, ks) for row in policy.rewards]) for policy in policies
+    )
+    for k, gap_P in zip(ks, (best_PK - base_best_PK).T, strict=True):
+        metrics |= mean_interval(f"diversity/gap_best_of_{k}", gap_P)
+    solved = [policy.rewards >= threshold for policy in policies]
+    base_curve, curve = (probe.pass_curves(s.sum(axis=1), count, ks) for s in solved)
+    crossing = probe.crossing_interval(base_curve, curve, ks, draws=DRAWS)
+    metrics |= _named("diversity/crossing_k", crossing)
+    base_answers, answers = (
+        [list(map(reward.final_answer, group)) for group in policy.texts] for policy in policies
+    )
+    correct: list[set[str]] = [set() for _ in samples.texts]
+    for by_prompt, flags in zip((base_answers, answers), solved, strict=True):
+        for i, (group, solved_N) in enumerate(zip(by_prompt, flags, strict=True)):
+            correct[i] |= {answer for answer, s in zip(group, solved_N, strict=True) if s}
+    support = probe.support_change(base_answers, answers, correct)
     words = (*support._fields, "retention", "discovery", "score", "change")
-    return found | {f"diversity/support_{word}": float(getattr(support, word)) for word in words}
+    return metrics | {f"diversity/support_{word}": float(getattr(support, word)) for word in words}
 
 
 def mean_interval(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:

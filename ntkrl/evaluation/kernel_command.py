@@ -5,7 +5,7 @@
     tokens, mask [N, T]    left-padded prompts         texts [N]    the prompts as text
     rows, positions [O]    prompt and column           endings [O]  the context's last token as text
 
-and what `ntkrl/probe/kernels.py` lists: head, cosines, traces, shares, norms and eigenvalues.
+and the arrays of `probe.kernel_measures`: head, cosines, traces, shares, norms and eigenvalues.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from ntkrl import data, models, ntk, probe, report, runtime
 from ntkrl.setup import check_vocabulary
 from ntkrl.types import Params, Policy
 
-DTYPES = {"float32": jnp.float32, "float64": jnp.float64, "bfloat16": jnp.bfloat16}
+KERNEL_DTYPES = ("float32", "float64", "bfloat16")
 POSITIONS = ("last", "all")
 NUMBERS = {"eigenpairs": int, "max_contexts": int, "limit": int, "memory_gib": float}
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelSettings:
-    """What `ntkrl kernel` was asked for.
+    """Arguments of `ntkrl kernel`.
 
     model: Hugging Face directory with its tokenizer.
     prompts: JSON Lines file (standard or conversational), or a .txt with one prompt per line.
     out: directory for kernel.npz and kernel.png.
     positions: "last" for one context per prompt, "all" for one per token.
     eigenpairs: n ≥ 1, eigenvalues of the body and the full kernel.
-    max_contexts: contexts taken at most, evenly spread over those there are.
+    max_contexts: contexts at most, evenly spaced among all.
     dtype: of params and network: float32, float64 or bfloat16; results are float32 or better.
-    memory_gib: what a call may use beyond the params (GiB).
-    limit: prompts taken at most, the first of the file.
+    memory_gib: memory that a call may use beyond the params (GiB).
+    limit: prompts at most, the first of the file.
     layers: traces per layer too, each at the cost of another body kernel.
     """
 
@@ -66,7 +66,7 @@ class KernelSettings:
         ]
         if not 0 < self.memory_gib < float("inf"):
             problems.append(f"--memory_gib must be a positive number, not {self.memory_gib}")
-        for name, allowed in (("positions", POSITIONS), ("dtype", DTYPES)):
+        for name, allowed in (("positions", POSITIONS), ("dtype", KERNEL_DTYPES)):
             if getattr(self, name) not in allowed:
                 known = " or ".join(allowed)
                 problems.append(f"--{name} must be {known}, not {getattr(self, name)!r}")
@@ -75,34 +75,34 @@ class KernelSettings:
 
 
 def read_settings(model: str, options: Mapping[str, str]) -> KernelSettings:
-    """Turn the words of a command line into settings.
+    """Parse command-line options.
 
     Args:
       model: the model directory.
-      options: `{name: text}`; "layers" counts by being there.
+      options: `{name: text}`; "layers" counts by its presence.
 
     Raises:
-      ValueError: no prompts, words where numbers belong, or values out of range.
+      ValueError: no prompts, text where numbers belong, or values out of range.
     """
-    given: dict[str, Any] = {**options, "layers": "layers" in options}
+    values: dict[str, Any] = {**options, "layers": "layers" in options}
     problems = []
-    if "prompts" not in given:
+    if "prompts" not in values:
         problems.append(
             '--prompts=FILE is missing, {"prompt": "text"} rows or a .txt with one prompt per line'
         )
-    for name in NUMBERS.keys() & given.keys():
+    for name in NUMBERS.keys() & values.keys():
         try:
-            given[name] = NUMBERS[name](given[name])
+            values[name] = NUMBERS[name](values[name])
         except ValueError:
-            wanted = "a whole number" if NUMBERS[name] is int else "a number"
-            problems.append(f"--{name} must be {wanted}, not {given[name]!r}")
+            kind = "a whole number" if NUMBERS[name] is int else "a number"
+            problems.append(f"--{name} must be {kind}, not {values[name]!r}")
     if problems:
         raise ValueError("; ".join(sorted(problems)) + ".")
-    return KernelSettings(model, **given)
+    return KernelSettings(model, **values)
 
 
 def inspect(settings: KernelSettings) -> dict[str, np.ndarray]:
-    """Compute the kernels of a model directory on prompts; write and print what was found.
+    """Compute the kernels of a model directory on prompts; write and print them.
 
     Writes `kernel.npz` and `kernel.png` under `settings.out`, and nothing elsewhere.
 
@@ -118,11 +118,10 @@ def inspect(settings: KernelSettings) -> dict[str, np.ndarray]:
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file; name a directory.")
-    # JAX holds 64-bit numbers only where it is told to
     with jax.enable_x64(True) if settings.dtype == "float64" else contextlib.nullcontext():
-        policy, params, contexts, words = _load(settings)
+        policy, params, contexts, texts = _load(settings)
         plan = probe.plan_kernel(policy, params, contexts, settings.layers, settings.memory_gib)
-        out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        out.mkdir(parents=True, exist_ok=True)  # fails before the computation
         print(f"body kernel, {plan.body_kernels} ×: by {plan.estimate}", flush=True)
         with tqdm(total=plan.steps, disable=None) as bar:
 
@@ -131,7 +130,7 @@ def inspect(settings: KernelSettings) -> dict[str, np.ndarray]:
                 bar.update(done - bar.n)
                 bar.refresh()
 
-            found = probe.kernel_measures(plan, settings.eigenpairs, progress)
+            measures = probe.kernel_measures(plan, settings.eigenpairs, progress)
             bar.update(plan.steps - bar.n)
     places = {
         "tokens": contexts.tokens,
@@ -139,7 +138,7 @@ def inspect(settings: KernelSettings) -> dict[str, np.ndarray]:
         "rows": contexts.rows,
         "positions": contexts.positions,
     }
-    arrays = {name: np.asarray(array) for name, array in places.items()} | words | found
+    arrays = {name: np.asarray(array) for name, array in places.items()} | texts | measures
     runtime.save_arrays(out / "kernel.npz", arrays)
     report.write_kernel(out / "kernel.png", arrays)
     print(f"\n{report.format_kernel(arrays)}\n")
@@ -150,18 +149,19 @@ def inspect(settings: KernelSettings) -> dict[str, np.ndarray]:
 def _load(
     settings: KernelSettings,
 ) -> tuple[Policy, Params, ntk.Contexts, dict[str, np.ndarray]]:
-    """Return the model, the contexts and their words; cheapest checks first."""
+    """Return the model, the contexts and their texts; cheapest checks first."""
     rows = models.check(settings.model)
     tokenizer = data.load_tokenizer(models.tokenizer_directory(settings.model))
     check_vocabulary(tokenizer, rows, settings.model)
-    whole = data.read_prompts(settings.prompts)
-    prompts = dataclasses.replace(whole, prompts=whole.prompts[: settings.limit])
-    # how long a prompt may be is known once the model is loaded
+    every_prompt = data.read_prompts(settings.prompts)
+    chosen = every_prompt.prompts[: settings.limit]
+    prompts = dataclasses.replace(every_prompt, prompts=chosen)
+    # the longest prompt allowed is known once the model is loaded
     encoded = data.encode_prompts(tokenizer, prompts, sys.maxsize)
-    policy, params = models.load(settings.model, DTYPES[settings.dtype])
+    policy, params = models.load(settings.model, getattr(jnp, settings.dtype))
     contexts, total = _contexts(settings, encoded, policy.max_tokens, tokenizer.pad_token_id)
     print(
-        f"prompts: {len(encoded)} of {len(whole.prompts)} (--limit={settings.limit})\n"
+        f"prompts: {len(encoded)} of {len(every_prompt.prompts)} (--limit={settings.limit})\n"
         f"contexts: {contexts.count} of {total} (--positions={settings.positions} "
         f"--max_contexts={settings.max_contexts})"
     )
@@ -177,7 +177,7 @@ def _load(
 def _contexts(
     settings: KernelSettings, encoded: list[list[int]], max_tokens: int, pad_id: int
 ) -> tuple[ntk.Contexts, int]:
-    """Pad the prompts; return the contexts to read and how many there are."""
+    """Pad the prompts; return the chosen contexts and the number of all."""
     lengths = [len(ids) for ids in encoded]
     longest = int(np.argmax(lengths))
     if lengths[longest] > max_tokens:
@@ -189,7 +189,7 @@ def _contexts(
     choose = ntk.last_positions if settings.positions == "last" else ntk.every_position
     every = choose(batch.tokens, batch.mask)
     rows = np.arange(len(encoded)) if every.rows is None else np.asarray(every.rows)
-    taken = min(settings.max_contexts, every.count)
-    kept = np.linspace(0, every.count - 1, taken).round().astype(int)
-    positions = np.asarray(every.positions)[kept]
-    return ntk.Contexts(batch.tokens, positions, rows[kept], batch.mask), every.count
+    count = min(settings.max_contexts, every.count)
+    chosen = np.linspace(0, every.count - 1, count).round().astype(int)
+    positions = np.asarray(every.positions)[chosen]
+    return ntk.Contexts(batch.tokens, positions, rows[chosen], batch.mask), every.count

@@ -1,90 +1,44 @@
-"""The decoder that Llama, Qwen and Gemma are variants of: RMSNorm, gated MLP, grouped queries.
+"""The decoder of every supported family, by its Config: norms, attention and MLP in two forms each.
 
-A family file reads its config.json into the `Config` here and says which tensors it stores.
+GPT-2 and GPT-NeoX have LayerNorm, fused query-key-value products and a plain MLP; Llama, Qwen and
+Gemma RMSNorm, grouped queries and a gated MLP. A family file reads its config.json into `Config`
+and lists its stored tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from ntkrl.models import layers as nn
-from ntkrl.models import rotary
-from ntkrl.models.family import Adapters, Family, Running, Table
-from ntkrl.models.reading import ConfigReader
 from ntkrl.types import Array, Cache
 
-ACTIVATIONS = nn.ACTIVATIONS
-FULL, SLIDING = "full_attention", "sliding_attention"
+Sharding = tuple[tuple[str, tuple[str | None, ...]], ...]
 
-# our name · Hugging Face name ({i}: the layer, stacked) · transpose (kernels are [in, out] here)
-_NAMES: tuple[tuple[str, str], ...] = (
-    ("input_norm/scale", "input_layernorm.weight"),
-    ("attention/query/kernel", "self_attn.q_proj.weight"),
-    ("attention/query/bias", "self_attn.q_proj.bias"),
-    ("attention/key/kernel", "self_attn.k_proj.weight"),
-    ("attention/key/bias", "self_attn.k_proj.bias"),
-    ("attention/value/kernel", "self_attn.v_proj.weight"),
-    ("attention/value/bias", "self_attn.v_proj.bias"),
-    ("attention/query_norm/scale", "self_attn.q_norm.weight"),
-    ("attention/key_norm/scale", "self_attn.k_norm.weight"),
-    ("attention/out/kernel", "self_attn.o_proj.weight"),
-    ("attention/out/bias", "self_attn.o_proj.bias"),
-    ("mlp/gate/kernel", "mlp.gate_proj.weight"),
-    ("mlp/gate/bias", "mlp.gate_proj.bias"),
-    ("mlp/up/kernel", "mlp.up_proj.weight"),
-    ("mlp/up/bias", "mlp.up_proj.bias"),
-    ("mlp/down/kernel", "mlp.down_proj.weight"),
-    ("mlp/down/bias", "mlp.down_proj.bias"),
-)
-# a layer has two norms, before attention and before the MLP, or four: after each as well
-_TWO_NORMS = (("mlp_norm/scale", "post_attention_layernorm.weight"),)
-_FOUR_NORMS = (
-    ("attention_out_norm/scale", "post_attention_layernorm.weight"),
-    ("mlp_norm/scale", "pre_feedforward_layernorm.weight"),
-    ("mlp_out_norm/scale", "post_feedforward_layernorm.weight"),
-)
-
-# buffers that older checkpoints store and that carry no parameter
-IGNORED: tuple[str, ...] = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
-
-# axes per dimension; layers carry a leading stack axis
-SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+# mesh axes per dimension; layers carry a leading stack axis
+SHARDING: Sharding = (
     (r"embed/embedding|head/weight", ("tensor", "fsdp")),
-    (r"layers/(attention/(query|key|value)|mlp/(gate|up))/kernel", (None, "fsdp", "tensor")),
+    (r"positions/embedding", (None, "fsdp")),
+    (r"layers/(attention/(query|key|value|qkv)|mlp/(gate|up))/kernel", (None, "fsdp", "tensor")),
     (r"layers/(attention/out|mlp/down)/kernel", (None, "tensor", "fsdp")),
-    (r"layers/(attention/(query|key|value)|mlp/(gate|up))/bias", (None, "tensor")),
+    (r"layers/(attention/(query|key|value|qkv)|mlp/(gate|up))/bias", (None, "tensor")),
     (r".*", ()),
 )
 
 
-def weights(four_norms: bool) -> Table:
-    """Return the table of tensors: our name, stored name, transpose."""
-    names = _NAMES + (_FOUR_NORMS if four_norms else _TWO_NORMS)
-    return (
-        ("embed/embedding", "model.embed_tokens.weight", False),
-        *(
-            (f"layers/{ours}", f"model.layers.{{i}}.{stored}", ours.endswith("kernel"))
-            for ours, stored in names
-        ),
-        ("final_norm/scale", "model.norm.weight", False),
-        ("head/weight", "lm_head.weight", False),
-    )
-
-
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """What differs between layers of a stack.
+class LayerKind:
+    """Differences between the layers of a stack.
 
-    rope: rotary positions.
-    window: tokens that a query sees, itself included; None for all before it.
+    rope: rotary positions, or None.
+    window: visible tokens per query, itself included; None for all before it.
     """
 
-    rope: rotary.Rope
+    rope: nn.Rope | None
     window: int | None = None
 
 
@@ -94,14 +48,19 @@ class Config:
 
     architecture: Hugging Face's class name.
     head_dim: width of one head, E; H·E need not be D.
+    norm: "rms" or "layer" (with bias); norm_eps: its ε; norm_offset: added to every RMSNorm scale.
     kinds, layer_kinds: the kinds of layers, and the index of each layer's kind.
     query_scale: factor on attention scores.
-    attention_bias: whether queries, keys and values have one; output_bias: the product after them.
-    query_key_norm: RMSNorm over E on queries and keys, before they are rotated.
-    four_norms: norms after attention and MLP too, before they are added.
-    norm_offset: added to the stored scale of every RMSNorm.
-    embedding_scale: factor on embeddings as they enter.
-    extra: config.json as it was read, for export.
+    fused_qkv: None for three products; for one, the order of its output: "qkv", all queries, then
+      keys, then values; "head", query, key and value of each head in turn.
+    attention_bias: biases on queries, keys and values; output_bias: on the product after them.
+    query_key_norm: RMSNorm over E on queries and keys, before rotation.
+    gated_mlp: down(act(gate x) ⊙ up x) in place of down(act(up x)).
+    four_norms: norms after attention and MLP too, before the residual sum.
+    parallel_residual: the MLP reads the layer's input, not the sum after attention.
+    learned_positions: embeddings of positions are added to those of tokens.
+    embedding_scale: factor on token embeddings.
+    extra: config.json as read, for export.
     """
 
     architecture: str
@@ -114,80 +73,28 @@ class Config:
     intermediate_size: int
     max_position_embeddings: int
     hidden_act: str
-    rms_norm_eps: float
+    norm_eps: float
     tie_word_embeddings: bool
     initializer_range: float
-    kinds: tuple[Kind, ...]
+    kinds: tuple[LayerKind, ...]
     layer_kinds: tuple[int, ...]
     query_scale: float
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    fused_qkv: str | None = None
     attention_bias: bool = False
     output_bias: bool = False
-    mlp_bias: bool = False
     query_key_norm: bool = False
+    gated_mlp: bool = True
+    mlp_bias: bool = False
     four_norms: bool = False
-    norm_offset: float = 0.0
+    parallel_residual: bool = False
+    learned_positions: bool = False
     embedding_scale: float = 1.0
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
-    adapters: Adapters | None = None
+    adapters: nn.Adapters | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
-
-
-def read_sizes(reader: ConfigReader, head_dim: int | None = None) -> dict[str, Any]:
-    """Read the entries all variants share.
-
-    Args:
-      reader: of config.json.
-      head_dim: width of a head where the file gives none; None for D/H.
-
-    Returns:
-      Arguments of `Config`.
-    """
-    width, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    shared = reader.integer("num_key_value_heads", heads)
-    reader.divides("num_attention_heads", heads, "num_key_value_heads", shared)
-    given = reader.optional_integer("head_dim", head_dim)
-    if given is None:
-        reader.divides("hidden_size", width, "num_attention_heads", heads)
-    elif given % 2:
-        reader.problems.append(f"head_dim {given} must be even")
-    return {
-        "vocab_size": reader.integer("vocab_size"),
-        "hidden_size": width,
-        "num_hidden_layers": reader.integer("num_hidden_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": shared,
-        "head_dim": width // heads if given is None else given,
-        "intermediate_size": reader.integer("intermediate_size"),
-        "max_position_embeddings": reader.integer("max_position_embeddings"),
-        "rms_norm_eps": reader.number("rms_norm_eps", 1e-6),
-        "initializer_range": reader.number("initializer_range", 0.02),
-    }
-
-
-def read_kinds(
-    reader: ConfigReader,
-    usual: Sequence[str],
-    window: int | None,
-    ropes: Mapping[str, rotary.Rope],
-    rope: rotary.Rope,
-) -> tuple[tuple[Kind, ...], tuple[int, ...]]:
-    """Return the kinds of layers and each layer's, from `layer_types` or the usual order.
-
-    Args:
-      reader: of config.json.
-      usual: FULL or SLIDING per layer where the file does not say.
-      window: of sliding layers; None for none.
-      ropes: by type; missing ones are `rope`.
-      rope: rotary positions.
-    """
-    types = reader.words("layer_types", usual, (FULL, SLIDING))
-    of_type = {
-        kind: Kind(ropes[kind] if kind in ropes else rope, window if kind == SLIDING else None)
-        for kind in types
-    }
-    kinds = tuple(dict.fromkeys(of_type.values()))
-    return kinds, tuple(kinds.index(of_type[kind]) for kind in types)
 
 
 class Attention(nnx.Module):
@@ -195,107 +102,132 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
         self.config = config
-        make = nn.linear(config, rngs, dtype)
+        linear = nn.linear(config, rngs, dtype)
         width, bias = config.hidden_size, config.attention_bias
         heads, shared = (
             count * config.head_dim
             for count in (config.num_attention_heads, config.num_key_value_heads)
         )
-        self.query = make("attention/query", width, heads, bias)
-        self.key = make("attention/key", width, shared, bias)
-        self.value = make("attention/value", width, shared, bias)
-        self.out = make("attention/out", heads, width, config.output_bias)
+        if config.fused_qkv is not None:
+            self.qkv = linear("attention/qkv", width, 3 * heads, bias)
+        else:
+            self.query = linear("attention/query", width, heads, bias)
+            self.key = linear("attention/key", width, shared, bias)
+            self.value = linear("attention/value", width, shared, bias)
+        self.out = linear("attention/out", heads, width, config.output_bias)
         if config.query_key_norm:
-            self.query_norm = _norm(config, config.head_dim, dtype)
-            self.key_norm = _norm(config, config.head_dim, dtype)
+            self.query_norm = nn.RMSNorm(
+                config.head_dim, config.norm_eps, dtype, config.norm_offset
+            )
+            self.key_norm = nn.RMSNorm(config.head_dim, config.norm_eps, dtype, config.norm_offset)
 
-    def __call__(self, x_BTD: Array, reading: nn.Reading, remember: Callable) -> Array:
-        config, shape = self.config, (*x_BTD.shape[:2], -1, self.config.head_dim)
-        queries, keys = self.query(x_BTD).reshape(shape), self.key(x_BTD).reshape(shape)
-        if config.query_key_norm:
+    def __call__(
+        self, x_BTD: Array, inputs: nn.AttentionInputs, update_cache: nn.UpdateCache
+    ) -> Array:
+        queries, keys, values = self._project(x_BTD)
+        if self.config.query_key_norm:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
-        queries, keys = rotary.rotate(queries, reading.turns), rotary.rotate(keys, reading.turns)
-        keys, values = remember(keys, self.value(x_BTD).reshape(shape))
-        scaling = (config.query_scale, config.attn_logit_softcapping)
-        mixed = nn.attention(queries, keys, values, reading.allowed, *scaling)
+        if inputs.rotary is not None:
+            queries, keys = nn.rotate(queries, inputs.rotary), nn.rotate(keys, inputs.rotary)
+        keys, values = update_cache(keys, values)
+        scaling = (self.config.query_scale, self.config.attn_logit_softcapping)
+        mixed = nn.attention(queries, keys, values, inputs.allowed, *scaling)
         return self.out(mixed.reshape(*x_BTD.shape[:2], -1))
 
+    def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+        """Return queries `[B, T, H, E]`, keys and values `[B, T, K, E]`."""
+        rows, width = x_BTD.shape[:2], self.config.head_dim
+        if self.config.fused_qkv == "head":
+            fused = self.qkv(x_BTD).reshape(*rows, -1, 3, width)
+            return fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
+        if self.config.fused_qkv == "qkv":
+            parts = jnp.split(self.qkv(x_BTD), 3, axis=-1)
+        else:
+            parts = [product(x_BTD) for product in (self.query, self.key, self.value)]
+        queries, keys, values = (part.reshape(*rows, -1, width) for part in parts)
+        return queries, keys, values
 
-class GatedMLP(nnx.Module):
-    """down(act(gate x) ⊙ up x); Shazeer 2002.05202."""
+
+class MLP(nnx.Module):
+    """down(act(up x)), or gated down(act(gate x) ⊙ up x) (Shazeer 2002.05202)."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
-        make = nn.linear(config, rngs, dtype)
+        linear = nn.linear(config, rngs, dtype)
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.activation = config.hidden_act
-        self.gate = make("mlp/gate", width, inner, bias)
-        self.up = make("mlp/up", width, inner, bias)
-        self.down = make("mlp/down", inner, width, bias)
+        self.activation, self.gated = config.hidden_act, config.gated_mlp
+        if self.gated:
+            self.gate = linear("mlp/gate", width, inner, bias)
+        self.up = linear("mlp/up", width, inner, bias)
+        self.down = linear("mlp/down", inner, width, bias)
 
     def __call__(self, x_BTD: Array) -> Array:
-        return self.down(nn.ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD))
+        activation = nn.ACTIVATIONS[self.activation]
+        if self.gated:
+            return self.down(activation(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(activation(self.up(x_BTD)))
 
 
-class Layer(nnx.Module):
-    """One decoder layer, with two norms or four."""
+class DecoderLayer(nnx.Module):
+    """One decoder layer."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
-        self.four_norms = config.four_norms
-        self.input_norm = _norm(config, config.hidden_size, dtype)
-        self.mlp_norm = _norm(config, config.hidden_size, dtype)
+        self.four_norms, self.parallel = config.four_norms, config.parallel_residual
+        self.input_norm = _norm(config, rngs, dtype)
+        self.mlp_norm = _norm(config, rngs, dtype)
         if config.four_norms:
-            self.attention_out_norm = _norm(config, config.hidden_size, dtype)
-            self.mlp_out_norm = _norm(config, config.hidden_size, dtype)
+            self.attention_out_norm = _norm(config, rngs, dtype)
+            self.mlp_out_norm = _norm(config, rngs, dtype)
         self.attention = Attention(config, rngs, dtype)
-        self.mlp = GatedMLP(config, rngs, dtype)
+        self.mlp = MLP(config, rngs, dtype)
 
-    def __call__(self, x_BTD: Array, reading: nn.Reading, remember: Callable) -> Array:
-        attended = self.attention(self.input_norm(x_BTD), reading, remember)
-        x_BTD = x_BTD + (self.attention_out_norm(attended) if self.four_norms else attended)
-        made = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + (self.mlp_out_norm(made) if self.four_norms else made)
+    def __call__(
+        self, x_BTD: Array, inputs: nn.AttentionInputs, update_cache: nn.UpdateCache
+    ) -> Array:
+        attended = self.attention(self.input_norm(x_BTD), inputs, update_cache)
+        y_BTD = x_BTD + (self.attention_out_norm(attended) if self.four_norms else attended)
+        transformed = self.mlp(self.mlp_norm(x_BTD if self.parallel else y_BTD))
+        return y_BTD + (self.mlp_out_norm(transformed) if self.four_norms else transformed)
 
 
-class Model(nnx.Module):
-    """The decoder; `features` are the output of the final norm."""
+class Transformer(nnx.Module):
+    """The trunk of a language model: all but its output head."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
         self.config = config
-        sizes = (config.vocab_size, config.hidden_size, config.initializer_range)
-        self.embed = nn.embedding(*sizes, rngs, dtype)
-        self.layers = nn.stacked(
-            lambda rngs: Layer(config, rngs, dtype), config.num_hidden_layers, rngs
+        width, deviation = config.hidden_size, config.initializer_range
+        self.embed = nn.embedding(config.vocab_size, width, deviation, rngs, dtype)
+        if config.learned_positions:
+            rows = config.max_position_embeddings
+            self.positions = nn.embedding(rows, width, deviation, rngs, dtype)
+        self.layers = nn.stack_layers(
+            lambda rngs: DecoderLayer(config, rngs, dtype), config.num_hidden_layers, rngs
         )
-        self.final_norm = _norm(config, config.hidden_size, dtype)
+        self.final_norm = _norm(config, rngs, dtype)
 
     def features(
-        self, tokens_BT: Array, mask_BT: Array, cache: Cache | None, running: Running
+        self, tokens_BT: Array, mask_BT: Array, cache: Cache | None, execution: nn.Execution
     ) -> tuple[Array, Cache | None]:
-        """Return the head's input `[B, T, D]` and the cache after reading the tokens."""
-        places, cache = nn.places(mask_BT, cache)
-        sights = [
-            nn.Sight(rotary.tables(places.positions, kind.rope), places.within(kind.window))
-            for kind in self.config.kinds
+        """Return the output `[B, T, D]` of the final norm, and the cache after the tokens."""
+        config = self.config
+        positions, cache = nn.token_positions(mask_BT, cache)
+        inputs = [
+            nn.AttentionInputs(
+                None if kind.rope is None else nn.rotary_tables(positions.position, kind.rope),
+                positions.within(kind.window),
+            )
+            for kind in config.kinds
         ]
-        x_BTD = nn.look_up(self.embed, tokens_BT, running)
-        if self.config.embedding_scale != 1.0:  # rounded to the compute dtype, as in training
-            x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
-        kinds = self.config.layer_kinds if len(sights) > 1 else None
-        x_BTD, cache = nn.scan_layers(self.layers, x_BTD, sights, kinds, cache, running)
+        x_BTD = nn.embed_tokens(self.embed, tokens_BT, execution.mesh)
+        if config.embedding_scale != 1.0:  # rounded to the compute dtype, as in training
+            x_BTD = x_BTD * jnp.asarray(config.embedding_scale, x_BTD.dtype)
+        if config.learned_positions:
+            x_BTD = x_BTD + jnp.take(self.positions.embedding[...], positions.position, axis=0)
+        kinds = config.layer_kinds
+        x_BTD, cache = nn.scan_layers(self.layers, x_BTD, inputs, kinds, cache, execution)
         return self.final_norm(x_BTD), cache
 
 
-def _norm(config: Config, width: int, dtype: Any) -> nn.RMSNorm:
-    return nn.RMSNorm(width, config.rms_norm_eps, dtype, config.norm_offset)
-
-
-def family(
-    architecture: str,
-    label: str,
-    parse: Callable[[Mapping[str, Any]], Config],
-    scorer: str,
-    four_norms: bool = False,
-) -> Family:
-    """Return a variant as a Family."""
-    table = weights(four_norms)
-    return Family(architecture, label, "model.", table, IGNORED, SHARDING, parse, Model, scorer)
+def _norm(config: Config, rngs: nnx.Rngs, dtype: Any) -> nnx.Module:
+    if config.norm == "layer":
+        return nn.layer_norm(config.hidden_size, config.norm_eps, rngs, dtype)
+    return nn.RMSNorm(config.hidden_size, config.norm_eps, dtype, config.norm_offset)

@@ -1,38 +1,39 @@
-"""The architectures that can be read."""
+"""Registry of the supported architectures: a new family is one file and one entry here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ntkrl.models import gemma, gpt2, gpt_neox, llama, qwen
+from ntkrl.models import gemma, gpt, llama, qwen
 from ntkrl.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for file in (gpt_neox, llama, qwen, gemma, gpt2)
-    for family in file.FAMILIES
+    for module in (gpt, llama, qwen, gemma)
+    for family in module.FAMILIES
 }
 SCORERS: dict[str, Family] = {family.scorer: family for family in FAMILIES.values()}
 
 
-def named(raw: dict[str, Any]) -> str | None:
-    """Return the one architecture a config.json names, or None."""
-    found = raw["architectures"] if "architectures" in raw else None
-    one = isinstance(found, list) and len(found) == 1 and isinstance(found[0], str)
-    return found[0] if one else None
+def architecture_of(raw: dict[str, Any]) -> str | None:
+    """Return the single architecture named by a config.json, or None."""
+    names = raw["architectures"] if "architectures" in raw else None
+    if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        return names[0]
+    return None
 
 
-def family_of(raw: dict[str, Any], where: Path) -> Family:
+def family_of(raw: dict[str, Any], source: str | Path) -> Family:
     """Return the family of a language model's config.json.
 
     Raises:
-      ValueError: another architecture; says which are known.
+      ValueError: another architecture; the message lists the known ones.
     """
-    name = named(raw)
+    name = architecture_of(raw)
     if name in FAMILIES:
         return FAMILIES[name]
-    shown = raw["architectures"] if "architectures" in raw else None
+    names = raw["architectures"] if "architectures" in raw else None
     raise ValueError(
-        f"{where}: architecture {shown!r} is unknown; known are {', '.join(sorted(FAMILIES))}."
+        f"{source}: architecture {names!r} is unknown; known are {', '.join(sorted(FAMILIES))}."
     )

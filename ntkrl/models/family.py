@@ -1,82 +1,39 @@
-"""What a model family hands to the loader."""
+"""Description of a model family, and the reader of its config.json."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from ntkrl import trees
+from ntkrl.models.decoder import SHARDING, Config, Sharding, Transformer
+from ntkrl.models.layers import SCALINGS, Rope
 
 Table = tuple[tuple[str, str, bool], ...]
-"""Rows: our name · stored name, `{i}` for the layer of a stacked leaf · transposed or not."""
+"""Rows: our name · stored name, `{i}` for the layer of a stacked leaf · transposed or not.
 
-
-REMAT = ("none", "products", "all")
-"""What the backward pass makes again: nothing, all but products with weights, whole layers."""
-
-
-class Running(NamedTuple):
-    """How a network runs.
-
-    remat: one of REMAT. mesh: that activations are spread over, rows by data and fsdp, heads by
-    tensor; None for wherever they come to lie.
-    """
-
-    remat: str = "products"
-    mesh: Mesh | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapters:
-    """Low-rank adapters (LoRA) on some matrix products of every layer.
-
-    modules: our names within a layer, such as "attention/query".
-    rank: r ≥ 1.
-    scaling: factor α/r on what they add.
-    """
-
-    modules: tuple[str, ...]
-    rank: int
-    scaling: float
-
-
-class EqualHeads:
-    """A config whose queries, keys and values have as many heads, which share the width."""
-
-    hidden_size: int
-    num_attention_heads: int
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Heads that the cache holds."""
-        return self.num_attention_heads
+Kernels are [in, out] here."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One architecture of Hugging Face's.
 
-    architecture: its class name with the language model's head.
-    label: how people call it.
+    architecture: class name with the language model's head.
+    label: name for readers.
     prefix: of stored trunk tensors; absent where the trunk alone was saved.
-    weights: the table of tensors, the head's row `head/weight` last.
-    ignored: regular expressions of stored buffers that carry no parameter.
-    sharding: ordered `(pattern, mesh axes per dimension)` list over our names.
-    parse: config.json to the family's frozen config.
-    model: `(config, rngs, dtype) -> nnx.Module` with `features`, the trunk without head.
+    weights: table of tensors, the head's row `head/weight` last.
+    ignored: regular expressions of stored buffers that are not parameters.
+    parse: config.json to Config; a ValueError with all missing or impossible entries.
     scorer: class name of the same trunk with a sequence-classification head.
+    model: `(config, rngs, dtype) -> nnx.Module` with `features`, the trunk without head.
+    sharding: ordered `(pattern, mesh axes per dimension)` list over our names.
     stacked: prefixes of our names whose leaves carry a leading layer axis.
-
-    Every config has architecture, vocab_size, hidden_size, num_hidden_layers, num_key_value_heads,
-    head_dim, max_position_embeddings, tie_word_embeddings, initializer_range, adapters,
-    final_logit_softcapping and `extra`, config.json as it was read.
     """
 
     architecture: str
@@ -84,22 +41,184 @@ class Family:
     prefix: str
     weights: Table
     ignored: tuple[str, ...]
-    sharding: tuple[tuple[str, tuple[str | None, ...]], ...]
-    parse: Callable[[Mapping[str, Any]], Any]
-    model: Callable[..., nnx.Module]
+    parse: Callable[[Mapping[str, Any]], Config]
     scorer: str
+    model: Callable[..., nnx.Module] = Transformer
+    sharding: Sharding = SHARDING
     stacked: tuple[str, ...] = ("layers",)
+
+    def shardings(
+        self, shapes: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None
+    ) -> dict[str, jax.sharding.Sharding]:
+        """Return the sharding of every leaf, by our name; None for one device."""
+        if mesh is None:
+            return dict.fromkeys(shapes, SingleDeviceSharding(jax.devices()[0]))
+        return trees.shardings(shapes, self.sharding, mesh)
 
     @property
     def head_name(self) -> str:
         """The head's stored name."""
         return self.weights[-1][1]
 
-    def unparse(self, config: Any) -> dict[str, Any]:
-        """Return the config.json of a model: what was read, with what may have changed."""
-        return {
+    def config_json(self, config: Config, dtype: Any) -> dict[str, Any]:
+        """Return the config.json of a model: the entries it was read from, with what changed."""
+        raw = {
             **config.extra,
             "architectures": [config.architecture],
             "vocab_size": config.vocab_size,
             "tie_word_embeddings": config.tie_word_embeddings,
+            "dtype": str(dtype),
         }
+        raw.pop("torch_dtype", None)  # the older spelling would contradict it
+        return raw
+
+
+class ConfigReader:
+    """Typed look-ups in a parsed config.json; `finish` raises all problems in one error.
+
+    Null entries count as absent.
+    """
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self.raw = raw
+        self.problems: list[str] = []
+
+    def integer(
+        self, name: str, default: int | None = None, least: int = 1, kind: str = "positive integer"
+    ) -> int:
+        """Return an integer of at least `least`, required without a default."""
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self.problems.append(f"{name} must be a {kind}, not {value!r}")
+            return least
+        return value
+
+    def token(self, name: str) -> int:
+        """Return a required token id."""
+        return self.integer(name, least=0, kind="token id")
+
+    def optional_integer(self, name: str, default: int | None) -> int | None:
+        """Return a positive integer, or None for null."""
+        if name in self.raw:
+            return None if self.raw[name] is None else self.integer(name)
+        return default
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number."""
+        return self._number(name, self._value(name), default)
+
+    def optional_number(self, name: str, default: float | None) -> float | None:
+        """Return a number, or None for null."""
+        if name in self.raw:
+            return None if self.raw[name] is None else self.number(name, 1.0)
+        return default
+
+    def boolean(self, name: str, default: bool) -> bool:
+        """Return true or false."""
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            self.problems.append(f"{name} must be true or false, not {value!r}")
+            return default
+        return value
+
+    def choice(self, name: str, default: str, allowed: Iterable[str]) -> str:
+        """Return one of the allowed words."""
+        value = self._value(name, default)
+        if value not in set(allowed):
+            self.problems.append(f"{name} {value!r} is not among {', '.join(sorted(allowed))}")
+            return default
+        return value
+
+    def words(self, name: str, default: Sequence[str], allowed: Iterable[str]) -> list[str]:
+        """Return a list of allowed words of the length of the default."""
+        value = self._value(name, list(default))
+        allowed, count = set(allowed), len(default)
+        if not isinstance(value, list) or len(value) != count or not allowed.issuperset(value):
+            options = ", ".join(sorted(allowed))
+            self.problems.append(f"{name} must be a list of {count} among {options}, not {value!r}")
+            return list(default)
+        return value
+
+    def fixed(self, name: str, only: Any) -> None:
+        """Refuse any value but the supported one."""
+        value = self._value(name)
+        if value is not None and value != only:
+            self.problems.append(f"{name} {value!r} is not supported, only {only!r}")
+
+    def divides(self, total_name: str, total: int, part_name: str, part: int) -> None:
+        """Refuse a total that is not a multiple of a part."""
+        if total % part:
+            self.problems.append(f"{total_name} {total} is not a multiple of {part_name} {part}")
+
+    def section(self, *names: str) -> Mapping[str, Any] | None:
+        """Return the first of the named sub-objects that is present."""
+        for name in names:
+            value = self._value(name)
+            if isinstance(value, Mapping):
+                return value
+            if value is not None:
+                self.problems.append(f"{name} must be an object, not {value!r}")
+        return None
+
+    def rope(
+        self,
+        width: int,
+        theta: tuple[str, float] = ("rope_theta", 10000.0),
+        share: tuple[str, float] = ("partial_rotary_factor", 1.0),
+        section: Mapping[str, Any] | None = None,
+    ) -> Rope:
+        """Read rotary settings from their section or from older top-level entries.
+
+        Args:
+          width: of a head.
+          theta: older name of the base, and its default.
+          share: older name of the rotated share of a head, and its default.
+          section: None for `rope_parameters` or the older `rope_scaling`; empty for none.
+        """
+        if section is None:
+            section = self.section("rope_parameters", "rope_scaling") or {}
+        base = self._entry(section, "rope_theta", self.number(*theta))
+        part = self._entry(section, "partial_rotary_factor", self.number(*share))
+        size = int(width * part)
+        if size % 2 or not 0 < part <= 1:
+            self.problems.append(
+                f"{share[0]} {part} of a head of {width} gives {size} rotated dimensions; it must "
+                "be even and the share in (0, 1]"
+            )
+            size = 2
+        kind = next((section[k] for k in ("rope_type", "type") if k in section), "default")
+        if kind not in SCALINGS:
+            self.problems.append(
+                f"rotary scaling {kind!r} is not supported, only {', '.join(SCALINGS)}"
+            )
+            kind = "default"
+        if kind == "default":
+            return Rope(size, base)
+        names = ["factor"]
+        if kind == "llama3":
+            names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        factor, *bands = (self._entry(section, name, None) for name in names)
+        if kind == "linear":
+            return Rope(size, base, kind, factor)
+        low, high, original = bands
+        return Rope(size, base, kind, factor, low, high, int(original))
+
+    def finish(self, family: str) -> None:
+        """Raise one ValueError with all problems, if there are any."""
+        if self.problems:
+            raise ValueError(f"config.json of a {family} model: " + "; ".join(self.problems) + ".")
+
+    def _value(self, name: str, default: Any = None) -> Any:
+        value = self.raw[name] if name in self.raw else None
+        return default if value is None else value
+
+    def _entry(self, section: Mapping[str, Any], name: str, default: float | None) -> float:
+        value = section[name] if name in section else None
+        return self._number(f"rotary {name}", value, default)
+
+    def _number(self, name: str, value: Any, default: float | None) -> float:
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.problems.append(f"{name} must be a number, not {value!r}")
+            return 1.0 if default is None else default
+        return float(value)

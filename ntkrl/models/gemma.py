@@ -1,7 +1,7 @@
 """Gemma 2 and Gemma 3 (text): four norms a layer, local and global attention, tied embeddings.
 
-Gemma 2 caps attention scores and logits; Gemma 3 has norms on queries and keys and rotates local
-layers by a base of their own. Source: 2408.00118, 2503.19786; tensor names and arithmetic as in
+Gemma 2 caps attention scores and logits; Gemma 3 has norms on queries and keys and another rotary
+base in local layers. Source: 2408.00118, 2503.19786; tensor names and arithmetic as in
 transformers' Gemma2ForCausalLM and Gemma3ForCausalLM.
 """
 
@@ -11,57 +11,32 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from ntkrl.models import decoder
-from ntkrl.models.reading import ConfigReader
+from ntkrl.models import llama
+from ntkrl.models.decoder import Config
+from ntkrl.models.family import ConfigReader
+from ntkrl.models.layers import ACTIVATIONS, Rope
 
 
-def parse(generation: int, raw: Mapping[str, Any]) -> decoder.Config:
-    """Read config.json.
-
-    Args:
-      generation: 2 or 3.
-      raw: the parsed JSON.
-
-    Raises:
-      ValueError: missing or impossible entries, all in one message.
-    """
+def parse(generation: int, raw: Mapping[str, Any]) -> Config:
+    """Read the config.json of generation 2 or 3."""
     reader = ConfigReader(raw)
-    sizes = decoder.read_sizes(reader, 256)
+    sizes = llama.read_sizes(reader, 256)
     every = 2 if generation == 2 else reader.integer("sliding_window_pattern", 6)
-    usual = [
-        decoder.SLIDING if (i + 1) % every else decoder.FULL
-        for i in range(sizes["num_hidden_layers"])
+    default = [
+        llama.SLIDING if (i + 1) % every else llama.FULL for i in range(sizes["num_hidden_layers"])
     ]
     window = reader.optional_integer("sliding_window", 4096)
-    width, ropes = sizes["head_dim"], {}
-    if generation == 3:
-        nested = reader.section("rope_parameters")
-        for kind, theta, older in (
-            (decoder.FULL, 1e6, "rope_theta"),
-            (decoder.SLIDING, 1e4, "rope_local_base_freq"),
-        ):
-            own = nested[kind] if nested is not None and kind in nested else None
-            # older files scale the global layers alone
-            scaled = nested is None and kind == decoder.FULL
-            ropes[kind] = reader.rope(width, theta, older, own, scaled)
-    plain = ropes[decoder.FULL] if ropes else reader.rope(width)
-    kinds, layer_kinds = decoder.read_kinds(reader, usual, window, ropes, plain)
+    ropes = _ropes(generation, reader, sizes["head_dim"])
     reader.fixed("use_bidirectional_attention", False)
     bias = reader.boolean("attention_bias", False)
-    caps = (50.0, 30.0) if generation == 2 else (None, None)
-    scores, logits = (
-        reader.optional_number(name, cap)
-        for name, cap in zip(
-            ("attn_logit_softcapping", "final_logit_softcapping"), caps, strict=True
-        )
-    )
-    config = decoder.Config(
+    score_cap, logit_cap = (50.0, 30.0) if generation == 2 else (None, None)
+    score_cap = reader.optional_number("attn_logit_softcapping", score_cap)
+    config = Config(
         architecture=f"Gemma{generation}ForCausalLM",
         **sizes,
-        hidden_act=reader.choice("hidden_activation", "gelu_pytorch_tanh", decoder.ACTIVATIONS),
+        **llama.read_kinds(reader, default, window, ropes),
+        hidden_act=reader.choice("hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", True),
-        kinds=kinds,
-        layer_kinds=layer_kinds,
         query_scale=reader.number("query_pre_attn_scalar", 256.0) ** -0.5,
         attention_bias=bias,
         output_bias=bias,
@@ -69,16 +44,34 @@ def parse(generation: int, raw: Mapping[str, Any]) -> decoder.Config:
         four_norms=True,
         norm_offset=1.0,
         embedding_scale=sizes["hidden_size"] ** 0.5,
-        attn_logit_softcapping=scores if generation == 2 else None,  # the reference ignores it in 3
-        final_logit_softcapping=logits,
+        # the reference ignores it in Gemma 3
+        attn_logit_softcapping=score_cap if generation == 2 else None,
+        final_logit_softcapping=reader.optional_number("final_logit_softcapping", logit_cap),
         extra={"model_type": "gemma2" if generation == 2 else "gemma3_text", **raw},
     )
     reader.finish(f"Gemma {generation}")
     return config
 
 
+def _ropes(generation: int, reader: ConfigReader, width: int) -> dict[str, Rope]:
+    """Return the rotary positions of global and local layers."""
+    if generation == 2:
+        return dict.fromkeys((llama.FULL, llama.SLIDING), reader.rope(width))
+    nested = reader.section("rope_parameters")
+
+    def rope(kind: str, theta: tuple[str, float]) -> Rope:
+        if nested is None:  # older files scale the global layers alone
+            return reader.rope(width, theta, section=None if kind == llama.FULL else {})
+        return reader.rope(width, theta, section=nested.get(kind) or {})
+
+    return {
+        llama.FULL: rope(llama.FULL, ("rope_theta", 1e6)),
+        llama.SLIDING: rope(llama.SLIDING, ("rope_local_base_freq", 1e4)),
+    }
+
+
 FAMILIES = tuple(
-    decoder.family(
+    llama.family(
         f"Gemma{n}ForCausalLM",
         label,
         functools.partial(parse, n),

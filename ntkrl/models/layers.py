@@ -1,4 +1,4 @@
-"""Pieces every decoder family shares: attention over a cache, norms, a layer scan.
+"""Building blocks of decoders: attention, rotary positions, norms, adapters, KV cache, layer scan.
 
 Attention is written out instead of calling `jax.nn.dot_product_attention`: that one casts the
 softmax to float32 (float64 kernels need float64 throughout) and its fused forms have no
@@ -7,15 +7,18 @@ forward-mode derivative, which the kernels need.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from ntkrl import trees
-from ntkrl.models.family import Adapters, Running
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Cache
 
@@ -28,7 +31,38 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
-"""Hugging Face's activation names that the families here accept."""
+"""Supported activations by their Hugging Face names."""
+
+REMAT = ("none", "products", "all")
+"""Rematerialisation in the backward pass: nothing; all but products with weights; whole layers."""
+
+SCALINGS = ("default", "linear", "llama3")
+"""Supported `rope_type` values."""
+
+
+class Execution(NamedTuple):
+    """Execution of a network.
+
+    remat: one of REMAT.
+    mesh: shards activations, rows over data and fsdp, heads over tensor; None leaves it to XLA.
+    """
+
+    remat: str = "products"
+    mesh: Mesh | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters (LoRA) on some matrix products of every layer.
+
+    modules: our names within a layer, such as "attention/query".
+    rank: r ≥ 1.
+    scaling: factor α/r on their output.
+    """
+
+    modules: tuple[str, ...]
+    rank: int
+    scaling: float
 
 
 def attention(
@@ -73,6 +107,64 @@ def attention(
     return jnp.transpose(mixed_BKGTE, (0, 3, 1, 2, 4)).reshape(batch, length, heads, width)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al. 2104.09864), half-rotation form.
+
+    size: rotated dimensions of a head, even.
+    theta: base of the geometric frequencies θ^(−2i/size).
+    scaling: "default", "linear" (all frequencies divided by `factor`) or "llama3" (low ones
+      divided, high ones unchanged, a linear ramp between; Llama 3.1).
+    factor: extension of the context length.
+    low_frequency, high_frequency: waves per original context below which a frequency is divided,
+      and above which it is unchanged ("llama3").
+    original_length: tokens of the original context ("llama3").
+    """
+
+    size: int
+    theta: float
+    scaling: str = "default"
+    factor: float = 1.0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original_length: int = 8192
+
+    def frequencies(self) -> np.ndarray:
+        """Return radians per position `[size / 2]`, float64."""
+        plain = self.theta ** (-np.arange(0, self.size, 2) / self.size)
+        if self.scaling == "default":
+            return plain
+        if self.scaling == "linear":
+            return plain / self.factor
+        waves = self.original_length * plain / (2 * math.pi)
+        span = self.high_frequency - self.low_frequency
+        share = np.clip((waves - self.low_frequency) / span, 0.0, 1.0)
+        return plain * (share + (1 - share) / self.factor)
+
+
+def rotary_tables(positions: Array, rope: Rope) -> tuple[Array, Array]:
+    """Return cos and sin `[B, T, size]` at integer positions `[B, T]`."""
+    frequencies = jnp.asarray(rope.frequencies(), float)  # float64 under x64, else float32
+    angles_BTF = jnp.einsum("bt,f->btf", positions.astype(frequencies.dtype), frequencies)
+    angles_BTE = jnp.concatenate([angles_BTF, angles_BTF], axis=-1)
+    return jnp.cos(angles_BTE), jnp.sin(angles_BTE)
+
+
+def rotate(heads: Array, tables: tuple[Array, Array]) -> Array:
+    """Rotate the first R dimensions of each head and leave the others unchanged.
+
+    Args:
+      heads: `[B, T, H, E]`.
+      tables: cos and sin, each `[B, T, R]`, R ≤ E.
+    """
+    cos, sin = (table[:, :, None, :] for table in tables)
+    size = cos.shape[-1]
+    first, others = heads[..., :size], heads[..., size:]
+    low, high = jnp.split(first, 2, axis=-1)
+    rotated = first * cos + jnp.concatenate([-high, low], axis=-1) * sin
+    return jnp.concatenate([rotated.astype(heads.dtype), others], axis=-1)
+
+
 class RMSNorm(nnx.Module):
     """x / √(mean x² + ε) · (offset + scale), in float32 or better; Zhang & Sennrich 1910.07467."""
 
@@ -88,56 +180,46 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(size + self.epsilon) * scale).astype(x.dtype)
 
 
-class MLP(nnx.Module):
-    """down(act(up x)), both with bias."""
-
-    def __init__(self, config: Any, rngs: nnx.Rngs, dtype: Any):
-        make = linear(config, rngs, dtype)
-        self.activation = config.hidden_act
-        sizes = (config.hidden_size, config.intermediate_size)
-        self.up, self.down = make("mlp/up", *sizes, True), make("mlp/down", *sizes[::-1], True)
-
-    def __call__(self, x: Array) -> Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
-
-
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs, dtype: Any) -> nnx.LayerNorm:
     """Return a LayerNorm with bias that agrees with torch's to rounding."""
     # the fast variance E[x²] − E[x]² loses digits that parity with the reference needs
-    kept = {"use_fast_variance": False, "param_dtype": dtype, "rngs": rngs}
-    return nnx.LayerNorm(width, epsilon=epsilon, **kept)
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, use_fast_variance=False, param_dtype=dtype, rngs=rngs
+    )
 
 
-class Adapted(nnx.Linear):
+class LoraLinear(nnx.Linear):
     """A Linear with a low-rank adapter: x W + (x A B) α/r + b; Hu et al. 2106.09685."""
 
-    def __init__(self, inputs: int, outputs: int, adapters: Adapters, rngs: nnx.Rngs, **given: Any):
-        super().__init__(inputs, outputs, rngs=rngs, **given)
-        self.scaling, dtype = adapters.scaling, given["param_dtype"]
-        # as PEFT starts them: A uniform in ±1/√inputs, B zero
+    def __init__(
+        self, inputs: int, outputs: int, adapters: Adapters, rngs: nnx.Rngs, **options: Any
+    ):
+        super().__init__(inputs, outputs, rngs=rngs, **options)
+        self.scaling, dtype = adapters.scaling, options["param_dtype"]
+        # initialised as in PEFT: A uniform in ±1/√inputs, B zero
         start = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.lora_a = nnx.Param(start(rngs.params(), (inputs, adapters.rank), dtype))
         self.lora_b = nnx.Param(jnp.zeros((adapters.rank, outputs), dtype))
 
     def __call__(self, x: Array) -> Array:
-        moved = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
-        return super().__call__(x) + self.scaling * moved
+        update = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+        return super().__call__(x) + self.scaling * update
 
 
 def linear(config: Any, rngs: nnx.Rngs, dtype: Any) -> Callable[..., nnx.Linear]:
     """Return `(name, inputs, outputs, use_bias) -> nnx.Linear` with normal weights.
 
     Args:
-      config: of a family; its `initializer_range` and `adapters` count.
+      config: with `initializer_range` and `adapters`.
       rngs, dtype: of the parameters.
     """
     init = nnx.initializers.normal(config.initializer_range)
 
     def make(name: str, inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
-        given = {"use_bias": use_bias, "kernel_init": init, "param_dtype": dtype, "rngs": rngs}
+        options = {"use_bias": use_bias, "kernel_init": init, "param_dtype": dtype}
         if config.adapters is not None and name in config.adapters.modules:
-            return Adapted(inputs, outputs, config.adapters, **given)
-        return nnx.Linear(inputs, outputs, **given)
+            return LoraLinear(inputs, outputs, config.adapters, rngs, **options)
+        return nnx.Linear(inputs, outputs, rngs=rngs, **options)
 
     return make
 
@@ -148,39 +230,31 @@ def embedding(rows: int, width: int, deviation: float, rngs: nnx.Rngs, dtype: An
     return nnx.Embed(rows, width, embedding_init=init, param_dtype=dtype, rngs=rngs)
 
 
-def look_up(table: nnx.Embed, tokens: Array, running: Running) -> Array:
-    """Return the rows `[..., D]` of a table, its columns gathered and not the tokens' rows."""
-    held_VD = trees.constrain(table.embedding[...], running.mesh, "tensor", None)
-    return trees.spread_rows(jnp.take(held_VD, tokens, axis=0), running.mesh)
+def embed_tokens(table: nnx.Embed, tokens: Array, mesh: Mesh | None) -> Array:
+    """Return the rows `[..., D]` of a table, gathered over fsdp; tokens stay sharded by rows."""
+    table_VD = trees.constrain(table.embedding[...], mesh, "tensor", None)
+    return trees.spread_rows(jnp.take(table_VD, tokens, axis=0), mesh)
 
 
-class Sight(NamedTuple):
-    """What a kind of layer (local, global) makes of the tokens' places.
+class AttentionInputs(NamedTuple):
+    """Positions and visibility of the tokens, for one kind of layer (local or global).
 
-    turns: rotary cos and sin `[B, T, R]`, or None without rotary positions.
-    allowed: `[B, T, S]` which keys each query may see.
+    rotary: cos and sin `[B, T, R]`, or None without rotary positions.
+    allowed: `[B, T, S]` keys visible to each query.
     """
 
-    turns: tuple[Array, Array] | None
+    rotary: tuple[Array, Array] | None
     allowed: Array
 
 
-class Reading(NamedTuple):
-    """What a layer needs to know about the tokens it reads.
-
-    turns, allowed: of its Sight.
-    start: column of the cache where the new keys go, or None without a cache.
-    """
-
-    turns: tuple[Array, Array] | None
-    allowed: Array
-    start: Array | None
+UpdateCache = Callable[[Array, Array], tuple[Array, Array]]
+"""New keys and values `[B, T, K, E]` → all of the layer so far `[B, K, S, E]`."""
 
 
-def stacked(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs):
-    """Build one module whose every leaf carries a leading layer axis."""
+def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
+    """Return one module whose leaves are those of `count` layers, stacked on a leading axis."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))
-    keys = jax.random.split(rngs.params(), layers)
+    keys = jax.random.split(rngs.params(), count)
     state = jax.vmap(lambda key: nnx.split(make_layer(nnx.Rngs(key)))[1])(keys)
     return nnx.merge(graphdef, state)
 
@@ -188,69 +262,66 @@ def stacked(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx
 def scan_layers(
     layers: nnx.Module,
     x_BTD: Array,
-    sights: Sequence[Sight],
-    kinds: Sequence[int] | None,
+    inputs: Sequence[AttentionInputs],
+    kinds: Sequence[int],
     cache: Cache | None,
-    running: Running,
+    execution: Execution,
 ) -> tuple[Array, Cache | None]:
-    """Run stacked layers in turn, writing the cache in place along the way.
+    """Run stacked layers in order, writing keys and values into the cache in place.
 
     Args:
-      layers: a module whose leaves carry a leading layer axis.
-      x_BTD: what enters the first layer.
-      sights: one per kind of layer.
-      kinds: per layer the index of its Sight; None where there is one.
-      cache: keys and values read so far, mask and length as after these tokens; or None.
-      running: what is kept of a layer for the backward pass, and the mesh.
+      layers: a module of `stack_layers`, called as `layer(x, inputs, update_cache)`.
+      x_BTD: input of the first layer.
+      inputs: one AttentionInputs per kind of layer.
+      kinds: index into `inputs` per layer.
+      cache: keys and values so far, with the mask and length after these tokens; or None.
+      execution: rematerialisation and mesh.
     """
     graphdef, state = nnx.split(layers)
     start = None if cache is None else cache.length - x_BTD.shape[1]
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sights)
+    by_kind = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
 
     def body(carry, layer):
         x_BTD, keys, values = carry
         layer_state, index, kind = layer
         module = nnx.merge(graphdef, layer_state)
-        sight = sights[0] if kind is None else jax.tree.map(lambda leaf: leaf[kind], together)
-        reading = Reading(*sight, start)
+        selected = inputs[0] if kind is None else jax.tree.map(lambda leaf: leaf[kind], by_kind)
 
-        def remember(new_keys: Array, new_values: Array) -> tuple[Array, Array]:
+        def update_cache(new_keys: Array, new_values: Array) -> tuple[Array, Array]:
             nonlocal keys, values
             new_keys, new_values = (jnp.swapaxes(new, 1, 2) for new in (new_keys, new_values))
             if keys is None:
                 return new_keys, new_values
-            at = (index, 0, 0, start, 0)
+            at: Any = (index, 0, 0, start, 0)
             keys = jax.lax.dynamic_update_slice(keys, new_keys[None].astype(keys.dtype), at)
             values = jax.lax.dynamic_update_slice(values, new_values[None].astype(values.dtype), at)
             return keys[index].astype(x_BTD.dtype), values[index].astype(x_BTD.dtype)
 
-        x_BTD = trees.spread_rows(module(x_BTD, reading, remember), running.mesh)
+        x_BTD = trees.spread_rows(module(x_BTD, selected, update_cache), execution.mesh)
         return (x_BTD, keys, values), None
 
-    count = jax.tree.leaves(state)[0].shape[0]
-    if running.remat != "none":
-        # all but the products is cheaper to make again than to write out and read
+    if execution.remat != "none":
+        # recomputing all but the products costs less than writing and reading it
         policies = jax.checkpoint_policies
-        products = running.remat == "products"
-        kept = policies.dots_with_no_batch_dims_saveable if products else policies.nothing_saveable
-        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
-    held = (None, None) if cache is None else (cache.keys, cache.values)
-    per_layer = (state, jnp.arange(count), None if kinds is None else jnp.asarray(kinds))
-    (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, *held), per_layer)
-    if cache is None:
-        return x_BTD, None
-    return x_BTD, cache.replace(keys=keys, values=values)
+        products = execution.remat == "products"
+        save = policies.dots_with_no_batch_dims_saveable if products else policies.nothing_saveable
+        body = jax.checkpoint(body, policy=save, prevent_cse=False)
+    stored = (None, None) if cache is None else (cache.keys, cache.values)
+    count = jax.tree.leaves(state)[0].shape[0]
+    per_layer = (state, jnp.arange(count), jnp.asarray(kinds) if len(inputs) > 1 else None)
+    (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, *stored), per_layer)
+    return x_BTD, None if cache is None else dataclasses.replace(cache, keys=keys, values=values)
 
 
-class Places(NamedTuple):
-    """Where the tokens that are read stand.
+class Positions(NamedTuple):
+    """Positions of the new tokens among all tokens so far.
 
-    positions: `[B, T]`, counted over real tokens, of each segment by itself.
+    position: `[B, T]`, counted over the real tokens of a segment.
     allowed: `[B, T, S]` real keys no later than each query, of its segment.
     distance: `[T, S]` columns from key to query.
     """
 
-    positions: Array
+    position: Array
     allowed: Array
     distance: Array
 
@@ -259,19 +330,19 @@ class Places(NamedTuple):
         return self.allowed if window is None else self.allowed & (self.distance < window)[None]
 
 
-def places(mask_BT: Array, cache: Cache | None) -> tuple[Places, Cache | None]:
-    """Return the places of newly read tokens, and the cache with their mask written.
+def token_positions(mask_BT: Array, cache: Cache | None) -> tuple[Positions, Cache | None]:
+    """Return the positions of new tokens, and the cache with their mask written.
 
     Args:
       mask_BT: bool, or segment numbers (see types.Policy).
-      cache: what was read before, or None.
+      cache: state before these tokens, or None.
 
     Raises:
-      ValueError: segment numbers where there is a cache.
+      ValueError: segment numbers together with a cache.
     """
     packed = mask_BT.dtype != bool
     if cache is None:
-        before_B1, mask_BS, first = 0, mask_BT, 0
+        before_B1, mask_BS, first = jnp.int32(0), mask_BT, jnp.int32(0)
     elif packed:
         raise ValueError(
             f"decode continues one sequence per row and takes a bool mask, not {mask_BT.dtype}; "
@@ -281,7 +352,7 @@ def places(mask_BT: Array, cache: Cache | None) -> tuple[Places, Cache | None]:
         before_B1 = jnp.sum(cache.mask, axis=1, keepdims=True)
         mask_BS = jax.lax.dynamic_update_slice(cache.mask, mask_BT, (0, cache.length))
         first = cache.length
-        cache = cache.replace(mask=mask_BS, length=cache.length + mask_BT.shape[1])
+        cache = dataclasses.replace(cache, mask=mask_BS, length=cache.length + mask_BT.shape[1])
     columns_T, columns_S = first + jnp.arange(mask_BT.shape[1]), jnp.arange(mask_BS.shape[1])
     distance_TS = columns_T[:, None] - columns_S[None, :]
     allowed_BTS = (distance_TS >= 0)[None] & mask_BS.astype(bool)[:, None, :]
@@ -290,4 +361,4 @@ def places(mask_BT: Array, cache: Cache | None) -> tuple[Places, Cache | None]:
         counted_BT = jnp.sum(allowed_BTS, axis=2)
     else:
         counted_BT = before_B1 + jnp.cumsum(mask_BT, axis=1)
-    return Places(jnp.maximum(counted_BT - 1, 0), allowed_BTS, distance_TS), cache
+    return Positions(jnp.maximum(counted_BT - 1, 0), allowed_BTS, distance_TS), cache

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, with Llama 3's rope scaling.
+"""Llama 2 and 3, with Llama 3's rope scaling; Qwen and Gemma share its layout.
 
 Source: Touvron et al. 2307.09288, Grattafiori et al. 2407.21783; tensor names and arithmetic as in
 transformers' LlamaForCausalLM.
@@ -6,34 +6,131 @@ transformers' LlamaForCausalLM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ntkrl.models import decoder
-from ntkrl.models.reading import ConfigReader
+from ntkrl.models.decoder import Config, LayerKind
+from ntkrl.models.family import ConfigReader, Family, Table
+from ntkrl.models.layers import ACTIVATIONS, Rope
 
 ARCHITECTURE = "LlamaForCausalLM"
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# names within a layer: ours · stored
+_LAYER = (
+    ("input_norm/scale", "input_layernorm.weight"),
+    ("attention/query/kernel", "self_attn.q_proj.weight"),
+    ("attention/query/bias", "self_attn.q_proj.bias"),
+    ("attention/key/kernel", "self_attn.k_proj.weight"),
+    ("attention/key/bias", "self_attn.k_proj.bias"),
+    ("attention/value/kernel", "self_attn.v_proj.weight"),
+    ("attention/value/bias", "self_attn.v_proj.bias"),
+    ("attention/query_norm/scale", "self_attn.q_norm.weight"),
+    ("attention/key_norm/scale", "self_attn.k_norm.weight"),
+    ("attention/out/kernel", "self_attn.o_proj.weight"),
+    ("attention/out/bias", "self_attn.o_proj.bias"),
+    ("mlp/gate/kernel", "mlp.gate_proj.weight"),
+    ("mlp/gate/bias", "mlp.gate_proj.bias"),
+    ("mlp/up/kernel", "mlp.up_proj.weight"),
+    ("mlp/up/bias", "mlp.up_proj.bias"),
+    ("mlp/down/kernel", "mlp.down_proj.weight"),
+    ("mlp/down/bias", "mlp.down_proj.bias"),
+)
+# a layer has two norms, before attention and before the MLP, or four: after each as well
+_TWO_NORMS = (("mlp_norm/scale", "post_attention_layernorm.weight"),)
+_FOUR_NORMS = (
+    ("attention_out_norm/scale", "post_attention_layernorm.weight"),
+    ("mlp_norm/scale", "pre_feedforward_layernorm.weight"),
+    ("mlp_out_norm/scale", "post_feedforward_layernorm.weight"),
+)
+# buffers that older checkpoints store
+_IGNORED = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 
-def parse(raw: Mapping[str, Any]) -> decoder.Config:
-    """Read config.json.
+def family(
+    architecture: str,
+    label: str,
+    parse: Callable[[Mapping[str, Any]], Config],
+    scorer: str,
+    four_norms: bool = False,
+) -> Family:
+    """Return a family with Llama's tensor names."""
+    weights: Table = (
+        ("embed/embedding", "model.embed_tokens.weight", False),
+        *(
+            (f"layers/{ours}", f"model.layers.{{i}}.{stored}", ours.endswith("kernel"))
+            for ours, stored in _LAYER + (_FOUR_NORMS if four_norms else _TWO_NORMS)
+        ),
+        ("final_norm/scale", "model.norm.weight", False),
+        ("head/weight", "lm_head.weight", False),
+    )
+    return Family(architecture, label, "model.", weights, _IGNORED, parse, scorer)
+
+
+def read_sizes(reader: ConfigReader, head_dim: int | None = None) -> dict[str, Any]:
+    """Read the entries shared by all variants.
 
     Args:
-      raw: the parsed JSON.
+      reader: of config.json.
+      head_dim: default width of a head; None for D/H.
 
-    Raises:
-      ValueError: missing or impossible entries, all in one message.
+    Returns:
+      Arguments of `Config`.
     """
+    width, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    shared = reader.integer("num_key_value_heads", heads)
+    reader.divides("num_attention_heads", heads, "num_key_value_heads", shared)
+    head_dim = reader.optional_integer("head_dim", head_dim)
+    if head_dim is None:
+        reader.divides("hidden_size", width, "num_attention_heads", heads)
+    elif head_dim % 2:
+        reader.problems.append(f"head_dim {head_dim} must be even")
+    return {
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_size": width,
+        "num_hidden_layers": reader.integer("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "head_dim": max(width // heads, 1) if head_dim is None else head_dim,
+        "intermediate_size": reader.integer("intermediate_size"),
+        "max_position_embeddings": reader.integer("max_position_embeddings"),
+        "norm_eps": reader.number("rms_norm_eps", 1e-6),
+        "initializer_range": reader.number("initializer_range", 0.02),
+    }
+
+
+def read_kinds(
+    reader: ConfigReader, default: Sequence[str], window: int | None, ropes: Mapping[str, Rope]
+) -> dict[str, Any]:
+    """Read the kinds of layers from `layer_types`.
+
+    Args:
+      reader: of config.json.
+      default: FULL or SLIDING per layer of files without `layer_types`.
+      window: of sliding layers; None for none.
+      ropes: rotary positions by type.
+
+    Returns:
+      Arguments `kinds` and `layer_kinds` of `Config`.
+    """
+    types = reader.words("layer_types", default, (FULL, SLIDING))
+    by_type = {name: LayerKind(ropes[name], window if name == SLIDING else None) for name in types}
+    kinds = tuple(dict.fromkeys(by_type.values()))
+    return {"kinds": kinds, "layer_kinds": tuple(kinds.index(by_type[name]) for name in types)}
+
+
+def parse(raw: Mapping[str, Any]) -> Config:
+    """Read config.json."""
     reader = ConfigReader(raw)
-    sizes = decoder.read_sizes(reader)
+    sizes = read_sizes(reader)
     bias = reader.boolean("attention_bias", False)
     reader.fixed("pretraining_tp", 1)
-    config = decoder.Config(
+    config = Config(
         architecture=ARCHITECTURE,
         **sizes,
-        hidden_act=reader.choice("hidden_act", "silu", decoder.ACTIVATIONS),
+        hidden_act=reader.choice("hidden_act", "silu", ACTIVATIONS),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", False),
-        kinds=(decoder.Kind(reader.rope(sizes["head_dim"])),),
+        kinds=(LayerKind(reader.rope(sizes["head_dim"])),),
         layer_kinds=(0,) * sizes["num_hidden_layers"],
         query_scale=sizes["head_dim"] ** -0.5,
         attention_bias=bias,
@@ -45,4 +142,4 @@ def parse(raw: Mapping[str, Any]) -> decoder.Config:
     return config
 
 
-FAMILIES = (decoder.family(ARCHITECTURE, "Llama 2 / 3", parse, "LlamaForSequenceClassification"),)
+FAMILIES = (family(ARCHITECTURE, "Llama 2 / 3", parse, "LlamaForSequenceClassification"),)

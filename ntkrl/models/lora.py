@@ -1,7 +1,4 @@
-"""Low-rank adapters: which modules, merged into their kernels, in and out of PEFT directories.
-
-Hu et al. 2106.09685; directories as `peft` writes and reads them.
-"""
+"""Low-rank adapters (Hu et al. 2106.09685) and their directories, in the format of `peft`."""
 
 from __future__ import annotations
 
@@ -14,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from ntkrl import trees
-from ntkrl.models import files
-from ntkrl.models.family import Adapters, Family
-from ntkrl.models.reading import ConfigReader
+from ntkrl.models import hf_files
+from ntkrl.models.family import ConfigReader, Family
+from ntkrl.models.layers import Adapters
 from ntkrl.numerics import einsum
 from ntkrl.types import Array, Params
 
@@ -27,8 +26,8 @@ STEM = "adapter_model"
 PEFT_PREFIX = "base_model.model."
 LEAVES = ("lora_a", "lora_b")
 
-# what adapters here cannot do, and the value that says it is not asked for
-PLAIN: dict[str, Any] = {
+# entries of unsupported features, with the value that disables them
+DISABLED: dict[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
     "use_dora": False,
@@ -41,13 +40,13 @@ PLAIN: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Adapters to put on a model.
+    """New adapters for a model.
 
     rank: r ≥ 1.
-    alpha: what they add is scaled by α/r.
-    modules: regular expression over names within a layer, such as "attention/.*"; the names that
-      Hugging Face gives the same modules ("q_proj") will do as well.
-    seed: of the A matrices, which start uniform; B starts at zero.
+    alpha: their output is scaled by α/r.
+    modules: regular expression over names within a layer, such as "attention/.*", or over Hugging
+      Face's names of the same modules ("q_proj").
+    seed: of the A matrices, uniform; B is zero.
     """
 
     rank: int = 8
@@ -56,7 +55,7 @@ class Lora:
     seed: int = 0
 
     def adapters(self, family: Family) -> Adapters:
-        """Bind to a family.
+        """Select the modules of a family.
 
         Raises:
           ValueError: a rank or alpha that is not positive, or a pattern that matches no module.
@@ -65,13 +64,13 @@ class Lora:
             raise ValueError(f"lora: rank {self.rank} and alpha {self.alpha} must be positive.")
         known = modules(family)
         try:
-            asked = re.compile(self.modules)
+            pattern = re.compile(self.modules)
         except re.error as error:
             raise ValueError(f"lora.modules {self.modules!r}: {error}.") from error
         chosen = tuple(
             ours
             for ours, stored in known.items()
-            if asked.fullmatch(ours) or asked.fullmatch(stored.rpartition(".")[2])
+            if pattern.fullmatch(ours) or pattern.fullmatch(stored.rpartition(".")[2])
         )
         if not chosen:
             raise ValueError(
@@ -90,35 +89,42 @@ def modules(family: Family) -> dict[str, str]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter."""
+    """Return True for the name of an adapter's parameter."""
     return name.rpartition("/")[2] in LEAVES
 
 
-def start(leaf: jax.ShapeDtypeStruct, name: str, key: Array) -> Array:
-    """Return the starting value of an adapter's parameter, as PEFT's."""
-    if name.endswith("lora_b"):
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    bound = 1 / math.sqrt(leaf.shape[1])
-    return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
+def init_adapters(
+    shapes: dict[str, jax.ShapeDtypeStruct], seed: int, family: Family, mesh: Mesh | None
+) -> dict[str, Array]:
+    """Initialise adapter params as PEFT does: A uniform in ±1/√inputs, B zero."""
+    shardings, arrays = family.shardings(shapes, mesh), {}
+    for number, (name, leaf) in enumerate(shapes.items()):
+        values = jnp.zeros(leaf.shape, leaf.dtype)
+        if not name.endswith("lora_b"):
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            bound = 1 / math.sqrt(leaf.shape[1])
+            values = jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
+        arrays[name] = jax.device_put(values, shardings[name])
+    return arrays
 
 
 def merged(params: Params, adapters: Adapters) -> Params:
-    """Return params without adapters, what they do added to the kernels."""
+    """Return params without adapters, their products added to the kernels."""
 
     def walk(tree: Any) -> Any:
         if not isinstance(tree, Mapping):
             return tree
-        found = {name: walk(leaf) for name, leaf in tree.items() if name not in LEAVES}
+        plain = {name: walk(leaf) for name, leaf in tree.items() if name not in LEAVES}
         if "lora_a" in tree:
             added = einsum("lir,lro->lio", tree["lora_a"], tree["lora_b"])
-            found["kernel"] = tree["kernel"] + adapters.scaling * added
-        return found
+            plain["kernel"] = tree["kernel"] + adapters.scaling * added
+        return plain
 
     return walk(params)
 
 
-def table(family: Family, adapters: Adapters) -> Family:
-    """Return the tensors of an adapter directory as a Family."""
+def adapter_family(family: Family, adapters: Adapters) -> Family:
+    """Return the family with the table of an adapter directory's tensors."""
     known = modules(family)
     rows = [
         (f"layers/{module}/{ours}", f"{PEFT_PREFIX}{known[module]}.{stored}.weight", True)
@@ -132,32 +138,32 @@ def read_config(directory: Path) -> tuple[dict[str, Any], str | None]:
     """Read adapter_config.json: the entries, and the base model's directory or name.
 
     Raises:
-      ValueError: what adapters here cannot do, all of it in one message.
+      ValueError: unsupported features, all of them in one message.
     """
-    raw = files.read_json(directory / CONFIG_FILE)
+    raw = hf_files.read_json(directory / CONFIG_FILE)
     reader = ConfigReader(raw)
-    for name, plain in PLAIN.items():
-        if plain is None and name in raw and raw[name] not in (None, []):
+    for name, disabled in DISABLED.items():
+        if disabled is None and name in raw and raw[name] not in (None, []):
             reader.problems.append(f"{name} {raw[name]!r} is not supported")
-        elif plain is not None:
-            reader.fixed(name, plain)
+        elif disabled is not None:
+            reader.fixed(name, disabled)
     reader.finish("LoRA adapter (adapter_config.json)")
     return raw, raw["base_model_name_or_path"] if "base_model_name_or_path" in raw else None
 
 
-def stored_adapters(directory: Path, raw: Mapping[str, Any], family: Family) -> Adapters:
-    """Tell the modules of an adapter directory by its tensors.
+def stored_adapters(directory: Path, family: Family) -> Adapters:
+    """Return the adapters of a directory, their modules read from its tensors' names.
 
     Raises:
-      ValueError: impossible entries, or tensors of modules that layers do not have.
+      ValueError: unsupported or impossible entries, or tensors of unknown modules.
     """
-    reader = ConfigReader(raw)
+    reader = ConfigReader(read_config(directory)[0])
     rank, alpha = reader.integer("r"), reader.number("lora_alpha", 8.0)
     root = math.sqrt(rank) if reader.boolean("use_rslora", False) else rank
     reader.finish("LoRA adapter (adapter_config.json)")
     names = [
         re.sub(r"\.\d+\.", ".{i}.", name).rpartition(".lora_")[0].removeprefix(PEFT_PREFIX)
-        for name in files.tensor_files(directory, STEM)
+        for name in hf_files.tensor_files(directory, STEM)
     ]
     by_stored = {stored: ours for ours, stored in modules(family).items()}
     unknown = sorted(set(names) - set(by_stored))
@@ -169,36 +175,30 @@ def stored_adapters(directory: Path, raw: Mapping[str, Any], family: Family) -> 
     return Adapters(chosen, rank, alpha / root)
 
 
-def write_adapter(
-    directory: Path,
-    family: Family,
-    adapters: Adapters,
-    params: Params,
-    base: str | None,
-    source: str | None,
-) -> None:
-    """Write a PEFT directory.
+def adapter_files(
+    family: Family, adapters: Adapters, params: Params, base: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the tensors and the adapter_config.json of a PEFT directory.
 
     Args:
-      directory: where; replaced when whole.
       family, adapters, params: of the policy.
-      base: directory or name of the model the adapters belong to.
-      source: directory whose tokenizer files travel along, or None.
+      base: directory or name of the base model.
     """
-    rows = table(family, adapters).weights
-    tensors = files.stored_tensors(rows, trees.named_leaves(params))
+    rows = adapter_family(family, adapters).weights
+    tensors = hf_files.gather_tensors(rows, trees.named_leaves(params))
     known = modules(family)
-    raw = {
-        **PLAIN,
+    config = {
+        **DISABLED,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": adapters.rank,
         "lora_alpha": adapters.scaling * adapters.rank,
         "lora_dropout": 0.0,
         "target_modules": [
-            known[module].rpartition(f"{files.LAYER}.")[2] for module in adapters.modules
+            known[module].rpartition(f"{hf_files.LAYER}.")[2] for module in adapters.modules
         ],
-        "fan_in_fan_out": family.label == "GPT-2",
+        # kernels stored [in, out], as GPT-2's
+        "fan_in_fan_out": not any(transposed for _, _, transposed in family.weights),
         "inference_mode": True,
     }
-    files.write_model(directory, raw, tensors, source, config_file=CONFIG_FILE, stem=STEM)
+    return tensors, config

@@ -10,38 +10,30 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from ntkrl.models import decoder
-from ntkrl.models.reading import ConfigReader
+from ntkrl.models import llama
+from ntkrl.models.decoder import Config
+from ntkrl.models.family import ConfigReader
+from ntkrl.models.layers import ACTIVATIONS
 
 
-def parse(generation: int, raw: Mapping[str, Any]) -> decoder.Config:
-    """Read config.json.
-
-    Args:
-      generation: 2 or 3.
-      raw: the parsed JSON.
-
-    Raises:
-      ValueError: missing or impossible entries, all in one message.
-    """
+def parse(generation: int, raw: Mapping[str, Any]) -> Config:
+    """Read the config.json of generation 2 or 3."""
     reader = ConfigReader(raw)
-    sizes = decoder.read_sizes(reader, None if generation == 2 else 128)
+    sizes = llama.read_sizes(reader, None if generation == 2 else 128)
     count = sizes["num_hidden_layers"]
     window, first = None, count
     if reader.boolean("use_sliding_window", False):
         window = reader.optional_integer("sliding_window", 4096)
         first = reader.integer("max_window_layers", 28)
-    usual = [decoder.FULL if i < first else decoder.SLIDING for i in range(count)]
-    rope = reader.rope(sizes["head_dim"])
-    kinds, layer_kinds = decoder.read_kinds(reader, usual, window, {}, rope)
+    default = [llama.FULL if i < first else llama.SLIDING for i in range(count)]
+    ropes = dict.fromkeys((llama.FULL, llama.SLIDING), reader.rope(sizes["head_dim"]))
     bias = generation == 2 or reader.boolean("attention_bias", False)
-    config = decoder.Config(
+    config = Config(
         architecture=f"Qwen{generation}ForCausalLM",
         **sizes,
-        hidden_act=reader.choice("hidden_act", "silu", decoder.ACTIVATIONS),
+        **llama.read_kinds(reader, default, window, ropes),
+        hidden_act=reader.choice("hidden_act", "silu", ACTIVATIONS),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", False),
-        kinds=kinds,
-        layer_kinds=layer_kinds,
         query_scale=sizes["head_dim"] ** -0.5,
         attention_bias=bias,
         output_bias=bias and generation == 3,
@@ -53,7 +45,7 @@ def parse(generation: int, raw: Mapping[str, Any]) -> decoder.Config:
 
 
 FAMILIES = tuple(
-    decoder.family(
+    llama.family(
         f"Qwen{n}ForCausalLM",
         label,
         functools.partial(parse, n),

@@ -22,7 +22,7 @@ your own needs a function for its features and the name of its head's matrix:
     >>> bool(jnp.allclose(R + G, kernel.dense(), rtol=1e-4))
     True
 
-Models of this package are passed as they come: `ntk.kernel(policy, params, contexts)`.
+Models of this package are passed directly: `ntk.kernel(policy, params, contexts)`.
 """
 
 from ntkrl.ntk.contexts import (
@@ -34,15 +34,14 @@ from ntkrl.ntk.contexts import (
     group_by_sequence,
     last_positions,
 )
-from ntkrl.ntk.eigen import eigenpairs
 from ntkrl.ntk.estimates import ALGORITHMS, Estimate, cheapest
-from ntkrl.ntk.kernel import Factored, Kernel
-from ntkrl.ntk.make import kernel
+from ntkrl.ntk.kernel import Kernel
+from ntkrl.ntk.log_probs import BODY_GROUP, predict, score_gram
+from ntkrl.ntk.make import kernel, kernel_program
 from ntkrl.ntk.network import Head, Network, as_network
 from ntkrl.ntk.parts import PARTS, by_layer, by_module, group_weights
-from ntkrl.ntk.predict import BODY_GROUP, predict
-from ntkrl.ntk.scores import score_gram
-from ntkrl.ntk.spectrum import alignment, cka, frobenius
+from ntkrl.ntk.problem import KernelOptions
+from ntkrl.ntk.spectrum import Factored, alignment, cka, eigenpairs, factored, frobenius
 
 __all__ = [
     "ALGORITHMS",
@@ -54,6 +53,7 @@ __all__ = [
     "GroupedContexts",
     "Head",
     "Kernel",
+    "KernelOptions",
     "Network",
     "alignment",
     "as_network",
@@ -64,11 +64,13 @@ __all__ = [
     "cka",
     "eigenpairs",
     "every_position",
+    "factored",
     "features_at",
     "frobenius",
     "group_by_sequence",
     "group_weights",
     "kernel",
+    "kernel_program",
     "last_positions",
     "predict",
     "score_gram",

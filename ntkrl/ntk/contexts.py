@@ -1,4 +1,4 @@
-"""Which positions of which sequences a kernel is about."""
+"""Contexts of a kernel: positions of sequences, checked, and grouped by sequence."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl.jaxpr import is_traced
-from ntkrl.ntk.network import Network, listed
+from ntkrl.ntk.network import Network, shorten
 from ntkrl.types import Array, Params
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """O positions in N sequences; the network is read at each, with all that precedes it.
+    """O positions in N sequences; each context is a position with all that precedes it.
 
-    tokens: `[N, T]` int ids; for an ntk.Network any inputs with N in front.
+    tokens: `[N, T]` int ids; for an ntk.Network any inputs with leading axis N.
     positions: `[O]` int column of each context's last token, in [0, T).
     rows: `[O]` int sequence of each context; None means one position per sequence (O = N).
     mask: `[N, T]` bool, True on real tokens; None means all are.
@@ -37,7 +37,7 @@ class Contexts:
 
 
 def last_positions(tokens: Array, mask: Array | None = None) -> Contexts:
-    """Read every sequence at its last real token.
+    """Return the contexts at every sequence's last real token.
 
     Args:
       tokens: `[N, T]` ids.
@@ -54,12 +54,12 @@ def last_positions(tokens: Array, mask: Array | None = None) -> Contexts:
         return Contexts(tokens, jnp.full(tokens.shape[0], length - 1))
     real = np.asarray(mask, bool)
     if not real.any(axis=1).all():
-        raise ValueError(f"rows {listed(np.flatnonzero(~real.any(axis=1)))} are all padding.")
+        raise ValueError(f"rows {shorten(np.flatnonzero(~real.any(axis=1)))} are all padding.")
     return Contexts(tokens, jnp.asarray(length - 1 - real[:, ::-1].argmax(axis=1)), mask=mask)
 
 
 def every_position(tokens: Array, mask: Array | None = None) -> Contexts:
-    """Read every sequence at each of its real tokens, row by row.
+    """Return the contexts at every real token, row by row.
 
     Args:
       tokens, mask: as in `last_positions`.
@@ -73,40 +73,38 @@ def every_position(tokens: Array, mask: Array | None = None) -> Contexts:
 
 
 def check_contexts(
-    contexts: Contexts, what: str, network: Network, params: Params, is_policy: bool
+    contexts: Contexts, name: str, network: Network, params: Params, is_policy: bool
 ) -> Contexts:
-    """Return the contexts with rows and mask filled in, or say all that is wrong with them.
+    """Return the contexts with rows and mask filled in, or report all problems at once.
 
-    Values are looked at only where they are concrete: under `jax.jit` with traced contexts, only
-    shapes are.
+    Values are checked only where they are concrete: for traced contexts, only shapes are.
 
     Args:
       contexts: the contexts.
-      what: how they are called in messages.
-      network, params: what will read them.
+      name: their name in messages.
+      network, params: the network that will read them.
       is_policy: True where the inputs must be token ids.
 
     Raises:
       ValueError: wrong ranks or lengths, ids, positions or rows out of range, or on padding.
     """
     inputs, count = contexts.tokens, contexts.positions.shape[0] if contexts.positions.ndim else 0
-    vocab = network.weight(params).shape[0]
     if is_policy:
-        _check_ids(inputs, vocab, what)
+        _check_ids(inputs, network.weight(params).shape[0], name)
     sequences = {leaf.shape[0] for leaf in jax.tree.leaves(inputs)}
     if len(sequences) != 1:
         raise ValueError(
-            f"{what}.tokens holds arrays of unequal batch sizes {sorted(sequences)}; all must have "
+            f"{name}.tokens has arrays of unequal batch sizes {sorted(sequences)}; all must have "
             "the N sequences in front."
         )
     (batch,) = sequences
     if contexts.rows is None and contexts.positions.shape != (batch,):
         raise ValueError(
-            f"{what}.positions has shape {contexts.positions.shape}, but without rows there is one "
-            f"position per sequence, ({batch},); give rows to choose several."
+            f"{name}.positions has shape {contexts.positions.shape}, but without rows there is one "
+            f"position per sequence, ({batch},); set rows to choose several."
         )
     rows = np.arange(count) if contexts.rows is None else contexts.rows
-    length = _length(network, params, inputs, what)
+    length = _length(network, params, inputs, name)
     mask = np.ones((batch, length), bool) if contexts.mask is None else contexts.mask
     problems = []
     if contexts.positions.ndim != 1 or rows.shape != contexts.positions.shape:
@@ -119,12 +117,12 @@ def check_contexts(
     if tuple(mask.shape) != (batch, length):
         problems.append(f"mask has shape {mask.shape}, the sequences {(batch, length)}")
     if not problems and not is_traced((inputs, contexts.positions, rows, mask)):
-        problems = _bad_values(contexts.positions, rows, mask, network.takes_mask)
+        problems = _value_problems(contexts.positions, rows, mask, network.takes_mask)
     if problems:
-        raise ValueError(f"{what}: " + "; ".join(problems) + ".")
+        raise ValueError(f"{name}: " + "; ".join(problems) + ".")
     return Contexts(
         inputs,
-        # concrete indices stay numpy, so that jit around a kernel can still read them
+        # concrete indices stay numpy, so that they can be read under jit
         contexts.positions if is_traced(contexts.positions) else np.asarray(contexts.positions),
         rows if is_traced(rows) else np.asarray(rows),
         mask if is_traced(mask) else np.asarray(mask, bool),
@@ -132,12 +130,12 @@ def check_contexts(
 
 
 class GroupedContexts(NamedTuple):
-    """Contexts gathered by sequence, so that each sequence is read once.
+    """Contexts grouped by sequence, so that each sequence is evaluated once.
 
     tokens: inputs of S sequences, S in front.
     mask: `[S, T]`.
     positions: `[S, P]`, unused slots 0.
-    slots: `[O]` place s·P + p of each context.
+    slots: `[O]` slot s·P + p of each context.
     """
 
     tokens: Any
@@ -147,25 +145,23 @@ class GroupedContexts(NamedTuple):
 
 
 def group_by_sequence(contexts: Contexts) -> GroupedContexts:
-    """Gather checked contexts by sequence; traced ones stay one sequence each."""
-    tokens, mask = contexts.tokens, contexts.mask
+    """Group checked contexts by sequence; traced ones stay one sequence each."""
     if is_traced((contexts.rows, contexts.positions)):
-        rows_O, positions_O = contexts.rows, contexts.positions
-        used, slots = rows_O, np.arange(contexts.count)
-        positions_SP = positions_O[:, None]
+        sequences, slots = contexts.rows, np.arange(contexts.count)
+        positions_SP = contexts.positions[:, None]
     else:
         rows_O, positions_O = np.asarray(contexts.rows), np.asarray(contexts.positions)
-        used, sequence_O = np.unique(rows_O, return_inverse=True)
+        sequences, sequence_O = np.unique(rows_O, return_inverse=True)
         place_O = np.zeros_like(sequence_O)
-        for s in range(len(used)):
+        for s in range(len(sequences)):
             place_O[sequence_O == s] = np.arange((sequence_O == s).sum())
-        most = int(place_O.max()) + 1
-        positions_SP = np.zeros((len(used), most), np.int32)
+        width = int(place_O.max()) + 1
+        positions_SP = np.zeros((len(sequences), width), np.int32)
         positions_SP[sequence_O, place_O] = positions_O
-        slots = sequence_O * most + place_O
+        slots = sequence_O * width + place_O
     return GroupedContexts(
-        jax.tree.map(lambda leaf: jnp.asarray(leaf)[used], tokens),
-        jnp.asarray(mask)[used],
+        jax.tree.map(lambda leaf: jnp.asarray(leaf)[sequences], contexts.tokens),
+        jnp.asarray(contexts.mask)[sequences],
         jnp.asarray(positions_SP),
         jnp.asarray(slots),
     )
@@ -177,54 +173,54 @@ def features_at(network: Network, params: Params, contexts: Contexts) -> Array:
     return features_NTD[contexts.rows, contexts.positions]
 
 
-def _check_ids(tokens: Any, vocab: int, what: str) -> None:
-    array = isinstance(tokens, jax.Array | np.ndarray)
-    if not array or tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        shown = f"{tokens.dtype} {tokens.shape}" if array else type(tokens).__name__
-        raise ValueError(f"{what}.tokens must be integer ids of shape [N, T], not {shown}.")
+def _check_ids(tokens: Any, vocab: int, name: str) -> None:
+    is_array = isinstance(tokens, jax.Array | np.ndarray)
+    if not is_array or tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        kind = f"{tokens.dtype} {tokens.shape}" if is_array else type(tokens).__name__
+        raise ValueError(f"{name}.tokens must be integer ids of shape [N, T], not {kind}.")
     if not is_traced(tokens) and tokens.size:
         lowest, highest = int(np.min(np.asarray(tokens))), int(np.max(np.asarray(tokens)))
         if lowest < 0 or highest >= vocab:
             raise ValueError(
-                f"{what}.tokens holds ids from {lowest} to {highest}; the vocabulary is "
-                f"[0, {vocab})."
+                f"{name}.tokens has ids from {lowest} to {highest}; the vocabulary is [0, {vocab})."
             )
 
 
-def _length(network: Network, params: Params, inputs: Any, what: str) -> int:
-    """Return T, and refuse features that are not `[N, T, D]` with the head's D."""
+def _length(network: Network, params: Params, inputs: Any, name: str) -> int:
+    """Return T; features must be `[N, T, D]` with the head's D."""
     leaf = jax.tree.leaves(inputs)[0]
-    seen = jnp.ones(leaf.shape[:2], bool)
-    shape = jax.eval_shape(network.read, params, inputs, seen).shape
+    mask = jnp.ones(leaf.shape[:2], bool)
+    shape = jax.eval_shape(network.read, params, inputs, mask).shape
     width = network.weight(params).shape[1]
     if len(shape) != 3 or shape[0] != leaf.shape[0] or shape[2] != width:
         raise ValueError(
-            f"features of {what} have shape {shape}; the head's weight needs "
+            f"features of {name} have shape {shape}; the head's weight needs "
             f"({leaf.shape[0]}, T, {width}). Is the head transposed?"
         )
     return shape[1]
 
 
-def _bad_values(positions: Any, rows: Any, mask: Any, takes_mask: bool) -> list[str]:
+def _value_problems(positions: Any, rows: Any, mask: Any, takes_mask: bool) -> list[str]:
     positions, rows, mask = np.asarray(positions), np.asarray(rows), np.asarray(mask, bool)
     count, length = mask.shape
-    problems = _outside(positions, length, "positions") + _outside(rows, count, "rows")
+    problems = _range_problems(positions, length, "positions")
+    problems += _range_problems(rows, count, "rows")
     if problems:
         return problems
     if not (real := mask[rows, positions]).all():
-        problems.append(f"contexts {listed(np.flatnonzero(~real))} end on padding")
+        problems.append(f"contexts {shorten(np.flatnonzero(~real))} end on padding")
     before = np.arange(length)[None] <= positions[:, None]
     hole = (before & ~mask[rows]).any(axis=1)
     if hole.any() and not takes_mask:
         problems.append(
-            f"contexts {listed(np.flatnonzero(hole))} have padding before them, which a network "
+            f"contexts {shorten(np.flatnonzero(hole))} have padding before them, which a network "
             "without takes_mask cannot see; pad on the right, or let features take the mask"
         )
     return problems
 
 
-def _outside(values: np.ndarray, limit: int, name: str) -> list[str]:
+def _range_problems(values: np.ndarray, limit: int, name: str) -> list[str]:
     bad = np.flatnonzero((values < 0) | (values >= limit))
     if not bad.size:
         return []
-    return [f"{name} {listed(values.ravel()[bad])} are outside [0, {limit})"]
+    return [f"{name} {shorten(values.ravel()[bad])} are outside [0, {limit})"]

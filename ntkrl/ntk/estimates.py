@@ -17,21 +17,16 @@ three (tested).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
-
-import jax
+from typing import NamedTuple, TypeVar
 
 from ntkrl.jaxpr import flops, value_counts
-from ntkrl.ntk import gradients
-from ntkrl.ntk.body import Body
-from ntkrl.ntk.directions import Directions
-from ntkrl.ntk.layers import layers, plan_for
-from ntkrl.ntk.taps import Plan
+from ntkrl.ntk.gram import GramInputs
+from ntkrl.ntk.network import FeatureFunction, Leaves
+from ntkrl.ntk.parts import Weights
+from ntkrl.ntk.taps import TapPlan, plan_taps
 from ntkrl.numerics import GIB
-from ntkrl.types import Array, Params
 
 ALGORITHMS = ("jvp_vjp", "jacobian", "layerwise")
 
@@ -77,158 +72,133 @@ def cheapest(estimates: Iterable[AnyEstimate], budget: float) -> AnyEstimate:
     return min(candidates, key=lambda estimate: estimate.bytes)
 
 
-class Sizes(NamedTuple):
-    """Counts read off the traced features of one sequence.
+class _NetworkCounts(NamedTuple):
+    """Counts from the traced features of one sequence.
 
     forward: FLOPs.
     params: parameters that features depend on.
-    params_plain: those of them that are not tapped, of one layer where stacked.
-    values: numbers made on the way.
-    layer: numbers made within one layer, or all of them without a scan.
+    direct: those of them that are not tapped, of a single layer where stacked.
+    values: numbers computed on the way.
+    layer: numbers computed within one layer, or all of them without a scan.
     taps: `(t, f, times)` of every tapped product.
     """
 
     forward: int
     params: int
-    params_plain: int
+    direct: int
     values: int
     layer: int
-    taps: tuple[tuple[int, int, int], ...]
+    taps: list[tuple[int, int, int]]
 
     @property
     def tapped(self) -> int:
-        """Numbers held per direction: all δ, and the one that is being contracted."""
-        held = [t * f for t, f, _ in self.taps]
-        return sum(held) + max(held, default=0)
+        """Numbers in memory per direction: all δ, and the one that is being contracted."""
+        sizes = [t * f for t, f, _ in self.taps]
+        return sum(sizes) + max(sizes, default=0)
 
 
-def sizes(plan: Plan, leaves: list[Array]) -> Sizes:
-    """Read the counts off a plan."""
-    program, plain = plan.program, sum(leaves[leaf].size for leaf in plan.plain)
-    for scan in plan.scans.values():
-        plain += sum(leaves[leaf].size // leaves[leaf].shape[0] for leaf in scan.inner.plain)
-    values, layer = value_counts(program)
-    found = _tapped(plan, 1)
+def _counts(plan: TapPlan, leaves: Leaves) -> _NetworkCounts:
+    direct = sum(leaves[leaf].size for leaf in plan.direct)
+    taps = _tap_sizes(plan, 1)
     for index, scan in plan.scans.items():
-        found += _tapped(scan.inner, program.operations[index].eqn.params["length"])
-    size = sum(leaf.size for leaf in leaves)
-    return Sizes(flops(program), size, plain, values, layer, tuple(found))
+        direct += sum(leaves[leaf].size // leaves[leaf].shape[0] for leaf in scan.inner.direct)
+        taps += _tap_sizes(scan.inner, plan.traced.operations[index].eqn.params["length"])
+    params = sum(leaf.size for leaf in leaves)
+    return _NetworkCounts(flops(plan.traced), params, direct, *value_counts(plan.traced), taps)
 
 
-def _tapped(plan: Plan, times: int) -> list[tuple[int, int, int]]:
-    found = []
+def _tap_sizes(plan: TapPlan, times: int) -> list[tuple[int, int, int]]:
+    sizes = []
     for index, tap in plan.taps.items():
-        step = plan.program.operations[index]
-        result = plan.program.avals[step.outputs[0]]
+        operation = plan.traced.operations[index]
+        result = plan.traced.avals[operation.outputs[0]]
         if tap.kind == "gather":
             width = result.shape[-1]
         else:
-            contracted = step.eqn.params["dimension_numbers"][0][tap.operand]
-            shape = step.eqn.invars[tap.operand].aval.shape
+            contracted = operation.eqn.params["dimension_numbers"][0][tap.operand]
+            shape = operation.eqn.invars[tap.operand].aval.shape
             width = math.prod(n for axis, n in enumerate(shape) if axis not in contracted)
-        found.append((result.size // width, width, times))
-    return found
+        sizes.append((result.size // width, width, times))
+    return sizes
 
 
-def estimates(
-    body: Body,
-    params: Params,
-    observed: Directions,
-    updated: Directions | None,
-    weights: tuple[Array, ...] | None,
-    budget: int,
-    chunk: int | None,
+def estimate_algorithms(
+    features: FeatureFunction, inputs: GramInputs, budget: int, chunk: int | None
 ) -> dict[str, Estimate]:
-    """Return the Estimate of every algorithm that can be taken.
+    """Return the Estimate of every algorithm that applies.
 
     Args:
-      body, params, observed, updated, weights: as for `gram`.
+      features: the features as a function of the used leaves.
+      inputs: the Γ to compute.
       budget: bytes that the working memory should stay below.
       chunk: directions at a time; None for as many as the budget allows.
     """
-    leaves = body.leaves(params)
-    plan = plan_for(body, params, observed, weights)
-    s = sizes(plan, leaves)
-    other = observed if updated is None else updated
-    alike = updated is None or plan.signature() == plan_for(body, params, other, None).signature()
-    a, b = (side.sequences * side.per_sequence for side in (observed, other))
+    leaves, symmetric = features.leaves(inputs.params), inputs.updated is None
+    observed, updated, weights = inputs.observed, inputs.columns, inputs.weights
+    plan = plan_taps(features, inputs.params, observed, weights)
+    counts = _counts(plan, leaves)
+    layerwise = _uniform_within_layers(weights, leaves)
+    if not symmetric:
+        other = plan_taps(features, inputs.params, updated, None)
+        layerwise = layerwise and plan.signature() == other.signature()
+    a, b = (side.sequences * side.per_sequence for side in (observed, updated))
     item = max(leaf.dtype.itemsize for leaf in leaves)
     output = a * b * max(item, 4)
-    per_side = {
-        "jvp_vjp": s.params + observed.sequences * s.layer,
-        "jacobian": s.params + s.layer,
-        "layerwise": s.tapped + s.params_plain,
+    per_direction = {
+        "jvp_vjp": counts.params + observed.sequences * counts.layer,
+        "jacobian": counts.params + counts.layer,
+        "layerwise": counts.tapped + counts.direct,
     }
     fixed = {
-        "jvp_vjp": (observed.sequences + 1) * s.values // 2,
-        "jacobian": (observed.sequences + other.sequences) * s.values,
-        "layerwise": (observed.sequences + other.sequences) * s.layer,
+        "jvp_vjp": (observed.sequences + 1) * counts.values // 2,
+        "jacobian": (observed.sequences + updated.sequences) * counts.values,
+        "layerwise": (observed.sequences + updated.sequences) * counts.layer,
     }
-    mixing = sum(2 * t * t * f * n for t, f, n in s.taps) * a * other.sequences
-    inner = sum(2 * t * f * n for t, f, n in s.taps) * a * b
-    found = {}
-    for algorithm in ALGORITHMS:
-        if algorithm == "layerwise" and not (alike and _layered(weights, leaves)):
+    mixing = sum(2 * t * t * f * n for t, f, n in counts.taps) * a * updated.sequences
+    inner = sum(2 * t * f * n for t, f, n in counts.taps) * a * b
+    estimates = {}
+    for name in ALGORITHMS:
+        if name == "layerwise" and not layerwise:
             continue
-        left = (budget - output - item * fixed[algorithm]) // item
-        one_block = updated is None and a * per_side[algorithm] <= left
-        sides = 1 if one_block or algorithm == "jvp_vjp" else 2
-        most = max(1, min(max(a, b), left // max(1, sides * per_side[algorithm])))
-        size = most if chunk is None else min(chunk, max(a, b))
-        if size < a and algorithm != "jvp_vjp":
+        available = (budget - output - item * fixed[name]) // item
+        single_block = symmetric and a * per_direction[name] <= available
+        sides = 1 if single_block or name == "jvp_vjp" else 2
+        largest = max(1, min(max(a, b), available // max(1, sides * per_direction[name])))
+        size = largest if chunk is None else min(chunk, max(a, b))
+        if size < a and name != "jvp_vjp":
             sides = 2
         blocks = -(-a // size)
         work = {
-            "jvp_vjp": b * 2 * s.forward * (1 + observed.sequences),
-            "jacobian": (a + b * blocks) * 2 * s.forward + 2 * a * b * s.params,
-            "layerwise": (a * -(-b // size) + b * blocks) * s.forward + mixing + inner,
-        }[algorithm]
-        halved = work / 2 if updated is None and algorithm != "jvp_vjp" else work
-        memory = output + item * (fixed[algorithm] + size * sides * per_side[algorithm])
-        found[algorithm] = Estimate(algorithm, int(size), float(halved), int(memory), int(output))
-    return found
+            "jvp_vjp": b * 2 * counts.forward * (1 + observed.sequences),
+            "jacobian": (a + b * blocks) * 2 * counts.forward + 2 * a * b * counts.params,
+            "layerwise": (a * -(-b // size) + b * blocks) * counts.forward + mixing + inner,
+        }[name]
+        halved = work / 2 if symmetric and name != "jvp_vjp" else work
+        memory = output + item * (fixed[name] + size * sides * per_direction[name])
+        estimates[name] = Estimate(name, int(size), float(halved), int(memory), int(output))
+    return estimates
 
 
-def choose(found: dict[str, Estimate], algorithm: str, budget: int) -> Estimate:
-    """Return the estimate of the algorithm to take.
+def choose(estimates: dict[str, Estimate], algorithm: str, budget: int) -> Estimate:
+    """Return the estimate of an algorithm, or of the cheapest for "auto".
 
     Raises:
-      ValueError: a algorithm was asked for that cannot be taken.
+      ValueError: an algorithm that does not apply.
     """
-    if algorithm != "auto":
-        if algorithm not in found:
-            raise ValueError(
-                f"algorithm {algorithm!r} cannot be taken with weights that differ within a "
-                f"matrix (a preconditioner); take {' or '.join(map(repr, found))}, or 'auto'."
-            )
-        return found[algorithm]
-    return cheapest(found.values(), budget)
+    if algorithm == "auto":
+        return cheapest(estimates.values(), budget)
+    if algorithm not in estimates:
+        raise ValueError(
+            f"algorithm {algorithm!r} cannot be used with weights that differ within a matrix "
+            f"(a preconditioner); use {' or '.join(map(repr, estimates))}, or 'auto'."
+        )
+    return estimates[algorithm]
 
 
-def _layered(weights: tuple[Array, ...] | None, leaves: list[Array]) -> bool:
-    """Whether weights are one number per leaf or layer, for every leaf that could be tapped."""
+def _uniform_within_layers(weights: Weights, leaves: Leaves) -> bool:
+    """Test for a single weight per leaf or layer, in every leaf that could be tapped."""
     return weights is None or all(
         weight.size in (1, leaf.shape[0]) or leaf.ndim < 2
         for weight, leaf in zip(weights, leaves, strict=True)
         if leaf.ndim
     )
-
-
-@functools.partial(jax.jit, static_argnames=("body", "algorithm", "chunk", "forward_mode"))
-def gram(
-    body: Body,
-    params: Params,
-    observed: Directions,
-    updated: Directions | None,
-    weights: Any,
-    algorithm: str,
-    chunk: int,
-    forward_mode: bool,
-) -> Array:
-    """Return Γ `[S_o·A_o, S_u·A_u]` by the given algorithm; `updated` None for a symmetric one."""
-    if algorithm == "jvp_vjp":
-        arguments = (body, params, observed, updated, weights, chunk, forward_mode)
-        return gradients.products(*arguments)
-    if algorithm == "jacobian":
-        return gradients.jacobians(body, params, observed, updated, weights, chunk)
-    return layers(body, params, observed, updated, weights, chunk)

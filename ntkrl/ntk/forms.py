@@ -1,37 +1,71 @@
-"""Products with what passes through the features, and the cross terms of a tie, jitted."""
+"""The terms of a kernel between two sets of contexts: head, body, and the cross terms of a tie.
+
+With slopes d (see network.py), weights P of W and p of b:
+
+    output         diag_v d_o d_u Σ_k φ_o[k] P[v,k] φ_u[k]        bias    diag_v d_o d_u p[v]
+    body           diag(d_o) W M Wᵀ diag(d_u)
+    output_input   J_out(o) P J_in(u)ᵀ: entry (v, w) is d_o[v] φ_o · P[v] ∂z_w(u)/∂E_v
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ntkrl.ntk.body import Body
-from ntkrl.ntk.contexts import Contexts
-from ntkrl.ntk.gradients import puller, pusher, weighted
-from ntkrl.ntk.heads import HeadWeights, Reading, slopes_at, through_input
-from ntkrl.ntk.network import Network
-from ntkrl.ntk.parts import Roles, leaf_weights
+from ntkrl import trees
+from ntkrl.ntk.contexts import Contexts, features_at
+from ntkrl.ntk.gram import add_axis
+from ntkrl.ntk.network import FeatureFunction, Network
+from ntkrl.ntk.parts import Roles, Weights, scale_leaves, used_weights
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params
+
+
+class HeadInputs(NamedTuple):
+    """Contexts at the head.
+
+    features: φ `[O, D]`, float32 or better.
+    slopes: d `[O, V]`, or `[1, 1]` without a cap.
+    """
+
+    features: Array
+    slopes: Array
+
+    def slopes_at(self, rows: Array) -> Array:
+        """Return the slopes of vocabulary rows, `[O, |rows|]` or `[1, 1]`."""
+        return self.slopes if self.slopes.shape[1] == 1 else self.slopes[:, rows]
+
+
+class HeadWeights(NamedTuple):
+    """The diagonal of P on the head: `[V, D]` and `[V]`, or scalars; None for ones."""
+
+    weight: Array | None
+    bias: Array | None
+
+    @property
+    def scalar(self) -> bool:
+        """True where the head's kernel is a multiple of the identity up to slopes."""
+        return all(w is None or not w.ndim for w in self)
 
 
 class Operands(NamedTuple):
     """The arrays of a kernel's part.
 
-    params, observed, updated: as given to `kernel`.
-    left, right: observed and updated contexts as the head sees them.
+    params, observed, updated: as in `ntk.kernel`.
+    left, right: HeadInputs of the observed and the updated contexts.
     weights, head: P on all leaves (None for ones), and on the head.
     """
 
     params: Params
     observed: Contexts
     updated: Contexts
-    left: Reading
-    right: Reading
-    weights: tuple[Array, ...] | None
+    left: HeadInputs
+    right: HeadInputs
+    weights: Weights
     head: HeadWeights
 
     def swapped(self) -> Operands:
@@ -41,142 +75,273 @@ class Operands(NamedTuple):
         )
 
 
-@functools.partial(jax.jit, static_argnames=("body", "roles", "forward_mode"))
+@functools.partial(jax.jit, static_argnames=("network",))
+def head_inputs(network: Network, params: Params, contexts: Contexts) -> HeadInputs:
+    """Compute features and slopes of contexts."""
+    phi_OD = at_least_float32(features_at(network, params, contexts))
+    return HeadInputs(phi_OD, network.slopes(params, phi_OD))
+
+
+def head_weights(network: Network, params: Params, weights: Weights) -> HeadWeights:
+    """Return the head's weights among those of all leaves, W's as `[V, D]`."""
+    if weights is None:
+        return HeadWeights(None, None)
+    named = dict(zip(trees.names(params), weights, strict=True))
+    weight = named[network.head.weight]
+    if weight.ndim and network.head.transposed:
+        weight = weight.T
+    return HeadWeights(weight, None if network.head.bias is None else named[network.head.bias])
+
+
+def inner_products(operands: Operands, roles: Roles) -> Array:
+    """Return `[O, U]`, the head's terms before slopes, for scalar weights."""
+    left, right, weights = operands.left, operands.right, operands.head
+    total_OU = jnp.zeros((left.features.shape[0], right.features.shape[0]), left.features.dtype)
+    if roles.output:
+        gram_OU = einsum("od,ud->ou", left.features, right.features)
+        total_OU += gram_OU if weights.weight is None else weights.weight * gram_OU
+    if roles.bias:
+        total_OU += 1.0 if weights.bias is None else weights.bias
+    return total_OU
+
+
+@functools.partial(jax.jit, static_argnames=("roles",))
+def head_diagonal(operands: Operands, roles: Roles, rows: Array) -> Array:
+    """Return the diagonal of the head's terms at vocabulary rows: `[O, U, |rows|]`."""
+    left, right, weights = operands.left, operands.right, operands.head
+    slopes_OR, slopes_UR = left.slopes_at(rows), right.slopes_at(rows)
+    if weights.scalar:
+        inner_OUR = inner_products(operands, roles)[:, :, None]
+        inner_OUR = jnp.broadcast_to(inner_OUR, (*inner_OUR.shape[:2], rows.shape[0]))
+    else:
+        shape = (left.features.shape[0], right.features.shape[0], rows.shape[0])
+        inner_OUR = jnp.zeros(shape, left.features.dtype)
+        if roles.output:
+            chosen_RD = weights.weight[rows] if weights.weight.ndim == 2 else weights.weight
+            chosen_RD = jnp.broadcast_to(chosen_RD, (rows.shape[0], left.features.shape[1]))
+            inner_OUR += einsum("ok,rk,uk->our", left.features, chosen_RD, right.features)
+        if roles.bias:
+            chosen_R = weights.bias[rows] if weights.bias.ndim else weights.bias
+            inner_OUR += jnp.broadcast_to(chosen_R, rows.shape)[None, None]
+    return inner_OUR * slopes_OR[:, None] * slopes_UR[None]
+
+
+@functools.partial(jax.jit, static_argnames=("roles",))
+def head_bilinear(operands: Operands, roles: Roles, left_OV: Array, right_UV: Array) -> Array:
+    """Return left_oᵀ K_head right_u `[O, U]`."""
+    left, right, weights = operands.left, operands.right, operands.head
+    left_OV, right_UV = left_OV * left.slopes, right_UV * right.slopes
+    if weights.scalar:
+        return inner_products(operands, roles) * einsum("ov,uv->ou", left_OV, right_UV)
+    total_OU = jnp.zeros((left_OV.shape[0], right_UV.shape[0]), left_OV.dtype)
+    if roles.output:
+
+        def column(pair: tuple[Array, Array]) -> Array:
+            pulled_VD = weights.weight * pair[0][:, None] * pair[1][None, :]
+            return einsum("ov,vd,od->o", left_OV, pulled_VD, left.features)
+
+        total_OU += jax.lax.map(column, (right_UV, right.features)).T
+    if roles.bias:
+        total_OU += einsum("ov,uv->ou", left_OV * _as_row(weights.bias), right_UV)
+    return total_OU
+
+
+@functools.partial(jax.jit, static_argnames=("roles",))
+def head_apply(operands: Operands, roles: Roles, cotangents_UV: Array) -> Array:
+    """Return Σ_u K_head(o, u) c_u `[O, V]`."""
+    left, right, weights = operands.left, operands.right, operands.head
+    pulled_UV = cotangents_UV * right.slopes
+    if weights.scalar:
+        return left.slopes * einsum("ou,uv->ov", inner_products(operands, roles), pulled_UV)
+    shape = (left.features.shape[0], pulled_UV.shape[1])
+    changes_OV = jnp.zeros(shape, pulled_UV.dtype)
+    if roles.output:
+        direction_VD = weights.weight * einsum("uv,ud->vd", pulled_UV, right.features)
+        changes_OV += einsum("od,vd->ov", left.features, direction_VD)
+    if roles.bias:
+        changes_OV += _as_row(weights.bias) * jnp.sum(pulled_UV, axis=0, keepdims=True)
+    return left.slopes * changes_OV
+
+
+def _as_row(weight: Array) -> Array:
+    return weight[None, :] if weight.ndim else weight
+
+
+@functools.partial(jax.jit, static_argnames=("features", "roles", "forward_mode"))
 def body_apply(
-    body: Body, operands: Operands, cotangents: Array, roles: Roles, forward_mode: bool
+    features: FeatureFunction,
+    operands: Operands,
+    roles: Roles,
+    cotangents: Array,
+    forward_mode: bool,
 ) -> Array:
     """Return Σ_u (G + C)(o, u) c_u for `[U, V]` cotangents: `[O, V]`."""
     params, observed, updated, left, right, weights, head = operands
-    weight_VD = at_least_float32(body.network.weight(params))
+    weight_VD = at_least_float32(features.network.weight(params))
     pulled_UV = cotangents * right.slopes
     changes_OV = jnp.zeros((left.features.shape[0], weight_VD.shape[0]), weight_VD.dtype)
     directions = []
     if roles.body or roles.output_input:
-        phi_NTD, pull = puller(body, params, updated.tokens, updated.mask)
-        vectors_UD = feature_cotangents(body.network, params, right, cotangents)
+        phi_NTD, pull = features.vjp_fn(params, updated.tokens, updated.mask)
+        vectors_UD = feature_cotangents(features.network, params, right, cotangents)
         vectors_UD = vectors_UD.astype(phi_NTD.dtype)
         placed_NTD = jnp.zeros_like(phi_NTD).at[updated.rows, updated.positions].add(vectors_UD)
-        gradient = weighted(pull(placed_NTD), leaf_weights(weights, body.used))
+        gradient = scale_leaves(pull(placed_NTD), used_weights(weights, features.used))
         if roles.body:
             directions.append(gradient)
         if roles.output_input:
-            moved_VD = at_least_float32(body.of_head(gradient))
+            moved_VD = at_least_float32(features.head_matrix(gradient))
             changes_OV += einsum("od,vd->ov", left.features, moved_VD)
     if roles.input_output:
         moved_VD = einsum("uv,ud->vd", pulled_UV, right.features)
         moved_VD = moved_VD if head.weight is None else moved_VD * head.weight
-        directions.append(body.from_head(moved_VD, params))
+        directions.append(features.head_direction(moved_VD, params))
     if directions:
-        push = pusher(body, params, observed.tokens, observed.mask, forward_mode)
+        push = features.jvp_fn(params, observed.tokens, observed.mask, forward_mode)
         total = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), directions)
-        moved_OD = at_least_float32(push(body.pinned(total))[observed.rows, observed.positions])
+        moved_NTD = push(features.constrain(total))
+        moved_OD = at_least_float32(moved_NTD[observed.rows, observed.positions])
         changes_OV += einsum("od,vd->ov", moved_OD, weight_VD)
     return left.slopes * changes_OV
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
 def feature_cotangents(
-    network: Network, params: Params, reading: Reading, cotangents: Array
+    network: Network, params: Params, inputs: HeadInputs, cotangents: Array
 ) -> Array:
     """Return Wᵀ (d ⊙ c) `[O, D]` of `[O, V]` cotangents of the logits."""
     weight_VD = at_least_float32(network.weight(params))
-    return einsum("ov,vd->od", cotangents * reading.slopes, weight_VD)
-
-
-@functools.partial(jax.jit, static_argnames=("tied",))
-def cross_bilinear(tied: Body, operands: Operands, left_OV: Array, right_UV: Array) -> Array:
-    """Return left_oᵀ J_out(o) J_in(u)ᵀ right_u `[O, U]`; `tied` uses the tied matrix alone."""
-    vectors_UD = feature_cotangents(tied.network, operands.params, operands.right, right_UV)
-    scaled_OV = left_OV * operands.left.slopes
-
-    def reduce(moved_VO: Array, index: Array) -> Array:
-        return einsum("ov,vo->o", scaled_OV, moved_VO)
-
-    found_UBO = _through(tied, operands, vectors_UD[:, None], reduce)
-    return found_UBO[:, 0].T
-
-
-@functools.partial(jax.jit, static_argnames=("tied",))
-def cross_dense(tied: Body, operands: Operands, rows: Array, columns: Array) -> Array:
-    """Return rows and columns of J_out(o) J_in(u)ᵀ: `[O, U, |rows|, |columns|]`."""
-    weight_CD = at_least_float32(tied.network.weight(operands.params))[columns]
-    few = columns.shape[0] < weight_CD.shape[1]
-    count = operands.updated.positions.shape[0]
-    vectors = jnp.broadcast_to(weight_CD[None], (count, *weight_CD.shape)) if few else None
-    found_UBRO = _through(tied, operands, vectors, lambda moved_VO, index: moved_VO[rows])
-    if not few:
-        found_UBRO = einsum("uero,ce->ucro", found_UBRO, weight_CD)
-    return _between_slopes(operands, jnp.transpose(found_UBRO, (3, 0, 2, 1)), rows, columns)
-
-
-@functools.partial(jax.jit, static_argnames=("tied",))
-def cross_diagonal(tied: Body, operands: Operands) -> Array:
-    """Return the diagonal of J_out(o) J_in(u)ᵀ: `[O, U, V]`."""
-    weight_VD = at_least_float32(tied.network.weight(operands.params))
-
-    def reduce(moved_VO: Array, index: Array) -> Array:
-        return moved_VO * weight_VD[:, index][:, None]
-
-    found_UVO = _through(tied, operands, None, reduce, summed=True)
-    diagonal_OUV = jnp.transpose(found_UVO, (2, 0, 1))
-    return diagonal_OUV * operands.left.slopes[:, None] * operands.right.slopes[None]
+    return einsum("ov,vd->od", cotangents * inputs.slopes, weight_VD)
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
 def body_dense(
-    network: Network, operands: Operands, found: Array, rows: Array, columns: Array
+    network: Network, operands: Operands, gram: Array, rows: Array, columns: Array
 ) -> Array:
-    """Write out D_o W M Wᵀ D_u at rows and columns from M `[O, D, U, D]`, or what M became.
+    """Write out D_o W M Wᵀ D_u at rows and columns from Γ `[O, A, U, B]`.
 
-    A side that already holds entries of the vocabulary instead of unit vectors is as wide as its
-    list of tokens; it is told by `found` having that width and not D.
+    The directions of a side are the D unit vectors, or the rows of W where those are fewer.
     """
     weight_VD = at_least_float32(network.weight(operands.params))
     width = weight_VD.shape[1]
     if rows.shape[0] >= width:
-        found = einsum("rd,odue->orue", weight_VD[rows], found)
+        gram = einsum("rd,odue->orue", weight_VD[rows], gram)
     if columns.shape[0] >= width:
-        found = einsum("orue,ce->oruc", found, weight_VD[columns])
-    return _between_slopes(operands, jnp.transpose(found, (0, 2, 1, 3)), rows, columns)
+        gram = einsum("orue,ce->oruc", gram, weight_VD[columns])
+    return _between_slopes(operands, jnp.transpose(gram, (0, 2, 1, 3)), rows, columns)
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
-def body_diagonal(network: Network, operands: Operands, found: Array) -> Array:
+def body_diagonal(network: Network, operands: Operands, body: Array) -> Array:
     """Return the diagonal of D_o W M Wᵀ D_u from M `[O, U, D, D]`: `[O, U, V]`."""
     weight_VD = at_least_float32(network.weight(operands.params))
 
     def pair(m_DD: Array) -> Array:
         return einsum("vd,vd->v", einsum("vd,de->ve", weight_VD, m_DD), weight_VD)
 
-    flat = jax.lax.map(pair, found.reshape(-1, *found.shape[2:]))
-    diagonal_OUV = flat.reshape(*found.shape[:2], -1)
+    flat = jax.lax.map(pair, body.reshape(-1, *body.shape[2:]))
+    diagonal_OUV = flat.reshape(*body.shape[:2], -1)
     return diagonal_OUV * operands.left.slopes[:, None] * operands.right.slopes[None]
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
-def body_trace(network: Network, operands: Operands, found: Array) -> Array:
+def body_trace(network: Network, operands: Operands, body: Array) -> Array:
     """Return tr(W M Wᵀ) = ⟨WᵀW, M⟩ `[O, U]` for equal slopes."""
     weight_VD = at_least_float32(network.weight(operands.params))
     gram_DE = einsum("vd,ve->de", weight_VD, weight_VD)
     scale = operands.left.slopes[0, 0] * operands.right.slopes[0, 0]
-    return scale * einsum("de,oude->ou", gram_DE, found)
+    return scale * einsum("de,oude->ou", gram_DE, body)
 
 
 def _between_slopes(operands: Operands, blocks: Array, rows: Array, columns: Array) -> Array:
     """Return diag(d_o) blocks diag(d_u) for `[O, U, |rows|, |columns|]`."""
-    slopes_OR = slopes_at(operands.left.slopes, rows)
-    slopes_UC = slopes_at(operands.right.slopes, columns)
+    slopes_OR, slopes_UC = operands.left.slopes_at(rows), operands.right.slopes_at(columns)
     return blocks * slopes_OR[:, None, :, None] * slopes_UC[None, :, None, :]
 
 
-def _through(tied: Body, operands: Operands, vectors, reduce, summed: bool = False) -> Array:
-    return through_input(
-        tied,
-        operands.params,
-        operands.left,
-        operands.updated,
-        vectors,
-        operands.head,
-        reduce,
-        summed,
-    )
+@functools.partial(jax.jit, static_argnames=("tied",))
+def cross_bilinear(
+    tied: FeatureFunction, operands: Operands, left_OV: Array, right_UV: Array
+) -> Array:
+    """Return left_oᵀ J_out(o) J_in(u)ᵀ right_u `[O, U]`; `tied` has the tied matrix alone."""
+    vectors_UD = feature_cotangents(tied.network, operands.params, operands.right, right_UV)
+    scaled_OV = left_OV * operands.left.slopes
+
+    def reduce(moved_VO: Array, index: Array) -> Array:
+        return einsum("ov,vo->o", scaled_OV, moved_VO)
+
+    return _map_output_changes(tied, operands, vectors_UD[:, None], reduce)[:, 0].T
+
+
+@functools.partial(jax.jit, static_argnames=("tied",))
+def cross_dense(tied: FeatureFunction, operands: Operands, rows: Array, columns: Array) -> Array:
+    """Return rows and columns of J_out(o) J_in(u)ᵀ: `[O, U, |rows|, |columns|]`."""
+    weight_CD = at_least_float32(tied.network.weight(operands.params))[columns]
+    few = columns.shape[0] < weight_CD.shape[1]
+    count = operands.updated.positions.shape[0]
+    vectors = jnp.broadcast_to(weight_CD[None], (count, *weight_CD.shape)) if few else None
+    changes = _map_output_changes(tied, operands, vectors, lambda moved_VO, index: moved_VO[rows])
+    if not few:
+        changes = einsum("uero,ce->ucro", changes, weight_CD)
+    return _between_slopes(operands, jnp.transpose(changes, (3, 0, 2, 1)), rows, columns)
+
+
+@functools.partial(jax.jit, static_argnames=("tied",))
+def cross_diagonal(tied: FeatureFunction, operands: Operands) -> Array:
+    """Return the diagonal of J_out(o) J_in(u)ᵀ: `[O, U, V]`."""
+    weight_VD = at_least_float32(tied.network.weight(operands.params))
+
+    def reduce(moved_VO: Array, index: Array) -> Array:
+        return moved_VO * weight_VD[:, index][:, None]
+
+    changes_UVO = _map_output_changes(tied, operands, None, reduce, summed=True)
+    diagonal_OUV = jnp.transpose(changes_UVO, (2, 0, 1))
+    return diagonal_OUV * operands.left.slopes[:, None] * operands.right.slopes[None]
+
+
+def _map_output_changes(
+    tied: FeatureFunction,
+    operands: Operands,
+    vectors: Array | None,
+    reduce: Callable[[Array, Array], Array],
+    summed: bool = False,
+) -> Array:
+    """Map directions of updated features to the tied matrix, and on to the observed logits.
+
+    Args:
+      tied: the features as a function of the tied matrix alone.
+      operands: the two sides.
+      vectors: `[U, B, D]`; None for the D unit vectors.
+      reduce: applied to `[V, O]`, the change of the logits at every observed context before
+        slopes, and the index of the direction.
+      summed: sum the results over the B directions.
+
+    Returns:
+      `[U, B, …]`, or `[U, …]` when summed.
+    """
+    params, updated, phi_OD = operands.params, operands.updated, operands.left.features
+    weight, width = operands.head.weight, phi_OD.shape[1]
+
+    def context(arrays: tuple[Any, Array, Array, Array | None]) -> Array:
+        tokens, mask, position, vectors_BD = arrays
+        phi, pull = tied.vjp_fn(params, add_axis(tokens), mask[None])
+
+        def direction(index: Array) -> Array:
+            vector_D = (
+                jnp.zeros(width).at[index].set(1) if vectors_BD is None else vectors_BD[index]
+            )
+            leaves = pull(jnp.zeros_like(phi).at[0, position].set(vector_D.astype(phi.dtype)))
+            moved_VD = at_least_float32(tied.head_matrix(leaves))
+            moved_VD = moved_VD if weight is None else moved_VD * weight
+            return reduce(einsum("vd,od->vo", moved_VD, phi_OD), index)
+
+        count = width if vectors_BD is None else vectors_BD.shape[0]
+        if not summed:
+            return jax.lax.map(direction, jnp.arange(count))
+        shape = jax.eval_shape(direction, jnp.zeros((), int))
+        return jax.lax.fori_loop(
+            0, count, lambda i, total: total + direction(i), jnp.zeros(shape.shape, shape.dtype)
+        )
+
+    tokens = jax.tree.map(lambda leaf: leaf[updated.rows], updated.tokens)
+    return jax.lax.map(context, (tokens, updated.mask[updated.rows], updated.positions, vectors))

@@ -4,74 +4,80 @@ Additive over any partition of θ (see parts.py). With φ the features, W the he
 
     head   diag(d_o) (⟨φ, φ'⟩ + [bias]) diag(d_u)           (R of the theory)
     body   diag(d_o) W M Wᵀ diag(d_u), M = J_φ J_φ'ᵀ         (G)
-    cross  what a tied head's two roles add
+    cross  the products of a tied head's two roles
     full   their sum
 
 A product with K is one VJP and one JVP of the features; M takes D directions a context, not V.
+
+>>> kernel = ntk.kernel(policy, params, ntk.last_positions(tokens))
+>>> kernel.trace("head").shape  # [O, U]
+(2, 2)
+>>> change = kernel.apply(jnp.ones((2, policy.vocab_size)))  # one VJP, one JVP
+>>> block = kernel.dense(rows=[5, 8], columns=[0, 1])  # [O, U, 2, 2]
+>>> print(kernel.estimate().algorithm)  # of body(), before it runs
+layerwise
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
-from ntkrl.ntk import estimates, forms, heads, parts
-from ntkrl.ntk.problem import Problem, vocabulary_indices
-from ntkrl.numerics import at_least_float32
+from ntkrl.ntk import forms
+from ntkrl.ntk.estimates import Estimate
+from ntkrl.ntk.parts import PARTS
+from ntkrl.ntk.problem import Problem
+from ntkrl.numerics import GIB, at_least_float32
 from ntkrl.types import Array
 
 
-class Factored(NamedTuple):
-    """K(o, u) = diag(left_o) (head[o, u] I + weight M[o, u] weightᵀ) diag(right_u).
+class Kernel:
+    """K(o, u) for O observed and U updated contexts, computed on request.
 
-    head: `[O, U]`.
-    body: M `[O, U, D, D]`.
-    weight: `[V, D]`, W times the head's scale.
-    left, right: `[O, V]` and `[U, V]` derivatives of the cap, or None without a cap.
+    Built by `ntkrl.ntk.kernel`. Every `part` is a built-in name (see `ntkrl.ntk.PARTS`) or a group.
+
+    problem: the network, contexts and settings that the kernel was built from.
     """
 
-    head: Array
-    body: Array
-    weight: Array
-    left: Array | None
-    right: Array | None
+    def __init__(self, problem: Problem):
+        self.problem = problem
 
-
-class Kernel(Problem):
-    """K(o, u) for O observed and U updated contexts, in forms that never hold V×V unasked.
-
-    Made by `ntkrl.ntk.kernel`. Every `part` is a built-in name (see `ntkrl.ntk.parts`) or a group.
-    """
+    def __repr__(self) -> str:
+        p = self.problem
+        parts = ", ".join((*PARTS, *p.groups))
+        return (
+            f"Kernel of {p.observed.count} × {p.updated.count} contexts, V = {p.vocab_size}, "
+            f"D = {p.feature_size}\n"
+            f"  parts: {parts}\n"
+            f"  algorithm {p.options.algorithm}, at most {p.budget / GIB:.3g} GiB beyond the params"
+        )
 
     @property
     def head(self) -> Array:
         """`[O, U]` s² (⟨φ(o), φ(u)⟩ + 1 with a bias); the head kernel is this times I_V.
 
-        With a soft-cap it stands between the cap's derivatives (see `factored`).
+        With a soft-cap it stands between the cap's derivatives (see `ntk.factored`).
 
         Raises:
-          ValueError: with a preconditioner the head kernel is no multiple of I.
+          ValueError: with a preconditioner the head kernel is not a multiple of I.
         """
-        weights = self.operands("head").head
-        if not heads.is_scalar(weights):
+        roles, operands = self.problem.operands("head")
+        if not operands.head.scalar:
             raise ValueError(
-                "with a preconditioner the head kernel is diagonal but no multiple of I; "
-                "ask for diagonal('head')."
+                "with a preconditioner the head kernel is diagonal but not a multiple of I; "
+                "use diagonal('head')."
             )
-        left, right = self.readings
-        roles = parts.BUILT_IN["head"]
-        inner = heads.inner_products(left, right, weights, roles, self.has_bias)
-        return self.network.head.scale**2 * inner
+        return self.problem.network.head.scale**2 * forms.inner_products(operands, roles)
 
     def body(self, part: str = "body", chunk: int | None = None) -> Array:
         """Return M(o, u) = J_φ(o) P J_φ(u)ᵀ; the body kernel is W M Wᵀ up to slopes.
 
         Args:
-          part: "body", "input" or a group (its parameters as the features read them).
-          chunk: directions taken at a time; None for as many as memory allows.
+          part: "body", "input" or a group (its parameters in the features' role).
+          chunk: directions computed at a time; None for as many as memory allows.
 
         Returns:
           `[O, U, D, D]`.
@@ -79,22 +85,10 @@ class Kernel(Problem):
         Raises:
           ValueError: unknown part, or a result above the memory budget.
         """
-        size = self.observed.count * self.updated.count * self.feature_size**2
-        self.afford(size, "body()", "bilinear(), apply() or fewer contexts")
-        return jnp.swapaxes(self.gram(part, None, None, chunk), 1, 2)
-
-    def factored(self) -> Factored:
-        """Return the factors of R + G for every pair (untied heads: of the full kernel)."""
-        capped = self.network.head.soft_cap is not None
-        scale = self.network.head.scale
-        left, right = self.readings
-        return Factored(
-            self.head,
-            self.body(),
-            scale * at_least_float32(self.network.weight(self.params)),
-            left.slopes / scale if capped else None,
-            right.slopes / scale if capped else None,
-        )
+        shape = self._shape(self.problem.feature_size, self.problem.feature_size)
+        self.problem.check_size(shape, "body()", "bilinear(), apply() or fewer contexts")
+        gram = self.problem.gram(self.problem.gram_inputs(part), chunk)
+        return jnp.swapaxes(gram, 1, 2)
 
     def dense(
         self,
@@ -106,8 +100,8 @@ class Kernel(Problem):
 
         Args:
           part: a part or group.
-          rows: vocabulary rows wanted (observed side); None for all V.
-          columns: vocabulary columns wanted (updated side); None for all V.
+          rows: vocabulary rows (observed side); None for all V.
+          columns: vocabulary columns (updated side); None for all V.
 
         Returns:
           `[O, U, |rows|, |columns|]`.
@@ -116,28 +110,30 @@ class Kernel(Problem):
           ValueError: unknown part, rows or columns outside the vocabulary, or a result above the
             memory budget.
         """
-        rows_R = vocabulary_indices(rows, self.vocab_size, "rows")
-        columns_C = vocabulary_indices(columns, self.vocab_size, "columns")
-        size = self.observed.count * self.updated.count * rows_R.shape[0] * columns_C.shape[0]
-        self.afford(size, "dense()", "dense(rows=…, columns=…), factored() or apply()")
-        operands, roles = self.operands(part), self.roles(part)
+        problem = self.problem
+        rows_R = vocabulary_indices(rows, problem.vocab_size, "rows")
+        columns_C = vocabulary_indices(columns, problem.vocab_size, "columns")
+        shape = self._shape(rows_R.shape[0], columns_C.shape[0])
+        problem.check_size(shape, "dense()", "dense(rows=…, columns=…), ntk.factored() or apply()")
+        roles, operands = problem.operands(part)
         blocks = []
-        if roles.output or (roles.bias and self.has_bias):
-            left, right = self.readings
-            diagonal_OUR = heads.head_diagonal(
-                left, right, operands.head, roles, self.has_bias, rows_R
-            )
+        if roles.output or roles.bias:
+            diagonal_OUR = forms.head_diagonal(operands, roles, rows_R)
             same_RC = (rows_R[:, None] == columns_C[None, :]).astype(diagonal_OUR.dtype)
             blocks.append(diagonal_OUR[..., None] * same_RC[None, None])
         if roles.body:
-            blocks.append(self._dense_body(part, rows_R, columns_C))
+            left = self._head_rows(rows_R, problem.observed.count)
+            right = self._head_rows(columns_C, problem.updated.count)
+            gram = problem.gram(problem.gram_inputs(part, left, right), None)
+            blocks.append(forms.body_dense(problem.network, operands, gram, rows_R, columns_C))
         if roles.output_input:
-            blocks.append(forms.cross_dense(self.tied_body, operands, rows_R, columns_C))
+            tied = problem.features.of_head()
+            blocks.append(forms.cross_dense(tied, operands, rows_R, columns_C))
         if roles.input_output:
-            swapped = forms.cross_dense(self.tied_body, operands.swapped(), columns_C, rows_R)
+            tied = problem.features.of_head()
+            swapped = forms.cross_dense(tied, operands.swapped(), columns_C, rows_R)
             blocks.append(jnp.transpose(swapped, (1, 0, 3, 2)))
-        shape = (self.observed.count, self.updated.count, rows_R.shape[0], columns_C.shape[0])
-        return functools.reduce(jnp.add, blocks) if blocks else self.zeros(shape)
+        return self._sum(blocks, shape)
 
     def apply(self, cotangents: Array, part: str = "full") -> Array:
         """Return Σ_u K(o, u) c_u: the logit change of each observed context.
@@ -153,19 +149,16 @@ class Kernel(Problem):
         Raises:
           ValueError: unknown part or wrong shape.
         """
-        cotangents = self.cotangents(cotangents, self.updated.count, "cotangents")
-        operands, roles = self.operands(part), self.roles(part)
-        left, right = self.readings
-        terms = []
-        if roles.output or (roles.bias and self.has_bias):
-            terms.append(
-                heads.head_apply(left, right, operands.head, roles, self.has_bias, cotangents)
-            )
+        problem = self.problem
+        cotangents = problem.check_cotangents(cotangents, problem.updated.count, "cotangents")
+        roles, operands = problem.operands(part)
+        changes = []
+        if roles.output or roles.bias:
+            changes.append(forms.head_apply(operands, roles, cotangents))
         if roles.body or roles.output_input or roles.input_output:
-            arguments = (self.body_function, operands, cotangents, roles, self.forward_mode)
-            terms.append(forms.body_apply(*arguments))
-        shape = (self.observed.count, self.vocab_size)
-        return functools.reduce(jnp.add, terms) if terms else self.zeros(shape)
+            features, forward_mode = problem.features, problem.options.forward_mode
+            changes.append(forms.body_apply(features, operands, roles, cotangents, forward_mode))
+        return self._sum(changes, (problem.observed.count, problem.vocab_size))
 
     def bilinear(
         self,
@@ -178,12 +171,12 @@ class Kernel(Problem):
         """Return left_oᵀ K(o, u) right_u, for contexts or summed over those of a sequence.
 
         Args:
-          left: `[O, V]`; with weights of the contexts multiplied in where they are aggregated.
+          left: `[O, V]`; for sums over a sequence, multiplied by the weights of the contexts.
           right: `[U, V]`.
           part: a part or group.
           by: "context", or "sequence" for Σ over the contexts of each pair of sequences, at one
             direction per sequence.
-          chunk: directions taken at a time; None for as many as memory allows.
+          chunk: directions computed at a time; None for as many as memory allows.
 
         Returns:
           `[O, U]`, or `[N_o, N_u]` for the sequences that have contexts, in the order of rows.
@@ -191,37 +184,40 @@ class Kernel(Problem):
         Raises:
           ValueError: unknown part or `by`, or wrong shapes.
         """
+        problem = self.problem
         if by not in ("context", "sequence"):
             raise ValueError(f"by must be 'context' or 'sequence', not {by!r}.")
-        alike = self.symmetric and left is right
-        left = self.cotangents(left, self.observed.count, "left")
-        right = left if alike else self.cotangents(right, self.updated.count, "right")
-        operands, roles = self.operands(part), self.roles(part)
-        here, there = self.readings
-        terms = []
-        if roles.output or (roles.bias and self.has_bias):
-            arguments = (here, there, operands.head, roles, self.has_bias, left, right)
-            terms.append(heads.head_bilinear(*arguments))
-        if roles.output_input:
-            terms.append(forms.cross_bilinear(self.tied_body, operands, left, right))
-        if roles.input_output:
-            swapped = operands.swapped()
-            terms.append(forms.cross_bilinear(self.tied_body, swapped, right, left).T)
-        if by == "sequence":
-            terms = [self.by_sequence(term) for term in terms]
-        if roles.body:
-            left_OD = forms.feature_cotangents(self.network, self.params, here, left)
-            right_UD = left_OD
-            if not alike:
-                right_UD = forms.feature_cotangents(self.network, self.params, there, right)
-            terms.append(self.scalar_gram(part, left_OD, right_UD, by == "sequence", chunk))
-        shape = (self.observed.count, self.updated.count)
-        zeros = self.zeros(shape)
-        return (
-            functools.reduce(jnp.add, terms)
-            if terms
-            else (self.by_sequence(zeros) if by == "sequence" else zeros)
+        symmetric, summed = problem.symmetric and left is right, by == "sequence"
+        left = problem.check_cotangents(left, problem.observed.count, "left")
+        right = (
+            left if symmetric else problem.check_cotangents(right, problem.updated.count, "right")
         )
+        roles, operands = problem.operands(part)
+        products = []
+        if roles.output or roles.bias:
+            products.append(forms.head_bilinear(operands, roles, left, right))
+        if roles.output_input:
+            products.append(forms.cross_bilinear(problem.features.of_head(), operands, left, right))
+        if roles.input_output:
+            tied = problem.features.of_head()
+            products.append(forms.cross_bilinear(tied, operands.swapped(), right, left).T)
+        if summed:
+            products = [problem.sum_sequences(product) for product in products]
+        if roles.body:
+            network, params = problem.network, problem.params
+            left_OBD = forms.feature_cotangents(network, params, operands.left, left)[:, None]
+            right_UBD = left_OBD
+            if not symmetric:
+                right_UBD = forms.feature_cotangents(network, params, operands.right, right)[
+                    :, None
+                ]
+            inputs = problem.gram_inputs(part, left_OBD, right_UBD, summed)
+            gram = problem.gram(inputs, chunk)
+            products.append(gram if summed else gram[:, 0, :, 0])
+        if products:
+            return functools.reduce(jnp.add, products)
+        zeros = jnp.zeros(self._shape(), problem.dtype)
+        return problem.sum_sequences(zeros) if summed else zeros
 
     def diagonal(self, part: str = "full") -> Array:
         """Return the entries K_vv(o, u): `[O, U, V]`.
@@ -229,24 +225,22 @@ class Kernel(Problem):
         Raises:
           ValueError: unknown part, or a result above the memory budget.
         """
-        size = self.observed.count * self.updated.count * self.vocab_size
-        self.afford(size, "diagonal()", "trace(), or fewer contexts")
-        operands, roles = self.operands(part), self.roles(part)
-        left, right = self.readings
-        terms = []
-        if roles.output or (roles.bias and self.has_bias):
-            every = jnp.arange(self.vocab_size)
-            arguments = (left, right, operands.head, roles, self.has_bias, every)
-            terms.append(heads.head_diagonal(*arguments))
+        problem = self.problem
+        shape = self._shape(problem.vocab_size)
+        problem.check_size(shape, "diagonal()", "trace(), or fewer contexts")
+        roles, operands = problem.operands(part)
+        diagonals = []
+        if roles.output or roles.bias:
+            every = jnp.arange(problem.vocab_size)
+            diagonals.append(forms.head_diagonal(operands, roles, every))
         if roles.body:
-            terms.append(forms.body_diagonal(self.network, operands, self.body(part)))
+            diagonals.append(forms.body_diagonal(problem.network, operands, self.body(part)))
         if roles.output_input:
-            terms.append(forms.cross_diagonal(self.tied_body, operands))
+            diagonals.append(forms.cross_diagonal(problem.features.of_head(), operands))
         if roles.input_output:
-            swapped = forms.cross_diagonal(self.tied_body, operands.swapped())
-            terms.append(jnp.swapaxes(swapped, 0, 1))
-        shape = (self.observed.count, self.updated.count, self.vocab_size)
-        return functools.reduce(jnp.add, terms) if terms else self.zeros(shape)
+            swapped = forms.cross_diagonal(problem.features.of_head(), operands.swapped())
+            diagonals.append(jnp.swapaxes(swapped, 0, 1))
+        return self._sum(diagonals, shape)
 
     def trace(self, part: str = "full") -> Array:
         """Return tr K(o, u): V⟨φ, φ'⟩ for a plain head, ⟨WᵀW, M⟩ for the body.
@@ -257,41 +251,54 @@ class Kernel(Problem):
         Raises:
           ValueError: unknown part.
         """
-        roles = self.roles(part)
-        crossed = roles.output_input or roles.input_output
-        if crossed or self.network.head.soft_cap is not None:
+        problem = self.problem
+        roles, operands = problem.operands(part)
+        if roles.output_input or roles.input_output or problem.capped:
             return jnp.sum(self.diagonal(part), axis=-1)
-        operands = self.operands(part)
-        left, right = self.readings
-        total = self.zeros((self.observed.count, self.updated.count))
+        total = jnp.zeros(self._shape(), problem.dtype)
         if roles.body:
-            total += forms.body_trace(self.network, operands, self.body(part))
-        if heads.is_scalar(operands.head):
-            inner = heads.inner_products(left, right, operands.head, roles, self.has_bias)
-            return total + self.network.head.scale**2 * self.vocab_size * inner
-        every = jnp.arange(self.vocab_size)
-        arguments = (left, right, operands.head, roles, self.has_bias, every)
-        return total + jnp.sum(heads.head_diagonal(*arguments), axis=-1)
+            total += forms.body_trace(problem.network, operands, self.body(part))
+        if operands.head.scalar:
+            inner = forms.inner_products(operands, roles)
+            return total + problem.network.head.scale**2 * problem.vocab_size * inner
+        every = jnp.arange(problem.vocab_size)
+        return total + jnp.sum(forms.head_diagonal(operands, roles, every), axis=-1)
 
-    def estimate(self, part: str = "body", chunk: int | None = None) -> estimates.Estimate:
+    def estimate(self, part: str = "body", chunk: int | None = None) -> Estimate:
         """Return algorithm, chunk, FLOPs and memory of `body(part, chunk)` before it runs."""
-        found = self.estimates_of(part, *self.sides(None, None), chunk)
-        return estimates.choose(found, self.algorithm, self.budget)
+        return self.problem.estimate(self.problem.gram_inputs(part), chunk)
 
-    def estimates(self, part: str = "body") -> dict[str, estimates.Estimate]:
-        """Return the Estimate of every algorithm that can be taken to `body(part)`."""
-        return self.estimates_of(part, *self.sides(None, None), None)
+    def _shape(self, *sizes: int) -> tuple[int, ...]:
+        return (self.problem.observed.count, self.problem.updated.count, *sizes)
 
-    def _dense_body(self, part: str, rows_R: Array, columns_C: Array) -> Array:
-        weight_VD = at_least_float32(self.network.weight(self.params))
+    def _sum(self, arrays: Sequence[Array], shape: tuple[int, ...]) -> Array:
+        return functools.reduce(jnp.add, arrays) if arrays else jnp.zeros(shape, self.problem.dtype)
+
+    def _head_rows(self, chosen: Array, count: int) -> Array | None:
+        """Return rows of W as directions of every context; None where unit vectors are fewer."""
+        weight_VD = at_least_float32(self.problem.network.weight(self.problem.params))
         width = weight_VD.shape[1]
+        if chosen.shape[0] >= width:
+            return None
+        return jnp.broadcast_to(weight_VD[chosen], (count, *chosen.shape, width))
 
-        def vectors(chosen: Array, count: int) -> Array | None:
-            if chosen.shape[0] >= width:
-                return None
-            return jnp.broadcast_to(weight_VD[chosen], (count, *chosen.shape, width))
 
-        left = vectors(rows_R, self.observed.count)
-        right = vectors(columns_C, self.updated.count)
-        found = self.gram(part, left, right, None)
-        return forms.body_dense(self.network, self.operands(part), found, rows_R, columns_C)
+def vocabulary_indices(chosen: Sequence[int] | Array | None, vocab: int, name: str) -> Array:
+    """Return token ids as an array; None for all.
+
+    Raises:
+      ValueError: not a list of integers, or ids outside the vocabulary.
+    """
+    if chosen is None:
+        return jnp.arange(vocab)
+    indices = np.asarray(chosen)
+    if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(
+            f"{name} must be a list of token ids, not {indices.dtype} {indices.shape}."
+        )
+    if indices.size and (indices.min() < 0 or indices.max() >= vocab):
+        raise ValueError(
+            f"{name} has ids from {indices.min()} to {indices.max()}; the vocabulary is "
+            f"[0, {vocab})."
+        )
+    return jnp.asarray(indices)

@@ -1,9 +1,9 @@
-"""What a kernel needs to know of a network: its features as a function, its head in words.
+"""Networks as kernels see them: the features as a function, the head as a description.
 
     z = cap(s (W φ + b)),   cap(a) = κ tanh(a / κ)
 
-The head is described and not called, since the forms of a kernel that avoid V×V need its pieces:
-with slopes d = s (1 − (z/κ)²), ∂z/∂φ = diag(d) W and ∂z/∂W = diag(d) ⊗ φ.
+The head is described rather than called, since the forms of a kernel that avoid V×V need its
+pieces: with slopes d = s (1 − (z/κ)²), ∂z/∂φ = diag(d) W and ∂z/∂W = diag(d) ⊗ φ.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ntkrl import jaxpr, trees
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params, Policy
 
+Leaves = list[Array]
+"""The params that features depend on, in leaf order; also gradients and changes of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How logits follow from features: z = cap(scale · (W φ + b)).
+    """Logits as a function of features: z = cap(scale · (W φ + b)).
 
     weight: name of W in the params tree, its path joined by "/".
     bias: name of b `[V]`, or None.
@@ -46,12 +50,12 @@ class Network:
     """A network of your own: any function of a params tree, with its head described.
 
     features: `(params, inputs) -> [N, T, D]` or `[N, D]`, the head's input; with `takes_mask`,
-        `(params, inputs, mask)`. Rows must not look at each other. Keep one function object:
-        compiled programs are found by it.
+        `(params, inputs, mask)`. Sequences must be independent of each other. Pass the same
+        function object every time: it is the key of the compiled programs.
     head: the Head.
-    takes_mask: whether features wants the `[N, T]` mask of the contexts.
-    stacked: prefixes of parameter names whose leaves carry a leading layer axis, so that
-        groups can name single layers.
+    takes_mask: True where features takes the `[N, T]` mask of the contexts.
+    stacked: prefixes of parameter names whose leaves have a leading layer axis, so that groups
+        can name single layers.
     """
 
     features: Callable[..., Array]
@@ -61,18 +65,14 @@ class Network:
 
     def read(self, params: Params, inputs: Any, mask: Array) -> Array:
         """Return the features of every position, `[N, T, D]`."""
-        found = self.features(params, inputs, mask) if self.takes_mask else None
-        found = self.features(params, inputs) if found is None else found
-        return found if found.ndim == 3 else found[:, None]
+        arguments = (inputs, mask) if self.takes_mask else (inputs,)
+        features = self.features(params, *arguments)
+        return features if features.ndim == 3 else features[:, None]
 
     def weight(self, tree: Params) -> Array:
-        """Return W `[V, D]` of a tree like the params (the params, a direction, …)."""
+        """Return W `[V, D]` of the params or of a tree with their structure."""
         stored = trees.named_leaves(tree)[self.head.weight]
         return jnp.swapaxes(stored, 0, 1) if self.head.transposed else stored
-
-    def bias(self, tree: Params) -> Array | None:
-        """Return b `[V]` of a tree like the params, or None."""
-        return None if self.head.bias is None else trees.named_leaves(tree)[self.head.bias]
 
     def logits(self, params: Params, features: Array) -> Array:
         """Return z `[..., V]` of features `[..., D]`, float32 or better."""
@@ -91,14 +91,14 @@ class Network:
     def _before_cap(self, params: Params, features: Array) -> Array:
         wide = at_least_float32(features)
         z = einsum("...d,vd->...v", wide, self.weight(params).astype(wide.dtype))
-        bias = self.bias(params)
-        if bias is not None:
+        if self.head.bias is not None:
+            bias = trees.named_leaves(params)[self.head.bias]
             z = z + bias.astype(z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
         return self.head.scale * z
 
 
 def as_network(model: Policy | Network) -> Network:
-    """Return the Network of a Policy; a Network is returned as it is.
+    """Return the Network of a Policy; a Network is returned unchanged.
 
     Raises:
       ValueError: neither of the two.
@@ -114,30 +114,161 @@ def as_network(model: Policy | Network) -> Network:
     return Network(model.features, head, takes_mask=True, stacked=model.stacked)
 
 
+@dataclasses.dataclass(frozen=True)
+class FeatureFunction:
+    """The features as a function of the leaves they depend on; static in compiled programs.
+
+    network: the Network.
+    used: per leaf of the params, whether features depend on it.
+    head_index: index of the head's matrix among the used leaves; None for an untied head.
+    shardings: NamedSharding per used leaf, or None on one device.
+    """
+
+    network: Network
+    used: tuple[bool, ...]
+    head_index: int | None = None
+    shardings: tuple[NamedSharding, ...] | None = None
+
+    def leaves(self, tree: Params) -> Leaves:
+        """Return the used leaves of the params or of a tree with their structure."""
+        return [x for x, used in zip(jax.tree.leaves(tree), self.used, strict=True) if used]
+
+    def apply(self, params: Params, leaves: Leaves, tokens: Any, mask: Array) -> Array:
+        """Return features `[S, T, D]` with the used leaves of the params replaced."""
+        remaining = iter(leaves)
+        chosen = [next(remaining) if used else None for used in self.used]
+        _, unused = trees.partition(params, self.used)
+        replaced = jax.tree.unflatten(jax.tree.structure(params), chosen)
+        return self.network.read(trees.merge(replaced, unused), tokens, mask)
+
+    def vjp_fn(
+        self, params: Params, tokens: Any, mask: Array
+    ) -> tuple[Array, Callable[[Array], Leaves]]:
+        """Return features `[S, T, D]` and the map from their cotangents to gradients."""
+        read = lambda leaves: self.apply(params, leaves, tokens, mask)  # noqa: E731
+        phi, pull = jax.vjp(read, self.leaves(params))
+        return phi, lambda c: self.constrain(pull(c.astype(phi.dtype))[0])
+
+    def jvp_fn(
+        self, params: Params, tokens: Any, mask: Array, forward_mode: bool
+    ) -> Callable[[Leaves], Array]:
+        """Return the map from changes of the used leaves to changes of the features `[S, T, D]`.
+
+        Without forward mode it is the VJP of a VJP.
+        """
+        read = lambda leaves: self.apply(params, leaves, tokens, mask)  # noqa: E731
+        if forward_mode:
+            return jax.linearize(read, self.leaves(params))[1]
+        phi, pull = jax.vjp(read, self.leaves(params))
+        _, push = jax.vjp(lambda c: pull(c)[0], jnp.zeros_like(phi))
+        return lambda changes: push(changes)[0]
+
+    def constrain(self, leaves: Leaves) -> Leaves:
+        """Constrain parameter-sized intermediates to the parameters' shardings."""
+        if self.shardings is None:
+            return leaves
+        pairs = zip(leaves, self.shardings, strict=True)
+        return [jax.lax.with_sharding_constraint(leaf, sharding) for leaf, sharding in pairs]
+
+    def shard_directions(self, cotangents: Array) -> Array:
+        """Shard directions `[S, A, …]` over all devices of the params' mesh."""
+        if self.shardings is None:
+            return cotangents
+        mesh = self.shardings[0].mesh
+        if cotangents.shape[1] % mesh.size:
+            return cotangents
+        spec = PartitionSpec(None, mesh.axis_names)
+        return jax.lax.with_sharding_constraint(cotangents, NamedSharding(mesh, spec))
+
+    def head_matrix(self, leaves: Leaves) -> Array:
+        """Return the tied matrix among used leaves as `[V, D]`."""
+        stored = leaves[self.head_index]
+        return stored.T if self.network.head.transposed else stored
+
+    def head_direction(self, matrix_VD: Array, params: Params) -> Leaves:
+        """Return used leaves that are zero except for the tied matrix."""
+        stored = matrix_VD.T if self.network.head.transposed else matrix_VD
+        leaves = [jnp.zeros_like(leaf) for leaf in self.leaves(params)]
+        leaves[self.head_index] = stored.astype(leaves[self.head_index].dtype)
+        return leaves
+
+    def of_head(self) -> FeatureFunction:
+        """Return the features as a function of the tied matrix alone."""
+        position = [index for index, used in enumerate(self.used) if used][self.head_index]
+        used = tuple(index == position for index in range(len(self.used)))
+        shardings = None if self.shardings is None else (self.shardings[self.head_index],)
+        return FeatureFunction(self.network, used, 0, shardings)
+
+
+def feature_function(network: Network, params: Params, tokens: Any, mask: Array) -> FeatureFunction:
+    """Return the FeatureFunction of a network; params may be arrays, tracers or shapes."""
+    traced, leaves = trace_features(network, params, tokens, mask), jax.tree.leaves(params)
+    live = traced.live()
+    used = tuple(slot in live for slot in traced.inputs[: len(leaves)])
+    shardings = [
+        None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        for leaf, is_used in zip(leaves, used, strict=True)
+        if is_used
+    ]
+    named = all(isinstance(sharding, NamedSharding) for sharding in shardings)
+    several = named and any(sharding.mesh.size > 1 for sharding in shardings)
+    names = [name for name, is_used in zip(trees.names(params), used, strict=True) if is_used]
+    tied = names.index(network.head.weight) if network.head.weight in names else None
+    # heads that differ in bias, scale or cap share the compiled programs of their features
+    plain = Head(network.head.weight, transposed=network.head.transposed)
+    network = dataclasses.replace(network, head=plain)
+    return FeatureFunction(network, used, tied, tuple(shardings) if several else None)
+
+
+def trace_features(
+    network: Network, params: Params, tokens: Any, mask: Array
+) -> jaxpr.TracedFunction:
+    """Trace the features of one sequence, cached by shapes; inputs: all leaves, tokens, mask."""
+    leaves, treedef = jax.tree.flatten(params)
+    data, data_treedef = jax.tree.flatten((tokens, mask))
+    shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
+    shapes += [((1, *leaf.shape[1:]), leaf.dtype) for leaf in data]
+    return _trace_features(network, treedef, data_treedef, tuple(shapes))
+
+
+@functools.lru_cache(maxsize=128)
+def _trace_features(
+    network: Network, treedef: Any, data_treedef: Any, shapes: tuple[Any, ...]
+) -> jaxpr.TracedFunction:
+    count = treedef.num_leaves
+
+    def read(*arrays: Array) -> Array:
+        params = jax.tree.unflatten(treedef, arrays[:count])
+        tokens, mask = jax.tree.unflatten(data_treedef, arrays[count:])
+        return network.read(params, tokens, mask)
+
+    return jaxpr.trace(read, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes))
+
+
 def check_params(network: Network, params: Params) -> None:
-    """Raise if kernels of these params cannot be computed, all problems in one message.
+    """Check that kernels of these params can be computed, all problems in one message.
 
     Raises:
-      ValueError: leaves that are no arrays, integers, mixed dtypes, values that are not finite,
-        a head that is not there or has the wrong shape.
+      ValueError: leaves that are not arrays, integers, mixed dtypes, values that are not finite,
+        a head that is missing or has the wrong shape.
     """
     leaves = trees.named_leaves(params)
-    bare = [name for name, leaf in leaves.items() if not hasattr(leaf, "dtype")]
-    if bare:
+    others = [name for name, leaf in leaves.items() if not hasattr(leaf, "dtype")]
+    if others:
         raise ValueError(
-            f"params hold leaves that are no arrays: {listed(bare)}; split them off first "
+            f"params contain leaves that are not arrays: {shorten(others)}; split them off first "
             "(equinox.partition(model, equinox.is_inexact_array), nnx.split(model, nnx.Param))."
         )
     integers = [f"{n} ({leaf.dtype})" for n, leaf in leaves.items() if not jaxpr.is_inexact(leaf)]
     if integers:
         raise ValueError(
-            f"params must be floating point; these are not: {listed(integers)}. Cast them, or "
-            "close over what is not trained."
+            f"params must be floating point; these are not: {shorten(integers)}. Cast them, or "
+            "close over leaves that are not trained."
         )
     dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
     if len(dtypes) > 1:
         raise ValueError(
-            f"params mix dtypes ({', '.join(dtypes)}); kernels need one: "
+            f"params mix dtypes ({', '.join(dtypes)}); kernels need a single dtype: "
             "jax.tree.map(lambda leaf: leaf.astype(...), params)."
         )
     _check_head(network.head, leaves)
@@ -145,16 +276,17 @@ def check_params(network: Network, params: Params) -> None:
         finite = jax.device_get(_finite(tuple(leaves.values())))
         broken = [name for name, fine in zip(leaves, finite, strict=True) if not fine]
         if broken:
-            raise ValueError(f"params hold values that are not finite, in {listed(broken)}.")
+            raise ValueError(f"params contain values that are not finite, in {shorten(broken)}.")
 
 
 def _check_head(head: Head, leaves: dict[str, Any]) -> None:
-    for what, name in (("weight", head.weight), ("bias", head.bias)):
+    for role, name in (("weight", head.weight), ("bias", head.bias)):
         if name is not None and name not in leaves:
             near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.3)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"head {what} {name!r} is no parameter.{hint} Parameters are: {', '.join(leaves)}."
+                f"head {role} {name!r} is not a parameter.{hint} Parameters are: "
+                f"{', '.join(leaves)}."
             )
     shape = leaves[head.weight].shape
     if len(shape) != 2:
@@ -170,7 +302,7 @@ def _check_head(head: Head, leaves: dict[str, Any]) -> None:
 
 
 def check_policy_head(policy: Policy, network: Network, params: Params) -> None:
-    """Raise if a policy's head function is not what its head fields say.
+    """Check that a policy's head function agrees with its head fields.
 
     Raises:
       ValueError: the two differ on random features.
@@ -178,9 +310,9 @@ def check_policy_head(policy: Policy, network: Network, params: Params) -> None:
     width = network.weight(params).shape[1]
     dtype = jax.tree.leaves(params)[0].dtype
     phi_OD = jnp.asarray(np.random.default_rng(0).normal(size=(3, width)), dtype)
-    said, done = jax.device_get(_both_logits(policy.head, network, params, phi_OD))
+    described, actual = jax.device_get(_both_logits(policy.head, network, params, phi_OD))
     rounding = 64 * float(jnp.finfo(dtype).eps) * np.sqrt(width)
-    if not np.allclose(said, done, rtol=rounding, atol=rounding * np.abs(done).max()):
+    if not np.allclose(described, actual, rtol=rounding, atol=rounding * np.abs(actual).max()):
         raise ValueError(
             "policy.head does not compute κ tanh(s (W φ + b) / κ) with the policy's head_weight, "
             "head_bias, head_scale and head_soft_cap, which kernels rely on; set those fields."
@@ -199,7 +331,7 @@ def _finite(leaves: tuple[Array, ...]) -> list[Array]:
     return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
-def listed(values: Sequence[Any], most: int = 8) -> str:
-    """Write the first values of a list out, and how many more there are."""
-    shown = ", ".join(map(str, values[:most]))
-    return shown if len(values) <= most else f"{shown} and {len(values) - most} more"
+def shorten(values: Sequence[Any], limit: int = 8) -> str:
+    """Format the first values of a list, and how many more there are."""
+    text = ", ".join(map(str, values[:limit]))
+    return text if len(values) <= limit else f"{text} and {len(values) - limit} more"

@@ -1,10 +1,10 @@
-"""Parts of a kernel: which parameters, in which role, with which weight.
+"""Parts of a kernel: sets of parameters, the roles they are taken in, and their weights.
 
 The kernel is additive over any partition of the parameters. Built-in parts, for a head W that may
 be tied to the embedding (J_out its output role, J_in its input role):
 
     head = output + bias          J_out J_outᵀ, and I_V from a bias           (R)
-    body                          all parameters as the features read them    (G)
+    body                          all parameters in the features' role        (G)
     input                         the share of the body that is J_in J_inᵀ
     cross = output_input + input_output      J_out J_inᵀ + J_in J_outᵀ
     full = head + body + cross
@@ -14,40 +14,29 @@ A named group is a set of parameters in all their roles, so the groups of a list
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ntkrl import trees
-from ntkrl.ntk.network import Network, as_network
+from ntkrl.ntk.network import Leaves, Network, as_network
 from ntkrl.types import Array, Params, Policy
 
-PARTS = ("head", "body", "cross", "full", "output", "input", "output_input", "input_output")
 CLASSIFIER = "classifier"
+Weights = tuple[Array, ...] | None
+"""A factor per leaf, broadcastable to it: the diagonal of P in J P Jᵀ; None for ones."""
 
 
 class Roles(NamedTuple):
-    """Which terms a part is made of; static in compiled programs."""
+    """The terms that a part consists of; static in compiled programs."""
 
     output: bool = False
     bias: bool = False
     body: bool = False
     output_input: bool = False
     input_output: bool = False
-
-
-class Part(NamedTuple):
-    """A part that was asked for.
-
-    roles: its terms.
-    weights: per leaf of the params a factor that broadcasts to it (the diagonal of P in J P Jᵀ,
-        zero outside a group), or None for ones everywhere.
-    """
-
-    roles: Roles
-    weights: tuple[Array, ...] | None
 
 
 BUILT_IN = {
@@ -60,6 +49,7 @@ BUILT_IN = {
     "output_input": Roles(output_input=True),
     "input_output": Roles(input_output=True),
 }
+PARTS = tuple(BUILT_IN)
 
 
 def by_layer(model: Policy | Network, params: Params) -> trees.Patterns:
@@ -76,41 +66,42 @@ def by_layer(model: Policy | Network, params: Params) -> trees.Patterns:
     True
     """
     network, groups = as_network(model), {}
-    for spellings in _spelled(network, params):
-        name = spellings[0]
-        prefix = next((p for p in network.stacked if name.startswith(f"{p}/")), None)
+    for name, *_ in _spellings(network, params):
+        prefix = _stack(network, name)
         if prefix is None:
             top = name.split("/")[0]
-            groups[f"{_escaped(top)}(/.*)?"] = CLASSIFIER if top in PARTS else top
+            groups[f"{_escape(top)}(/.*)?"] = CLASSIFIER if top in PARTS else top
         else:
             layer = name[len(prefix) + 1 :].split("/")[0]
-            groups[f"{_escaped(prefix)}/{layer}/.*"] = f"layer {layer}"
+            groups[f"{_escape(prefix)}/{layer}/.*"] = f"layer {layer}"
     return tuple(groups.items())
 
 
 def by_module(model: Policy | Network, params: Params) -> trees.Patterns:
     """Return one group per module type, such as `attention/qkv`, all layers together."""
     network, groups = as_network(model), {}
-    for spellings in _spelled(network, params):
-        plain = spellings[-1]
-        prefix = next((f"{p}/" for p in network.stacked if plain.startswith(f"{p}/")), "")
-        leaf = plain[len(prefix) :]
+    for name in trees.names(params):
+        prefix = _stack(network, name)
+        prefix = "" if prefix is None else f"{prefix}/"
+        leaf = name[len(prefix) :]
         module = leaf.rpartition("/")[0] if "/" in leaf else leaf
-        name = CLASSIFIER if module in PARTS else module
-        groups[f"{_escaped(prefix + module)}(/[^/]*)?"] = name
+        group = CLASSIFIER if module in PARTS else module
+        groups[f"{_escape(prefix + module)}(/[^/]*)?"] = group
     return tuple(groups.items())
 
 
-def check_groups(groups: trees.Patterns, network: Network, params: Params) -> dict[str, list[int]]:
-    """Return `{group: indices into the spelled names}` of a list that covers the params.
+def check_groups(
+    groups: trees.Patterns, network: Network, params: Params
+) -> dict[str, frozenset[int]]:
+    """Return `{group: indices of its spelled names}` of a list that covers the params.
 
     Raises:
-      ValueError: a name that is built in, or what `trees.match` raises.
+      ValueError: a built-in name, or the errors of `trees.match`.
     """
-    taken = sorted({name for _, name in groups} & set(PARTS))
-    if taken:
+    conflicts = sorted({name for _, name in groups} & set(PARTS))
+    if conflicts:
         raise ValueError(
-            f"groups: {', '.join(taken)} name built-in parts; call these groups otherwise."
+            f"groups: {', '.join(conflicts)} name built-in parts; rename these groups."
         )
     return _members(groups, network, params) if groups else {}
 
@@ -118,77 +109,82 @@ def check_groups(groups: trees.Patterns, network: Network, params: Params) -> di
 def group_weights(
     groups: trees.Patterns, network: Network, params: Params
 ) -> dict[str, tuple[Array, ...]]:
-    """Return per group one factor per leaf: 1 where the group holds the leaf (or layer), else 0.
+    """Return per group a factor per leaf: 1 where the group contains the leaf (or layer), else 0.
 
     Raises:
-      ValueError: what `trees.match` raises.
+      ValueError: the errors of `trees.match`.
     """
-    found = _members(groups, network, params)
-    return {name: _indicators(network, params, set(chosen)) for name, chosen in found.items()}
+    members = _members(groups, network, params)
+    return {name: _indicators(network, params, chosen) for name, chosen in members.items()}
 
 
 def resolve(
-    part: str,
+    name: str,
     network: Network,
     params: Params,
-    groups: dict[str, list[int]],
+    groups: Mapping[str, frozenset[int]],
     precondition: Params | None,
-) -> Part:
-    """Return the terms and weights of a part by name.
+) -> tuple[Roles, Weights]:
+    """Return the terms of a part, and the weights of the params' leaves in it.
 
     Raises:
       ValueError: the name is neither built in nor a group.
     """
-    if part not in PARTS and part not in groups:
+    if name not in PARTS and name not in groups:
         known = ", ".join([*PARTS, *groups])
         hint = "" if groups else "; kernel(..., groups=ntk.by_layer(policy, params)) adds groups"
-        raise ValueError(f"part {part!r} is unknown; known are {known}{hint}.")
-    roles, weights = Roles(True, True, True, True, True), None
-    names = trees.names(params)
-    if part in groups:
-        weights = _indicators(network, params, set(groups[part]))
-        holds = {name: bool(w.any()) for name, w in zip(names, weights, strict=True)}
-        tied = holds[network.head.weight]
-        bias = network.head.bias is not None and holds[network.head.bias]
-        roles = Roles(tied, bias, True, tied, tied)
+        raise ValueError(f"part {name!r} is unknown; known are {known}{hint}.")
+    weights: Weights = None
+    names, head = trees.names(params), network.head
+    if name in groups:
+        weights = _indicators(network, params, groups[name])
+        included = {leaf: bool(w.any()) for leaf, w in zip(names, weights, strict=True)}
+        tied = included[head.weight]
+        roles = Roles(tied, head.bias is not None and included[head.bias], True, tied, tied)
     else:
-        roles = BUILT_IN[part]
-        if part == "input":
-            weights = tuple(jnp.asarray(float(name == network.head.weight)) for name in names)
+        roles = BUILT_IN[name]
+        roles = roles._replace(bias=roles.bias and head.bias is not None)
+        if name == "input":
+            weights = tuple(jnp.asarray(float(leaf == head.weight)) for leaf in names)
     if precondition is not None:
         leaves = jax.tree.leaves(precondition)
         if weights is not None:
             leaves = [p * w for p, w in zip(leaves, weights, strict=True)]
         weights = tuple(leaves)
-    return Part(roles, weights)
+    return roles, weights
 
 
-def _members(groups: trees.Patterns, network: Network, params: Params) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    labels = trees.match_names(groups, _spelled(network, params), "groups")
-    for index, label in enumerate(labels):
-        found.setdefault(label, []).append(index)
-    return found
+def _members(groups: trees.Patterns, network: Network, params: Params) -> dict[str, frozenset[int]]:
+    labels = trees.match_names(groups, _spellings(network, params), "groups")
+    return {
+        label: frozenset(index for index, other in enumerate(labels) if other == label)
+        for label in dict.fromkeys(labels)
+    }
 
 
-def _spelled(network: Network, params: Params) -> list[tuple[str, ...]]:
+def _stack(network: Network, name: str) -> str | None:
+    """Return the prefix of a parameter that is stacked by layer, or None."""
+    return next((prefix for prefix in network.stacked if name.startswith(f"{prefix}/")), None)
+
+
+def _spellings(network: Network, params: Params) -> list[tuple[str, ...]]:
     """Return the names of all parameters, one per layer of a stacked leaf, plain name last."""
-    found = []
+    spellings: list[tuple[str, ...]] = []
     for name, leaf in trees.named_leaves(params).items():
-        prefix = next((p for p in network.stacked if name.startswith(f"{p}/")), None)
+        prefix = _stack(network, name)
         if prefix is None:
-            found.append((name,))
-            continue
-        rest = name[len(prefix) + 1 :]
-        found += [(f"{prefix}/{layer}/{rest}", name) for layer in range(leaf.shape[0])]
-    return found
+            spellings.append((name,))
+        else:
+            suffix = name[len(prefix) + 1 :]
+            spellings += [(f"{prefix}/{i}/{suffix}", name) for i in range(leaf.shape[0])]
+    return spellings
 
 
-def _indicators(network: Network, params: Params, chosen: set[int]) -> tuple[Array, ...]:
+def _indicators(network: Network, params: Params, chosen: frozenset[int]) -> tuple[Array, ...]:
     """Return 1 for chosen names and 0 for others, `[L, 1, …]` for stacked leaves."""
     weights, index = [], 0
     for name, leaf in trees.named_leaves(params).items():
-        stacked = any(name.startswith(f"{prefix}/") for prefix in network.stacked)
+        stacked = _stack(network, name) is not None
         count = leaf.shape[0] if stacked else 1
         flags = jnp.asarray([float(index + i in chosen) for i in range(count)])
         weights.append(flags.reshape(-1, *(1,) * (leaf.ndim - 1)) if stacked else flags[0])
@@ -196,40 +192,38 @@ def _indicators(network: Network, params: Params, chosen: set[int]) -> tuple[Arr
     return tuple(weights)
 
 
-def _escaped(name: str) -> str:
-    # names hold word characters and slashes; a dot or a bracket is meant as itself
+def _escape(name: str) -> str:
+    # names consist of word characters and slashes; dots and brackets are literal
     return "".join(c if c.isalnum() or c in "_/" else f"\\{c}" for c in name)
 
 
-def checked_precondition(precondition: Params, params: Params) -> Params:
-    """Return a preconditioner that fits, or say what does not.
+def check_precondition(precondition: Params, params: Params) -> None:
+    """Check that a preconditioner has the structure and shapes of the params.
 
     Raises:
-      ValueError: another structure or other shapes than the params.
+      ValueError: another structure or other shapes.
     """
-    same = jax.tree.structure(params) == jax.tree.structure(precondition)
-    shapes = (
-        []
-        if not same
-        else [
-            name
-            for (name, leaf), p in zip(
-                trees.named_leaves(params).items(), jax.tree.leaves(precondition), strict=True
-            )
-            if jnp.shape(p) != leaf.shape
-        ]
-    )
+    same, shapes = jax.tree.structure(params) == jax.tree.structure(precondition), []
+    if same:
+        pairs = zip(trees.named_leaves(params).items(), jax.tree.leaves(precondition), strict=True)
+        shapes = [name for (name, leaf), p in pairs if jnp.shape(p) != leaf.shape]
     if not same or shapes:
-        where = f" (see {', '.join(shapes[:4])})" if shapes else ""
+        names = f" (see {', '.join(shapes[:4])})" if shapes else ""
         raise ValueError(
-            f"precondition must have the structure and the shapes of params{where}: one "
+            f"precondition must have the structure and the shapes of params{names}: one "
             "non-negative number per parameter, such as 1 / (sqrt(nu) + eps) of Adam."
         )
-    return precondition
 
 
-def leaf_weights(weights: Sequence[Array] | None, used: Sequence[bool]) -> tuple[Array, ...] | None:
+def used_weights(weights: Weights, used: Sequence[bool]) -> Weights:
     """Return the weights of the used leaves."""
     if weights is None:
         return None
-    return tuple(weight for weight, keep in zip(weights, used, strict=True) if keep)
+    return tuple(weight for weight, is_used in zip(weights, used, strict=True) if is_used)
+
+
+def scale_leaves(leaves: Leaves, weights: Weights) -> Leaves:
+    """Multiply leaves by their weights."""
+    if weights is None:
+        return leaves
+    return [(leaf * w).astype(leaf.dtype) for leaf, w in zip(leaves, weights, strict=True)]

@@ -1,48 +1,84 @@
-"""The state shared by all forms of a kernel: contexts, parts, Γ by the chosen algorithm."""
+"""The checked inputs of a kernel, its parts as arrays, and Γ by the chosen algorithm."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ntkrl import trees
-from ntkrl.ntk import estimates, heads, parts
-from ntkrl.ntk.body import Body, make_body
+from ntkrl.ntk import parts
 from ntkrl.ntk.contexts import Contexts, GroupedContexts, group_by_sequence
-from ntkrl.ntk.directions import Directions, directions
-from ntkrl.ntk.forms import Operands
-from ntkrl.ntk.network import Network
+from ntkrl.ntk.estimates import ALGORITHMS, Estimate, choose, estimate_algorithms
+from ntkrl.ntk.forms import HeadInputs, Operands, head_inputs, head_weights
+from ntkrl.ntk.gram import GramInputs, arrange, jacobian, jvp_vjp
+from ntkrl.ntk.layerwise import layerwise
+from ntkrl.ntk.network import FeatureFunction, Network
 from ntkrl.numerics import GIB
 from ntkrl.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class KernelOptions:
+    """Options of `ntkrl.ntk.kernel`.
+
+    groups: ordered `(pattern, name)` list that covers the parameters, for instance
+        `ntk.by_layer(model, params)`; each name is then a part. A stacked leaf is spelled once per
+        layer (`layers/3/mlp/up/kernel`) or for all layers at once (`layers/mlp/up/kernel`).
+    precondition: tree like params, the diagonal P of J P Jᵀ (for Adam 1 / (√ν + ε)).
+    algorithm: contraction of the feature Jacobians: "jvp_vjp", "jacobian" or "layerwise"; "auto"
+        for the cheapest of them by their estimates; "dense" for the brute-force oracle, V
+        Jacobian rows per context.
+    forward_mode: False for networks without forward-mode derivatives (fused attention): every JVP
+        becomes a VJP of a VJP.
+    memory_gib: memory a call may use beyond the params (GiB, all devices together); chunks are
+        chosen to fit, and larger results are refused.
+    """
+
+    groups: trees.Patterns = ()
+    precondition: Params | None = None
+    algorithm: str = "auto"
+    forward_mode: bool = True
+    memory_gib: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ("auto", *ALGORITHMS, "dense"):
+            known = ", ".join(("auto", *ALGORITHMS, "dense"))
+            raise ValueError(f"algorithm {self.algorithm!r} is unknown; known are {known}.")
+        if not self.memory_gib > 0:
+            raise ValueError(f"memory_gib must be positive, not {self.memory_gib}.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """A network read at observed and updated contexts.
+    """A network at observed and updated contexts.
 
     network, params, observed, updated: checked arguments of `ntkrl.ntk.kernel`.
-    groups: `{name: indices of spelled parameter names}`.
-    precondition: the diagonal P as a tree like params, or None.
-    algorithm, forward_mode: as given.
-    budget: bytes a call may use beyond the params.
-    symmetric: whether updated is observed.
+    features: the features as a function of the leaves they depend on.
+    groups: `{name: indices of its spelled parameter names}`.
+    options: the KernelOptions.
     """
 
     network: Network
     params: Params
     observed: Contexts
     updated: Contexts
-    groups: Mapping[str, list[int]]
-    precondition: Params | None
-    algorithm: str
-    forward_mode: bool
-    budget: int
-    symmetric: bool
+    features: FeatureFunction
+    groups: Mapping[str, frozenset[int]]
+    options: KernelOptions
+
+    @property
+    def budget(self) -> int:
+        """Bytes a call may use beyond the params."""
+        return int(self.options.memory_gib * GIB)
+
+    @property
+    def symmetric(self) -> bool:
+        """True where observed and updated contexts are the same."""
+        return self.updated is self.observed
 
     @property
     def vocab_size(self) -> int:
@@ -55,137 +91,113 @@ class Problem:
         return self.network.weight(self.params).shape[1]
 
     @property
-    def part_names(self) -> tuple[str, ...]:
-        """Every part that can be asked for."""
-        return (*parts.PARTS, *self.groups)
+    def capped(self) -> bool:
+        """True where the head has a soft-cap, so that slopes differ over the vocabulary."""
+        return self.network.head.soft_cap is not None
 
     @property
-    def leaf_names(self) -> list[str]:
-        """Names of the parameters, in leaf order."""
-        return trees.names(self.params)
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the head has a bias."""
-        return self.network.head.bias is not None
-
-    @functools.cached_property
     def tied(self) -> bool:
-        """Whether features depend on the head's matrix."""
-        return self.body_function.head_index is not None
+        """True where features depend on the head's matrix."""
+        return self.features.head_index is not None
 
     @functools.cached_property
-    def body_function(self) -> Body:
-        """The features as a function of the leaves they depend on."""
-        return make_body(self.network, self.params, self.observed.tokens, self.observed.mask)
-
-    @property
-    def tied_body(self) -> Body:
-        """The features as a function of the tied matrix alone."""
-        return self.body_function.only_head()
-
-    @functools.cached_property
-    def readings(self) -> tuple[heads.Reading, heads.Reading]:
+    def head_inputs(self) -> tuple[HeadInputs, HeadInputs]:
         """Features and slopes of both sides."""
-        left = heads.reading(self.network, self.params, self.observed)
+        left = head_inputs(self.network, self.params, self.observed)
         if self.symmetric:
             return left, left
-        return left, heads.reading(self.network, self.params, self.updated)
+        return left, head_inputs(self.network, self.params, self.updated)
 
-    def part(self, name: str) -> parts.Part:
-        """Resolve a part by name.
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of results."""
+        return self.head_inputs[0].features.dtype
+
+    def part(self, name: str) -> tuple[parts.Roles, parts.Weights]:
+        """Return the terms of a part, and the weights of the params' leaves.
 
         Raises:
-          ValueError: it is unknown.
+          ValueError: an unknown name.
         """
-        found = parts.resolve(name, self.network, self.params, self.groups, self.precondition)
-        if self.tied:
-            return found
-        roles = found.roles._replace(output_input=False, input_output=False)
-        return found._replace(roles=roles._replace(body=roles.body and name != "input"))
+        roles, weights = parts.resolve(
+            name, self.network, self.params, self.groups, self.options.precondition
+        )
+        if not self.tied:
+            body = roles.body and name != "input"
+            roles = roles._replace(body=body, output_input=False, input_output=False)
+        return roles, weights
 
-    def roles(self, part: str) -> parts.Roles:
-        """Return the terms of a part."""
-        return self.part(part).roles
-
-    def operands(self, part: str) -> Operands:
-        """Return the arrays of a part."""
-        weights = self.part(part).weights
-        head = heads.head_weights(self.network, self.params, weights)
-        arrays = (self.params, self.observed, self.updated, *self.readings)
-        return Operands(*arrays, weights, head)
-
-    def sides(
-        self, left: Array | None, right: Array | None, summed: bool = False
-    ) -> tuple[Directions, Directions | None]:
-        """Arrange directions `[O, B, D]` and `[U, B, D]` (None: unit vectors) by sequence."""
-        here, there = self._grouped
-        one = directions(here, left, self.feature_size, summed)
-        if self.symmetric and left is right:
-            return one, None
-        return one, directions(there, right, self.feature_size, summed)
+    def operands(self, part: str) -> tuple[parts.Roles, Operands]:
+        """Return the terms and the arrays of a part."""
+        roles, weights = self.part(part)
+        head = head_weights(self.network, self.params, weights)
+        left, right = self.head_inputs
+        operands = Operands(self.params, self.observed, self.updated, left, right, weights, head)
+        return roles, operands
 
     @functools.cached_property
     def _grouped(self) -> tuple[GroupedContexts, GroupedContexts]:
-        here = group_by_sequence(self.observed)
-        return here, here if self.symmetric else group_by_sequence(self.updated)
+        left = group_by_sequence(self.observed)
+        return left, left if self.symmetric else group_by_sequence(self.updated)
 
-    def estimates_of(
-        self, part: str, here: Directions, there: Directions | None, chunk: int | None
-    ) -> dict[str, estimates.Estimate]:
-        """Return the Estimate of every algorithm to Γ of a part."""
+    def gram_inputs(
+        self, part: str, left: Array | None = None, right: Array | None = None, summed: bool = False
+    ) -> GramInputs:
+        """Return the inputs of Γ for directions `[O, B, D]` and `[U, B, D]`.
+
+        Args:
+          part: a part or group.
+          left, right: directions; None for unit vectors, the same object for a symmetric Γ.
+          summed: sum over the contexts of each sequence.
+        """
+        observed = arrange(self._grouped[0], left, self.feature_size, summed)
+        updated = None
+        if not self.symmetric or left is not right:
+            updated = arrange(self._grouped[1], right, self.feature_size, summed)
+        weights = parts.used_weights(self.part(part)[1], self.features.used)
+        return GramInputs(self.params, observed, updated, weights)
+
+    def estimates(self, inputs: GramInputs, chunk: int | None = None) -> dict[str, Estimate]:
+        """Return the Estimate of every algorithm that applies to Γ.
+
+        Raises:
+          ValueError: a chunk below 1.
+        """
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {chunk}.")
-        weights = parts.leaf_weights(self.part(part).weights, self.body_function.used)
-        arguments = (self.body_function, self.params, here, there, weights)
-        return estimates.estimates(*arguments, self.budget, chunk)
+        return estimate_algorithms(self.features, inputs, self.budget, chunk)
 
-    def flat_gram(
-        self, part: str, here: Directions, there: Directions | None, chunk: int | None = None
-    ) -> Array:
-        """Return Γ `[S_o·A_o, S_u·A_u]` of a part by the chosen algorithm."""
-        found = self.estimates_of(part, here, there, chunk)
-        chosen = estimates.choose(found, self.algorithm, self.budget)
-        weights = parts.leaf_weights(self.part(part).weights, self.body_function.used)
-        arrays = (self.params, here, there, weights)
-        settings = (chosen.algorithm, chosen.chunk, self.forward_mode)
-        return estimates.gram(self.body_function, *arrays, *settings)
+    def estimate(self, inputs: GramInputs, chunk: int | None) -> Estimate:
+        """Return the Estimate of the chosen algorithm."""
+        return choose(self.estimates(inputs, chunk), self.options.algorithm, self.budget)
 
-    def gram(self, part: str, left: Array | None, right: Array | None, chunk: int | None) -> Array:
-        """Return Γ of directions of contexts: `[O, B_o, U, B_u]`."""
-        here, there = self.sides(left, right)
-        flat = self.flat_gram(part, here, there, chunk)
-        other = here if there is None else there
-        shape = (-1, here.per_position, other.sequences * other.positions.shape[1])
+    def gram(self, inputs: GramInputs, chunk: int | None) -> Array:
+        """Return Γ: `[O, B_o, U, B_u]`, or `[N_o, N_u]` of summed directions."""
+        estimate = self.estimate(inputs, chunk)
+        if estimate.algorithm == "jvp_vjp":
+            flat = jvp_vjp(self.features, inputs, estimate.chunk, self.options.forward_mode)
+        elif estimate.algorithm == "jacobian":
+            flat = jacobian(self.features, inputs, estimate.chunk)
+        else:
+            flat = layerwise(self.features, inputs, estimate.chunk)
+        rows, columns = inputs.observed, inputs.columns
+        if rows.summed:
+            return flat
+        contexts = columns.sequences * columns.positions.shape[1]
+        shape = (-1, rows.per_position, contexts, columns.per_position)
         slots_o, slots_u = (side.slots for side in self._grouped)
-        return flat.reshape(*shape, other.per_position)[slots_o][:, :, slots_u]
+        return flat.reshape(shape)[slots_o][:, :, slots_u]
 
-    def scalar_gram(
-        self, part: str, left: Array, right: Array, summed: bool, chunk: int | None
-    ) -> Array:
-        """Return Γ of one direction `[O, D]` per context: `[O, U]`, by sequence when summed."""
-        right_UBD = right[:, None]
-        left_OBD = right_UBD if left is right else left[:, None]
-        if not summed:
-            return self.gram(part, left_OBD, right_UBD, chunk)[:, 0, :, 0]
-        here, there = self.sides(left_OBD, right_UBD, summed=True)
-        return self.flat_gram(part, here, there, chunk)
-
-    def by_sequence(self, values: Array) -> Array:
+    def sum_sequences(self, values: Array) -> Array:
         """Sum `[O, U]` over the contexts of each pair of sequences."""
-        here, there = self._grouped
-        for axis, side in enumerate((here, there)):
+        for axis, side in enumerate(self._grouped):
             sequence = side.slots // side.positions.shape[1]
             moved = jnp.moveaxis(values, axis, 0)
             summed = jax.ops.segment_sum(moved, sequence, side.positions.shape[0])
             values = jnp.moveaxis(summed, 0, axis)
         return values
 
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        """Return zeros in the dtype of results."""
-        return jnp.zeros(shape, self.readings[0].features.dtype)
-
-    def cotangents(self, array: Array, count: int, name: str) -> Array:
+    def check_cotangents(self, array: Array, count: int, name: str) -> Array:
         """Return an array of shape `[count, V]` in the dtype of results.
 
         Raises:
@@ -196,38 +208,19 @@ class Problem:
             raise ValueError(f"{name} must have shape {expected}, not {array.shape}.")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, not {array.dtype}.")
-        return array.astype(self.readings[0].features.dtype)
+        return array.astype(self.dtype)
 
-    def afford(self, numbers: int, what: str, instead: str) -> None:
-        """Refuse results above the memory budget.
+    def check_size(self, shape: tuple[int, ...], call: str, instead: str) -> None:
+        """Check that a result fits the memory budget.
 
         Raises:
-          ValueError: it would not fit.
+          ValueError: it does not.
         """
-        size = numbers * self.readings[0].features.dtype.itemsize
+        size = self.dtype.itemsize
+        for length in shape:
+            size *= length
         if size > self.budget:
             raise ValueError(
-                f"{what} would be {size / GIB:.3g} GiB, above memory_gib="
-                f"{self.budget / GIB:.3g}; ask for {instead}, or raise memory_gib."
+                f"{call} would be {size / GIB:.3g} GiB, above memory_gib="
+                f"{self.budget / GIB:.3g}; use {instead}, or raise memory_gib."
             )
-
-
-def vocabulary_indices(chosen: Sequence[int] | Array | None, vocab: int, name: str) -> Array:
-    """Return token ids as an array; None for all.
-
-    Raises:
-      ValueError: no list of integers, or ids outside the vocabulary.
-    """
-    if chosen is None:
-        return jnp.arange(vocab)
-    indices = np.asarray(chosen)
-    if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(
-            f"{name} must be a list of token ids, not {indices.dtype} {indices.shape}."
-        )
-    if indices.size and (indices.min() < 0 or indices.max() >= vocab):
-        raise ValueError(
-            f"{name} holds ids from {indices.min()} to {indices.max()}; the vocabulary is "
-            f"[0, {vocab})."
-        )
-    return jnp.asarray(indices)

@@ -1,19 +1,77 @@
-"""A kernel as one (O·V) × (O·V) matrix: Frobenius norm, alignment, CKA."""
+"""A kernel as one (O·V) × (O·V) matrix that is never formed: factors, norms, alignment, eigenpairs.
+
+Where a part is H ⊗ I + W M Wᵀ (plain heads, R + G) all follow from H, M and W: outside the range
+of W the matrix is H ⊗ I, so each eigenvalue of H has multiplicity V − D there; inside, it is a
+problem of O·D numbers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
+from scipy.sparse.linalg import LinearOperator, eigsh
 
-from ntkrl.ntk.heads import inner_products, is_scalar
+from ntkrl.ntk.forms import inner_products
 from ntkrl.ntk.kernel import Kernel
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array
 
+EigenPairs = tuple[np.ndarray, np.ndarray]
+"""Values `[n]`, largest first, and vectors `[size, n]`."""
+
+MISSED = 1e-3
+"""Eigenvalues above the last one by more than this, relative, are searched for again."""
+
+
+class Factored(NamedTuple):
+    """K(o, u) = diag(left_o) (head[o, u] I + weight M[o, u] weightᵀ) diag(right_u).
+
+    head: `[O, U]`.
+    body: M `[O, U, D, D]`.
+    weight: `[V, D]`, W times the head's scale.
+    left, right: `[O, V]` and `[U, V]` derivatives of the cap, or None without a cap.
+    """
+
+    head: Array
+    body: Array
+    weight: Array
+    left: Array | None
+    right: Array | None
+
+
+def factored(kernel: Kernel, part: str = "full") -> Factored:
+    """Return the factors of a part for every pair of contexts.
+
+    Raises:
+      ValueError: the cross terms of a tied head, or a preconditioned head, do not factor.
+    """
+    problem = kernel.problem
+    roles, operands = problem.operands(part)
+    if roles.output_input or roles.input_output or not operands.head.scalar:
+        raise ValueError(
+            f"part {part!r} does not factor (a tied or preconditioned head); take 'head' and "
+            "'body' of a tied head, or dense()."
+        )
+    scale = problem.network.head.scale
+    head_OU = scale**2 * inner_products(operands, roles)
+    width = problem.feature_size
+    if roles.body:
+        body = kernel.body(part)
+    else:
+        body = jnp.zeros((*head_OU.shape, width, width), head_OU.dtype)
+    weight_VD = scale * at_least_float32(problem.network.weight(problem.params))
+    if not problem.capped:
+        return Factored(head_OU, body, weight_VD, None, None)
+    left, right = operands.left.slopes / scale, operands.right.slopes / scale
+    return Factored(head_OU, body, weight_VD, left, right)
+
 
 def frobenius(kernel: Kernel, part: str = "full") -> Array:
     """Return ‖K‖_F = (Σ over contexts and vocabulary of K²)^½, a scalar."""
-    return jnp.sqrt(inner(kernel, kernel, part))
+    return jnp.sqrt(_inner(kernel, kernel, part, False))
 
 
 def alignment(first: Kernel, second: Kernel, part: str = "full") -> Array:
@@ -45,68 +103,51 @@ def cka(first: Kernel, second: Kernel, part: str = "full") -> Array:
 
     Source: Cortes et al. 2012; Kornblith et al. 1905.00414 (linear CKA).
     """
-    if min(first.observed.count, first.updated.count) < 2:
-        raise ValueError("cka needs at least two contexts on either side; take alignment.")
+    if min(first.problem.observed.count, first.problem.updated.count) < 2:
+        raise ValueError("cka needs at least two contexts on either side; use alignment.")
     return _cosine(first, second, part, True)
 
 
-def inner(first: Kernel, second: Kernel, part: str = "full", centred: bool = False) -> Array:
-    """Return ⟨K₁, K₂⟩_F, a scalar.
+def _cosine(first: Kernel, second: Kernel, part: str, centred: bool) -> Array:
+    product = _inner(first, second, part, centred)
+    squares = [_inner(kernel, kernel, part, centred) for kernel in (first, second)]
+    return product / jnp.sqrt(squares[0] * squares[1])
 
-    Plain heads need the D×D factors alone:
-    ⟨G₁, G₂⟩ = ⟨M₁, C M₂ Cᵀ⟩ with C = W₁ᵀW₂. Capped, tied and preconditioned ones go through dense
-    rows, as many at a time as memory allows.
 
-    Args:
-      first, second, part: as in `alignment`.
-      centred: centre both over contexts first, as in `cka`.
-
-    Raises:
-      ValueError: different numbers of contexts or vocabularies.
-    """
-    sizes = [(k.observed.count, k.updated.count, k.vocab_size) for k in (first, second)]
-    if sizes[0] != sizes[1]:
+def _inner(first: Kernel, second: Kernel, part: str, centred: bool) -> Array:
+    """Return ⟨K₁, K₂⟩_F; from D×D factors, ⟨G₁, G₂⟩ = ⟨M₁, C M₂ Cᵀ⟩ with C = W₁ᵀW₂, or by rows."""
+    shapes = [
+        (k.problem.observed.count, k.problem.updated.count, k.problem.vocab_size)
+        for k in (first, second)
+    ]
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"kernels differ in contexts or vocabulary: (O, U, V) is {sizes[0]} and {sizes[1]}."
+            f"kernels differ in contexts or vocabulary: (O, U, V) is {shapes[0]} and {shapes[1]}."
         )
-    if not (factors(first, part) and factors(second, part)):
+    if not (_is_factored(first, part) and _is_factored(second, part)):
         return _inner_of_rows(first, second, part, centred)
-    head_1, body_1, weight_1 = found = pieces(first, part, centred)
-    head_2, body_2, weight_2 = found if second is first else pieces(second, part, centred)
+    head_1, body_1, weight_1 = factors = _factors(first, part, centred)
+    head_2, body_2, weight_2 = factors if second is first else _factors(second, part, centred)
     across_DE = einsum("vd,ve->de", weight_1, weight_2)
     gram_1, gram_2 = (einsum("vd,ve->de", w, w) for w in (weight_1, weight_2))
     body = einsum("oude,df,oufg,eg->", body_1, across_DE, body_2, across_DE)
     mixed = einsum("ou,oude,de->", head_1, body_2, gram_2)
     mixed += einsum("ou,oude,de->", head_2, body_1, gram_1)
-    return body + mixed + first.vocab_size * jnp.sum(head_1 * head_2)
+    return body + mixed + first.problem.vocab_size * jnp.sum(head_1 * head_2)
 
 
-def _cosine(first: Kernel, second: Kernel, part: str, centred: bool) -> Array:
-    across = inner(first, second, part, centred)
-    own = [inner(kernel, kernel, part, centred) for kernel in (first, second)]
-    return across / jnp.sqrt(own[0] * own[1])
+def _is_factored(kernel: Kernel, part: str) -> bool:
+    """Test whether the part is a multiple of I plus W M Wᵀ."""
+    roles, operands = kernel.problem.operands(part)
+    crossed = roles.output_input or roles.input_output
+    return not kernel.problem.capped and operands.head.scalar and not crossed
 
 
-def factors(kernel: Kernel, part: str) -> bool:
-    """Whether the part is a multiple of I plus W M Wᵀ."""
-    plain = kernel.network.head.soft_cap is None
-    scalar = is_scalar(kernel.operands(part).head)
-    roles = kernel.roles(part)
-    return plain and scalar and not (roles.output_input or roles.input_output)
-
-
-def pieces(kernel: Kernel, part: str, centred: bool) -> tuple[Array, Array, Array]:
-    """Return H `[O, U]`, M `[O, U, D, D]` and the scaled W of a part that is H ⊗ I + W M Wᵀ."""
-    roles, operands = kernel.roles(part), kernel.operands(part)
-    scale = kernel.network.head.scale
-    head_OU = scale**2 * inner_products(
-        operands.left, operands.right, operands.head, roles, kernel.has_bias
-    )
-    width = kernel.feature_size
-    body_OUDD = kernel.body(part) if roles.body else kernel.zeros((*head_OU.shape, width, width))
+def _factors(kernel: Kernel, part: str, centred: bool) -> tuple[Array, Array, Array]:
+    head_OU, body_OUDD, weight_VD, _, _ = factored(kernel, part)
     if centred:
         head_OU, body_OUDD = _centre(head_OU), _centre(body_OUDD)
-    return head_OU, body_OUDD, scale * at_least_float32(kernel.network.weight(kernel.params))
+    return head_OU, body_OUDD, weight_VD
 
 
 def _centre(values: Array) -> Array:
@@ -115,9 +156,11 @@ def _centre(values: Array) -> Array:
 
 
 def _inner_of_rows(first: Kernel, second: Kernel, part: str, centred: bool) -> Array:
-    pairs, vocab = first.observed.count * first.updated.count, first.vocab_size
-    row_bytes = 2 * 8 * pairs * vocab
-    step = max(1, min(vocab, min(first.budget, second.budget) // row_bytes))
+    """Return ⟨K₁, K₂⟩_F from dense rows, as many at a time as memory allows."""
+    problem, vocab = first.problem, first.problem.vocab_size
+    row_bytes = 2 * 8 * problem.observed.count * problem.updated.count * vocab
+    budget = min(problem.budget, second.problem.budget)
+    step = max(1, min(vocab, budget // row_bytes))
     total = jnp.zeros(())
     for start in range(0, vocab, step):
         rows = np.arange(start, min(start + step, vocab))
@@ -126,3 +169,142 @@ def _inner_of_rows(first: Kernel, second: Kernel, part: str, centred: bool) -> A
             blocks = [_centre(block) for block in blocks]
         total += jnp.sum(blocks[0] * blocks[1])
     return total
+
+
+def eigenpairs(
+    kernel: Kernel, count: int = 8, part: str = "full", tolerance: float = 0.0, seed: int = 0
+) -> tuple[Array, Array]:
+    """Return the largest eigenvalues and their eigenvectors, by Lanczos on `apply`.
+
+    Each iteration is one VJP and one JVP. Implicitly restarted Lanczos is scipy's (ARPACK); vectors
+    of O·D numbers (O·V for capped, tied or preconditioned heads) pass through the host. Computed
+    pairs are deflated and the search is repeated until nothing above the last is left, so repeated
+    eigenvalues are returned with their multiplicity.
+
+    >>> kernel = ntk.kernel(policy, params, ntk.last_positions(tokens))
+    >>> values, vectors = ntk.eigenpairs(kernel, count=3)
+    >>> bool(values[0] >= values[1]), vectors.shape[:2]
+    (True, (3, 2))
+
+    Args:
+      kernel: a symmetric kernel (without `updated`).
+      count: number of eigenpairs, in [1, O·V).
+      part: a symmetric part: not "output_input" or "input_output".
+      tolerance: relative accuracy of the eigenvalues; 0 for machine precision.
+      seed: of the start vector.
+
+    Returns:
+      Values `[count]`, largest first, and vectors `[count, O, V]` of norm 1.
+
+    Raises:
+      ValueError: a kernel between different contexts, a part that is not symmetric, or `count` out
+        of range.
+    """
+    problem = kernel.problem
+    if not problem.symmetric:
+        raise ValueError("eigenpairs need ntk.kernel(model, params, observed) without updated.")
+    if part in ("output_input", "input_output"):
+        raise ValueError(f"part {part!r} is not symmetric; use 'cross', their sum.")
+    shape = (problem.observed.count, problem.vocab_size)
+    size = shape[0] * shape[1]
+    if not 1 <= count < size:
+        raise ValueError(f"count must be in [1, {size}) for {shape[0]} contexts, not {count}.")
+    rng = np.random.default_rng(seed)
+    if _is_factored(kernel, part):
+        values, vectors = _factored_pairs(kernel, part, count, tolerance, rng)
+    else:
+        product = lambda flat: _apply(kernel, flat.reshape(shape), part).ravel()  # noqa: E731
+        values, flat = _largest(product, size, count, tolerance, rng, problem.dtype)
+        vectors = flat.T.reshape(count, *shape)
+    return jnp.asarray(values), jnp.asarray(vectors)
+
+
+def _apply(kernel: Kernel, logits_OV: np.ndarray, part: str) -> np.ndarray:
+    return np.asarray(kernel.apply(jnp.asarray(logits_OV), part))
+
+
+def _factored_pairs(
+    kernel: Kernel, part: str, count: int, tolerance: float, rng: np.random.Generator
+) -> EigenPairs:
+    """Return the largest eigenpairs of H ⊗ I + W M Wᵀ, inside and outside the range of W."""
+    basis_VD, contexts = _head_range(kernel, part), kernel.problem.observed.count
+    width = basis_VD.shape[1]
+    inside = min(count, contexts * width)
+
+    def reduced(flat: np.ndarray) -> np.ndarray:
+        logits_OV = flat.reshape(contexts, width) @ basis_VD.T
+        return (_apply(kernel, logits_OV, part) @ basis_VD).ravel()
+
+    values, flat = _largest(reduced, contexts * width, inside, tolerance, rng, kernel.problem.dtype)
+    vectors = flat.T.reshape(inside, contexts, width) @ basis_VD.T
+    more = _outside(kernel, part, basis_VD, count, rng)
+    values, vectors = (np.concatenate(both) for both in zip((values, vectors), more, strict=True))
+    order = np.argsort(-values, kind="stable")[:count]
+    return values[order], vectors[order]
+
+
+def _head_range(kernel: Kernel, part: str) -> np.ndarray:
+    """Return an orthonormal basis `[V, ≤ D]` that spans W's range; empty without body."""
+    problem = kernel.problem
+    weight_VD = np.asarray(at_least_float32(problem.network.weight(problem.params)))
+    return np.linalg.qr(weight_VD if problem.part(part)[0].body else weight_VD[:, :0])[0]
+
+
+def _outside(
+    kernel: Kernel, part: str, basis_VD: np.ndarray, count: int, rng: np.random.Generator
+) -> EigenPairs:
+    """Return the eigenpairs of H ⊗ I outside the basis, `[n]` and `[n, O, V]`, n ≤ count."""
+    roles, operands = kernel.problem.operands(part)
+    scale = kernel.problem.network.head.scale
+    head_OO = np.asarray(scale**2 * inner_products(operands, roles))
+    values_O, vectors_OO = np.linalg.eigh(head_OO)
+    vocab, width = basis_VD.shape
+    copies = min(count, vocab - width)
+    if not copies:
+        return np.zeros(0, values_O.dtype), np.zeros((0, len(values_O), vocab), values_O.dtype)
+    free_VC = rng.normal(size=(vocab, copies)).astype(basis_VD.dtype)
+    for _ in range(2):  # a single pass is not orthogonal to rounding
+        free_VC = np.linalg.qr(free_VC - basis_VD @ (basis_VD.T @ free_VC))[0]
+    places = np.arange(min(count, copies * len(values_O)))
+    chosen = len(values_O) - 1 - places // copies
+    vectors = vectors_OO.T[chosen][:, :, None] * free_VC.T[places % copies][:, None, :]
+    return values_O[chosen], vectors
+
+
+def _largest(
+    product: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    count: int,
+    tolerance: float,
+    rng: np.random.Generator,
+    dtype: np.dtype,
+) -> EigenPairs:
+    """Return the largest eigenpairs of a symmetric operator."""
+    if count >= size - 1:  # more than Lanczos can
+        columns = [product(unit) for unit in np.eye(size, dtype=dtype)]
+        matrix = np.stack(columns, axis=1) if columns else np.zeros((0, 0), dtype)
+        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+        return values[::-1][:count], vectors[:, ::-1][:, :count]
+
+    def search(number: int, known: EigenPairs, accuracy: float) -> EigenPairs:
+        """Return eigenpairs of the operator with the known ones deflated."""
+        values, vectors = known
+        matrix = LinearOperator(
+            (size, size),
+            matvec=lambda x: product(x) - vectors @ (values * (vectors.T @ x.ravel())),
+            dtype=dtype,
+        )
+        start = rng.normal(size=size).astype(dtype)
+        largest, axes = eigsh(matrix, k=number, which="LA", tol=accuracy, v0=start)
+        return largest[::-1], axes[:, ::-1]
+
+    values, vectors = search(count, (np.zeros(0, dtype), np.zeros((size, 0), dtype)), tolerance)
+    while True:
+        # Lanczos from one start vector returns one copy of a repeated eigenvalue
+        missed = search(1, (values, vectors), MISSED)
+        if missed[0][0] <= values[-1] + MISSED * abs(values[-1]):
+            return values, vectors
+        missed = search(1, (values, vectors), tolerance)
+        order = np.argsort(-np.append(values, missed[0]), kind="stable")[:count]
+        values = np.append(values, missed[0])[order]
+        vectors = np.concatenate([vectors, missed[1]], axis=1)[:, order]

@@ -1,10 +1,10 @@
-"""Where a program uses its parameters: the plan of the layer-wise algorithm.
+"""Analysis of a traced network: the operations in which the layer-wise algorithm taps its leaves.
 
 A leaf that enters one matrix product (or one table lookup) is *tapped* there: its gradient is
 Σ_t x_t δ_tᵀ with x the other operand and δ the cotangent of the result, so that inner products of
-gradients are products of two small Gram matrices and the gradient itself is never built. Leaves of
-a scan over layers are tapped inside it, layer by layer. Every other leaf (biases, norms, anything
-used twice or in some other way) is differentiated as it is, which is exact as well.
+gradients are products of two small Gram matrices and the gradient itself is never formed. Leaves
+of a scan over layers are tapped inside it, layer by layer. Every other leaf (biases, norms, any
+leaf used twice or in another way) is differentiated directly, which is exact as well.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from ntkrl.jaxpr import Constant, Operation, TracedFunction, flatten, is_inexact, scan_counts
-from ntkrl.types import Array
+from ntkrl.ntk.gram import Directions
+from ntkrl.ntk.network import FeatureFunction, trace_features
+from ntkrl.ntk.parts import Weights
+from ntkrl.types import Array, Params
 
-# a gradient is the same up to order of entries after these, and up to nothing after the first two
+# these leave a gradient unchanged (EXACT), or unchanged up to the order of its entries
 EXACT = frozenset({"convert_element_type", "copy"})
 REORDERED = EXACT | {"transpose", "reshape", "squeeze", "expand_dims"}
 
 
 class Tap(NamedTuple):
-    """One use of a leaf whose gradient factors.
+    """The only use of a leaf whose gradient factors.
 
     leaf: index of the leaf.
-    operand: which operand of the step it is; for "dot" 0 or 1.
+    operand: its operand number in the operation; for "dot" 0 or 1.
     kind: "dot" or "gather".
     """
 
@@ -36,24 +39,24 @@ class Tap(NamedTuple):
     operand: int
     kind: str
 
-    def activation(self, step: Operation, operands: list[Any]) -> Array:
+    def activation(self, operation: Operation, operands: list[Any]) -> Array:
         """Return x `[t, i]` of a product, or the ids `[t]` of a lookup."""
         if self.kind == "gather":
             return operands[1].reshape(-1)
-        contracted = tuple(step.eqn.params["dimension_numbers"][0][1 - self.operand])
+        contracted = tuple(operation.eqn.params["dimension_numbers"][0][1 - self.operand])
         x = operands[1 - self.operand]
         free = tuple(axis for axis in range(x.ndim) if axis not in contracted)
         width = math.prod(x.shape[axis] for axis in contracted)
         return jnp.transpose(x, (*free, *contracted)).reshape(-1, width)
 
-    def delta(self, step: Operation, cotangent: Array) -> Array:
+    def delta(self, operation: Operation, cotangent: Array) -> Array:
         """Return δ `[A, t, f]` of cotangents `[A, *result]`."""
-        params, axes = step.eqn.params, range(1, cotangent.ndim)
+        params, axes = operation.eqn.params, range(1, cotangent.ndim)
         if self.kind == "gather":
             columns = tuple(axis + 1 for axis in params["dimension_numbers"].offset_dims)
         else:  # the result's axes are the free ones of operand 0, then those of operand 1
             contracted = params["dimension_numbers"][0][self.operand]
-            width = step.eqn.invars[self.operand].aval.ndim - len(contracted)
+            width = operation.eqn.invars[self.operand].aval.ndim - len(contracted)
             columns = tuple(axes[:width] if self.operand == 0 else axes[len(axes) - width :])
         rows = tuple(axis for axis in axes if axis not in columns)
         size = math.prod(cotangent.shape[axis] for axis in columns)
@@ -62,146 +65,150 @@ class Tap(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """How a program uses the leaves it owns.
+class TapPlan:
+    """The use a traced function makes of its leaves.
 
-    program: the program.
-    owned: `{slot: leaf}` slots that are leaves, or the same leaf in another shape or dtype.
-    aliases: steps (by index) that only make such slots.
-    taps: `{step: Tap}`.
-    scans: `{step: ScanPlan}` scans over layers that some leaf belongs to.
-    plain: leaves differentiated as they are.
+    traced: the function.
+    leaf_slots: `{slot: leaf}` slots of leaves, also in another shape or dtype.
+    aliases: operations (by index) that only produce such slots.
+    taps: `{operation: Tap}`.
+    scans: `{operation: ScanPlan}` scans over layers that some leaf belongs to.
+    direct: leaves that are differentiated directly.
     dependent: slots that depend on a leaf.
     """
 
-    program: TracedFunction
-    owned: dict[int, int]
+    traced: TracedFunction
+    leaf_slots: dict[int, int]
     aliases: frozenset[int]
     taps: dict[int, Tap]
     scans: dict[int, ScanPlan]
-    plain: frozenset[int]
+    direct: frozenset[int]
     dependent: frozenset[int]
 
     def signature(self) -> list[Any]:
-        """Describe which leaf is contracted how and in which order, to compare two plans."""
-        found: list[Any] = []
-        for run in self.segments():
-            for index in run:
+        """Return the taps in order, equal for plans that can be contracted with each other."""
+        entries: list[Any] = []
+        for segment in self.segments():
+            for index in segment:
                 if index in self.taps:
-                    found.append((len(found), self.taps[index]))
+                    entries.append((len(entries), self.taps[index]))
                 elif index in self.scans:
                     inner = self.scans[index].inner
-                    found.append((sorted(inner.taps.values()), sorted(inner.plain)))
-        return [*found, sorted(self.plain), len(self.segments())]
+                    entries.append((sorted(inner.taps.values()), sorted(inner.direct)))
+        return [*entries, sorted(self.direct), len(self.segments())]
 
     def segments(self) -> list[list[int]]:
-        """Return the steps in runs, each scan over layers a run of its own."""
-        runs: list[list[int]] = [[]]
-        for index, step in enumerate(self.program.operations):
-            if index in self.aliases and self.owned[step.outputs[0]] not in self.plain:
+        """Return the operations in segments, each scan over layers a segment of its own."""
+        segments: list[list[int]] = [[]]
+        for index, operation in enumerate(self.traced.operations):
+            if index in self.aliases and self.leaf_slots[operation.outputs[0]] not in self.direct:
                 continue
             if index in self.scans:
-                runs += [[index], []]
+                segments += [[index], []]
             else:
-                runs[-1].append(index)
-        return [run for run in runs if run]
+                segments[-1].append(index)
+        return [segment for segment in segments if segment]
 
 
 class ScanPlan(NamedTuple):
     """A scan over layers.
 
-    inner: Plan of its body; leaves keep their indices.
+    inner: TapPlan of its body; leaves keep their indices.
     sliced: `{operand: leaf}` operands of the scan that are leaves used nowhere else.
     """
 
-    inner: Plan
+    inner: TapPlan
     sliced: dict[int, int]
 
 
-def plan(
-    program: TracedFunction,
-    owned: dict[int, int],
-    may_tap: Callable[[int, bool], bool],
-    nested: bool = False,
-) -> Plan:
-    """Decide for every leaf how its gradients are contracted.
+MayTap = Callable[[int, bool], bool]
+"""`(leaf, inside a scan) -> bool`, whether its weight allows a tap."""
 
-    Args:
-      program: the traced features.
-      owned: `{slot: leaf}` inputs that are leaves.
-      may_tap: `(leaf, within a scan) -> bool`, whether its weight allows a tap.
-      nested: True inside a scan over layers, where scans are taken as they are.
-    """
-    slots = dict(owned)
-    exact = dict.fromkeys(owned, True)
-    aliases = set()
-    uses: dict[int, list[tuple[int, int]]] = {leaf: [] for leaf in owned.values()}
-    dependent = set(owned)
-    for index, step in enumerate(program.operations):
-        mine = [n for n, s in enumerate(step.inputs) if not isinstance(s, Constant) and s in slots]
-        if step.reads & dependent:
-            dependent |= {slot for slot in step.outputs if is_inexact(program.avals[slot])}
-        name = step.eqn.primitive.name
-        if mine and len(step.inputs) == 1 and name in REORDERED:
-            slots[step.outputs[0]] = slots[step.inputs[0]]
-            exact[step.outputs[0]] = exact[step.inputs[0]] and name in EXACT
+
+def plan_taps(
+    features: FeatureFunction, params: Params, side: Directions, weights: Weights
+) -> TapPlan:
+    """Return the TapPlan of one sequence of a side."""
+    leaves = features.leaves(params)
+    traced = trace_features(features.network, params, side.tokens, side.mask)
+    slots = [slot for slot, used in zip(traced.inputs, features.used, strict=False) if used]
+
+    def may_tap(leaf: int, sliced: bool) -> bool:
+        """Test whether the leaf's weight is a single number, or a number per layer."""
+        if weights is None or weights[leaf].size == 1:
+            return True
+        return sliced and weights[leaf].size == leaves[leaf].shape[0]
+
+    return _plan(traced, {slot: leaf for leaf, slot in enumerate(slots)}, may_tap, False)
+
+
+def _plan(traced: TracedFunction, inputs: dict[int, int], may_tap: MayTap, nested: bool) -> TapPlan:
+    """Choose for every leaf how its gradients are contracted; `nested` inside a scan of layers."""
+    slots, exact = dict(inputs), dict.fromkeys(inputs, True)
+    uses: dict[int, list[tuple[int, int]]] = {leaf: [] for leaf in inputs.values()}
+    aliases, dependent = set(), set(inputs)
+    for index, operation in enumerate(traced.operations):
+        operands = [n for n, slot in enumerate(operation.inputs) if is_among(slot, slots)]
+        if operation.reads & dependent:
+            dependent |= {slot for slot in operation.outputs if is_inexact(traced.avals[slot])}
+        if operands and len(operation.inputs) == 1 and operation.name in REORDERED:
+            (source,), alias = operation.inputs, operation.outputs[0]
+            slots[alias] = slots[source]
+            exact[alias] = exact[source] and operation.name in EXACT
             aliases.add(index)
             continue
-        for n in mine:
-            uses[slots[step.inputs[n]]].append((index, n))
+        for n in operands:
+            uses[slots[operation.inputs[n]]].append((index, n))
     taps: dict[int, Tap] = {}
     sliced: dict[int, dict[int, int]] = {}
-    returned = {slots[s] for s in program.outputs if not isinstance(s, Constant) and s in slots}
-    for leaf, found in uses.items():
-        if len(found) != 1 or leaf in returned:
+    returned = {slots[slot] for slot in traced.outputs if is_among(slot, slots)}
+    for leaf, places in uses.items():
+        if len(places) != 1 or leaf in returned:
             continue
-        ((index, operand),) = found
-        step = program.operations[index]
-        whole = exact[step.inputs[operand]]
-        if _is_slice(step, operand) and whole and not nested:
+        ((index, operand),) = places
+        operation = traced.operations[index]
+        unchanged = exact[operation.inputs[operand]]
+        if _is_sliced(operation, operand) and unchanged and not nested:
             sliced.setdefault(index, {})[operand] = leaf
-        elif may_tap(leaf, nested) and (kind := _kind(step, operand, whole, slots)):
+        elif may_tap(leaf, nested) and (kind := _kind(operation, operand, unchanged, slots)):
             taps[index] = Tap(leaf, operand, kind)
-    held = {tap.leaf for tap in taps.values()} | {v for o in sliced.values() for v in o.values()}
-    return Plan(
-        program,
+    scans = {}
+    for index, leaves in sliced.items():
+        body = flatten(traced.operations[index].eqn.params["jaxpr"])
+        inner = {body.inputs[operand]: leaf for operand, leaf in leaves.items()}
+        scans[index] = ScanPlan(_plan(body, inner, may_tap, True), leaves)
+    planned = {tap.leaf for tap in taps.values()}
+    planned |= {leaf for leaves in sliced.values() for leaf in leaves.values()}
+    return TapPlan(
+        traced,
         slots,
         frozenset(aliases),
         taps,
-        {
-            index: _scan_plan(program.operations[index], leaves, may_tap)
-            for index, leaves in sliced.items()
-        },
-        frozenset(uses) - held,
+        scans,
+        frozenset(uses) - planned,
         frozenset(dependent),
     )
 
 
-def _scan_plan(
-    step: Operation, leaves: dict[int, int], may_tap: Callable[[int, bool], bool]
-) -> ScanPlan:
-    inner = flatten(step.eqn.params["jaxpr"])
-    owned = {inner.inputs[operand]: leaf for operand, leaf in leaves.items()}
-    return ScanPlan(plan(inner, owned, may_tap, nested=True), leaves)
+def is_among(operand: int | Constant, slots: Any) -> bool:
+    """Test whether an operand is one of some slots."""
+    return not isinstance(operand, Constant) and operand in slots
 
 
-def _is_slice(step: Operation, operand: int) -> bool:
-    if step.eqn.primitive.name != "scan":
-        return False
-    return operand >= sum(scan_counts(step))
+def _is_sliced(operation: Operation, operand: int) -> bool:
+    return operation.name == "scan" and operand >= sum(scan_counts(operation))
 
 
-def _kind(step: Operation, operand: int, whole: bool, slots: dict[int, int]) -> str | None:
-    """Return how the step uses a leaf, None where its gradient does not factor."""
-    name, params = step.eqn.primitive.name, step.eqn.params
-    if name == "dot_general":
-        other = step.inputs[1 - operand]
-        mixed = not isinstance(other, Constant) and other in slots
+def _kind(operation: Operation, operand: int, unchanged: bool, slots: Any) -> str | None:
+    """Return the kind of Tap, None where the leaf's gradient does not factor."""
+    params = operation.eqn.params
+    if operation.name == "dot_general":
+        mixed = is_among(operation.inputs[1 - operand], slots)
         batched = bool(params["dimension_numbers"][1][0])
         return None if mixed or batched else "dot"
-    if name == "gather" and operand == 0 and whole:
-        numbers, table = params["dimension_numbers"], step.eqn.invars[0].aval.shape
-        rows = tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
-        plain = not numbers.operand_batching_dims and params["slice_sizes"] == (1, *table[1:])
-        return "gather" if rows and plain else None
+    if operation.name == "gather" and operand == 0 and unchanged:
+        numbers, table = params["dimension_numbers"], operation.eqn.invars[0].aval.shape
+        by_row = tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
+        full = not numbers.operand_batching_dims and params["slice_sizes"] == (1, *table[1:])
+        return "gather" if by_row and full else None
     return None

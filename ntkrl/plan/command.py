@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from ntkrl.plan import printing, topology
 from ntkrl.plan.measure import Row, measure
-from ntkrl.plan.programs import Run, crowded, described
+from ntkrl.plan.programs import crowded, described, programs
 from ntkrl.plan.topology import Machine
 from ntkrl.plan.verdict import verdict
 from ntkrl.settings import RunSettings
+from ntkrl.training import AbstractRun
 
 REMATS = ("products", "all", "none")  # of models.REMAT, the usual first
 CANDIDATES = 6
@@ -146,7 +147,7 @@ def compiled(
       probe: with the product with a kernel.
     """
     run = described(settings, machine.devices)
-    steps, made, result = run.programs(probe), [], None
+    steps, made, result = programs(run, probe), [], None
     while True:
         try:
             program = steps.send(result)
@@ -162,17 +163,17 @@ def compiled(
         crowded=crowded(run),
         rows=made,
         verdicts=[verdict(run, row, machine.chip) for row in made],
-        seconds=printing.steps(run.names, made),
+        seconds=printing.steps(run.stage_names, made),
     )
 
 
-def choices(settings: RunSettings, run: Run) -> Iterator[RunSettings]:
+def choices(settings: RunSettings, run: AbstractRun) -> Iterator[RunSettings]:
     """Yield meshes and what is made again: few tensor parts first, whole rows per device last.
 
     Left out are meshes that do not divide the heads, and those that leave a step's rows whole on
     every device, where others do not.
     """
-    config, devices = run.policy.config, run.mesh.size
+    config, devices = run.model.policy.config, run.mesh.size
     step = settings.minibatch_rows // settings.schedule.microbatches
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
     shapes = [

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -13,7 +14,7 @@ from ntkrl.numerics import GIB
 from ntkrl.plan import hlo
 from ntkrl.plan.chips import Chip
 from ntkrl.plan.networks import held_bytes
-from ntkrl.plan.programs import Compiled, Program, Run
+from ntkrl.training import AbstractRun, Program
 
 UNITS = {"": 2.0**-30, "K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 REFUSALS = (
@@ -31,7 +32,7 @@ class Row:
     name, part, stages, runs, rows: see Program.
     peak_gib: memory at its peak, with what else lies there (GiB); None where it was not compiled.
     own_gib: its arguments. scratch_gib: its peak beyond them. beside_gib: of what else lies there,
-        kept_gib of it for the run's looks, see Program.kept.
+        kept_gib of it for the run's looks, see Program.extra.
     flops, passes, traffic, received: see hlo.Cost. collectives: by kind, `(count, bytes)`.
     seconds: by roofline, of compute, memory and links; empty where the chip's rates are not known.
     failed: why the compiler refused, or None.
@@ -69,15 +70,15 @@ class Row:
         return chip.memory_gib is None or self.peak_gib <= chip.memory_gib
 
 
-def measure(run: Run, program: Program, chip: Chip) -> tuple[Row, Compiled | None]:
+def measure(run: AbstractRun, program: Program, chip: Chip) -> tuple[Row, Any | None]:
     """Compile a program; a refusal for want of memory is a Row that says how much it needs."""
-    own, kept = (held_bytes(tree) / GIB for tree in (program.arguments, program.kept))
+    own, kept = (held_bytes(tree) / GIB for tree in (program.arguments, program.extra))
     row = Row(
         name=program.name,
         part=program.part,
         stages=program.stages,
-        runs=program.runs,
-        rows=program.rows,
+        runs=program.runs_per_step,
+        rows=program.rows_per_device,
         own_gib=own,
         beside_gib=_beside(run, program) / GIB + kept,
         compile_seconds=0.0,
@@ -85,12 +86,12 @@ def measure(run: Run, program: Program, chip: Chip) -> tuple[Row, Compiled | Non
     )
     start = time.perf_counter()
     try:
-        compiled = program.call.lower(*program.arguments, **program.keywords).compile()
+        compiled = program.function.lower(*program.arguments, **program.keywords).compile()
     except jax.errors.JaxRuntimeError as error:
         took = {"compile_seconds": time.perf_counter() - start}
         return _refused(row, str(error), took), None
     seconds = time.perf_counter() - start
-    cost = hlo.count(compiled.as_text(), program.trips)
+    cost = hlo.count(compiled.as_text(), program.loop_trips)
     memory = compiled.memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = (memory.argument_size_in_bytes + made + memory.temp_size_in_bytes) / GIB
@@ -143,10 +144,14 @@ def _refused(row: Row, message: str, took: dict[str, float]) -> Row:
     )
 
 
-def _beside(run: Run, program: Program) -> float:
+def _beside(run: AbstractRun, program: Program) -> float:
     """Return the bytes of the run's trees that lie on a device and are no argument, at most."""
     stages = [one for one in run.stages if one.stage.name in program.stages]
     return max(
-        sum(held_bytes(tree) for name, tree in run.trees(stage).items() if name not in program.held)
+        sum(
+            held_bytes(tree)
+            for name, tree in run.resident(stage).items()
+            if name not in program.resident
+        )
         for stage in (stages if stages else run.stages)
     )

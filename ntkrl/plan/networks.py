@@ -13,9 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from ntkrl import data, models, trees
-from ntkrl.models import files, hub, lora
+from ntkrl.numerics import DTYPES
 from ntkrl.plan.shapes import SHAPES
-from ntkrl.settings import DTYPES, ModelSettings, RunSettings
+from ntkrl.settings import RunSettings
 from ntkrl.setup import is_code
 from ntkrl.types import Params, Policy, Scorer
 
@@ -27,14 +27,14 @@ def read_entries(path: str) -> dict[str, Any]:
       ValueError: none of them; nothing is fetched.
     """
     directory = Path(path)
-    if (directory / lora.CONFIG_FILE).is_file():
+    if (directory / models.ADAPTER_CONFIG).is_file():
         raise ValueError(f"{path} holds adapters; plan with their base model and model.lora.rank.")
     if directory.is_dir():
-        return files.read_config(directory)
-    if hub.NAME.fullmatch(path):
+        return models.read_config(directory)
+    if models.HUB_NAME.fullmatch(path):
         held = huggingface_hub.try_to_load_from_cache(path, "config.json")
         if isinstance(held, str):
-            return files.read_config(Path(held).parent)
+            return models.read_config(Path(held).parent)
     if path in SHAPES:
         return SHAPES[path]
     raise ValueError(
@@ -43,7 +43,7 @@ def read_entries(path: str) -> dict[str, Any]:
     )
 
 
-def describe_policy(settings: ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
+def describe_policy(settings: models.ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
     """Return the policy that a run would start from, and its params as placed shapes.
 
     The vocabulary has the rows that are stored, or model.vocab_size; those a template may add are
@@ -61,17 +61,14 @@ def describe_policy(settings: ModelSettings, mesh: Mesh) -> tuple[Policy, Params
     else:
         raw = read_entries(settings.path)
     rank = settings.lora["rank"]
-    policy, shapes = models.describe(
-        raw["architectures"][0],
-        raw,
-        DTYPES[settings.dtype],
-        _dtype(settings.compute_dtype),
-        settings.remat,
-        mesh,
-        models.Lora(**settings.lora) if rank else None,
+    options = models.ModelOptions(
+        compute_dtype=_dtype(settings.compute_dtype),
+        remat=settings.remat,
+        untie=settings.untie,
+        lora=models.Lora(**settings.lora) if rank else None,
     )
-    if settings.untie and policy.tied:
-        policy, shapes = _changed(models.untied, policy, shapes)
+    dtype = DTYPES[settings.dtype]
+    policy, shapes = models.describe(raw["architectures"][0], raw, dtype, mesh, options)
     rows = settings.vocab_size
     if rows is not None and rows != policy.vocab_size:
         policy, shapes = _changed(lambda *given: models.resized(*given, rows), policy, shapes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ntkrl.plan.measure import Row
-from ntkrl.plan.programs import GENERATION, SCORING, UPDATE
+from ntkrl.training import GENERATION, SCORING, UPDATE
 
 if TYPE_CHECKING:
     from ntkrl.plan.command import Found

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ntkrl.plan.chips import Chip
 from ntkrl.plan.measure import Row
-from ntkrl.plan.programs import GENERATION, PROBE, SCORING, UPDATE, Run
-from ntkrl.probe.settings import CADENCES
+from ntkrl.probe import CADENCES
+from ntkrl.training import GENERATION, PROBE, SCORING, UPDATE, AbstractRun
 
 
-def verdict(run: Run, row: Row, chip: Chip) -> str:
+def verdict(run: AbstractRun, row: Row, chip: Chip) -> str:
     """Return "fits", or what is missing and the first knob to turn."""
     if row.failed is not None and row.peak_gib is None:
         return row.failed
@@ -17,7 +17,7 @@ def verdict(run: Run, row: Row, chip: Chip) -> str:
     return f"does not fit: needs {row.peak_gib:.1f} GiB; {knob(run, row, chip)}"
 
 
-def knob(run: Run, row: Row, chip: Chip) -> str:
+def knob(run: AbstractRun, row: Row, chip: Chip) -> str:
     """Return the first setting to change, as it would be written on the command line."""
     lying = row.own_gib + row.beside_gib
     settings, compute = run.settings, run.settings.model.compute_dtype
@@ -55,12 +55,12 @@ def knob(run: Run, row: Row, chip: Chip) -> str:
     return f"raise mesh.tensor = {run.mesh.shape['tensor']}, or take more chips"
 
 
-def _heads(run: Run) -> tuple[str, ...]:
+def _heads(run: AbstractRun) -> tuple[str, ...]:
     """Return the names of stages that read no body."""
     return tuple(stage.stage.name for stage in run.stages if stage.head_alone)
 
 
-def _smaller_ledger(run: Run, row: Row, chip: Chip) -> str:
+def _smaller_ledger(run: AbstractRun, row: Row, chip: Chip) -> str:
     """Return what makes a ledger smaller; to turn it off where what lies there is too much."""
     limit, lying = chip.memory_gib, row.own_gib + row.beside_gib
     # which also says how many probe completions are read together
@@ -69,7 +69,7 @@ def _smaller_ledger(run: Run, row: Row, chip: Chip) -> str:
     return "set probe.ledger_every_steps=None"
 
 
-def _no_looks(run: Run) -> str:
+def _no_looks(run: AbstractRun) -> str:
     """Return what does without the copies that are kept during a step."""
     names = [name for name in CADENCES if getattr(run.settings.probe, name) is not None]
     if "ledger_every_steps" in names:  # its copies are the larger ones
@@ -77,12 +77,12 @@ def _no_looks(run: Run) -> str:
     return "set " + " ".join(f"probe.{name}=None" for name in names)
 
 
-def _smaller_state(run: Run, row: Row) -> str:
+def _smaller_state(run: AbstractRun, row: Row) -> str:
     """Return what makes the arrays smaller that lie there all the time."""
     settings, shape = run.settings, run.mesh.shape
     if shape["data"] > 1:
         return f"spread the params: set mesh.data=1 mesh.fsdp={shape['data'] * shape['fsdp']}"
-    if run.rewards and settings.reward.dtype == "float32":
+    if run.scorers and settings.reward.dtype == "float32":
         return "set reward.dtype=bfloat16"
     if row.part != UPDATE and not settings.schedule.offload_optimizer:
         return "set schedule.offload_optimizer=True"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ntkrl import data, models, reward, runtime
 from ntkrl.prepare import schemas
 from ntkrl.settings import RunSettings, read_settings
-from ntkrl.setup import Problems, reward_set
+from ntkrl.setup import load_rewards
 
 SUMMARY = "summary.json"
 ENCODE_ROWS = 1024  # per update of the progress bar
@@ -115,7 +115,7 @@ class InputSet:
 
 def _read(options: PrepareSettings, settings: RunSettings) -> dict[str, InputSet]:
     """Read all inputs and drop rows that are too long; one error lists all problems."""
-    problems, inputs, tokenizer = Problems(), {}, None
+    problems, inputs, tokenizer = runtime.ErrorCollector(), {}, None
     with problems:
         source = settings.model.path if options.tokenizer is None else options.tokenizer
         if source is None:
@@ -186,7 +186,7 @@ def _relabel(inputs: dict[str, InputSet], settings: RunSettings, directory: Path
     """Order every pair by its rewards."""
     sizes = settings.mesh
     mesh = runtime.make_mesh(sizes["data"], sizes["fsdp"], sizes["tensor"])
-    rewards = reward_set(settings.reward, mesh)
+    rewards = load_rewards(settings.reward, mesh)
     for name in ("preferences", "test"):
         part = inputs[name]
         path = directory / "scores" / f"{name}.jsonl"

@@ -1,62 +1,104 @@
-"""What changed on a fixed set of completions, and what first-order theory said would change.
+"""Measures of learning dynamics as pure functions of arrays, and the probe set they are read on.
 
-Also what the kernel of given contexts is made of, what each sample of an optimizer step did (the
-ledger), and measures of learning dynamics as pure functions, by subject:
+Exported by name is what a run uses. The modules hold more, for your own analysis:
 
-    confidence, squeezing    of next-token distributions: entropy and what moves it, who gains
-    divergence               between two policies on the same contexts
-    geometry, drift          of features and kernels; sums the head kernel sees
-    classifier, weights, linearity  of the head's matrix, of updates, of paths over checkpoints
-    signal                   what a batch holds to learn from
-    diversity, coverage      of texts and samples
+    distributions, squeezing  next-token distributions: entropy, divergence, probability mass
+    features, parameters      geometry of features, of weight updates and of the head's matrix
+    exact_kernels             traces, norms, eigenvalues of the kernel of some contexts; drift
+    batch_measures            reward variance, gradient noise, one step on its own batch
+    samples                   statistics over sampled completions
 """
 
-from ntkrl.probe import (
-    classifier,
-    confidence,
-    coverage,
-    divergence,
-    diversity,
-    drift,
-    geometry,
-    linearity,
-    signal,
-    squeezing,
-    weights,
+from ntkrl.probe.batch_measures import (
+    GradientNoise,
+    noise_from_squares,
+    reward_signal,
+    step_measures,
 )
-from ntkrl.probe.batch import step_measures
-from ntkrl.probe.diversity import distinct_counts, pass_at_k
-from ntkrl.probe.features import feature_measures
-from ntkrl.probe.kernels import (
+from ntkrl.probe.exact_kernels import (
     KernelPlan,
     batch_alignment,
+    kernel_drift,
     kernel_measures,
     kernel_traces,
+    layer_shares,
     plan_kernel,
 )
-from ntkrl.probe.step import Prober, ProbeReading
+from ntkrl.probe.features import feature_measures
+from ntkrl.probe.parameters import (
+    LineSums,
+    SingularTriple,
+    direction_cosine,
+    extend_line,
+    extrapolate,
+    line_fit,
+    sample_entries,
+    start_line,
+    update_ranks,
+    update_sparsity,
+)
+from ntkrl.probe.prober import Prober, ProbeReading, completions_per_block
+from ntkrl.probe.samples import (
+    Support,
+    best_of_n,
+    crossing_interval,
+    distinct_answers,
+    distinct_counts,
+    distinct_n,
+    pass_at_k,
+    pass_curves,
+    self_bleu,
+    support_change,
+)
+from ntkrl.probe.settings import (
+    CADENCES,
+    FAMILIES,
+    FAMILY_COLUMNS,
+    LEDGER_BY,
+    SAMPLED_FAMILIES,
+    ProbeSettings,
+)
 
 __all__ = [
+    "CADENCES",
+    "FAMILIES",
+    "FAMILY_COLUMNS",
+    "LEDGER_BY",
+    "SAMPLED_FAMILIES",
+    "GradientNoise",
     "KernelPlan",
+    "LineSums",
     "ProbeReading",
+    "ProbeSettings",
     "Prober",
+    "SingularTriple",
+    "Support",
     "batch_alignment",
-    "classifier",
-    "confidence",
-    "coverage",
+    "best_of_n",
+    "completions_per_block",
+    "crossing_interval",
+    "direction_cosine",
+    "distinct_answers",
     "distinct_counts",
-    "divergence",
-    "diversity",
-    "drift",
+    "distinct_n",
+    "extend_line",
+    "extrapolate",
     "feature_measures",
-    "geometry",
+    "kernel_drift",
     "kernel_measures",
     "kernel_traces",
-    "linearity",
+    "layer_shares",
+    "line_fit",
+    "noise_from_squares",
     "pass_at_k",
+    "pass_curves",
     "plan_kernel",
-    "signal",
-    "squeezing",
+    "reward_signal",
+    "sample_entries",
+    "self_bleu",
+    "start_line",
     "step_measures",
-    "weights",
+    "support_change",
+    "update_ranks",
+    "update_sparsity",
 ]

@@ -1,35 +1,35 @@
-"""What a run looks at while it trains: the config's probe section."""
+"""Settings of the probe set and of its measurements: the config's probe section."""
 
 from __future__ import annotations
 
 import dataclasses
 
-COLUMNS = {
+FAMILY_COLUMNS = {
     "reference": ("completion", "chosen"),
     "rejected": ("rejected",),
     "paraphrased": ("paraphrased",),
 }
-"""Families that come with the prompts, and the columns they are read from."""
-DRAWN = ("own", "other", "shuffled")
-FAMILIES = (*DRAWN, *COLUMNS)
+"""Families of completions that come with the prompts, and their columns."""
+SAMPLED_FAMILIES = ("own", "other", "shuffled")
+FAMILIES = (*SAMPLED_FAMILIES, *FAMILY_COLUMNS)
 LEDGER_BY = ("group", "sample")
 CADENCES = ("every_steps", "ledger_every_steps", "kernel_every_steps")
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeSettings:
-    """The probe set and how often it is read.
+    """The probe set and how often it is measured.
 
     every_steps: rollout steps between probes, or None for none.
     prompts: held-out prompts (at most).
-    completions_per_prompt: completions of each, sampled from the starting model.
+    completions_per_prompt: completions of each, sampled from the initial model.
     families: of completions, see training/probe_set.py; measures are of the first.
     ledger_every_steps: rollout steps between ledgers of the last optimizer step, or None for none.
     ledger_by: "sample", or "group" for the minibatch together (see attribution.Ledger).
     ledger_groups: `(pattern, name)` over parameters that change the features.
     kernel_every_steps: rollout steps between exact kernels of some probe tokens, or None for none.
-    kernel_contexts: how many tokens, ≥ 2; every one costs D passes backward.
-    kernel_layers: whether shares of layers are told too, each at the cost of another body kernel.
+    kernel_contexts: number of tokens, ≥ 2; each costs D backward passes.
+    kernel_layers: True to report shares of layers, each at the cost of another body kernel.
     memory_gib: what reading the probe set and the samples' contributions may use (GiB).
     """
 
@@ -46,9 +46,15 @@ class ProbeSettings:
     memory_gib: float
 
     @property
-    def looks(self) -> bool:
-        """Whether there is anything to look at."""
+    def enabled(self) -> bool:
+        """True if any of the cadences is set."""
         return any(getattr(self, name) is not None for name in CADENCES)
+
+    @property
+    def completions(self) -> int:
+        """Completions in the probe set, at most: of all families and prompts together."""
+        sampled = [name in SAMPLED_FAMILIES for name in self.families]
+        return self.prompts * sum(self.completions_per_prompt if drawn else 1 for drawn in sampled)
 
     def __post_init__(self):
         problems, known = [], [name for name in self.families if name in FAMILIES]

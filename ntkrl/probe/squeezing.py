@@ -1,4 +1,4 @@
-"""Where probability goes in one update: the factors of the change, and who gains and loses."""
+"""Probability mass moved by an update: factors of the change, and masses by token."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl.numerics import at_least_float32, einsum
-from ntkrl.probe.tiles import log_probs_by_tile, sum_over_tiles
-from ntkrl.softmax import Head
+from ntkrl.probe.distributions import sum_over_tiles, tile_log_probs
+from ntkrl.softmax import DEFAULT_OPTIONS, OutputHead, SoftmaxOptions
 from ntkrl.types import Array
 
 
-class Factors(NamedTuple):
+class AKGFactors(NamedTuple):
     """Δ log π(·|o) = η 𝒜(o) K(o, u) 𝒢(u) to first order, for one o and one u.
 
     adjust: 𝒜 = I − 1 π(o)ᵀ `[V, V]`, from logits to log-probs.
     kernel: K(o, u) `[V, V]`.
-    residual: 𝒢 = A (e_y − π(u)) `[V]`, what the objective asks of the logits at u.
+    residual: 𝒢 = A (e_y − π(u)) `[V]`, ascent direction of the objective in the logits at u.
     change: their product `[V]`, for η = 1 (nats).
     """
 
@@ -33,20 +33,16 @@ class Factors(NamedTuple):
 @jax.jit
 def akg_factors(
     observed: Array, kernel: Array, updated: Array, target: Array, advantage: Array
-) -> Factors:
+) -> AKGFactors:
     """Decompose the change of a probe token's distribution by one update token.
 
     Linear in the kernel: pass the dense head, body or cross part for its share.
 
     Args:
-      observed: logits at o `[V]`.
+      observed, updated: logits at o and at u `[V]`.
       kernel: K(o, u) `[V, V]`, a block of `ntk.Kernel.dense`.
-      updated: logits at u `[V]`.
       target: y, the token at u.
       advantage: A, the weight on its score function; 1 for supervised training.
-
-    Returns:
-      Factors.
 
     Source: Ren & Sutherland 2407.10490, proposition 1.
     """
@@ -56,11 +52,11 @@ def akg_factors(
     score_V = jax.nn.one_hot(target, size, dtype=pi_V.dtype)
     residual_V = advantage * (score_V - jax.nn.softmax(at_least_float32(updated)))
     change_V = einsum("vw,wx,x->v", adjust_VV, kernel, residual_V)
-    return Factors(adjust_VV, kernel, residual_V, change_V)
+    return AKGFactors(adjust_VV, kernel, residual_V, change_V)
 
 
 class Masses(NamedTuple):
-    """Who holds the probability at each position; all `[O]` (nats).
+    """Log-probability by token at each position; all `[O]` (nats).
 
     sampled: log π of the sampled token.
     greedy: log π of the token that was likeliest before the update.
@@ -72,37 +68,28 @@ class Masses(NamedTuple):
     others: Array
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+@functools.partial(jax.jit, static_argnames=("options",))
 def token_masses(
-    head: Head,
+    head: OutputHead,
     features: Array,
     sampled: Array,
     greedy: Array,
-    temperature: float = 1.0,
-    chunk_tokens: int = 1024,
-    chunk_vocabulary: int | None = None,
+    options: SoftmaxOptions = DEFAULT_OPTIONS,
 ) -> Masses:
-    """Read the three masses, by tiles; `others` is summed, not what the two leave of 1.
+    """Compute the three masses, by tiles; `others` is a sum and not 1 less the other two.
 
     Args:
-      head: the head's arrays.
-      features: `[O, D]`.
-      sampled: `[O]` int tokens y.
-      greedy: `[O]` int tokens y*; keep them from before the update.
-      temperature: divides the logits; > 0.
-      chunk_tokens: positions whose logits exist at a time, ≥ 1.
-      chunk_vocabulary: vocabulary rows whose logits exist at a time, ≥ 1; None for all.
-
-    Returns:
-      Masses of `[O]` arrays.
+      head, features: the head's arrays, and `[O, D]`.
+      sampled, greedy: `[O]` int tokens y, and y* that were likeliest before the update.
+      options: temperature and chunk sizes.
     """
 
-    def position(given: tuple[Array, Array, Array]) -> Masses:
-        phi_D, y, best = given
-        log_probs_of = log_probs_by_tile(head, phi_D, temperature, chunk_vocabulary)
+    def position(operands: tuple[Array, Array, Array]) -> Masses:
+        phi_D, y, best = operands
+        log_probs = tile_log_probs(head, phi_D, options)
 
         def term(number: Array) -> Masses:
-            tile, log_pi_R = log_probs_of(number)
+            tile, log_pi_R = log_probs(number)
             ids_R = tile.start + jnp.arange(log_pi_R.shape[0])
             is_y_R, is_best_R = tile.fresh & (ids_R == y), tile.fresh & (ids_R == best)
             return Masses(
@@ -111,10 +98,10 @@ def token_masses(
                 jnp.sum(jnp.where(is_y_R | is_best_R, 0, jnp.exp(log_pi_R))),
             )
 
-        found = sum_over_tiles(term, head, chunk_vocabulary)
-        return found._replace(others=jnp.log(found.others))
+        masses = sum_over_tiles(term, head, options.chunk_vocabulary)
+        return masses._replace(others=jnp.log(masses.others))
 
-    return jax.lax.map(position, (features, sampled, greedy), batch_size=chunk_tokens)
+    return jax.lax.map(position, (features, sampled, greedy), batch_size=options.chunk_tokens)
 
 
 @jax.jit

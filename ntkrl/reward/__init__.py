@@ -17,6 +17,7 @@ from ntkrl.reward.reward_set import (
     read_rewards,
     write_rewards,
 )
+from ntkrl.reward.settings import RewardSettings
 from ntkrl.reward.verifiers import BUILT_IN, evaluate, expression_score, final_answer
 
 _NEEDS_JAX = ("RewardModel", "RewardTexts", "padded_batch_size")
@@ -26,6 +27,7 @@ __all__ = [
     "RewardFunction",
     "RewardResult",
     "RewardSet",
+    "RewardSettings",
     "evaluate",
     "expression_score",
     "final_answer",

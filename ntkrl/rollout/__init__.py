@@ -1,7 +1,14 @@
-"""Prompts → completions, with what was recorded while drawing them."""
+"""Prompts → completions with their log-probs: a sampler on the mesh, or an external engine."""
 
 from ntkrl.rollout.external import ExternalSampler, load_engine
-from ntkrl.rollout.sample import Sampler, check_length
-from ntkrl.rollout.settings import SamplerSettings
+from ntkrl.rollout.sampler import Sampler, check_length
+from ntkrl.rollout.settings import RolloutSettings, SamplerSettings
 
-__all__ = ["ExternalSampler", "Sampler", "SamplerSettings", "check_length", "load_engine"]
+__all__ = [
+    "ExternalSampler",
+    "RolloutSettings",
+    "Sampler",
+    "SamplerSettings",
+    "check_length",
+    "load_engine",
+]

@@ -1,15 +1,17 @@
-"""The device's part of sampling: read the prompts, then draw tokens chunk by chunk.
+"""Device programs of the sampler: prefill, decode loop, compaction, cache growth, truncation.
 
-Rows that are still being drawn are `Live`; what was drawn of all rows is `Written`. Live rows may
-be fewer than written ones, and their cache grows as they do: both have few sizes, each compiled
-once.
+`ActiveRows` are the completions still being decoded, with their KV cache; `Output` holds what was
+sampled for all B completions. Compaction shrinks the first without touching the second, and the
+cache grows with the completions: both take few sizes, each compiled once.
 
-On a mesh the rows lie spread over its devices in `parts` equal blocks. Rows leave and are written
-block by block, so that no cache moves from one device to another.
+On a mesh, rows are sharded in equal blocks (`trees.blocks`). Compaction and writes stay within a
+block, so that no cache moves between devices.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import chex
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkrl import trees
-from ntkrl.rollout.draw import Drawn, draw
+from ntkrl.rollout.draw import draw
 from ntkrl.rollout.settings import SamplerSettings
 from ntkrl.scoring import head_of
 from ntkrl.softmax import logits
@@ -26,11 +28,11 @@ from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
 
 
 @chex.dataclass(frozen=True)
-class Live:
-    """Rows that are being drawn, R of them.
+class ActiveRows:
+    """Completions being decoded, R of them.
 
-    cache: what they have read. last: `[R]` the token drawn last, not yet read. done: `[R]` bool.
-    keys: `[R]` one per row for all its tokens. rows: `[R]` int32 their place in Written.
+    cache: keys and values of the tokens read. last: `[R]` the token sampled last, not yet read.
+    done: `[R]` bool. keys: `[R]` one PRNG key per completion. rows: `[R]` int32 rows in Output.
     """
 
     cache: Cache
@@ -41,298 +43,284 @@ class Live:
 
 
 @chex.dataclass(frozen=True)
-class Written:
-    """What was drawn: `[B, C]`, but `finished` `[B]` and `features` `[B, C, D]` or None."""
+class Columns:
+    """Sampled tokens and their records, `[B, C]`; features `[B, C, D]`, or None."""
 
     tokens: Array
     log_probs: Array
     kept_log_mass: Array
     mask: Array
-    finished: Array
     features: Array | None
 
 
-def request_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
-    """Return a key per completion `[P · N]`, whatever else is in the batch.
+@chex.dataclass(frozen=True)
+class Output:
+    """All completions: their columns, and finished `[B]` bool."""
+
+    columns: Columns
+    finished: Array
+
+
+def completion_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
+    """Return one key per completion `[P · N]`, independent of the rest of the batch.
 
     It depends on the prompt's row in its set and on the number of the completion, counted through
     all copies of the prompt: N at a time or all at once are the same draws.
     """
 
     def of_prompt(row: Array, copy: Array) -> Array:
-        own, numbers = jax.random.fold_in(key, row), copy * count + jnp.arange(count)
-        return jax.vmap(lambda number: jax.random.fold_in(own, number))(numbers)
+        prompt_key, numbers = jax.random.fold_in(key, row), copy * count + jnp.arange(count)
+        return jax.vmap(lambda number: jax.random.fold_in(prompt_key, number))(numbers)
 
     return jax.vmap(of_prompt)(prompts.rows, prompts.copies).reshape(-1)
 
 
-def prefill(
-    policy: Policy,
-    settings: SamplerSettings,
-    mesh: Mesh | None,
-    columns: int,
-    params: Params,
-    prompts: PromptBatch,
-    key: Array,
-) -> tuple[Live, Written, Array]:
-    """Read each prompt once, give each of its completions a copy of the cache, draw one token.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoder:
+    """The functions that `Sampler` jits; each returns rows sharded over the mesh.
 
-    Args:
-      policy, settings, mesh: as in `Sampler`.
-      columns: of the cache, at least those of the prompts.
-      params, prompts, key: as in `Sampler.__call__`.
-
-    Returns:
-      `(live, written, left)` as `read_on`.
+    policy, settings, mesh: as in `Sampler`.
     """
-    count = settings.completions_per_prompt
-    cache = policy.init_cache(prompts.tokens.shape[0], columns, settings.cache_dtype)
-    features_PTD, cache = policy.decode(params, cache, prompts.tokens, prompts.mask)
-    cache = cache.replace(
-        keys=jnp.repeat(cache.keys, count, axis=1),
-        values=jnp.repeat(cache.values, count, axis=1),
-        mask=jnp.repeat(cache.mask, count, axis=0),
-    )
-    phi_BD = jnp.repeat(features_PTD[:, -1], count, axis=0)
-    keys_B = request_keys(key, prompts, count)
-    rows = phi_BD.shape[0]
-    live = Live(
-        cache=cache,
-        last=jnp.zeros(rows, jnp.int32),
-        done=jnp.zeros(rows, bool),
-        keys=keys_B,
-        rows=jnp.arange(rows, dtype=jnp.int32),
-    )
-    strip = _blank(settings, phi_BD, 1)
-    live, strip = _draw(policy, settings, params, live, strip, phi_BD, jnp.int32(0), jnp.int32(0))
-    parts = trees.blocks(mesh, rows)
-    written = _blank(settings, phi_BD, settings.max_completion_tokens)
-    written = _paste(written, strip, live, jnp.int32(0), parts)
-    return _spread(live, mesh), trees.spread_rows(written, mesh), _left(live, mesh, parts)
 
+    policy: Policy
+    settings: SamplerSettings
+    mesh: Mesh | None
 
-def read_on(
-    policy: Policy,
-    settings: SamplerSettings,
-    mesh: Mesh | None,
-    params: Params,
-    live: Live,
-    written: Written,
-    start: Array,
-) -> tuple[Live, Written, Array]:
-    """Draw up to `chunk_steps` tokens of the live rows, the first as token `start`.
+    def prefill(
+        self, columns: int, params: Params, prompts: PromptBatch, key: Array
+    ) -> tuple[ActiveRows, Output, Array]:
+        """Read each prompt once, copy its cache to its N completions, sample the first token.
 
-    Args:
-      policy, settings, mesh, params: as in `Sampler`.
-      live, written: what there is.
-      start: tokens drawn so far.
+        Args:
+          columns: cache columns, at least those of the prompts.
+          params, prompts, key: as in `Sampler.__call__`.
 
-    Returns:
-      `(live, written, left)`, `left` `[parts]` the live rows of each block that are not done.
-    """
-    end = jnp.minimum(start + settings.chunk_steps, settings.max_completion_tokens)
+        Returns:
+          `(active, output, remaining)` as `decode_chunk`.
+        """
+        count = self.settings.completions_per_prompt
+        cache = self.policy.init_cache(prompts.tokens.shape[0], columns, self.settings.cache_dtype)
+        features_PTD, cache = self.policy.decode(params, cache, prompts.tokens, prompts.mask)
+        cache = replace(
+            cache,
+            keys=jnp.repeat(cache.keys, count, axis=1),
+            values=jnp.repeat(cache.values, count, axis=1),
+            mask=jnp.repeat(cache.mask, count, axis=0),
+        )
+        phi_BD = jnp.repeat(features_PTD[:, -1], count, axis=0)
+        rows = phi_BD.shape[0]
+        active = ActiveRows(
+            cache=cache,
+            last=jnp.zeros(rows, jnp.int32),
+            done=jnp.zeros(rows, bool),
+            keys=completion_keys(key, prompts, count),
+            rows=jnp.arange(rows, dtype=jnp.int32),
+        )
+        chunk, first = self._empty(rows, 1, phi_BD.dtype), jnp.int32(0)
+        active, chunk = self._sample(params, active, chunk, phi_BD, first, first)
+        columns_BC = self._empty(rows, self.settings.max_completion_tokens, phi_BD.dtype)
+        output = Output(columns=columns_BC, finished=active.done)
+        output = self._write(output, chunk, active, first)
+        return self._results(self._sharded(active), output)
 
-    def step(carry: tuple[Array, Live, Written]) -> tuple[Array, Live, Written]:
-        t, live, strip = carry
-        real_R1 = ~live.done[:, None]
-        phi_R1D, cache = policy.decode(params, live.cache, live.last[:, None], real_R1)
-        live = live.replace(cache=cache)
-        drawn = _draw(policy, settings, params, live, strip, phi_R1D[:, 0], t, t - start)
-        return t + 1, *drawn
+    def decode_chunk(
+        self, params: Params, active: ActiveRows, output: Output, start: Array
+    ) -> tuple[ActiveRows, Output, Array]:
+        """Sample up to `chunk_steps` tokens of the active rows.
 
-    def unfinished(carry: tuple[Array, Live, Written]) -> Array:
-        return (carry[0] < end) & ~jnp.all(carry[1].done)
+        Args:
+          params: of the policy.
+          active, output: state so far.
+          start: tokens sampled so far.
 
-    # only shape and dtype of features count for the blank
-    like = jnp.zeros((live.rows.shape[0], policy.feature_size), _feature_dtype(written))
-    strip = _blank(settings, like, settings.chunk_steps)
-    _, live, strip = jax.lax.while_loop(unfinished, step, (start, live, strip))
-    parts = trees.blocks(mesh, written.mask.shape[0])
-    written = _paste(written, strip, live, start, parts)
-    return live, trees.spread_rows(written, mesh), _left(live, mesh, parts)
+        Returns:
+          `(active, output, remaining)`; remaining `[blocks]` counts the rows of each block that are
+          not done.
+        """
+        end = jnp.minimum(start + self.settings.chunk_steps, self.settings.max_completion_tokens)
 
+        def step(carry: tuple[Array, ActiveRows, Columns]) -> tuple[Array, ActiveRows, Columns]:
+            t, active, chunk = carry
+            real_R1 = ~active.done[:, None]
+            last_R1 = active.last[:, None]
+            phi_R1D, cache = self.policy.decode(params, active.cache, last_R1, real_R1)
+            active = replace(active, cache=cache)
+            return t + 1, *self._sample(params, active, chunk, phi_R1D[:, 0], t, t - start)
 
-def fewer(mesh: Mesh | None, rows: int, parts: int, live: Live) -> Live:
-    """Keep `rows` of the live rows, as many of each block, those not done before the others."""
-    order = jnp.argsort(live.done.reshape(parts, -1), axis=1, stable=True)[:, : rows // parts]
+        def unfinished(carry: tuple[Array, ActiveRows, Columns]) -> Array:
+            return (carry[0] < end) & ~jnp.all(carry[1].done)
 
-    def kept(values: Array, axis: int = 0) -> Array:
-        def of_block(block: Array, first: Array) -> Array:
-            return jnp.take(block, first, axis=axis)
+        written = output.columns
+        features = written.log_probs if written.features is None else written.features
+        chunk = self._empty(len(active.rows), self.settings.chunk_steps, features.dtype)
+        _, active, chunk = jax.lax.while_loop(unfinished, step, (start, active, chunk))
+        output = self._write(output, chunk, active, start)
+        return self._results(active, output)
 
-        shape = values.shape
-        blocks = values.reshape(*shape[:axis], parts, -1, *shape[axis + 1 :])
-        found = jax.vmap(of_block, in_axes=(axis, 0), out_axes=axis)(blocks, order)
-        return found.reshape(*shape[:axis], rows, *shape[axis + 1 :])
+    def compact(self, rows: int, blocks: int, active: ActiveRows) -> ActiveRows:
+        """Keep `rows` of the active rows, equally many per block, unfinished ones first."""
+        done = active.done.reshape(blocks, -1)
+        order = jnp.argsort(done, axis=1, stable=True)[:, : rows // blocks]
 
-    cache = live.cache.replace(
-        keys=kept(live.cache.keys, 1),
-        values=kept(live.cache.values, 1),
-        mask=kept(live.cache.mask),
-    )
-    found = Live(
-        cache=cache,
-        last=kept(live.last),
-        done=kept(live.done),
-        keys=kept(live.keys),
-        rows=kept(live.rows),
-    )
-    return _spread(found, mesh)
+        def select(values: Array, axis: int = 0) -> Array:
+            def of_block(block: Array, selected: Array) -> Array:
+                return jnp.take(block, selected, axis=axis)
 
+            before, after = values.shape[:axis], values.shape[axis + 1 :]
+            blocked = values.reshape(*before, blocks, -1, *after)
+            selected = jax.vmap(of_block, in_axes=(axis, 0), out_axes=axis)(blocked, order)
+            return selected.reshape(*before, rows, *after)
 
-def longer(mesh: Mesh | None, columns: int, live: Live) -> Live:
-    """Give the cache more columns."""
-    cache = live.cache
-    more = columns - cache.mask.shape[1]
-    if cache.keys.shape[3] == cache.mask.shape[1]:  # a policy may keep a state of another form
-        wide = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
-        cache = cache.replace(keys=jnp.pad(cache.keys, wide), values=jnp.pad(cache.values, wide))
-    mask = jnp.pad(cache.mask, ((0, 0), (0, more)))
-    return _spread(live.replace(cache=cache.replace(mask=mask)), mesh)
-
-
-def cut(
-    settings: SamplerSettings, mesh: Mesh | None, live: Live, written: Written, lengths: Array
-) -> tuple[Live, Written, Array]:
-    """End rows after `lengths` `[B]` tokens; more than they have leaves them alone.
-
-    Returns:
-      `(live, written, left)` as `read_on`.
-    """
-    ended_B = lengths <= jnp.sum(written.mask, axis=1)
-    columns_1C = jnp.arange(written.mask.shape[1])[None]
-    kept_BC = written.mask & (columns_1C < lengths[:, None])
-    written = written.replace(
-        tokens=jnp.where(kept_BC, written.tokens, settings.pad_id),
-        log_probs=jnp.where(kept_BC, written.log_probs, 0.0),
-        kept_log_mass=jnp.where(kept_BC, written.kept_log_mass, 0.0),
-        mask=kept_BC,
-        finished=written.finished | ended_B,
-    )
-    live = live.replace(done=live.done | ended_B[live.rows])
-    parts = trees.blocks(mesh, written.mask.shape[0])
-    return _spread(live, mesh), trees.spread_rows(written, mesh), _left(live, mesh, parts)
-
-
-def longest(mesh: Mesh | None, written: Written) -> Array:
-    """Return the length of the longest completion, known to every process."""
-    return trees.replicate(jnp.max(jnp.sum(written.mask, axis=1)), mesh)
-
-
-def rollout(
-    mesh: Mesh | None, count: int, length: int, prompts: PromptBatch, written: Written
-) -> Rollout:
-    """Put prompts and the first `length` columns of what was drawn side by side."""
-    written = jax.tree.map(lambda leaf: leaf[:, :length] if leaf.ndim > 1 else leaf, written)
-    tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
-    mask_BT = jnp.repeat(prompts.mask, count, axis=0)
-    found = Rollout(
-        tokens=jnp.concatenate([tokens_BT, written.tokens], axis=1),
-        mask=jnp.concatenate([mask_BT, written.mask], axis=1),
-        completion_mask=written.mask,
-        sampler_log_probs=written.log_probs,
-        kept_log_mass=written.kept_log_mass,
-        finished=written.finished,
-        features=written.features,
-    )
-    return trees.spread_rows(found, mesh)
-
-
-def _left(live: Live, mesh: Mesh | None, parts: int) -> Array:
-    return trees.replicate(jnp.sum(~live.done.reshape(parts, -1), axis=1), mesh)
-
-
-def _spread(live: Live, mesh: Mesh | None) -> Live:
-    cache = live.cache
-    by_row = trees.spread_rows((live.last, live.done, live.keys, live.rows, cache.mask), mesh)
-    last, done, keys, rows, mask = by_row
-    axes = (None, trees.ROWS, "tensor")
-    cache = cache.replace(
-        keys=trees.constrain(cache.keys, mesh, *axes),
-        values=trees.constrain(cache.values, mesh, *axes),
-        mask=mask,
-    )
-    return Live(cache=cache, last=last, done=done, keys=keys, rows=rows)
-
-
-def _draw(
-    policy: Policy,
-    settings: SamplerSettings,
-    params: Params,
-    live: Live,
-    strip: Written,
-    phi_RD: Array,
-    t: Array,
-    column: Array,
-) -> tuple[Live, Written]:
-    """Draw token t of every live row, and write it in a column of the strip."""
-    keys_R = jax.vmap(jax.random.fold_in, in_axes=(0, None))(live.keys, t)
-    found: Drawn = draw(settings, logits(head_of(policy, params), phi_RD), keys_R)
-    real_R = ~live.done
-    tokens_R = jnp.where(real_R, found.tokens, settings.pad_id)
-
-    def put(held: Array, values: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(
-            held, values[:, None].astype(held.dtype), column, axis=1
+        cache = replace(
+            active.cache,
+            keys=select(active.cache.keys, 1),
+            values=select(active.cache.values, 1),
+            mask=select(active.cache.mask),
+        )
+        return self._sharded(
+            ActiveRows(
+                cache=cache,
+                last=select(active.last),
+                done=select(active.done),
+                keys=select(active.keys),
+                rows=select(active.rows),
+            )
         )
 
-    # pad may equal the end token: a row that is done stays done either way
-    done_R = live.done | (tokens_R == settings.eos_id)
-    strip = Written(
-        tokens=put(strip.tokens, tokens_R),
-        log_probs=put(strip.log_probs, jnp.where(real_R, found.log_probs, 0.0)),
-        kept_log_mass=put(strip.kept_log_mass, jnp.where(real_R, found.kept_log_mass, 0.0)),
-        mask=put(strip.mask, real_R),
-        finished=done_R,
-        features=None
-        if strip.features is None
-        else put(strip.features, jnp.where(real_R[:, None], phi_RD, 0)),
-    )
-    return live.replace(last=tokens_R, done=done_R), strip
+    def grow_cache(self, columns: int, active: ActiveRows) -> ActiveRows:
+        """Pad the cache to `columns` columns."""
+        cache = active.cache
+        more = columns - cache.mask.shape[1]
+        if cache.keys.shape[3] == cache.mask.shape[1]:  # a policy's state may have another form
+            pad = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
+            cache = replace(cache, keys=jnp.pad(cache.keys, pad), values=jnp.pad(cache.values, pad))
+        mask = jnp.pad(cache.mask, ((0, 0), (0, more)))
+        return self._sharded(replace(active, cache=replace(cache, mask=mask)))
 
+    def truncate(
+        self, active: ActiveRows, output: Output, lengths: Array
+    ) -> tuple[ActiveRows, Output, Array]:
+        """End completions after `lengths` `[B]` tokens; longer lengths leave them unchanged.
 
-def _blank(settings: SamplerSettings, phi_RD: Array, columns: int) -> Written:
-    shape = (phi_RD.shape[0], columns)
-    zeros = jnp.zeros(shape, jnp.promote_types(phi_RD.dtype, jnp.float32))
-    features = None
-    if settings.keep_features:
-        features = jnp.zeros((*shape, phi_RD.shape[1]), phi_RD.dtype)
-    return Written(
-        tokens=jnp.full(shape, settings.pad_id, jnp.int32),
-        log_probs=zeros,
-        kept_log_mass=zeros,
-        mask=jnp.zeros(shape, bool),
-        finished=jnp.zeros(shape[0], bool),
-        features=features,
-    )
+        Returns:
+          `(active, output, remaining)` as `decode_chunk`.
+        """
+        written = output.columns
+        ended_B = lengths <= jnp.sum(written.mask, axis=1)
+        columns_1C = jnp.arange(written.mask.shape[1])[None]
+        mask_BC = written.mask & (columns_1C < lengths[:, None])
+        written = replace(
+            written,
+            tokens=jnp.where(mask_BC, written.tokens, self.settings.pad_id),
+            log_probs=jnp.where(mask_BC, written.log_probs, 0.0),
+            kept_log_mass=jnp.where(mask_BC, written.kept_log_mass, 0.0),
+            mask=mask_BC,
+        )
+        output = Output(columns=written, finished=output.finished | ended_B)
+        active = replace(active, done=active.done | ended_B[active.rows])
+        return self._results(self._sharded(active), output)
 
+    def longest(self, output: Output) -> Array:
+        """Return the length of the longest completion, replicated."""
+        return trees.replicate(jnp.max(jnp.sum(output.columns.mask, axis=1)), self.mesh)
 
-def _feature_dtype(written: Written) -> Any:
-    return written.log_probs.dtype if written.features is None else written.features.dtype
+    def rollout(self, length: int, prompts: PromptBatch, output: Output) -> Rollout:
+        """Concatenate the prompts with the first `length` columns of the output."""
+        count = self.settings.completions_per_prompt
+        written = jax.tree.map(lambda leaf: leaf[:, :length], output.columns)
+        tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
+        mask_BT = jnp.repeat(prompts.mask, count, axis=0)
+        result = Rollout(
+            tokens=jnp.concatenate([tokens_BT, written.tokens], axis=1),
+            mask=jnp.concatenate([mask_BT, written.mask], axis=1),
+            completion_mask=written.mask,
+            sampler_log_probs=written.log_probs,
+            kept_log_mass=written.kept_log_mass,
+            finished=output.finished,
+            features=written.features,
+        )
+        return trees.spread_rows(result, self.mesh)
 
+    def _sample(
+        self,
+        params: Params,
+        active: ActiveRows,
+        chunk: Columns,
+        phi_RD: Array,
+        t: Array,
+        column: Array,
+    ) -> tuple[ActiveRows, Columns]:
+        """Sample token t of every active row from its features into a column of the chunk."""
+        keys_R = jax.vmap(jax.random.fold_in, in_axes=(0, None))(active.keys, t)
+        drawn = draw(self.settings, logits(head_of(self.policy, params), phi_RD), keys_R)
+        real_R = ~active.done
+        tokens_R = jnp.where(real_R, drawn.tokens, self.settings.pad_id)
+        # pad_id may equal eos_id: a row that is done stays done either way
+        done_R = active.done | (tokens_R == self.settings.eos_id)
+        sampled = Columns(
+            tokens=tokens_R,
+            log_probs=jnp.where(real_R, drawn.log_probs, 0.0),
+            kept_log_mass=jnp.where(real_R, drawn.kept_log_mass, 0.0),
+            mask=real_R,
+            features=None if chunk.features is None else jnp.where(real_R[:, None], phi_RD, 0),
+        )
 
-def _paste(written: Written, strip: Written, live: Live, start: Array, parts: int) -> Written:
-    """Write a strip's columns at `start`, in the rows they belong to."""
-    columns_1C = start + jnp.arange(strip.mask.shape[1])[None]
-    # of each block, whose rows stay in it
-    rows = live.rows.reshape(parts, -1) % (written.mask.shape[0] // parts)
+        def set_column(table: Array, values: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(
+                table, values[:, None].astype(table.dtype), column, axis=1
+            )
 
-    def blocks(values: Array) -> Array:
-        return values.reshape(parts, -1, *values.shape[1:])
+        chunk = jax.tree.map(set_column, chunk, sampled)
+        return replace(active, last=tokens_R, done=done_R), chunk
 
-    def put(held: Array, values: Array) -> Array:
-        def of_block(held: Array, values: Array, rows: Array) -> Array:
-            return held.at[rows[:, None], columns_1C].set(values, mode="drop")
+    def _empty(self, rows: int, columns: int, dtype: Any) -> Columns:
+        """Return columns without tokens; `dtype` is that of features."""
+        shape = (rows, columns)
+        zeros = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
+        keep = self.settings.keep_features
+        return Columns(
+            tokens=jnp.full(shape, self.settings.pad_id, jnp.int32),
+            log_probs=zeros,
+            kept_log_mass=zeros,
+            mask=jnp.zeros(shape, bool),
+            features=jnp.zeros((*shape, self.policy.feature_size), dtype) if keep else None,
+        )
 
-        found = jax.vmap(of_block)(blocks(held), blocks(values), rows)
-        return found.reshape(held.shape)
+    def _write(self, output: Output, chunk: Columns, active: ActiveRows, start: Array) -> Output:
+        """Write a chunk's columns at `start` into the rows of the output, block by block."""
+        total = len(output.finished)
+        blocks = trees.blocks(self.mesh, total)
+        columns_1C = start + jnp.arange(chunk.mask.shape[1])[None]
+        rows = active.rows.reshape(blocks, -1) % (total // blocks)
 
-    features = written.features
-    return Written(
-        tokens=put(written.tokens, strip.tokens),
-        log_probs=put(written.log_probs, strip.log_probs),
-        kept_log_mass=put(written.kept_log_mass, strip.kept_log_mass),
-        mask=put(written.mask, strip.mask),
-        finished=written.finished.at[live.rows].set(live.done),
-        features=None if features is None else put(features, strip.features),
-    )
+        def of_block(table: Array, values: Array, rows: Array) -> Array:
+            return table.at[rows[:, None], columns_1C].set(values, mode="drop")
+
+        def write(table: Array, values: Array) -> Array:
+            shape = table.shape
+            table, values = (x.reshape(blocks, -1, *x.shape[1:]) for x in (table, values))
+            return jax.vmap(of_block)(table, values, rows).reshape(shape)
+
+        return Output(
+            columns=jax.tree.map(write, output.columns, chunk),
+            finished=output.finished.at[active.rows].set(active.done),
+        )
+
+    def _results(self, active: ActiveRows, output: Output) -> tuple[ActiveRows, Output, Array]:
+        """Return the state, and the number of unfinished rows per block, replicated."""
+        blocks = trees.blocks(self.mesh, len(output.finished))
+        remaining = jnp.sum(~active.done.reshape(blocks, -1), axis=1)
+        output = trees.spread_rows(output, self.mesh)
+        return active, output, trees.replicate(remaining, self.mesh)
+
+    def _sharded(self, active: ActiveRows) -> ActiveRows:
+        cache, axes = active.cache, (None, trees.ROWS, "tensor")
+        by_row = (active.last, active.done, active.keys, active.rows, cache.mask)
+        last, done, keys, rows, mask = trees.spread_rows(by_row, self.mesh)
+        cache = replace(
+            cache,
+            keys=trees.constrain(cache.keys, self.mesh, *axes),
+            values=trees.constrain(cache.values, self.mesh, *axes),
+            mask=mask,
+        )
+        return ActiveRows(cache=cache, last=last, done=done, keys=keys, rows=rows)

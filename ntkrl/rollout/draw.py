@@ -1,10 +1,9 @@
-"""One token per row from logits: truncation by thresholds, and a draw from two uniform numbers.
+"""Sampling of one token per row from logits: top-k, top-p, min-p, then a draw by inverse CDF.
 
-With e = exp(z − max z), top-k, top-p and min-p each keep the tokens with e ≥ a threshold of the
-row. The thresholds are found by bisection over the bits of e, which are in the order of the
-numbers: exact, and without sorting V numbers. The draw picks a block of the vocabulary, then a
-token in it: V random numbers per row, as Gumbel noise needs, would cost more than the head's
-product.
+With e = exp(z − max z), each truncation keeps the tokens with e ≥ a threshold of the row. The
+thresholds come from bisection over the bits of e, which sort like the numbers: exact, and without
+sorting V numbers. The draw selects a block of the vocabulary, then a token in it, with two uniform
+numbers: V of them, as for Gumbel noise, would cost more than the product with the head.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from ntkrl.types import Array
 BLOCK = 128
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """One token per row, all `[B]`.
 
-    tokens: int32. log_probs: of the untruncated tempered distribution (nats). kept_log_mass: log of
-    the mass that truncation left (nats, ≤ 0).
+    tokens: int32. log_probs: at the temperature, before truncation (nats). kept_log_mass: log of
+    the probability mass after truncation (nats, ≤ 0).
     """
 
     tokens: Array
@@ -32,8 +31,8 @@ class Drawn(NamedTuple):
     kept_log_mass: Array
 
 
-def draw(settings: SamplerSettings, logits: Array, keys: Array) -> Drawn:
-    """Draw a token per row.
+def draw(settings: SamplerSettings, logits: Array, keys: Array) -> SampledTokens:
+    """Sample a token per row.
 
     Args:
       settings: temperature and truncation.
@@ -46,31 +45,31 @@ def draw(settings: SamplerSettings, logits: Array, keys: Array) -> Drawn:
     total_B = jnp.sum(e_BV, axis=1)
     if settings.greedy:
         tokens_B = jnp.argmax(z_BV, axis=1).astype(jnp.int32)
-        return Drawn(tokens_B, -jnp.log(total_B), jnp.zeros_like(total_B))
-    kept_BV = truncated(settings, e_BV)
-    kept_B = total_B if kept_BV is e_BV else jnp.sum(kept_BV, axis=1)
-    tokens_B = _pick(kept_BV, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
+        return SampledTokens(tokens_B, -jnp.log(total_B), jnp.zeros_like(total_B))
+    weights_BV = truncated(settings, e_BV)
+    mass_B = total_B if weights_BV is e_BV else jnp.sum(weights_BV, axis=1)
+    tokens_B = _pick(weights_BV, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
     chosen_B = jnp.take_along_axis(z_BV, tokens_B[:, None], axis=1)[:, 0]
     log_probs_B = chosen_B - peak_B1[:, 0] - jnp.log(total_B)
-    return Drawn(tokens_B, log_probs_B, jnp.log(kept_B) - jnp.log(total_B))
+    return SampledTokens(tokens_B, log_probs_B, jnp.log(mass_B) - jnp.log(total_B))
 
 
 def truncated(settings: SamplerSettings, weights: Array) -> Array:
-    """Zero the weights that cannot be drawn.
+    """Zero the weights excluded by top_k, top_p and min_p.
 
     Args:
-      settings: top_k, then top_p of what that leaves, and min_p.
+      settings: with top_k, then top_p of the remaining mass, then min_p.
       weights: `[B, V]` ≥ 0, the largest of each row 1.
 
     Returns:
       `[B, V]`; `weights` itself without truncation.
     """
     if settings.top_k is not None and settings.top_k < weights.shape[1]:
-        wanted_B = jnp.full(weights.shape[0], settings.top_k, jnp.float32)
-        weights = _at_least(weights, _threshold(weights, None, wanted_B))
+        target_B = jnp.full(weights.shape[0], settings.top_k, jnp.float32)
+        weights = _at_least(weights, _threshold(weights, None, target_B))
     if settings.top_p is not None and settings.top_p < 1:
-        wanted_B = settings.top_p * jnp.sum(weights, axis=1)
-        weights = _at_least(weights, _threshold(weights, weights, wanted_B))
+        target_B = settings.top_p * jnp.sum(weights, axis=1)
+        weights = _at_least(weights, _threshold(weights, weights, target_B))
     if settings.min_p is not None:
         weights = jnp.where(weights >= settings.min_p, weights, 0.0)
     return weights
@@ -85,13 +84,13 @@ def _bits(values: Array) -> Array:
     return jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
 
-def _threshold(weights: Array, counted: Array | None, wanted: Array) -> Array:
-    """Return the largest bits b `[B]` with Σ counted [bits(weights) ≥ b] ≥ wanted.
+def _threshold(weights: Array, summed: Array | None, target: Array) -> Array:
+    """Return the largest bits b `[B]` with Σ summed [bits(weights) ≥ b] ≥ target.
 
     Args:
       weights: `[B, V]` in [0, 1].
-      counted: `[B, V]` ≥ 0 what is summed; None for ones.
-      wanted: `[B]`, reached by the sum over all.
+      summed: `[B, V]` ≥ 0; None for ones.
+      target: `[B]`, at most the sum over all.
     """
     bits_BV = _bits(weights)
 
@@ -99,8 +98,8 @@ def _threshold(weights: Array, counted: Array | None, wanted: Array) -> Array:
         low_B, high_B = bounds
         middle_B = low_B + (high_B - low_B) // 2
         above_BV = bits_BV >= middle_B[:, None]
-        held_BV = above_BV * 1.0 if counted is None else jnp.where(above_BV, counted, 0.0)
-        enough_B = jnp.sum(held_BV, axis=1) >= wanted
+        terms_BV = above_BV * 1.0 if summed is None else jnp.where(above_BV, summed, 0.0)
+        enough_B = jnp.sum(terms_BV, axis=1) >= target
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
     low_B = jnp.zeros(weights.shape[0], jnp.int32)
@@ -109,7 +108,7 @@ def _threshold(weights: Array, counted: Array | None, wanted: Array) -> Array:
 
 
 def _pick(weights_BV: Array, uniform_B2: Array) -> Array:
-    """Draw an index per row in proportion to the weights."""
+    """Sample an index per row in proportion to the weights."""
     rows, size = weights_BV.shape
     width = min(BLOCK, size)
     blocks = -(-size // width)
@@ -121,9 +120,9 @@ def _pick(weights_BV: Array, uniform_B2: Array) -> Array:
 
 
 def _first_above(weights_BK: Array, uniform_B: Array) -> Array:
-    """Return the first index whose cumulated weight exceeds u · total; its own is positive."""
+    """Return the first index whose cumulated weight exceeds u · total; its weight is positive."""
     cumulated_BK = jnp.cumsum(weights_BK, axis=1)
     total_B = cumulated_BK[:, -1]
-    # u · total may round up to total, above which nothing lies
+    # u · total may round up to total, which no cumulated weight exceeds
     level_B = jnp.minimum(uniform_B * total_B, jnp.nextafter(total_B, jnp.zeros_like(total_B)))
     return jnp.sum(cumulated_BK <= level_B[:, None], axis=1)

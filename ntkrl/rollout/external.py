@@ -1,16 +1,16 @@
-"""An engine outside this package behind the sampler's seam: weights out, token ids in.
+"""Sampling by an external engine: weights out, token ids in.
 
 A user's file makes the engine:
 
     def make(directory, settings):          # the Hugging Face directory, a dict of SamplerSettings
         def generate(weights, prompts, seed):
-            # weights(): {Hugging Face name: numpy array} of the policy as it is now
-            # N answers per prompt, consecutive: their ids and the log-probs they were drawn with
+            # weights(): {Hugging Face name: numpy array} of the current policy
+            # N answers per prompt, consecutive: ids, and log-probs under the sampling distribution
             return [{"tokens": [5, 3, 0], "log_probs": [-1.2, -0.3, -0.1]}, ...]
         return generate
 
-The file runs with the user's rights. Its log-probs are another program's: train with
-objective.correction.
+The file runs with the user's rights. Its log-probs differ from this package's by rounding: train
+with objective.correction.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from ntkrl.numerics import bucket_length
 from ntkrl.rollout.settings import SamplerSettings
 from ntkrl.types import Array, Params, PromptBatch, Rollout
 
-Generate = Callable[..., Sequence[Mapping[str, Any]]]
+Answer = Mapping[str, Sequence[Any]]
+Generate = Callable[..., Sequence[Answer]]
 
 
 class ExternalSampler:
-    """`sample(params, prompts, key) -> Rollout` by an engine.
+    """`sampler(params, prompts, key) -> Rollout` by an engine.
 
     generate: of the engine, as above.
-    settings: SamplerSettings; features cannot be kept.
-    stored: `params -> {Hugging Face name: array}`, read when the engine asks.
+    settings: SamplerSettings; features cannot be recorded.
+    stored: `params -> {Hugging Face name: array}`, called when the engine needs weights.
     """
 
     def __init__(
@@ -50,36 +51,38 @@ class ExternalSampler:
         self.generate, self.settings, self.stored = generate, settings, stored
 
     def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Rollout:
-        """Let the engine draw N completions of each prompt.
+        """Sample N completions of each prompt with the engine.
 
         Raises:
           ValueError: answers that do not fit the prompts or the settings; all of them named.
         """
         tokens_PT, mask_PT = np.asarray(prompts.tokens), np.asarray(prompts.mask)
-        asked = [row[real].tolist() for row, real in zip(tokens_PT, mask_PT, strict=True)]
+        ids = [row[real].tolist() for row, real in zip(tokens_PT, mask_PT, strict=True)]
         seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
-        answers = list(self.generate(lambda: self.stored(params), asked, seed))
+        answers = list(self.generate(lambda: self.stored(params), ids, seed))
         count = self.settings.completions_per_prompt
-        _check(answers, len(asked) * count, self.settings.max_completion_tokens)
+        _check(answers, len(ids) * count, self.settings.max_completion_tokens)
         return self._rollout(np.repeat(tokens_PT, count, 0), np.repeat(mask_PT, count, 0), answers)
 
-    def _rollout(self, tokens_BT: np.ndarray, mask_BT: np.ndarray, answers: Sequence) -> Rollout:
-        budget, end = self.settings.max_completion_tokens, self.settings.eos_id
-        length = bucket_length(max(len(one["tokens"]) for one in answers), budget)
-        drawn_BC = np.full((len(answers), length), self.settings.pad_id, np.int32)
-        log_probs_BC = np.zeros(drawn_BC.shape, np.float32)
-        for row, one in enumerate(answers):
-            drawn_BC[row, : len(one["tokens"])] = one["tokens"]
-            log_probs_BC[row, : len(one["tokens"])] = one["log_probs"]
-        lengths_B = np.array([len(one["tokens"]) for one in answers])
+    def _rollout(
+        self, tokens_BT: np.ndarray, mask_BT: np.ndarray, answers: Sequence[Answer]
+    ) -> Rollout:
+        budget = self.settings.max_completion_tokens
+        lengths_B = np.array([len(answer["tokens"]) for answer in answers])
+        length = bucket_length(int(lengths_B.max()), budget)
+        completions_BC = np.full((len(answers), length), self.settings.pad_id, np.int32)
+        log_probs_BC = np.zeros(completions_BC.shape, np.float32)
+        for row, answer in enumerate(answers):
+            completions_BC[row, : lengths_B[row]] = answer["tokens"]
+            log_probs_BC[row, : lengths_B[row]] = answer["log_probs"]
         real_BC = np.arange(length)[None] < lengths_B[:, None]
-        ended_B = np.array([one["tokens"][-1] == end for one in answers])
+        ended_B = np.array([answer["tokens"][-1] == self.settings.eos_id for answer in answers])
         return Rollout(
-            tokens=jnp.asarray(np.concatenate([tokens_BT, drawn_BC], axis=1)),
+            tokens=jnp.asarray(np.concatenate([tokens_BT, completions_BC], axis=1)),
             mask=jnp.asarray(np.concatenate([mask_BT, real_BC], axis=1)),
             completion_mask=jnp.asarray(real_BC),
             sampler_log_probs=jnp.asarray(log_probs_BC),
-            # the engine's log-probs are those it drew with, whatever it truncated
+            # the engine reports log-probs after its truncation
             kept_log_mass=jnp.zeros(real_BC.shape, jnp.float32),
             finished=jnp.asarray(ended_B | (lengths_B < budget)),
         )
@@ -91,40 +94,40 @@ def load_engine(spec: str, directory: str, settings: SamplerSettings) -> Generat
     Args:
       spec: "path/to/file.py:make".
       directory: Hugging Face directory of the starting model.
-      settings: what to draw.
+      settings: of sampling.
 
     Raises:
-      ValueError: no such file or function, or one that fails; its message is in it.
+      ValueError: no such file or function, or an exception in it, quoted in the message.
     """
     file, _, name = spec.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise ValueError(f"rollout.engine {spec!r} is no 'path/to/file.py:function' that exists.")
-    found = importlib.util.spec_from_file_location("ntkrl_engine", file)
-    module = importlib.util.module_from_spec(found)
+    module_spec = importlib.util.spec_from_file_location("ntkrl_engine", file)
+    exists = file.endswith(".py") and Path(file).is_file()
+    if not exists or module_spec is None or module_spec.loader is None:
+        raise ValueError(f"rollout.engine {spec!r} is not an existing 'path/to/file.py:function'.")
+    module = importlib.util.module_from_spec(module_spec)
     try:
-        found.loader.exec_module(module)
-        make = vars(module)[name]
-        generate = make(directory, dataclasses.asdict(settings))
-    except Exception as error:  # whatever the user's code raises
+        module_spec.loader.exec_module(module)
+        generate = vars(module)[name](directory, dataclasses.asdict(settings))
+    except Exception as error:  # any exception of the user's code
         raise ValueError(f"rollout.engine {spec}: {type(error).__name__}: {error}") from error
     if not callable(generate):
         raise ValueError(f"rollout.engine {spec} made {generate!r}, which cannot be called.")
     return generate
 
 
-def _check(answers: Sequence[Mapping[str, Any]], expected: int, budget: int) -> None:
+def _check(answers: Sequence[Answer], expected: int, budget: int) -> None:
     problems = []
     if len(answers) != expected:
-        problems.append(f"{len(answers)} answers where {expected} were asked for")
-    for row, one in enumerate(answers):
-        if set(one) != {"tokens", "log_probs"}:
-            problems.append(f"answer {row} has {', '.join(one)}, not tokens and log_probs")
+        problems.append(f"{len(answers)} answers where {expected} were expected")
+    for row, answer in enumerate(answers):
+        if set(answer) != {"tokens", "log_probs"}:
+            problems.append(f"answer {row} has {', '.join(answer)}, not tokens and log_probs")
             continue
-        count, log_probs = len(one["tokens"]), list(one["log_probs"])
+        count, log_probs = len(answer["tokens"]), list(answer["log_probs"])
         if not 1 <= count <= budget or len(log_probs) != count:
             problems.append(f"answer {row} has {count} tokens and {len(log_probs)} log_probs")
         elif not all(math.isfinite(value) and value <= 1e-6 for value in log_probs):
             problems.append(f"answer {row} has log_probs that are not finite and ≤ 0")
     if problems:
-        shown = "; ".join(problems[:5])
-        raise ValueError(f"rollout.engine: {shown}; 1 to {budget} tokens each are allowed.")
+        first = "; ".join(problems[:5])
+        raise ValueError(f"rollout.engine: {first}; 1 to {budget} tokens each are allowed.")

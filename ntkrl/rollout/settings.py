@@ -1,31 +1,33 @@
-"""How completions are drawn, checked when made."""
+"""Sampling settings, validated on construction."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from ntkrl.numerics import DTYPES
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """How completions are drawn.
+    """Settings of sampling.
 
     completions_per_prompt: N ≥ 1.
-    max_completion_tokens: C ≥ 1; a completion that reaches it is cut.
-    temperature: divides the logits; 0 for the likeliest token each time (greedy).
-    eos_id: token that ends a completion; it is part of the completion.
+    max_completion_tokens: C ≥ 1; longer completions are truncated.
+    temperature: divides the logits; 0 for greedy decoding.
+    eos_id: token that ends a completion, as its last token.
     pad_id: token written after the end.
-    top_k: draw from the k likeliest tokens (and those as likely as the last), ≥ 1; None for all.
-    top_p: then from the fewest of them that hold this share of their mass, in (0, 1]; None for all.
-    min_p: and from those at least this share as likely as the likeliest, in [0, 1); None for all.
+    top_k: sample from the k likeliest tokens (and ties with the last), ≥ 1; None for all.
+    top_p: then from the fewest of them with this share of their mass, in (0, 1]; None for all.
+    min_p: then from those with at least this share of the largest probability, in [0, 1); None for
+        all.
     cache_dtype: of keys and values; None for the network's.
-    gather_params: read a copy of the params that is gathered over fsdp once per call, not once per
-        token; it stays spread over tensor.
-    params_dtype: of that copy, the one the network runs in; None for the params' own.
-    keep_features: record the features that each token was drawn from.
-    chunk_steps: tokens drawn between two looks at which rows are done, ≥ 1.
-    fewest_rows: rows that are left alone however many of them are done, ≥ 1: below some number a
-        step costs reading the weights.
+    gather_params: decode with a copy of the params gathered over fsdp once per call, not once per
+        token; the copy stays sharded over tensor.
+    params_dtype: of that copy, the compute dtype; None for that of the params.
+    keep_features: record the features that predicted each token.
+    chunk_steps: decode steps between two checks for finished rows, ≥ 1.
+    fewest_rows: smallest batch of compaction, ≥ 1: with few rows, a step costs reading the params.
     """
 
     completions_per_prompt: int
@@ -70,10 +72,54 @@ class SamplerSettings:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """True for argmax decoding."""
         return self.temperature == 0
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens cannot be drawn."""
+        """True if top_k, top_p or min_p exclude tokens."""
         return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+    """Sampling of completions in training: the config's rollout section (see SamplerSettings).
+
+    stop: strings that end a completion; they are part of it.
+    cache_dtype: of keys and values while sampling, or None for the network's.
+    gather_params: sample from a copy of the params that is gathered over fsdp.
+    engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
+    """
+
+    completions_per_prompt: int
+    max_completion_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    stop: tuple[str, ...]
+    cache_dtype: str | None
+    gather_params: bool
+    engine: str | None
+
+    def __post_init__(self):
+        problems = []
+        if not self.temperature > 0:
+            problems.append(
+                f"rollout.temperature must be > 0, not {self.temperature}: a greedy sampler gives "
+                "groups of equal completions; for greedy evaluation set eval.temperature=0"
+            )
+        if self.cache_dtype is not None and self.cache_dtype not in DTYPES:
+            problems.append(
+                f"rollout.cache_dtype {self.cache_dtype!r} is not among {', '.join(DTYPES)}"
+            )
+        if not all(self.stop):
+            problems.append("rollout.stop holds an empty string")
+        checked = dataclasses.asdict(self)
+        del checked["stop"], checked["cache_dtype"], checked["engine"]
+        try:
+            SamplerSettings(eos_id=0, pad_id=0, **checked)
+        except ValueError as error:
+            problems.append(str(error).rstrip("."))
+        if problems:
+            raise ValueError("; ".join(problems) + ".")

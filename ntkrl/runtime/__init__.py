@@ -24,6 +24,7 @@ from ntkrl.runtime.distributed import (
     log,
     record_resume_step,
 )
+from ntkrl.runtime.errors import ErrorCollector
 from ntkrl.runtime.mesh import (
     fetch,
     make_mesh,
@@ -36,23 +37,28 @@ from ntkrl.runtime.mesh import (
 from ntkrl.runtime.preemption import PreemptedError, PreemptionNotice
 from ntkrl.runtime.rundir import (
     check_run_dir,
+    check_shared,
     claim_run_dir,
     config_changes,
     config_identity,
     save_arrays,
     save_text,
 )
+from ntkrl.runtime.settings import CheckpointSettings
 
 __all__ = [
     "Best",
     "CheckpointWriteError",
+    "CheckpointSettings",
     "Checkpoints",
     "CorruptCheckpointError",
+    "ErrorCollector",
     "PreemptedError",
     "PreemptionNotice",
     "allgather_object",
     "check_consistent",
     "check_run_dir",
+    "check_shared",
     "claim_run_dir",
     "config_changes",
     "config_identity",

@@ -92,7 +92,7 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     heartbeat()
-    return jax.tree.map(trees.whole, tree)
+    return jax.tree.map(trees.gather_to_host, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

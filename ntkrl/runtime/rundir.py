@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from ntkrl.runtime.config import differences
+from ntkrl.runtime.distributed import allgather_object
 
+SHARED_SECONDS = 60.0
+"""Time until a new file is visible on every host."""
 ALLOWED = {
     "checkpoint": "schedule and retention only, not the computation",
     "logging": "loggers only, not the computation",
@@ -93,3 +97,20 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     partial.replace(path)
+
+
+def check_shared(directory: Path) -> None:
+    """Check that every process sees the run directory of the first.
+
+    Raises:
+      ValueError: this process does not see the config that the first one wrote.
+    """
+    paths = allgather_object("the run directory", str(directory.absolute()))
+    deadline = time.monotonic() + SHARED_SECONDS if len(paths) > 1 else 0.0
+    while not (directory / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{directory} is not the directory that process 0 writes to ({paths[0]} there); "
+                "give a run_dir on a file system that all hosts share."
+            )
+        time.sleep(0.5)

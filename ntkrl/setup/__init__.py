@@ -1,16 +1,17 @@
-"""From settings to the model, prompts and rewards of a run, checked before anything is traced."""
+"""Load a run's model, prompts and rewards from its settings, checked before anything is traced."""
 
-from ntkrl.setup.assemble import Prompts, Setup, Start, assemble, assemble_model, check_vocabulary
-from ntkrl.setup.rewards import Problems, is_code, reward_set
+from ntkrl.setup.rewards import Samples, is_code, load_rewards
+from ntkrl.setup.run_setup import Prompts, RunSetup, set_up
+from ntkrl.setup.starting_model import StartingModel, check_vocabulary, load_starting_model
 
 __all__ = [
-    "Problems",
     "Prompts",
-    "Setup",
-    "Start",
-    "assemble",
-    "assemble_model",
+    "RunSetup",
+    "Samples",
+    "StartingModel",
     "check_vocabulary",
     "is_code",
-    "reward_set",
+    "load_rewards",
+    "load_starting_model",
+    "set_up",
 ]

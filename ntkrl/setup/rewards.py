@@ -1,40 +1,21 @@
-"""From the words of a config to the rewards of a run."""
+"""Reward functions and models of a run, and the rewarded samples of a base policy."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime
-from ntkrl.settings import DTYPES, RewardSettings
+from ntkrl.numerics import DTYPES
+from ntkrl.settings import EvalSettings
 
 
-class Problems:
-    """Collects what is wrong with independent pieces, to be told together.
-
-    `with problems:` keeps the ValueError of its block; `finish` raises one with them all.
-    """
-
-    def __init__(self):
-        self.told: list[str] = []
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, ValueError):
-            self.told.append(str(error))
-        return isinstance(error, ValueError)
-
-    def finish(self) -> None:
-        """Raise one ValueError if there is anything to tell."""
-        if self.told:
-            raise ValueError("\n".join(self.told))
-
-
-def reward_set(settings: RewardSettings, mesh: Mesh) -> reward.RewardSet:
+def load_rewards(settings: reward.RewardSettings, mesh: Mesh) -> reward.RewardSet:
     """Load every reward function and reward model.
 
     Args:
@@ -45,48 +26,156 @@ def reward_set(settings: RewardSettings, mesh: Mesh) -> reward.RewardSet:
       ValueError: a function, model or file that cannot be loaded, or rewards to normalise that
         no function gives.
     """
-    held = {}
+    normalisation = {}
     if settings.normalisation is not None:
-        held = reward.read_normalisation(settings.normalisation)
-    loaded, problems = [], Problems()
-    for spec, weight in settings.functions:
-        name = _name(spec)
-        shift, scale = held.pop(name) if name in held else (0.0, 1.0)
-        given = {"weight": weight, "shift": shift, "scale": scale}
-        with problems:
-            loaded.append(_function(spec, name, settings, mesh, given))
-    problems.finish()
-    if held:
-        names = ", ".join(function.name for function in loaded)
+        normalisation = reward.read_normalisation(settings.normalisation)
+    errors = runtime.ErrorCollector()
+    functions = [
+        errors.call(_load_function, spec, weight, normalisation, settings, mesh)
+        for spec, weight in settings.functions
+    ]
+    errors.finish()
+    names = [function.name for function in functions]
+    unused = sorted(normalisation.keys() - {*names})
+    if unused:
         raise ValueError(
-            f"reward.normalisation {settings.normalisation} holds rewards of "
-            f"{', '.join(sorted(held))}, which no function gives; they are called {names}."
+            f"reward.normalisation {settings.normalisation} holds rewards of {', '.join(unused)}, "
+            f"which no function gives; they are called {', '.join(names)}."
         )
-    return reward.RewardSet(tuple(loaded), runtime.local_slice, runtime.allgather_object)
-
-
-def _name(spec: str) -> str:
-    """How a function is called in metrics."""
-    if spec in reward.BUILT_IN:
-        return spec
-    return spec.rpartition(":")[2] if is_code(spec) else Path(spec).name
+    return reward.RewardSet(tuple(functions), runtime.local_slice, runtime.allgather_object)
 
 
 def is_code(spec: str) -> bool:
-    """Tell whether a reward function is code, of this package or a user's, and no model."""
+    """Return True for a reward function (built in or a user's), False for a reward model."""
     return spec in reward.BUILT_IN or spec.rpartition(":")[0].endswith(".py")
 
 
-def _function(
-    spec: str, name: str, settings: RewardSettings, mesh: Mesh, given: dict[str, Any]
+def _load_function(
+    spec: str,
+    weight: float,
+    normalisation: dict[str, tuple[float, float]],
+    settings: reward.RewardSettings,
+    mesh: Mesh,
 ) -> reward.RewardFunction:
-    given = {**given, "on_failure": settings.on_failure}
-    coded = is_code(spec)
-    directory = Path(spec) if coded else models.local_directory(spec)
-    if coded or not directory.is_dir():
+    name = spec
+    if spec not in reward.BUILT_IN:
+        name = spec.rpartition(":")[2] if is_code(spec) else Path(spec).name
+    shift, scale = normalisation[name] if name in normalisation else (0.0, 1.0)
+    common = {
+        "weight": weight,
+        "shift": shift,
+        "scale": scale,
+        "on_failure": settings.on_failure,
+    }
+    directory = Path(spec) if is_code(spec) else models.local_directory(spec)
+    if is_code(spec) or not directory.is_dir():
         options = settings.options[spec] if spec in settings.options else {}
-        return reward.open_function(spec, settings.timeout, options, **given)
+        return reward.open_function(spec, settings.timeout, options, **common)
     scorer, params = models.load_scorer(directory, DTYPES[settings.dtype], mesh)
     tokenizer = data.load_tokenizer(directory)
     call = reward.RewardModel(scorer, params, tokenizer, mesh, settings.batch_size)
-    return reward.RewardFunction(name, call, source=str(directory), on_mesh=True, **given)
+    return reward.RewardFunction(name, call, source=str(directory), on_mesh=True, **common)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """N completions of a policy for each of P prompts.
+
+    texts: P lists of N. rewards: `[P, N]`.
+    """
+
+    texts: list[list[str]]
+    rewards: np.ndarray
+
+
+def read_base(
+    settings: EvalSettings, held_out: data.PromptSet, rewards: reward.RewardSet
+) -> Samples:
+    """Read as many samples of the evaluation `settings.base` as are drawn for each prompt.
+
+    Its rewards are summed with the weights and the normalisation of this config.
+
+    Args:
+      settings: of the evaluation, with a base.
+      held_out: its prompts, of which the first `settings.prompts` count.
+      rewards: of the run.
+
+    Raises:
+      ValueError: files that are missing or of another form, other prompts, fewer samples or other
+        reward functions than this evaluation has; all in one message.
+    """
+    path, errors = Path(settings.base), runtime.ErrorCollector()
+    place = f"eval.base {path}"
+    samples = errors.call(_read_samples, path, place)
+    raw = errors.call(reward.read_rewards, path.with_suffix(".rewards.json"), "eval.base")
+    if samples is not None:
+        rows = errors.call(_rows_by_prompt, settings, place, samples, held_out)
+    if raw is not None:
+        errors.call(_check_functions, place, raw, rewards)
+    if samples is not None and raw is not None:
+        errors.call(_check_counts, place, len(samples.prompts), raw)
+    errors.finish()
+    texts = samples.columns["completion"]
+    rewards_B = rewards.total(raw, texts)
+    return Samples([[texts[i] for i in group] for group in rows], rewards_B[np.array(rows)])
+
+
+def _read_samples(path: Path, place: str) -> data.PromptSet:
+    if path.suffix != ".jsonl":
+        raise ValueError(
+            f"{place} is not a file of samples; name a .jsonl that `ntkrl evaluate` wrote, such as "
+            "runs/sft/evaluations/sft.jsonl."
+        )
+    samples = data.read_set(path)
+    texts = samples.columns["completion"] if "completion" in samples.columns else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{place}: every row needs a 'completion' of text.")
+    return samples
+
+
+def _rows_by_prompt(
+    settings: EvalSettings, place: str, samples: data.PromptSet, held_out: data.PromptSet
+) -> list[list[int]]:
+    """Return the base's rows that answer each prompt."""
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(samples.prompts):
+        rows.setdefault(_key(prompt), []).append(row)
+    prompts = held_out.prompts[: settings.prompts]
+    unknown = [prompt for prompt in prompts if _key(prompt) not in rows]
+    if unknown:
+        raise ValueError(
+            f"{place} is of other prompts: {len(unknown)} of the {len(prompts)} used here are not "
+            f"in it, such as {unknown[0]!r:.60}. Evaluate the base on the same data.eval_path, or "
+            "data.path and data.held_out, and on as many eval.prompts."
+        )
+    needed = settings.samples_per_prompt * settings.repeats
+    fewest = min(len(rows[_key(prompt)]) for prompt in prompts)
+    if fewest < needed:
+        raise ValueError(
+            f"{place} holds {fewest} samples of a prompt, and {needed} are drawn here "
+            "(eval.samples_per_prompt × eval.repeats); draw fewer, or evaluate the base with as "
+            "many."
+        )
+    return [rows[_key(prompt)][:needed] for prompt in prompts]
+
+
+def _check_functions(place: str, raw: dict[str, np.ndarray], rewards: reward.RewardSet) -> None:
+    names = [function.name for function in rewards.functions]
+    if set(names) != set(raw):
+        raise ValueError(
+            f"{place} has rewards of {', '.join(raw)}, this config of {', '.join(names)}; evaluate "
+            "the base with the same reward.function."
+        )
+
+
+def _check_counts(place: str, rows: int, raw: dict[str, np.ndarray]) -> None:
+    wrong = [f"{len(values)} of {name}" for name, values in raw.items() if len(values) != rows]
+    if wrong:
+        raise ValueError(
+            f"{place} has {rows} samples, and rewards beside it are {', '.join(wrong)}; evaluate "
+            "the base again."
+        )
+
+
+def _key(prompt: Any) -> str:
+    return json.dumps(prompt, sort_keys=True)

@@ -1,10 +1,37 @@
-"""Next-token distributions read from features and head, without logits kept for all positions.
+"""Statistics of next-token distributions from features and output head, in chunks.
 
+Logits exist for one chunk of positions × vocabulary rows at a time, also in the backward pass.
 Imports `ntkrl.types` and `ntkrl.numerics` only.
 """
 
-from ntkrl.softmax.moments import TokenStatistics
-from ntkrl.softmax.passes import logit_statistics, token_statistics
-from ntkrl.softmax.tiles import Head, logits
+from ntkrl.softmax.online_sums import TokenStatistics
+from ntkrl.softmax.tiling import (
+    OutputHead,
+    Tile,
+    logits,
+    slice_tile,
+    tile_count,
+    tile_logits,
+    uncapped_logits,
+)
+from ntkrl.softmax.token_statistics import (
+    DEFAULT_OPTIONS,
+    SoftmaxOptions,
+    logit_statistics,
+    token_statistics,
+)
 
-__all__ = ["Head", "TokenStatistics", "logit_statistics", "logits", "token_statistics"]
+__all__ = [
+    "DEFAULT_OPTIONS",
+    "OutputHead",
+    "SoftmaxOptions",
+    "Tile",
+    "TokenStatistics",
+    "logit_statistics",
+    "logits",
+    "slice_tile",
+    "tile_count",
+    "tile_logits",
+    "token_statistics",
+    "uncapped_logits",
+]

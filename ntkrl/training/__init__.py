@@ -1,25 +1,44 @@
-"""The training loop and its batch sources, train state, checkpoints and probe hook."""
+"""The training loop and its batch sources, train state, checkpoints, probes and programs."""
 
-from ntkrl.training.batch_sources import BATCH_SOURCES
-from ntkrl.training.checkpointing import RunCheckpointer
-from ntkrl.training.loop import train
-from ntkrl.training.preference_source import PreferenceSource
-from ntkrl.training.probe_hook import ProbeHook, bare
+from ntkrl.training.abstract_run import AbstractRun
+from ntkrl.training.batch_sources import (
+    BatchSource,
+    PreferenceSource,
+    StepBatches,
+    StepContext,
+    SupervisedSource,
+)
+from ntkrl.training.loop import BATCH_SOURCES, train
+from ntkrl.training.probe_hook import ProbeHook
+from ntkrl.training.programs import (
+    GENERATION,
+    PARTS,
+    PROBE,
+    SCORING,
+    UPDATE,
+    Program,
+    Programs,
+    run_programs,
+)
 from ntkrl.training.rollout_source import RolloutSource
-from ntkrl.training.sources import StepContext, SupervisedSource
-from ntkrl.training.states import States
-from ntkrl.training.steps import jitted_step
 
 __all__ = [
     "BATCH_SOURCES",
+    "GENERATION",
+    "PARTS",
+    "PROBE",
+    "SCORING",
+    "UPDATE",
+    "AbstractRun",
+    "BatchSource",
     "PreferenceSource",
     "ProbeHook",
+    "Program",
+    "Programs",
     "RolloutSource",
-    "RunCheckpointer",
-    "States",
+    "StepBatches",
     "StepContext",
     "SupervisedSource",
-    "bare",
-    "jitted_step",
+    "run_programs",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""Saving a run and taking it up again: what of it is saved, and what is told where that fails."""
+"""Checkpoint save and restore of a run, and how failures are reported."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 
-from ntkrl import runtime
-from ntkrl.data import split_names
-from ntkrl.settings import RunSettings, best_of
+from ntkrl import data, runtime
+from ntkrl.settings import RunSettings
 from ntkrl.types import TrainState
 
 FORMAT = 1
@@ -21,30 +20,30 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class RunCheckpointer:
-    """Saves the run of a directory, and restores it.
+    """Saves and restores the checkpoints of a run directory.
 
-    Checkpoints lie between rollout steps, where inner epoch and minibatch are 0 by construction.
-    Beside the TrainState (params, optimizer, reference, PRNG key, step) they hold the position: the
-    stage with its running statistics, the place in the order of the prompts, the tokens counted,
-    the config with its hash, hashes of the files that rewards and prompts come from, and versions.
+    Checkpoints are saved between rollout steps, where inner epoch and minibatch are 0 by
+    construction. Beside the TrainState (params, optimizer, reference, PRNG key, step) they hold the
+    position: the stage with its running statistics, the place in the order of the prompts, the
+    tokens counted, the config with its hash, hashes of the files that rewards and prompts come
+    from, and versions.
     """
 
-    def __init__(
-        self, settings: RunSettings, config: Mapping[str, Any], directory: Path, headline: str
-    ):
+    def __init__(self, settings: RunSettings, config: Mapping[str, Any], directory: Path):
         """Open the checkpoints of a run.
 
         Args:
           settings: the config, read.
           config: as JSON values.
           directory: the run directory.
-          headline: the metric that ranks checkpoints unless the config names one.
         """
         self.settings, self.config = settings.checkpoint, config
         self.failures = 0
-        best = best_of(settings.checkpoint, headline)
-        self.checkpoints = runtime.Checkpoints(directory / "checkpoints", self.settings.keep, best)
-        self.made_by = {
+        ranking = self.settings.ranking(settings.headline)
+        self.checkpoints = runtime.Checkpoints(
+            directory / "checkpoints", self.settings.keep, ranking
+        )
+        self.provenance = {
             "format": FORMAT,
             "config": config,
             "config_hash": _hash(runtime.config_identity(config)),
@@ -56,7 +55,7 @@ class RunCheckpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Finish what is being written; where the run fails anyway, a save that fails is told."""
+        """Finish the pending save; if the run fails anyway, a failed save is only logged."""
         try:
             self.settle()
         except OSError as error:
@@ -67,25 +66,25 @@ class RunCheckpointer:
             self.checkpoints.close()
 
     def resume(
-        self, like: Callable[[Mapping[str, Any]], TrainState]
+        self, template: Callable[[Mapping[str, Any]], TrainState]
     ) -> tuple[int, dict[str, Any], TrainState] | None:
-        """Restore the newest checkpoint that is whole; damaged ones after it are moved aside.
+        """Restore the newest intact checkpoint; corrupt ones after it are reported and quarantined.
 
         Args:
-          like: makes a state with the structure and shardings to restore, given the position.
+          template: returns a state with the structure and shardings to restore, given the position.
 
         Returns:
-          Its rollout step, position and state; None where nothing was ever saved.
+          Its rollout step, position and state; None if nothing was ever saved.
 
         Raises:
-          ValueError: it is of another config or format, or none is whole.
+          ValueError: it has another config or format, or none is intact.
         """
         damaged: dict[int, runtime.CorruptCheckpointError] = {}
         for step in reversed(self.checkpoints.steps()):
             try:
                 position = self.checkpoints.position(step)
                 self._check(step, position)
-                state = self.checkpoints.restore(step, like(position))
+                state = self.checkpoints.restore(step, template(position))
             except runtime.CorruptCheckpointError as error:
                 damaged[step] = error
                 continue
@@ -95,12 +94,12 @@ class RunCheckpointer:
                     f"the checkpoint of step {number} is damaged ({error}) and now called {place}; "
                     f"going back to step {step}"
                 )
-            self._tell_changes(step, position)
+            self._log_changes(step, position)
             return step, position, state
         if damaged:
             listed = "; ".join(f"step {number}: {error}" for number, error in damaged.items())
             raise ValueError(
-                f"no checkpoint in {self.checkpoints.directory} can be read ({listed}). Put whole "
+                f"no checkpoint in {self.checkpoints.directory} can be read ({listed}). Put intact "
                 "ones there, or remove the run directory to start over."
             )
         return None
@@ -110,15 +109,15 @@ class RunCheckpointer:
         if position["format"] != FORMAT:
             raise ValueError(
                 f"{place} has format {position['format']}, this version of ntkrl reads {FORMAT}; "
-                "go on with the version that wrote it."
+                "resume with the version that wrote it."
             )
-        if position["config_hash"] != self.made_by["config_hash"]:
+        if position["config_hash"] != self.provenance["config_hash"]:
             runtime.config_changes(position["config"], self.config, place)
 
-    def _tell_changes(self, step: int, position: Mapping[str, Any]) -> None:
-        """Tell what a resumed run takes another version of; its numbers may differ from here on."""
+    def _log_changes(self, step: int, position: Mapping[str, Any]) -> None:
+        """Log changed files and packages; the numbers of the run may differ from here on."""
         for kind in ("files", "versions"):
-            before, now = position[kind], self.made_by[kind]
+            before, now = position[kind], self.provenance[kind]
             for name in sorted(before.keys() & now.keys()):
                 if before[name] != now[name]:
                     change = f": {before[name]} -> {now[name]}" if kind == "versions" else ""
@@ -131,12 +130,12 @@ class RunCheckpointer:
         position: Mapping[str, Any],
         metrics: Mapping[str, Any] | None,
     ) -> None:
-        """Begin to write a checkpoint while training goes on; one that fails is told.
+        """Start to save a checkpoint while training goes on; a save that fails is logged.
 
         Args:
           step: rollout steps finished.
-          state: may be donated when this returns.
-          position: JSON values beside what the RunCheckpointer knows.
+          state: may be donated after the call.
+          position: JSON values besides those that the RunCheckpointer adds.
           metrics: of the step.
 
         Raises:
@@ -144,12 +143,12 @@ class RunCheckpointer:
         """
         self.settle()
         try:
-            self.checkpoints.save(step, state, {**self.made_by, **position}, metrics)
+            self.checkpoints.save(step, state, {**self.provenance, **position}, metrics)
         except runtime.CheckpointWriteError as error:
             self._failed(error)
 
     def settle(self, wait: bool = True) -> None:
-        """Finish what is being written, or look whether it is done.
+        """Wait for the pending save, or poll whether it is done.
 
         Raises:
           OSError: too many checkpoints in a row could not be written, or one of several processes
@@ -166,26 +165,26 @@ class RunCheckpointer:
 
     def _failed(self, error: runtime.CheckpointWriteError) -> None:
         self.failures += 1
-        told = f"{error}; the last good checkpoint is {self.last_good()}"
+        message = f"{error}; the last good checkpoint is {self.last_good()}"
         if jax.process_count() > 1 or self.failures >= self.settings.failures:
             raise OSError(
-                f"{told}. {self.failures} in a row failed (checkpoint.failures); make room, and "
+                f"{message}. {self.failures} in a row failed (checkpoint.failures); make room, and "
                 "run the same command again."
             ) from error
-        runtime.log(f"{told}; going on")
+        runtime.log(f"{message}; going on")
 
     def newest(self) -> int:
-        """Return after which rollout step the run would resume; 0 where it would start again."""
-        held = self.checkpoints.latest()
-        return 0 if held is None else held
+        """Return the rollout step that the run would resume after; 0 for a fresh start."""
+        step = self.checkpoints.latest()
+        return 0 if step is None else step
 
     def last_good(self) -> str:
-        """Say which checkpoint is the newest, in words."""
-        held = self.checkpoints.latest()
-        return "none yet" if held is None else f"step {held} in {self.checkpoints.directory}"
+        """Return the newest checkpoint, in words."""
+        step = self.checkpoints.latest()
+        return "none yet" if step is None else f"step {step} in {self.checkpoints.directory}"
 
-    def farewell(self, step: int) -> str:
-        """Say what is kept of a run that was asked to leave after a rollout step."""
+    def preemption_message(self, step: int) -> str:
+        """Return what was saved of a run that SIGTERM ended after a rollout step."""
         if step == 0:
             return "stopped by SIGTERM before the first rollout step; run the same command again."
         saved = f"saved step {step}"
@@ -196,14 +195,14 @@ class RunCheckpointer:
 
 
 def _files(settings: RunSettings) -> list[str]:
-    """List the files, of those the config names, whose content reaches the numbers of a run."""
-    given = [spec.rpartition(":")[0] for spec, _ in settings.reward.functions]
-    given += [settings.reward.normalisation, settings.model.template, settings.evaluation.base]
+    """Return the files named in the config whose content affects the numbers of a run."""
+    paths = [spec.rpartition(":")[0] for spec, _ in settings.reward.functions]
+    paths += [settings.reward.normalisation, settings.model.template, settings.evaluation.base]
     if settings.rollout.engine is not None:
-        given.append(settings.rollout.engine.rpartition(":")[0])
+        paths.append(settings.rollout.engine.rpartition(":")[0])
     for listed in (settings.data.path, settings.data.eval_path):
-        given += [] if listed is None else split_names(listed)
-    return [name for name in given if name is not None and Path(name).is_file()]
+        paths += [] if listed is None else data.split_names(listed)
+    return [name for name in paths if name is not None and Path(name).is_file()]
 
 
 def _file_hash(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the looks of a run so far say together, read back from `probes/` where a run resumes."""
+"""Statistics over past probe readings, read back from `probes/` when a run resumes."""
 
 from __future__ import annotations
 
@@ -10,59 +10,56 @@ import jax
 import numpy as np
 
 from ntkrl import probe
-from ntkrl.probe.weights import Leading
 from ntkrl.report import read_arrays, step_files
 
 DIRECTION = "direction"
 """`direction/<leaf>/left` and `…/right` in a probe file are singular vectors of ΔW, layers in
 front."""
-
-
-LINES = {"probe": "log_probs", "weights": "weights"}
-"""What is laid lines through: the array of a look, by the room of its metrics."""
+SERIES = {"probe": "log_probs", "weights": "weights"}
+"""Series fitted by linear regression in the step: array of a reading, by prefix of its metrics."""
 
 
 class History:
-    """How straight log-probs and weights run, and how directions of ΔW turn."""
+    """Linearity of log-probs and weights over training, and rotation of leading directions."""
 
     def __init__(self, directory: Path):
-        """Read nothing yet.
+        """Start without readings.
 
         Args:
-          directory: that looks write `step_*.npz` to.
+          directory: of the files `step_*.npz`.
         """
         self.directory = directory
-        self.lines: dict[str, probe.linearity.LineSums] = {}
+        self.sums: dict[str, probe.LineSums] = {}
 
-    def straightness(self, step: int, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Add a look, and say how well lines in the step explain what all of them saw.
+    def linearity(self, step: int, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Add a reading; return how much of all readings a linear regression explains.
 
         Args:
-          step: the optimizer step that was looked at; rising.
-          arrays: of the look, with those of LINES, all before the step.
+          step: optimizer step of the reading; increasing.
+          arrays: of the reading, with those of SERIES, all before the step.
 
         Returns:
-          `<room>/linearity` and `<room>/linearity_pooled` (see `linearity.line_fit`), of three
-          looks or more.
+          `<prefix>/linearity` and `<prefix>/linearity_pooled` (see `probe.line_fit`), from the
+          third reading on.
         """
-        if not self.lines:
-            for number, path in self._before(step):
-                held = read_arrays(path)
-                self._extend(number, {} if held is None else held)
+        if not self.sums:
+            for earlier_step, path in self._before(step):
+                earlier = read_arrays(path)
+                self._extend(earlier_step, {} if earlier is None else earlier)
         self._extend(step, arrays)
-        found = {}
-        for room, line in self.lines.items():
-            if line.count >= 3:
-                _, scalars = probe.linearity.line_fit(line)
-                found |= {f"{room}/{name}": float(value) for name, value in scalars.items()}
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        metrics = {}
+        for prefix, sums in self.sums.items():
+            if sums.number >= 3:
+                _, scalars = probe.line_fit(sums)
+                metrics |= {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
-    def turning(self, step: int, leading: dict[str, Leading]) -> dict[str, float]:
-        """Compare leading directions with those of the last look before that has any.
+    def rotation(self, step: int, leading: dict[str, probe.SingularTriple]) -> dict[str, float]:
+        """Compare leading directions with those of the last reading that has any.
 
         Args:
-          step: the optimizer step that was looked at.
-          leading: of ΔW by leaf, layers in front, from `weights.update_ranks`.
+          step: optimizer step of the reading.
+          leading: of ΔW by leaf, layers in front, from `probe.update_ranks`.
 
         Returns:
           `weights/<leaf>/direction_cosine`, the mean over layers, and `weights/direction_cosine`,
@@ -70,41 +67,41 @@ class History:
         """
         for _, path in reversed(self._before(step)):
             arrays = read_arrays(path)
-            held = {} if arrays is None else arrays
-            known = {
-                name: own for name, own in leading.items() if f"{DIRECTION}/{name}/left" in held
+            cosines = {
+                name: _cosine(triple, arrays, name)
+                for name, triple in leading.items()
+                if arrays is not None and f"{DIRECTION}/{name}/left" in arrays
             }
-            if known:
-                cosines = {name: _cosine(own, held, name) for name, own in known.items()}
-                found = {f"weights/{name}/direction_cosine": c for name, c in cosines.items()}
-                return found | {"weights/direction_cosine": float(np.mean([*cosines.values()]))}
+            if cosines:
+                metrics = {f"weights/{name}/direction_cosine": c for name, c in cosines.items()}
+                return metrics | {"weights/direction_cosine": float(np.mean([*cosines.values()]))}
         return {}
 
     def _before(self, step: int) -> list[tuple[int, Path]]:
-        """Find the looks before a step; those after it are of a run that goes on otherwise."""
-        return [found for found in step_files(self.directory, ".npz") if found[0] < step]
+        """Return the files of earlier steps; later ones belong to a run that was rolled back."""
+        return [entry for entry in step_files(self.directory, ".npz") if entry[0] < step]
 
     def _extend(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
-        for room, name in LINES.items():
+        for prefix, name in SERIES.items():
             if name not in arrays:
                 continue
-            given = arrays[name], float(step)
-            if room in self.lines:
-                self.lines[room] = probe.linearity.extend_line(self.lines[room], *given)
+            if prefix in self.sums:
+                self.sums[prefix] = probe.extend_line(self.sums[prefix], arrays[name], float(step))
             else:
-                self.lines[room] = probe.linearity.start_line(*given)
+                self.sums[prefix] = probe.start_line(arrays[name], float(step))
 
 
-def direction_arrays(leading: dict[str, Leading]) -> dict[str, np.ndarray]:
-    """Return what a probe file keeps of leading directions."""
+def direction_arrays(leading: dict[str, probe.SingularTriple]) -> dict[str, np.ndarray]:
+    """Return the arrays that a probe file stores of leading directions."""
     return {
-        f"{DIRECTION}/{name}/{side}": np.asarray(getattr(own, side))
-        for name, own in leading.items()
+        f"{DIRECTION}/{name}/{side}": np.asarray(getattr(triple, side))
+        for name, triple in leading.items()
         for side in ("left", "right")
     }
 
 
-def _cosine(own: Leading, arrays: dict[str, np.ndarray], name: str) -> float:
-    sides = {side: arrays[f"{DIRECTION}/{name}/{side}"] for side in ("left", "right")}
-    cosines = jax.vmap(probe.weights.direction_cosine)(own, own._replace(**sides))
-    return float(np.mean(cosines))
+def _cosine(triple: probe.SingularTriple, arrays: Mapping[str, np.ndarray], name: str) -> float:
+    earlier = triple._replace(
+        left=arrays[f"{DIRECTION}/{name}/left"], right=arrays[f"{DIRECTION}/{name}/right"]
+    )
+    return float(np.mean(jax.vmap(probe.direction_cosine)(triple, earlier)))

@@ -1,14 +1,14 @@
-"""The training loop, for RL and supervised runs alike.
+"""The training loop, for every method.
 
-A rollout step asks its source for update batches, takes an optimizer step on each under the
-current stage, and every so often looks at the probe set, the held-out prompts and the disk.
+A rollout step asks its source for batches, takes an optimizer step on each under the current
+stage, and every so often reads the probe set, evaluates and saves a checkpoint. Metrics are
+fetched one rollout step late, so that the devices never wait for the host.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,34 @@ from tqdm import tqdm
 
 from ntkrl import report, runtime, update
 from ntkrl.evaluation import evaluate_policy, make_evaluation_sample
+from ntkrl.generate import Clock
+from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import read_settings
-from ntkrl.setup import Setup, assemble
-from ntkrl.training.batch_sources import BATCH_SOURCES
+from ntkrl.setup import RunSetup, set_up
+from ntkrl.softmax import OutputHead
+from ntkrl.training.batch_sources import (
+    Batch,
+    BatchSource,
+    PreferenceSource,
+    StepContext,
+    SupervisedSource,
+)
 from ntkrl.training.checkpointing import RunCheckpointer
-from ntkrl.training.probe_hook import ProbeHook, bare
-from ntkrl.training.sources import StepContext
-from ntkrl.training.states import States
-from ntkrl.training.steps import jitted_step
+from ntkrl.training.credit import without_kl_advantages
+from ntkrl.training.probe_hook import ProbeHook, StepSnapshot
+from ntkrl.training.rollout_source import RolloutSource
+from ntkrl.training.train_state import Step, TrainStates
 from ntkrl.types import Array, TrainState
 from ntkrl.update import due
 
+BATCH_SOURCES: dict[str, type[BatchSource]] = {
+    "rl": RolloutSource,
+    "sft": SupervisedSource,
+    "reward": PreferenceSource,
+}
+"""The batch source of each method."""
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
 EVAL_STREAM, PROBE_STREAM = 1, 2
-SHARED_SECONDS = 60.0  # until a new file is seen by every host
 
 
 def train(config: ConfigDict) -> Path:
@@ -46,246 +60,322 @@ def train(config: ConfigDict) -> Path:
     Raises:
       ValueError: a mistake in the config or the files it names, a changed config on resume, a
         reward function's fault, or a loss that is not finite.
-      OSError: the disk takes no more.
-      PreemptedError: asked to leave by SIGTERM, and saved after the rollout step that was
-        under way.
+      OSError: the disk is full.
+      PreemptedError: SIGTERM was received; the run was saved after the current rollout step.
     """
-    with runtime.PreemptionNotice() as notice:
+    with PreemptionNotice() as notice:
         return _train(config, notice)
 
 
-def _train(config: ConfigDict, notice: runtime.PreemptionNotice) -> Path:
+def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
     directory = Path(config.run_dir)
     settings = read_settings(config)
-    given = runtime.to_json(config)
-    runtime.check_consistent("config", given)
-    changed = runtime.check_run_dir(directory, given)
+    values = runtime.to_json(config)
+    runtime.check_consistent("config", values)
+    changes = runtime.check_run_dir(directory, values)
     if runtime.allgather_object("whether it is finished", (directory / "finished").exists())[0]:
         runtime.log(f"{directory} is finished; remove it to run again.")
         return directory
-    for change in changed or ():
+    for change in changes or ():
         runtime.log(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
-    setup = assemble(settings, directory)
-    loop = Loop(setup, directory, given, notice)
+    setup = set_up(settings, directory)
+    loop = Loop(setup, directory, values, notice)
     if runtime.is_writer():
-        runtime.claim_run_dir(directory, given)
-    _check_shared(directory)
+        runtime.claim_run_dir(directory, values)
+    runtime.check_shared(directory)
     if settings.method == "rl":
         runtime.log(f"objective: {update.describe(settings.objective)}")
     loop.run()
-    setup.export(directory / "export", loop.state.params)
+    setup.model.export(directory / "export", loop.state.params)
     if loop.reference is not None:
-        setup.export(directory / "export_reference", loop.reference)
+        setup.model.export(directory / "export_reference", loop.reference)
     if runtime.is_writer():
         report.mark_finished(directory)
     return directory
 
 
+@dataclasses.dataclass
+class RolloutStep:
+    """A rollout step whose work has been dispatched to the devices.
+
+    number: from 1. step: optimizer steps after it, in all stages. stage: its stage's name.
+    metrics: values known on the host.
+    pending: metrics of its optimizer steps, on the devices until they are fetched, then None.
+    counters: logged after those metrics.
+    snapshot: of its last optimizer step, where the probe hook analyses that.
+    """
+
+    number: int
+    step: int
+    stage: str
+    metrics: dict[str, Any]
+    pending: list[dict[str, Array]] | None
+    counters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    snapshot: StepSnapshot | None = None
+
+
 class Loop:
-    """The moving parts of one run: state, stage, counters."""
+    """The state of one run: train state, stage, counters."""
 
     def __init__(
-        self,
-        setup: Setup,
-        directory: Path,
-        config: dict[str, Any],
-        notice: runtime.PreemptionNotice,
+        self, setup: RunSetup, directory: Path, config: dict[str, Any], notice: PreemptionNotice
     ):
+        """Bind stages, source, checkpoints and probes; `run` trains.
+
+        Raises:
+          ValueError: stages or probes that do not fit the model.
+        """
         self.setup, self.settings, self.directory = setup, setup.settings, directory
-        self.notice = notice
-        self.stages = setup.stages
+        self.model, self.notice, self.stages = setup.model, notice, setup.stages
         self.source = BATCH_SOURCES[self.settings.method](setup)
         self.programs = update.stage_programs(
-            self.stages, setup.network, setup.params, self.settings.schedule.updates
+            self.stages, self.model.network, self.model.params, self.settings.schedule.updates
         )
         self.mix = jax.jit(optax.incremental_update, donate_argnums=1)
-        self.compiled: dict[tuple[int, int, bool], Any] = {}
-        self.states = States(setup)
-        self.keeper = RunCheckpointer(self.settings, config, directory, self.source.headline)
-        self.watcher, self.eval_sample = None, None
-        if setup.held_out is not None and setup.policy is not None:
-            self.eval_sample = make_evaluation_sample(setup)
-            if self.settings.probe.looks:
+        self.jitted_steps: dict[tuple[int, int, bool], Step] = {}
+        self.states = TrainStates(self.settings, self.model)
+        self.checkpointer = RunCheckpointer(self.settings, config, directory)
+        self.probe_hook, self.eval_sample = None, None
+        if setup.held_out is not None and self.model.policy is not None:
+            self.eval_sample = make_evaluation_sample(self.settings, self.model)
+            if self.settings.probes:
                 # the same seed for every run of a model, so that runs share one probe set
                 key = _stream(0, PROBE_STREAM, 0)
-                self.watcher = ProbeHook(setup, self.source, self.programs, directory, key)
-        self.clock = _Clock()
+                self.probe_hook = ProbeHook(
+                    setup, self.source.term_losses, self.programs, directory, key
+                )
+        self.clock = Clock()
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the end of the last stage."""
-        start = self._resume()
-        left = update.steps_left(self.stages, self.progress)
-        kept = int(self.state.step) if start else -1
-        rollout_step, total, metrics = start, start + left, {}
-        shown = {"desc": self.settings.name, "mininterval": 0.5, "disable": not runtime.is_writer()}
-        with (
-            self.keeper,
-            self._writer(start if start else -1, kept) as writer,
-            tqdm(total=total, initial=start, **shown) as bar,
-        ):
-            if self.watcher is not None:
-                self.watcher.begin()
+        start = rollout_step = self._resume()
+        previous: RolloutStep | None = None
+        total, name, quiet = start + self._steps_left(), self.settings.name, not runtime.is_writer()
+        bar = tqdm(total=total, initial=start, desc=name, mininterval=0.5, disable=quiet)
+        with self.checkpointer, self._open_writer(start) as writer, bar:
+            self.writer, self.bar = writer, bar
+            if self.probe_hook is not None:
+                self.probe_hook.write_set()
             if start == 0:
-                measures = {} if self.watcher is None else self.watcher.read(self.state.params, 0)
-                writer.write(0, self._evaluate(0) | measures)
-                self.clock.lap()
-            while left > 0 and not self.notice.reached(rollout_step):
+                self._write_start()
+            while self._steps_left() > 0 and not self.notice.reached(rollout_step):
                 rollout_step += 1
-                metrics = self._advance(rollout_step)
-                left = update.steps_left(self.stages, self.progress)
-                last = left == 0
+                try:
+                    current = self._advance(rollout_step)
+                except Exception:
+                    self._finish(previous)  # a loss that is not finite explains what follows
+                    raise
+                self._finish(previous)  # while the devices work on the current step
+                previous, bar.total = current, rollout_step + self._steps_left()
+                last = self._steps_left() == 0
+                if current.snapshot is not None:
+                    self._analyse(current)
                 if last or due(self.settings.evaluation.every_steps, rollout_step):
-                    metrics |= self._evaluate(rollout_step)
-                writer.write(int(self.state.step), metrics)
+                    self._fetch(current)
+                    current.counters |= self._evaluate(rollout_step)
                 if last or due(self.settings.checkpoint.every_steps, rollout_step):
-                    self._save(rollout_step, metrics)
-                self.keeper.settle(wait=False)
-                runtime.record_resume_step(self.keeper.newest())
-                writer.write_timings(int(self.state.step), self.clock.lap(), rollout_step)
-                headline = self.source.headline
-                bar.set_postfix({headline: f"{metrics[headline]:.3f}", "stage": metrics["stage"]})
-                bar.total = rollout_step + left
-                bar.update()
-            if left > 0 and rollout_step > 0:
-                self._save(rollout_step, metrics)
-        if left > 0:
-            raise runtime.PreemptedError(self.keeper.farewell(rollout_step))
+                    self._finish(current)
+                    self._save(rollout_step, current.metrics)
+                self.checkpointer.settle(wait=False)
+                runtime.record_resume_step(self.checkpointer.newest())
+                writer.write_timings(current.step, self.clock.lap(), rollout_step)
+            self._finish(previous)
+            left = self._steps_left() > 0
+            if left and rollout_step > 0:
+                self._save(rollout_step, {} if previous is None else previous.metrics)
+        if left:
+            raise runtime.PreemptedError(self.checkpointer.preemption_message(rollout_step))
 
-    def _writer(self, start: int, kept: int) -> report.MetricsWriter | report.NoWriter:
-        """Open metrics and loggers, in the process that writes."""
-        if not runtime.is_writer():
-            return report.NoWriter()
-        given = self.settings.logging
-        loggers = report.open_loggers(given, self.directory, self.settings.name, kept)
-        return report.MetricsWriter(self.directory, start, loggers)
-
-    def _advance(self, rollout_step: int) -> dict[str, Any]:
-        """Take one rollout step: make the batches, update on each, probe the last update."""
+    def _advance(self, rollout_step: int) -> RolloutStep:
+        """Dispatch one rollout step: make its batches and take an optimizer step on each."""
         runtime.heartbeat(f"rollout step {rollout_step}")
         self._enter_stage()
         next_key, key = jax.random.split(self.state.key)
         self.state = self.state.replace(key=next_key)
-        turn = self._turn(rollout_step, key)
-        batches, metrics = self.source.batches(turn)
-        self.tokens_seen += int(sum(np.count_nonzero(batch.mask) for batch in batches))
-        looking = bool(batches) and self.watcher is not None and self.watcher.due(rollout_step)
-        stage = self.progress.stage
-        reference = self.source.reference_head(turn)
-        logged: list[dict[str, float]] = []
-        todo = batches * self.settings.schedule.inner_epochs
-        apart, result = False, None
-        for number, own in enumerate(todo, start=1):
-            batch = bare(own)
-            if looking and number == len(todo):  # the step donates its state
-                seen = self.watcher.keep(self.state, own, reference, stage, rollout_step)
-                batch, apart = seen.batch, seen.before.opt_state is not None
-            placed = runtime.place_rows(batch, self.setup.mesh)
-            step = self._step(placed, reference, apart)
-            result = step(self.state, placed, reference)
+        data = self.source.batches(self._context(rollout_step, key))
+        self.tokens_seen += int(sum(np.count_nonzero(batch.mask) for batch in data.batches))
+        batches = [*data.batches] * self.settings.schedule.inner_epochs
+        probed = bool(batches) and self.probe_hook is not None and self.probe_hook.due(rollout_step)
+        stage, metrics, snapshot = self.progress.stage, [], None
+        for number, host_batch in enumerate(batches, start=1):
+            if probed and number == len(batches):  # copies of what the step donates
+                snapshot = self.probe_hook.snapshot(
+                    self.state, host_batch, data.reference, stage, rollout_step
+                )
+                plain = snapshot.batch
+            else:
+                plain = without_kl_advantages(host_batch)
+            batch = runtime.place_rows(plain, self.model.mesh)
+            per_term = snapshot is not None and snapshot.accounted
+            step = self._jitted_step(batch, data.reference, per_term)
+            result = step(self.state, batch, data.reference)
             self.state = result.state
-            logged.append({name: float(value) for name, value in result.metrics.items()})
-            self._check_finite(logged[-1], rollout_step)
-            if number == 1:
-                self.source.check_first(logged[-1], rollout_step)
+            metrics.append(result.metrics)
+        if snapshot is not None:
+            snapshot = dataclasses.replace(
+                snapshot, after=self.state, term_gradients=result.term_gradients
+            )
         self.clock("update")
-        metrics |= self.source.summary(logged)
-        metrics |= self._count(metrics, rollout_step)
-        if looking:
-            seen = seen._replace(after=self.state, gradients=result.term_gradients)
-            metrics |= self.watcher.look(seen, stage, rollout_step)
-            self.clock("look")
-        return metrics
+        self.step_count += len(batches)
+        self.stage_updates += len(batches)
+        name = self.stages[stage].name
+        current = RolloutStep(rollout_step, self.step_count, name, data.metrics, metrics)
+        current.snapshot = snapshot
+        self._count(current)
+        return current
 
-    def _turn(self, rollout_step: int, key: Array) -> StepContext:
-        so_far = self.programs[: self.progress.stage + 1]
+    def _jitted_step(self, batch: Batch, reference: OutputHead | None, per_term: bool) -> Step:
+        """Return the stage's train step, jitted once per number of rows."""
+        stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
+        if (stage, rows, per_term) not in self.jitted_steps:
+            program, microbatches = self.programs[stage], self.settings.schedule.microbatches
+            if per_term:
+                losses = self.source.term_losses
+                step = update.make_step_with_term_gradients(program, losses, microbatches)
+            else:
+                step = update.make_step(program, self.source.loss, microbatches)
+            self.jitted_steps[stage, rows, per_term] = self.states.jitted_step(
+                program, step, self.state, batch, reference
+            )
+        return self.jitted_steps[stage, rows, per_term]
+
+    def _context(self, rollout_step: int, key: Array) -> StepContext:
+        programs = self.programs[: self.progress.stage + 1]
         return StepContext(
             params=self.state.params,
-            reference=self.setup.params if self.reference is None else self.reference,
-            program=so_far[-1],
-            features_fixed=all(program.head_alone for program in so_far),
-            step=rollout_step - 1,
+            reference=self.model.params if self.reference is None else self.reference,
+            program=programs[-1],
+            features_fixed=all(program.head_alone for program in programs),
+            rollout_step=rollout_step,
             key=key,
             clock=self.clock,
         )
 
     def _enter_stage(self) -> None:
-        """Where a stage has ended, enter the next: start its optimizer, or hand the state over."""
+        """Enter the next stage where one has ended: start its optimizer, or transfer the state."""
         if self.progress.ended is not None:
             self.progress = update.enter_stage(self.progress)
             self.state = self.states.next(self.programs[self.progress.stage], self.state)
+            self.stage_updates = update.steps_taken(self.state.opt_state)
         if self.progress.steps == 0:
             warning = self.programs[self.progress.stage].warning(self.state.params)
             if warning is not None:
                 runtime.log(warning)
 
-    def _count(self, metrics: dict[str, Any], rollout_step: int) -> dict[str, Any]:
-        """Count a rollout step in its stage, move the reference; return what is logged of it."""
+    def _count(self, current: RolloutStep) -> None:
+        """Count a rollout step in its stage, and synchronise the reference policy when due."""
         program = self.programs[self.progress.stage]
-        self.progress = update.advance(program.stage, self.progress, metrics)
+        if program.stage.kl_budget is not None:
+            self._fetch(current)  # whether the stage ends depends on it
+        self.progress = update.advance(program.stage, self.progress, current.metrics)
         if self.progress.ended is not None:
             runtime.log(f"stage {program.stage.name!r} ends: {self.progress.ended}")
-        if due(self.settings.schedule.reference_sync_steps, rollout_step):
+        if due(self.settings.schedule.reference_sync_steps, current.number):
             alpha = self.settings.schedule.reference_mixup_alpha
             self.reference = self.mix(self.state.params, self.reference, alpha)
-        taken = update.steps_taken(self.state.opt_state)
-        return {
+        current.counters = {
             "stage": program.stage.name,
-            "rollout_step": rollout_step,
+            "rollout_step": current.number,
             "num_tokens": self.tokens_seen,
-            "learning_rate": program.learning_rate(max(taken - 1, 0)),
+            "learning_rate": program.learning_rate(max(self.stage_updates - 1, 0)),
         }
 
-    def _step(self, batch: Any, reference: Any, apart: bool) -> Any:
-        """Return the stage's compiled train step, or that which hands its gradients out."""
-        stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
-        if (stage, rows, apart) not in self.compiled:
-            minimised = self.source.terms if apart else self.source.minimised
-            given = self.setup, self.programs[stage], minimised, self.state, rows, reference
-            self.compiled[stage, rows, apart] = jitted_step(*given, apart)
-        return self.compiled[stage, rows, apart]
+    def _steps_left(self) -> int:
+        return update.steps_left(self.stages, self.progress)
 
-    def _check_finite(self, values: dict[str, float], rollout_step: int) -> None:
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
-        if not bad:
+    def _fetch(self, step: RolloutStep) -> None:
+        """Fetch the metrics of a step's optimizer steps, waiting for them to be computed.
+
+        Raises:
+          ValueError: a loss or gradient that is not finite, or what the source raises.
+        """
+        if step.pending is None:
             return
-        self.keeper.settle()
-        raise ValueError(
-            f"{' and '.join(bad)} not finite at step {int(self.state.step)} (rollout step "
-            f"{rollout_step}, stage {self.stages[self.progress.stage].name!r}); the last good "
-            f"checkpoint is {self.keeper.last_good()}. Lower the stage's learning rate or set "
-            "its max_grad_norm."
-        )
+        values = [{name: float(v) for name, v in metrics.items()} for metrics in step.pending]
+        for number, metrics in enumerate(values, start=step.step - len(values) + 1):
+            self._check_finite(metrics, number, step)
+        step.metrics |= self.source.summary(values, step.number)
+        step.pending = None
+
+    def _check_finite(self, metrics: dict[str, float], number: int, step: RolloutStep) -> None:
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+        if bad:
+            self.checkpointer.settle()
+            raise ValueError(
+                f"{' and '.join(bad)} not finite at step {number} (rollout step {step.number}, "
+                f"stage {step.stage!r}); the last good checkpoint is "
+                f"{self.checkpointer.last_good()}. Lower the stage's learning rate or set its "
+                "max_grad_norm."
+            )
+
+    def _finish(self, step: RolloutStep | None) -> None:
+        """Write the metrics of a rollout step, unless they are written."""
+        if step is None or not step.counters:
+            return
+        self._fetch(step)
+        step.metrics |= step.counters
+        step.counters = {}
+        self.writer.write(step.step, step.metrics)
+        headline = self.settings.headline
+        self.bar.set_postfix({headline: f"{step.metrics[headline]:.3f}", "stage": step.stage})
+        self.bar.update()
+
+    def _analyse(self, current: RolloutStep) -> None:
+        self._fetch(current)
+        current.counters |= self.probe_hook.analyse(current.snapshot, current.number)
+        current.snapshot = None
+        self.clock("look")
 
     def _evaluate(self, rollout_step: int) -> dict[str, Any]:
-        beside = self.source.evaluate(self.state.params)
+        metrics = self.source.evaluate(self.state.params)
         if self.eval_sample is None:
-            return beside
+            return metrics
         key = _stream(self.settings.seed, EVAL_STREAM, rollout_step)
-        metrics, _ = evaluate_policy(self.setup, self.eval_sample, self.state.params, key)
+        sampled, _ = evaluate_policy(self.setup, self.eval_sample, self.state.params, key)
         self.clock("eval")
-        return metrics | beside
+        return sampled | metrics
+
+    def _write_start(self) -> None:
+        """Measure and write the metrics before the first step."""
+        hook, metrics = self.probe_hook, self._evaluate(0)
+        self.writer.write(
+            0, metrics | ({} if hook is None else hook.measures(self.state.params, 0))
+        )
+        self.clock.lap()
+
+    def _open_writer(self, start: int) -> report.MetricsWriter | report.NoWriter:
+        """Open metrics and loggers, in the process that writes."""
+        if not runtime.is_writer():
+            return report.NoWriter()
+        settings, (resumed, logged) = self.settings, (start, self.step_count) if start else (-1, -1)
+        loggers = report.open_loggers(settings.logging, self.directory, settings.name, logged)
+        return report.MetricsWriter(self.directory, resumed, loggers)
 
     def _resume(self) -> int:
         """Set state, stage and counters from the newest checkpoint; return its rollout step."""
         start, position = 0, {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
-        held = self.keeper.resume(self._described)
-        if held is None:
+        checkpoint = self.checkpointer.resume(self._template)
+        if checkpoint is None:
             state = self.states.first(self.programs[0])
         else:
-            start, position, state = held
+            start, position, state = checkpoint
             runtime.log(f"resuming {self.directory} after rollout step {start}")
         self.progress = update.Progress(**position["progress"])
         self.tokens_seen = position["num_tokens"]
         self.source.position = position["prompt_batches"]
-        # apart from what the step donates, since the step may read its head
+        # not part of what the step donates, since the step may read its head
         self.reference, self.state = state.reference, state.replace(reference=None)
+        # counted on the host from here on, so that no step waits for the devices
+        self.step_count = int(state.step)
+        self.stage_updates = update.steps_taken(state.opt_state)
         runtime.record_resume_step(start)
         return start
 
-    def _described(self, position: Mapping[str, Any]) -> TrainState:
+    def _template(self, position: Mapping[str, Any]) -> TrainState:
         stage = update.Progress(**position["progress"]).stage
-        return self.states.described(self.programs[stage])
+        template = self.states.abstract(self.programs[stage])
+        return template.replace(key=self.states.first_key())
 
     def _save(self, rollout_step: int, metrics: dict[str, Any]) -> None:
         position = {
@@ -294,42 +384,8 @@ class Loop:
             "prompt_batches": self.source.position,
         }
         state = self.state.replace(reference=self.reference)
-        self.keeper.save(rollout_step, state, position, metrics)
+        self.checkpointer.save(rollout_step, state, position, metrics)
         self.clock("checkpoint")
-
-
-class _Clock:
-    """Seconds per activity since the last lap."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def __call__(self, activity: str) -> None:
-        runtime.heartbeat(f"the end of {activity}")
-        now = time.perf_counter()
-        name = f"{activity}_seconds"
-        self.seconds[name] = self.seconds.setdefault(name, 0.0) + now - self.last
-        self.last = now
-
-    def lap(self) -> dict[str, float]:
-        """Return and forget the seconds so far."""
-        seconds, self.seconds = self.seconds, {}
-        self.last = time.perf_counter()
-        return seconds
-
-
-def _check_shared(directory: Path) -> None:
-    """Check that every process sees the run directory of the first."""
-    seen = runtime.allgather_object("the run directory", str(directory.absolute()))
-    deadline = time.monotonic() + SHARED_SECONDS if len(seen) > 1 else 0.0
-    while not (directory / "config.json").exists():
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"{directory} is not the directory that process 0 writes to ({seen[0]} there); "
-                "give a run_dir on a file system that all hosts share."
-            )
-        time.sleep(0.5)
 
 
 def _stream(seed: int, stream: int, number: int) -> Array:

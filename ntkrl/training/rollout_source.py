@@ -1,113 +1,176 @@
-"""Where RL's update batches come from: prompts → rollout → rewards → advantages → minibatches."""
+"""The batch source of RL: prompts → rollout → rewards → token weights → minibatches."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import runtime, update
-from ntkrl.generate import Collected, collect, joined, make_sample
+from ntkrl import probe, runtime, update
+from ntkrl.generate import RewardedRollout, SampleRequest, collect, joined, make_sample
 from ntkrl.scoring import completion_features, head_of
-from ntkrl.settings import HEADLINES
-from ntkrl.setup.assemble import Setup
-from ntkrl.softmax import Head, TokenStatistics, token_statistics
-from ntkrl.training.rollout_metrics import rollout_metrics
-from ntkrl.training.sources import StepContext, averages, split, step_rows
-from ntkrl.training.weighing import advantages, weigh
-from ntkrl.types import Array, Params, Total, UpdateBatch
+from ntkrl.settings import RunSettings
+from ntkrl.setup import RunSetup, StartingModel
+from ntkrl.softmax import OutputHead, SoftmaxOptions, TokenStatistics, token_statistics
+from ntkrl.training.batch_sources import (
+    BatchSource,
+    StepBatches,
+    StepContext,
+    averages,
+    split,
+    step_rows,
+)
+from ntkrl.training.credit import RolloutArrays, TokenWeights, advantages, token_weights
+from ntkrl.types import Array, Params, Rollout, Total, UpdateBatch
+
+WEIGHTS_STREAM = 1 << 20
+"""Folded into the key of a rollout step for the key of its token weights."""
 
 
-class RolloutSource:
-    """Prompts → rollout → rewards → advantages → minibatches.
+class RolloutFunctions:
+    """The compiled functions of an RL step, which depend on no data.
 
-    position: batches of prompts drawn so far; with it a run resumes.
+    samplers: by whether features are recorded, `(params, prompts, key) -> Rollout`.
+    loss, term_losses: see BatchSource.
+    log_probs, statistics: of completions under some params, see `_log_probs` and `_statistics`.
+    token_weights: `(RolloutArrays, key) -> TokenWeights`.
+    needs_reference: whether log-probs of the reference policy are read.
+    reference_in_loss: whether the loss compares whole distributions with the reference policy.
     """
 
-    headline = HEADLINES["rl"]
+    def __init__(self, settings: RunSettings, model: StartingModel):
+        """Bind the functions to a model.
 
-    def __init__(self, setup: Setup):
-        settings = setup.settings
-        self.setup, self.objective, self.position = setup, settings.objective, 0
-        self.temperature = settings.rollout.temperature
+        Raises:
+          ValueError: a group too small for the advantage estimator, or what `make_sample` raises.
+        """
+        objective, schedule = settings.objective, settings.schedule
+        self.objective, self.policy = objective, model.policy
         self.group = settings.rollout.completions_per_prompt
-        budgets = [stage.kl_budget for stage in settings.stages if stage.kl_budget is not None]
-        self.compares = self.objective.needs_reference or bool(budgets)
+        self.temperature = settings.rollout.temperature
+        shards = settings.data_shards(model.mesh)
+        self.options = SoftmaxOptions(self.temperature, schedule.chunk_tokens * shards)
         # a group too small for the estimator fails here, before anything is sampled
         column = jnp.zeros((self.group, 1))
-        advantages(self.objective, self.group, column[:, 0], column, column == 0)
+        advantages(objective, self.group, column[:, 0], column, column == 0)
         self.samplers = {
-            keep: make_sample(setup, self.group, settings.rollout.temperature, keep)
+            keep: make_sample(settings, model, self.group, self.temperature, keep)
             for keep in (False, True)
         }
-        given = self.temperature, settings.schedule.chunk_tokens, setup.spread
-        terms = update.policy_terms(self.objective, settings.rollout.max_completion_tokens)
-        self.minimised, self.terms = (
-            update.policy_loss_fn(setup.policy, loss, *given) for loss in (self.loss, terms)
+        budget = settings.rollout.max_completion_tokens
+
+        def loss(statistics: TokenStatistics, batch: UpdateBatch) -> tuple[Total, update.Measures]:
+            return update.policy_loss(objective, budget, statistics, batch)
+
+        self.loss, self.term_losses = (
+            update.policy_loss_fn(
+                model.policy, function, self.temperature, schedule.chunk_tokens, shards
+            )
+            for function in (loss, update.policy_terms(objective, budget))
         )
-        self.read = jax.jit(self._read, static_argnames=("length", "whole"))
-        self.weigh = jax.jit(functools.partial(weigh, self.objective, self.group))
+        self.log_probs = jax.jit(self._log_probs, static_argnames="length")
+        self.statistics = jax.jit(self._statistics, static_argnames="length")
+        self.token_weights = jax.jit(functools.partial(token_weights, objective, self.group))
+        budgets = [stage.kl_budget for stage in settings.stages if stage.kl_budget is not None]
+        self.needs_reference = objective.needs_reference or bool(budgets)
+        self.reference_in_loss = objective.kl_place == "loss" and objective.needs_distribution
 
-    def loss(self, statistics: TokenStatistics, batch: UpdateBatch) -> tuple[Total, Any]:
-        """The objective (see update.policy_loss)."""
-        budget = self.setup.settings.rollout.max_completion_tokens
-        return update.policy_loss(self.objective, budget, statistics, batch)
+    def _log_probs(
+        self, params: Params, tokens: Array, mask: Array, features: Array | None, length: int
+    ) -> Array:
+        """Return `[B, C]` log-probs of the last `length` tokens; features if already known."""
+        if features is None:
+            features = completion_features(self.policy, params, tokens, mask, length)
+        head, targets = head_of(self.policy, params), tokens[:, -length:]
+        return token_statistics(head, features, targets, self.options).log_probs
 
-    def reference_head(self, turn: StepContext) -> Head | None:
-        """Return the head that the step compares whole distributions with, or None."""
-        wanted = self.objective.kl_place == "loss" and self.objective.needs_distribution
-        return head_of(self.setup.policy, turn.reference) if wanted else None
+    def _statistics(
+        self,
+        reference: Params,
+        params: Params,
+        tokens: Array,
+        mask: Array,
+        features: Array | None,
+        length: int,
+    ) -> tuple[Array, Array, Array]:
+        """Return log-probs `[B, C]` and features of the reference policy, and the KL to it.
 
-    def batches(self, turn: StepContext) -> tuple[list[UpdateBatch], dict[str, float]]:
-        """Return the minibatches of a rollout step as host arrays, and the rollout's metrics.
+        Returns:
+          log_probs `[B, C]`, KL(policy ‖ reference) `[B, C]` (nats), features `[B, C, D]`.
+        """
+        if features is None:
+            features = completion_features(self.policy, reference, tokens, mask, length)
+        head, targets = head_of(self.policy, reference), tokens[:, -length:]
+        log_probs_BC = token_statistics(head, features, targets, self.options).log_probs
+        policy_features = completion_features(self.policy, params, tokens, mask, length)
+        policy_head = head_of(self.policy, params)
+        compared = token_statistics(
+            policy_head, policy_features, targets, self.options, (head, features)
+        )
+        return log_probs_BC, compared.kl, features
 
-        Minibatches without a token to learn from are left out and counted.
+
+class RolloutSource(BatchSource):
+    """Prompts → rollout → rewards → token weights → minibatches."""
+
+    def __init__(self, setup: RunSetup):
+        self.setup, self.position = setup, 0
+        self.functions = RolloutFunctions(setup.settings, setup.model)
+        self.loss, self.term_losses = self.functions.loss, self.functions.term_losses
+
+    def batches(self, context: StepContext) -> StepBatches:
+        """Sample, reward and weigh; minibatches without a gradient are dropped and counted.
+
+        Raises:
+          ValueError: nothing to learn from and schedule.on_no_signal "stop", or what the reward
+            functions did wrong.
         """
         schedule = self.setup.settings.schedule
-        found, metrics = self._collect(turn)
-        metrics |= rollout_metrics(found, self.group)
-        batch, weights = self._batch(turn, found)
-        metrics |= weights
-        turn.clock("score")
+        rewarded, metrics = self._collect(context)
+        metrics |= rollout_metrics(rewarded, self.functions.group)
+        batch, weight_metrics = self._batch(context, rewarded)
+        metrics |= weight_metrics
+        context.clock("score")
         parts = split(batch, schedule.minibatches)
-        kept = [part for part in parts if self._teaches(part)]
-        metrics["skipped_updates"] = float(len(parts) - len(kept))
-        if not kept and schedule.on_no_signal == "stop":
+        batches = [part for part in parts if self._has_gradient(part)]
+        metrics["skipped_updates"] = float(len(parts) - len(batches))
+        if not batches and schedule.on_no_signal == "stop":
             raise ValueError(
-                f"no completion of rollout step {turn.step + 1} has anything to learn from "
+                f"no completion of rollout step {context.rollout_step} has anything to learn from "
                 f"({metrics['frac_reward_zero_std']:.0%} of the groups got equal rewards, "
                 f"{metrics['completions/clipped_ratio']:.0%} of the completions were cut); "
                 'schedule.on_no_signal="skip" goes on with the next prompts.'
             )
-        return kept, metrics
+        return StepBatches(batches, metrics, self._reference_head(context))
 
-    def summary(self, logged: list[dict[str, float]]) -> dict[str, float]:
-        """Average the optimizer steps of a rollout step, under the glossary's names."""
-        if not logged:
+    def summary(
+        self, step_metrics: Sequence[dict[str, float]], rollout_step: int
+    ) -> dict[str, float]:
+        """Average over optimizer steps, under the names of the metric glossary.
+
+        Raises:
+          ValueError: sampler and trainer disagree before the first update of the rollout.
+        """
+        if not step_metrics:
             return {}
-        metrics = averages(logged)
+        first = step_metrics[0]
+        self._check_log_ratio(first["log_ratio_max"], rollout_step)
+        metrics = averages(step_metrics)
         metrics["policy_loss"] = metrics.pop("loss")
-        for name in ("mean", "max"):
-            key = "log_ratio" if name == "mean" else "log_ratio_max"
+        for name, key in (("mean", "log_ratio"), ("max", "log_ratio_max")):
             del metrics[key]
-            metrics[f"sampling/sampling_logp_difference/{name}"] = logged[0][key]
+            metrics[f"sampling/sampling_logp_difference/{name}"] = first[key]
         for side, name, extreme in (("low", "min", min), ("high", "max", max)):
             if f"clip_ratio/{side}_mean" in metrics:
-                values = [one[f"clip_ratio/{side}_mean"] for one in logged]
+                values = [metrics[f"clip_ratio/{side}_mean"] for metrics in step_metrics]
                 metrics[f"clip_ratio/{side}_{name}"] = extreme(values)
         return metrics
 
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """What is evaluated beside sampled completions: nothing."""
-        return {}
-
-    def check_first(self, values: dict[str, float], rollout_step: int) -> None:
-        """Stop a run whose sampler and trainer disagree before the first update of a rollout."""
+    def _check_log_ratio(self, gap: float, rollout_step: int) -> None:
         tolerance = self.setup.settings.schedule.log_ratio_tolerance
-        gap = values["log_ratio_max"]
         if gap > tolerance:
             raise ValueError(
                 f"the sampler's log-probs and the trainer's differ by {gap:.3g} "
@@ -116,115 +179,153 @@ class RolloutSource:
                 "tolerance only for a compute_dtype below float32, or set objective.correction."
             )
 
-    def _collect(self, turn: StepContext) -> tuple[Collected, dict[str, float]]:
-        """Sample and reward the step's prompts; again others where the objective filters groups."""
-        setup, metrics = self.setup, {}
-        wanted = setup.settings.data.prompts_per_step
-        again = self.objective.group_filter == "resample"
-        rounds = setup.settings.schedule.resample_rounds if again else 0
-        sample = self.samplers[turn.program.head_alone]
-        held: Collected | None = None
-        for number in range(rounds + 1):
-            rows = step_rows(setup, self.position)
-            self.position += 1
-            key = jax.random.fold_in(turn.key, number) if number else turn.key
-            found = collect(setup, sample, turn.params, setup.train, rows, key, turn.clock)
-            if not again:
-                return found, metrics
-            held = found if held is None else joined(held, found, setup.tokenizer.pad_token_id)
-            equal_P = np.asarray(update.equal_groups(held.result.rewards, self.group))
-            if np.sum(~equal_P) >= wanted:
-                break
-        # groups with signal first, in the order they were drawn
-        chosen_P = np.argsort(equal_P, kind="stable")[:wanted]
-        rows_B = (chosen_P[:, None] * self.group + np.arange(self.group)).reshape(-1)
-        metrics["resampling_rounds"] = float(number)
-        return held.take(rows_B), metrics
+    def _reference_head(self, context: StepContext) -> OutputHead | None:
+        if not self.functions.reference_in_loss:
+            return None
+        return head_of(self.setup.model.policy, context.reference)
 
-    def _batch(self, turn: StepContext, found: Collected) -> tuple[UpdateBatch, dict[str, float]]:
+    def _collect(self, context: StepContext) -> tuple[RewardedRollout, dict[str, float]]:
+        """Sample and reward the step's prompts, and replace groups without signal on request."""
+        setup, group = self.setup, self.functions.group
+        sample = self.functions.samplers[context.program.head_alone]
+
+        def draw(key: Array) -> RewardedRollout:
+            rows = step_rows(setup.settings, setup.train, self.position)
+            self.position += 1
+            request = SampleRequest(setup.train, rows)
+            return collect(setup, sample, context.params, request, key, context.clock)
+
+        rewarded = draw(context.key)
+        if self.functions.objective.group_filter != "resample":
+            return rewarded, {}
+        needed, rounds = setup.settings.data.prompts_per_step, 0
+        equal_P = _equal_groups(rewarded, group)
+        while np.sum(~equal_P) < needed and rounds < setup.settings.schedule.resample_rounds:
+            rounds += 1
+            more = draw(jax.random.fold_in(context.key, rounds))
+            rewarded = joined(rewarded, more, setup.model.tokenizer.pad_token_id)
+            equal_P = _equal_groups(rewarded, group)
+        # groups with signal first, in the order they were drawn
+        chosen_P = np.argsort(equal_P, kind="stable")[:needed]
+        rows_B = (chosen_P[:, None] * group + np.arange(group)).reshape(-1)
+        return rewarded.take(rows_B), {"resampling_rounds": float(rounds)}
+
+    def _batch(
+        self, context: StepContext, rewarded: RewardedRollout
+    ) -> tuple[UpdateBatch, dict[str, float]]:
         """Attach log-probs of both policies and the weight of each token."""
-        drawn, objective = found.rollout, self.objective
-        fixed = turn.features_fixed and drawn.features is not None
-        features = drawn.features if fixed else None
-        old_log_probs = drawn.sampler_log_probs
-        reading: dict[str, Any] = {}
-        if objective.correction != "off":
-            old_log_probs = self._given(turn.params, drawn, None)["log_probs"]
-        if self.compares:
-            beside = turn.params if objective.needs_distribution else None
-            reading = self._given(turn.reference, drawn, features, beside)
-        ref_log_probs = reading["log_probs"] if reading else old_log_probs
-        # on the default device, whole: a few numbers per token
-        weights = self.weigh(
-            jnp.asarray(found.result.rewards),
-            *map(jnp.asarray, (old_log_probs, ref_log_probs)),
-            jnp.asarray(drawn.sampler_log_probs - drawn.kept_log_mass),
-            jnp.asarray(drawn.completion_mask),
-            jnp.asarray(drawn.finished),
-            reading["kl"] if "kl" in reading else None,
-            jax.random.fold_in(turn.key, 1 << 20),
+        drawn, functions = rewarded.rollout, self.functions
+        features = drawn.features if context.features_fixed else None
+        tokens, mask, features = runtime.place_rows(
+            (drawn.tokens, drawn.mask, features), self.setup.model.mesh
         )
-        weights = runtime.fetch(weights)
-        batch = UpdateBatch(
-            tokens=drawn.tokens,
-            mask=drawn.mask,
-            completion_mask=weights["mask"],
+        length = drawn.completion_mask.shape[1]
+        old_log_probs, kl, ref_features = drawn.sampler_log_probs, None, None
+        if functions.objective.correction != "off":
+            values = functions.log_probs(context.params, tokens, mask, None, length=length)
+            old_log_probs = runtime.fetch(values)
+        ref_log_probs = old_log_probs
+        if functions.needs_reference and functions.objective.needs_distribution:
+            values = functions.statistics(
+                context.reference, context.params, tokens, mask, features, length=length
+            )
+            ref_log_probs, kl = runtime.fetch(values[:2])
+            ref_features = values[2] if functions.reference_in_loss else None
+        elif functions.needs_reference:
+            values = functions.log_probs(context.reference, tokens, mask, features, length=length)
+            ref_log_probs = runtime.fetch(values)
+        arrays = RolloutArrays(
+            rewards=rewarded.result.rewards,
             old_log_probs=np.asarray(old_log_probs),
             ref_log_probs=np.asarray(ref_log_probs),
-            advantages=weights["advantages"],
-            penalties=weights["penalties"],
-            kl_advantages=weights["kl_advantages"],
-            features=drawn.features,
-            ref_features=reading["features"] if self.reference_head(turn) else None,
+            behaviour_log_probs=drawn.sampler_log_probs - drawn.kept_log_mass,
+            mask=drawn.completion_mask,
+            finished=drawn.finished,
+            kl=kl,
         )
-        metrics = {name: float(value) for name, value in weights["metrics"].items()}
-        if self.compares and not objective.needs_reference:  # for a budget alone
-            given = map(jnp.asarray, (old_log_probs, ref_log_probs, drawn.completion_mask))
-            kl_BC = update.kl_estimate("k3", *given)
-            metrics["kl"] = float(jnp.sum(kl_BC)) / int(np.sum(drawn.completion_mask))
+        # replicated on the default device: a few numbers per token
+        on_device = jax.tree.map(jnp.asarray, arrays)
+        key = jax.random.fold_in(context.key, WEIGHTS_STREAM)
+        weights = runtime.fetch(functions.token_weights(on_device, key))
+        batch = update_batch(drawn, arrays, weights, ref_features)
+        metrics = {name: float(value) for name, value in weights.metrics.items()}
+        if functions.needs_reference and not functions.objective.needs_reference:
+            metrics["kl"] = _mean_kl(on_device)  # for a stage's budget alone
         return batch, metrics
 
-    def _given(
-        self, params: Params, drawn: Any, features: Array | None, beside: Params | None = None
-    ) -> dict[str, Any]:
-        """Read the log-probs of the drawn tokens, and the whole KL of `beside` to params."""
-        inputs = (drawn.tokens, drawn.mask, features)
-        placed = runtime.place_rows(inputs, self.setup.mesh)
-        length = drawn.completion_mask.shape[1]
-        whole = beside is not None
-        log_probs, kl, phi = self.read(params, beside, *placed, length=length, whole=whole)
-        found = {"log_probs": runtime.fetch(log_probs)}
-        return found | {"kl": runtime.fetch(kl), "features": phi} if whole else found
-
-    def _read(
-        self,
-        params: Params,
-        beside: Params | None,
-        tokens: Array,
-        mask: Array,
-        features: Array | None,
-        length: int,
-        whole: bool,
-    ) -> tuple[Array, Array | None, Array | None]:
-        policy = self.setup.policy
-        chunk = self.setup.settings.schedule.chunk_tokens * self.setup.spread
-        if features is None:
-            features = completion_features(policy, params, tokens, mask, length)
-        head, targets = head_of(policy, params), tokens[:, -length:]
-        found = token_statistics(head, features, targets, self.temperature, chunk)
-        if not whole:
-            return found.log_probs, None, None
-        own = completion_features(policy, beside, tokens, mask, length)
-        other = (head, features)
-        compared = token_statistics(
-            head_of(policy, beside), own, targets, self.temperature, chunk, reference=other
-        )
-        return found.log_probs, compared.kl, features
-
-    def _teaches(self, batch: UpdateBatch) -> bool:
-        """Tell whether a step on the batch would have a gradient."""
-        objective, mask = self.objective, batch.completion_mask
-        pulled = objective.kl_place == "loss" and objective.needs_reference
-        per_token = pulled or objective.entropy_coefficient > 0
+    def _has_gradient(self, batch: UpdateBatch) -> bool:
+        """Return whether a step on the batch has a nonzero gradient."""
+        objective, mask = self.functions.objective, batch.completion_mask
+        kl_in_loss = objective.kl_place == "loss" and objective.needs_reference
+        per_token = kl_in_loss or objective.entropy_coefficient > 0
         weighted = per_token or batch.penalties is not None
         return bool(np.any(mask & (weighted | (batch.advantages != 0))))
+
+
+def update_batch(
+    drawn: Rollout, arrays: RolloutArrays, weights: TokenWeights, ref_features: Array | None
+) -> UpdateBatch:
+    """Return the batch of a rollout; arrays of the host, of devices, or shapes."""
+    return UpdateBatch(
+        tokens=drawn.tokens,
+        mask=drawn.mask,
+        completion_mask=weights.mask,
+        old_log_probs=arrays.old_log_probs,
+        ref_log_probs=arrays.ref_log_probs,
+        advantages=weights.advantages,
+        penalties=weights.penalties,
+        kl_advantages=weights.kl_advantages,
+        features=drawn.features,
+        ref_features=ref_features,
+    )
+
+
+def rollout_metrics(rewarded: RewardedRollout, group: int) -> dict[str, float]:
+    """Return the metrics of a rollout; failed calls of reward functions are logged too.
+
+    Args:
+      rewarded: B completions, the `group` of a prompt in consecutive rows.
+      group: completions per prompt, ≥ 2.
+
+    Returns:
+      Numbers by the names of the metric glossary. A name is left out where it is undefined: no
+      completion ended, a reward function applied to none, a standard deviation of one number.
+
+    Source: TRL 1.16's RLOOTrainer, but for `reward_group_std`, TRL's `reward_std` until 0.26.
+    """
+    result, rollout = rewarded.result, rewarded.rollout
+    rewards_PN = result.rewards.astype(np.float64).reshape(-1, group)
+    variances_P, signal = probe.reward_signal(rewards_PN)
+    lengths_B = np.asarray(rollout.completion_mask).sum(axis=1)
+    ended_B = np.asarray(rollout.finished)
+    metrics = {
+        "reward": float(rewards_PN.mean()),
+        "reward_std": float(rewards_PN.std(ddof=1)),
+        "reward_group_std": float(np.sqrt(variances_P).mean()),
+        "frac_reward_zero_std": signal["frac_reward_zero_std"],
+        "signal/reward_variance": signal["reward_variance"],
+        "completions/clipped_ratio": float(1 - np.mean(ended_B)),
+    }
+    for suffix, lengths in (("length", lengths_B), ("terminated_length", lengths_B[ended_B])):
+        if lengths.size:
+            for name, statistic in (("mean", np.mean), ("min", np.min), ("max", np.max)):
+                metrics[f"completions/{name}_{suffix}"] = float(statistic(lengths))
+    for name, reason in result.failures.items():
+        runtime.log(f"counted as reward.on_failure: {reason}")
+        metrics[f"rewards/{name}/failures"] = 1.0
+    for name, values in result.per_function.items():
+        applicable = values[~np.isnan(values)].astype(np.float64)
+        if applicable.size:
+            metrics[f"rewards/{name}/mean"] = float(applicable.mean())
+        if applicable.size > 1:
+            metrics[f"rewards/{name}/std"] = float(applicable.std(ddof=1))
+    return metrics | {f"logged/{name}": value for name, value in result.logged.items()}
+
+
+def _equal_groups(rewarded: RewardedRollout, group: int) -> np.ndarray:
+    return np.asarray(update.equal_groups(rewarded.result.rewards, group))
+
+
+def _mean_kl(arrays: RolloutArrays) -> float:
+    kl_BC = update.kl_estimate("k3", arrays.old_log_probs, arrays.ref_log_probs, arrays.mask)
+    return float(jnp.sum(kl_BC)) / int(np.sum(arrays.mask))

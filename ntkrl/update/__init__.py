@@ -14,6 +14,7 @@ from ntkrl.update.objective import CHOICES, Objective, describe
 from ntkrl.update.optimizers import steps_taken
 from ntkrl.update.presets import FORMULAS, PRESETS
 from ntkrl.update.settings import (
+    PreferenceSettings,
     Progress,
     ScheduleSettings,
     advance,
@@ -57,6 +58,7 @@ __all__ = [
     "LossFn",
     "Measures",
     "Objective",
+    "PreferenceSettings",
     "Progress",
     "ScheduleSettings",
     "Stage",

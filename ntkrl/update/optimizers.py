@@ -181,7 +181,8 @@ def transfer_moments(before: Any, fresh: Any) -> Any:
         name: jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(old.get(name, state)))
         for name, state in new.items()
     }
-    return {**fresh, "parameters": fresh["parameters"]._replace(inner_states=states)}
+    # keeps the type of `fresh`, an OrderedDict: jit compares the structures of states
+    return fresh | {"parameters": fresh["parameters"]._replace(inner_states=states)}
 
 
 def steps_taken(state: Any) -> int:

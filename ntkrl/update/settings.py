@@ -70,6 +70,22 @@ class ScheduleSettings:
         return self.minibatches * self.inner_epochs
 
 
+@dataclasses.dataclass(frozen=True)
+class PreferenceSettings:
+    """Loss of a reward model.
+
+    centering_coefficient: λ ≥ 0 of λ (r⁺ + r⁻)² beside the Bradley–Terry loss.
+    """
+
+    centering_coefficient: float
+
+    def __post_init__(self):
+        if not self.centering_coefficient >= 0:
+            raise ValueError(
+                f"preference.centering_coefficient must be ≥ 0, not {self.centering_coefficient}."
+            )
+
+
 def due(every_steps: int | None, rollout_step: int) -> bool:
     """Return whether an event of period `every_steps` (None: never) follows this rollout step."""
     return every_steps is not None and rollout_step % every_steps == 0

@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from ntkrl import numerics, trees
 from ntkrl.scoring import completion_features, head_of
-from ntkrl.softmax import Head, logit_statistics, logits, token_statistics
+from ntkrl.softmax import OutputHead, SoftmaxOptions, logit_statistics, logits, token_statistics
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures, TokenLoss, Totals
@@ -28,7 +28,7 @@ from ntkrl.update.stages import StageProgram
 TILE_VOCABULARY = 8192
 """Vocabulary rows of a tile of logits."""
 
-LossFn = Callable[[Params, Any, Head | None], tuple[Totals, Measures]]
+LossFn = Callable[[Params, Any, OutputHead | None], tuple[Totals, Measures]]
 """`(params, batch, reference head or None) -> (Total or Totals by term, Measures)`."""
 Gradients = dict[str, tuple[Params, Array]]
 """By term of the loss: the gradient of its mean for the trained leaves, and its count."""
@@ -94,7 +94,7 @@ def policy_loss_fn(
     """
 
     def loss_fn(
-        params: Params, batch: UpdateBatch, reference: Head | None = None
+        params: Params, batch: UpdateBatch, reference: OutputHead | None = None
     ) -> tuple[Totals, Measures]:
         rows, length = batch.completion_mask.shape
         features = batch.features
@@ -105,15 +105,9 @@ def policy_loss_fn(
             chunks = -(-rows // (spread * max(1, chunk_tokens // length)))
             arrays = batch.replace(features=None, ref_features=None)
             return chunked_loss((loss, temperature, chunks), head, features, arrays)
-        statistics = token_statistics(
-            head,
-            features,
-            batch.tokens[:, -length:],
-            temperature,
-            chunk_tokens * spread,
-            TILE_VOCABULARY,
-            None if reference is None else (reference, batch.ref_features),
-        )
+        options = SoftmaxOptions(temperature, chunk_tokens * spread, TILE_VOCABULARY)
+        pair = None if reference is None else (reference, batch.ref_features)
+        statistics = token_statistics(head, features, batch.tokens[:, -length:], options, pair)
         return loss(statistics, batch)
 
     return loss_fn
@@ -133,7 +127,7 @@ def make_step(
         accumulated; the result is that of a single pass, to rounding.
     """
 
-    def step(state: TrainState, batch: Any, reference: Head | None = None) -> StepResult:
+    def step(state: TrainState, batch: Any, reference: OutputHead | None = None) -> StepResult:
         trained, frozen = trees.partition(state.params, program.trained)
 
         def loss_sum(trained: Params, part: Any) -> tuple[Array, tuple[Total, Measures]]:
@@ -167,7 +161,7 @@ def make_step_with_term_gradients(
       the gradient that the optimizer was given.
     """
 
-    def step(state: TrainState, batch: Any, reference: Head | None = None) -> StepResult:
+    def step(state: TrainState, batch: Any, reference: OutputHead | None = None) -> StepResult:
         trained, frozen = trees.partition(state.params, program.trained)
 
         def loss_sums(trained: Params, part: Any) -> tuple[dict[str, Array], Any]:
@@ -197,7 +191,9 @@ def offloaded(step: Callable[..., StepResult], shardings: Any) -> Callable[..., 
         in `in_shardings` and `out_shardings`.
     """
 
-    def offloaded_step(state: TrainState, batch: Any, reference: Head | None = None) -> StepResult:
+    def offloaded_step(
+        state: TrainState, batch: Any, reference: OutputHead | None = None
+    ) -> StepResult:
         opt_state = jax.device_put(state.opt_state, shardings)
         return step(state.replace(opt_state=opt_state), batch, reference)
 
@@ -250,7 +246,7 @@ def _add_gradients(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked_loss(
-    static: tuple[TokenLoss, float, int], head: Head, features: Array, batch: UpdateBatch
+    static: tuple[TokenLoss, float, int], head: OutputHead, features: Array, batch: UpdateBatch
 ) -> tuple[Totals, Measures]:
     """Compute a loss and measures in chunks of rows, with logits computed once.
 
@@ -272,7 +268,7 @@ def chunked_loss(
 
 
 def _chunk_loss(
-    loss: TokenLoss, temperature: float, head: Head, features: Array, batch: UpdateBatch
+    loss: TokenLoss, temperature: float, head: OutputHead, features: Array, batch: UpdateBatch
 ) -> tuple[Totals, Measures]:
     targets = batch.tokens[:, -batch.completion_mask.shape[1] :]
     return loss(logit_statistics(logits(head, features) / temperature, targets), batch)

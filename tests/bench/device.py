@@ -75,7 +75,7 @@ def make(config: dict[str, Any], side: int) -> Bench:
     """Draw the model's weights and measure the chip."""
     rates = limits(side)
     policy, params = models.build(
-        "GPTNeoXForCausalLM", config, jax.random.key(0), compute_dtype=jnp.bfloat16
+        "GPTNeoXForCausalLM", config, jax.random.key(0), options=models.ModelOptions(jnp.bfloat16)
     )
     head = config["vocab_size"] * config["hidden_size"]
     whole = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -169,7 +169,7 @@ def kernels(bench: Bench, contexts: int, length: int) -> Iterator[dict[str, Any]
     told = kernel.estimate()
 
     def call() -> Any:
-        return ntk.kernel(bench.policy, bench.params, where).factored()
+        return ntk.factored(ntk.kernel(bench.policy, bench.params, where))
 
     each = timed(call, 1)
     yield {

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkrl
-from ntkrl import attribution, probe, rollout, update
-from ntkrl.attribution.costs import choose
+from ntkrl import attribution, ntk, probe, rollout, update
 from ntkrl.types import ProbeSet, PromptBatch, UpdateBatch
 from tests.bench import measure
 
@@ -105,18 +104,20 @@ def main() -> None:
     actual = np.stack([moved.log_probs, moved.entropy])
     # by sample the KL's part is a factor, see `ProbeHook.keep`
     seen = {"group": batch, "sample": batch.replace(kl_advantages=None)}
-    known = {by: {"gradients": apart(before, own)[2], "actual": actual} for by, own in seen.items()}
+    steps = {
+        by: attribution.OptimizerStep(before, after.params, rows, None, apart(before, rows)[2])
+        for by, rows in seen.items()
+    }
     ledgers = {"group": attribution.Ledger(*static, by="group")}
-    ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("push", "gram")}
+    ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("jvp", "vjp")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
     calls |= {f"apart, {by}": lambda own=own: apart(before, own) for by, own in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
     for name, ledger in ledgers.items():
-        told = before, after.params, seen[ledger.by], *where
-        calls[name] = functools.partial(ledger.read, *told, **known[ledger.by])
+        calls[name] = functools.partial(ledger.read, steps[ledger.by], *where, actual)
     seconds = measure.medians_in_turns(calls, given.repeats, jax.block_until_ready)
     whole = seconds["generation"] + seconds["update"]
-    estimates = ledgers["push"].estimates(before, seen["sample"], *where)
+    estimates = ledgers["jvp"].estimates(steps["sample"], *where)
     table = []
     for name, value in seconds.items():
         row = {"call": name, "seconds": value, "of_a_step": value / whole}
@@ -128,7 +129,8 @@ def main() -> None:
             row |= {"flops": estimates[name].flops, "MiB": estimates[name].bytes / 2**20}
         table.append(row)
     columns = ("call", "seconds", "of_a_step", "every", "of_training", "flops", "MiB")
-    print(f"{jax.devices()[0].device_kind}; auto takes {choose(estimates, 'auto', 2.0).form}")
+    best = ntk.cheapest(estimates.values(), 2 * 2**30)
+    print(f"{jax.devices()[0].device_kind}; auto takes {best.algorithm}")
     print(measure.table(table, columns))
 
 

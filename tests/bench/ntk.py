@@ -65,7 +65,7 @@ def ours(
 
     def call() -> Any:
         kernel = make()
-        found = kernel.factored() if form == "factored" else kernel.dense()
+        found = ntk.factored(kernel) if form == "factored" else kernel.dense()
         return jax.block_until_ready(found)
 
     note = str(make().estimate())
@@ -113,7 +113,7 @@ def agreement(config: dict[str, Any]) -> dict[str, Any]:
     kernel = ntk.kernel(peer.policy, peer.params, ntk.last_positions(jnp.asarray(tokens_NT)))
     theirs = peers.products(peer, tokens_NT, 16, 16)
     dense = np.asarray(kernel.dense(columns=list(range(16))))
-    factored = kernel.factored()
+    factored = ntk.factored(kernel)
     weight = np.asarray(factored.weight)
     written = np.einsum("vd,oude,we->ouvw", weight, factored.body, weight[:16])
     written += np.asarray(factored.head)[..., None, None] * np.eye(len(weight))[:, :16]

@@ -13,6 +13,7 @@ evenly. `roofline s` is at the published rates in ntkrl/plan/chips.py. Needs jax
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -22,17 +23,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkrl import models, runtime
+from ntkrl import models, ntk, runtime
 from ntkrl.jaxpr import flops, trace
-from ntkrl.ntk import estimates
-from ntkrl.ntk.contexts import Contexts
-from ntkrl.ntk.directions import Directions
 from ntkrl.numerics import GIB
 from ntkrl.plan import hlo, kernel, networks, topology
 from ntkrl.plan.measure import roofline
 from ntkrl.plan.shapes import SHAPES
 from ntkrl.plan.topology import Machine
-from ntkrl.types import Array, Params
 from tests.bench.measure import OUT_OF_MEMORY, table, write_json
 
 BODY = (("layerwise", 64), ("layerwise", 256), ("layerwise", 640), ("jvp_vjp", 4))
@@ -44,7 +41,9 @@ COLUMNS = (*TOLD, *MEASURED, "received GiB", "roofline s", "compile s")
 def setting(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> kernel.Setting:
     """Describe Pythia-2.8B, float32 params sharded over the mesh and all else on every chip."""
     config = {**SHAPES["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
-    policy, shapes = models.describe("GPTNeoXForCausalLM", config, compute_dtype=compute_dtype)
+    policy, shapes = models.describe(
+        "GPTNeoXForCausalLM", config, options=models.ModelOptions(compute_dtype)
+    )
     placed = networks.placed(shapes, policy.sharding, mesh)
     return kernel.setting(policy, placed, mesh, length)
 
@@ -52,12 +51,9 @@ def setting(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> kernel.
 def gram_call(s: kernel.Setting, algorithm: str, chunk: int) -> tuple[Any, tuple[Any, ...]]:
     """Return `kernel.body()` as a jitted function and its arguments."""
 
-    def gram(params: Params, *contexts: Contexts) -> Array:
-        width = s.network.weight(s.params).shape[1]
-        sides = [Directions(c.tokens, c.mask, c.positions[:, None], None, width) for c in contexts]
-        return estimates.gram(s.body, params, *sides, None, algorithm, chunk, True)
-
-    return jax.jit(gram), (s.params, s.context, s.context)
+    form = functools.partial(ntk.Kernel.body, chunk=chunk)
+    program = ntk.kernel_program(s.policy, s.params, s.context, form, algorithm)
+    return program, (s.params, s.context, s.context)
 
 
 def measure(call: tuple[Any, tuple[Any, ...]], precision: str, machine: Machine) -> dict[str, Any]:

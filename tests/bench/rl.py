@@ -39,7 +39,7 @@ def our_steps(
 
     import ntkrl
     from ntkrl import rollout, scoring, update
-    from ntkrl.training.weighing import weigh
+    from ntkrl.training.credit import RolloutArrays, token_weights
     from ntkrl.types import PromptBatch, UpdateBatch
 
     policy, params = ntkrl.load(directory)
@@ -65,7 +65,7 @@ def our_steps(
     score = jax.jit(
         lambda p, tokens, mask: scoring.score(policy, p, tokens, mask, LENGTH).log_probs
     )
-    weights = jax.jit(lambda *held: weigh(objective, GROUP, *held))
+    weigh = jax.jit(lambda arrays, key: token_weights(objective, GROUP, arrays, key))
     copied = jax.tree.map(jnp.copy, params)
     state = update.init_state(program, copied, jax.random.key(0))
     marks: list[tuple[float, ...]] = []
@@ -77,16 +77,23 @@ def our_steps(
         rewards = jnp.asarray((ids % 2 == 0).mean(axis=1), jnp.float32)
         ref_log_probs = score(reference, drawn.tokens, drawn.mask)
         old, mask = drawn.sampler_log_probs, drawn.completion_mask
-        held = (rewards, old, ref_log_probs, old, mask, drawn.finished, None, jax.random.key(0))
-        found = jax.block_until_ready(weights(*held))
+        arrays = RolloutArrays(
+            rewards=rewards,
+            old_log_probs=old,
+            ref_log_probs=ref_log_probs,
+            behaviour_log_probs=old,
+            mask=mask,
+            finished=drawn.finished,
+        )
+        weights = jax.block_until_ready(weigh(arrays, jax.random.key(0)))
         times.append(time.perf_counter())
         part = UpdateBatch(
             tokens=drawn.tokens,
             mask=drawn.mask,
-            completion_mask=found["mask"],
+            completion_mask=weights.mask,
             old_log_probs=old,
             ref_log_probs=ref_log_probs,
-            advantages=found["advantages"],
+            advantages=weights.advantages,
         )
         state, metrics, _ = step(state, part)
         float(metrics["loss"])

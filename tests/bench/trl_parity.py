@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 import ntkrl
 from ntkrl import scoring, update
-from ntkrl.training.weighing import weigh
+from ntkrl.training.credit import RolloutArrays, token_weights
 from ntkrl.types import UpdateBatch
 from tests.bench import measure
 from tests.toys import torch_neox
@@ -83,26 +83,23 @@ def our_step(
         jnp.asarray(held[name])
         for name in ("old_log_probs", "ref_log_probs", "rewards", "completion_mask")
     )
-    found = weigh(
-        objective,
-        GROUP,
-        rewards,
-        old,
-        ref,
-        old,
-        completion_mask,
-        jnp.ones(ROWS, bool),
-        None,
-        jax.random.key(0),
+    rollout = RolloutArrays(
+        rewards=rewards,
+        old_log_probs=old,
+        ref_log_probs=ref,
+        behaviour_log_probs=old,
+        mask=completion_mask,
+        finished=jnp.ones(ROWS, bool),
     )
+    weights = token_weights(objective, GROUP, rollout, jax.random.key(0))
     batch = UpdateBatch(
         tokens=jnp.asarray(held["tokens"]),
         mask=jnp.asarray(held["mask"]),
-        completion_mask=found["mask"],
+        completion_mask=weights.mask,
         old_log_probs=old,
         ref_log_probs=ref,
-        advantages=found["advantages"],
-        penalties=found["penalties"],
+        advantages=weights.advantages,
+        penalties=weights.penalties,
     )
     stage = update.Stage("all", 1, ((".*", RATE),), optimizer="sgd")
     program = update.stage_program(stage, policy, params)

@@ -51,7 +51,7 @@ def fails(directory, *parts):
 
 def test_no_directory(tmp_path):
     """law: a path that is no directory, or an empty one, says what belongs there."""
-    fails(tmp_path / "nope", "is no directory", "config.json, *.safetensors")
+    fails(tmp_path / "nope", "is not a directory", "config.json, *.safetensors")
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "has no config.json; it holds nothing")
 
@@ -60,9 +60,9 @@ def test_half_written(one):
     """law: weights cut short, or a config that is not JSON, name the file."""
     path = one / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    fails(one, "model.safetensors is not a whole safetensors file")
+    fails(one, "model.safetensors is not a complete safetensors file")
     path.write_bytes(b"")
-    fails(one, "model.safetensors is not a whole safetensors file")
+    fails(one, "model.safetensors is not a complete safetensors file")
     path.unlink()
     fails(one, "holds neither model.safetensors nor model.safetensors.index.json")
     (one / "config.json").write_text('{"architectures":')

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import ntkrl
+from ntkrl import models
 from tests.models.families import CASES, EACH, tokens_and_mask, torch_logits, torch_model
 
 
@@ -82,7 +83,7 @@ def test_decoding(tmp_path, case):
 def test_masters_stay_float32_and_compute_is_bfloat16(tmp_path, case):
     """law: params keep their dtype, features come in bfloat16, close to torch's in bfloat16."""
     model = torch_model(case, tmp_path)
-    policy, params = ntkrl.load(tmp_path, compute_dtype=jnp.bfloat16)
+    policy, params = ntkrl.load(tmp_path, options=models.ModelOptions(jnp.bfloat16))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
     tokens, mask = tokens_and_mask(policy.vocab_size)
     exact = torch_logits(model, tokens, mask)[1]
@@ -110,9 +111,9 @@ def test_a_trunk_saved_alone(tmp_path, case):
 def test_a_hub_name_without_a_network(tmp_path, monkeypatch):
     """law: a name that cannot be fetched is one sentence, with the way out."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match="as a name on the Hugging Face hub it could not be"):
+    with pytest.raises(ValueError, match="could not be fetched from the Hugging Face hub"):
         ntkrl.load("EleutherAI/pythia-14m")
-    with pytest.raises(ValueError, match="is no directory; give a Hugging Face model directory"):
+    with pytest.raises(ValueError, match="is not a directory; give a Hugging Face model directory"):
         ntkrl.load("./missing")
 
 

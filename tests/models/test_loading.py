@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import ntkrl
 from ntkrl import models, runtime, trees
-from ntkrl.models import files
+from ntkrl.models import hf_files
 from tests.models.families import CASES, EACH, torch_model
 from tests.models.test_families import equal_trees
 
@@ -43,14 +43,14 @@ def test_only_the_blocks_of_a_device_are_read(tmp_path, monkeypatch):
     torch_model("gpt-neox", tmp_path, vocab_size=32)
     mesh = runtime.make_mesh(1, 8, 1)
     seen = []
-    read = files.Stored.read
+    read = hf_files.TensorMap.read
 
     def watched(self, ours, ends, dtype):
         block = read(self, ours, ends, dtype)
         seen.append((ours, tuple(ends), block.size))
         return block
 
-    monkeypatch.setattr(files.Stored, "read", watched)
+    monkeypatch.setattr(hf_files.TensorMap, "read", watched)
     _, params = ntkrl.load(tmp_path, mesh=mesh)
     leaves = trees.named_leaves(params)
     assert len(seen) == len(set(seen))
@@ -103,14 +103,14 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import ntkrl
 from ntkrl import runtime, trees
-from ntkrl.models import files
+from ntkrl.models import hf_files
 counted = []
-read = files.Stored.read
+read = hf_files.TensorMap.read
 def watched(self, ours, ends, dtype):
     block = read(self, ours, ends, dtype)
     counted.append(block.size)
     return block
-files.Stored.read = watched
+hf_files.TensorMap.read = watched
 _, params = ntkrl.load(sys.argv[3], mesh=runtime.make_mesh(1, 2, 1))
 leaves = trees.named_leaves(params)
 whole = sum(leaf.size for leaf in leaves.values())

@@ -84,7 +84,7 @@ def test_adapters_are_a_group_of_parameters(tmp_path):
     """law: new ones change nothing, train alone by a stage, and are a part of the kernel."""
     torch_model("llama 3", tmp_path)
     lora = models.Lora(rank=2, alpha=4.0, modules="q_proj|mlp/.*")
-    policy, params = ntkrl.load(tmp_path, lora=lora)
+    policy, params = ntkrl.load(tmp_path, options=models.ModelOptions(lora=lora))
     plain, plain_params = ntkrl.load(tmp_path)
     tokens = jnp.asarray(tokens_and_mask(policy.vocab_size)[0])
     np.testing.assert_array_equal(
@@ -109,12 +109,16 @@ def test_adapters_are_a_group_of_parameters(tmp_path):
 def test_what_adapters_cannot_do(tmp_path):
     """law: patterns that match nothing, DoRA, saved modules, no base: one sentence each."""
     with_adapters("qwen3", tmp_path)
+
+    def with_lora(lora, name="base"):
+        return ntkrl.load(tmp_path / name, options=models.ModelOptions(lora=lora))
+
     with pytest.raises(ValueError, match="matches no module; a layer has attention/query"):
-        ntkrl.load(tmp_path / "base", lora=models.Lora(modules="qkv"))
+        with_lora(models.Lora(modules="qkv"))
     with pytest.raises(ValueError, match="rank 0 and alpha 16.0 must be positive"):
-        ntkrl.load(tmp_path / "base", lora=models.Lora(rank=0))
+        with_lora(models.Lora(rank=0))
     with pytest.raises(ValueError, match="holds adapters already"):
-        ntkrl.load(tmp_path / "adapter", lora=models.Lora())
+        with_lora(models.Lora(), "adapter")
     with pytest.raises(ValueError, match="has no adapters"):
         models.export_adapter(tmp_path / "x", *ntkrl.load(tmp_path / "base"))
     with pytest.raises(ValueError, match="base is for adapter directories"):

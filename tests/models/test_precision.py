@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from ntkrl import models, rollout, scoring
-from ntkrl.rollout import decode
+from ntkrl.rollout.decode import Decoder
 from ntkrl.types import PromptBatch
 
 NEOX = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -40,7 +40,8 @@ def test_reading_and_drawing(architecture, config):
         settings = rollout.SamplerSettings(2, 4, 1.0, eos_id=0, pad_id=1)
         rows = jnp.arange(2)
         batch = PromptBatch(tokens=tokens, mask=tokens > 0, rows=rows, copies=rows)
-        return decode.prefill(policy, settings, None, 12, params, batch, jax.random.key(0))[2]
+        key = jax.random.key(0)
+        return Decoder(policy, settings, None).prefill(12, params, batch, key)[2]
 
     for function in (jax.grad(read), logits, draw):
         for line in products(function, shapes, tokens):

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import ntkrl
 from ntkrl import models, runtime
-from ntkrl.models.armorm import ATTRIBUTES, GATE
+from ntkrl.models.scorers import ATTRIBUTES, GATE
 from tests.models.families import CASES
 
 CLASSES = {
@@ -91,7 +91,7 @@ def test_directories_that_are_no_reward_model(tmp_path):
     assert "pad_token_id must be a token id, not None" in str(caught.value)
     raw["architectures"] = ["GPTNeoXForCausalLM"]
     path.write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="'GPTNeoXForCausalLM' is no reward model known here"):
+    with pytest.raises(ValueError, match="'GPTNeoXForCausalLM' is not a known reward model"):
         models.load_scorer(tmp_path / "many")
     with pytest.raises(ValueError, match="architecture .* is unknown"):
         raw["architectures"] = ["GPTNeoXForSequenceClassification"]

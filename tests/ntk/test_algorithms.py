@@ -9,7 +9,7 @@ import pytest
 
 import ntkrl
 from ntkrl import jaxpr, ntk
-from ntkrl.ntk import body
+from ntkrl.ntk import network as feature_functions
 from tests.ntk.networks import TOKENS, VOCAB, close, contexts, layered
 from tests.toys import TINY, toy_policy
 
@@ -82,10 +82,10 @@ def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
     step = jaxpr.Operation
     monkeypatch.setattr(jaxpr, "Operation", newer)
     expected = brute(kind, "full", True)
-    body._traced.cache_clear()  # what was traced before is kept
+    feature_functions._trace_features.cache_clear()  # what was traced before is kept
     kernel = ntk.kernel(*model(kind), *contexts(True), groups=GROUPS, algorithm="layerwise")
     close(kernel.dense(), expected)
-    body._traced.cache_clear()
+    feature_functions._trace_features.cache_clear()
     assert told
 
 
@@ -181,18 +181,23 @@ def test_batch_order_and_padding_change_nothing(algorithm):
     close(found, whole[order][:, order])
 
 
+def estimates_of(kernel):
+    """Estimates of every algorithm that applies to body()."""
+    return kernel.problem.estimates(kernel.problem.gram_inputs("body"))
+
+
 def test_choice_follows_the_estimates():
     """law: the cheapest algorithm that fits is taken, and a small budget makes small chunks."""
     network, params = model("untied", jnp.float32)
     observed, updated = contexts(False)
     kernel = ntk.kernel(network, params, observed, updated)
-    estimates = kernel.estimates()
+    estimates = estimates_of(kernel)
     assert set(estimates) == set(ntk.ALGORITHMS)
     cheapest = min(estimates.values(), key=lambda estimate: estimate.flops)
     assert kernel.estimate() == cheapest and cheapest.bytes <= 8 * 2**30
     tight = ntk.kernel(network, params, observed, updated, memory_gib=2e-5).estimate()
     assert tight.chunk < cheapest.chunk and tight.bytes < cheapest.bytes
     ones = jax.tree.map(jnp.ones_like, params)
-    assert "layerwise" not in ntk.kernel(network, params, observed, precondition=ones).estimates()
-    with pytest.raises(ValueError, match="algorithm 'layerwise' cannot be taken with weights"):
+    assert "layerwise" not in estimates_of(ntk.kernel(network, params, observed, precondition=ones))
+    with pytest.raises(ValueError, match="algorithm 'layerwise' cannot be used with weights"):
         ntk.kernel(network, params, observed, precondition=ones, algorithm="layerwise").body()

@@ -81,8 +81,8 @@ PARAMS = {
         r"mix dtypes \(bfloat16, float32\)",
     ),
     "values": (params_with(mix=jnp.full((5, 5), np.nan)), "not finite, in mix"),
-    "leaves": (params_with(extra=jnp.tanh), "no arrays: extra; split them off"),
-    "head": ({"embed": jnp.ones((9, 5)), "mix": jnp.ones((5, 5))}, "'head' is no parameter"),
+    "leaves": (params_with(extra=jnp.tanh), "not arrays: extra; split them off"),
+    "head": ({"embed": jnp.ones((9, 5)), "mix": jnp.ones((5, 5))}, "'head' is not a parameter"),
 }
 
 
@@ -98,7 +98,7 @@ HEADS = {
     "transposed": (ntk.Head("head", transposed=True), "Is the head transposed"),
     "vector": (ntk.Head("gain"), "must be a matrix"),
     "bias": (ntk.Head("head", bias="mlp_bias"), r"has shape \(4,\); with the weight's"),
-    "missing": (ntk.Head("heed"), r"'heed' is no parameter. Did you mean 'head'\?"),
+    "missing": (ntk.Head("heed"), r"'heed' is not a parameter. Did you mean 'head'\?"),
     "cap": (ntk.Head("head", soft_cap=0.0), "soft_cap must be positive"),
 }
 
@@ -130,7 +130,7 @@ def test_bad_requests_are_named():
     kernel = ntk.kernel(TOY, params, changed(), groups=((".*", "all"),))
     cases = [
         (lambda: kernel.dense("R"), "part 'R' is unknown; known are head, body, .*, all"),
-        (lambda: kernel.dense(rows=[3, 9]), r"rows holds ids from 3 to 9; the vocabulary is"),
+        (lambda: kernel.dense(rows=[3, 9]), r"rows has ids from 3 to 9; the vocabulary is"),
         (lambda: kernel.dense(columns=[0.5]), "columns must be a list of token ids, not float"),
         (lambda: kernel.apply(jnp.ones((2, 9))), r"cotangents must have shape \(3, 9\), not \(2"),
         (lambda: kernel.apply(jnp.ones((3, 9), int)), "cotangents must be floating point"),
@@ -143,7 +143,7 @@ def test_bad_requests_are_named():
         (lambda: ntk.kernel(TOY, params, changed(), memory_gib=0), "memory_gib must be positive"),
         (
             lambda: ntk.kernel(TOY, params, changed(), memory_gib=1e-7).dense(),
-            r"dense\(\) would be .* GiB, above memory_gib=.*; ask for dense\(rows",
+            r"dense\(\) would be .* GiB, above memory_gib=.*; use dense\(rows",
         ),
         (
             lambda: ntk.kernel(TOY, params, changed(), groups=((".*", "head"),)),
@@ -166,7 +166,7 @@ def test_bad_requests_are_named():
         ),
         (
             lambda: ntk.score_gram(TOY, params, changed(), jnp.array([1, 2, 9])),
-            "targets hold ids from 1 to 9",
+            "targets have ids from 1 to 9",
         ),
         (
             lambda: ntk.alignment(kernel, ntk.kernel(TOY, params, *contexts(False))),

@@ -12,7 +12,7 @@ from ntkrl import ntk
 from tests.toys import TINY
 
 MODULES = ["ntkrl.ntk"] + [
-    f"ntkrl.ntk.{name}" for name in ("make", "parts", "scores", "eigen", "predict")
+    f"ntkrl.ntk.{name}" for name in ("kernel", "parts", "spectrum", "log_probs")
 ]
 
 

@@ -24,7 +24,7 @@ def test_dense_parts_equal_brute_force(kind, tied):
     """oracle: each role's Jacobian by V rows per context, padded on both sides."""
     found, params = network(kind, tied)
     kernel = ntk.kernel(found, params, *contexts(True))
-    assert kernel.tied == tied
+    assert kernel.problem.tied == tied
     for part in parts_of(tied):
         close(kernel.dense(part), expected(kind, tied, True, part))
     if not tied:
@@ -69,7 +69,7 @@ def test_bilinear_by_sequence(kind, tied):
 def test_factored_form(kind):
     """by hand: diag(left) (head I + W M Wᵀ) diag(right) is the whole kernel of an untied head."""
     found, params = network(kind, False)
-    factored = ntk.kernel(found, params, *contexts(False)).factored()
+    factored = ntk.factored(ntk.kernel(found, params, *contexts(False)))
     whole = np.einsum("vd,oude,we->ouvw", factored.weight, factored.body, factored.weight)
     whole += np.asarray(factored.head)[..., None, None] * np.eye(VOCAB)
     if factored.left is not None:
@@ -98,7 +98,7 @@ def test_groups_add_up_to_full(kind, tied):
 
 @pytest.mark.parametrize(("kind", "tied"), [("plain", False), ("all", True)])
 def test_preconditioned_kernel(kind, tied):
-    """oracle: J P Jᵀ for a diagonal P; its head part is diagonal and no multiple of I."""
+    """oracle: J P Jᵀ for a diagonal P; its head part is diagonal and not a multiple of I."""
     found, params = network(kind, tied)
     rng = np.random.default_rng(3)
     scale = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 2.0, leaf.shape)), params)
@@ -113,7 +113,7 @@ def test_preconditioned_kernel(kind, tied):
         bilinear = np.einsum("ow,ouvw,uv->ou", right[:3], np.swapaxes(wanted, 2, 3), right)
         close(kernel.bilinear(right[:3], right, part), bilinear, scale=size)
         close(kernel.trace(part), np.einsum("ouvv->ou", wanted), scale=size)
-    with pytest.raises(ValueError, match=r"no multiple of I; ask for diagonal\('head'\)"):
+    with pytest.raises(ValueError, match=r"not a multiple of I; use diagonal\('head'\)"):
         _ = kernel.head
 
 

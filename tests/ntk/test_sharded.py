@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import ntkrl
 from ntkrl import ntk, runtime, trees
-from ntkrl.ntk import estimates
+from ntkrl.ntk import gram
 from tests.ntk.networks import close
 from tests.toys import TINY
 
@@ -44,7 +44,7 @@ def test_sharded_equals_one_device(sizes):
     whole = ntk.kernel(policy, params, contexts)
     for algorithm in ("jvp_vjp", "layerwise"):
         kernel = ntk.kernel(policy, placed, there, algorithm=algorithm)
-        assert kernel.body_function.shardings is not None
+        assert kernel.problem.features.shardings is not None
         close(kernel.body(), whole.body())
     kernel = ntk.kernel(policy, placed, there)
     close(kernel.apply(right), whole.apply(right))
@@ -69,8 +69,11 @@ def test_gradients_stay_sharded(algorithm):
     temporary = []
     for one in (params, placed):
         kernel = ntk.kernel(policy, one, contexts)
-        here, _ = kernel.sides(None, None)
-        arguments = (kernel.body_function, one, here, None, None, algorithm, 16, True)
-        compiled = estimates.gram.lower(*arguments).compile()
+        features, inputs = kernel.problem.features, kernel.problem.gram_inputs("body")
+        if algorithm == "jvp_vjp":
+            lowered = gram.jvp_vjp.lower(features, inputs, 16, True)
+        else:
+            lowered = gram.jacobian.lower(features, inputs, 16)
+        compiled = lowered.compile()
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert temporary[1] < temporary[0] / 3

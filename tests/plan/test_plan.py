@@ -124,7 +124,7 @@ def test_the_papers_configs(name):
     """story: each loads, and describes Pythia-2.8B with its own objective and stages."""
     given = [f"--config=configs/paper/{name}.py", "--config.data.path=x.jsonl"]
     run = run_of(read_settings(runtime.read_config(given)))
-    assert run.policy.config.num_hidden_layers == 32 and run.mesh.shape["fsdp"] == 8
+    assert run.model.policy.config.num_hidden_layers == 32 and run.mesh.shape["fsdp"] == 8
     batch, _ = programs.minibatch(run, len(run.stages) - 1)
     # 512 tokens and what the template writes around a prompt, or after a response
     assert batch.tokens.shape == ((32, 515 + 513) if name == "sft" else (16, 515 + 512))

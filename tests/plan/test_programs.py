@@ -1,7 +1,6 @@
 """The programs of a run, described by shapes, against the run itself and arithmetic by hand."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -12,15 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl import data, models, probe, reward, runtime, update
-from ntkrl.attribution import accounts
-from ntkrl.generate import Collected
+from ntkrl import attribution, data, models, probe, reward, runtime, update
+from ntkrl.generate import RewardedRollout
 from ntkrl.plan import measure, networks, programs, topology
 from ntkrl.plan.chips import Chip
 from ntkrl.plan.shapes import SHAPES
 from ntkrl.settings import read_settings
-from ntkrl.training import BATCH_SOURCES, ProbeHook, States, StepContext, bare
-from ntkrl.training.sources import split
+from ntkrl.setup import RunSetup
+from ntkrl.training import BATCH_SOURCES, GENERATION, PROBE, UPDATE, ProbeHook, Program, StepContext
+from ntkrl.training.batch_sources import split
+from ntkrl.training.credit import without_kl_advantages
+from ntkrl.training.probe_hook import make_ledger
+from ntkrl.training.programs import ledgers, updates
+from ntkrl.training.train_state import TrainStates
 from ntkrl.types import ProbeSet
 from tests.toys import TINY
 
@@ -59,7 +62,7 @@ def run_of(settings, count=8):
 def compiled(run, part, steps=None):
     """The rows of a part, by name; the others are not compiled."""
     found, result = {}, None
-    steps = run.programs(probe=False) if steps is None else steps
+    steps = programs.programs(run, probe=False) if steps is None else steps
     while True:
         try:
             program = steps.send(result)
@@ -89,20 +92,20 @@ def test_flops_of_an_update(settings):
     body = 6 * layers * per_layer * rows * length
     attention = 3 * layers * 2 * (2 * length * length * width) * rows
     head = 6 * MODEL["vocab_size"] * width * rows * budget
-    found = compiled(run_of(one, 1), programs.UPDATE)["update all"]
+    found = compiled(run_of(one, 1), UPDATE)["update all"]
     assert found.flops == body + attention + head
 
 
 def test_stage_one_has_no_body(settings):
     """by hand: logits and dW of the minibatch's rows, and their remaking nowhere."""
-    found = compiled(run_of(settings(), 1), programs.UPDATE)["update classifier"]
+    found = compiled(run_of(settings(), 1), UPDATE)["update classifier"]
     assert found.flops == 2 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"] * 4 * 24
 
 
 def test_decoding_reads_every_token(settings):
     """by hand: two chunks of 16 of 23 tokens; each token multiplies 8 rows by every weight."""
     width, inner, layers, rows = MODEL["hidden_size"], MODEL["intermediate_size"], 2, 8
-    found = compiled(run_of(settings("rl"), 1), programs.GENERATION)
+    found = compiled(run_of(settings("rl"), 1), GENERATION)
     assert found["decoding"].runs == 2 and found["cache growth"].runs == 1
     products = layers * (4 * width * width + 2 * width * inner) + MODEL["vocab_size"] * width
     attention = layers * 2 * (8 + 23) * width
@@ -114,11 +117,12 @@ def test_shapes_are_those_of_a_run(settings):
     one = settings("cfrl")
     run = run_of(one)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
-    setup = dataclasses.replace(run.setup, policy=policy, params=params)
+    model = dataclasses.replace(run.model, policy=policy, params=params)
+    setup = RunSetup(run.settings, model, None, None, None, None)
     source = BATCH_SOURCES["rl"](setup)
-    for number, stage in enumerate(run.stages):
-        batch, reference = programs.minibatch(run, number)
-        made = bare(_minibatch(source, setup, stage))
+    for stage in run.stages:
+        batch, reference = run.minibatch(stage)
+        made = without_kl_advantages(_minibatch(source, setup, stage))
         expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == expected
         placed = runtime.place_rows(made, run.mesh)
@@ -132,32 +136,33 @@ def test_shapes_are_those_of_a_run(settings):
 def _minibatch(source, setup, stage):
     """Draw completions at full length and make the first minibatch of them."""
     rows = np.arange(4)
-    sample = source.samplers[stage.head_alone]
+    sample = source.functions.samplers[stage.head_alone]
     prompts = data.prompt_batch([[1] * 8] * 4, rows, 0, 8)
-    rollout = sample(setup.params, runtime.place_rows(prompts, setup.mesh), jax.random.key(1))
+    rollout = sample(
+        setup.model.params, runtime.place_rows(prompts, setup.model.mesh), jax.random.key(1)
+    )
     features = rollout.features
     rollout = runtime.fetch(rollout.replace(features=None)).replace(features=features)
-    found = Collected(
+    found = RewardedRollout(
         rollout=rollout,
         texts=["x"] * 8,
         result=reward.RewardResult(np.arange(8.0), {}, {}, {}, frozenset()),
     )
-    turn = StepContext(
-        setup.params, setup.params, stage, True, 0, jax.random.key(2), lambda name: None
-    )
-    batch, _ = source._batch(turn, found)
+    params, key = setup.model.params, jax.random.key(2)
+    context = StepContext(params, params, stage, True, 1, key, lambda name: None)
+    batch, _ = source._batch(context, found)
     return split(batch, 2)[0]
 
 
 def test_what_lies_beside_a_program(settings):
     """by hand: two copies of the params all through, Adam's moments of the head in stage one."""
     run = run_of(settings(), 1)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.params))
-    rows = compiled(run, programs.UPDATE)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.model.params))
+    rows = compiled(run, UPDATE)
     moments = 4 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"]
     assert rows["update classifier"].beside_gib * 2**30 == 4 * count
     own = rows["update classifier"].own_gib * 2**30
-    batch = jax.tree.leaves(programs.minibatch(run, 0)[0])
+    batch = jax.tree.leaves(run.minibatch(run.stages[0])[0])
     inputs = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in batch)
     assert own == pytest.approx(4 * count + moments + inputs, abs=16)  # and counters
 
@@ -165,14 +170,14 @@ def test_what_lies_beside_a_program(settings):
 def test_a_gathered_copy(settings):
     """by hand: the params whole on each device while it samples, and gathered no more."""
     run = run_of(settings("rl", "--config.rollout.gather_params=True"))
-    rows, whole = compiled(run, programs.GENERATION), bytes_of(run.params)
+    rows, whole = compiled(run, GENERATION), bytes_of(run.model.params)
     assert rows["gathering"].scratch_gib * 2**30 >= whole
     assert rows["gathering"].collectives["all-gather"][1] > whole / 2
     assert rows["cache growth"].kept_gib * 2**30 == whole
     for name in ("prefill", "decoding"):
         assert rows[name].kept_gib == 0 and rows[name].own_gib * 2**30 > whole
         # beside the copy lie the starting params, the policy's and its moments, in eight parts
-        held = [run.params, run.params, run.state(run.stages[0]).opt_state]
+        held = [run.model.params, run.model.params, run.state(run.stages[0]).opt_state]
         assert rows[name].beside_gib * 2**30 == sum(map(networks.held_bytes, held))
     assert rows["decoding"].received < 100 < whole  # flags and places of rows
 
@@ -181,19 +186,19 @@ def test_a_ledger_by_hand(settings):
     """by hand: params before and after and the moments before are read; kept while it steps."""
     one = settings("cfrl", "--config.probe.ledger_by=group", "--config.probe.prompts=2")
     run = run_of(one, 1)
-    whole, moments = bytes_of(run.params), 4 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"]
-    (row,) = compiled(run, programs.PROBE, first(programs.accounts(run))).values()
+    whole, moments = bytes_of(run.model.params), 4 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"]
+    (row,) = compiled(run, PROBE, first(ledgers(run))).values()
     assert row.name == "ledger classifier" and row.stages == ("classifier",)
     assert row.runs == 1 / 50 and row.flops > 0
-    batch = bytes_of(programs.minibatch(run, 0, accounted=True)[0])
+    batch = bytes_of(run.minibatch(run.stages[0], accounted=True)[0])
     tokens, gradients, measured = 2 * 2 * 32 * (4 + 1), 2 * moments // 2, 4 * 2 * 96
     own = row.own_gib * 2**30 - 2 * whole - moments - batch - gradients - measured
     assert 2 * tokens <= own < 2 * tokens + 30 * 96  # and places of 96 probe tokens
     assert row.beside_gib * 2**30 == pytest.approx(whole + moments, abs=16)
-    kept = [networks.held_bytes(run.kept(stage)) for stage in run.stages]
+    kept = [networks.held_bytes(run.snapshot_copies(stage)) for stage in run.stages]
     assert kept == [pytest.approx(whole + moments, abs=16), pytest.approx(3 * whole, abs=100)]
     watched, alone = (
-        compiled(run, programs.UPDATE, first(programs.updates(run, looked)))["update classifier"]
+        compiled(run, UPDATE, first(updates(run, looked)))["update classifier"]
         for looked in (True, False)
     )
     assert watched.kept_gib * 2**30 == kept[0] and alone.kept_gib == 0
@@ -212,29 +217,30 @@ def test_no_looks_no_copies(settings, change):
         "held_out": ["--config.data.path=x.jsonl", "--config.data.held_out=0.0"],
     }
     run = run_of(settings("rl", *words[change]), 1)
-    assert run.kept(run.stages[0]) == []
-    names = [program.name for program in programs.updates(run, True)]
-    assert names == ["update all"] and not run.watches
+    assert run.snapshot_copies(run.stages[0]) == []
+    names = [program.name for program in updates(run, True)]
+    assert names == ["update all"] and not run.settings.probes
 
 
-def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
+def test_shapes_are_those_of_a_ledger(settings):
     """law: a real ledger is made in the way, and of the shapes and places, that were planned."""
     families = "--config.probe.families=('own', 'reference')"
     one = settings("rl", families, "--config.probe.memory_gib=1.1e-4", "--config.probe.prompts=4")
     run = run_of(one)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
-    setup = dataclasses.replace(run.setup, policy=policy, params=params)
+    model = dataclasses.replace(run.model, policy=policy, params=params)
+    setup = RunSetup(run.settings, model, None, None, None, None)
     source, stage = BATCH_SOURCES["rl"](setup), run.stages[0]
-    # what a ProbeHook has, but for the held-out prompts
-    watcher = types.SimpleNamespace(setup=setup, source=source, settings=one.probe)
-    watcher.programs, watcher._fits = run.stages, lambda *given: True
-    made = ProbeHook._ledger(watcher, stage)
-    state = States(setup).first(stage)
-    planned, _ = programs.minibatch(run, 0, accounted=True)  # see test_shapes_are_those_of_a_run
+    # the parts of a ProbeHook but for the held-out prompts
+    hook = types.SimpleNamespace(settings=one.probe, programs=run.stages)
+    hook._ledger_fits = lambda *given: True
+    made = make_ledger(run.settings, model, source.term_losses, stage)
+    state = TrainStates(run.settings, model).first(stage)
+    planned, _ = run.minibatch(run.stages[0], accounted=True)  # see test_shapes_are_those_of_a_run
     batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), planned)
     due = one.probe.ledger_every_steps
-    before = ProbeHook.keep(watcher, state, batch, None, 0, due).before
-    step = jax.jit(update.make_step_with_term_gradients(stage, source.terms))
+    before = ProbeHook.snapshot(hook, state, batch, None, 0, due).before
+    step = jax.jit(update.make_step_with_term_gradients(stage, source.term_losses))
     _, _, gradients = step(before, batch)
     prompts = data.supervised_batch([[1] * 8] * 12, [[1] * 24] * 12, range(12), 0, 8, 24)
     held = ProbeSet(
@@ -246,25 +252,24 @@ def test_shapes_are_those_of_a_ledger(settings, monkeypatch):
     prober = probe.Prober(policy, held, params, memory_gib=one.probe.memory_gib)
     calls = []
 
-    def read(*given):
-        calls.append(given)
+    def read(*probed):
+        taken = attribution.OptimizerStep(before, state.params, batch, gradients=gradients)
+        calls.append(made.bind(taken, *probed, jnp.zeros((2, len(probed[1]))))[1])
         raise StopIteration
 
-    monkeypatch.setattr(accounts, "read", read)
     with pytest.raises(StopIteration):
-        shape = (2, len(prober.blocks[0][1]))
-        beside = {"gradients": gradients, "actual": jnp.zeros(shape)}
-        prober.each(functools.partial(made.read, before, state.params, batch, **beside))
+        prober.map_blocks(read)
     # the program of the plan's own network has other functions of the same names
-    (way, given, after), (planned,) = calls[0], programs.accounts(run)
+    (spec, inputs), (planned,) = calls[0], ledgers(run)
     bound = {"policy": None, "terms": None, "optimizer": None}
-    assert planned.arguments[0]._replace(**bound) == way._replace(**bound)
-    assert planned.name == "ledger all" and planned.runs == len(prober.blocks) / 50 == 3 / 50
-    assert planned.rows == prober.blocks[0][0].tokens.shape[0] == 4
-    for real, shapes in zip((given, after), planned.arguments[1:], strict=True):
-        expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
-        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), real) == expected
-    kept = run.kept(stage)
+    assert dataclasses.replace(planned.arguments[0], **bound) == dataclasses.replace(spec, **bound)
+    assert (
+        planned.name == "ledger all" and planned.runs_per_step == len(prober.blocks) / 50 == 3 / 50
+    )
+    assert planned.rows_per_device == prober.blocks[0][0].tokens.shape[0] == 4
+    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned.arguments[1])
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), inputs) == expected
+    kept = run.snapshot_copies(stage)
     for real, shapes in zip((before.params, before.opt_state), kept, strict=True):
         same = jax.tree.map(
             lambda a, b: a.sharding.is_equivalent_to(b.sharding, b.ndim), shapes, real
@@ -308,9 +313,9 @@ def v5e():
 def test_a_program_that_does_not_fit_a_tpu(settings, v5e):
     """story: 40 GiB doubled are a row that says what they need, not a crash."""
     run = programs.described(settings("rl"), v5e.devices)
-    array = run.whole(jax.ShapeDtypeStruct((40, 1 << 28), np.float32))
+    array = run.replicated(jax.ShapeDtypeStruct((40, 1 << 28), np.float32))
     call = jax.jit(lambda x: 2 * x + x[::-1])
-    big = programs.Program("big", programs.UPDATE, ("all",), call, (array,), frozenset())
+    big = Program("big", UPDATE, ("all",), call, (array,), frozenset())
     row, compiled = measure.measure(run, big, v5e.chip)
     assert compiled is None and not row.fits(v5e.chip)
     assert row.failed.startswith("does not fit: needs ") and row.peak_gib > 80
@@ -321,7 +326,7 @@ def test_a_tpu_compiles_it(settings, v5e):
     """story: a tiny run for 16 chips of v5e, by the TPU's compiler: all programs fit."""
     machine = v5e
     run = programs.described(settings(), machine.devices)
-    steps, result, names = run.programs(), None, []
+    steps, result, names = programs.programs(run), None, []
     while True:
         try:
             program = steps.send(result)

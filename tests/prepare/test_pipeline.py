@@ -13,7 +13,7 @@ from configs.paper import made_up
 from ntkrl import data, models
 from ntkrl.data import PromptSet
 from ntkrl.main import main
-from ntkrl.models.armorm import GATE
+from ntkrl.models.scorers import GATE
 from ntkrl.prepare import pipeline
 from ntkrl.prepare.pipeline import score_pairs
 from ntkrl.prepare.schemas import select, split

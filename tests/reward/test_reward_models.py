@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ntkrl import data, runtime
 from ntkrl.models import load_scorer
-from ntkrl.models.armorm import ATTRIBUTES, GATE
+from ntkrl.models.scorers import ATTRIBUTES, GATE
 from ntkrl.reward import RewardFunction, RewardModel, RewardSet
 from tests.models.test_scorers import armo, slow_armo, torch_scorer  # noqa: F401
 

@@ -181,7 +181,7 @@ def test_raising_function_is_named_and_chained():
 
     with pytest.raises(ValueError, match="reward function divide raised ZeroDivisionError: div"):
         _reward(divide)
-    with pytest.raises(ValueError, match=r"at .*test_functions.py:\d+\. ") as caught:
+    with pytest.raises(ValueError, match=r"at .*test_reward_set.py:\d+\. ") as caught:
         _reward(divide)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 

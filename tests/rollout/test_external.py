@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ntkrl import rollout
-from tests.rollout.test_sample import EOS, PAD, prompts, settings, toy
+from tests.rollout.test_sampler import EOS, PAD, prompts, settings, toy
 
 
 def answers_of(drawn):
@@ -55,7 +55,7 @@ def test_answers_that_do_not_fit_are_named():
     with pytest.raises(ValueError) as caught:
         sample(params, prompts(), jax.random.key(0))
     for problem in (
-        "3 answers where 6 were asked for",
+        "3 answers where 6 were expected",
         "answer 0 has 9 tokens and 9 log_probs",
         "answer 1 has log_probs that are not finite",
         "answer 2 has ids, not tokens and log_probs",
@@ -77,7 +77,7 @@ def test_loading_an_engine(tmp_path):
     found = rollout.load_engine(f"{path}:make", "model", settings())
     assert found(None, [], 3) == 3
     for spec, message in (
-        ("nothing.py:make", "is no 'path/to/file.py:function' that exists"),
+        ("nothing.py:make", "is not an existing 'path/to/file.py:function'"),
         (f"{path}:broken", "OSError: no GPU"),
         (f"{path}:other", "KeyError: 'other'"),
     ):

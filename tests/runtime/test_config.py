@@ -6,7 +6,7 @@ import pytest
 
 from ntkrl import runtime
 from ntkrl.runtime.config import differences
-from ntkrl.settings import best_of, read_settings
+from ntkrl.settings import read_settings
 
 
 def read(*words):
@@ -176,7 +176,7 @@ def test_checkpoint_mistakes():
                 "--config.checkpoint.best_mode=most",
             )
         )
-    for part in ("keep_best must be ≥ 1, not 0", "'rewrad' is no metric", "max, min or None"):
+    for part in ("keep_best must be ≥ 1, not 0", "'rewrad' is not a metric", "max, min or None"):
         assert part in str(told.value)
     never = ["--config.eval.every_steps=None", "--config.checkpoint.best_metric=eval/reward"]
     with pytest.raises(ValueError, match="'eval/reward' is never measured"):
@@ -186,12 +186,12 @@ def test_checkpoint_mistakes():
 def test_ranking():
     """by hand: by what checkpoints are ranked where the config leaves it open."""
     sft = read_settings(read("--config.checkpoint.keep_best=2")).checkpoint
-    assert best_of(sft, "loss") == runtime.Best(2, "loss", "min")
-    assert best_of(sft, "reward") == runtime.Best(2, "reward", "max")
+    assert sft.ranking("loss") == runtime.Best(2, "loss", "min")
+    assert sft.ranking("reward") == runtime.Best(2, "reward", "max")
     given = ["--config.checkpoint.best_metric=kl", "--config.checkpoint.best_mode=min"]
     other = read_settings(read("--config.checkpoint.keep_best=1", *given)).checkpoint
-    assert best_of(other, "reward") == runtime.Best(1, "kl", "min")
-    assert best_of(read_settings(read()).checkpoint, "reward") is None
+    assert other.ranking("reward") == runtime.Best(1, "kl", "min")
+    assert read_settings(read()).checkpoint.ranking("reward") is None
 
 
 @pytest.mark.parametrize("name", ["sft", "paper/sft", "paper/reward", "quickstart/base"])

@@ -10,7 +10,7 @@ import pytest
 
 from ntkrl import advantage, numerics, update
 from ntkrl.softmax import TokenStatistics
-from ntkrl.training.weighing import weigh
+from ntkrl.training.credit import RolloutArrays, token_weights
 from ntkrl.types import UpdateBatch
 from tests.update import formulas
 
@@ -59,19 +59,17 @@ def draws(seed=0, rows=8, columns=5, spread=0.3):
 
 def prepared(objective, rewards, old, ref, mask, finished, log_probs=None, behaviour=None, seed=0):
     """The UpdateBatch that the loop makes of a rollout."""
-    held = [jnp.asarray(one) for one in (rewards, old, ref)]
-    drawn = held[1] if behaviour is None else jnp.asarray(behaviour)
-    found = weigh(
-        objective,
-        GROUP,
-        *held,
-        drawn,
-        jnp.asarray(mask),
-        jnp.asarray(finished),
-        None,
-        jax.random.key(seed),
+    old_log_probs = jnp.asarray(old)
+    rollout = RolloutArrays(
+        rewards=jnp.asarray(rewards),
+        old_log_probs=old_log_probs,
+        ref_log_probs=jnp.asarray(ref),
+        behaviour_log_probs=old_log_probs if behaviour is None else jnp.asarray(behaviour),
+        mask=jnp.asarray(mask),
+        finished=jnp.asarray(finished),
     )
-    return batch_of(found["mask"], old, ref, found["advantages"], found["penalties"]), found
+    weights = token_weights(objective, GROUP, rollout, jax.random.key(seed))
+    return batch_of(weights.mask, old, ref, weights.advantages, weights.penalties), weights
 
 
 def value(objective, batch, log_probs):

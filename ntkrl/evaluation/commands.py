@@ -1,0 +1,214 @@
+"""The commands `evaluate` and `export`: score a model or a checkpoint, or write one out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ntkrl import reward, runtime
+from ntkrl.evaluation.comparison import mean_interval
+from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sample
+from ntkrl.generate import RewardedRollout
+from ntkrl.settings import RunSettings, read_settings
+from ntkrl.setup import RunSetup, load_starting_model, set_up
+from ntkrl.types import Params
+
+EVALUATE_STREAM = 3
+"""Stream of keys drawn from a seed, besides those of training."""
+
+
+def evaluate(
+    config: ConfigDict, run: str | None = None, step: int | str | None = None
+) -> dict[str, float]:
+    """Sample and reward completions of the held-out prompts; print and save the metrics.
+
+    Writes `evaluations/NAME.json` (metrics), `evaluations/NAME.jsonl` (every sample with its
+    reward) and `evaluations/NAME.rewards.json` (rewards by function, before weights and
+    normalisation: what `reward.normalisation` reads) under the run directory, NAME being
+    `eval.name`, else the model directory's name, or the run's with the step.
+
+    Args:
+      config: see configs/base.py; `model.path`, `data`, `reward`, `rollout` and `eval` count.
+      run: run directory whose checkpoint is scored, or None for the model of `model.path`.
+      step: of the checkpoint, as in `export`.
+
+    Returns:
+      The `eval/…` and `diversity/…` metrics, with `_low` and `_high` ends of intervals.
+
+    Raises:
+      ValueError: a mistake in the config or the files it names, nothing to evaluate on, or what
+        `export` raises.
+    """
+    settings = read_settings(config)
+    if settings.method == "reward":
+        raise ValueError("evaluate samples completions; a reward model's accuracy is in its run.")
+    if run is None and settings.model.path is None:
+        raise ValueError("evaluate needs --config.model.path=DIR or --run=RUN, the model to score.")
+    directory = Path(config.run_dir)
+    checkpoint = None if run is None else SavedParams(run, settings, step)
+    setup = set_up(settings, directory)
+    if setup.held_out is None:
+        raise ValueError(
+            "there is nothing to evaluate on: set eval.every_steps, reward.function and either "
+            "data.eval_path or data.held_out."
+        )
+    sample = make_evaluation_sample(settings, setup.model)
+    key = jax.random.fold_in(jax.random.key(settings.seed), EVALUATE_STREAM)
+    params = setup.model.params
+    if checkpoint is not None:
+        params = checkpoint.restore(params)
+    progress = runtime.is_writer()
+    metrics, samples = evaluate_policy(setup, sample, params, key, progress=progress)
+    for name, values in samples.by_prompt.items():
+        metrics |= mean_interval(name, values)
+    if runtime.is_writer():
+        name = settings.evaluation.name
+        if name is None:
+            name = _label(settings.model.path) if checkpoint is None else checkpoint.name
+        path = directory / "evaluations" / f"{name}.json"
+        _write(setup, path, metrics, samples.repeats)
+    return metrics
+
+
+def export(run: str, out: str, step: int | str | None = None) -> None:
+    """Write a checkpoint of a run as a full Hugging Face directory.
+
+    Args:
+      run: run directory.
+      out: directory to write.
+      step: rollout step of a checkpoint that was kept, "best", or None for the newest.
+
+    Raises:
+      ValueError: no run there, no such checkpoint, or a damaged one.
+    """
+    settings = read_settings(config_of(run))
+    checkpoint = SavedParams(run, settings, step)
+    model = load_starting_model(settings, Path(run))
+    model.export(Path(out), checkpoint.restore(model.params))
+    tqdm.write(f"step {checkpoint.step} of {run} written to {out}")
+
+
+def config_of(run: str) -> ConfigDict:
+    """Return the config of a run, for all devices here, which need not be those of the run.
+
+    Raises:
+      ValueError: no run there.
+    """
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run directory: it has no config.json.")
+    config = runtime.from_json(json.loads(path.read_text(encoding="utf-8")))
+    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    config.run_dir = run
+    return config
+
+
+class SavedParams:
+    """The params in a checkpoint of a run.
+
+    step: rollout step of the checkpoint. name: label of its evaluation.
+    """
+
+    def __init__(self, run: str, settings: RunSettings, step: int | str | None):
+        ranking = settings.checkpoint.ranking(settings.headline)
+        if step == "best" and ranking is None:
+            raise ValueError(
+                f"{run} ranks no checkpoints; train with --config.checkpoint.keep_best=1."
+            )
+        self.run = run
+        self.checkpoints = runtime.Checkpoints(
+            Path(run) / "checkpoints", settings.checkpoint.keep, ranking, reading=True
+        )
+        steps = self.checkpoints.steps()
+        if step == "best":
+            step = self.checkpoints.best_step()
+        elif step is None:
+            step = self.checkpoints.latest()
+        self.available = f"kept are: {', '.join(map(str, steps)) if steps else 'none'}."
+        if step not in steps:
+            raise ValueError(f"{run} has no checkpoint of step {step}; {self.available}")
+        self.step = step
+        self.name = f"{Path(run).resolve().name}-step-{step}"
+
+    def restore(self, template: Params) -> Params:
+        """Restore the params, once.
+
+        Args:
+          template: arrays or shapes with the structure, dtypes and shardings to restore.
+        """
+        try:
+            return self.checkpoints.restore_params(self.step, template)
+        except runtime.CorruptCheckpointError as error:
+            raise ValueError(
+                f"step {self.step} of {self.run} is damaged ({error}); {self.available}"
+            ) from error
+        finally:
+            self.checkpoints.close()
+
+
+def _write(
+    setup: RunSetup, path: Path, metrics: dict[str, float], repeats: list[RewardedRollout]
+) -> None:
+    """Write the files of an evaluation, and print its metrics."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples_path, rewards_path = path.with_suffix(".jsonl"), path.with_suffix(".rewards.json")
+    with samples_path.open("w", encoding="utf-8") as file:
+        for number, repeat in enumerate(repeats):
+            for row in _sample_rows(setup, repeat, number):
+                file.write(json.dumps(row) + "\n")
+    by_function = {
+        name: np.concatenate([repeat.result.per_function[name] for repeat in repeats])
+        for name in repeats[0].result.per_function
+    }
+    reward.write_rewards(rewards_path, by_function)
+    # JSON has neither NaN nor infinity
+    values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    # last and atomically: an evaluation that exists is complete
+    runtime.save_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    settings = setup.settings.evaluation
+    print(_table(metrics))
+    drawn = settings.samples_per_prompt * settings.repeats
+    prompts = len(repeats[0].texts) // settings.samples_per_prompt
+    against = "" if settings.base is None else f" against {settings.base}"
+    print(f"{prompts} prompts × {drawn} samples{against}; intervals: 95 %, bootstrap over prompts")
+    print(f"samples: {samples_path}, rewards: {rewards_path}")
+
+
+def _sample_rows(setup: RunSetup, rewarded: RewardedRollout, repeat: int) -> list[dict[str, Any]]:
+    prompts = setup.held_out.prompt_set.prompts
+    group = setup.settings.evaluation.samples_per_prompt
+    return [
+        {
+            "prompt": prompts[i // group],
+            "completion": text,
+            "reward": float(rewarded.result.rewards[i]),
+            "repeat": repeat,
+        }
+        for i, text in enumerate(rewarded.texts)
+    ]
+
+
+def _table(metrics: dict[str, float]) -> str:
+    """Format metrics with their intervals."""
+    lines = []
+    for name, value in metrics.items():
+        line = f"{name:28s} {value:10.4f}"
+        if f"{name}_low" in metrics:
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            line += f"    {low:.4f} to {high:.4f}"
+        if not name.endswith(("_low", "_high")):
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _label(path: str) -> str:
+    """Return a model directory's name, and the run's for `runs/x/export`."""
+    resolved = Path(path).resolve()
+    return resolved.parent.name if resolved.name == "export" else resolved.name

@@ -1,0 +1,364 @@
+"""Hugging Face directories: config.json and safetensors, read and written; hub names fetched.
+
+Nothing executable is read. Reading collects every missing, misshapen or unknown tensor into one
+error; writing goes to a temporary directory that then replaces the target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ntkrl import trees
+from ntkrl.models.family import Family, Table
+
+STEM = "model"  # of file names of tensors
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FLOAT_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# files copied with a model besides config.json and the tensors
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+LAYER = "{i}"  # placeholder of the layer's number in names of stacked tensors
+ALIGNMENT = 64  # bytes, for XLA to adopt host memory without a copy
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def local_directory(path: str | Path) -> Path:
+    """Return a directory as it is, or the local copy of a model on the Hugging Face hub.
+
+    Args:
+      path: a directory, or a hub name such as `EleutherAI/pythia-160m`. `huggingface_hub` caches
+        downloads; HF_HUB_OFFLINE=1 disables the network.
+
+    Raises:
+      ValueError: a name that is not a directory and could not be fetched.
+    """
+    directory = Path(path)
+    if directory.exists() or not HUB_NAME.fullmatch(str(path)):
+        return directory
+    import huggingface_hub  # slow to import, and seldom needed
+
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
+    except (OSError, ValueError, RuntimeError) as error:
+        # raised for offline mode, lost connections, unknown and gated names
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model.path {str(path)!r} is not a local directory, and could not be fetched from the "
+            f"Hugging Face hub ({type(error).__name__}: {reason}). Give a model directory "
+            "(config.json, *.safetensors, tokenizer files), or fetch it where there is a network."
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+      ValueError: invalid JSON; the message names the file and the position.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); write the model again.") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json of a model directory.
+
+    Raises:
+      ValueError: no such directory, no config.json, or not a JSON object.
+    """
+    if not directory.is_dir():
+        raise ValueError(
+            f"model.path {str(directory)!r} is not a directory; give a Hugging Face model "
+            "directory (config.json, *.safetensors, tokenizer files)."
+        )
+    path = directory / "config.json"
+    if not path.is_file():
+        names = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
+        raise ValueError(f"{directory} has no config.json; it holds {names}.")
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(raw).__name__}.")
+    return raw
+
+
+def tensor_files(directory: Path, stem: str = STEM) -> dict[str, Path]:
+    """Map each stored tensor's name to its file, from one file or from the index.
+
+    Args:
+      directory: of the model.
+      stem: file name without its ending.
+
+    Raises:
+      ValueError: no safetensors (pickle-only directories are refused), missing shards, or
+        tensors that are in the index and in no file.
+    """
+    index, single = _index_path(directory, stem), directory / f"{stem}.safetensors"
+    if index.is_file():
+        raw = read_json(index)
+        if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
+            raise ValueError(f"{index} has no weight_map object; write the model again.")
+        return _indexed_files(index, raw["weight_map"])
+    if single.is_file():
+        return {name: single for name in stored_names(single)}
+    pickles = sorted(e.name for e in directory.iterdir() if e.suffix in PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{directory} holds only pickle checkpoints ({', '.join(pickles)}), which can run code "
+            "when read and are refused. Save it with transformers' "
+            "model.save_pretrained(path, safe_serialization=True)."
+        )
+    raise ValueError(f"{directory} holds neither {single.name} nor {index.name}.")
+
+
+def _index_path(directory: Path, stem: str) -> Path:
+    return directory / f"{stem}.safetensors.index.json"
+
+
+def stored_names(path: Path) -> list[str]:
+    """Return the tensor names of one safetensors file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); copy or write it again."
+        ) from error
+
+
+def check_tensors(
+    directory: Path,
+    family: Family,
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: bool,
+    stem: str = STEM,
+) -> TensorMap:
+    """Match the stored tensors with the params, reading headers only.
+
+    Args:
+      directory: of the model.
+      family: with the table of tensor names.
+      shapes: our name → expected shape, stack axis included.
+      tied: ignore a stored head, as a copy of the embedding.
+      stem: file name of tensors without its ending.
+
+    Raises:
+      ValueError: names, shapes or dtypes that do not fit, all of them in one message.
+    """
+    located = _with_prefix(tensor_files(directory, stem), family)
+    rows = {ours: (name, flip) for ours, name, flip in family.weights if ours in shapes}
+    groups = {
+        ours: [name.replace(LAYER, str(i)) for i in range(shapes[ours][0] if LAYER in name else 1)]
+        for ours, (name, _) in rows.items()
+    }
+    known = {name for group in groups.values() for name in group}
+    problems = [f"{name} is missing" for name in sorted(known - set(located))]
+    ignored = [*family.ignored, *([re.escape(family.head_name)] if tied else [])]
+    patterns = [re.compile(pattern) for pattern in ignored]
+    for name in sorted(set(located) - known):
+        if not any(pattern.fullmatch(name) for pattern in patterns):
+            problems.append(f"{name} is not part of this architecture")
+    paths = {path for path, _ in located.values()}
+    headers = {path: safe_open(path, framework="numpy") for path in paths}
+    for ours, (name, flip) in rows.items():
+        shape = shapes[ours][1:] if LAYER in name else shapes[ours]
+        for stored in groups[ours]:
+            if stored in located:
+                path, key = located[stored]
+                problems += _mismatches(stored, headers[path].get_slice(key), shape, flip)
+    if problems:
+        first = "; ".join(problems[:20])
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{directory} does not hold the model of its config.json: {first}{more}.")
+    return TensorMap(located, rows, groups)
+
+
+def _mismatches(name: str, view: Any, shape: tuple[int, ...], flip: bool) -> list[str]:
+    """Return the problems of a stored tensor's shape and dtype."""
+    problems = []
+    stored, expected = tuple(view.get_shape()), shape[::-1] if flip else shape
+    if stored != tuple(expected):
+        problems.append(f"{name} has shape {stored}, expected {tuple(expected)}")
+    if view.get_dtype() not in FLOAT_DTYPES:
+        problems.append(f"{name} has dtype {view.get_dtype()}, expected {', '.join(FLOAT_DTYPES)}")
+    return problems
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMap:
+    """Locations of the params of a model.
+
+    located: stored name → file and the name in it.
+    rows: our name → stored name (`{i}` for the layer), and if it is transposed.
+    groups: our name → stored names, one per layer.
+    """
+
+    located: Mapping[str, tuple[Path, str]]
+    rows: Mapping[str, tuple[str, bool]]
+    groups: Mapping[str, Sequence[str]]
+
+    def read(self, ours: str, ends: Sequence[tuple[int, int]], dtype: Any) -> np.ndarray:
+        """Read one block of a leaf, layer by layer.
+
+        Args:
+          ours: name of the leaf.
+          ends: first and one past the last index of each dimension, stack axis included.
+          dtype: of the result.
+
+        Returns:
+          The block, aligned so that a CPU device adopts it without a copy.
+        """
+        block = _aligned(tuple(last - first for first, last in ends), dtype)
+        name, flip = self.rows[ours]
+        stacked, index = LAYER in name, tuple(slice(*pair) for pair in ends)
+        inner = index[1:] if stacked else index
+        layers = self.groups[ours][index[0]] if stacked else self.groups[ours]
+        for stored, part in zip(layers, block if stacked else [block], strict=True):
+            path, key = self.located[stored]
+            # opened per tensor: mapped pages of an open file count as resident memory
+            with safe_open(path, framework="numpy") as file:
+                view = file.get_slice(key)
+                part[...] = view[inner[::-1]].T if flip else view[inner]
+        return block
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _with_prefix(located: Mapping[str, Path], family: Family) -> dict[str, tuple[Path, str]]:
+    """Add the prefix to the names of a trunk that was saved without its head."""
+    stems = [name.split(LAYER)[0] for _, name, _ in family.weights]
+    trunk = tuple(s.removeprefix(family.prefix) for s in stems if s.startswith(family.prefix))
+    bare = not any(name.startswith(family.prefix) for name in located)
+    return {
+        family.prefix + name if bare and name.startswith(trunk) else name: (path, name)
+        for name, path in located.items()
+    }
+
+
+def gather_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Gather a model's leaves to the host under their stored names, layer by layer.
+
+    All processes must call it; process 0 alone gets tensors, the others an empty dict.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for ours, stored, transpose in table:
+        if ours not in leaves:
+            continue
+        array = trees.gather_to_host(leaves[ours])
+        if jax.process_index() != 0:
+            continue
+        for i, layer in enumerate(array) if LAYER in stored else [(0, array)]:
+            tensors[stored.replace(LAYER, str(i))] = layer.T if transpose else layer
+    return tensors
+
+
+def write_model(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    source: str | None,
+    shard_bytes: int = 5 * 2**30,
+    files: tuple[str, str] = ("config.json", STEM),
+) -> None:
+    """Write a model directory atomically, in process 0.
+
+    Args:
+      directory: target; an existing model there is replaced.
+      config: entries of config.json.
+      tensors: stored name → array.
+      source: directory of tokenizer and generation files to copy, or None.
+      shard_bytes: largest shard; several shards get an index.
+      files: names of the config, and of the file of tensors without its ending.
+    """
+    if jax.process_index() != 0:
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    config_file, stem = files
+    fresh = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for name in COMPANIONS:
+        if source is not None and (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, fresh / name)
+    (fresh / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_tensors(fresh, tensors, shard_bytes, stem)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    fresh.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tensors(
+    directory: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int, stem: str
+) -> None:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, array in tensors.items():
+        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = np.ascontiguousarray(array)
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], directory / f"{stem}.safetensors", metadata)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file, metadata)
+        weight_map.update(dict.fromkeys(shard, file))
+    size = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    _index_path(directory, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> dict[str, Path]:
+    directory = index.parent
+    shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    missing = [s for s in shards if s not in outside and not (directory / s).is_file()]
+    if outside or missing:
+        raise ValueError(
+            f"{index} names shards that are not in {directory}: "
+            f"{', '.join(outside + missing)}; copy them there."
+        )
+    names = {shard: set(stored_names(directory / shard)) for shard in shards}
+    absent = sorted(name for name, shard in weight_map.items() if name not in names[shard])
+    if absent:
+        raise ValueError(
+            f"{index} places tensors in shards that do not hold them: "
+            f"{', '.join(absent[:20])}; write the model again."
+        )
+    return {name: directory / shard for name, shard in weight_map.items()}

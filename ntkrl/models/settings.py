@@ -1,0 +1,52 @@
+"""The starting model of a run: the config's model section."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ntkrl.models.layers import REMAT
+from ntkrl.numerics import DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The starting model and the changes made to it.
+
+    path: Hugging Face directory, or None for a new model.
+    architecture, new: class name and config.json entries of a new model.
+    dtype: of the params (masters); float32, bfloat16 or float16.
+    compute_dtype: the network runs in, or None for `dtype`.
+    untie: give a tied head its own copy of the embedding.
+    remat: what the backward pass recomputes: "none", "products" (all of a layer but its products
+        with weights) or "all" (the entire layer).
+    lora: rank (0 for no adapters), alpha and modules of models.Lora.
+    template: chat template given to the tokenizer (see data.read_template), or None.
+    vocab_size: rows of the vocabulary, or None for what the model and the tokenizer need.
+    whiten: JSONL of texts (prompt, completion) on whose tokens features are made diverse
+        (see models.whitened), or None.
+    """
+
+    path: str | None
+    architecture: str
+    new: dict[str, Any]
+    dtype: str
+    compute_dtype: str | None
+    untie: bool
+    remat: str
+    lora: dict[str, Any]
+    template: str | None
+    vocab_size: int | None
+    whiten: str | None
+
+    def __post_init__(self):
+        if self.untie and self.lora["rank"]:
+            raise ValueError(
+                "model.untie and model.lora do not go together; untie and export first."
+            )
+        if self.remat not in REMAT:
+            raise ValueError(f"model.remat {self.remat!r} is not among {', '.join(REMAT)}.")
+        for name in ("dtype", "compute_dtype"):
+            value = getattr(self, name)
+            if value not in DTYPES and not (value is None and name == "compute_dtype"):
+                raise ValueError(f"model.{name} {value!r} is not among {', '.join(DTYPES)}.")

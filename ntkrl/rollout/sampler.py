@@ -1,0 +1,188 @@
+"""Sampling of N completions per prompt on the devices of a mesh.
+
+One prefill per prompt, then chunks of decode steps. Between chunks the host compacts the batch once
+half of its rows are done, doubles the KV cache when it is full, and checks for stop strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ntkrl import runtime, trees
+from ntkrl.numerics import bucket_length
+from ntkrl.rollout.decode import ActiveRows, Decoder, Output
+from ntkrl.rollout.settings import SamplerSettings
+from ntkrl.types import Array, Params, Policy, PromptBatch, Rollout
+
+FindStop = Callable[[np.ndarray], int | None]
+
+
+class SamplerPrograms(NamedTuple):
+    """Jitted methods of `Decoder`, in the order of use; donated arguments are consumed."""
+
+    prefill: jax.stages.Wrapped
+    decode_chunk: jax.stages.Wrapped
+    compact: jax.stages.Wrapped
+    grow_cache: jax.stages.Wrapped
+    truncate: jax.stages.Wrapped
+    longest: jax.stages.Wrapped
+    rollout: jax.stages.Wrapped
+
+
+class Sampler:
+    """`sampler(params, prompts, key) -> Rollout`, with its compiled programs.
+
+    Each completion has its own PRNG key (see decode.completion_keys): its tokens do not depend on
+    the rest of the batch or on how long other completions run.
+
+    policy: the network's functions.
+    settings: SamplerSettings.
+    find_stop: from the ids of a completion `[n]` to the number of tokens up to the end of its first
+      stop string, or None without one; or None for no stop strings.
+    mesh: of prompts and params, or None for one device.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        settings: SamplerSettings,
+        find_stop: FindStop | None = None,
+        mesh: Mesh | None = None,
+    ):
+        self.policy, self.settings = policy, settings
+        self.find_stop, self.mesh = find_stop, mesh
+        decoder = Decoder(policy, settings, mesh)
+        self.programs = SamplerPrograms(
+            prefill=jax.jit(decoder.prefill, static_argnums=0),
+            decode_chunk=jax.jit(decoder.decode_chunk, donate_argnums=(1, 2)),
+            compact=jax.jit(decoder.compact, static_argnums=(0, 1)),
+            grow_cache=jax.jit(decoder.grow_cache, static_argnums=0),
+            truncate=jax.jit(decoder.truncate, donate_argnums=(0, 1)),
+            longest=jax.jit(decoder.longest),
+            rollout=jax.jit(decoder.rollout, static_argnums=0),
+        )
+        self._gather: jax.stages.Wrapped | None = None
+
+    def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Rollout:
+        """Sample N completions of each prompt.
+
+        Args:
+          params: of the policy.
+          prompts: P prompts.
+          key: consumed.
+
+        Returns:
+          A Rollout of device arrays; its C is the length of the longest completion, padded to one
+          of few lengths.
+
+        Raises:
+          ValueError: (before tracing) prompts and completions exceed the context.
+        """
+        settings, prompt_length = self.settings, prompts.tokens.shape[1]
+        budget, chunk = settings.max_completion_tokens, settings.chunk_steps
+        check_length(self.policy, prompt_length, budget)
+        # 1. params: cast and gathered over fsdp once, instead of once per token
+        if settings.gather_params:
+            params = self.gather_program(params)(params)
+        # 2. prefill: KV cache of the prompts, first token of every completion
+        columns = self.cache_columns(prompt_length, 1 + chunk)
+        active, output, remaining = self.programs.prefill(columns, params, prompts, key)
+        rows = len(output.finished)
+        blocks, lengths, sampled = trees.blocks(self.mesh, rows), np.zeros(rows, np.int64), 1
+        active, output, most = self._apply_stops(active, output, lengths, remaining)
+        # 3. decode loop: chunks of single-token steps while any completion is unfinished
+        while sampled < budget and most:
+            columns = self.cache_columns(prompt_length, sampled + chunk)
+            active = self._resize(active, blocks, most, columns)
+            start = jnp.int32(sampled)
+            active, output, remaining = self.programs.decode_chunk(params, active, output, start)
+            sampled = min(sampled + chunk, budget)
+            active, output, most = self._apply_stops(active, output, lengths, remaining)
+        # 4. output: prompt and completion side by side
+        longest = int(self.programs.longest(output))
+        return self.programs.rollout(bucket_length(longest, budget), prompts, output)
+
+    def compilations(self) -> int:
+        """Return how many programs were compiled so far."""
+        programs = [*self.programs, *([] if self._gather is None else [self._gather])]
+        return sum(cast(Any, program)._cache_size() for program in programs)
+
+    def gather_program(self, params: Params) -> jax.stages.Wrapped:
+        """Return the program that casts params for decoding and gathers them over fsdp."""
+        if self._gather is None:
+            dtype, shardings = self.settings.params_dtype, None
+            if self.mesh is not None:
+                patterns = trees.without(self.policy.sharding, "fsdp")
+                shardings = trees.shardings(params, patterns, self.mesh)
+
+            def cast(params: Params) -> Params:
+                return params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), params)
+
+            self._gather = jax.jit(cast, out_shardings=shardings)
+        return self._gather
+
+    def cache_columns(self, prompt_length: int, sampled: int) -> int:
+        """Return the cache columns needed until `sampled` tokens per row: chunks in powers of 2."""
+        # the last token is sampled and never read
+        read, most = sampled - 1, self.settings.max_completion_tokens - 1
+        grown = self.settings.chunk_steps
+        while grown < min(read, most):
+            grown *= 2
+        return prompt_length + min(grown, most)
+
+    def _resize(self, active: ActiveRows, blocks: int, most: int, columns: int) -> ActiveRows:
+        """Halve the rows of a block while `most` unfinished ones fit, and grow the cache."""
+        rows = active.rows.shape[0]
+        size = rows // blocks
+        fewest = max(most, -(-self.settings.fewest_rows // blocks))
+        while size % 2 == 0 and size // 2 >= fewest:
+            size //= 2
+        if size * blocks < rows:
+            active = self.programs.compact(size * blocks, blocks, active)
+        if columns > active.cache.mask.shape[1]:
+            active = self.programs.grow_cache(columns, active)
+        return active
+
+    def _apply_stops(
+        self, active: ActiveRows, output: Output, lengths: np.ndarray, remaining: Array
+    ) -> tuple[ActiveRows, Output, int]:
+        """End completions at their first stop string.
+
+        Args:
+          active, output, remaining: results of the last program.
+          lengths: `[B]` tokens already searched, updated in place.
+
+        Returns:
+          `(active, output, most)`, most the largest number of unfinished rows in a block.
+        """
+        if self.find_stop is not None:
+            tokens_BC, mask_BC = runtime.fetch((output.columns.tokens, output.columns.mask))
+            lengths_B = mask_BC.sum(axis=1)
+            ends_B = np.full(len(lengths_B), self.settings.max_completion_tokens + 1)
+            for row in np.nonzero(lengths_B > lengths)[0]:
+                end = self.find_stop(tokens_BC[row, : lengths_B[row]])
+                ends_B[row] = ends_B[row] if end is None else end
+            lengths[:] = lengths_B
+            ends = jnp.asarray(ends_B)
+            active, output, remaining = self.programs.truncate(active, output, ends)
+        return active, output, int(np.max(remaining))
+
+
+def check_length(policy: Policy, prompt_length: int, budget: int) -> None:
+    """Check that prompts and completions fit the model's context.
+
+    Raises:
+      ValueError: they exceed it.
+    """
+    if prompt_length + budget > policy.max_tokens:
+        raise ValueError(
+            f"prompts of {prompt_length} tokens and completions of {budget} exceed the model's "
+            f"context of {policy.max_tokens}; lower data.max_prompt_tokens or "
+            "rollout.max_completion_tokens."
+        )

@@ -1,0 +1,201 @@
+"""The parts of a run, loaded and checked before anything is traced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ntkrl import data, models, reward, runtime, update
+from ntkrl.settings import RunSettings
+from ntkrl.setup.rewards import Samples, load_rewards, read_base
+from ntkrl.setup.starting_model import (
+    StartingModel,
+    check_vocabulary,
+    load_network,
+    load_tokenizer,
+    vocabulary_rows,
+)
+
+REQUIRED = {
+    "rl": ("prompt",),
+    "sft": ("prompt", "completion"),
+    "reward": ("prompt", "chosen", "rejected"),
+}
+"""Columns of the training prompts, by method."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """A prompt set with its token ids.
+
+    prompt_set: texts and columns.
+    encoded: token ids of the prompts; empty for preferences, whose texts are tokenised in full.
+    completions: token ids of the completions; empty unless supervised.
+    sizes: rows of each file, in consecutive blocks.
+    """
+
+    prompt_set: data.PromptSet
+    encoded: list[list[int]]
+    completions: list[list[int]]
+    sizes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of prompts."""
+        return len(self.prompt_set.prompts)
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """Columns that reward functions receive besides prompts and completions."""
+        columns = self.prompt_set.columns
+        return {name: values for name, values in columns.items() if name != "completion"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunSetup:
+    """The parts of a run.
+
+    settings: the config, read. model: the starting model. train: prompts.
+    held_out: prompts of the evaluation, or None for no evaluation.
+    rewards: None for a supervised run without rewards.
+    base: samples that evaluations are compared with, or None.
+    """
+
+    settings: RunSettings
+    model: StartingModel
+    train: Prompts
+    held_out: Prompts | None
+    rewards: reward.RewardSet | None
+    base: Samples | None
+
+    @property
+    def stages(self) -> tuple[update.Stage, ...]:
+        """The config's stages, their lengths in rollout steps."""
+        # weighted files may be smaller than a batch
+        steps_per_epoch = max(self.train.size // self.settings.data.prompts_per_step, 1)
+        return tuple(stage.in_steps(steps_per_epoch) for stage in self.settings.stages)
+
+
+def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
+    """Load the parts of a run, cheapest checks first.
+
+    Args:
+      settings: from `read_settings`.
+      run_dir: where a new model's tokenizer is written.
+
+    Raises:
+      ValueError: anything wrong with the files the config names, or how they fit.
+    """
+    errors = runtime.ErrorCollector()
+    mesh = runtime.make_mesh(**settings.mesh)
+    rewards, stored_rows, tokenizer, train, held_out, base = None, None, None, None, None, None
+    with errors:
+        if settings.reward.functions:
+            rewards = load_rewards(settings.reward, mesh)
+    with errors:
+        if settings.model.path is not None:
+            check = models.check_scorer if settings.method == "reward" else models.check
+            stored_rows = check(settings.model.path)
+    with errors:
+        tokenizer, tokenizer_dir = load_tokenizer(settings, run_dir)
+    if tokenizer is not None:
+        with errors:
+            train, held_out = _load_prompts(settings, tokenizer)
+        with errors:
+            if stored_rows is not None:
+                rows = vocabulary_rows(settings, tokenizer, stored_rows)
+                check_vocabulary(tokenizer, rows, tokenizer_dir)
+    if train is not None and rewards is not None and settings.method != "reward":
+        for prompts in (held_out, train if settings.method == "rl" else None):
+            with errors:
+                if prompts is not None:
+                    rewards.check_columns(prompts.columns)
+    if settings.evaluation.base is not None and held_out is not None and rewards is not None:
+        with errors:
+            base = read_base(settings.evaluation, held_out.prompt_set, rewards)
+    errors.finish()
+    model = load_network(settings, mesh, tokenizer, tokenizer_dir)
+    return RunSetup(settings, model, train, held_out, rewards, base)
+
+
+def _load_prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | None]:
+    train_sets, held_out_sets = _read_prompt_sets(settings)
+    train_set = data.join(train_sets)
+    if len(train_set.prompts) < settings.data.prompts_per_step:
+        raise ValueError(
+            f"{train_set.source} leaves {len(train_set.prompts)} training prompts, fewer than "
+            f"data.prompts_per_step = {settings.data.prompts_per_step}; lower it or add prompts."
+        )
+    held_out = None
+    if held_out_sets:
+        parts = _encode(settings, tokenizer, held_out_sets, with_completions=False)
+        held_out = _interleaved(parts)
+    parts = _encode(settings, tokenizer, train_sets, with_completions=settings.method == "sft")
+    return _joined(parts), held_out
+
+
+def _read_prompt_sets(settings: RunSettings) -> tuple[list[data.PromptSet], list[data.PromptSet]]:
+    """Return the training sets and, for a run with evaluations, held-out ones; one per file."""
+    files, paired = settings.data, settings.method == "reward"
+    if files.path is None:
+        held_out = [data.expression_prompts("test")] if settings.holds_out else []
+        if settings.method == "sft":
+            return [data.supervised_set(files.examples, settings.seed)], held_out
+        return [data.expression_prompts("train")], held_out
+    required = REQUIRED[settings.method]
+    names = [(name, required) for name in data.split_names(files.path)]
+    count, errors = len(names), runtime.ErrorCollector()
+    if files.eval_path is not None:
+        eval_required = required if paired else ("prompt",)
+        names += [(name, eval_required) for name in data.split_names(files.eval_path)]
+    sets = [errors.call(data.read_set, *arguments) for arguments in names]
+    errors.finish()
+    train_sets, held_out = sets[:count], sets[count:]
+    if held_out or not settings.holds_out:
+        return train_sets, held_out if settings.holds_out else []
+    divided = [errors.call(data.hold_out, prompt_set, files.held_out) for prompt_set in train_sets]
+    errors.finish()
+    return [train for train, _ in divided], [held_out for _, held_out in divided]
+
+
+def _encode(
+    settings: RunSettings,
+    tokenizer: Any,
+    prompt_sets: Sequence[data.PromptSet],
+    with_completions: bool,
+) -> list[Prompts]:
+    """Tokenise prompt sets; preferences are tokenised by their source."""
+
+    def encode(prompt_set: data.PromptSet) -> Prompts:
+        size, completions = (len(prompt_set.prompts),), []
+        if settings.method == "reward":
+            return Prompts(prompt_set, [], [], size)
+        if with_completions:
+            budget = settings.rollout.max_completion_tokens
+            completions = data.encode_completions(tokenizer, prompt_set, budget)
+        ids = data.encode_prompts(tokenizer, prompt_set, settings.data.max_prompt_tokens)
+        return Prompts(prompt_set, ids, completions, size)
+
+    errors = runtime.ErrorCollector()
+    parts = [errors.call(encode, prompt_set) for prompt_set in prompt_sets]
+    errors.finish()
+    return parts
+
+
+def _joined(parts: Sequence[Prompts]) -> Prompts:
+    return Prompts(
+        data.join([part.prompt_set for part in parts]),
+        [ids for part in parts for ids in part.encoded],
+        [ids for part in parts for ids in part.completions],
+        tuple(part.size for part in parts),
+    )
+
+
+def _interleaved(parts: Sequence[Prompts]) -> Prompts:
+    """Join the prompts of several files so that the first rows come from all of them."""
+    prompts = _joined(parts)
+    rows = data.spread(prompts.sizes)
+    encoded = [prompts.encoded[row] for row in rows] if prompts.encoded else []
+    return Prompts(data.take(prompts.prompt_set, rows), encoded, [], (prompts.size,))

@@ -1,0 +1,209 @@
+"""The model that a run starts from: checkpoint or new, tokenizer, and where it is exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ntkrl import data, models, runtime, trees
+from ntkrl.numerics import DTYPES, at_least_float32, einsum
+from ntkrl.scoring import completion_features
+from ntkrl.settings import RunSettings
+from ntkrl.types import Array, Params, Policy, Scorer, UpdateBatch
+
+MOST_TEXTS, TEXTS_PER_BATCH = 4096, 256
+"""Texts that whitening reads at most, and at a time."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StartingModel:
+    """The model that a run starts from.
+
+    policy: None for a reward model. scorer: of a reward model, whose params hold its head.
+    params: on the mesh; shapes with shardings where a run is only planned.
+    tokenizer: transformers'. tokenizer_dir: directory whose tokenizer files export copies.
+    mesh: of all devices.
+    """
+
+    policy: Policy | None
+    params: Params
+    tokenizer: Any
+    tokenizer_dir: str
+    mesh: Mesh
+    scorer: Scorer | None = None
+
+    @property
+    def network(self) -> Policy | Scorer:
+        """The trained network."""
+        return self.scorer if self.policy is None else self.policy
+
+    @property
+    def sharding(self) -> trees.Patterns:
+        """Sharding rules for params and param-like trees."""
+        return self.network.sharding
+
+    def export(self, path: Path, params: Params) -> None:
+        """Write a Hugging Face directory, and one of the adapters beside it if there are any."""
+        if self.policy is None:
+            models.export_scorer(path, self.scorer, params, self.tokenizer_dir)
+            return
+        models.export(path, self.policy, params, self.tokenizer_dir)
+        if self.policy.config.adapters is not None:
+            name = "adapter" if path.name == "export" else f"{path.name}-adapter"
+            adapter = path.with_name(name)
+            models.export_adapter(adapter, self.policy, params, source=self.tokenizer_dir)
+
+
+def load_starting_model(settings: RunSettings, run_dir: Path) -> StartingModel:
+    """Load the starting model of a run alone; its prompts and rewards may no longer exist.
+
+    Args:
+      settings: from `read_settings`.
+      run_dir: where a new model's tokenizer is written.
+
+    Raises:
+      ValueError: anything wrong with the model directory.
+    """
+    mesh = runtime.make_mesh(**settings.mesh)
+    tokenizer, source = load_tokenizer(settings, run_dir)
+    return load_network(settings, mesh, tokenizer, source)
+
+
+def load_tokenizer(settings: RunSettings, run_dir: Path) -> tuple[Any, str]:
+    """Return the tokenizer with its chat template, and the directory of its files."""
+    source, template = settings.model.path, settings.model.template
+    if source is None:
+        source = str(run_dir / "tokenizer")
+        if runtime.is_writer():
+            data.save_tokenizer(source)
+        runtime.allgather_object("the new tokenizer")
+    else:
+        source = models.tokenizer_directory(source)
+    tokenizer = data.load_tokenizer(source)
+    if template is not None:
+        data.apply_template(tokenizer, data.read_template(template))
+        source = str(run_dir / "tokenizer")
+        if runtime.is_writer():
+            tokenizer.save_pretrained(source)
+    return tokenizer, source
+
+
+def check_vocabulary(tokenizer: Any, rows: int, source: str) -> None:
+    """Refuse a tokenizer with tokens the model does not have.
+
+    Raises:
+      ValueError: it has more entries than the model's vocabulary has rows.
+    """
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} entries, the model's vocabulary "
+            f"{rows}; use the tokenizer the model was trained with, or set "
+            f"model.vocab_size={len(tokenizer)} to add rows."
+        )
+
+
+def vocabulary_rows(settings: RunSettings, tokenizer: Any, stored: int) -> int:
+    """Return the rows of the vocabulary: the config's, those a template needs, or the stored."""
+    if settings.model.vocab_size is not None:
+        return settings.model.vocab_size
+    return stored if settings.model.template is None else max(stored, len(tokenizer))
+
+
+def load_network(
+    settings: RunSettings, mesh: Mesh, tokenizer: Any, tokenizer_dir: str
+) -> StartingModel:
+    """Load or initialise the network on the mesh, with the changes that the config asks for.
+
+    Raises:
+      ValueError: anything wrong with the model directory, or a tokenizer that does not fit.
+    """
+    if settings.method == "reward":
+        scorer, params = _load_scorer(settings, tokenizer, mesh)
+        return StartingModel(None, params, tokenizer, tokenizer_dir, mesh, scorer)
+    policy, params = _load_policy(settings, tokenizer, mesh)
+    rows = vocabulary_rows(settings, tokenizer, policy.vocab_size)
+    if rows != policy.vocab_size:
+        policy, params = models.resized(policy, params, rows, mesh)
+    check_vocabulary(tokenizer, rows, tokenizer_dir)
+    if settings.model.whiten is not None:
+        policy, params = _whiten(settings, policy, params, tokenizer, mesh)
+    return StartingModel(policy, params, tokenizer, tokenizer_dir, mesh)
+
+
+def _load_scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, Params]:
+    model = settings.model
+    unused = [name for name in ("untie", "vocab_size", "whiten") if getattr(model, name)]
+    unused += ["remat"] if model.remat != "products" else []
+    unused += ["lora"] if model.lora["rank"] else []
+    if unused:
+        raise ValueError(
+            f"reward models are trained without {', '.join(f'model.{name}' for name in unused)}."
+        )
+    new_head = models.NewHead(tokenizer.pad_token_id, settings.seed)
+    return models.load_scorer(model.path, DTYPES[model.dtype], mesh, _compute(settings), new_head)
+
+
+def _load_policy(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Policy, Params]:
+    model, dtype, compute = settings.model, DTYPES[settings.model.dtype], _compute(settings)
+    if model.path is not None:
+        lora = models.Lora(**model.lora, seed=settings.seed) if model.lora["rank"] else None
+        options = models.ModelOptions(compute, model.remat, model.untie, lora)
+        return models.load(model.path, dtype, mesh, options)
+    config = {
+        **model.new,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    key = jax.random.key(settings.seed)
+    options = models.ModelOptions(compute, model.remat)
+    return models.build(model.architecture, config, key, dtype, mesh, options)
+
+
+def _compute(settings: RunSettings) -> Any:
+    name = settings.model.compute_dtype
+    return None if name is None else DTYPES[name]
+
+
+def _whiten(
+    settings: RunSettings, policy: Policy, params: Params, tokenizer: Any, mesh: Mesh
+) -> tuple[Policy, Params]:
+    """Make features diverse on the texts that `model.whiten` names.
+
+    Raises:
+      ValueError: the file is wrong, or what `models.whitened` raises.
+    """
+    texts = data.read_set(settings.model.whiten, ("prompt", "completion"))
+    texts = data.take(texts, range(min(MOST_TEXTS, len(texts.prompts))))
+    prompts = data.encode_prompts(tokenizer, texts, settings.data.max_prompt_tokens)
+    # a sampled text may fill the budget, and its end token comes on top
+    budget = settings.rollout.max_completion_tokens + 1
+    completions = data.encode_completions(tokenizer, texts, budget)
+    widths = max(map(len, prompts)), max(map(len, completions))
+    total, count = 0.0, 0
+    for start in range(0, len(prompts), TEXTS_PER_BATCH):
+        rows = np.arange(start, min(start + TEXTS_PER_BATCH, len(prompts)))
+        filled = np.resize(rows, TEXTS_PER_BATCH)
+        batch = data.supervised_batch(prompts, completions, filled, tokenizer.pad_token_id, *widths)
+        counted_BC = batch.completion_mask & (np.arange(len(filled)) < len(rows))[:, None]
+        total += _second_moment(policy, params, batch, counted_BC)
+        count += int(jnp.sum(counted_BC))
+    policy, params = models.whitened(policy, params, total / count)
+    return policy, jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def _second_moment(policy: Policy, params: Params, batch: UpdateBatch, counted: Array) -> Array:
+    """Return the sum of φ φᵀ over counted tokens, `[D, D]`."""
+    length = batch.completion_mask.shape[1]
+    phi_BCD = completion_features(policy, params, batch.tokens, batch.mask, length)
+    counted_BCD = at_least_float32(phi_BCD) * counted[..., None]
+    return einsum("bcd,bce->de", counted_BCD, counted_BCD)

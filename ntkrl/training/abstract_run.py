@@ -1,0 +1,181 @@
+"""A run described by shapes: what is on its devices, and the arguments of its programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ntkrl import data, rollout, runtime, trees, update
+from ntkrl.scoring import head_of
+from ntkrl.settings import RunSettings
+from ntkrl.setup import StartingModel
+from ntkrl.softmax import OutputHead
+from ntkrl.training.batch_sources import supervised_losses
+from ntkrl.training.credit import RolloutArrays, without_kl_advantages
+from ntkrl.training.rollout_source import RolloutFunctions, update_batch
+from ntkrl.training.train_state import TrainStates
+from ntkrl.types import Params, Rollout, Scorer, TrainState, UpdateBatch
+
+STARTING, POLICY, OPTIMIZER = "starting params", "params", "optimizer state"
+"""Names of trees that stay on the devices throughout a stage; see AbstractRun.resident."""
+
+
+class AbstractRun:
+    """A run described by shapes: its resident trees, batches and states."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        model: StartingModel,
+        scorers: Mapping[str, tuple[Scorer, Params]],
+    ):
+        """Bind stages and functions to a model.
+
+        Args:
+          settings: of a run with method rl or sft.
+          model: params are shapes with shardings; the tokenizer needs its special tokens alone.
+          scorers: reward models by name, their params shapes with shardings.
+
+        Raises:
+          ValueError: what a run is refused for, as far as it is known without files.
+        """
+        # stop strings are searched for on the host
+        limits = dataclasses.replace(settings.rollout, stop=())
+        self.settings = dataclasses.replace(settings, rollout=limits)
+        self.model, self.mesh, self.scorers = model, model.mesh, scorers
+        self.width, self.budget = settings.data.max_prompt_tokens, limits.max_completion_tokens
+        rollout.check_length(model.policy, self.width, self.budget)
+        self.states = TrainStates(self.settings, model)
+        self.functions: RolloutFunctions | None = None
+        if settings.method == "rl":
+            self.functions = RolloutFunctions(self.settings, model)
+            self.loss, self.term_losses = self.functions.loss, self.functions.term_losses
+        else:
+            self.loss, self.term_losses = supervised_losses(self.settings, model)
+        # epochs have a length that only the prompts know, and no program depends on
+        stages = [stage.in_steps(1 << 20) for stage in settings.stages]
+        self.stages = update.stage_programs(
+            stages, model.policy, model.params, settings.schedule.updates
+        )
+        self.stage_names = tuple(program.stage.name for program in self.stages)
+        self.key = self.replicated(jax.eval_shape(lambda: jax.random.key(0)))
+
+    def replicated(self, tree: Any) -> Any:
+        """Return shapes replicated on every device."""
+        sharding = runtime.replicated(self.mesh)
+        return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
+
+    def rows(self, tree: Any) -> Any:
+        """Return the shapes of a batch with the sharding of `runtime.place_rows`."""
+        sharding = runtime.row_sharding(jax.tree.leaves(tree)[0].shape[0], self.mesh)
+        return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
+
+    def per_device(self, rows: int) -> int:
+        """Return the rows of a batch on each device."""
+        return runtime.row_sharding(rows, self.mesh).shard_shape((rows,))[0]
+
+    def state(self, stage: update.StageProgram) -> TrainState:
+        """Return the state that a stage's steps start from."""
+        return self.states.abstract(stage).replace(reference=None)
+
+    def resident(self, stage: update.StageProgram) -> dict[str, Any]:
+        """Return the trees that are on the devices throughout a stage, by name."""
+        params = self.model.params
+        named = {STARTING: params, POLICY: params, OPTIMIZER: self.state(stage).opt_state}
+        if self.settings.schedule.reference_sync_steps is not None:
+            named["reference params"] = params
+        return named | {f"reward {name}": params for name, (_, params) in self.scorers.items()}
+
+    def snapshot_copies(self, stage: update.StageProgram) -> list[Any]:
+        """Return the copies that a probed step keeps on the devices; see ProbeHook.snapshot."""
+        if not self.settings.probes:
+            return []
+        state = self.state(stage)
+        if self.settings.probe.ledger_every_steps is None:
+            return [state.params]
+        return [state.params, on_device(state.opt_state)]
+
+    def rollout(self, keep_features: bool) -> Rollout:
+        """Return a rollout with every prompt and completion at its full length."""
+        settings, policy = self.settings, self.model.policy
+        count = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
+        tokens = jax.ShapeDtypeStruct((count, self.width + self.budget), jnp.int32)
+        mask = tokens.update(dtype=jnp.bool_)
+        log_probs = jax.ShapeDtypeStruct((count, self.budget), jnp.float32)
+        features = None
+        if keep_features:
+            dtype = jax.eval_shape(policy.features, self.model.params, tokens, mask).dtype
+            shape = (count, self.budget, policy.feature_size)
+            features = jax.ShapeDtypeStruct(shape, dtype)
+        return self.rows(
+            Rollout(
+                tokens=tokens,
+                mask=mask,
+                completion_mask=log_probs.update(dtype=jnp.bool_),
+                sampler_log_probs=log_probs,
+                kept_log_mass=log_probs,
+                finished=jax.ShapeDtypeStruct((count,), jnp.bool_),
+                features=features,
+            )
+        )
+
+    def minibatch(
+        self, stage: update.StageProgram, accounted: bool = False
+    ) -> tuple[UpdateBatch, OutputHead | None]:
+        """Return the batch and the reference's head that a stage's step is called with.
+
+        Args:
+          stage: the stage.
+          accounted: whether a ledger is made of the step; by sample it needs no `kl_advantages`
+            (see `kl_shares`).
+        """
+        if self.functions is None:
+            return self.rows(self._supervised_batch()), None
+        functions, drawn = self.functions, self.rollout(keep_features=stage.head_alone)
+        log_probs = drawn.sampler_log_probs
+        exact_kl = functions.needs_reference and functions.objective.needs_distribution
+        arrays = RolloutArrays(
+            rewards=drawn.finished.update(dtype=jnp.float32),
+            old_log_probs=log_probs,
+            ref_log_probs=log_probs,
+            behaviour_log_probs=log_probs,
+            mask=drawn.completion_mask,
+            finished=drawn.finished,
+            kl=log_probs if exact_kl else None,
+        )
+        weights = jax.eval_shape(functions.token_weights, arrays, self.key)
+        reference_in_loss = functions.reference_in_loss
+        ref_features = self.rollout(True).features if reference_in_loss else None
+        batch = update_batch(drawn, arrays, weights, ref_features)
+        if not accounted or self.settings.probe.ledger_by != "group":
+            batch = without_kl_advantages(batch)
+        count = batch.tokens.shape[0] // self.settings.schedule.minibatches
+        batch = jax.tree.map(lambda leaf: leaf.update(shape=(count, *leaf.shape[1:])), batch)
+        head = head_of(self.model.policy, self.model.params) if reference_in_loss else None
+        return self.rows(batch), head
+
+    def _supervised_batch(self) -> UpdateBatch:
+        """Return a supervised minibatch; packed, as if every example filled a row."""
+        settings, schedule = self.settings.data, self.settings.schedule
+        count = settings.prompts_per_step // schedule.minibatches
+        prompts, completions, rows = [[0] * self.width], [[0] * self.budget], [0] * count
+
+        def batch() -> UpdateBatch:
+            if not settings.packing:
+                return data.supervised_batch(prompts, completions, rows, 0, self.width, self.budget)
+            multiple = trees.row_parts(self.mesh) * schedule.microbatches
+            length = self.width + self.budget
+            return data.packed_batches(prompts, completions, [rows], 0, length, multiple)[0]
+
+        return jax.eval_shape(batch)
+
+
+def on_device(opt_state: Any) -> Any:
+    """Return the shapes of an optimizer state in device memory."""
+    return jax.tree.map(
+        lambda leaf: leaf.update(sharding=leaf.sharding.with_memory_kind("device")), opt_state
+    )

@@ -1,0 +1,295 @@
+"""The compiled programs of a run, with abstract arguments: for planning without its hardware.
+
+One rollout step of a stage is generation (prefill, cache growth, decoding), scoring (reference
+policy, reward models) and the update; a probe adds ledgers and evaluation samples. Every program
+is the function that the loop itself jits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkrl import attribution, data, ntk, probe, runtime, trees, update
+from ntkrl.evaluation import make_evaluation_sample, prompts_together
+from ntkrl.numerics import bucket_length
+from ntkrl.reward import padded_batch_size
+from ntkrl.training.abstract_run import OPTIMIZER, POLICY, STARTING, AbstractRun, on_device
+from ntkrl.training.probe_hook import make_ledger
+from ntkrl.types import PromptBatch
+
+GENERATION, SCORING, UPDATE, PROBE = PARTS = ("generation", "scoring", "update", "probe")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """One jitted function of a run and its abstract arguments.
+
+    name: unique within the run. part: one of PARTS.
+    stages: names of the stages it belongs to; none for what no stage needs.
+    function: jitted; `function.lower(*arguments, **keywords)` compiles.
+    resident: names of the resident trees among the arguments.
+    runs_per_step: mean number of runs in a rollout step.
+    loop_trips: iterations of a loop whose end depends on data.
+    rows_per_device: rows that a device reads at a time.
+    extra: trees on the devices while it runs, besides its arguments and the resident trees.
+    """
+
+    name: str
+    part: str
+    stages: tuple[str, ...]
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    resident: frozenset[str]
+    runs_per_step: float = 1.0
+    loop_trips: int = 1
+    rows_per_device: int = 1
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Any = ()
+
+
+Compiled = Any
+Programs = Generator[Program, Compiled | None, None]
+"""Yields programs; the caller sends back what each compiled to, or None if it did not compile."""
+
+
+def run_programs(run: AbstractRun, probes: bool = True) -> Programs:
+    """Yield every program of the run.
+
+    Args:
+      run: the run.
+      probes: include what most steps do without: snapshots, ledgers, evaluation samples.
+    """
+    settings = run.settings
+    if run.functions is not None:
+        # features are kept for a stage that needs them, and cost a little memory in others
+        keep_features = any(stage.head_alone for stage in run.stages)
+        sampler = run.functions.samplers[keep_features]
+        yield from generation(run, sampler, settings.data.prompts_per_step, GENERATION)
+        yield from reference_readings(run)
+        yield from reward_models(run)
+    yield from updates(run, probes)
+    if probes and settings.probes and settings.probe.ledger_every_steps is not None:
+        yield from ledgers(run)
+    if probes and settings.evaluates:
+        sampler = make_evaluation_sample(settings, run.model)
+        yield from generation(run, sampler, prompts_together(settings, run.mesh), PROBE)
+
+
+def generation(run: AbstractRun, sampler: Any, count: int, part: str) -> Programs:
+    """Yield a sampler's programs, with a cache that has grown to its full length.
+
+    Args:
+      run: the run.
+      sampler: rollout.Sampler.
+      count: prompts sampled together.
+      part: GENERATION, or PROBE for the samples of an evaluation.
+    """
+    if run.settings.rollout.engine is not None:
+        return  # sampled by another program
+    stages, label = (run.stage_names, "") if part == GENERATION else ((), "evaluation ")
+    prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)))
+    chunk, budget = sampler.settings.chunk_steps, run.budget
+    columns = [run.width + min(chunk << n, budget - 1) for n in range(budget.bit_length())]
+    columns = sorted({*columns, sampler.cache_columns(run.width, 1 + chunk)})
+    columns = [c for c in columns if c <= run.width + max(budget - 1, chunk)]
+    params, gather = run.model.params, sampler.gather_program(run.model.params)
+
+    def program(name: str, key: str, arguments: tuple[Any, ...], runs: float, rows: int) -> Program:
+        takes_params = any(argument is params for argument in arguments)
+        is_policy = any(argument is run.model.params for argument in arguments)
+        # a gathered copy of the params stays on the devices while the cache grows
+        gathered = params is not run.model.params and not takes_params
+        return Program(
+            name=label + name,
+            part=part,
+            stages=stages,
+            function=gather if key == "gather" else getattr(sampler.programs, key),
+            arguments=arguments,
+            resident=frozenset({POLICY} if is_policy else ()),
+            runs_per_step=runs if stages else 0.0,
+            loop_trips=chunk if key == "decode_chunk" else 1,
+            rows_per_device=rows,
+            extra=params if gathered else (),
+        )
+
+    if sampler.settings.gather_params:
+        compiled = yield program("gathering", "gather", (params,), 1, 1)
+        if compiled is None:
+            return
+        params = _results(gather, compiled, (params,))
+    before = columns[-2] if len(columns) > 1 else columns[-1]
+    arguments = (before, params, prompts, run.key)
+    compiled = yield program("prefill", "prefill", arguments, 1, run.per_device(count))
+    if compiled is None or budget == 1:
+        return
+    rows = run.per_device(count * sampler.settings.completions_per_prompt)
+    live, written = _results(sampler.programs.prefill, compiled, arguments)[:2]
+    if len(columns) > 1:
+        arguments = (columns[-1], live)
+        compiled = yield program("cache growth", "grow_cache", arguments, len(columns) - 1, rows)
+        if compiled is None:
+            return
+        live = _results(sampler.programs.grow_cache, compiled, arguments)
+    start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32))
+    chunks = -(-(budget - 1) // chunk)
+    yield program("decoding", "decode_chunk", (params, live, written, start), chunks, rows)
+
+
+def reference_readings(run: AbstractRun) -> Programs:
+    """Yield the readings of sampled tokens under other params before a step."""
+    functions, params = run.functions, run.model.params
+    drawn, length = run.rollout(keep_features=True), {"length": run.budget}
+    exact = functions.objective.needs_distribution
+    stages: dict[str, list[str]] = {}
+    features_fixed = True
+    for stage in run.stages:
+        features_fixed = features_fixed and stage.head_alone
+        if functions.objective.correction != "off":
+            stages.setdefault("log-probs", []).append(stage.stage.name)
+        if functions.needs_reference:
+            name = "reference from features" if features_fixed else "reference"
+            stages.setdefault(name, []).append(stage.stage.name)
+    for name, names in stages.items():
+        features = drawn.features if name == "reference from features" else None
+        function, arguments = functions.log_probs, (params, drawn.tokens, drawn.mask, features)
+        resident = {POLICY if name == "log-probs" else STARTING}
+        if exact and name != "log-probs":
+            function, arguments = functions.statistics, (params, *arguments)
+            resident.add(POLICY)
+        yield Program(
+            name=name,
+            part=SCORING,
+            stages=tuple(names),
+            function=function,
+            arguments=arguments,
+            resident=frozenset(resident),
+            rows_per_device=run.per_device(drawn.tokens.shape[0]),
+            keywords=length,
+        )
+
+
+def reward_models(run: AbstractRun) -> Programs:
+    """Yield the scoring of full-length texts by each reward model, in its batches."""
+    settings = run.settings
+    texts = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
+    count = padded_batch_size(settings.reward.batch_size, run.mesh)
+    for name, (scorer, params) in run.scorers.items():
+        longest = min(run.width + run.budget, scorer.max_tokens)
+        length = bucket_length(longest, scorer.max_tokens)
+        tokens = jax.ShapeDtypeStruct((count, length), jnp.int32)
+        batch = run.rows((tokens, tokens.update(dtype=jnp.bool_), tokens.update(shape=(count,))))
+        yield Program(
+            name=f"reward {name}",
+            part=SCORING,
+            stages=run.stage_names,
+            function=jax.jit(scorer.score),
+            arguments=(params, *batch),
+            resident=frozenset({f"reward {name}"}),
+            runs_per_step=-(-texts // count),
+            rows_per_device=run.per_device(count),
+        )
+
+
+def updates(run: AbstractRun, probes: bool) -> Programs:
+    """Yield each stage's train step; with `probes`, beside the copies of a probed one."""
+    schedule = run.settings.schedule
+    for stage in run.stages:
+        state, (batch, reference) = run.state(stage), run.minibatch(stage)
+        step = update.make_step(stage, run.loss, schedule.microbatches)
+        rows = run.per_device(batch.tokens.shape[0])
+        yield Program(
+            name=f"update {stage.stage.name}",
+            part=UPDATE,
+            stages=(stage.stage.name,),
+            function=run.states.jitted_step(stage, step, state, batch, reference),
+            arguments=(state, batch, reference),
+            # a reference's head is counted twice, with the batch and with its params
+            resident=frozenset({POLICY, OPTIMIZER}),
+            runs_per_step=float(schedule.updates),
+            rows_per_device=-(-rows // schedule.microbatches),
+            extra=run.snapshot_copies(stage) if probes else (),
+        )
+
+
+def ledgers(run: AbstractRun) -> Programs:
+    """Yield each stage's ledger; the params after the step are the policy's."""
+    contexts, targets, blocks = probe_block(run)
+    replicated = runtime.replicated(run.mesh)
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=replicated)
+
+    for stage in run.stages:
+        state, (batch, reference) = run.state(stage), run.minibatch(stage, accounted=True)
+        ledger = make_ledger(run.settings, run.model, run.term_losses, stage)
+        step = update.make_step_with_term_gradients(
+            stage, run.term_losses, run.settings.schedule.microbatches
+        )
+        gradients = jax.eval_shape(step, state, batch, reference).term_gradients
+        trained, _ = trees.partition(state.params, stage.trained)
+        gradients = {
+            name: (
+                jax.tree.map(
+                    lambda grad, leaf: grad.update(sharding=leaf.sharding), grads, trained
+                ),
+                run.replicated(count),
+            )
+            for name, (grads, count) in gradients.items()
+        }
+        before = state.replace(opt_state=on_device(state.opt_state))
+        actual = run.replicated(jax.ShapeDtypeStruct((2, len(targets)), jnp.float32))
+        optimizer_step = attribution.OptimizerStep(
+            before, state.params, batch, reference, gradients
+        )
+        function, (spec, inputs) = ledger.bind(optimizer_step, contexts, targets, actual)
+        yield Program(
+            name=f"ledger {stage.stage.name}",
+            part=PROBE,
+            stages=(stage.stage.name,),
+            function=function,
+            arguments=(spec, jax.tree.map(placed, inputs)),
+            resident=frozenset({POLICY}),
+            runs_per_step=blocks / run.settings.probe.ledger_every_steps,
+            rows_per_device=contexts.tokens.shape[0],
+        )
+
+
+def probe_block(run: AbstractRun) -> tuple[ntk.Contexts, Any, int]:
+    """Return one block of a run's probe set, every completion at its full length.
+
+    Returns:
+      contexts, targets: as a Prober cuts them, of tokens that are all zero.
+      blocks: the number of them.
+    """
+    settings = run.settings.probe
+    total, vocabulary = settings.completions, run.model.policy.vocab_size
+    count = probe.completions_per_block(total, run.budget, vocabulary, settings.memory_gib)
+    length = run.width + run.budget
+    contexts = ntk.Contexts(
+        np.zeros((count, length), np.int32),
+        np.tile(run.width - 1 + np.arange(run.budget), count),
+        np.repeat(np.arange(count), run.budget),
+        np.ones((count, length), bool),
+    )
+    return contexts, jnp.zeros(count * run.budget, jnp.int32), -(-total // count)
+
+
+def _prompt_batch(count: int, width: int) -> PromptBatch:
+    return data.prompt_batch([[0] * width], [0] * count, 0, width)
+
+
+def _results(function: Any, compiled: Compiled, arguments: tuple[Any, ...]) -> Any:
+    """Return a program's results as shapes, with the shardings of its compiled form."""
+    shapes = function.eval_shape(*arguments)
+    return jax.tree.map(
+        lambda leaf, where: leaf.update(sharding=where), shapes, compiled.output_shardings
+    )
