@@ -8,6 +8,7 @@ completions, so the gradient of each chunk is known up to the cotangent of the s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def transfer_state(program: StageProgram, state: TrainState) -> TrainState:
     opt_state = program.optimizer.init(trained)
     if program.stage.optimizer_state == "keep":
         opt_state = optimizers.transfer_moments(state.opt_state, opt_state)
-    return state.replace(opt_state=opt_state)
+    return dataclasses.replace(state, opt_state=opt_state)
 
 
 def policy_loss_fn(
@@ -103,10 +104,10 @@ def policy_loss_fn(
         head = head_of(policy, params)
         if reference is None and length <= chunk_tokens:
             chunks = -(-rows // (spread * max(1, chunk_tokens // length)))
-            arrays = batch.replace(features=None, ref_features=None)
+            arrays = dataclasses.replace(batch, features=None, ref_features=None)
             return chunked_loss((loss, temperature, chunks), head, features, arrays)
         options = SoftmaxOptions(temperature, chunk_tokens * spread, TILE_VOCABULARY)
-        pair = None if reference is None else (reference, batch.ref_features)
+        pair: Any = None if reference is None else (reference, batch.ref_features)
         statistics = token_statistics(head, features, batch.tokens[:, -length:], options, pair)
         return loss(statistics, batch)
 
@@ -175,7 +176,7 @@ def make_step_with_term_gradients(
         (totals, measures), grads = _accumulate(gradients, batch, microbatches)
         per_term = {name: (_divide(grads[name], t), t.count) for name, t in totals.items()}
         summed = jax.tree.map(lambda *leaves: sum(leaves), *(leaf for leaf, _ in per_term.values()))
-        loss = sum(map(numerics.mean, totals.values()))
+        loss: Any = sum(map(numerics.mean, totals.values()))
         result = _apply_gradients(program, state, summed, loss, measures)
         return result._replace(term_gradients=per_term)
 
@@ -195,7 +196,7 @@ def offloaded(step: Callable[..., StepResult], shardings: Any) -> Callable[..., 
         state: TrainState, batch: Any, reference: OutputHead | None = None
     ) -> StepResult:
         opt_state = jax.device_put(state.opt_state, shardings)
-        return step(state.replace(opt_state=opt_state), batch, reference)
+        return step(dataclasses.replace(state, opt_state=opt_state), batch, reference)
 
     return offloaded_step
 
@@ -228,7 +229,7 @@ def _apply_gradients(
     metrics = {name: numerics.mean(total) for name, total in measures.totals.items()}
     metrics |= measures.maxima
     metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return StepResult(state, metrics)
 
 
@@ -313,7 +314,8 @@ def _backward(static: Any, residuals: Any, cotangents: Any) -> tuple[Any, Any, N
             for factor, gradient in zip(factors, gradients, strict=True)
             if not isinstance(factor, SymbolicZero)
         )
-        return sum(terms).astype(gradients[0].dtype)
+        total: Any = sum(terms)
+        return total.astype(gradients[0].dtype)
 
     d_head, d_features = (jax.tree.map(combined, *of_totals) for of_totals in residuals)
     return d_head, d_features, None
