@@ -69,7 +69,6 @@ PENDING_ROOMS = {
     "models",
     "ntk",
     "plan",
-    "report",
     "settings",
     "setup",
     "training",
