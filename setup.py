@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ntkrl", "ntkrl.*"]),
-    package_data={"ntkrl.report": ["page.css", "page.html", "page.js"]},
+    package_data={"ntkrl.report": ["metrics.toml", "page.css", "page.html", "page.js"]},
     install_requires=[
         "absl-py",
         "chex",

@@ -16,16 +16,10 @@ DEVICES = "--xla_force_host_platform_device_count="
 
 
 class Children:
-    """Starts `ntkrl` commands, one at a time, with compiled programs kept in one directory."""
+    """Starts `ntkrl` commands, one at a time; their output goes to a file in `directory`."""
 
-    def __init__(self, cache: Path):
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
+    def __init__(self, directory: Path):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.children"],
             cwd=ROOT,
@@ -34,7 +28,7 @@ class Children:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.output = cache / "output"
+        self.output = directory / "output"
 
     def start(self, arguments, devices=1, dies_in_save=None) -> int:
         """Start a command; return its process id.

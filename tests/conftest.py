@@ -1,7 +1,9 @@
 """Settings of the whole suite: eight virtual CPU devices, no implicit rank promotion."""
 
 import os
+import shutil
 import subprocess
+import tempfile
 from importlib.metadata import version
 
 FLAGS = ["--xla_force_host_platform_device_count=8"]
@@ -10,6 +12,13 @@ if version("jaxlib").startswith("0.10."):  # unknown flags end the process
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# compiled programs are shared by test files, by pytest's worker processes and by the processes that
+# tests start: workers and children inherit the directory. Short compilations cost less than files
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+OWNS_CACHE = CACHE not in os.environ
+if OWNS_CACHE:
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="ntkrl-tests-")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -35,6 +44,12 @@ def pytest_collection_modifyitems(config, items):
         for extra in ("slow", "gpu"):
             if item.get_closest_marker(extra):
                 item.add_marker(pytest.mark.skip(reason=f"run with -m {extra}"))
+
+
+def pytest_unconfigure():
+    """Remove the programs of this session."""
+    if OWNS_CACHE:
+        shutil.rmtree(os.environ[CACHE], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

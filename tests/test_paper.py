@@ -66,7 +66,7 @@ def finished(children, several):
 @pytest.fixture(scope="module")
 def children(tmp_path_factory):
     """Child processes that share compiled programs."""
-    found = Children(tmp_path_factory.mktemp("cache"))
+    found = Children(tmp_path_factory.mktemp("children"))
     yield found
     found.close()
 

@@ -20,7 +20,7 @@ __all__ = ["base"]  # a fixture
 @pytest.fixture(scope="module")
 def children(tmp_path_factory):
     """Children that share compiled programs."""
-    found = Children(tmp_path_factory.mktemp("cache"))
+    found = Children(tmp_path_factory.mktemp("children"))
     yield found
     found.close()
 

@@ -1,11 +1,10 @@
-"""What a run takes on a machine, before there is one: memory, arithmetic, traffic, time at best.
+"""Memory, FLOPs, traffic and roofline time of a run on a machine that need not exist.
 
-Every program of a run is compiled by the machine's own compiler for described devices. Times are
-roofs: the most of compute at the published bfloat16 rate, of memory traffic and of what comes in
-over all links at once. No program is faster; one that waits, or uses some links only, is slower.
+Every program of a run is compiled by the machine's compiler for abstract devices. Times are lower
+bounds: the maximum of compute at the published bfloat16 rate, memory traffic, and bytes received
+over all links at once.
 """
 
-from ntkrl.plan.command import PlanSettings, plan, read_options
-from ntkrl.plan.table import write_table
+from ntkrl.plan.planner import PlanSettings, plan, read_options, write_table
 
 __all__ = ["PlanSettings", "plan", "read_options", "write_table"]

@@ -1,8 +1,8 @@
-"""What one device does in a compiled program, counted in the text of its HLO.
+"""Cost of a compiled program on one device, counted in the text of its optimised HLO.
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. Products
-are counted by their FLOPs, and once more by the passes a matrix unit takes for them; memory traffic
-by what every operation reads and writes outside the chip's own scratch memory; collectives by kind.
+XLA's own cost analysis counts the body of a loop once; here it is multiplied by the trip count.
+Counted are FLOPs of matrix products, the bfloat16 passes they take on a matrix unit, bytes moved
+between main memory (HBM) and the chip, and collectives by kind.
 """
 
 from __future__ import annotations
@@ -11,58 +11,63 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from ntkrl.plan.products import product_flops
+import numpy as np
 
-SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16, "token": 0}
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16, "token": 0}
 PASSES = {"highest": 6, "high": 3}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-FREE = {
+NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id"),
     *("while", "conditional", "call", "after-all", "opt-barrier", "replica-id", "domain"),
     *("async-start", "async-update", "async-done", "copy-done", "slice-done", "send-done"),
 }
-NOT_COMPUTED = ("AllocateBuffer", "ConcatBitcast", "Sharding")
-SLICED = ("dynamic-slice", "slice", "gather")
-SOFTMAX = "online-softmax"  # the TPU compiler's own kernel: softmax of scores, times the values
+NO_TRAFFIC_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
+COPIES = ("copy", "bitcast", "convert", "copy-done", "copy-start")
+SLICES = ("dynamic-slice", "slice", "gather")
+SOFTMAX = "online-softmax"  # TPU kernel of fused attention: softmax of scores, times the values
 CUBLAS = re.compile(r'custom_call_target="__cublas\$')
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 HEADER = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
-LINE = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
+INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
 CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%([\w.-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-NAMED = re.compile(r"%([\w.-]+)")
+NAME = re.compile(r"%([\w.-]+)")
+CHANNEL = re.compile(r"channel_id=\d+")
+# as written in a dot, and in a call of cuBLAS
+CONTRACTED = re.compile(r'lhs_contracting_(?:dims=|dimensions":)[{[]([\d,"]*)[]}]')
+WINDOW = {"size": 1, "stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
 
 
-class Shaped(NamedTuple):
-    """An array: dtype, shape, and whether it lies in the device's main memory."""
+class HloArray(NamedTuple):
+    """An array: dtype, shape, and whether it is placed in main memory (HBM)."""
 
     dtype: str
     shape: tuple[int, ...]
-    outside: bool
+    in_hbm: bool
 
     @property
     def size(self) -> float:
         """Bytes."""
-        bits = re.sub(r"^f8.*", "f8", self.dtype)
-        each = SIZES[bits] if bits in SIZES else int(re.sub(r"\D", "", bits)) / 8
-        return each * math.prod(self.shape)
+        dtype = re.sub(r"^f8.*", "f8", self.dtype)
+        width = BYTES[dtype] if dtype in BYTES else int(re.sub(r"\D", "", dtype)) / 8
+        return width * math.prod(self.shape)
 
 
-class Line(NamedTuple):
-    """An instruction: its operands by name, and what follows them."""
+class Instruction(NamedTuple):
+    """A line of HLO: its results, operands by name, and the attributes that follow them."""
 
     root: bool
     name: str
-    arrays: tuple[Shaped, ...]
+    arrays: tuple[HloArray, ...]
     op: str
     operands: tuple[str, ...]
-    rest: str
+    attributes: str
 
 
-class Moved(NamedTuple):
+class Collective(NamedTuple):
     """Collectives of one kind: how many run, bytes of their results, bytes a device receives."""
 
     count: float
@@ -71,11 +76,11 @@ class Moved(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one device does.
+class HloCost:
+    """Cost on one device.
 
     flops: of matrix products.
-    passes: the same, times the passes of a bfloat16 matrix unit.
+    passes: FLOPs times the passes of a bfloat16 matrix unit.
     traffic: bytes between main memory and the chip.
     collectives: by kind.
     """
@@ -83,260 +88,286 @@ class Cost:
     flops: float = 0.0
     passes: float = 0.0
     traffic: float = 0.0
-    collectives: Mapping[str, Moved] = dataclasses.field(default_factory=dict)
+    collectives: Mapping[str, Collective] = dataclasses.field(default_factory=dict)
 
     @property
     def received(self) -> float:
-        """Bytes that come in from other devices."""
-        return sum(moved.received for moved in self.collectives.values())
+        """Bytes received from other devices."""
+        return sum(collective.received for collective in self.collectives.values())
 
-    def __add__(self, other: Cost) -> Cost:
-        return _combined(self, other, 1.0)
-
-    def times(self, count: float) -> Cost:
-        """Return the cost of so many runs."""
-        return _combined(Cost(), self, count)
-
-
-def _combined(a: Cost, b: Cost, times: float) -> Cost:
-    moved = dict(a.collectives)
-    for kind, one in b.collectives.items():
-        held = moved[kind] if kind in moved else (0.0, 0.0, 0.0)
-        moved[kind] = Moved(*(x + times * y for x, y in zip(held, one, strict=True)))
-    return Cost(
-        a.flops + times * b.flops,
-        a.passes + times * b.passes,
-        a.traffic + times * b.traffic,
-        moved,
-    )
+    def add(self, other: HloCost, times: float = 1.0) -> HloCost:
+        """Return the sum of this cost and `times` the other."""
+        collectives = dict(self.collectives)
+        for kind, extra in other.collectives.items():
+            before = collectives.get(kind, Collective(0.0, 0.0, 0.0))
+            collectives[kind] = Collective(
+                *(x + times * y for x, y in zip(before, extra, strict=True))
+            )
+        return HloCost(
+            self.flops + times * other.flops,
+            self.passes + times * other.passes,
+            self.traffic + times * other.traffic,
+            collectives,
+        )
 
 
-def count(text: str, trips: int = 1) -> Cost:
-    """Count what one device does in a run of a program.
+def count(text: str, trips: int = 1) -> HloCost:
+    """Return the cost of one run of a program on one device.
 
     Args:
       text: `compiled.as_text()`.
-      trips: how often a loop runs whose end is data and stands nowhere in the program.
+      trips: trip count of loops whose end depends on data.
     """
     return _Module(text, trips).cost
 
 
+def product_flops(
+    left: Sequence[int], right: Sequence[int], out: Sequence[int], attributes: str
+) -> float:
+    """Count the FLOPs of a dot or convolution: two for each pair of entries multiplied.
+
+    TPUs write products as convolutions, with batch axes as (mostly dilated) windows.
+
+    Args:
+      left, right, out: shapes of operands and result.
+      attributes: of the instruction.
+    """
+    if contracted := CONTRACTED.search(attributes):
+        return 2.0 * math.prod([*out, *(left[int(n)] for n in re.findall(r"\d+", contracted[1]))])
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    window = dict(entry.split("=") for entry in match[1].split()) if match else {}
+    size = dict(zip(labels[3], out, strict=True))
+    total = 2.0 * size["b"] * size["f"] * right[labels[2].index("i")]
+    for axis in range(len(out) - 2):
+        taps, stride, pad, dilation, spread = (
+            int(window[name].split("x")[axis].split("_")[0]) if name in window else default
+            for name, default in WINDOW.items()
+        )
+        index = np.arange(size[str(axis)])[:, None] * stride + np.arange(taps) * spread - pad
+        last = (left[labels[1].index(str(axis))] - 1) * dilation
+        total *= np.count_nonzero((index >= 0) & (index <= last) & (index % dilation == 0))
+    return float(total)
+
+
 class _Module:
-    """A parsed program."""
+    """A parsed program: its computations, instructions by name, and total cost."""
 
     def __init__(self, text: str, trips: int):
         self.trips = trips
-        self.lines: dict[str, list[Line]] = {}
-        self.named: dict[str, Line] = {}
-        self.arrays: dict[str, tuple[Shaped, ...]] = {}
+        self.computations: dict[str, list[Instruction]] = {}
+        self.instructions: dict[str, Instruction] = {}
+        self.arrays: dict[str, tuple[HloArray, ...]] = {}
         self.channels: dict[str, str] = {}
-        found = re.search(r"num_partitions=(\d+)", text)
-        self.devices = int(found[1]) if found else 1
-        entry, made = "", []
+        partitions = re.search(r"num_partitions=(\d+)", text)
+        self.devices = int(partitions[1]) if partitions else 1
+        entry, computation = "", []
         for line in text.splitlines():
             if header := HEADER.match(line):
-                made = self.lines[header[2]] = []
+                computation = self.computations[header[2]] = []
                 entry = header[2] if header[1] else entry
-            elif found := LINE.match(line):
-                made.append(self._read(*found.groups()))
-                self.named[made[-1].name] = made[-1]
+            elif match := INSTRUCTION.match(line):
+                computation.append(self._parse(*match.groups()))
+                self.instructions[computation[-1].name] = computation[-1]
         self.fused = {
             called
-            for lines in self.lines.values()
-            for line in lines
-            if line.op == "fusion"
-            for called in CALLED.findall(line.rest)
+            for instruction in self.instructions.values()
+            if instruction.op == "fusion"
+            for called in CALLED.findall(instruction.attributes)
         }
         self.cost = self._computation(entry)
 
-    def _read(self, root: str | None, name: str, result: str, op: str, after: str) -> Line:
+    def _parse(self, root: str | None, name: str, result: str, op: str, text: str) -> Instruction:
         depth, end = 1, 0
-        while depth and end < len(after):
-            depth += (after[end] == "(") - (after[end] == ")")
+        while depth and end < len(text):
+            depth += (text[end] == "(") - (text[end] == ")")
             end += 1
-        arrays = tuple(
-            Shaped(
+        self.arrays[name] = tuple(
+            HloArray(
                 dtype,
                 tuple(int(n) for n in sizes.split(",") if n),
-                re.search(r"S\([1-9]", layout) is None,
+                in_hbm=re.search(r"S\([1-9]", layout) is None,
             )
             for dtype, sizes, layout in ARRAY.findall(result)
         )
-        self.arrays[name] = arrays
-        operands = tuple(NAMED.findall(after[:end]))
-        # one that is spread over several fusions is written in each, with one channel
-        if channel := re.search(r"channel_id=\d+", after[end:]):
+        operands = tuple(NAME.findall(text[:end]))
+        # a collective spread over several fusions appears in each of them, with one channel
+        if channel := CHANNEL.search(text[end:]):
             self.channels.setdefault(channel[0], name)
-        inside = after[: end - 1] if op in ("constant", "parameter") else ""
-        return Line(root is not None, name, arrays, op, operands, inside + after[end:])
+        value = text[: end - 1] if op in ("constant", "parameter") else ""
+        return Instruction(
+            root is not None, name, self.arrays[name], op, operands, value + text[end:]
+        )
 
     @functools.cache  # noqa: B019
-    def _computation(self, name: str) -> Cost:
-        total = Cost()
-        for line in self.lines[name]:
-            total += self._line(line)
+    def _computation(self, name: str) -> HloCost:
+        total = HloCost()
+        for line in self.computations[name]:
+            total = total.add(self._instruction(line))
             if name not in self.fused:
-                total += Cost(traffic=self._traffic(line))
-            times = self._loops(line) if line.op == "while" else 1
-            branches = BRANCHES.search(line.rest)
-            called = CALLED.findall(line.rest)
-            for inner in called + (NAMED.findall(branches[1]) if branches else []):
-                total += self._computation(inner).times(times)
+                total = total.add(HloCost(traffic=self._traffic(line)))
+            times = self._trip_count(line) if line.op == "while" else 1
+            branches = BRANCHES.search(line.attributes)
+            called = CALLED.findall(line.attributes)
+            for inner in called + (NAME.findall(branches[1]) if branches else []):
+                total = total.add(self._computation(inner), times)
         return total
 
-    def _line(self, line: Line) -> Cost:
+    def _instruction(self, line: Instruction) -> HloCost:
         kind = line.op.removesuffix("-start")
-        if line.op in ("dot", "convolution") or CUBLAS.search(line.rest):
+        if line.op in ("dot", "convolution") or CUBLAS.search(line.attributes):
             operands = [self.arrays[name][0] for name in line.operands[:2]]
-            shapes = [one.shape for one in (*operands, line.arrays[0])]
-            flops = product_flops(*shapes, line.rest)
-            precise = re.search(r"operand_precision=\{(\w+)", line.rest)
-            wide = precise is not None and any(one.dtype == "f32" for one in operands)
-            passes = PASSES[precise[1]] if wide and precise[1] in PASSES else 1
-            return Cost(flops, flops * passes)
+            shapes = [array.shape for array in (*operands, line.arrays[0])]
+            flops = product_flops(*shapes, line.attributes)
+            precision = re.search(r"operand_precision=\{(\w+)", line.attributes)
+            wide = precision is not None and any(array.dtype == "f32" for array in operands)
+            return HloCost(flops, flops * (PASSES.get(precision[1], 1) if wide else 1))
         if line.name.startswith(SOFTMAX):
             flops = 2.0 * math.prod(line.arrays[0].shape)
             flops *= self.arrays[line.operands[0]][0].shape[-1]
-            return Cost(flops, flops)
+            return HloCost(flops, flops)
         if kind not in COLLECTIVES:
-            return Cost()
-        channel = re.search(r"channel_id=\d+", line.rest)
+            return HloCost()
+        channel = CHANNEL.search(line.attributes)
         if channel and self.channels[channel[0]] != line.name:
-            return Cost()
-        size = sum(one.size for one in line.arrays)
-        if line.op in ("all-gather-start", "collective-permute-start"):  # operands stand there too
-            size = sum(one.size for one in line.arrays if one.shape)
-            size -= sum(one.size for name in line.operands for one in self.arrays[name])
-        return Cost(collectives={kind: Moved(1, size, size * self._share(kind, line.rest))})
-
-    def _share(self, kind: str, rest: str) -> float:
-        """Return bytes received per byte of the result, by the fewest there can be."""
-        n = self._group(rest)
-        return {
+            return HloCost()
+        size = _bytes(line.arrays)
+        if line.op in ("all-gather-start", "collective-permute-start"):
+            # the result is a tuple that repeats the operands
+            size = _bytes(array for array in line.arrays if array.shape)
+            size -= sum(_bytes(self.arrays[name]) for name in line.operands)
+        n = self._group_size(line.attributes)
+        received = {  # per byte of the result, by the cheapest algorithm
             "all-gather": (n - 1) / n,
             "all-reduce": 2 * (n - 1) / n,
             "reduce-scatter": n - 1,
             "all-to-all": (n - 1) / n,
             "collective-permute": 1,
         }[kind]
+        return HloCost(collectives={kind: Collective(1, size, size * received)})
 
-    def _group(self, rest: str) -> int:
-        """Return how many devices take part, in any of the ways XLA writes their groups."""
-        if found := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", rest):
-            sizes = dict(re.findall(r"'([^']*)'=(\d+)", found[1]))
-            return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", found[2]))
-        if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-            return int(found[1])
-        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-            return found[1].count(",") + 1
+    def _group_size(self, attributes: str) -> int:
+        """Return the devices per replica group, in each of XLA's notations."""
+        if match := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", attributes):
+            sizes = dict(re.findall(r"'([^']*)'=(\d+)", match[1]))
+            return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", match[2]))
+        if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+            return int(match[1])
+        if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+            return match[1].count(",") + 1
         return self.devices
 
-    def _loops(self, line: Line) -> int:
-        """Return how often a loop runs: from where its counter starts, to its end, by its step."""
-        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest):
+    def _trip_count(self, line: Instruction) -> int:
+        """Return a loop's trip count, from its counter's start, end and increment."""
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line.attributes):
             return int(known[1])
         condition, body = (
-            self.lines[re.search(rf"{part}=%([\w.-]+)", line.rest)[1]]
+            self._root(re.search(rf"{part}=%([\w.-]+)", line.attributes)[1])
             for part in ("condition", "body")
         )
-        root = next(one for one in condition if one.root)
-        if root.op == "fusion":
-            root = next(one for one in self.lines[CALLED.search(root.rest)[1]] if one.root)
-        ends = [end for name in root.operands if (end := self._number(name)) is not None]
-        if root.op != "compare" or len(ends) != 1:
+        if condition.op == "fusion":
+            condition = self._root(CALLED.search(condition.attributes)[1])
+        ends = self._integers(condition.operands)
+        if condition.op != "compare" or len(ends) != 1:
             return self.trips
-        index = [
-            int(found[1])
-            for name in root.operands
-            if (found := re.search(r"index=(\d+)", self.named[name].rest))
-        ]
-        if not index:
+        counters = (
+            re.search(r"index=(\d+)", self.instructions[name].attributes)
+            for name in condition.operands
+        )
+        index = next((int(match[1]) for match in counters if match), None)
+        if index is None:
             return ends[0]
-        moved = self._moved(next(one for one in body if one.root).operands[index[0]])
-        steps = [by for name in moved.operands if (by := self._number(name)) is not None]
-        start = self._number(self.named[line.operands[0]].operands[index[0]])
-        step = steps[0] if moved.op == "add" and steps else 1
-        return -(-(ends[0] - (0 if start is None else start)) // step)
+        increment = self._source(body.operands[index])
+        steps = self._integers(increment.operands)
+        starts = self._integers([self.instructions[line.operands[0]].operands[index]])
+        step = steps[0] if increment.op == "add" and steps else 1
+        return -(-(ends[0] - (starts[0] if starts else 0)) // step)
 
-    def _moved(self, name: str) -> Line:
-        """Return what made a value, copies aside."""
-        line = self.named[name]
-        while line.op in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-            line = self.named[line.operands[0]]
+    def _root(self, computation: str) -> Instruction:
+        return next(line for line in self.computations[computation] if line.root)
+
+    def _source(self, name: str) -> Instruction:
+        """Return the instruction that computed a value, through copies of it."""
+        line = self.instructions[name]
+        while line.op in COPIES:
+            line = self.instructions[line.operands[0]]
         return line
 
-    def _number(self, name: str) -> int | None:
-        """Return a value that is an integer in the program, or None."""
-        line = self._moved(name)
-        found = re.match(r"-?\d+", line.rest) if line.op == "constant" else None
-        return None if found is None else int(found[0])
+    def _integers(self, names: Iterable[str]) -> list[int]:
+        """Return those of some values that are integer constants."""
+        constants = [line for line in map(self._source, names) if line.op == "constant"]
+        matches = (re.match(r"-?\d+", line.attributes) for line in constants)
+        return [int(match[0]) for match in matches if match]
 
-    def _traffic(self, line: Line) -> float:
+    def _traffic(self, line: Instruction) -> float:
         """Return the bytes an instruction reads from main memory and writes to it."""
-        if line.op in FREE or line.op.endswith("-done"):
+        if line.op in NO_TRAFFIC or line.op.endswith("-done"):
             return 0.0
-        if line.op == "custom-call" and any(word in line.rest for word in NOT_COMPUTED):
+        if line.op == "custom-call" and any(name in line.attributes for name in NO_TRAFFIC_CALLS):
             return 0.0
         if line.op == "copy-start":
-            return _outside(line.arrays[:2])
+            return _hbm_bytes(line.arrays[:2])
         if line.op == "slice-start":
             source, piece = line.arrays[:2]
-            return piece.size * (source.outside + piece.outside)
+            return piece.size * (source.in_hbm + piece.in_hbm)
         if line.op == "fusion":
-            called = CALLED.search(line.rest)[1]
-            read = sum(self._reads(called, i, name) for i, name in enumerate(line.operands))
-            return read + self._writes(called, line.arrays)
-        if line.op in SLICED:
-            return _outside(self.arrays[line.operands[0]][:1], line.arrays) + _outside(line.arrays)
+            called = CALLED.search(line.attributes)[1]
+            read = sum(self._fusion_reads(called, i, name) for i, name in enumerate(line.operands))
+            return read + self._fusion_writes(called, line.arrays)
+        if line.op in SLICES:
+            in_hbm = any(array.in_hbm for array in self.arrays[line.operands[0]][:1])
+            return in_hbm * _bytes(line.arrays) + _hbm_bytes(line.arrays)
         if line.op == "dynamic-update-slice":
-            return 2 * _outside(line.arrays, self.arrays[line.operands[1]])
+            in_hbm = any(array.in_hbm for array in line.arrays)
+            return 2 * in_hbm * _bytes(self.arrays[line.operands[1]])
         operands = {name: self.arrays[name] for name in line.operands}
-        return _outside(line.arrays) + sum(map(_outside, operands.values()))
+        return _hbm_bytes(line.arrays) + sum(map(_hbm_bytes, operands.values()))
 
-    def _reads(self, computation: str, index: int, operand: str) -> float:
-        """Return the bytes a fusion reads of an operand: slices of it where it needs no more."""
-        held = _outside(self.arrays[operand])
-        return min(held, self._used(computation, index, self.arrays[operand])) if held else 0.0
+    def _fusion_reads(self, computation: str, index: int, operand: str) -> float:
+        """Return the bytes a fusion reads of an operand: its slices where only they are used."""
+        size = _hbm_bytes(self.arrays[operand])
+        return min(size, self._used(computation, index, self.arrays[operand])) if size else 0.0
 
-    def _used(self, computation: str, index: int, arrays: tuple[Shaped, ...]) -> float:
-        lines = self.lines[computation]
-        start = re.compile(rf"{index}\b")
-        names = {one.name for one in lines if one.op == "parameter" and start.match(one.rest)}
+    def _used(self, computation: str, index: int, arrays: tuple[HloArray, ...]) -> float:
+        lines, number = self.computations[computation], re.compile(rf"{index}\b")
+        names = {
+            line.name for line in lines if line.op == "parameter" and number.match(line.attributes)
+        }
         total = 0.0
         for line in lines:
             if not names & set(line.operands):
                 continue
             if line.op == "bitcast":
                 names.add(line.name)
-            elif line.op in SLICED and line.operands[0] in names:
-                total += sum(one.size for one in line.arrays)
+            elif line.op in SLICES and line.operands[0] in names:
+                total += _bytes(line.arrays)
             elif line.op == "fusion":
-                inner = CALLED.search(line.rest)[1]
-                places = [i for i, name in enumerate(line.operands) if name in names]
-                total += sum(self._used(inner, place, arrays) for place in places)
+                inner = CALLED.search(line.attributes)[1]
+                indices = [i for i, name in enumerate(line.operands) if name in names]
+                total += sum(self._used(inner, i, arrays) for i in indices)
             elif not (line.op == "dynamic-update-slice" and line.operands[0] in names):
-                return sum(one.size for one in arrays)
+                return _bytes(arrays)
         return total
 
-    def _writes(self, computation: str, arrays: tuple[Shaped, ...]) -> float:
-        """Return the bytes a fusion writes: the part of a result that it updates in place."""
-        lines = {line.name: line for line in self.lines[computation]}
-        root = next(line for line in lines.values() if line.root)
-        made = [lines[name] for name in root.operands] if root.op == "tuple" else [root]
+    def _fusion_writes(self, computation: str, arrays: tuple[HloArray, ...]) -> float:
+        """Return the bytes a fusion writes; of a result updated in place, the slice."""
+        lines = {line.name: line for line in self.computations[computation]}
+        root = self._root(computation)
+        results = [lines[name] for name in root.operands] if root.op == "tuple" else [root]
         total = 0.0
-        for last, one in zip(made, arrays, strict=False):
-            line = last
+        for result, array in zip(results, arrays, strict=False):
+            line = result
             while line.op == "bitcast" and line.operands[0] in lines:
                 line = lines[line.operands[0]]
-            piece = (one,)
-            if line.op == "dynamic-update-slice":
-                piece = self.arrays[line.operands[1]]
-            total += _outside((one,), piece)
+            update = line.op == "dynamic-update-slice"
+            written = self.arrays[line.operands[1]] if update else (array,)
+            total += array.in_hbm * _bytes(written)
         return total
 
 
-def _outside(where: tuple[Shaped, ...], arrays: tuple[Shaped, ...] | None = None) -> float:
-    """Return the bytes of arrays in main memory; of `arrays`, where those given first lie there."""
-    if arrays is None:
-        return sum(one.size for one in where if one.outside)
-    return sum(one.size for one in arrays) if any(one.outside for one in where) else 0.0
+def _bytes(arrays: Iterable[HloArray]) -> float:
+    return sum(array.size for array in arrays)
+
+
+def _hbm_bytes(arrays: Iterable[HloArray]) -> float:
+    return _bytes(array for array in arrays if array.in_hbm)

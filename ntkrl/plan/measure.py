@@ -1,4 +1,4 @@
-"""Compile a program for described devices; read memory and cost off the result."""
+"""Compile a program for a machine and read its memory and cost off the result."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import dataclasses
 import re
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
 from ntkrl.numerics import GIB
 from ntkrl.plan import hlo
-from ntkrl.plan.chips import Chip
-from ntkrl.plan.networks import held_bytes
+from ntkrl.plan.abstract_models import device_bytes
+from ntkrl.plan.hardware import Chip
 from ntkrl.training import AbstractRun, Program
 
 UNITS = {"": 2.0**-30, "K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
@@ -26,17 +25,22 @@ OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|Ran out of memory"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """What was found of a program; sizes and costs of one device and one run of it.
+class ProgramCost:
+    """Memory and cost of one run of a program on one device.
 
-    name, part, stages, runs, rows: see Program.
-    peak_gib: memory at its peak, with what else lies there (GiB); None where it was not compiled.
-    own_gib: its arguments. scratch_gib: its peak beyond them. beside_gib: of what else lies there,
-        kept_gib of it for the run's looks, see Program.extra.
-    flops, passes, traffic, received: see hlo.Cost. collectives: by kind, `(count, bytes)`.
-    seconds: by roofline, of compute, memory and links; empty where the chip's rates are not known.
+    name, part, stages: see training.Program.
+    runs: in a rollout step.
+    rows: that a device reads at a time.
+    argument_gib: its arguments.
+    resident_gib: trees of the run on the device beside them, copies_gib of which are copies for
+      probes (see training.Program.extra).
+    compile_seconds: duration of the compilation.
+    peak_gib: peak memory, resident trees included; None if it was not compiled.
+    scratch_gib: the program's peak beyond its arguments.
+    flops, passes, traffic, received: see hlo.HloCost.
+    collectives: by kind, `(count, bytes)`.
+    seconds: roofline times of compute, memory and links; empty if the chip's rates are unknown.
     failed: why the compiler refused, or None.
-    compile_seconds: how long it took.
     """
 
     name: str
@@ -44,9 +48,10 @@ class Row:
     stages: tuple[str, ...]
     runs: float
     rows: int
-    own_gib: float
-    beside_gib: float
-    compile_seconds: float
+    argument_gib: float
+    resident_gib: float
+    copies_gib: float = 0.0
+    compile_seconds: float = 0.0
     peak_gib: float | None = None
     scratch_gib: float | None = None
     flops: float = 0.0
@@ -56,60 +61,82 @@ class Row:
     collectives: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     failed: str | None = None
-    kept_gib: float = 0.0
 
     @property
     def roofline(self) -> float:
-        """Seconds of one run that no program of this cost can go below; NaN where not known."""
+        """Lower bound on the seconds of one run; NaN if the chip's rates are unknown."""
         return max(self.seconds.values()) if self.seconds else float("nan")
 
     def fits(self, chip: Chip) -> bool:
-        """Tell whether it runs; where the chip's memory is not known, whether it compiles."""
+        """Return whether it fits the chip's memory; if that is unknown, whether it compiles."""
         if self.peak_gib is None or self.failed is not None:
             return False
         return chip.memory_gib is None or self.peak_gib <= chip.memory_gib
 
 
-def measure(run: AbstractRun, program: Program, chip: Chip) -> tuple[Row, Any | None]:
-    """Compile a program; a refusal for want of memory is a Row that says how much it needs."""
-    own, kept = (held_bytes(tree) / GIB for tree in (program.arguments, program.extra))
-    row = Row(
+def measure(
+    run: AbstractRun, program: Program, chip: Chip
+) -> tuple[ProgramCost, jax.stages.Compiled | None]:
+    """Compile a program and return its cost.
+
+    Args:
+      run: the run of the program.
+      program: to compile.
+      chip: the device it is compiled for.
+
+    Returns:
+      The cost and the compiled program; None if the compiler refused it, for instance for want of
+      memory: the cost then reports why, and the memory needed where the compiler states it.
+    """
+    copies = device_bytes(program.extra) / GIB
+    cost = ProgramCost(
         name=program.name,
         part=program.part,
         stages=program.stages,
         runs=program.runs_per_step,
         rows=program.rows_per_device,
-        own_gib=own,
-        beside_gib=_beside(run, program) / GIB + kept,
-        compile_seconds=0.0,
-        kept_gib=kept,
+        argument_gib=device_bytes(program.arguments) / GIB,
+        resident_gib=_resident_bytes(run, program) / GIB + copies,
+        copies_gib=copies,
     )
     start = time.perf_counter()
     try:
         compiled = program.function.lower(*program.arguments, **program.keywords).compile()
     except jax.errors.JaxRuntimeError as error:
-        took = {"compile_seconds": time.perf_counter() - start}
-        return _refused(row, str(error), took), None
+        cost = dataclasses.replace(cost, compile_seconds=time.perf_counter() - start)
+        return _refused(cost, str(error)), None
     seconds = time.perf_counter() - start
-    cost = hlo.count(compiled.as_text(), program.loop_trips)
-    memory = compiled.memory_analysis()
-    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = (memory.argument_size_in_bytes + made + memory.temp_size_in_bytes) / GIB
+    counts, memory = hlo.count(compiled.as_text(), program.loop_trips), compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / GIB
     return dataclasses.replace(
-        row,
-        peak_gib=peak + row.beside_gib,
-        scratch_gib=peak - own,
-        flops=cost.flops,
-        passes=cost.passes,
-        traffic=cost.traffic,
-        received=cost.received,
-        collectives={kind: (one.count, one.size) for kind, one in cost.collectives.items()},
-        seconds=roofline(cost, chip),
+        cost,
         compile_seconds=seconds,
+        peak_gib=peak + cost.resident_gib,
+        scratch_gib=peak - cost.argument_gib,
+        flops=counts.flops,
+        passes=counts.passes,
+        traffic=counts.traffic,
+        received=counts.received,
+        collectives={kind: (x.count, x.size) for kind, x in counts.collectives.items()},
+        seconds=roofline(counts, chip),
     ), compiled
 
 
-def roofline(cost: hlo.Cost, chip: Chip) -> dict[str, float]:
+def _resident_bytes(run: AbstractRun, program: Program) -> float:
+    """Return the most bytes of resident trees that are not arguments, over the program's stages."""
+    stages = [stage for stage in run.stages if stage.stage.name in program.stages]
+    return max(
+        sum(
+            device_bytes(tree)
+            for name, tree in run.resident(stage).items()
+            if name not in program.resident
+        )
+        for stage in (stages if stages else run.stages)
+    )
+
+
+def roofline(cost: hlo.HloCost, chip: Chip) -> dict[str, float]:
     """Return the seconds of compute, memory and links, each at its published rate."""
     if chip.flops is None:
         return {}
@@ -121,37 +148,24 @@ def roofline(cost: hlo.Cost, chip: Chip) -> dict[str, float]:
 
 
 def needed_gib(message: str) -> float | None:
-    """Return the memory that a compiler's refusal says a program needs (GiB), if it says so."""
-    found = next((hit for one in REFUSALS if (hit := one.search(message))), None)
-    return None if found is None else float(found[1]) * UNITS[found[2]]
+    """Return the memory that a program needs by a compiler's error (GiB), if it states it."""
+    match = next((hit for pattern in REFUSALS if (hit := pattern.search(message))), None)
+    return None if match is None else float(match[1]) * UNITS[match[2]]
 
 
-def _refused(row: Row, message: str, took: dict[str, float]) -> Row:
+def _refused(cost: ProgramCost, message: str) -> ProgramCost:
     if not OUT_OF_MEMORY.search(message):
-        said = " ".join(message.split())[:200]
-        return dataclasses.replace(row, failed=f"the compiler refuses it: {said}", **took)
+        reason = " ".join(message.split())[:200]
+        return dataclasses.replace(cost, failed=f"the compiler refuses it: {reason}")
     needed = needed_gib(message)
     if needed is None:
-        return dataclasses.replace(row, failed="the compiler runs out of its memory", **took)
-    # a message may count the scratch alone
-    peak = needed if "temporaries" not in message else needed + row.own_gib
+        return dataclasses.replace(cost, failed="the compiler runs out of its memory")
+    # a message on temporaries counts scratch memory alone
+    program = needed if "temporaries" not in message else needed + cost.argument_gib
+    peak = program + cost.resident_gib
     return dataclasses.replace(
-        row,
-        peak_gib=peak + row.beside_gib,
-        scratch_gib=max(peak - row.own_gib, 0.0),
-        failed=f"does not fit: needs {peak + row.beside_gib:.1f} GiB",
-        **took,
-    )
-
-
-def _beside(run: AbstractRun, program: Program) -> float:
-    """Return the bytes of the run's trees that lie on a device and are no argument, at most."""
-    stages = [one for one in run.stages if one.stage.name in program.stages]
-    return max(
-        sum(
-            held_bytes(tree)
-            for name, tree in run.resident(stage).items()
-            if name not in program.resident
-        )
-        for stage in (stages if stages else run.stages)
+        cost,
+        peak_gib=peak,
+        scratch_gib=max(program - cost.argument_gib, 0.0),
+        failed=f"does not fit: needs {peak:.1f} GiB",
     )

@@ -70,7 +70,8 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
             values = [pair for pair in values if all(map(math.isfinite, pair))]
             test = None
             if len(values) > 1:
-                test = paired_difference(*np.array(values).T, draws=DRAWS)
+                firsts, seconds = np.array(values).T
+                test = paired_difference(firsts, seconds, draws=DRAWS)
             results.append(Comparison(first, second, metric, len(values), test))
     return results
 
@@ -97,7 +98,8 @@ def comparison_table(runs: Sequence[Run]) -> Table | None:
     results = comparisons(runs)
     if not results:
         return None
-    rows, most_seeds = [], Counter()
+    rows: list[tuple[str, ...]] = []
+    most_seeds: Counter[tuple[str, str]] = Counter()
     for first, second, metric, seeds, test in results:
         most_seeds[first, second] = max(most_seeds[first, second], seeds)
         if test is None:

@@ -236,7 +236,7 @@ def _draw_sampling(
         ]
         if values:
             counts.append(count)
-            intervals.append(mean_interval(values, draws=DRAWS))
+            intervals.append(mean_interval(np.array(values), draws=DRAWS))
             most_seeds = max(most_seeds, len(values))
     if not counts:
         return

@@ -47,7 +47,7 @@ def draw_kernel(arrays: Arrays) -> Figure:
     title = f"Neural tangent kernel of {count} context{'s' if count > 1 else ''}"
     figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
     # subfigures: long labels of the map must not narrow the other panels
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(4.2, 2.6, 2.1))
+    top, middle, bottom = np.asarray(figure.subfigures(3, 1, height_ratios=(4.2, 2.6, 2.1)))
     _draw_cosines(_titled(top, "Head kernel R, as cosines of features φ"), arrays)
     _draw_spectrum(_titled(middle, "Largest eigenvalues"), arrays)
     _draw_shares(_titled(bottom, "Shares of the parts in the kernel"), arrays)
@@ -120,7 +120,7 @@ def _draw_cosines(axis: Axes, arrays: Arrays) -> None:
         for o, u in np.ndindex(count, count):
             dark = abs(cosines[o, u] - (0.0 if signed else low)) > 0.6 * (1.0 - max(low, 0.0))
             color = "white" if dark else "black"
-            text = _two_digits(cosines[o, u])
+            text = _two_digits(float(cosines[o, u]))
             axis.text(u, o, text, ha="center", va="center", fontsize=9, color=color)
 
 
@@ -131,7 +131,9 @@ def _label_contexts(axis: Axes, arrays: Arrays) -> None:
     single = len(starts) == count
     if count <= LABELLED_CONTEXTS:
         labels = _prompt_words(arrays)[rows] if single else arrays["endings"]
-        axis.set_xticks(range(count), range(count), fontsize=10 if count < 12 else 8)
+        axis.set_xticks(
+            range(count), [str(i) for i in range(count)], fontsize=10 if count < 12 else 8
+        )
         axis.set_yticks(range(count), [f"{_plain(w)}  {i}" for i, w in enumerate(labels)])
         return
     axis.locator_params(integer=True)
@@ -208,6 +210,6 @@ def _draw_shares(axis: Axes, arrays: Arrays) -> None:
     axis.set_xlabel("share of Σ tr K", fontsize=12)
     low, high = axis.get_xlim()
     high = max(high, 1.0)
-    ticks = MaxNLocator(5).tick_values(low, high)
+    ticks = np.asarray(MaxNLocator(5).tick_values(low, high))
     axis.set_xticks(ticks[(ticks >= low) & (ticks <= high)])
     axis.set_xlim(low, low + 1.32 * (high - low))  # room for the words at the bars

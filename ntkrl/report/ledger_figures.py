@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import ScalarFormatter
 
 from ntkrl.report.plotting import (
     PALETTE,
@@ -23,8 +24,8 @@ from ntkrl.report.plotting import (
     label_bar,
     shown,
 )
-from ntkrl.report.records import ProbeTexts, StepLedger
-from ntkrl.report.runs import Run, by_name
+from ntkrl.report.records import StepLedger
+from ntkrl.report.runs import Run, by_name, ordered
 
 COLORS = {"R": PALETTE[0], "G": PALETTE[1], "momentum": PALETTE[3], "decay": PALETTE[5]}
 COLORS |= {"optimizer": "#999999", "curvature": PALETTE[2], "actual": "#222222"}
@@ -108,27 +109,33 @@ def _waterfall(axis: Axes, values: dict[str, float]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "−"))
 
 
-def last_by_sample(run: Run) -> StepLedger | None:
-    """Return the last ledger with terms per sample."""
-    steps = [step for step, ledger in run.ledgers.items() if ledger.influence is not None]
-    return run.ledgers[max(steps)] if steps else None
+def first_by_sample(runs: Sequence[Run]) -> list[tuple[Run, StepLedger]]:
+    """Return each method's first seed with ledgers by sample, and the last of these."""
+    first: dict[str, tuple[Run, StepLedger]] = {}
+    for run in ordered(runs):
+        steps = [step for step, ledger in run.ledgers.items() if ledger.influence is not None]
+        if steps:
+            first.setdefault(run.name, (run, run.ledgers[max(steps)]))
+    return list(first.values())
 
 
-def influence_map(
-    ledger: StepLedger, texts: ProbeTexts, limit: int = MAX_SAMPLES
-) -> tuple[list[int], np.ndarray]:
+def influence_map(ledger: StepLedger, limit: int = MAX_SAMPLES) -> tuple[list[int], np.ndarray]:
     """Sum a ledger by sample over the tokens of each probe completion.
 
     Args:
       ledger: with an influence.
-      texts: its probe set.
       limit: most samples to return.
 
     Returns:
       rows: the most influential samples, by advantage, falling.
       values: `[rows, S]` nats.
+
+    Raises:
+      ValueError: the ledger is by group.
     """
-    values = texts.sums(ledger.influence).T
+    if ledger.influence is None:
+        raise ValueError(f"the ledger of step {ledger.step} is by group; expected by sample.")
+    values = ledger.texts.sums(ledger.influence).T
     strongest = np.argsort(-np.abs(values).sum(axis=1), kind="stable")[:limit]
     rows = sorted(strongest.tolist(), key=lambda row: (-ledger.samples[row].advantage, row))
     return rows, values[rows]
@@ -136,20 +143,17 @@ def influence_map(
 
 def influence(title: str, runs: Sequence[Run]) -> Figure | None:
     """Draw the influence of samples on probe completions: the first seed of each method."""
-    first: dict[str, tuple[Run, StepLedger]] = {}
-    for run in (run for group in by_name(runs).values() for run in group):
-        ledger = last_by_sample(run)
-        if ledger is not None and len(first) < MAX_PANELS:
-            first.setdefault(run.name, (run, ledger))
+    first = first_by_sample(runs)[:MAX_PANELS]
     if not first:
         return None
-    maps = [influence_map(ledger, run.texts) for run, ledger in first.values()]
+    maps = [influence_map(ledger) for _, ledger in first]
     heights = [0.17 * len(rows) + 1.1 for rows, _ in maps]
     figure, axes = column(title, sum(heights) + 0.4, len(maps), height_ratios=heights)
-    for axis, (run, ledger), (rows, values) in zip(axes, first.values(), maps, strict=True):
+    for axis, (run, ledger), (rows, values) in zip(axes, first, maps, strict=True):
         limit = float(np.abs(values).max(initial=0)) or 1.0
-        scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-        image = axis.imshow(values, aspect="auto", interpolation="nearest", **scale)
+        image = axis.imshow(
+            values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
         labels = [f"A = {ledger.samples[row].advantage:+.2f}" for row in rows]
         axis.set_yticks(range(len(rows)), labels, fontsize=8)
         axis.set_ylabel("sample", fontsize=12)
@@ -163,24 +167,24 @@ def influence(title: str, runs: Sequence[Run]) -> Figure | None:
 def similarity(title: str, runs: Sequence[Run]) -> Figure | None:
     """Draw the cosines of features between probe completions at the first and last probe."""
     first: dict[str, dict[int, np.ndarray]] = {}
-    for run in (run for group in by_name(runs).values() for run in group):
-        cosines = {s: run.probes[s]["cosines"] for s in run.probes if "cosines" in run.probes[s]}
-        if cosines and len(first) < MAX_PANELS:
-            first.setdefault(run.name, {s: cosines[s] for s in (min(cosines), max(cosines))})
+    for run in ordered(runs):
+        steps = [step for step, arrays in run.probes.items() if "cosines" in arrays]
+        if steps and len(first) < MAX_PANELS:
+            ends = {step: run.probes[step]["cosines"] for step in (min(steps), max(steps))}
+            first.setdefault(run.name, ends)
     if not first:
         return None
     figure = Figure((WIDTH_INCHES, 2.9 * len(first) + 0.9), layout="constrained")
     figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
     grid = figure.subplots(len(first), 2, squeeze=False)
-    drawn = [cosines for by_step in first.values() for cosines in by_step.values()]
-    low, high = (float(of([of(c) for c in drawn])) for of in (np.nanmin, np.nanmax))
+    drawn = [array for by_step in first.values() for array in by_step.values()]
+    low, high = (float(of([of(array) for array in drawn])) for of in (np.nanmin, np.nanmax))
     # features of one model mostly point the same way; a scale from −1 to 1 would hide differences
     largest = min(1.0, max(1.0, np.ceil(20 * max(high, -low))) / 20)
     low, cmap = (-largest, "RdBu_r") if low < 0 else (np.floor(20 * low - 0.5) / 20, "Blues")
-    scale = {"cmap": cmap, "vmin": low, "vmax": largest}
     for axes, (name, by_step) in zip(grid, first.items(), strict=True):
         for axis, (step, cosines) in zip(axes, by_step.items(), strict=False):
-            image = axis.imshow(cosines, interpolation="nearest", **scale)
+            image = axis.imshow(cosines, cmap=cmap, vmin=low, vmax=largest, interpolation="nearest")
             _label_completions(axis, len(cosines))
             axis.set_yticks(*_numbers(len(cosines)))
             axis.set_ylabel("probe completion", fontsize=10)
@@ -200,15 +204,16 @@ def _label_completions(axis: Axes, count: int) -> None:
     axis.set_xlabel("probe completion", fontsize=10)
 
 
-def _numbers(count: int) -> tuple[list[int], list[int]]:
+def _numbers(count: int) -> tuple[list[int], list[str]]:
     """Return positions and labels of ticks, counted from 1; of many, every tenth is labelled."""
     labels = range(1, count + 1) if count <= LABELLED else [1, *range(10, count + 1, 10)]
-    return [number - 1 for number in labels], list(labels)
+    return [number - 1 for number in labels], [str(number) for number in labels]
 
 
 def _color_bar(axis: Axes, image: AxesImage, words: str) -> None:
-    bar = axis.figure.colorbar(image, ax=axis, pad=0.02, shrink=0.9)
+    formatter = ScalarFormatter()
+    formatter.set_powerlimits((-2, 3))
+    bar = axis.figure.colorbar(image, ax=axis, pad=0.02, shrink=0.9, format=formatter)
     bar.ax.tick_params(labelsize=9)
     bar.ax.set_ylabel(words, fontsize=10)
-    bar.formatter.set_powerlimits((-2, 3))
     bar.outline.set_visible(False)

@@ -66,7 +66,7 @@ class MetricsWriter:
           ValueError: a name is not known, or "step" is among the values.
         """
         _check_names(values)
-        line = {"step": int(step)}
+        line: dict[str, Any] = {"step": int(step)}
         for name, value in values.items():
             line[name] = str(value) if name == "stage" else _number(value)
         _write_line(self._metrics, line)
@@ -145,8 +145,8 @@ def _check_names(names: Iterable[str]) -> None:
         problems.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     if problems:
         raise ValueError(
-            f"unknown metric {', '.join(problems)}: add it to GLOSSARY in "
-            "ntkrl/report/metric_names.py with its unit and meaning, or use one of "
+            f"unknown metric {', '.join(problems)}: add it to "
+            "ntkrl/report/metrics.toml with its unit and meaning, or use one of "
             f"the families {', '.join(FAMILIES)}"
         )
 

@@ -208,7 +208,7 @@ def add_legend(
     band: str = "lowest to highest",
 ) -> Figure:
     """Add the legend of methods, bands over seeds and extra entries below the panels."""
-    groups, entries = by_name(runs), []
+    groups, entries = by_name(runs), list[tuple[Artist, str]]()
     for name, look in looks(runs).items():
         seeds = f", mean of {len(groups[name])} runs" if len(groups[name]) > 1 else ""
         line = Line2D([], [], color=look.color, marker=look.marker, linewidth=2.2, markersize=5)

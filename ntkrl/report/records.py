@@ -85,6 +85,7 @@ class StepLedger:
     step: the optimizer step.
     by: "sample" where terms are kept per sample, else "group".
     stage: the stage of the step.
+    texts: the probe set.
     samples: `B` completions of the minibatch.
     parts: measure → part → `[O]` nats: "policy R", "policy G" (likewise each term of the loss),
         "momentum", "decay", "optimizer", "curvature"; they add up to `actual`.
@@ -95,6 +96,7 @@ class StepLedger:
     step: int
     by: str
     stage: str
+    texts: ProbeTexts
     samples: tuple[LedgerSample, ...]
     parts: dict[str, dict[str, np.ndarray]]
     actual: dict[str, np.ndarray]
@@ -252,7 +254,7 @@ def _read_ledger(step: int, path: Path, texts: ProbeTexts | None) -> StepLedger:
             )
     terms = sorted(key for key in arrays if key.startswith("log_prob/") and _is_term(key))
     influence = np.sum([arrays[key].astype(float) for key in terms], 0) if by == "sample" else None
-    return StepLedger(step, by, stage, samples, parts, actual, influence)
+    return StepLedger(step, by, stage, texts, samples, parts, actual, influence)
 
 
 def _ledger_problem(

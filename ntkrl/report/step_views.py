@@ -75,28 +75,32 @@ def _limits(count: str, first_seeds: bool, steps: int, tokens: int | None) -> st
 
 
 def _run(run: Run, steps: int, tokens: int | None) -> dict[str, Any]:
-    places = np.linspace(0, len(run.ledgers) - 1, min(len(run.ledgers), steps)).round().astype(int)
+    ledgers = [run.ledgers[step] for step in sorted(run.ledgers)]
+    places = np.linspace(0, len(ledgers) - 1, min(len(ledgers), steps)).round().astype(int)
     # a single step is the last
-    places = places if len(places) > 1 else [len(run.ledgers) - 1]
-    numbers = [sorted(run.ledgers)[place] for place in places]
-    completions, start = [], 0
-    for index, probe in enumerate(run.texts.completions):
-        entry = {"family": probe.family, "prompt": _cut(probe.prompt), "text": _cut(probe.text)}
+    chosen = [ledgers[place] for place in places] if len(places) > 1 else ledgers[-1:]
+    completions, start = list[dict[str, Any]](), 0
+    for index, probe in enumerate(ledgers[0].texts.completions):
+        entry: dict[str, Any] = {
+            "family": probe.family,
+            "prompt": _cut(probe.prompt),
+            "text": _cut(probe.text),
+        }
         if tokens is None or index < tokens:
             entry |= {"tokens": probe.tokens, "start": start}
             start += len(probe.tokens)
         completions.append(entry)
-    entries = [_step(run, run.ledgers[number], start) for number in numbers]
+    entries = [_step(ledger, start) for ledger in chosen]
     return {"name": run.name, "seed": run.seed, "completions": completions, "steps": entries}
 
 
-def _step(run: Run, ledger: StepLedger, tokens: int) -> dict[str, Any]:
+def _step(ledger: StepLedger, tokens: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"step": ledger.step, "stage": ledger.stage, "measures": {}}
     for measure in MEASURES:
         parts = {"actual": ledger.actual[measure]} | _roles(ledger.parts[measure])
         entry["measures"][measure] = {part: packed(v[:tokens]) for part, v in parts.items()}
     if ledger.influence is not None:
-        rows, values = influence_map(ledger, run.texts)
+        rows, values = influence_map(ledger)
         entry["rows"] = [packed(row) for row in values]
         entry["samples"] = [
             {

@@ -6,6 +6,7 @@ Means and standard deviations (n − 1 in the denominator) are over the runs of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -44,7 +45,8 @@ class Table(NamedTuple):
     css: str = ""
 
 
-class Stat(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stat:
     """Mean over runs, standard deviation (NaN below two runs) and number of runs with a value."""
 
     mean: float
@@ -296,7 +298,7 @@ def similarity_table(runs: Sequence[Run]) -> Table | None:
     names = [f"probe/cosine_{how}{kind}" for kind in PAIRS for how in ("", "variance_")]
     rows = [(BASE_LABEL, runs, _at_start), *((n, g, _at_end) for n, g in by_name(runs).items())]
     cells = tuple(
-        (label, *(number(_over(group, lambda r, n=n, at=at: at(r, n)).mean) for n in names))
+        (label, *(number(_over(group, functools.partial(at, name=n)).mean) for n in names))
         for label, group, at in rows
     )
     if all(cell == NO_VALUE for _, *row in cells for cell in row):

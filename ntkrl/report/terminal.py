@@ -14,8 +14,8 @@ from ntkrl.report.comparisons import comparison_table
 from ntkrl.report.ledger_figures import (
     QUANTITY,
     bar_ends,
+    first_by_sample,
     influence_map,
-    last_by_sample,
     last_ledgers,
     part_means,
     steps_of,
@@ -70,7 +70,7 @@ def format_text(
     try:
         "".join(PLAIN).encode(encoding)
     except UnicodeEncodeError:
-        text = text.translate(str.maketrans(PLAIN))
+        text = "".join(PLAIN.get(character, character) for character in text)
     return text.encode(encoding, "replace").decode(encoding)
 
 
@@ -136,13 +136,9 @@ def waterfall_lines(values: dict[str, float], width: int) -> list[str]:
 
 def _samples(runs: Sequence[Run], width: int) -> Iterator[str]:
     """List the most influential samples on the probe completions, in each method's first seed."""
-    for name, group in by_name(runs).items():
-        pairs = ((run, ledger) for run in group if (ledger := last_by_sample(run)) is not None)
-        run, ledger = next(pairs, (None, None))
-        if run is None:
-            continue
-        rows, values = influence_map(ledger, run.texts, SAMPLES)
-        words = f"{name}, seed {run.seed}, step {ledger.step}: samples of most influence"
+    for run, ledger in first_by_sample(runs):
+        rows, values = influence_map(ledger, SAMPLES)
+        words = f"{run.name}, seed {run.seed}, step {ledger.step}: samples of most influence"
         yield from ("", cut(f"{words} (advantage; Σ|Δ log π|; Σ Δ log π, nats)", width))
         for row, change in zip(rows, values, strict=True):
             prompt, completion, advantage = dataclasses.astuple(ledger.samples[row])

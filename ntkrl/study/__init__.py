@@ -7,9 +7,10 @@ what its page says about them (see `configs/study.py`).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 from ml_collections import ConfigDict
@@ -104,9 +105,9 @@ def load_study(config: ConfigDict, file: str) -> Study:
     Raises:
       ValueError: the file offers none, or the config is refused.
     """
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = SourceFileLoader(Path(file).stem, file)
+    module = ModuleType(loader.name)
+    loader.exec_module(module)
     if not hasattr(module, "get_study"):
         raise ValueError(
             f"{file} is not the config of a study; expected get_study(config, file) beside its "

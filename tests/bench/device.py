@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import models, ntk, rollout, scoring, update
-from ntkrl.plan.shapes import SHAPES
+from ntkrl.plan.abstract_models import CONFIGS
 from ntkrl.types import Params, Policy, PromptBatch, UpdateBatch
 from tests.bench import measure
 
 TINY = {
-    **SHAPES["EleutherAI/pythia-1b"],
+    **CONFIGS["EleutherAI/pythia-1b"],
     "hidden_size": 64,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--only", default="decode,update,kernel")
     given = parser.parse_args()
     tiny, rows = given.model == "tiny", []
-    bench = make(TINY if tiny else SHAPES[given.model], 512 if tiny else 8192)
+    bench = make(TINY if tiny else CONFIGS[given.model], 512 if tiny else 8192)
     sizes = (
         f"{given.model}: layers {bench.body / 1e6:.0f} M, head {bench.head / 1e6:.0f} M parameters"
     )

@@ -7,7 +7,7 @@ different sequences (O = U = 1). Compiled are `apply` and M of the body by two a
 multiplied as such ("highest": 6 bfloat16 passes, where a TPU's default is 1) and bfloat16 compute.
 Memory is the compiler's. FLOPs and collectives are counted in the compiled program of one chip,
 loops multiplied out: `share` tells how much of the work a chip does, 1 / chips where it is spread
-evenly. `roofline s` is at the published rates in ntkrl/plan/chips.py. Needs jax[tpu].
+evenly. `roofline s` is at the published rates in ntkrl/plan/hardware.py. Needs jax[tpu].
 """
 
 from __future__ import annotations
@@ -26,37 +26,39 @@ from jax.sharding import Mesh
 from ntkrl import models, ntk, runtime
 from ntkrl.jaxpr import flops, trace
 from ntkrl.numerics import GIB
-from ntkrl.plan import hlo, kernel, networks, topology
+from ntkrl.plan import abstract_models, hardware, hlo
+from ntkrl.plan.abstract_models import CONFIGS
+from ntkrl.plan.hardware import Machine
 from ntkrl.plan.measure import roofline
-from ntkrl.plan.shapes import SHAPES
-from ntkrl.plan.topology import Machine
 from tests.bench.measure import OUT_OF_MEMORY, table, write_json
 
 BODY = (("layerwise", 64), ("layerwise", 256), ("layerwise", 640), ("jvp_vjp", 4))
-TOLD = ("program", "algorithm", "chunk", "dtype")
+LABELS = ("program", "algorithm", "chunk", "dtype")
 MEASURED = ("peak GiB per chip", "argument GiB", "temp GiB", "matmul FLOPs", "share")
-COLUMNS = (*TOLD, *MEASURED, "received GiB", "roofline s", "compile s")
+COLUMNS = (*LABELS, *MEASURED, "received GiB", "roofline s", "compile s")
 
 
-def setting(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> kernel.Setting:
-    """Describe Pythia-2.8B, float32 params sharded over the mesh and all else on every chip."""
-    config = {**SHAPES["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
+Call = tuple[Any, tuple[Any, ...]]
+"""A jitted function and its abstract arguments."""
+
+
+def calls(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> Iterator[tuple[Any, Call]]:
+    """Yield programs of Pythia-2.8B, float32 params sharded over the mesh, by name."""
+    config = {**CONFIGS["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
     policy, shapes = models.describe(
         "GPTNeoXForCausalLM", config, options=models.ModelOptions(compute_dtype)
     )
-    placed = networks.placed(shapes, policy.sharding, mesh)
-    return kernel.setting(policy, placed, mesh, length)
+    params = abstract_models.placed(shapes, policy.sharding, mesh)
+    apply, arguments = abstract_models.kernel_apply(policy, params, mesh, length)
+    yield ("apply", "", ""), (apply, arguments)
+    context = arguments[1]
+    for algorithm, chunk in BODY:
+        form = functools.partial(ntk.Kernel.body, chunk=chunk)
+        program = ntk.kernel_program(policy, params, context, form, algorithm)
+        yield ("body", algorithm, chunk), (program, (params, context, context))
 
 
-def gram_call(s: kernel.Setting, algorithm: str, chunk: int) -> tuple[Any, tuple[Any, ...]]:
-    """Return `kernel.body()` as a jitted function and its arguments."""
-
-    form = functools.partial(ntk.Kernel.body, chunk=chunk)
-    program = ntk.kernel_program(s.policy, s.params, s.context, form, algorithm)
-    return program, (s.params, s.context, s.context)
-
-
-def measure(call: tuple[Any, tuple[Any, ...]], precision: str, machine: Machine) -> dict[str, Any]:
+def measure(call: Call, precision: str, machine: Machine) -> dict[str, Any]:
     """Compile a call and read memory and cost off the result."""
     function, arguments = call
     start = time.perf_counter()
@@ -82,14 +84,11 @@ def measure(call: tuple[Any, tuple[Any, ...]], precision: str, machine: Machine)
 
 
 def rows(machine: Machine, layers: int, length: int) -> Iterator[dict[str, Any]]:
-    """Compile every program in turn, params spread over all chips."""
+    """Compile every program in turn, params sharded over all chips."""
     mesh = runtime.make_mesh(1, -1, 1, machine.devices)
     for dtype, precision in (("float32", "highest"), ("bfloat16", "default")):
-        s = setting(mesh, layers, length, jnp.dtype(dtype))
-        calls = [(("apply", "", ""), kernel.apply_call(s))]
-        calls += [(("body", *algorithm), gram_call(s, *algorithm)) for algorithm in BODY]
-        for told, call in calls:
-            row = dict(zip(TOLD, (*told, dtype), strict=True))
+        for labels, call in calls(mesh, layers, length, jnp.dtype(dtype)):
+            row = dict(zip(LABELS, (*labels, dtype), strict=True))
             yield row | measure(call, precision, machine)
 
 
@@ -101,13 +100,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--json")
     options = parser.parse_args(arguments)
-    machine, found = topology.machine(options.topology), []
+    machine, results = hardware.machine(options.topology), []
     for row in rows(machine, options.layers, options.length):
-        found.append(row)
+        results.append(row)
         print(*row.values(), file=sys.stderr, flush=True)
         if options.json:
-            write_json(options.json, found)
-    print(table(found, COLUMNS))
+            write_json(options.json, results)
+    print(table(results, COLUMNS))
 
 
 if __name__ == "__main__":

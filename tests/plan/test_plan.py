@@ -8,9 +8,9 @@ import pytest
 
 from ntkrl import runtime
 from ntkrl.main import main
-from ntkrl.plan import command, measure, programs, topology, verdict
-from ntkrl.plan.chips import CHIPS
+from ntkrl.plan import candidate, hardware, measure
 from ntkrl.settings import read_settings
+from ntkrl.training import PROBE
 from tests.plan.test_programs import MODEL, WORDS, run_of, settings  # noqa: F401
 
 
@@ -59,13 +59,13 @@ def test_a_search(words, tmp_path, capsys):
 def test_meshes_of_a_search(settings):  # noqa: F811
     """by hand: 8 devices, 2 heads, 4 rows a step: tensor 2, rows over 4; three ways each."""
     run = run_of(settings("rl"))
-    found = [(one.mesh, one.model.remat) for one in command.choices(run.settings, run)]
+    found = [(one.mesh, one.model.remat) for one in candidate.candidates(run.settings, run)]
     meshes = [{"data": d, "fsdp": 4 // d, "tensor": 2} for d in (1, 2, 4)]
     assert [mesh for mesh, _ in found[:3]] == meshes
     assert [remat for _, remat in found[::3]] == ["products", "all", "none"]
     # twice the rows reach 8 devices without tensor parts, which come first then
     data = dataclasses.replace(run.settings.data, prompts_per_step=8)
-    more = next(command.choices(dataclasses.replace(run.settings, data=data), run))
+    more = next(candidate.candidates(dataclasses.replace(run.settings, data=data), run))
     assert more.mesh == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
@@ -84,7 +84,7 @@ def test_meshes_of_a_search(settings):  # noqa: F811
 )
 def test_names_of_machines(name, shape):
     """by hand: friendly names and shapes."""
-    assert topology.shape_of(name) == shape
+    assert hardware.tpu_topology(name) == shape
 
 
 MISTAKES = [
@@ -114,7 +114,7 @@ def test_mistakes_are_told(words, more, told, capsys):
 
 def test_no_compiler_is_told(words, monkeypatch, capsys):
     """story: what to install where libtpu is missing."""
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     assert main([*words, "--topology=v5e-16"]) == 2
     assert "pip install 'ntkrl[tpu-plan]'" in capsys.readouterr().err
 
@@ -125,10 +125,10 @@ def test_the_papers_configs(name):
     given = [f"--config=configs/paper/{name}.py", "--config.data.path=x.jsonl"]
     run = run_of(read_settings(runtime.read_config(given)))
     assert run.model.policy.config.num_hidden_layers == 32 and run.mesh.shape["fsdp"] == 8
-    batch, _ = programs.minibatch(run, len(run.stages) - 1)
+    batch, _ = run.minibatch(run.stages[-1])
     # 512 tokens and what the template writes around a prompt, or after a response
     assert batch.tokens.shape == ((32, 515 + 513) if name == "sft" else (16, 515 + 512))
-    assert list(run.rewards) == ([] if name == "sft" else ["ArmoRM-Llama3-8B-v0.1"])
+    assert list(run.scorers) == ([] if name == "sft" else ["ArmoRM-Llama3-8B-v0.1"])
 
 
 REFUSALS = [
@@ -161,22 +161,25 @@ KNOBS = [
     ("update", {}, ["--config.model.remat=all"], "model.compute_dtype=bfloat16"),
     ("generation", {}, [], "rollout.cache_dtype=bfloat16"),
     ("scoring", {}, [], "model.compute_dtype=bfloat16"),
-    ("update", {"own_gib": 20.0}, ["--config.mesh.data=4"], "mesh.data=1 mesh.fsdp=8"),
-    ("update", {"kept_gib": 15.0}, [], "probe.ledger_every_steps=None"),
-    ("update", {"kept_gib": 15.0}, [NO_LEDGER], "probe.every_steps=None"),
-    ("update", {"kept_gib": 14.0}, [], "model.remat=all"),  # the copies are not to blame
+    ("update", {"argument_gib": 20.0}, ["--config.mesh.data=4"], "mesh.data=1 mesh.fsdp=8"),
+    ("update", {"copies_gib": 15.0}, [], "probe.ledger_every_steps=None"),
+    ("update", {"copies_gib": 15.0}, [NO_LEDGER], "probe.every_steps=None"),
+    ("update", {"copies_gib": 14.0}, [], "model.remat=all"),  # the copies are not to blame
     ("generation", {}, ["--config.rollout.gather_params=True"], "rollout.gather_params=False"),
-    (programs.PROBE, {"rows": 5}, [], "probe.memory_gib=1"),
-    (programs.PROBE, {}, [], "probe.ledger_every_steps=None"),
-    (programs.PROBE, {"rows": 5, "own_gib": 20.0}, [], "probe.ledger_every_steps=None"),
+    (PROBE, {"rows": 5}, [], "probe.memory_gib=1"),
+    (PROBE, {}, [], "probe.ledger_every_steps=None"),
+    (PROBE, {"rows": 5, "argument_gib": 20.0}, [], "probe.ledger_every_steps=None"),
 ]
 
 
 @pytest.mark.parametrize(("part", "changes", "more", "knob"), KNOBS)
 def test_what_to_turn(settings, part, changes, more, knob):  # noqa: F811
     """by hand: the first knob, by what the program is and what fills the memory."""
-    name = "ledger all" if part == programs.PROBE else part
-    row = measure.Row(name, part, ("all",), 1.0, 1, 1.0, 1.0, 0.0, 30.0, 28.0)
-    row = dataclasses.replace(row, **changes)
-    said = verdict.verdict(run_of(settings("rl", *more)), row, CHIPS["v5e"])
-    assert said == f"does not fit: needs 30.0 GiB; {said.partition('; ')[2]}" and knob in said
+    name = "ledger all" if part == PROBE else part
+    sizes = {"argument_gib": 1.0, "resident_gib": 1.0, "peak_gib": 30.0, "scratch_gib": 28.0}
+    cost = measure.ProgramCost(
+        **{"name": name, "part": part, "stages": ("all",), "runs": 1.0, "rows": 1} | sizes | changes
+    )
+    verdict = candidate.verdict(run_of(settings("rl", *more)), cost, hardware.CHIPS["v5e"])
+    advice = verdict.partition("; ")[2]
+    assert verdict == f"does not fit: needs 30.0 GiB; {advice}" and knob in advice

@@ -1,4 +1,4 @@
-"""The programs of a run, described by shapes, against the run itself and arithmetic by hand."""
+"""Abstract programs of a run against the run itself and arithmetic by hand."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,11 @@ import pytest
 
 from ntkrl import attribution, data, models, probe, reward, runtime, update
 from ntkrl.generate import RewardedRollout
-from ntkrl.plan import measure, networks, programs, topology
-from ntkrl.plan.chips import Chip
-from ntkrl.plan.shapes import SHAPES
+from ntkrl.plan import abstract_models, hardware
+from ntkrl.plan.abstract_models import CONFIGS, device_bytes
+from ntkrl.plan.candidate import abstract_run, candidate_programs
+from ntkrl.plan.hardware import Chip
+from ntkrl.plan.measure import measure
 from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup
 from ntkrl.training import BATCH_SOURCES, GENERATION, PROBE, UPDATE, ProbeHook, Program, StepContext
@@ -55,31 +57,31 @@ def settings(tmp_path):
 
 
 def run_of(settings, count=8):
-    """A Run on virtual devices."""
-    return programs.described(settings, topology.machine(f"cpu:{count}").devices)
+    """Return an abstract run on virtual devices."""
+    return abstract_run(settings, hardware.machine(f"cpu:{count}"))
 
 
 def compiled(run, part, steps=None):
-    """The rows of a part, by name; the others are not compiled."""
-    found, result = {}, None
-    steps = programs.programs(run, probe=False) if steps is None else steps
+    """Return the costs of a part's programs by name; others are not compiled."""
+    costs, result = {}, None
+    steps = candidate_programs(run, probe=False) if steps is None else steps
     while True:
         try:
             program = steps.send(result)
         except StopIteration:
-            return found
+            return costs
         result = None
         if program.part == part:
-            found[program.name], result = measure.measure(run, program, Chip())
+            costs[program.name], result = measure(run, program, Chip())
 
 
 def first(steps):
-    """The first of some programs."""
+    """Return the first of some programs."""
     return (step for step in itertools.islice(steps, 1))
 
 
 def bytes_of(params):
-    """Bytes of a tree, whole."""
+    """Return the bytes of a tree over all devices."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
@@ -160,8 +162,8 @@ def test_what_lies_beside_a_program(settings):
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.model.params))
     rows = compiled(run, UPDATE)
     moments = 4 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"]
-    assert rows["update classifier"].beside_gib * 2**30 == 4 * count
-    own = rows["update classifier"].own_gib * 2**30
+    assert rows["update classifier"].resident_gib * 2**30 == 4 * count
+    own = rows["update classifier"].argument_gib * 2**30
     batch = jax.tree.leaves(run.minibatch(run.stages[0])[0])
     inputs = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in batch)
     assert own == pytest.approx(4 * count + moments + inputs, abs=16)  # and counters
@@ -173,12 +175,12 @@ def test_a_gathered_copy(settings):
     rows, whole = compiled(run, GENERATION), bytes_of(run.model.params)
     assert rows["gathering"].scratch_gib * 2**30 >= whole
     assert rows["gathering"].collectives["all-gather"][1] > whole / 2
-    assert rows["cache growth"].kept_gib * 2**30 == whole
+    assert rows["cache growth"].copies_gib * 2**30 == whole
     for name in ("prefill", "decoding"):
-        assert rows[name].kept_gib == 0 and rows[name].own_gib * 2**30 > whole
+        assert rows[name].copies_gib == 0 and rows[name].argument_gib * 2**30 > whole
         # beside the copy lie the starting params, the policy's and its moments, in eight parts
         held = [run.model.params, run.model.params, run.state(run.stages[0]).opt_state]
-        assert rows[name].beside_gib * 2**30 == sum(map(networks.held_bytes, held))
+        assert rows[name].resident_gib * 2**30 == sum(map(device_bytes, held))
     assert rows["decoding"].received < 100 < whole  # flags and places of rows
 
 
@@ -192,17 +194,17 @@ def test_a_ledger_by_hand(settings):
     assert row.runs == 1 / 50 and row.flops > 0
     batch = bytes_of(run.minibatch(run.stages[0], accounted=True)[0])
     tokens, gradients, measured = 2 * 2 * 32 * (4 + 1), 2 * moments // 2, 4 * 2 * 96
-    own = row.own_gib * 2**30 - 2 * whole - moments - batch - gradients - measured
+    own = row.argument_gib * 2**30 - 2 * whole - moments - batch - gradients - measured
     assert 2 * tokens <= own < 2 * tokens + 30 * 96  # and places of 96 probe tokens
-    assert row.beside_gib * 2**30 == pytest.approx(whole + moments, abs=16)
-    kept = [networks.held_bytes(run.snapshot_copies(stage)) for stage in run.stages]
+    assert row.resident_gib * 2**30 == pytest.approx(whole + moments, abs=16)
+    kept = [device_bytes(run.snapshot_copies(stage)) for stage in run.stages]
     assert kept == [pytest.approx(whole + moments, abs=16), pytest.approx(3 * whole, abs=100)]
     watched, alone = (
         compiled(run, UPDATE, first(updates(run, looked)))["update classifier"]
         for looked in (True, False)
     )
-    assert watched.kept_gib * 2**30 == kept[0] and alone.kept_gib == 0
-    assert watched.peak_gib - alone.peak_gib == pytest.approx(watched.kept_gib)
+    assert watched.copies_gib * 2**30 == kept[0] and alone.copies_gib == 0
+    assert watched.peak_gib - alone.peak_gib == pytest.approx(watched.copies_gib)
 
 
 @pytest.mark.parametrize("change", ["every_steps", "eval", "held_out"])
@@ -277,7 +279,7 @@ def test_shapes_are_those_of_a_ledger(settings):
         assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if "ArmoRM" not in name])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "ArmoRM" not in name])
 def test_published_shapes(name):
     """by hand: parameters as published, to a thousandth."""
     billions = {
@@ -287,7 +289,7 @@ def test_published_shapes(name):
         "meta-llama/Llama-3.2-1B": 1.235814400,
         "Qwen/Qwen3-8B": 8.190735360,
     }
-    raw = networks.read_entries(name)
+    raw = abstract_models.read_entries(name)
     _, shapes = models.describe(raw["architectures"][0], raw)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert count == round(billions[name] * 1e9)
@@ -295,7 +297,7 @@ def test_published_shapes(name):
 
 def test_armorm_has_its_published_size():
     """by hand: 7.51 billion parameters, heads in float32."""
-    raw = networks.read_entries("RLHFlow/ArmoRM-Llama3-8B-v0.1")
+    raw = abstract_models.read_entries("RLHFlow/ArmoRM-Llama3-8B-v0.1")
     scorer, shapes = models.describe_scorer(raw, jax.numpy.bfloat16)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert round(count / 1e9, 2) == 7.51
@@ -304,19 +306,19 @@ def test_armorm_has_its_published_size():
 
 @pytest.fixture
 def v5e():
-    """Sixteen described chips."""
+    """Return sixteen abstract chips."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'ntkrl[tpu-plan]'")
-    return topology.machine("v5e-16")
+    return hardware.machine("v5e-16")
 
 
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_a_tpu(settings, v5e):
     """story: 40 GiB doubled are a row that says what they need, not a crash."""
-    run = programs.described(settings("rl"), v5e.devices)
+    run = abstract_run(settings("rl"), v5e)
     array = run.replicated(jax.ShapeDtypeStruct((40, 1 << 28), np.float32))
     call = jax.jit(lambda x: 2 * x + x[::-1])
     big = Program("big", UPDATE, ("all",), call, (array,), frozenset())
-    row, compiled = measure.measure(run, big, v5e.chip)
+    row, compiled = measure(run, big, v5e.chip)
     assert compiled is None and not row.fits(v5e.chip)
     assert row.failed.startswith("does not fit: needs ") and row.peak_gib > 80
 
@@ -325,14 +327,14 @@ def test_a_program_that_does_not_fit_a_tpu(settings, v5e):
 def test_a_tpu_compiles_it(settings, v5e):
     """story: a tiny run for 16 chips of v5e, by the TPU's compiler: all programs fit."""
     machine = v5e
-    run = programs.described(settings(), machine.devices)
-    steps, result, names = programs.programs(run), None, []
+    run = abstract_run(settings(), machine)
+    steps, result, names = candidate_programs(run, probe=True), None, []
     while True:
         try:
             program = steps.send(result)
         except StopIteration:
             break
-        row, result = measure.measure(run, program, machine.chip)
+        row, result = measure(run, program, machine.chip)
         names.append(row.name)
         assert row.fits(machine.chip), row
         assert row.roofline > 0

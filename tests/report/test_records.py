@@ -157,7 +157,7 @@ def test_influence_map_by_hand(run_paths):
     ledger = run.ledgers[10]
     ledger.influence[:, 2] = 0.0
     ledger.influence[:, 1] = 0.25
-    rows, values = influence_map(ledger, run.texts, 3)
+    rows, values = influence_map(ledger, 3)
     assert rows == [3, 1, 0]
     np.testing.assert_allclose(values[1], [2.5] * 5)
     np.testing.assert_allclose(values[0][1], ledger.influence[10:20, 3].sum())

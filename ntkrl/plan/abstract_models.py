@@ -1,0 +1,243 @@
+"""Networks as placed shapes: policies, reward models and a kernel, with no array allocated."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ntkrl import data, models, ntk, runtime, trees
+from ntkrl.numerics import DTYPES
+from ntkrl.settings import RunSettings
+from ntkrl.setup import is_code
+from ntkrl.types import Array, Params, Policy, Scorer
+
+
+def describe_policy(settings: models.ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
+    """Return the policy that a run starts from, and its params as placed shapes.
+
+    The vocabulary has the stored rows, or model.vocab_size; rows that a template may add are not
+    known without the tokenizer.
+
+    Raises:
+      ValueError: an unknown model, or impossible config entries.
+    """
+    if settings.path is None:
+        with tempfile.TemporaryDirectory() as directory:
+            data.save_tokenizer(directory)
+            rows = len(data.load_tokenizer(directory))
+        entries = {**settings.new, "vocab_size": rows, "architectures": [settings.architecture]}
+    else:
+        entries = read_entries(settings.path)
+    options = models.ModelOptions(
+        compute_dtype=None if settings.compute_dtype is None else DTYPES[settings.compute_dtype],
+        remat=settings.remat,
+        untie=settings.untie,
+        lora=models.Lora(**settings.lora) if settings.lora["rank"] else None,
+    )
+    dtype = DTYPES[settings.dtype]
+    policy, shapes = models.describe(entries["architectures"][0], entries, dtype, mesh, options)
+    rows = settings.vocab_size
+    if rows is not None and rows != policy.vocab_size:
+        policies = []  # a Policy is not an array: eval_shape cannot return it
+
+        def resized(params: Params) -> Params:
+            other, params = models.resized(policy, params, rows)
+            policies.append(other)
+            return params
+
+        shapes = jax.eval_shape(resized, shapes)
+        (policy,) = policies
+    return policy, placed(shapes, policy.sharding, mesh)
+
+
+def describe_rewards(settings: RunSettings, mesh: Mesh) -> dict[str, tuple[Scorer, Params]]:
+    """Return the reward models of a run by name; reward functions in Python are left out.
+
+    Raises:
+      ValueError: an unknown model, or impossible config entries.
+    """
+    scorers = {}
+    for spec, _ in settings.reward.functions:
+        if not is_code(spec):
+            dtype = DTYPES[settings.reward.dtype]
+            scorer, shapes = models.describe_scorer(read_entries(spec), dtype, mesh, source=spec)
+            scorers[Path(spec).name] = scorer, placed(shapes, scorer.sharding, mesh)
+    return scorers
+
+
+def read_entries(path: str) -> dict[str, Any]:
+    """Return a model's config.json: from a directory, the local hub cache, or CONFIGS.
+
+    Raises:
+      ValueError: found in none of them; nothing is downloaded.
+    """
+    directory = Path(path)
+    if (directory / models.ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{path} holds adapters; plan with their base model and model.lora.rank.")
+    if directory.is_dir():
+        return models.read_config(directory)
+    if models.HUB_NAME.fullmatch(path):
+        cached = huggingface_hub.try_to_load_from_cache(path, "config.json")
+        if isinstance(cached, str):
+            return models.read_config(Path(cached).parent)
+    if path in CONFIGS:
+        return CONFIGS[path]
+    raise ValueError(
+        f"{path!r} is not a directory here, nor in the hub's cache, and its shape is not known; "
+        f"give a directory with its config.json, or one of {', '.join(CONFIGS)}."
+    )
+
+
+def kernel_apply(
+    policy: Policy, params: Params, mesh: Mesh, length: int
+) -> tuple[Callable[..., Array], tuple[Any, ...]]:
+    """Return `K.apply` of the full kernel between last positions of two sequences of a length.
+
+    Args:
+      policy: the network's functions.
+      params: placed shapes.
+      mesh: of the params; other arrays are replicated on it.
+      length: tokens of each sequence.
+
+    Returns:
+      The jitted function and its abstract arguments: params, two contexts and cotangents.
+    """
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=runtime.replicated(mesh))
+    position = row.update(shape=(1,))
+    context = ntk.Contexts(row, position, position, row.update(dtype=jnp.bool_))
+    cotangents = row.update(shape=(1, policy.vocab_size), dtype=jnp.float32)
+    apply = ntk.kernel_program(policy, params, context, lambda kernel, c: kernel.apply(c))
+    return apply, (params, context, context, cotangents)
+
+
+def device_bytes(tree: Any) -> float:
+    """Return the bytes of placed shapes in one device's memory."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+        and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        and leaf.sharding.memory_kind != "pinned_host"
+    )
+
+
+def placed(tree: Any, patterns: trees.Patterns, mesh: Mesh) -> Any:
+    """Set the sharding of every shape of a tree."""
+    shardings = trees.shardings(tree, patterns, mesh)
+    return jax.tree.map(lambda leaf, spec: leaf.update(sharding=spec), tree, shardings)
+
+
+# config.json entries of published models, so that planning needs no download; copied from the
+# Hugging Face hub, without entries that affect no shape
+_PYTHIA = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+}
+_LLAMA_8B = {
+    **_LLAMA,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "num_hidden_layers": 32,
+    "tie_word_embeddings": False,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "EleutherAI/pythia-1b": {
+        **_PYTHIA,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 16,
+    },
+    "EleutherAI/pythia-2.8b": {
+        **_PYTHIA,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+    },
+    "meta-llama/Meta-Llama-3-8B": _LLAMA_8B,
+    "meta-llama/Llama-3.2-1B": {
+        **_LLAMA,
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_hidden_layers": 16,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-8B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 12288,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 36,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "RLHFlow/ArmoRM-Llama3-8B-v0.1": {
+        **_LLAMA_8B,
+        "architectures": ["LlamaForRewardModelWithGating"],
+        "gating_hidden_dim": 1024,
+        "gating_n_hidden": 3,
+        "gating_temperature": 10,
+        "num_objectives": 19,
+        "pad_token_id": 128256,
+        "vocab_size": 128257,
+    },
+}

@@ -1,0 +1,298 @@
+"""A config on a mesh: its compiled programs, verdicts with advice, and settings to search."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from ntkrl import runtime, trees
+from ntkrl.plan import abstract_models
+from ntkrl.plan.hardware import Chip, Machine
+from ntkrl.plan.measure import ProgramCost, measure
+from ntkrl.probe import CADENCES
+from ntkrl.settings import RunSettings
+from ntkrl.setup import StartingModel
+from ntkrl.training import (
+    GENERATION,
+    PROBE,
+    SCORING,
+    UPDATE,
+    AbstractRun,
+    Program,
+    Programs,
+    run_programs,
+)
+
+REMATS = ("products", "all", "none")  # of models.REMAT, the usual first
+TIMED = (GENERATION, SCORING, UPDATE)
+FITS = "fits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Compiled programs of a config on one mesh, with a verdict each.
+
+    mesh, remat: settings that a search varies.
+    crowding: see crowding().
+    programs: costs. verdicts: see verdict().
+    stages: names of the stages.
+    """
+
+    mesh: Mapping[str, int]
+    remat: str
+    crowding: str | None
+    programs: list[ProgramCost]
+    verdicts: list[str]
+    stages: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """True if every program fits."""
+        return self.verdict == FITS
+
+    @property
+    def verdict(self) -> str:
+        """The first verdict on a program that does not fit, or "fits"."""
+        return next((text for text in self.verdicts if text != FITS), FITS)
+
+    @property
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """Roofline seconds of a rollout step by stage and part; NaN where rates are unknown.
+
+        Decoding counts every token at the full cache size, and no row that ends before the last.
+        """
+        return {
+            stage: {
+                part: math.fsum(
+                    cost.runs * cost.roofline
+                    for cost in self.programs
+                    if cost.part == part and stage in cost.stages
+                )
+                for part in TIMED
+            }
+            for stage in self.stages
+        }
+
+    @property
+    def total(self) -> float:
+        """Roofline seconds of a rollout step of the last stage; NaN where rates are unknown."""
+        return sum(self.seconds[self.stages[-1]].values())
+
+    @property
+    def largest(self) -> ProgramCost | None:
+        """The program with the highest peak memory."""
+        known = [cost for cost in self.programs if cost.peak_gib is not None]
+        return max(known, key=lambda cost: cost.peak_gib) if known else None
+
+    def rank(self) -> tuple[bool, float, float]:
+        """Sort key: candidates that fit first, by time, then by memory."""
+        peak = math.inf if self.largest is None else self.largest.peak_gib
+        total = 0.0 if math.isnan(self.total) else self.total
+        return (not self.fits, total if self.fits else peak, peak)
+
+    def as_json(self, machine: str) -> dict[str, Any]:
+        """Return the candidate as JSON values."""
+        programs = [
+            {
+                **dataclasses.asdict(cost),
+                "roofline": None if math.isnan(cost.roofline) else cost.roofline,
+                "verdict": text,
+            }
+            for cost, text in zip(self.programs, self.verdicts, strict=True)
+        ]
+        return {
+            "topology": machine,
+            "mesh": self.mesh,
+            "remat": self.remat,
+            "programs": programs,
+        }
+
+
+class SpecialTokens(NamedTuple):
+    """The part of a tokenizer that a sampler uses."""
+
+    eos_token_id: int = 0
+    pad_token_id: int = 0
+
+
+def abstract_run(settings: RunSettings, machine: Machine) -> AbstractRun:
+    """Return a run on a machine's devices whose arrays are placed shapes.
+
+    Raises:
+      ValueError: an unknown model, a mesh that does not fit the devices; see also AbstractRun.
+    """
+    if settings.method == "reward":
+        raise ValueError("plan knows methods rl and sft; a reward model has no plan yet.")
+    mesh = runtime.make_mesh(**settings.mesh, devices=machine.devices)
+    policy, params = abstract_models.describe_policy(settings.model, mesh)
+    scorers = abstract_models.describe_rewards(settings, mesh)
+    return AbstractRun(settings, StartingModel(policy, params, SpecialTokens(), "", mesh), scorers)
+
+
+def compile_candidate(
+    settings: RunSettings, machine: Machine, bar: tqdm | None = None, probe: bool = False
+) -> Candidate:
+    """Compile every program of a config for a machine.
+
+    Args:
+      settings: of the config.
+      machine: the devices.
+      bar: shows the name of the program being compiled.
+      probe: include the programs of probes and evaluations, and a product with the kernel.
+    """
+    run = abstract_run(settings, machine)
+    programs, costs, compiled = candidate_programs(run, probe), [], None
+    while True:
+        try:
+            program = programs.send(compiled)
+        except StopIteration:
+            break
+        if bar is not None:
+            bar.set_postfix_str(program.name)
+        cost, compiled = measure(run, program, machine.chip)
+        costs.append(cost)
+    return Candidate(
+        mesh=dict(run.mesh.shape),
+        remat=settings.model.remat,
+        crowding=crowding(run),
+        programs=costs,
+        verdicts=[verdict(run, cost, machine.chip) for cost in costs],
+        stages=run.stage_names,
+    )
+
+
+def candidate_programs(run: AbstractRun, probe: bool) -> Programs:
+    """Yield the programs of a run; with `probe`, also K c for the last position of a prompt."""
+    yield from run_programs(run, probe)
+    if probe:
+        model = run.model
+        apply, arguments = abstract_models.kernel_apply(
+            model.policy, model.params, run.mesh, run.width
+        )
+        yield Program("kernel apply", PROBE, (), apply, arguments, frozenset({"params"}), 0.0)
+
+
+def crowding(run: AbstractRun) -> str | None:
+    """Return a warning if a step has too few rows for the mesh, so that devices repeat them."""
+    rows, parts = run.minibatch(run.stages[0])[0].tokens.shape[0], trees.row_parts(run.mesh)
+    rows //= run.settings.schedule.microbatches
+    if rows % parts == 0:
+        return None
+    return (
+        f"data × fsdp = {parts} does not divide the {rows} rows read together in a step: devices "
+        "repeat each other's work; raise data.prompts_per_step or mesh.tensor"
+    )
+
+
+def candidates(settings: RunSettings, run: AbstractRun) -> Iterator[RunSettings]:
+    """Yield settings with other meshes and rematerialisation, in the order a search tries them.
+
+    Few tensor parts come first, data parallelism last. Left out are meshes that do not divide the
+    heads, and those that replicate a step's rows, if others do not.
+    """
+    config, devices = run.model.policy.config, run.mesh.size
+    rows = settings.minibatch_rows // settings.schedule.microbatches
+    heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
+    meshes = [
+        {"data": data, "fsdp": devices // tensor // data, "tensor": tensor}
+        for tensor in _divisors(devices)
+        for data in _divisors(devices // tensor)
+        if heads % tensor == 0
+    ]
+    sharded = [mesh for mesh in meshes if rows % (mesh["data"] * mesh["fsdp"]) == 0]
+    # where every device reads all rows, only tensor parts divide the work
+    meshes, sign = (sharded, 1) if sharded else (meshes, -1)
+    meshes = sorted(meshes, key=lambda mesh: (mesh["data"], sign * mesh["tensor"]))
+    for remat, mesh in itertools.product(REMATS, meshes):
+        model = dataclasses.replace(settings.model, remat=remat)
+        yield dataclasses.replace(settings, mesh=mesh, model=model)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def verdict(run: AbstractRun, cost: ProgramCost, chip: Chip) -> str:
+    """Return "fits", or the memory needed and the first setting to change."""
+    if cost.failed is not None and cost.peak_gib is None:
+        return cost.failed
+    if cost.fits(chip):
+        return FITS
+    return f"does not fit: needs {cost.peak_gib:.1f} GiB; {advice(run, cost, chip)}"
+
+
+def advice(run: AbstractRun, cost: ProgramCost, chip: Chip) -> str:
+    """Return the first setting to change, as written on the command line."""
+    settings = run.settings
+    # an evaluation samples as many completions at a time as a step
+    samples = cost.part == GENERATION or cost.name.startswith("evaluation ")
+    if samples and settings.rollout.gather_params:
+        return "set rollout.gather_params=False"
+    if cost.part == PROBE and cost.name.startswith("ledger "):
+        return _smaller_ledger(run, cost, chip)
+    if chip.memory_gib is not None:
+        if 0 < cost.peak_gib - chip.memory_gib <= cost.copies_gib:
+            return _fewer_copies(run)
+        if cost.argument_gib + cost.resident_gib > chip.memory_gib:
+            return _smaller_state(run, cost)
+    compute = settings.model.dtype
+    if settings.model.compute_dtype is not None:
+        compute = settings.model.compute_dtype
+    if cost.part == UPDATE:
+        if cost.rows > 1:
+            return f"set schedule.microbatches={2 * settings.schedule.microbatches}"
+        heads = tuple(stage.stage.name for stage in run.stages if stage.head_alone)
+        if settings.model.remat != "all" and not cost.name.endswith(heads):
+            return "set model.remat=all"
+    if samples and not cost.name.endswith("prefill"):
+        cache = settings.rollout.cache_dtype
+        if (compute if cache is None else cache) == "float32":
+            return "set rollout.cache_dtype=bfloat16"
+    if cost.part == SCORING and cost.name.startswith("reward "):
+        if cost.rows > 1:
+            return f"set reward.batch_size={settings.reward.batch_size // 2}"
+        if settings.reward.dtype == "float32":
+            return "set reward.dtype=bfloat16"
+    elif compute == "float32":
+        return "set model.compute_dtype=bfloat16"
+    if cost.part == UPDATE and settings.schedule.chunk_tokens > 256:
+        return f"set schedule.chunk_tokens={settings.schedule.chunk_tokens // 2}"
+    if (samples or cost.part == SCORING) and cost.rows > 1:
+        return f"lower data.prompts_per_step = {settings.data.prompts_per_step}"
+    return f"raise mesh.tensor = {run.mesh.shape['tensor']}, or take more chips"
+
+
+def _smaller_ledger(run: AbstractRun, cost: ProgramCost, chip: Chip) -> str:
+    """Return the setting that shrinks a ledger; turn it off where its arguments do not fit."""
+    limit, arrays = chip.memory_gib, cost.argument_gib + cost.resident_gib
+    # probe.memory_gib also bounds how many probe completions are read together
+    if cost.rows > 1 and (limit is None or arrays <= limit):
+        return f"set probe.memory_gib={run.settings.probe.memory_gib / 2:g}"
+    return "set probe.ledger_every_steps=None"
+
+
+def _fewer_copies(run: AbstractRun) -> str:
+    """Return the settings that need copies of the state before a step, turned off."""
+    names = [name for name in CADENCES if getattr(run.settings.probe, name) is not None]
+    if "ledger_every_steps" in names:  # its copies are the larger ones
+        names = ["ledger_every_steps"]
+    return "set " + " ".join(f"probe.{name}=None" for name in names)
+
+
+def _smaller_state(run: AbstractRun, cost: ProgramCost) -> str:
+    """Return the setting that shrinks the arrays resident throughout the run."""
+    settings, shape = run.settings, run.mesh.shape
+    if shape["data"] > 1:
+        return f"spread the params: set mesh.data=1 mesh.fsdp={shape['data'] * shape['fsdp']}"
+    if run.scorers and settings.reward.dtype == "float32":
+        return "set reward.dtype=bfloat16"
+    if cost.part != UPDATE and not settings.schedule.offload_optimizer:
+        return "set schedule.offload_optimizer=True"
+    if not settings.model.lora["rank"]:
+        return "take more chips, or train adapters with model.lora.rank=16"
+    return "take more chips, or keep params in bfloat16 with model.dtype=bfloat16"
