@@ -49,6 +49,11 @@ class Operation(NamedTuple):
         """Slots among the operands."""
         return {slot for slot in self.inputs if not isinstance(slot, Constant)}
 
+    def operand_shape(self, number: int) -> tuple[int, ...]:
+        """Return the shape of an operand."""
+        aval: Any = self.eqn.invars[number].aval
+        return aval.shape
+
     def run(self, read: Callable[[int | Constant], Any]) -> list[Any]:
         """Return the results; `read` maps an operand to its value."""
         primitive = self.eqn.primitive
@@ -110,14 +115,13 @@ def flatten(closed: ClosedJaxpr) -> TracedFunction:
             operands = tuple(operand(atom) for atom in eqn.invars)
             if eqn.primitive.name in INLINED:
                 inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
-                if isinstance(inner, ClosedJaxpr):
-                    results = walk(inner.jaxpr, inner.consts, operands)
-                else:
-                    results = walk(inner, (), operands)
-            else:
-                results = fresh(eqn.outvars)
-                operations.append(Operation(eqn, operands, results))
-            slots.update(zip(eqn.outvars, results, strict=True))
+                closed = isinstance(inner, ClosedJaxpr)
+                body, body_consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
+                slots.update(zip(eqn.outvars, walk(body, body_consts, operands), strict=True))
+                continue
+            outputs = fresh(eqn.outvars)
+            operations.append(Operation(eqn, operands, outputs))
+            slots.update(zip(eqn.outvars, outputs, strict=True))
         return [operand(atom) for atom in jaxpr.outvars]
 
     inputs = fresh(closed.jaxpr.invars)
@@ -132,9 +136,9 @@ def flops(traced: TracedFunction) -> int:
         params = operation.eqn.params
         if operation.name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            shape = operation.eqn.invars[0].aval.shape
+            shape = operation.operand_shape(0)
             inner = math.prod(shape[axis] for axis in contracted)
-            total += 2 * inner * operation.eqn.outvars[0].aval.size
+            total += 2 * inner * traced.avals[operation.outputs[0]].size
         elif operation.name == "scan":
             total += params["length"] * flops(flatten(params["jaxpr"]))
     return total

@@ -61,7 +61,7 @@ def primal(tree: Any) -> tuple[Any, bool]:
     """Unwrap an argument of a custom_vjp's forward rule that was defined with symbolic_zeros.
 
     Returns:
-      `(values, moved)`, moved where a cotangent of some leaf is wanted.
+      `(values, perturbed)`, perturbed where a cotangent of some leaf is needed.
     """
 
     def is_wrapped(leaf: Any) -> bool:

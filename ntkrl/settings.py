@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.sharding import Mesh
@@ -128,8 +128,11 @@ def read_settings(config: ConfigDict) -> RunSettings:
     """
     errors = runtime.ErrorCollector()
 
+    def read(function: Callable[..., Any], *args: Any) -> Any:
+        return errors.call(function, *args)  # None after an error, which `finish` raises
+
     def section(kind: Any, name: str) -> Any:
-        return errors.call(runtime.parse_section, kind, config[name], name)
+        return read(runtime.parse_section, kind, config[name], name)
 
     if config.method not in METHODS:
         errors.messages.append(f"method {config.method!r} is not among {', '.join(METHODS)}.")
@@ -140,11 +143,11 @@ def read_settings(config: ConfigDict) -> RunSettings:
         model=section(models.ModelSettings, "model"),
         data=section(data.DataSettings, "data"),
         rollout=section(rollout.RolloutSettings, "rollout"),
-        reward=errors.call(_read_reward, config),
+        reward=read(_read_reward, config),
         preference=section(update.PreferenceSettings, "preference"),
-        objective=errors.call(_read_objective, config),
+        objective=read(_read_objective, config),
         schedule=section(update.ScheduleSettings, "schedule"),
-        stages=errors.call(update.read_stages, config),
+        stages=read(update.read_stages, config),
         mesh=config.mesh.to_dict(),
         checkpoint=section(runtime.CheckpointSettings, "checkpoint"),
         evaluation=section(EvalSettings, "eval"),

@@ -83,10 +83,10 @@ def match_names(
         values.append(hits[0] if hits else None)
         if not hits:
             uncovered.append(written[0])
-    shown = [written[0] for written in spellings]
+    first_spellings = [written[0] for written in spellings]
     for regex, _ in compiled:
         if not any(any(map(regex.fullmatch, written)) for written in spellings):
-            near = difflib.get_close_matches(regex.pattern, shown, n=1, cutoff=0.3)
+            near = difflib.get_close_matches(regex.pattern, first_spellings, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             problems.append(f"{regex.pattern!r} matches no parameter{hint}")
     if uncovered:
@@ -94,7 +94,7 @@ def match_names(
             f"no pattern covers {', '.join(uncovered)}; add a last row ('.*', …) for the rest"
         )
     if problems:
-        known = ", ".join(shown)
+        known = ", ".join(first_spellings)
         raise ValueError(f"{what}: " + "; ".join(problems) + f". Parameters are: {known}.")
     return values
 

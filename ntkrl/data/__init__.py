@@ -13,7 +13,13 @@ from ntkrl.data.arithmetic_task import (
     supervised_set,
     targets,
 )
-from ntkrl.data.batches import packed_batches, pad_rows, prompt_batch, supervised_batch
+from ntkrl.data.batches import (
+    packed_batches,
+    pad_rows,
+    prompt_batch,
+    supervised_batch,
+    widened,
+)
 from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
 from ntkrl.data.prompts import PromptSet, join, read_prompts, read_set, validate_rows
 from ntkrl.data.published import Rows, files_of, import_pyarrow, read_rows

@@ -1,7 +1,7 @@
 """Exact empirical kernels of language models and first-order predictions; no RL inside.
 
-The NTK of next-token logits between two contexts is V×V; it is never formed unasked. A model of
-your own needs a function for its features and the name of its head's matrix:
+The NTK of next-token logits between two contexts is V×V; it is formed on request only. A
+custom model needs a function for its features and the name of its head's matrix:
 
     >>> import jax, jax.numpy as jnp
     >>> from ntkrl import ntk

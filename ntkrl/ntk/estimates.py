@@ -116,7 +116,7 @@ def _tap_sizes(plan: TapPlan, times: int) -> list[tuple[int, int, int]]:
             width = result.shape[-1]
         else:
             contracted = operation.eqn.params["dimension_numbers"][0][tap.operand]
-            shape = operation.eqn.invars[tap.operand].aval.shape
+            shape = operation.operand_shape(tap.operand)
             width = math.prod(n for axis, n in enumerate(shape) if axis not in contracted)
         sizes.append((result.size // width, width, times))
     return sizes

@@ -1,4 +1,4 @@
-"""The empirical NTK K(o, u) = ∂z(o)/∂θ (∂z(u)/∂θ)ᵀ of next-token logits, never formed unasked.
+"""The empirical NTK K(o, u) = ∂z(o)/∂θ (∂z(u)/∂θ)ᵀ of next-token logits, in factored form.
 
 Additive over any partition of θ (see parts.py). With φ the features, W the head and d its slopes:
 
@@ -7,7 +7,7 @@ Additive over any partition of θ (see parts.py). With φ the features, W the he
     cross  the products of a tied head's two roles
     full   their sum
 
-A product with K is one VJP and one JVP of the features; M takes D directions a context, not V.
+A product with K is one VJP and one JVP of the features; M needs D directions per context, not V.
 
 >>> kernel = ntk.kernel(policy, params, ntk.last_positions(tokens))
 >>> kernel.trace("head").shape  # [O, U]
@@ -59,7 +59,7 @@ class Kernel:
     def head(self) -> Array:
         """`[O, U]` s² (⟨φ(o), φ(u)⟩ + 1 with a bias); the head kernel is this times I_V.
 
-        With a soft-cap it stands between the cap's derivatives (see `ntk.factored`).
+        With a soft-cap the cap's derivatives multiply it on both sides (see `ntk.factored`).
 
         Raises:
           ValueError: with a preconditioner the head kernel is not a multiple of I.

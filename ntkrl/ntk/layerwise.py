@@ -86,8 +86,8 @@ def _backward_scan(
     total = jnp.zeros((len(pairs[0]), sides[0].counts[1], sides[-1].counts[1]), wide)
     xs = ([scan.xs() for scan in scans], per_layer)
     (end, total), by_layer = jax.lax.scan(layer, (start, total), xs, reverse=not params["reverse"])
-    for scan, entering, apart in zip(scans, end, by_layer, strict=True):
-        scan.finish(entering, apart)
+    for scan, entering, sliced in zip(scans, end, by_layer, strict=True):
+        scan.finish(entering, sliced)
     return total
 
 

@@ -44,7 +44,7 @@ def predict(
       params: the params tree.
       direction: tree like `params`, the change of the params (for example θ_{t+1} − θ_t).
       observed: O contexts.
-      targets: `[O]` int tokens to predict the change of; None for the whole vocabulary.
+      targets: `[O]` int tokens to predict the change of; None for the full vocabulary.
       groups: `(pattern, name)` list that partitions the parameters in their features' role, as for
         `kernel`; the head's role is a group of its own, called "head". A tied matrix counts in
         both.

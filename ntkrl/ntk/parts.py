@@ -1,4 +1,4 @@
-"""Parts of a kernel: sets of parameters, the roles they are taken in, and their weights.
+"""Parts of a kernel: sets of parameters, their roles, and their weights.
 
 The kernel is additive over any partition of the parameters. Built-in parts, for a head W that may
 be tied to the embedding (J_out its output role, J_in its input role):

@@ -56,7 +56,7 @@ class Tap(NamedTuple):
             columns = tuple(axis + 1 for axis in params["dimension_numbers"].offset_dims)
         else:  # the result's axes are the free ones of operand 0, then those of operand 1
             contracted = params["dimension_numbers"][0][self.operand]
-            width = operation.eqn.invars[self.operand].aval.ndim - len(contracted)
+            width = len(operation.operand_shape(self.operand)) - len(contracted)
             columns = tuple(axes[:width] if self.operand == 0 else axes[len(axes) - width :])
         rows = tuple(axis for axis in axes if axis not in columns)
         size = math.prod(cotangent.shape[axis] for axis in columns)
@@ -98,7 +98,7 @@ class TapPlan:
         return [*entries, sorted(self.direct), len(self.segments())]
 
     def segments(self) -> list[list[int]]:
-        """Return the operations in segments, each scan over layers a segment of its own."""
+        """Return the operations in segments, each scan over layers in a separate segment."""
         segments: list[list[int]] = [[]]
         for index, operation in enumerate(self.traced.operations):
             if index in self.aliases and self.leaf_slots[operation.outputs[0]] not in self.direct:
@@ -207,7 +207,7 @@ def _kind(operation: Operation, operand: int, unchanged: bool, slots: Any) -> st
         batched = bool(params["dimension_numbers"][1][0])
         return None if mixed or batched else "dot"
     if operation.name == "gather" and operand == 0 and unchanged:
-        numbers, table = params["dimension_numbers"], operation.eqn.invars[0].aval.shape
+        numbers, table = params["dimension_numbers"], operation.operand_shape(0)
         by_row = tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
         full = not numbers.operand_batching_dims and params["slice_sizes"] == (1, *table[1:])
         return "gather" if by_row and full else None

@@ -110,3 +110,12 @@ def test_one_compilation_serves_new_params():
         scaled = jax.tree.map(lambda leaf, s=scale: s * leaf, params)
         ntk.kernel(policy, scaled, observed, updated).apply(jnp.ones((3, 11)))
     assert forms.body_apply._cache_size() - before == 1
+
+
+def test_kernel_has_the_methods_of_its_contract():
+    """law: nothing is inherited or added, and a kernel prints as three lines."""
+    public = {name for name in dir(ntk.Kernel) if not name.startswith("_")}
+    forms_of_k = {"head", "body", "dense", "apply", "bilinear", "trace", "diagonal", "estimate"}
+    assert public == forms_of_k
+    lines = repr(ntk.kernel(*model("toy"), *contexts(False))).splitlines()
+    assert len(lines) == 3 and lines[0] == "Kernel of 3 × 3 contexts, V = 11, D = 5"
