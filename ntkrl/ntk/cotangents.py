@@ -45,7 +45,7 @@ class ProbeCotangents:
             if plan.leaf_slots[alias] not in plan.direct:
                 self.shared[alias] = operation.run(lambda slot: self.shared[slot])[0]
         side = block.side
-        self.counts = (side.sequences, block.count)
+        self.counts = (side.sequences, block.size)
         data = zip(inputs[len(leaves) :], jax.tree.leaves((side.tokens, side.mask)), strict=True)
         state = {slot: leaf[:, None] for slot, leaf in data}
         self.saved: list[Values] = []
@@ -56,9 +56,9 @@ class ProbeCotangents:
         phi = state[output]
 
         def start(positions: Array, vectors: Array | None) -> Array:
-            indices, length = block.first + jnp.arange(block.count), phi.shape[2]
+            indices, length = block.first + jnp.arange(block.size), phi.shape[2]
             c_ATD = jax.vmap(lambda a: cotangent(positions, vectors, a, side, length))(indices)
-            return c_ATD.astype(phi.dtype).reshape(block.count, *phi.shape[1:])
+            return c_ATD.astype(phi.dtype).reshape(block.size, *phi.shape[1:])
 
         starts = jax.vmap(start)(side.positions, side.vectors)
         self.cotangents = {output: features.shard_directions(starts)}
@@ -210,7 +210,7 @@ class ScanCotangents:
                 continue
             value, per_sequence = self.values[operand]
             shape = value.shape[1:] if per_sequence else value.shape
-            start[operand] = jnp.zeros((*self.block.counts, *shape), value.dtype)
+            start[operand] = jnp.zeros((*self.block.sizes, *shape), value.dtype)
         return start
 
     def xs(self) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def jacobian(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Array
             def direction(index: Array) -> Leaves:
                 return pull(cotangent(positions, vectors, index, side, phi.shape[1])[None])
 
-            return jax.vmap(direction)(block.first + jnp.arange(block.count))
+            return jax.vmap(direction)(block.first + jnp.arange(block.size))
 
         return jax.vmap(sequence)(*side.arrays)
 
@@ -189,7 +189,7 @@ def jacobian(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Array
         rows = gradients(left)
         columns = rows if right is None else gradients(right)
         # leaf axes are contracted without flattening, which would gather sharded ones
-        return sum(
+        products = [
             jnp.tensordot(
                 a,
                 b,
@@ -198,7 +198,8 @@ def jacobian(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Array
                 preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
             )
             for a, b in zip(scale_leaves(rows, weights), columns, strict=True)
-        )
+        ]
+        return sum(products[1:], products[0])
 
     return by_blocks(pair, inputs, chunk)
 
@@ -209,11 +210,11 @@ def add_axis(tree: Any) -> Any:
 
 
 class Block(NamedTuple):
-    """Directions `first` to `first + count` of every sequence of `side`."""
+    """Directions `first` to `first + size` of every sequence of `side`."""
 
     side: Directions
-    first: Array
-    count: int
+    first: Array | int
+    size: int
 
 
 def by_blocks(

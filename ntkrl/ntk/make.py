@@ -124,7 +124,7 @@ class DenseKernel(Kernel):
                 [role[index].reshape(*role[index].shape[:2], -1) for role in side]
                 for side in (left, right)
             )
-            weight = 1.0
+            weight: Array | float = 1.0
             if weights is not None:
                 shape = jax.tree.leaves(params)[index].shape
                 weight = jnp.broadcast_to(weights[index], shape).reshape(-1)[None, None]

@@ -163,7 +163,7 @@ def _inner_of_rows(first: Kernel, second: Kernel, part: str, centred: bool) -> A
     step = max(1, min(vocab, budget // row_bytes))
     total = jnp.zeros(())
     for start in range(0, vocab, step):
-        rows = np.arange(start, min(start + step, vocab))
+        rows = range(start, min(start + step, vocab))
         blocks = [kernel.dense(part, rows=rows) for kernel in (first, second)]
         if centred:
             blocks = [_centre(block) for block in blocks]
