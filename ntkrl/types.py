@@ -36,7 +36,7 @@ class Total(NamedTuple):
     """
 
     total: Array
-    count: Array
+    count: Array  # type: ignore[assignment]  # shadows tuple.count
 
 
 @chex.dataclass(frozen=True)

@@ -7,6 +7,7 @@ on each (see types.Policy); to the loss it is a completion of all columns but th
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -241,4 +242,5 @@ def widened(batch: Batch, prompt_length: int, completion_length: int, pad_id: in
         numpy = np if isinstance(leaf, np.ndarray) else jnp
         return numpy.pad(leaf, sides, constant_values=pad_id if name == "tokens" else 0)
 
-    return batch.replace(**{name: pad(name, leaf) for name, leaf in batch.items()})
+    names = [field.name for field in dataclasses.fields(batch)]
+    return dataclasses.replace(batch, **{name: pad(name, getattr(batch, name)) for name in names})
