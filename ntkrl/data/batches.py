@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -243,4 +243,5 @@ def widened(batch: Batch, prompt_length: int, completion_length: int, pad_id: in
         return numpy.pad(leaf, sides, constant_values=pad_id if name == "tokens" else 0)
 
     names = [field.name for field in dataclasses.fields(batch)]
-    return dataclasses.replace(batch, **{name: pad(name, getattr(batch, name)) for name in names})
+    padded: dict[str, Any] = {name: pad(name, getattr(batch, name)) for name in names}
+    return dataclasses.replace(batch, **padded)

@@ -1,5 +1,6 @@
 """Metrics over sampled completions, their comparison with a base policy, and kernels of prompts."""
 
+from ntkrl.evaluation import commands, kernel_command
 from ntkrl.evaluation.comparison import mean_interval, powers
 from ntkrl.evaluation.sampling import (
     EvaluationSamples,
@@ -10,7 +11,9 @@ from ntkrl.evaluation.sampling import (
 
 __all__ = [
     "EvaluationSamples",
+    "commands",
     "evaluate_policy",
+    "kernel_command",
     "make_evaluation_sample",
     "mean_interval",
     "powers",
