@@ -151,7 +151,7 @@ def policy_terms(objective: Objective, budget: int) -> TokenLoss:
             part = batch.kl_advantages.astype(batch.advantages.dtype)
 
             def surrogate(advantages: Array) -> Array:
-                changed = batch.replace(advantages=advantages)
+                changed = dataclasses.replace(batch, advantages=advantages)
                 return policy_loss(bare, budget, statistics, changed)[0].total
 
             kl = jax.jvp(surrogate, (batch.advantages,), (part,))[1]
@@ -159,7 +159,9 @@ def policy_terms(objective: Objective, budget: int) -> TokenLoss:
                 "policy": Total(policy.total - kl, policy.count),
                 "kl": Total(kl, policy.count),
             }
-        no_advantages = batch.replace(advantages=jnp.zeros_like(batch.advantages), penalties=None)
+        no_advantages = dataclasses.replace(
+            batch, advantages=jnp.zeros_like(batch.advantages), penalties=None
+        )
         for name, term in terms.items():
             totals[name] = policy_loss(term, budget, statistics, no_advantages)[0]
         return totals, measures

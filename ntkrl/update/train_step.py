@@ -8,6 +8,7 @@ completions, so the gradient of each chunk is known up to the cotangent of the s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def transfer_state(program: StageProgram, state: TrainState) -> TrainState:
     opt_state = program.optimizer.init(trained)
     if program.stage.optimizer_state == "keep":
         opt_state = optimizers.transfer_moments(state.opt_state, opt_state)
-    return state.replace(opt_state=opt_state)
+    return dataclasses.replace(state, opt_state=opt_state)
 
 
 def policy_loss_fn(
@@ -103,7 +104,7 @@ def policy_loss_fn(
         head = head_of(policy, params)
         if reference is None and length <= chunk_tokens:
             chunks = -(-rows // (spread * max(1, chunk_tokens // length)))
-            arrays = batch.replace(features=None, ref_features=None)
+            arrays = dataclasses.replace(batch, features=None, ref_features=None)
             return chunked_loss((loss, temperature, chunks), head, features, arrays)
         options = SoftmaxOptions(temperature, chunk_tokens * spread, TILE_VOCABULARY)
         pair = None if reference is None else (reference, batch.ref_features)
@@ -195,7 +196,7 @@ def offloaded(step: Callable[..., StepResult], shardings: Any) -> Callable[..., 
         state: TrainState, batch: Any, reference: OutputHead | None = None
     ) -> StepResult:
         opt_state = jax.device_put(state.opt_state, shardings)
-        return step(state.replace(opt_state=opt_state), batch, reference)
+        return step(dataclasses.replace(state, opt_state=opt_state), batch, reference)
 
     return offloaded_step
 
@@ -228,7 +229,7 @@ def _apply_gradients(
     metrics = {name: numerics.mean(total) for name, total in measures.totals.items()}
     metrics |= measures.maxima
     metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return StepResult(state, metrics)
 
 
