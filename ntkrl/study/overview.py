@@ -1,4 +1,4 @@
-"""Sections of a study's page: figures and paired comparisons of groups of arms, verdict tables."""
+"""Sections of a study's page: figures and paired comparisons of groups of arms."""
 
 from __future__ import annotations
 
