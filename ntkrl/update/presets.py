@@ -140,4 +140,4 @@ _ALGORITHMS = (
     *(grpo, dr_grpo, dapo, gspo, cispo),
 )
 PRESETS: dict[str, Objective] = {make.__name__: make() for make in _ALGORITHMS}
-FORMULAS: dict[str, str] = {make.__name__: str(make.__doc__) for make in _ALGORITHMS}
+FORMULAS: dict[str, str] = {make.__name__: make.__doc__ or "" for make in _ALGORITHMS}

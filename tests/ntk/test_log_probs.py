@@ -144,5 +144,5 @@ def test_bad_input_is_named():
         ntk.predict(policy, params, params, observed, jnp.array([1, 2]))
     with pytest.raises(ValueError, match="no pattern covers embed, mix"):
         ntk.predict(policy, params, params, observed, groups=((r"head", "w"),))
-    with pytest.raises(ValueError, match="names the head's role itself"):
+    with pytest.raises(ValueError, match="is the name of the head's role"):
         ntk.predict(policy, params, params, observed, groups=((r".*", "head"),))
