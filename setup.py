@@ -26,7 +26,7 @@ setup(
         "ml_dtypes",
         "numpy",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.12",
         "pillow",
         "scipy",
         "safetensors>=0.5",
