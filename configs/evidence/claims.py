@@ -15,8 +15,18 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from configs.evidence.similarity import read_similarities
+from configs.evidence.verdict import (
+    NO_NUMBER,
+    UNKNOWN,
+    Verdict,
+    above,
+    difference,
+    interval_text,
+    mean_text,
+    number_only,
+    within,
+)
 from ntkrl.evaluation import powers
-from ntkrl.intervals import Interval
 from ntkrl.report import Run, read_arrays, step_files
 from ntkrl.study import (
     Measure,
@@ -28,13 +38,9 @@ from ntkrl.study import (
     last,
     mean_interval,
     mean_of,
-    paired,
     training_seconds,
 )
 
-LEVEL = 0.05
-HOLDS, PARTLY, FAILS, UNKNOWN = "holds", "partly", "does not hold", "not run"
-NO_NUMBER = "–"
 COSINE = "probe/cosine_across_prompts"
 DISTORTION = "probe/feature_distortion_relative"
 
@@ -46,23 +52,6 @@ class Plan(Protocol):
     samples: int
     sgd_rates: tuple[float, ...]
     sizes: list[str]
-
-
-class Verdict(NamedTuple):
-    """A claim with its verdict.
-
-    question: 1 to 6, of the study.
-    task: which runs it was tested on.
-    claim: in words.
-    number: the measured value in words, with its interval.
-    verdict: `holds`, `partly`, `does not hold` or `not run`; "" for a number without a claim.
-    """
-
-    question: int
-    task: str
-    claim: str
-    number: str
-    verdict: str
 
 
 class Arm(NamedTuple):
@@ -89,7 +78,7 @@ class Arm(NamedTuple):
 
     def mean(self, measure: Measure) -> str:
         """Return the mean of a measure over seeds in words."""
-        return _mean(self.over_seeds(measure))
+        return mean_text(self.over_seeds(measure))
 
 
 def verdicts(results: Results, plan: Plan) -> list[Verdict]:
@@ -118,8 +107,8 @@ def _of_pair(rl: Arm, classifier_first: str) -> list[Verdict]:
     moved = mean_interval(rl.over_seeds(change(COSINE)))
     claim = "features of other prompts are alike before RL: cosine > 0.5"
     listed = [
-        _above(1, rl.task, claim, start, 0.5),
-        _number(1, rl.task, "how far RL moves that cosine", moved and _interval(moved)),
+        above(1, rl.task, claim, start, 0.5),
+        number_only(1, rl.task, "how far RL moves that cosine", moved and interval_text(moved)),
     ]
     for metric, claim, sign in (
         ("probe/confidence", "confidence (max π) rises under RL", 1),
@@ -127,14 +116,14 @@ def _of_pair(rl: Arm, classifier_first: str) -> list[Verdict]:
         (diversity, "distinct answers of a prompt's samples become fewer", -1),
     ):
         values = rl.over_seeds(change(metric))
-        verdict = _above(3, rl.task, claim, sign * values, 0.0)
+        verdict = above(3, rl.task, claim, sign * values, 0.0)
         if verdict.verdict != UNKNOWN:
             p_value = verdict.number.partition(", p")[2]
-            verdict = verdict._replace(number=f"{_interval(mean_interval(values))}, p{p_value}")
+            verdict = verdict._replace(number=f"{interval_text(mean_interval(values))}, p{p_value}")
         listed.append(verdict)
     shares = rl.over_seeds(head_share)
     claim = "R makes most of the change of entropy: share > ½"
-    listed.append(_above(3, rl.task, claim, shares, 0.5))
+    listed.append(above(3, rl.task, claim, shares, 0.5))
     listed += (_true_reward if learned else _rewards)(rl, classifier_first)
     for metric, words, sign in (
         (DISTORTION, "less feature distortion than RL", -1),
@@ -150,7 +139,7 @@ def _true_reward(rl: Arm, classifier_first: str) -> list[Verdict]:
     arms = (rl.name, classifier_first)
     rewards = [rl.results.evaluated(rl.size, arm, "true", "eval/reward") for arm in arms]
     claim = "classifier first reaches more true reward, equal rollouts"
-    return [_difference(4, rl.task, claim, *rewards)]
+    return [difference(4, rl.task, claim, *rewards)]
 
 
 def _rewards(rl: Arm, classifier_first: str) -> list[Verdict]:
@@ -165,7 +154,7 @@ def _rewards(rl: Arm, classifier_first: str) -> list[Verdict]:
     runs = (rl.results.runs(rl.size, arm) for arm in (rl.name, classifier_first))
     timed = [_at_equal_time(*pair) for pair in zip(*runs, strict=True)]
     claim = "classifier first reaches more held-out reward, equal training time"
-    listed.append(_difference(4, rl.task, claim, *np.array(timed, float).T))
+    listed.append(difference(4, rl.task, claim, *np.array(timed, float).T))
     claim = "classifier first ends with more confidence than RL"
     return [*listed, _versus(4, claim, rl, classifier_first, last("probe/confidence"), 1)]
 
@@ -200,13 +189,13 @@ def head_share(run: Run) -> float:
 def sgd(arm: Arm) -> Verdict:
     """First order: the relative error of the prediction grows as the rate, slope 1 ± 0.2."""
     claim = "error of the first-order prediction ∝ rate (SGD): slope 1 ± 0.2"
-    return _within(2, arm.task, claim, _slope(arm), 0.8, 1.2)
+    return within(2, arm.task, claim, _slope(arm), 0.8, 1.2)
 
 
 def sgd_head(arm: Arm) -> Verdict:
     """The same where the head moves alone and logits are linear in it."""
     claim = "the same with the head alone, whose logits are exactly linear"
-    return _within(2, arm.task, claim, _slope(arm), 0.8, 1.2)
+    return within(2, arm.task, claim, _slope(arm), 0.8, 1.2)
 
 
 def _slope(arm: Arm) -> np.ndarray:
@@ -222,8 +211,8 @@ def adam(rl: Arm) -> Verdict:
     values = rl.over_seeds(mean_of("predict/correlation"))
     error = mean_interval(rl.over_seeds(mean_of("predict/relative_error")))
     claim = "a real Adam step does to log π what first order says: correlation > 0.95"
-    verdict = _above(2, rl.task, claim, values, 0.95)
-    suffix = "" if error is None else f"; relative error {_interval(error)}"
+    verdict = above(2, rl.task, claim, values, 0.95)
+    suffix = "" if error is None else f"; relative error {interval_text(error)}"
     return verdict._replace(number=verdict.number + suffix)
 
 
@@ -244,8 +233,8 @@ def gap(rl: Arm) -> Verdict:
     largest, metric = rl.plan.samples, "diversity/best_of_{}"
     leads = {n: rl.over_seeds(change(metric.format(n))) for n in powers(largest)}
     claim = f"RL's lead over its base in best-of-N closes from N = 1 to N = {largest}"
-    verdict = _difference(6, rl.task, claim, leads[1], leads[largest], -1)
-    listed = ", ".join(f"{n}: {_mean(values)}" for n, values in leads.items())
+    verdict = difference(6, rl.task, claim, leads[1], leads[largest], -1)
+    listed = ", ".join(f"{n}: {mean_text(values)}" for n, values in leads.items())
     base, end = (rl.mean(edge(metric.format(largest))) for edge in (first, last))
     reached = f"at N = {largest} the base reaches {base}, RL {end}"
     return verdict._replace(number=f"lead by N: {listed}; {reached}; {verdict.number}")
@@ -260,7 +249,7 @@ def support(rl: Arm) -> Verdict:
     lost, gained = "diversity/support_lost", "diversity/support_gained"
     surplus = [rl.over_seeds(edge(lost)) - rl.over_seeds(edge(gained)) for edge in (first, last)]
     claim = "of the right answers among the samples, RL loses more than it gains"
-    verdict = _difference(6, rl.task, claim, *surplus)
+    verdict = difference(6, rl.task, claim, *surplus)
     words = []
     for word in ("kept", "lost", "gained"):
         chance, end = (rl.mean(edge(f"diversity/support_{word}")) for edge in (first, last))
@@ -273,13 +262,13 @@ def depths(rl: Arm) -> Verdict:
     claim = "cosine of features of other prompts by depth, before and after RL"
     by_seed = [read_similarities(rl.results, rl.size, arm) for arm in ("base", "rl")]
     if not all(by_seed):
-        return _number(1, rl.task, claim, None)
+        return number_only(1, rl.task, claim, None)
     ends = (np.mean([seed["across_prompts"] for seed in seeds], axis=0) for seeds in by_seed)
     layers = [
         f"{depth}: {before:.3g} to {after:.3g}"
         for depth, (before, after) in enumerate(zip(*ends, strict=True), start=1)
     ]
-    return _number(1, rl.task, claim, f"layers {'; '.join(layers)}")
+    return number_only(1, rl.task, claim, f"layers {'; '.join(layers)}")
 
 
 OF_ARMS: tuple[tuple[str, Callable[[Arm], Verdict]], ...] = (
@@ -351,81 +340,23 @@ Each is question, claim, arms, measure and sign.
 """
 
 
-def _above(question: int, task: str, claim: str, values: np.ndarray, limit: float) -> Verdict:
-    """Judge whether the mean is above a limit."""
-    interval = mean_interval(values)
-    if interval is None:
-        return _number(question, task, claim, None)
-    test = paired(np.full_like(values, limit), values)
-    p_value = 1.0 if test is None else test.p_value
-    judged = _judged(interval.value - limit, interval.low - limit, p_value)
-    return Verdict(question, task, claim, f"{_interval(interval)}, p = {p_value:.2g}", judged)
-
-
-def _within(
-    question: int, task: str, claim: str, values: np.ndarray, low: float, high: float
-) -> Verdict:
-    """Judge whether the mean is between two limits."""
-    interval = mean_interval(values)
-    if interval is None:
-        return _number(question, task, claim, None)
-    inside = min(interval.value - low, high - interval.value)
-    judged = _judged(inside, min(interval.low - low, high - interval.high))
-    return Verdict(question, task, claim, _interval(interval), judged)
-
-
 def _versus(
     question: int, claim: str, arm: Arm, other: str, measure: Measure, sign: int
 ) -> Verdict:
     """Judge whether another arm has more (sign 1) or less (−1) of a measure; 0: neither."""
     values = [arm.over_seeds(measure), arm.other(other).over_seeds(measure)]
-    verdict = _difference(question, arm.task, claim, *values, sign)
+    verdict = difference(question, arm.task, claim, *values, sign)
     if verdict.verdict == UNKNOWN:
         return verdict
-    words = f"{arm.name} {_mean(values[0])} to {other} {_mean(values[1])}"
+    words = f"{arm.name} {mean_text(values[0])} to {other} {mean_text(values[1])}"
     return verdict._replace(number=f"{words}; {verdict.number}")
-
-
-def _difference(
-    question: int, task: str, claim: str, a: np.ndarray, b: np.ndarray, sign: int = 1
-) -> Verdict:
-    """Judge whether b − a has a sign."""
-    test = paired(a, b)
-    if test is None:
-        return _number(question, task, claim, None)
-    low = test.low if sign > 0 else -test.high
-    judged = _judged(sign * test.difference, low, test.p_value) if sign else ""
-    ends = f"[{test.low:.3g}, {test.high:.3g}], p = {test.p_value:.2g}"
-    return Verdict(question, task, claim, f"difference {test.difference:+.3g} {ends}", judged)
-
-
-def _judged(mean: float, end: float, p_value: float = 0.0) -> str:
-    if end > 0 and p_value <= LEVEL:
-        return HOLDS
-    return PARTLY if mean > 0 else FAILS
-
-
-def _number(question: int, task: str, claim: str, number: str | None) -> Verdict:
-    """Return a number without a claim; None: it was not measured."""
-    if number is None:
-        return Verdict(question, task, claim, NO_NUMBER, UNKNOWN)
-    return Verdict(question, task, claim, number, "")
 
 
 def _rewards_of(arm: Arm, claim: str, arms: dict[str, str]) -> Verdict:
     """List the held-out reward of arms, with intervals; no claim."""
     reward = last("eval/reward")
     intervals = {words: mean_interval(arm.other(n).over_seeds(reward)) for words, n in arms.items()}
-    texts = {words: NO_NUMBER if i is None else _interval(i) for words, i in intervals.items()}
+    texts = {words: NO_NUMBER if i is None else interval_text(i) for words, i in intervals.items()}
     number = "; ".join(f"{words}: {text}" for words, text in texts.items())
     known = any(interval is not None for interval in intervals.values())
     return Verdict(4, f"{arm.size}, expressions", claim, number, "" if known else UNKNOWN)
-
-
-def _interval(interval: Interval) -> str:
-    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
-
-
-def _mean(values: np.ndarray) -> str:
-    interval = mean_interval(values)
-    return NO_NUMBER if interval is None else f"{interval.value:.3g}"
