@@ -1,4 +1,4 @@
-"""Tests of the metric names: the glossary, and what other libraries call the same thing."""
+"""Metric names: the glossary, and other libraries' names for the same metrics."""
 
 import re
 
@@ -17,7 +17,7 @@ from ntkrl.report.metric_names import (
 
 
 def test_aliases_by_hand():
-    """By hand: TRL's names start with train/; those with a user's own word keep it."""
+    """By hand: TRL's names start with train/; metrics defined by users keep their names."""
     values = {
         "step": 3,
         "reward": 0.5,
