@@ -210,7 +210,7 @@ class ScanCotangents:
                 continue
             value, per_sequence = self.values[operand]
             shape = value.shape[1:] if per_sequence else value.shape
-            start[operand] = jnp.zeros((*self.block.sizes, *shape), value.dtype)
+            start[operand] = jnp.zeros((*self.block.counts, *shape), value.dtype)
         return start
 
     def xs(self) -> dict[str, Any]:

@@ -138,6 +138,27 @@ def test_toy_without_layers(algorithm):
 
 
 @pytest.mark.usefixtures("x64")
+def test_layers_that_share_a_leaf():
+    """oracle: a leaf that every step of a scan reads is differentiated directly, through all."""
+    _, params = layered(False)
+    params = {**params, "shared": params["layers"]["query"][0]}
+
+    def features(params, tokens):
+        def layer(x, up):
+            return x + jnp.tanh(jnp.cumsum(x, axis=1) @ up @ params["shared"]), None
+
+        x, _ = jax.lax.scan(layer, params["embed"][tokens], params["layers"]["up"])
+        return x
+
+    network = ntk.Network(features, ntk.Head("head"), stacked=("layers",))
+    kernels = [
+        ntk.kernel(network, params, ntk.last_positions(jnp.asarray(TOKENS)), algorithm=algorithm)
+        for algorithm in ("layerwise", "dense")
+    ]
+    close(kernels[0].dense("body"), np.asarray(kernels[1].dense("body")))
+
+
+@pytest.mark.usefixtures("x64")
 def test_groups_of_layers_add_up():
     """law: by layer and by module type, groups sum to full; each uses only its parameters."""
     network, params = model("tied")
