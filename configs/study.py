@@ -83,14 +83,14 @@ def _run(text):
     size, _, arm = name.partition("/")
     known = {"seed": "1", "root": "runs/study", "steps": STEPS, "base_steps": BASE_STEPS}
     known |= {"samples": 64, "head": 1e-3, "body": 3e-4, "part": "test"}
-    given = dict(pair.split("=", 1) for pair in pairs)
-    wrong = sorted(set(given) - set(known))
+    options = dict(pair.split("=", 1) for pair in pairs)
+    wrong = sorted(set(options) - set(known))
     if size not in SIZES or arm not in ARMS or wrong:
         raise ValueError(
             f"{text}: expected SIZE/ARM,key=value,… with sizes {', '.join(SIZES)}, arms "
             f"{', '.join(ARMS)} and keys {', '.join(known)}."
         )
-    values = {key: type(known[key])(value) for key, value in {**known, **given}.items()}
+    values = {key: type(known[key])(value) for key, value in {**known, **options}.items()}
     config = ARMS[arm](size, values)
     config.name, config.seed = arm, int(values["seed"])
     return config
