@@ -1,6 +1,6 @@
 """Measures of learning dynamics as pure functions of arrays, and the probe set they are read on.
 
-Exported by name is what a run uses. The modules hold more, for your own analysis:
+Other rooms use these names. The modules hold more, for your own analysis:
 
     distributions, squeezing  next-token distributions: entropy, divergence, probability mass
     features, parameters      geometry of features, of weight updates and of the head's matrix
