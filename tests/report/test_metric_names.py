@@ -60,7 +60,7 @@ def test_aliases_are_of_known_names(style):
     """Law: every alias is of a name we write, and no name is both the same and another thing."""
     assert set(ALIASES[style]) <= {*GLOSSARY, *FAMILIES, *TIMINGS}
     assert set(FALSE_FRIENDS) <= set(ALIASES)
-    different = FALSE_FRIENDS[style] if style in DIFFERENT else {}
+    different = FALSE_FRIENDS[style] if style in FALSE_FRIENDS else {}
     assert not set(ALIASES[style].values()) & set(different)
 
 
