@@ -1,4 +1,4 @@
-"""A headless Chromium, told what to do over two pipes in its DevTools protocol; no package needed.
+"""A headless Chromium, driven over two pipes by its DevTools protocol; no package needed.
 
 Messages are JSON, each ended by a zero byte: commands go in at the browser's descriptor 3, answers
 and events come out at 4.
@@ -59,7 +59,7 @@ class Browser:
         os.close(self.here_out)
 
     def ask(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """Give a command and return its result; events on the way are kept."""
+        """Send a command and return its result; events received meanwhile are stored."""
         self.count += 1
         number, command = self.count, {"id": self.count, "method": method, "params": params}
         if session is not None:
@@ -71,7 +71,7 @@ class Browser:
         return answer["result"]
 
     def wait(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        """Read on until a message is wanted, and return it."""
+        """Read messages until one satisfies `wanted`, and return it."""
         end = time.monotonic() + SECONDS
         while True:
             told = self._read(end, what)
@@ -118,7 +118,7 @@ class Page:
         return self.browser.ask(method, self.session, **params)
 
     def run(self, script: str, *given: Any) -> Any:
-        """Call a JavaScript function with JSON values and return what it returns."""
+        """Call a JavaScript function with JSON values and return its result."""
         words = f"({script})({', '.join(map(json.dumps, given))})"
         found = self.ask("Runtime.evaluate", expression=words, returnByValue=True)
         if "exceptionDetails" in found:
@@ -144,7 +144,7 @@ class Page:
                 self.ask("Input.dispatchMouseEvent", type=kind, **place, **button)
 
     def press(self, key: str) -> None:
-        """Press a key at what has the focus."""
+        """Press a key on the focused element."""
         named = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
         for kind in ("keyDown", "keyUp"):
             self.ask("Input.dispatchKeyEvent", type=kind, **named)

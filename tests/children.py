@@ -1,4 +1,4 @@
-"""Runs in child processes, forked from one that has imported everything, to be killed in tests."""
+"""Runs in child processes that tests kill, forked from a server that has imported everything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEVICES = "--xla_force_host_platform_device_count="
 
 
 class Children:
-    """Starts `ntkrl` commands, one at a time; their output goes to a file in `directory`."""
+    """A server that runs `ntkrl` commands, one at a time, with output to a file in `directory`."""
 
     def __init__(self, directory: Path):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

@@ -1,4 +1,4 @@
-"""Settings of the whole suite: eight virtual CPU devices, no implicit rank promotion."""
+"""Settings for all tests: eight virtual CPU devices, no implicit rank promotion."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave the extra suites out unless asked for by -m."""
+    """Skip the extra suites unless selected by -m."""
     if config.option.markexpr:
         return
     for item in items:
@@ -54,7 +54,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True, scope="module")
 def let_go_of_programs():
-    """After each file, drop what it compiled.
+    """Drop a file's compiled programs after it.
 
     Every program holds memory maps, and Linux gives a process 65530: with the maps of a whole suite
     gone, the compiler ends the process.
@@ -65,7 +65,7 @@ def let_go_of_programs():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of a given size, remounted by calling again."""
+    """Mount a file system of a chosen size; call again to remount."""
     place = tmp_path / "disk"
     place.mkdir()
 

@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine, which meet over loopback."""
+"""Runs of several processes on this machine, connected over loopback."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LIMITS = {"START": "60", "SILENCE": "6", "STALL": "60"}
 
 
 def free_port() -> int:
-    """Return a port that nobody has."""
+    """Return a free port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 def environment(devices: int, **given: str) -> dict[str, str]:
-    """Return what a process sees: its devices, what conftest sets, and no waiting for minutes."""
+    """Return a process's environment: its devices, conftest's settings, and short timeouts."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     limits = {f"NTKRL_{name}_TIMEOUT": given.pop(name, seconds) for name, seconds in LIMITS.items()}
     settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
@@ -57,7 +57,7 @@ def start(count: int, arguments: list[str], devices: int = 1, **given: str) -> l
 
 
 def ends(processes: list, seconds: float = 120) -> list[tuple[int, str]]:
-    """Wait for all; return status and output of each."""
+    """Wait for all processes; return status and output of each."""
     try:
         return [(one.communicate(timeout=seconds)[0], one.returncode)[::-1] for one in processes]
     finally:

@@ -1,4 +1,4 @@
-"""Slow, obvious versions of what the library computes, for comparison in float64."""
+"""Slow, obvious versions of the library's computations, for comparison in float64."""
 
 from __future__ import annotations
 

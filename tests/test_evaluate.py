@@ -1,4 +1,4 @@
-"""Evaluation: measures by hand, then whole evaluations through the command line."""
+"""Evaluation: measures by hand, then evaluations through the command line."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_numbers_of_draws(samples, ks):
 
 
 def test_names_stay_in_their_directory():
-    """law: what an evaluation is called is a file's name."""
+    """law: the name of an evaluation is a file name."""
     assert EvalSettings(**GIVEN | {"name": "test-2.a"}).name == "test-2.a"
     for name in ("../x", "a/b", "", ".x"):
         with pytest.raises(ValueError, match="eval.name must be letters"):
@@ -141,7 +141,7 @@ def samples(place):
 
 
 def test_checkpoints_of_a_run(run, base, tmp_path, capsys):
-    """story: a checkpoint scores what its export scores, by the run's own config or another."""
+    """story: a checkpoint scores the same as its export, by the run's config or another."""
     assert main(["evaluate", f"--run={run}"]) == 0, capsys.readouterr().err
     (newest,) = samples(run)
     assert newest.name == "own-step-4.jsonl"
@@ -164,7 +164,7 @@ def test_checkpoints_of_a_run(run, base, tmp_path, capsys):
 
 
 def test_against_a_base(run, saved, base, tmp_path, capsys):
-    """story: training and evaluation tell wins over the base, whose rewards are weighed anew."""
+    """story: training and evaluation report wins over the base, whose rewards are recombined."""
     scores = [line for line in lines(run) if "eval/reward" in line]
     assert [line["rollout_step"] for line in scores[1:]] == [2, 4]
     before = json.loads(saved.with_suffix(".json").read_text())["eval/reward"]
@@ -220,7 +220,7 @@ def test_mistakes_are_one_message(run, capsys, mistake):
 
 
 def test_mistakes_of_a_base_are_told_together(run, saved, tmp_path, capsys):
-    """law: lost rewards and other prompts are one message, with what else the config has wrong."""
+    """law: lost rewards and other prompts are in one message, with the config's other errors."""
     path = tmp_path / "sft.jsonl"
     path.write_text(saved.read_text().replace('"prompt": "1', '"prompt": "0'))
     given = [f"--config.eval.base={path}", "--config.reward.function=exact_match"]

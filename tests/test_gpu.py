@@ -1,4 +1,4 @@
-"""What a GPU computes, beside what the processor does: `JAX_PLATFORMS=cuda,cpu pytest -m gpu`."""
+"""A GPU's results against the CPU's: `JAX_PLATFORMS=cuda,cpu pytest -m gpu`."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""`ntkrl kernel` from the command line: what it writes, compared with ntk itself; mistakes."""
+"""`ntkrl kernel` from the command line: its files, compared with ntk itself; mistakes."""
 
 import dataclasses
 import functools
@@ -165,7 +165,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_one_sentence(model, prompts, tmp_path, capsys, mistake):
-    """law: exit status 2, the cause and what is allowed, no trace."""
+    """law: exit status 2, the cause and the allowed values, no traceback."""
     words, message = mistake
     if words and not words[0].startswith("--prompts"):
         words = [f"--prompts={prompts}", *words]

@@ -65,7 +65,7 @@ def test_columns_are_resampled_together():
 
 
 def test_mistakes():
-    """law: what cannot be paired or resampled is refused."""
+    """law: values that cannot be paired or resampled are refused."""
     with pytest.raises(ValueError, match=r"not \(2,\) and \(3,\)"):
         paired_difference([1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match=r"equally many rows, one or more, not \[0\]"):

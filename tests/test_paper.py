@@ -1,4 +1,4 @@
-"""The paper's pipeline in miniature: what launch/paper.sh runs, on made-up models and data."""
+"""The paper's pipeline in miniature: the commands of launch/paper.sh on synthetic data."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def children(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, children):
-    """The directories of the whole chain; CF-RL was killed in its third checkpoint."""
+    """Return the directories of the complete chain; CF-RL was killed in its third checkpoint."""
     place = tmp_path_factory.mktemp("chain") / "runs"
     made_up.write(place / "inputs")
     found = commands(place)
@@ -86,7 +86,7 @@ def runs(tmp_path_factory, children):
 
 @TOGETHER
 def test_the_chain(runs):
-    """story: every part wrote what the next one reads, and the report compares them."""
+    """story: every part wrote the next one's inputs, and the report compares them."""
     written = json.loads((runs / "data" / "summary.json").read_text())["written"]
     assert written["rl.jsonl"] == 8 and written["sft.jsonl"] == 25
     statistics = json.loads((runs / "sft/evaluations/statistics.rewards.json").read_text())[
@@ -118,7 +118,7 @@ def test_configs_say_what_was_run(runs):
 
 @TOGETHER
 def test_a_second_run_repeats_nothing(runs, children):
-    """law: evaluations and data that are there are not made again, trained runs say they are."""
+    """law: existing evaluations and data are not recomputed; trained runs report as finished."""
     left = [shlex.split(line)[1] for line in script(runs)]
     assert left == ["train"] * 4 + ["report"]
     before = {path: path.stat().st_mtime_ns for path in (runs / "cfrl-0").rglob("*")}
@@ -160,7 +160,7 @@ def test_every_config_is_read(name, variant):
 
 
 def test_the_papers_numbers():
-    """golden: what the paper reports and what its code has, but for our unit of epochs."""
+    """golden: values of the paper and of its code, except for the unit of epochs."""
     found = {
         name: read_settings(runtime.read_config([f"--config=configs/paper/{name}.py"]))
         for name in CONFIGS
@@ -194,7 +194,7 @@ def test_the_llama_chain(tmp_path, children):
 
 
 def groups(place):
-    """Return the groups of the processes that were told of a directory."""
+    """Return the groups of the processes whose arguments name a directory."""
     found = subprocess.check_output(["ps", "-ww", "-eo", "pgid,args"], text=True).splitlines()
     lines_of = [line.split(maxsplit=1) for line in found]
     return {int(group) for group, words in lines_of if str(place) in words} - {os.getpgid(0)}

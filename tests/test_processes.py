@@ -1,4 +1,4 @@
-"""Whole runs in several processes: the numbers of one, one writer, and an end in any case.
+"""Runs in several processes: one process's numbers, one writer, and an end in any case.
 
 Limits and devices of the processes are in tests/hosts.py; a run of one process takes four of this
 one's devices.
@@ -32,7 +32,7 @@ def four_devices(monkeypatch):
 
 
 def alike(one, several, steps):
-    """Compare what two runs wrote: metrics to rounding, exported parameters to 1e-5."""
+    """Compare the files of two runs: metrics to rounding, exported parameters to 1e-5."""
     assert len(lines(one)) == steps + 1
     for mine, theirs in zip(lines(one), lines(several), strict=True):
         assert mine.keys() == theirs.keys()
@@ -48,7 +48,7 @@ def alike(one, several, steps):
 
 
 def train(arguments, count, devices, **given):
-    """Run a command in processes of their own, to a good end; return what the first said."""
+    """Run a command in separate processes to success; return the first one's output."""
     found = ends(start(count, ["-m", "ntkrl", *arguments], devices, **given), seconds=400)
     assert [status for status, _ in found] == [0] * count, found
     return found[0][1]
@@ -130,7 +130,7 @@ def sft(run, steps):
 
 
 def test_supervised_in_four_processes(tmp_path, four_devices):
-    """law: a device each for four processes learns what four devices of one do."""
+    """law: four processes of one device each match one process of four devices."""
     one, several = tmp_path / "one", tmp_path / "several"
     assert main([*sft(one, 5), *MESH]) == 0
     train([*sft(several, 5), *MESH], 4, 1)
@@ -138,7 +138,7 @@ def test_supervised_in_four_processes(tmp_path, four_devices):
 
 
 def test_a_reward_model_in_two_processes(base, tmp_path, four_devices):  # noqa: F811
-    """law: preferences teach two processes what they teach one."""
+    """law: training on preferences is the same in two processes as in one."""
     pairs = tmp_path / "pairs.jsonl"
     preferences(pairs, 40)
     one, several = tmp_path / "one", tmp_path / "several"
@@ -173,7 +173,7 @@ def struck_after(processes, run, count, victim, blow=signal.SIGKILL):
 
 
 def test_killed_and_resumed_in_two_processes(tmp_path):
-    """story: a worker is killed, the other names it and what is left; resumed, the same bits.
+    """story: a worker is killed, the other names it and the last checkpoint; resumed, same bits.
 
     The save of step 20 waits for that of step 10, so that one of them is there.
     """
@@ -205,7 +205,7 @@ def test_one_process_asked_to_leave(tmp_path):
 
 
 def test_a_reward_that_hangs_on_one_host(base, tmp_path):  # noqa: F811
-    """story: the host whose reward hangs says so and ends with 2, the other with 70 and why."""
+    """story: the host whose reward hangs reports it and ends with 2, the other with 70 and why."""
     rewards = tmp_path / "mine.py"
     rewards.write_text(
         "import os, time\n"
@@ -225,7 +225,7 @@ def test_a_reward_that_hangs_on_one_host(base, tmp_path):  # noqa: F811
 
 
 def test_configs_that_differ(tmp_path):
-    """story: processes with different seeds are told by both, before anything is trained."""
+    """story: different seeds are reported by both processes before anything is trained."""
     run = tmp_path / "run"
     code = "import os, sys; from ntkrl.main import main; own = os.environ['JAX_PROCESS_ID']; "
     code += "sys.exit(main([*sys.argv[1:], f'--config.seed={own}']))"

@@ -1,4 +1,4 @@
-"""The READMEs: their Python runs, their commands are understood, their files and settings exist."""
+"""The READMEs: their Python runs, their commands parse, their files and settings exist."""
 
 import ast
 import importlib.util
@@ -63,7 +63,7 @@ def commands():
 
 
 def quoted_in_a_config(block):
-    """Tell whether a config file contains a block, white space aside."""
+    """Return whether a config file contains a block, white space aside."""
     squeezed = re.sub(r"\s+", "", block)
     files = (ROOT / "configs").rglob("*.py")
     return any(squeezed in re.sub(r"\s+", "", path.read_text(encoding="utf-8")) for path in files)
@@ -169,7 +169,7 @@ def test_commands_are_understood(name, command, tmp_path, monkeypatch):
 
 
 def test_extras_exist():
-    """law: every extra that a README installs, or says that something needs, is in setup.py."""
+    """law: every extra that a README installs or mentions is in setup.py."""
     setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     keywords = [node for node in ast.walk(setup) if isinstance(node, ast.keyword)]
     (extras,) = [node.value for node in keywords if node.arg == "extras_require"]

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to leave, moved to other devices or robbed of their disk go on."""
+"""Runs that resume after a kill, a request to stop, other devices or a lost disk."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def assert_same(whole, broken):
 
 
 def seen(run):
-    """What of a run directory changes as it goes on."""
+    """Return the parts of a run directory that change during a run."""
     try:
         sizes = [(run / name).stat().st_size for name in ("metrics.jsonl", "timings.jsonl")]
         return sizes, sorted(os.listdir(run / "checkpoints"))
@@ -76,7 +76,7 @@ def await_changes(run, count):
 
 
 def half_written(run):
-    """Whether a checkpoint lies there half written."""
+    """Return whether the directory has a partial checkpoint."""
     return bool(list((run / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
 
 
@@ -203,7 +203,7 @@ def damage(checkpoint):
 
 
 def test_damaged_checkpoints(base, children, whole, tmp_path):
-    """story: a damaged checkpoint is told and moved aside for the one before; never a new start."""
+    """story: a damaged checkpoint is reported and moved aside, and the one before is restored."""
     run, other = tmp_path / "run", tmp_path / "other"
     kept = "--config.checkpoint.keep=3"
     step = stopped(children, arguments(base, run, kept), run, 20)
@@ -265,7 +265,7 @@ def test_another_number_of_devices(base, children, tmp_path):
 
 
 def test_full_disk(base, children, whole, small_disk, tmp_path):
-    """story: no room for more checkpoints: told, the run goes on, and stops after the third."""
+    """story: no space for more checkpoints: reported, the run continues, and stops at the third."""
     pages = sum(-(-p.stat().st_size // 4096) + 1 for p in (whole / "checkpoints/10").rglob("*"))
     disk, run = small_disk(pages * 4096 * 3 // 2), tmp_path / "run"
     run.mkdir()

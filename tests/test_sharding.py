@@ -1,4 +1,4 @@
-"""Every family on every mesh: what eight devices make, draw, train and see is what one does."""
+"""Every family on every mesh: eight devices initialise, sample, train and probe as one does."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ RLOO = update.PRESETS["rloo"]
 
 
 def loss(statistics, batch):
-    """The RLOO loss as the step wants it."""
+    """Return the RLOO loss with the signature that the step expects."""
     return update.policy_loss(RLOO, BUDGET, statistics, batch)
 
 
@@ -103,7 +103,7 @@ def everything(case, mesh):
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one device finds, a family at a time."""
+    """Return the results of one device, a family at a time."""
     return functools.cache(
         lambda case: everything(case, runtime.make_mesh(1, 1, 1, jax.devices()[:1]))
     )
@@ -132,7 +132,7 @@ def test_a_mesh_finds_what_one_device_finds(alone, case, sizes):
 
 
 def test_rows_leave_and_caches_grow_without_moving():
-    """law: no collective stands in the programs that drop rows or add columns."""
+    """law: no collective is in the programs that drop rows or add columns."""
     mesh = runtime.make_mesh(2, 2, 2)
     policy, params = made("llama", mesh)
     sampler = rollout.Sampler(policy, SETTINGS, mesh=mesh)
@@ -153,7 +153,7 @@ def sampler_text(sampler, params, live, written):
 
 
 def test_a_gathered_copy_draws_the_same():
-    """law: the copy lies over tensor alone, and the tokens are those of the params themselves."""
+    """law: the copy is sharded over tensor alone, and the tokens are those of the params."""
     mesh = runtime.make_mesh(1, 4, 2)
     _, architecture, settings = CASES["llama"]
     given = {"options": models.ModelOptions(jnp.bfloat16), "mesh": mesh}
@@ -193,7 +193,7 @@ def settings_of(directory, *more):
 
 
 def test_no_table_is_ever_whole_on_one_device(tmp_path):
-    """law: after the start every array that the mesh divides lies in parts, moments included."""
+    """law: after the start every array that the mesh divides is sharded, moments included."""
     sizes = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
     config = settings_of(tmp_path, *sizes, "--config.stages[0].optimizer=adamw")
     before = {id(array) for array in jax.live_arrays()}
@@ -210,7 +210,7 @@ def test_no_table_is_ever_whole_on_one_device(tmp_path):
 
 
 def test_moments_wait_on_the_host(tmp_path):
-    """law: offloaded moments lie in the host's memory between steps, and change no number."""
+    """law: offloaded moments are in host memory between steps, and change no number."""
     found = []
     for offload in ("False", "True"):
         directory = tmp_path / offload

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: a user's own files, other devices, mistakes."""
+"""Runs through the command line: a user's files, other devices, mistakes."""
 
 import json
 import sys
@@ -334,5 +334,5 @@ def test_command_line_itself(capsys):
 
 
 def test_tiny_config_is_a_pythia(base):
-    """law: what these runs train is what transformers wrote."""
+    """law: the model that these runs train is the one transformers wrote."""
     assert ntkrl.load(base)[0].config.num_hidden_layers == TINY["num_hidden_layers"]

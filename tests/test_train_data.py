@@ -1,4 +1,4 @@
-"""Whole runs on several prompt files, and on packed rows."""
+"""Runs on several prompt files, and on packed rows."""
 
 import json
 
@@ -18,7 +18,7 @@ def write(path, rows):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two files with a column each of their own."""
+    """Write two files, each with a column that the other lacks."""
     short = [{"prompt": f"{n}=", "answer": n} for n in range(10, 22)]
     long = [{"prompt": f"{n}+{n}=", "hard": True} for n in range(10, 16)]
     return [write(tmp_path / "a.jsonl", short), write(tmp_path / "b.jsonl", long)]

@@ -1,4 +1,4 @@
-"""Whole runs with what people bring: adapters, templates, reward models, rewards to normalise."""
+"""Runs with users' inputs: adapters, templates, reward models, normalised rewards."""
 
 import json
 
@@ -147,7 +147,7 @@ def test_mistakes(llama, tmp_path, capsys, word, message):
 
 
 def test_front_door():
-    """law: names of the package are found lazily, others are not."""
+    """law: names of the package are resolved lazily; unknown names raise."""
     assert ntkrl.load is models.load and ntkrl.ntk.Contexts
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         _ = ntkrl.lode

@@ -1,4 +1,4 @@
-"""Runs at the edges of an RL objective: nothing to learn from, truncation, other prompts drawn."""
+"""RL runs at the edges: groups of equal rewards, truncation, resampled prompts."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def weights(place):
 
 
 def test_groups_of_equal_rewards_are_skipped_and_counted(base, tmp_path, capsys):
-    """story: no signal: no step is taken, every weight stays as it was, and the log says so."""
+    """story: no signal: no step is taken, every weight is unchanged, and the log reports it."""
     run = tmp_path / "run"
     off = ["--config.objective.preset=dr_grpo"]
     assert run_of(base, run, *off, reward="constant") == 0
@@ -123,7 +123,7 @@ def test_truncated_sampling_with_correction(base, tmp_path):
 
 
 def test_stage_one_from_stored_features(base, tmp_path, monkeypatch):
-    """law: stage 1 from the sampler's features learns what it learns by reading the body again."""
+    """law: stage 1 from the sampler's features equals stage 1 that runs the body again."""
     stored, again = tmp_path / "stored", tmp_path / "again"
     head = ["--config.stages[0].parameters=(('head/.*', 1e-2), ('.*', None))"]
     assert run_of(base, stored, *head) == 0

@@ -1,4 +1,4 @@
-"""Whole runs in stages that end early, keep moments, move their reference; tied heads."""
+"""Runs in stages that end early, keep moments or move their reference; tied heads."""
 
 import json
 
@@ -18,11 +18,11 @@ PLAIN = ["--config.eval.every_steps=None", "--config.probe.every_steps=None"]
 
 
 class KilledError(Exception):
-    """The end of a run at a given rollout step."""
+    """The end of a run at a chosen rollout step."""
 
 
 def killed_at(monkeypatch, step):
-    """Let the next run die when it asks for the batches of a rollout step, or of none."""
+    """Let the next run die when it requests the batches of a rollout step, or of none."""
     original = RolloutSource.batches
 
     def batches(self, context):

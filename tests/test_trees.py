@@ -20,7 +20,7 @@ def test_names():
 
 
 def test_first_match_wins():
-    """by hand: the whole name must match, and earlier rows win."""
+    """by hand: the full name must match, and earlier rows win."""
     rows = (("layers/b", None), ("layers/.*", 2.0), (".*", 1.0))
     assert trees.match(rows, TREE) == [1.0, None, 2.0]
 
@@ -44,7 +44,7 @@ def test_a_pattern_is_the_whole_name():
 
 
 def test_partition_and_merge_are_inverse():
-    """law: each side has only its own leaves, and merging gives the same objects back."""
+    """law: each side has only its leaves, and merging gives the same objects back."""
     chosen, rest = trees.partition(TREE, [True, False, True])
     assert [leaf.shape for leaf in jax.tree.leaves(chosen)] == [(4, 6), (2, 6, 8)]
     assert [leaf.shape for leaf in jax.tree.leaves(rest)] == [(3,)]
@@ -54,7 +54,7 @@ def test_partition_and_merge_are_inverse():
 
 
 def test_shardings_follow_names_into_optimizer_state():
-    """by hand: moments lie where their parameter does; what does not divide stays whole."""
+    """by hand: moments are sharded as their parameter; indivisible dimensions are replicated."""
     mesh = runtime.make_mesh(1, 4, 2)
     rows = (
         (r"head/weight", ("tensor", "fsdp")),
@@ -71,14 +71,14 @@ def test_shardings_follow_names_into_optimizer_state():
 
 
 def test_mesh_sizes():
-    """by hand: −1 takes what is left; sizes that do not multiply to the devices are refused."""
+    """by hand: −1 takes the remaining devices; sizes that do not multiply to all are refused."""
     assert dict(runtime.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     with pytest.raises(ValueError, match="mesh data=3 fsdp=1 tensor=1 does not fit 8 devices"):
         runtime.make_mesh(3, 1, 1)
 
 
 def test_place_rows():
-    """law: rows spread over data and fsdp when they divide, else stay whole."""
+    """law: rows are sharded over data and fsdp when divisible, else replicated."""
     mesh = runtime.make_mesh(2, 2, 2)
     even, odd = (
         runtime.place_rows((np.ones((8, 3)), np.ones(8)), mesh),

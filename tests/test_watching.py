@@ -1,4 +1,4 @@
-"""Probes and ledgers of whole runs: what they write, and what may go wrong."""
+"""Probes and ledgers of complete runs: their files, and errors."""
 
 import json
 
@@ -32,7 +32,7 @@ def whole(arrays, measure):
 
 
 def test_a_ledger_of_every_stage(base, tmp_path, capsys):  # noqa: F811
-    """story: columns add up to what was measured, and are of the texts that stand beside them."""
+    """story: columns sum to the measured change, and belong to the texts stored beside them."""
     run = tmp_path / "run"
     more = ["--config.probe.families=('own', 'other', 'shuffled')", *LEDGER, *STAGES]
     assert main(words(base, run, *more, config="cfrl")) == 0
@@ -130,6 +130,6 @@ def test_shares_of_the_kl_by_hand():
     ],
 )
 def test_mistakes(base, tmp_path, capsys, setting, said):  # noqa: F811
-    """law: told before anything is trained."""
+    """law: errors come before anything is trained."""
     assert main(words(base, tmp_path / "run", f"--config.{setting}", *LEDGER)) == 2
     assert said in capsys.readouterr().err

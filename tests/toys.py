@@ -1,4 +1,4 @@
-"""Small things that tests share: a toy policy, tiny GPT-NeoX configs, torch checkpoints."""
+"""Small helpers that tests share: a toy policy, tiny GPT-NeoX configs, torch checkpoints."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def toy_params(policy: Policy, seed: int = 0, dtype=jnp.float32):
 
 
 def torch_neox(directory: Path | str | None = None, seed: int = 0, dtype=None, **overrides):
-    """Make transformers' GPT-NeoX with random weights; save it when a directory is given."""
+    """Build transformers' GPT-NeoX with random weights; save it if a directory is passed."""
     import torch
     import transformers
 

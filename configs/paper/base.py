@@ -1,21 +1,21 @@
-"""What the configs of the paper's setting share: Tomihari 2601.04670.
+"""Settings that the configs of the paper share (Tomihari 2601.04670).
 
 Reported by the paper: Pythia-2.8B, SFT on AlpacaFarm, RL on UltraFeedback's prompts with ArmoRM as
 reward, one epoch of stage 1 and six epochs of RL, Adam, completions of up to 512 tokens, three
 runs. Taken from the public code it builds on (princeton-pli/what-makes-good-rm, on TRL 0.12.1):
 chat template, lengths, batches, rates, seeds, β, temperature, float32, no gradient clipping in RL,
 reward scores shifted and scaled by 500 × 10 samples of the SFT policy, six checkpoints, evaluation
-every 40 steps. Our choice: an epoch is a pass over the prompts, where that code counts completions
-(with two of a prompt, its six epochs are three passes); all rows of the vocabulary stay, where it
-cuts Pythia's 50304 to 50279; probes; how many prompts an evaluation during training reads; the
+every 40 steps. Our choice: an epoch is a pass over the prompts (that code counts completions: with
+two per prompt, its six epochs are three passes); all rows of the vocabulary are kept (that code
+cuts Pythia's 50304 to 50279); probes; the number of prompts in an evaluation during training; the
 mesh.
 
-Every config here takes a model's name after a colon, --config=configs/paper/rl.py:pythia-1b, of
-VARIANTS below; without one it is Pythia-2.8B. Each reads what the part before it wrote into
-runs/paper (runs/paper-NAME for another model); launch/paper.sh runs them all.
-configs/paper/miniature.py is all of them on tiny models and made-up data.
+Every config here takes the name of one of VARIANTS after a colon, for example
+--config=configs/paper/rl.py:pythia-1b; the default is Pythia-2.8B. Each reads the files that the
+part before it wrote to runs/paper (runs/paper-NAME for another model); launch/paper.sh runs all.
+configs/paper/miniature.py has all of them for tiny models and synthetic data.
 
-Another model is planned by --config.model.path=meta-llama/Meta-Llama-3-8B or Qwen/Qwen3-8B, with
+To plan another model, pass --config.model.path=meta-llama/Meta-Llama-3-8B or Qwen/Qwen3-8B, with
 --config.model.template=None.
 """
 
@@ -25,18 +25,18 @@ from ml_collections.config_dict import placeholder
 
 from configs import base
 
-PROMPTS = 12_227  # 20 % of train_prefs (61135): the part that RL is given; filtered ones fewer
+PROMPTS = 12_227  # 20 % of train_prefs (61135): the part for RL, before filtering
 TURNS = 3  # tokens that the template writes around a prompt: user, end of turn, assistant
 
 
 class Variant(NamedTuple):
-    """A model, and what the public code changes for it.
+    """A model, and the settings that the public code changes for it.
 
-    path: name on the hub. runs: where its runs lie. supervised: what SFT learns from, or None for
+    path: name on the hub. runs: directory of its runs. supervised: the data of SFT, or None for
     the chosen responses of the reward model's part. prompts_per_step: of RL. epochs: of RL.
-    vocab_size: rows after SFT, or None for those it has: more where the template's two tokens would
-    leave a number that no mesh divides (our choice). untie: give the head a copy of its own before
-    RL, so that stage 1 moves it alone (our choice).
+    vocab_size: rows after SFT, or None to keep their number; larger if the template's two tokens
+    would make it indivisible by any mesh (our choice). untie: copy the tied embedding into a
+    separate head before RL, so that stage 1 trains the head alone (our choice).
     """
 
     path: str
@@ -105,7 +105,7 @@ def get_config(part, variant, files=()):
     config.eval.every_steps = 40
     config.eval.prompts = 16  # while training; the paper's 500 are for the final evaluation
     config.eval.samples_per_prompt = 10
-    # of all params it does not fit 16 chips: 26.1 GiB each by ntkrl plan
+    # off: a ledger of all params needs 26.1 GiB on each of 16 chips, by ntkrl plan
     config.probe.ledger_every_steps = placeholder(int)
     config.checkpoint.keep = 6
     config.run_dir = f"{chosen.runs}/{part}"
@@ -114,5 +114,5 @@ def get_config(part, variant, files=()):
 
 
 def stage(name, parameters, max_grad_norm=None, **length):
-    """One row with Adam as RL in the code has it: no clipping, no decay, no warm-up."""
+    """Return a stage with Adam as in the code's RL: no clipping, no decay, no warm-up."""
     return base.stage(name, None, parameters, max_grad_norm=max_grad_norm, **length)

@@ -1,15 +1,15 @@
 r"""The final evaluation of a model: ten completions of each of 500 prompts.
 
-Commands, of the SFT model on training prompts (its rewards are the statistics that RL's are
-normalised by), and of what RL made of it on test prompts, against the SFT model's samples there:
+Commands for the SFT model on training prompts (its rewards are the statistics that normalise those
+of RL), and for the model after RL on test prompts, compared with the SFT model's samples there:
     ntkrl evaluate --config=configs/paper/evaluation.py --config.model.path=runs/paper/sft/export \
         --config.run_dir=runs/paper/sft --config.eval.name=statistics \
         --config.data.eval_path=runs/paper/data/rl_selected.jsonl --config.reward.normalisation=None
     ntkrl evaluate --config=configs/paper/evaluation.py --config.model.path=runs/paper/rl-0/export \
         --config.run_dir=runs/paper/rl-0 --config.eval.name=test \
         --config.eval.base=runs/paper/sft/evaluations/test.jsonl
-Hardware: 16 chips of v5e. Expected time (`ntkrl plan`, a roof, not measured): 5000 completions at
-32 in 27 s, 70 minutes.
+Hardware: 16 chips of v5e. Expected time (`ntkrl plan`, a lower bound, not measured): 5000
+completions at 32 in 27 s, 70 minutes.
 From the public code: 500 training and 500 test prompts, ten samples each, temperature 1, 512
 tokens. Our choice: one sampling of them (eval.repeats).
 """

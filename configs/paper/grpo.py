@@ -2,9 +2,9 @@
 
 Command: as configs/paper/rl.py, with --config=configs/paper/grpo.py.
 Hardware and time: as RLOO's, for as many steps of as many completions.
-From the public code: that there is such a driver, and that its epochs count completions. Our
-choice: groups of eight, on as many completions per step and in all as RLOO's, so that six of its
-epochs are one and a half passes over the prompts; the preset's β.
+From the public code: its GRPO driver, whose epochs count completions. Our choice: groups of eight,
+with as many completions per step and in total as RLOO, so that six of its epochs are one and a half
+passes over the prompts; the preset's β.
 """
 
 from configs.paper import base, rl

@@ -1,4 +1,4 @@
-"""Tiny models and made-up data in the published formats, for configs/paper/miniature.py.
+"""Tiny models and synthetic data in the published formats, for configs/paper/miniature.py.
 
 Command:
     python -m configs.paper.made_up DIRECTORY

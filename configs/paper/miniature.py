@@ -1,12 +1,12 @@
-"""The paper's recipe in miniature: tiny models and made-up data, seconds per part.
+"""The paper's recipe in miniature: tiny models and synthetic data, seconds per part.
 
 Commands, after `python -m configs.paper.made_up runs/miniature/inputs`:
     ntkrl prepare --config=configs/paper/miniature.py:data
     ntkrl train --config=configs/paper/miniature.py:sft
     ntkrl train --config=configs/paper/miniature.py:rl:pythia-1b
-or all parts by `MINIATURE=1 bash launch/paper.sh`. The argument is PART or PART:VARIANT. All
-other values than those below are from configs/paper/PART.py.
-Hardware: any processor. Expected time: minutes for all parts, most of it compilation.
+or all parts by `MINIATURE=1 bash launch/paper.sh`. The argument is PART or PART:VARIANT. Values
+that are not set below are those of configs/paper/PART.py.
+Hardware: any CPU. Expected time: minutes for all parts, most of it compilation.
 """
 
 from ml_collections.config_flags import config_path

@@ -1,14 +1,14 @@
-r"""A reward model on the preferences that are not RL's, in ArmoRM's place: Bradley–Terry.
+r"""A Bradley–Terry reward model on the preferences not used for RL, in place of ArmoRM.
 
 Command:
     ntkrl train --config=configs/paper/reward.py --config.model.path=runs/paper/sft/export
-RL takes it by --config.reward.function=runs/paper/reward/export; its statistics are its own.
+Use it in RL with --config.reward.function=runs/paper/reward/export; it has separate statistics.
 Hardware: 16 chips of v5e. Expected time: two texts for each of SFT's examples, 2.1 s a step by the
-same roof, 1528 steps, 54 minutes; not measured.
+same lower bound, 1528 steps, 54 minutes; not measured.
 From the public code: it starts from the SFT model, rate 5e-7, constant, batches of 32 pairs, one
 epoch, centering coefficient 0.01, gradients clipped at norm 1 (the default of transformers'
-Trainer), evaluation every 100 steps. Our choice: 500 pairs in an
-evaluation. The paper's own runs take ArmoRM itself.
+Trainer), evaluation every 100 steps. Our choice: 500 pairs in an evaluation. The paper's runs use
+ArmoRM itself.
 """
 
 from ml_collections.config_dict import placeholder

@@ -1,13 +1,14 @@
-"""Supervised fine-tuning, where RL starts: Pythia-2.8B on AlpacaFarm's 10k examples.
+"""Supervised fine-tuning before RL: Pythia-2.8B on AlpacaFarm's 10k examples.
 
 Command:
     ntkrl train --config=configs/paper/sft.py
-Hardware: 16 chips of v5e, 10 of 15.75 GiB each. Expected time (`ntkrl plan`, a roof, not measured):
-1.1 s a step at full length, 312 steps, 6 minutes; Pythia-1B 0.4 s, 1528 steps, 9 minutes.
+Hardware: 16 chips of v5e, 10 of 15.75 GiB each. Expected time (`ntkrl plan`, a lower bound, not
+measured): 1.1 s a step at full length, 312 steps, 6 minutes; Pythia-1B 0.4 s, 1528 steps, 9
+minutes.
 From the public code: rate 1e-6, constant, batches of 32, one epoch, loss on assistant tokens only,
 gradients clipped at norm 1 (the default of transformers' Trainer), seed 372; Pythia-1B and
 Llama-3.2-1B learn from the chosen responses of the reward model's part of UltraFeedback. Our
-choice: the longest prompt and completion, which the code bounds together.
+choice: separate limits for prompt and completion, which the code limits together.
 """
 
 from ml_collections.config_dict import placeholder

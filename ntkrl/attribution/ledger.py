@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -138,7 +137,7 @@ class Ledger:
         contexts: ntk.Contexts,
         targets: Array,
         actual: Array | None = None,
-    ) -> tuple[Callable[..., AttributionResult], tuple[AttributionSpec, AttributionInputs]]:
+    ) -> tuple[jax.stages.Wrapped, tuple[AttributionSpec, AttributionInputs]]:
         """Return the call that `read` makes: a jitted function and its positional arguments.
 
         The first argument is static. Arrays of all but the contexts may be `jax.ShapeDtypeStruct`,

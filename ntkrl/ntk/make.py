@@ -73,7 +73,7 @@ def kernel_program(
     contexts: Contexts,
     form: Callable[..., Array],
     algorithm: str = "auto",
-) -> Callable[..., Array]:
+) -> jax.stages.Wrapped:
     """Return a form of a kernel as a jitted function, to be compiled for abstract arguments.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ntkrl import data, models, ntk, runtime, trees
 from ntkrl.numerics import DTYPES
 from ntkrl.settings import RunSettings
 from ntkrl.setup import is_code
-from ntkrl.types import Array, Params, Policy, Scorer
+from ntkrl.types import Params, Policy, Scorer
 
 
 def describe_policy(settings: models.ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
@@ -32,8 +31,8 @@ def describe_policy(settings: models.ModelSettings, mesh: Mesh) -> tuple[Policy,
     if settings.path is None:
         with tempfile.TemporaryDirectory() as directory:
             data.save_tokenizer(directory)
-            rows = len(data.load_tokenizer(directory))
-        entries = {**settings.new, "vocab_size": rows, "architectures": [settings.architecture]}
+            size = len(data.load_tokenizer(directory))
+        entries = {**settings.new, "vocab_size": size, "architectures": [settings.architecture]}
     else:
         entries = read_entries(settings.path)
     options = models.ModelOptions(
@@ -98,7 +97,7 @@ def read_entries(path: str) -> dict[str, Any]:
 
 def kernel_apply(
     policy: Policy, params: Params, mesh: Mesh, length: int
-) -> tuple[Callable[..., Array], tuple[Any, ...]]:
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """Return `K.apply` of the full kernel between last positions of two sequences of a length.
 
     Args:

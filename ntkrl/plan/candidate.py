@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -87,11 +88,12 @@ class Candidate:
     def largest(self) -> ProgramCost | None:
         """The program with the highest peak memory."""
         known = [cost for cost in self.programs if cost.peak_gib is not None]
-        return max(known, key=lambda cost: cost.peak_gib) if known else None
+        return max(known, key=operator.attrgetter("peak_gib"), default=None)
 
     def rank(self) -> tuple[bool, float, float]:
         """Sort key: candidates that fit first, by time, then by memory."""
-        peak = math.inf if self.largest is None else self.largest.peak_gib
+        known = (cost.peak_gib for cost in self.programs if cost.peak_gib is not None)
+        peak = max(known, default=math.inf)
         total = 0.0 if math.isnan(self.total) else self.total
         return (not self.fits, total if self.fits else peak, peak)
 
@@ -236,6 +238,7 @@ def advice(run: AbstractRun, cost: ProgramCost, chip: Chip) -> str:
     if cost.part == PROBE and cost.name.startswith("ledger "):
         return _smaller_ledger(run, cost, chip)
     if chip.memory_gib is not None:
+        assert cost.peak_gib is not None  # verdict() asks for advice only where it is known
         if 0 < cost.peak_gib - chip.memory_gib <= cost.copies_gib:
             return _fewer_copies(run)
         if cost.argument_gib + cost.resident_gib > chip.memory_gib:

@@ -68,9 +68,9 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind: how many run, bytes of their results, bytes a device receives."""
+    """Collectives of one kind: number of runs, bytes of their results, bytes a device receives."""
 
-    count: float
+    runs: float
     size: float
     received: float
 
@@ -134,18 +134,18 @@ def product_flops(
     """
     if contracted := CONTRACTED.search(attributes):
         return 2.0 * math.prod([*out, *(left[int(n)] for n in re.findall(r"\d+", contracted[1]))])
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    left_axes, right_axes, out_axes = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)[0]
     match = re.search(r"window=\{([^}]*)\}", attributes)
     window = dict(entry.split("=") for entry in match[1].split()) if match else {}
-    size = dict(zip(labels[3], out, strict=True))
-    total = 2.0 * size["b"] * size["f"] * right[labels[2].index("i")]
+    size = dict(zip(out_axes, out, strict=True))
+    total = 2.0 * size["b"] * size["f"] * right[right_axes.index("i")]
     for axis in range(len(out) - 2):
         taps, stride, pad, dilation, spread = (
             int(window[name].split("x")[axis].split("_")[0]) if name in window else default
             for name, default in WINDOW.items()
         )
         index = np.arange(size[str(axis)])[:, None] * stride + np.arange(taps) * spread - pad
-        last = (left[labels[1].index(str(axis))] - 1) * dilation
+        last = (left[left_axes.index(str(axis))] - 1) * dilation
         total *= np.count_nonzero((index >= 0) & (index <= last) & (index % dilation == 0))
     return float(total)
 
@@ -216,12 +216,13 @@ class _Module:
     def _instruction(self, line: Instruction) -> HloCost:
         kind = line.op.removesuffix("-start")
         if line.op in ("dot", "convolution") or CUBLAS.search(line.attributes):
-            operands = [self.arrays[name][0] for name in line.operands[:2]]
-            shapes = [array.shape for array in (*operands, line.arrays[0])]
-            flops = product_flops(*shapes, line.attributes)
+            left, right = (self.arrays[name][0] for name in line.operands[:2])
+            flops = product_flops(left.shape, right.shape, line.arrays[0].shape, line.attributes)
             precision = re.search(r"operand_precision=\{(\w+)", line.attributes)
-            wide = precision is not None and any(array.dtype == "f32" for array in operands)
-            return HloCost(flops, flops * (PASSES.get(precision[1], 1) if wide else 1))
+            passes = 1
+            if precision is not None and "f32" in (left.dtype, right.dtype):
+                passes = PASSES.get(precision[1], 1)
+            return HloCost(flops, flops * passes)
         if line.name.startswith(SOFTMAX):
             flops = 2.0 * math.prod(line.arrays[0].shape)
             flops *= self.arrays[line.operands[0]][0].shape[-1]
@@ -262,11 +263,11 @@ class _Module:
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line.attributes):
             return int(known[1])
         condition, body = (
-            self._root(re.search(rf"{part}=%([\w.-]+)", line.attributes)[1])
+            self._root(re.findall(rf"{part}=%([\w.-]+)", line.attributes)[0])
             for part in ("condition", "body")
         )
         if condition.op == "fusion":
-            condition = self._root(CALLED.search(condition.attributes)[1])
+            condition = self._root(_called(condition))
         ends = self._integers(condition.operands)
         if condition.op != "compare" or len(ends) != 1:
             return self.trips
@@ -311,7 +312,7 @@ class _Module:
             source, piece = line.arrays[:2]
             return piece.size * (source.in_hbm + piece.in_hbm)
         if line.op == "fusion":
-            called = CALLED.search(line.attributes)[1]
+            called = _called(line)
             read = sum(self._fusion_reads(called, i, name) for i, name in enumerate(line.operands))
             return read + self._fusion_writes(called, line.arrays)
         if line.op in SLICES:
@@ -342,7 +343,7 @@ class _Module:
             elif line.op in SLICES and line.operands[0] in names:
                 total += _bytes(line.arrays)
             elif line.op == "fusion":
-                inner = CALLED.search(line.attributes)[1]
+                inner = _called(line)
                 indices = [i for i, name in enumerate(line.operands) if name in names]
                 total += sum(self._used(inner, i, arrays) for i in indices)
             elif not (line.op == "dynamic-update-slice" and line.operands[0] in names):
@@ -363,6 +364,11 @@ class _Module:
             written = self.arrays[line.operands[1]] if update else (array,)
             total += array.in_hbm * _bytes(written)
         return total
+
+
+def _called(line: Instruction) -> str:
+    """Return the name of the first computation that an instruction calls."""
+    return CALLED.findall(line.attributes)[0]
 
 
 def _bytes(arrays: Iterable[HloArray]) -> float:

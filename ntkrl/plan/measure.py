@@ -106,7 +106,9 @@ def measure(
         cost = dataclasses.replace(cost, compile_seconds=time.perf_counter() - start)
         return _refused(cost, str(error)), None
     seconds = time.perf_counter() - start
-    counts, memory = hlo.count(compiled.as_text(), program.loop_trips), compiled.memory_analysis()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None  # every backend of XLA reports both
+    counts = hlo.count(text, program.loop_trips)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / GIB
     return dataclasses.replace(
@@ -118,7 +120,7 @@ def measure(
         passes=counts.passes,
         traffic=counts.traffic,
         received=counts.received,
-        collectives={kind: (x.count, x.size) for kind, x in counts.collectives.items()},
+        collectives={kind: (x.runs, x.size) for kind, x in counts.collectives.items()},
         seconds=roofline(counts, chip),
     ), compiled
 
@@ -138,7 +140,7 @@ def _resident_bytes(run: AbstractRun, program: Program) -> float:
 
 def roofline(cost: hlo.HloCost, chip: Chip) -> dict[str, float]:
     """Return the seconds of compute, memory and links, each at its published rate."""
-    if chip.flops is None:
+    if chip.flops is None or chip.memory_rate is None or chip.link_rate is None:
         return {}
     return {
         "compute": cost.passes / chip.flops,

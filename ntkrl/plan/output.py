@@ -48,6 +48,7 @@ def format_programs(candidate: Candidate, machine: Machine) -> str:
     problems = [f"{cost.name}: {verdict}" for cost, verdict in verdicts if verdict != FITS]
     if not problems:
         cost = candidate.largest
+        assert cost is not None  # every program fits, so that its peak is known
         problems = [f"fits: {cost.name} takes most, {cost.peak_gib:.2f} of {limit} GiB per device"]
     return "\n".join(lines + problems)
 
@@ -130,7 +131,7 @@ def _program_cells(cost: ProgramCost) -> tuple[str, ...]:
         f"{cost.traffic / 1e9:.3g}",
         ", ".join(collectives),
         _seconds(1e3 * cost.roofline),
-        max(cost.seconds, key=cost.seconds.get) if cost.seconds else "–",
+        max(cost.seconds, key=lambda bound: cost.seconds[bound]) if cost.seconds else "–",
     )
 
 

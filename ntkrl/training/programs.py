@@ -8,7 +8,7 @@ is the function that the loop itself jits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ class Program:
     name: str
     part: str
     stages: tuple[str, ...]
-    function: Callable[..., Any]
+    function: jax.stages.Wrapped
     arguments: tuple[Any, ...]
     resident: frozenset[str]
     runs_per_step: float = 1.0

@@ -86,7 +86,7 @@ class TrainStates:
         state: TrainState,
         batch: Batch,
         reference: OutputHead | None,
-    ) -> Step:
+    ) -> jax.stages.Wrapped:
         """Return `step(state, batch, reference)` jitted with shardings; it donates the state.
 
         Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ class Measures(NamedTuple):
     maxima: dict[str, Array]
 
 
-Totals = Total | dict[str, Total]
-"""Of a loss, or of each of its terms by name."""
+Totals = TypeVar("Totals", Total, dict[str, Total])
+"""The Total of a loss, or a Total for each of its terms by name."""
 TokenLoss = Callable[[TokenStatistics, UpdateBatch], tuple[Totals, Measures]]
 """A loss on the token statistics of completions; it adds up over completions."""
 
@@ -122,7 +122,7 @@ def supervised_loss(statistics: TokenStatistics, batch: UpdateBatch) -> tuple[To
     return masked_total(-statistics.log_probs, mask), Measures(_confidence(statistics, mask), {})
 
 
-def policy_terms(objective: Objective, budget: int) -> TokenLoss:
+def policy_terms(objective: Objective, budget: int) -> TokenLoss[dict[str, Total]]:
     """Return the terms of `policy_loss`, each with the others at zero; they add up to it.
 
     Args:

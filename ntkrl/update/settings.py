@@ -143,7 +143,7 @@ def advance(stage: Stage, progress: Progress, metrics: Mapping[str, Any]) -> Pro
         may have no `kl`.
     """
     steps, window, rewards = progress.steps + 1, stage.plateau_window, ()
-    reasons = [f"its {steps} steps are done"] if steps >= stage.steps else []
+    reasons = [f"its {steps} steps are done"] if steps >= stage.max_steps else []
     if window is not None:
         rewards = (*progress.rewards, metrics["reward"])[-2 * window :]
         before, last = sum(rewards[:window]) / window, sum(rewards[window:]) / window
@@ -166,5 +166,5 @@ def enter_stage(progress: Progress) -> Progress:
 
 def steps_left(stages: Sequence[Stage], progress: Progress) -> int:
     """Return the most rollout steps that are left; 0 at the end of the last stage."""
-    current = 0 if progress.ended is not None else stages[progress.stage].steps - progress.steps
-    return current + sum(stage.steps for stage in stages[progress.stage + 1 :])
+    current = 0 if progress.ended is not None else stages[progress.stage].max_steps - progress.steps
+    return current + sum(stage.max_steps for stage in stages[progress.stage + 1 :])

@@ -77,6 +77,12 @@ class Stage:
         if problems:
             raise ValueError(f"stage {self.name!r}: " + "; ".join(problems) + ".")
 
+    @property
+    def max_steps(self) -> int:
+        """The most rollout steps; the length must be in steps (see `in_steps`)."""
+        assert self.steps is not None
+        return self.steps
+
     def in_steps(self, steps_per_epoch: int) -> Stage:
         """Return the stage with its length in rollout steps only, fractions rounded up."""
         if self.epochs is None:
@@ -248,7 +254,7 @@ def stage_program(
     trained = tuple(rate is not None for rate in rates)
     if not any(trained):
         raise ValueError(f"{label} freezes every parameter; give one a learning rate.")
-    updates = stage.steps * updates_per_step
+    updates = stage.max_steps * updates_per_step
     if stage.warmup_steps > updates:
         raise ValueError(
             f"{label} lasts {updates} optimizer steps, fewer than its warmup_steps = "

@@ -36,6 +36,7 @@ def reward_penalties(
     if objective.kl_place != "reward" or not objective.needs_reference:
         return jnp.zeros(mask.shape, jnp.float32)
     if objective.kl_estimator == "full":
+        assert kl is not None
         return objective.kl_coefficient * jnp.where(mask, kl, 0.0)
     kind = objective.kl_estimator
     return objective.kl_coefficient * kl_estimate(kind, log_probs, ref_log_probs, mask)

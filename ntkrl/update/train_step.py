@@ -70,11 +70,11 @@ def transfer_state(program: StageProgram, state: TrainState) -> TrainState:
 
 def policy_loss_fn(
     policy: Policy,
-    loss: TokenLoss,
+    loss: TokenLoss[Totals],
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     spread: int = 1,
-) -> LossFn:
+) -> LossFn[Totals]:
     """Return the loss function of a loss on token statistics.
 
     The body is evaluated unless the batch carries features. Logits are computed once, for whole
@@ -115,7 +115,7 @@ def policy_loss_fn(
 
 
 def make_step(
-    program: StageProgram, loss_fn: LossFn, microbatches: int = 1
+    program: StageProgram, loss_fn: LossFn[Total], microbatches: int = 1
 ) -> Callable[..., StepResult]:
     """Return `step(state, batch, reference=None) -> StepResult`, to be jitted by the caller.
 
@@ -147,7 +147,7 @@ def make_step(
 
 
 def make_step_with_term_gradients(
-    program: StageProgram, loss_fn: LossFn, microbatches: int = 1
+    program: StageProgram, loss_fn: LossFn[dict[str, Total]], microbatches: int = 1
 ) -> Callable[..., StepResult]:
     """Return the step of `make_step` that also returns the gradient of each term of the loss.
 
@@ -169,7 +169,7 @@ def make_step_with_term_gradients(
             totals, measures = loss_fn(trees.merge(trained, frozen), part, reference)
             return {name: total.total for name, total in totals.items()}, (totals, measures)
 
-        def gradients(part: Any) -> tuple[tuple[Totals, Measures], dict[str, Params]]:
+        def gradients(part: Any) -> tuple[tuple[dict[str, Total], Measures], dict[str, Params]]:
             grads, values = jax.jacrev(loss_sums, has_aux=True)(trained, part)
             return values, grads
 
@@ -247,7 +247,10 @@ def _add_gradients(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked_loss(
-    static: tuple[TokenLoss, float, int], head: OutputHead, features: Array, batch: UpdateBatch
+    static: tuple[TokenLoss[Totals], float, int],
+    head: OutputHead,
+    features: Array,
+    batch: UpdateBatch,
 ) -> tuple[Totals, Measures]:
     """Compute a loss and measures in chunks of rows, with logits computed once.
 
@@ -269,14 +272,18 @@ def chunked_loss(
 
 
 def _chunk_loss(
-    loss: TokenLoss, temperature: float, head: OutputHead, features: Array, batch: UpdateBatch
+    loss: TokenLoss[Totals],
+    temperature: float,
+    head: OutputHead,
+    features: Array,
+    batch: UpdateBatch,
 ) -> tuple[Totals, Measures]:
     targets = batch.tokens[:, -batch.completion_mask.shape[1] :]
     return loss(logit_statistics(logits(head, features) / temperature, targets), batch)
 
 
 def _forward(
-    static: tuple[TokenLoss, float, int], head: Any, features: Any, batch: Any
+    static: tuple[TokenLoss[Totals], float, int], head: Any, features: Any, batch: Any
 ) -> tuple[tuple[Totals, Measures], Any]:
     """Return the result, and the gradients of each Total's sum as residuals."""
     loss, temperature, chunks = static

@@ -1,4 +1,4 @@
-"""What an optimizer is made of, against its update and against Adam's formula."""
+"""The linear maps of an optimizer, against its update and against Adam's formula."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def test_parts_add_up_and_are_linear(x64, name):
 
 
 def test_adam_by_formula(x64):
-    """oracle: the three parts by Adam's own formulas, second moment and clip factor realised."""
+    """oracle: the three parts by Adam's formulas, with the step's second moment and clip factor."""
     params = draw(0, jnp.float64)
     b1, b2, epsilon, rate, decay = 0.8, 0.9, 1e-3, 0.1, 0.3
     optimizer = optax.chain(

@@ -1,12 +1,12 @@
-"""Decoding, the update and the kernel on one accelerator, beside what its chip can do.
+"""Decoding, the update and the kernel on one accelerator, against the limits of its chip.
 
     python -m tests.bench.device [--model=EleutherAI/pythia-1b] [--only=decode,update,kernel]
 
 The model has random weights, float32 masters and bfloat16 compute. The chip's limits are measured
 in the same run: bytes/s of adding one to a large array (read and written), FLOP/s of a bfloat16
-product. `floor` is what a row would take at the limit that binds it: decoding reads the weights and
-half of the full cache for every token, the update does 6 N T FLOPs and attention, a kernel those of
-its own estimate. `of floor` is floor / seconds, 1 at best.
+product. `floor` is the time of a row at its binding limit: decoding reads the weights and half of
+the full cache for every token, the update does 6 N T FLOPs and attention, a kernel the FLOPs of its
+estimate. `of floor` is floor / seconds, at best 1.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Bench(NamedTuple):
 
 
 def timed(call: Callable[[], Any], repeats: int = REPEATS, calls: int = 1) -> float:
-    """Return the median wall time of a call after one that compiles, of `calls` sent together."""
+    """Return the median wall time of a call, compiled before, with `calls` dispatched together."""
 
     def together() -> None:
         jax.block_until_ready([call() for _ in range(calls)])
@@ -83,7 +83,7 @@ def make(config: dict[str, Any], side: int) -> Bench:
 
 
 def decoding(bench: Bench, prompts: int) -> Iterator[dict[str, Any]]:
-    """Time a rollout less its prefill, per token step; weights cast once, or as they are."""
+    """Time a rollout less its prefill, per token step; weights cast once, or in float32."""
     policy, config, rows = bench.policy, bench.policy.config, prompts * GROUP
     ids = np.random.default_rng(0).integers(2, policy.vocab_size, (prompts, PROMPT))
     batch = PromptBatch(

@@ -1,11 +1,11 @@
-"""What a step ledger costs beside the training it accounts for: `python -m tests.bench.ledger`.
+"""Cost of a step ledger relative to training: `python -m tests.bench.ledger`.
 
 The quickstart's shapes: a GPT-NeoX of D = 96, 2 layers, V = 18; 15 prompts of 8 tokens with 8
 completions of 12 tokens each, RLOO, Adam; a probe set of 8 × 2 such completions. The KL is in the
-reward, a second term of the ledger; --no-kl: there is none; --kl: it is in the loss, by GRPO. A
-training step is generation and update; what a ledger takes is its own time and what the update
-that hands out its gradients takes more. Medians in turns, compiled before the clock starts. FLOPs
-of the samples' contributions are those of `Ledger.estimates`.
+reward, a second term of the ledger; with --no-kl there is none; with --kl it is in the loss, by
+GRPO. A training step is generation and update. The cost of a ledger is the time of the ledger plus
+the additional time of an update that returns its gradients. Medians of interleaved calls, compiled
+before timing. FLOPs of the samples' contributions are those of `Ledger.estimates`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONFIG = {
 PROMPTS, GROUP, PROMPT, LENGTH = 15, 8, 8, 12
 PROBE_PROMPTS, PROBE_GROUP = 8, 2
 EVERY = {"sample": 50, "group": 10}
-"""Steps between ledgers that the overhead is given for."""
+"""Steps between ledgers for which the overhead is reported."""
 WITH_KL = update.Objective(kl_place="loss", kl_coefficient=0.04)
 
 
@@ -55,7 +55,7 @@ def draw(policy: Any, params: Any, prompts: int, group: int, seed: int) -> Any:
 
 
 def update_batch(drawn: Any, kl_in_reward: bool) -> UpdateBatch:
-    """Return what the step sees, with advantages drawn at random."""
+    """Return the batch of the step, with random advantages."""
     mask = drawn.completion_mask
     return UpdateBatch(
         tokens=drawn.tokens,

@@ -1,4 +1,4 @@
-"""Take times and memory of a call, in a process of its own where needed, and lay them out.
+"""Measure time and memory of a call, in a separate process if needed, and print tables.
 
 `run_isolated` runs `python -m tests.bench.measure module:function result.json` with the arguments
 as JSON on its standard input.
@@ -33,13 +33,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_isolated(
     function_path: str, kwargs: Mapping[str, Any], timeout_seconds: float
 ) -> dict[str, Any]:
-    """Run `module:function` in a fresh process; its arguments and its dict pass as JSON.
+    """Run `module:function` in a new process; arguments and the resulting dict pass as JSON.
 
     Returns:
-      What the function returned, or `{"failed": reason}` where time or memory ran out.
+      The function's result, or `{"failed": reason}` if time or memory ran out.
 
     Raises:
-      RuntimeError: the process failed for any other reason; holds the end of its output.
+      RuntimeError: the process failed for any other reason; the message has the end of its output.
     """
     with tempfile.TemporaryDirectory() as directory:
         result, log = Path(directory) / "result.json", Path(directory) / "log"
@@ -71,7 +71,7 @@ def run_isolated(
 
 @dataclasses.dataclass
 class Peak:
-    """What `peak_memory` found: `mib`, set on leaving the block."""
+    """The result of `peak_memory`: `mib`, set at the end of the block."""
 
     mib: float = float("nan")
 
@@ -80,13 +80,13 @@ class Peak:
 def peak_memory() -> Iterator[Peak]:
     """Measure how far the process's memory grows inside a block, in MiB (Linux only).
 
-    Freed memory is handed back and the kernel's high-water mark (VmHWM) reset first; what counts
-    is that mark on leaving, less what was resident (VmRSS) on entering. So inputs made before do
-    not count, results and scratch memory do, and compiled code and the compiler's own memory only
-    if compiled inside: call once before to leave them out.
+    Freed memory is first returned to the system and the kernel's high-water mark (VmHWM) reset.
+    The result is the mark at the end less the resident memory (VmRSS) at the start: inputs made
+    before do not count, results and scratch memory do, and compiled code and the compiler's memory
+    do only if compiled inside; call once before to exclude them.
     """
     gc.collect()
-    time.sleep(0.2)  # runtimes let go of dropped arrays a moment later, in their own threads
+    time.sleep(0.2)  # runtimes free dropped arrays a moment later, in other threads
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before, peak = status_mib("VmRSS"), Peak()
@@ -97,16 +97,16 @@ def peak_memory() -> Iterator[Peak]:
 
 
 def status_mib(field: str) -> float:
-    """Read the process's memory in MiB: VmRSS, what is resident, or VmHWM, its peak (Linux only).
+    """Return the process's memory in MiB: VmRSS, resident, or VmHWM, its peak (Linux only).
 
-    Unlike `getrusage`'s maximum, VmHWM does not take over the peak of the process that started it.
+    Unlike `getrusage`'s maximum, VmHWM does not inherit the peak of the parent process.
     """
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M)[1]) / 1024
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Return the median wall time of a call, which must wait for its own result."""
+    """Return the median wall time of a call, which must block until its result is ready."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -118,12 +118,12 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 def medians_in_turns(
     calls: Mapping[str, Callable[[], Any]], repeats: int, wait: Callable[[Any], Any]
 ) -> dict[str, float]:
-    """Return the median wall time of each call, taken in turns after one round that does not count.
+    """Return the median wall time of each of several interleaved calls, after a warm-up round.
 
     Args:
       calls: by name.
       repeats: rounds.
-      wait: blocks until what a call returned is there.
+      wait: blocks until the result of a call is ready.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(repeats + 1):
@@ -136,9 +136,9 @@ def medians_in_turns(
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Lay out rows as plain text: one line each, a header, columns as wide as they need.
+    """Format rows as plain text: a header, one line per row, columns as wide as needed.
 
-    Numbers stand to the right, four digits of a float are shown, what a row lacks is blank.
+    Numbers are right-aligned, floats have four digits, missing values are blank.
     """
     cells = [[_shown(row.get(column, "")) for column in columns] for row in rows]
     lines = [list(columns), *cells]
@@ -160,7 +160,7 @@ def _shown(value: Any) -> str:
 
 
 def _main(function_path: str, result: str) -> None:
-    # where memory runs out, this process is the one to go
+    # if memory runs out, this process is the one to be killed
     Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     module, function = function_path.split(":")
     found = getattr(importlib.import_module(module), function)(**json.load(sys.stdin))

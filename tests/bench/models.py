@@ -1,4 +1,4 @@
-"""Measure how far models read here are from transformers': `python -m tests.bench.models`.
+"""Compare models loaded by this package with transformers': `python -m tests.bench.models`.
 
 Random weights at the odd shapes of tests/models/families.py, float32, left and right padding: the
 largest difference of logits (over all shapes of a family), of PEFT's adapted logits and of reward

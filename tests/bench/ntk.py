@@ -1,15 +1,15 @@
-"""Compare this library's kernels with the best that other tools do: `python -m tests.bench.ntk`.
+"""Compare this library's kernels with the best of other tools: `python -m tests.bench.ntk`.
 
-Four questions on random GPT-NeoX models in float32, each method in a process of its own, compiled
-before the clock starts; memory is what the process grew by during a call, result included:
+Four comparisons on random GPT-NeoX models in float32, each method in a separate process, compiled
+before timing; memory is the growth of the process during a call, result included:
 
     small      K of N = 4 last positions, T = 16, V = 4096, D = 128, 4 layers: factored, written
-               out, and by each peer (NTK-vector products whole, Jacobian rows extrapolated)
+               out, and by each peer (all NTK-vector products, Jacobian rows extrapolated)
     large      factored at V = 50304, D = 512, 8 layers, four last positions, T = 16
     vocabulary factored at V = 512 and V = 50304, all else as in small
     scores     Gram matrix of ∇ log π of 16 × 32 tokens, against stacked gradients
 
-`--only=small,scores` chooses, `--json=FILE` keeps the rows, `--algorithms` times each on small.
+`--only=small,scores` selects, `--json=FILE` writes the rows, `--algorithms` times each on small.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def ours(
 
 
 def peer_kernel(tool: str, way: str, config: dict[str, Any], chunk: int) -> dict[str, Any]:
-    """Time a peer's whole kernel; Jacobian rows are run in part and extrapolated."""
+    """Time a peer's full kernel; Jacobian rows are run in part and extrapolated."""
     peer = _models(config)[0 if tool == "jax" else 1]
     tokens_NT = peers.random_tokens(CONTEXTS, LENGTH, peer.vocab)
     if way == "products":
@@ -137,7 +137,7 @@ def _measured(call: Any, repeats: int, warm: bool = True) -> dict[str, Any]:
 
 
 def small(algorithms: bool) -> list[tuple[str, str, dict[str, Any]]]:
-    """Name the methods of the first question: what, function, arguments."""
+    """Return the methods of the first comparison: label, function, arguments."""
     found = [
         ("ours, factored (s, M)", "ours", {"form": "factored"}),
         ("ours, factored, memory_gib=0.04", "ours", {"form": "factored", "memory_gib": 0.04}),
@@ -164,7 +164,7 @@ def small(algorithms: bool) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def questions(algorithms: bool) -> dict[str, list[tuple[str, str, dict[str, Any]]]]:
-    """Return the methods of every question."""
+    """Return the methods of every comparison."""
     return {
         "small": small(algorithms),
         "large": [("ours, factored", "ours", {"form": "factored", "config": LARGE, "repeats": 1})],
@@ -187,7 +187,7 @@ def questions(algorithms: bool) -> dict[str, list[tuple[str, str, dict[str, Any]
 
 
 def main() -> None:
-    """Run the questions asked for and print their tables."""
+    """Run the selected comparisons and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="small,large,vocabulary,scores")
     parser.add_argument("--json")

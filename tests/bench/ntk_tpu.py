@@ -1,13 +1,13 @@
-"""Compile kernels of Pythia-2.8B for a described TPU slice, with no TPU: do they fit, at what cost?
+"""Compile kernels of Pythia-2.8B for a TPU slice without a TPU; report memory and cost.
 
     python -m tests.bench.ntk_tpu [--topology=v5e:4x4] [--length=64] [--layers=32] [--json=FILE]
 
 The params are FSDP-sharded over all chips; observed and updated are the last positions of two
-different sequences (O = U = 1). Compiled are `apply` and M of the body by two algorithms, float32
-multiplied as such ("highest": 6 bfloat16 passes, where a TPU's default is 1) and bfloat16 compute.
-Memory is the compiler's. FLOPs and collectives are counted in the compiled program of one chip,
-loops multiplied out: `share` tells how much of the work a chip does, 1 / chips where it is spread
-evenly. `roofline s` is at the published rates in ntkrl/plan/hardware.py. Needs jax[tpu].
+different sequences (O = U = 1). Compiled are `apply` and M of the body by two algorithms, in full
+float32 ("highest": 6 bfloat16 passes; a TPU's default is 1) and in bfloat16. Memory is the
+compiler's. FLOPs and collectives are counted in the compiled program of one chip, loops multiplied
+out: `share` is a chip's part of the work, 1 / chips if it is spread evenly. `roofline s` is at the
+published rates in ntkrl/plan/hardware.py. Needs jax[tpu].
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def calls(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> Iterator[
 
 
 def measure(call: Call, precision: str, machine: Machine) -> dict[str, Any]:
-    """Compile a call and read memory and cost off the result."""
+    """Compile a call and return its memory and cost."""
     function, arguments = call
     start = time.perf_counter()
     try:
@@ -93,7 +93,7 @@ def rows(machine: Machine, layers: int, length: int) -> Iterator[dict[str, Any]]
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table; write it as JSON where asked."""
+    """Print the table; write it as JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--length", type=int, default=64)

@@ -1,6 +1,6 @@
-"""Other ways to get the empirical NTK of a transformer, each written as well as its tool allows.
+"""Other implementations of a transformer's empirical NTK, each as good as its tool allows.
 
-All take the same GPT-NeoX weights, float32, and the same contexts: the last position of each of N
+All use the same GPT-NeoX weights, float32, and the same contexts: the last position of each of N
 sequences of T tokens, observed = updated. K(o, u) = ∂z(o)/∂θ (∂z(u)/∂θ)ᵀ over all P parameters is
 `[N, N, V, V]`. Two ways, each in JAX and in torch.func, as in PyTorch's tutorial "Neural Tangent
 Kernels" except that one backward pass serves all observed contexts:
@@ -134,14 +134,14 @@ class Torch:
         return [leaf.flatten(0, 1).flatten(1) for leaf in gradients.values()]
 
     def _logits(self, params: dict, tokens_NT: torch.Tensor, position: Any = 1) -> torch.Tensor:
-        """Return `[N, V]`, read at the last position, or at a given one `[1]`."""
+        """Return `[N, V]`, at the last position, or at `position` `[1]`."""
         settings = {"use_cache": False, "logits_to_keep": position}
         return tf.functional_call(self.model, params, (tokens_NT,), settings).logits[:, 0]
 
 
 def models(directory: str, seed: int = 0, **config: Any) -> tuple[Jax, Torch]:
     """Make one random GPT-NeoX, `tests.toys.TINY` but for config, in both with equal weights."""
-    # eager attention: the fused one is not made for forward mode
+    # eager attention: the fused one has no forward mode
     model = torch_neox(directory, seed, attn_implementation="eager", **config)
     return Jax(*ntkrl.load(directory)), Torch(model)
 
@@ -152,9 +152,9 @@ def random_tokens(count: int, length: int, vocab: int, seed: int = 0) -> np.ndar
 
 
 def rows(peer: Jax | Torch, tokens_NT: np.ndarray, chunk: int) -> np.ndarray:
-    """Contract Jacobian rows to the whole kernel `[N, N, V, V]`.
+    """Contract Jacobian rows to the full kernel `[N, N, V, V]`.
 
-    Two chunks of rows are held at once, N × chunk × P numbers each. K(o, u) = K(u, o)ᵀ, as
+    Two chunks of rows are in memory at once, N × chunk × P numbers each. K(o, u) = K(u, o)ᵀ, as
     observed = updated, saves half of the pairs of chunks.
     """
     count = len(tokens_NT)
@@ -184,7 +184,7 @@ def products(
 def score_gram(peer: Jax | Torch, tokens_NT: np.ndarray, completion: int) -> np.ndarray:
     """Multiply the stacked gradients of the last C < T tokens of each sequence: `[N C, N C]`.
 
-    All N × C × P numbers are held, but leaf by leaf: one matrix of them would be a second copy.
+    All N × C × P numbers are in memory, leaf by leaf: one matrix of them would be a second copy.
     """
     gradients = peer.token_gradients(tokens_NT, completion)
     return np.asarray(peer.contract(gradients, gradients))
@@ -193,8 +193,8 @@ def score_gram(peer: Jax | Torch, tokens_NT: np.ndarray, completion: int) -> np.
 def time_rows(peer: Jax | Torch, tokens_NT: np.ndarray, chunk: int, blocks: int = 3) -> dict:
     """Time the blocks of the first chunk of rows with the first few, and extrapolate to all.
 
-    With n = ⌈V / chunk⌉ the whole takes n (n + 1) / 2 blocks, each one chunk of rows made and one
-    contraction; the median of those run stands for all. Returns `seconds` and `units` of what was
+    With n = ⌈V / chunk⌉ the kernel has n (n + 1) / 2 blocks, each one chunk of rows and one
+    contraction; the median of the blocks run represents all. Returns `seconds` and `units` of the
     run, `unit_seconds` per block, and `whole_units` and `whole_seconds`, the extrapolation.
     """
     per_side = -(-peer.vocab // chunk)
@@ -207,10 +207,10 @@ def time_rows(peer: Jax | Torch, tokens_NT: np.ndarray, chunk: int, blocks: int 
 
 
 def time_products(peer: Jax | Torch, tokens_NT: np.ndarray, chunk: int, columns: int) -> dict:
-    """Time some columns of every updated context, and extrapolate to V as if all cost the same.
+    """Time some columns of every updated context, and extrapolate to V at equal cost.
 
-    Take several chunks, for what is done once per context to be small. Returns what `time_rows`
-    does; a unit is one column of one updated context.
+    Use several chunks, so that the work done once per context is small. Returns the fields of
+    `time_rows`; a unit is one column of one updated context.
     """
     products(peer, tokens_NT, chunk, columns)
     start = time.perf_counter()
@@ -244,7 +244,7 @@ def _blocks(peer: Jax | Torch, tokens_NT: np.ndarray, chunk: int) -> Iterator[tu
 def check() -> list[str]:
     """Compare every peer, in float32, with float64 oracles on a tiny model, a line for each.
 
-    Of the score Gram the oracle knows gᵀ K g, g = e_y − π, of the last token of each sequence;
+    Of the score Gram the oracle computes gᵀ K g, g = e_y − π, of the last token of each sequence;
     beyond those the two frameworks are compared with each other.
 
     Raises:

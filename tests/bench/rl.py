@@ -1,12 +1,11 @@
-"""Seconds per optimizer step of RL, ours beside TRL's, on equal weights, prompts and lengths.
+"""Seconds per optimizer step of RL, ours and TRL's, on equal weights, prompts and lengths.
 
     python -m tests.bench.rl [--sizes small,large] [--kind grpo|rloo] [--steps 5] [--ours-only]
 
 8 prompts of 16 tokens, 4 completions of 64 tokens each, float32, AdamW with clipping, each side in
-a process of its own, one after the other. Ours reads a batch in 4 micro-batches, which changes
-nothing but memory (`schedule.microbatches`). `floor` is the arithmetic of generation, a reference
-forward pass and the update at the fastest rate at which this machine multiplied matrices in the
-same run.
+a separate process, one after the other. Ours uses 4 micro-batches, which change only memory
+(`schedule.microbatches`). `floor` is the time of the arithmetic of generation, a reference forward
+pass and the update at the fastest matrix-product rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ BETA = {"grpo": 0.04, "rloo": 0.05}
 def our_steps(
     kind: str, directory: str, prompts: list[list[int]], steps: int, warm_up: int = 2
 ) -> dict[str, Any]:
-    """Train with this library for some steps; medians of their parts, in a process of its own."""
+    """Train with this library for some steps; return medians of their parts."""
     import jax
     import jax.numpy as jnp
 

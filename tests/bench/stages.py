@@ -1,13 +1,13 @@
-"""What a classifier-first stage costs: a stage-1 update against its floor and against stage 2.
+"""Cost of a classifier-first stage: a stage-1 update against its floor and against stage 2.
 
     python -m tests.bench.stages [--steps 7]
 
 Measured at D = 512, 8 layers, V = 50304, 32 completions of 64 tokens behind 16: the head alone from
-stored features, the head alone re-reading the body, and everything. The floor of the first is
-4·V·D FLOPs per completion token, logits and dW, at the rate at which this machine multiplied
-matrices of that shape in the same process. At Pythia-2.8B's shape nothing is run: the compiler's
-cost analysis gives the FLOPs of stage 1 (read in one piece, since it counts a loop's body once; so
-it says nothing of stage 2's layers), its memory analysis what the programs hold.
+stored features, the head alone with a forward pass of the body, and all parameters. The floor of
+the first is 4·V·D FLOPs per completion token, logits and dW, at the rate of matrix products of that
+shape measured in the same process. At Pythia-2.8B's shape nothing is run: the compiler's cost
+analysis gives the FLOPs of stage 1 (compiled as one chunk, since it counts a loop's body once, and
+therefore not those of stage 2's layers), and its memory analysis the memory of the programs.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def measured(steps: int) -> list[dict[str, Any]]:
         batch = drawn(batch_shapes(ROWS, LENGTH, stored), vocab)
 
         def call(held: dict[str, Any] = held, batch: UpdateBatch = batch) -> Any:
-            held["state"], metrics = held["step"](held["state"], batch)
+            held["state"], metrics, _ = held["step"](held["state"], batch)
             return metrics
 
         calls[name] = call

@@ -1,10 +1,10 @@
-"""Statistics of next-token distributions without logits: memory by the compiler, time beside plain.
+"""Statistics of next-token distributions in tiles: memory and time against full logits.
 
     python -m tests.bench.token_statistics [--repeats 5]
 
 The first table is the compiler's memory analysis of loss and gradient (log-prob and entropy) at
 T = 2048, V = 151936, D = 1024, nothing run; the second the time at V = 50304, D = 512, 2048
-positions, beside logits written out with jax.nn.log_softmax, and the products alone.
+positions, against full logits with jax.nn.log_softmax, and the products alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def tiled(tokens: int, rows: int | None) -> Callable[..., Any]:
 
 
 def by_rows(tokens: int) -> Callable[..., Any]:
-    """Return loss and gradient by chunks of completions whose logits are made once."""
+    """Return loss and gradient by chunks of completions whose logits are computed once."""
     from ntkrl.numerics import masked_total
     from ntkrl.types import UpdateBatch
     from ntkrl.update import Measures

@@ -1,7 +1,7 @@
-"""TRL's losses written out by hand, to see that `tests.bench.trl_peer.one_step` is what it says.
+"""TRL's losses written out by hand, to verify `tests.bench.trl_peer.one_step`.
 
 Everything is float64 torch on the logits of transformers' model: advantages, loss, `backward`, one
-step of SGD. Of TRL 1.16.0. `python -m tests.bench.trl_peer --check` runs `check`.
+step of SGD, as in TRL 1.16.0. `python -m tests.bench.trl_peer --check` runs `check`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEFAULTS = {
 
 
 def step(kind: str, directory: str, batch: Batch, options: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Do what `one_step` does, with a loss of our own in float64."""
+    """Do the same as `one_step`, with a loss written here in float64."""
     own = {**DEFAULTS, "max_completion_length": batch.completion_mask.shape[1], **options}
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     old_BC, ref_BC, rewards_B = (
@@ -125,7 +125,7 @@ def _rloo(new_BC, old_BC, ref_BC, mask_BC, rewards_B, own: dict) -> torch.Tensor
 
 
 def example(directory: str, prompts: int = 3, group: int = 4, seed: int = 0) -> Batch:
-    """Make a random model, and completions of unequal length off its policy and its reference."""
+    """Build a random model, and off-policy completions of unequal length."""
     model = torch_neox(directory, seed)
     generator, rows = np.random.default_rng(seed), prompts * group
     prompt, length = 6, 9

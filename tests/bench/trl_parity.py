@@ -1,9 +1,9 @@
-"""One optimizer step of ours against TRL's on the same weights, tokens, rewards and SGD.
+"""One SGD step of this library and of TRL on the same weights, tokens and rewards.
 
     python -m tests.bench.trl_parity
 
-Off policy, so that every clip bites; completions of different lengths behind padded prompts. A row
-gives how far the step moved the weights and the largest difference of any weight after it.
+Off policy, so that every clip is active; completions of different lengths after padded prompts. A
+row has the largest change of a weight by the step and the largest difference of a weight after it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CASES: tuple[tuple[str, dict[str, Any], str, dict[str, Any]], ...] = (
 
 
 def draw_batch(policy: ntkrl.types.Policy, params: Any) -> dict[str, np.ndarray]:
-    """Random tokens and rewards; log-probs near the model's own, so that ratios are near one."""
+    """Return random tokens, rewards, and log-probs near the model's, so that ratios are near 1."""
     rng = np.random.default_rng(0)
     prompts = np.repeat(rng.integers(2, policy.vocab_size, (ROWS // GROUP, PROMPT)), GROUP, axis=0)
     tokens = np.concatenate([prompts, rng.integers(2, policy.vocab_size, (ROWS, LENGTH))], axis=1)

@@ -1,13 +1,13 @@
-"""TRL's own trainers, taken as they are installed: one step on given tokens, and timed steps.
+"""TRL's trainers as installed: one step on fixed tokens, and timed steps.
 
-Two questions need them. Does one update agree, number by number? `one_step`. What does a whole
-training step cost? `timed_steps`. Both build TRL's real GRPOTrainer or RLOOTrainer, float32 on
-the CPU, from a Hugging Face directory of a causal language model with rotary positions (TRL counts
-padding as positions, which those do not see).
+`one_step` compares one update number by number; `timed_steps` measures complete training steps.
+Both build TRL's GRPOTrainer or RLOOTrainer, float32 on the CPU, from a Hugging Face directory of a
+causal language model with rotary positions (TRL counts padding as positions, to which those are
+invariant).
 
-`KINDS` names what can be asked for by TRL's own arguments; `options` are further arguments of
-GRPOConfig or RLOOConfig by their own names. Prompts pass through TRL's tokenisation as text: the
-tokenizer given to it has the words <0>, <1>, … for the token ids 0, 1, …
+`KINDS` maps losses to TRL's arguments; `options` are further arguments of GRPOConfig or RLOOConfig
+by name. Prompts pass through TRL's tokenisation as text: its tokenizer has the words <0>, <1>, …
+for the token ids 0, 1, …
 
     python -m tests.bench.trl_peer --check          compares one_step with tests.bench.trl_by_hand
     python -m tests.bench.trl_peer --json ARGUMENTS prints what timed_steps(**ARGUMENTS) returns
@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Completions to learn from; the N completions of a prompt are consecutive rows.
+    """Completions to train on; the N completions of a prompt are consecutive rows.
 
     tokens: `[B, T]` ids, left-padded prompt then completion.
     mask: `[B, T]` bool, True on real tokens.
@@ -96,7 +96,7 @@ class Batch:
 
 
 class _Quiet:
-    """Keeps a trainer off the network and the standard output."""
+    """A trainer without network access and standard output."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -107,7 +107,7 @@ class _Quiet:
 
 
 class _Given(_Quiet):
-    """A trainer whose completions, old and reference log-probs are given."""
+    """A trainer with fixed completions, old and reference log-probs."""
 
     completions: list[list[int]]
     old: torch.Tensor
@@ -123,7 +123,7 @@ class _Given(_Quiet):
 
     def _generate_and_score_completions(self, inputs: list) -> dict:
         scored = super()._generate_and_score_completions(inputs)
-        # GRPOTrainer leaves them out of a batch that it has just sampled
+        # GRPOTrainer omits them from a batch that it has just sampled
         if isinstance(self, trl.GRPOTrainer):
             scored["old_per_token_logps"] = self.old
         return scored
@@ -132,28 +132,28 @@ class _Given(_Quiet):
 def one_step(
     kind: str, directory: str, batch: Batch, options: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Let TRL take one step of plain SGD on given completions.
+    """Let TRL take one step of plain SGD on fixed completions.
 
-    TRL's own: the loss of its forward pass with its gradient, the clipping, KL terms, masks and
-    denominators, advantages (and RLOO's KL penalty) from rewards, padding of lists of ids to a
-    batch, the shuffle of its rows, transformers' training loop and SGD. Given: what TRL would
-    otherwise sample (`_generate_single_turn`), the log-probs that it would read without a gradient
-    before the update (`_get_per_token_logps_and_entropies` under no_grad), the old ones also where
-    GRPOTrainer knows itself on-policy and reads none, and a reward function that returns the
-    rewards. One batch, no accumulation, no gradient clipping, no dropout, no weight decay.
+    Computed by TRL: the loss of its forward pass with its gradient, the clipping, KL terms, masks
+    and denominators, advantages (and RLOO's KL penalty) from rewards, padding of lists of ids to a
+    batch, the shuffle of its rows, transformers' training loop and SGD. Replaced by `batch`: the
+    sampled completions (`_generate_single_turn`), the log-probs computed without a gradient before
+    the update (`_get_per_token_logps_and_entropies` under no_grad), the old ones also if
+    GRPOTrainer is on-policy and computes none, and the rewards. One batch, no accumulation, no
+    gradient clipping, no dropout, no weight decay.
 
     Args:
       kind: one of KINDS.
-      directory: where the model is; also what TRL builds its unused reference model from.
+      directory: of the model; TRL also builds its unused reference model from it.
       batch: the completions.
       options: `num_generations`, the group size, and `learning_rate`, and any others of TRL's;
-        `max_completion_length`, dr_grpo's denominator, is C unless given.
+        `max_completion_length`, dr_grpo's denominator, is C by default.
 
     Returns:
       All weights after the step, by the names that `save_pretrained` gives them.
 
     Raises:
-      ValueError: the batch has not the form that `Batch` asks for.
+      ValueError: the batch does not have the form that `Batch` requires.
     """
     prompts, completions = batch.prompts(options["num_generations"]), batch.completions()
     longest = max(map(len, completions))
@@ -182,7 +182,7 @@ def one_step(
 
 
 class _Timed(_Quiet):
-    """A trainer that notes the time spent in sampling, and in sampling and scoring together."""
+    """A trainer that records the time of sampling, and of sampling and scoring together."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -206,7 +206,7 @@ class _Timed(_Quiet):
 
 
 class _Marks(transformers.TrainerCallback):
-    """Notes when training begins and when each step ends."""
+    """A recorder of the start of training and the end of each step."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -227,29 +227,29 @@ def timed_steps(
     warm_up_steps: int = 1,
     threads: int = 2,
 ) -> dict[str, Any]:
-    """Train with TRL, sampling by transformers' `generate`, and take the times of its steps.
+    """Train with TRL, sampling by transformers' `generate`, and time its steps.
 
-    All of it is TRL's, unless options say otherwise: AdamW (torch's fused one), gradients clipped
-    to norm 1, the trainer's own β, which means a reference model for RLOO and none for GRPO. Every
-    step samples anew for the same prompts, the end of sequence suppressed, so that all completions
-    have the full length. Gradient checkpointing, TRL's default, is off: it saves memory by time.
-    The reward is the share of even ids. The peak of memory is for a process of its own.
+    Defaults are TRL's: AdamW (torch's fused one), gradients clipped to norm 1, the trainer's β,
+    which means a reference model for RLOO and none for GRPO. Every step samples anew for the same
+    prompts, the end of sequence suppressed, so that all completions have the full length. Gradient
+    checkpointing, TRL's default, is off: it trades time for memory. The reward is the share of even
+    ids. Run it in a separate process: the memory peak is that of the process.
 
     Args:
       kind: one of KINDS.
-      directory: where the model is.
+      directory: of the model.
       prompts: ids of each prompt, one batch.
       options: `num_generations`, the group size, and `max_completion_length`, the tokens of every
         completion, and any others of TRL's.
-      steps: how many steps count, after `warm_up_steps` that do not.
-      threads: that torch may use.
+      steps: number of timed steps, after `warm_up_steps` that are not timed.
+      threads: of torch.
 
     Returns:
-      What was run, and medians over steps: `step_seconds`, from the end of one step to the end of
+      The settings, and medians over steps: `step_seconds`, from the end of one step to the end of
       the next, and its parts `generation_seconds`, `scoring_seconds` (rewards, reference and for
-      RLOO also old log-probs, advantages) and `update_seconds` (the rest); `tokens_per_second`,
-      sampled tokens by whole steps; `peak_rss_mib` of the process, and `rss_before_mib`, with all
-      imports done and no model read.
+      RLOO also old log-probs, advantages) and `update_seconds` (everything else);
+      `tokens_per_second`, sampled tokens over the time of complete steps; `peak_rss_mib` of the
+      process, and `rss_before_mib`, after all imports and before any model is loaded.
     """
     before = measure.status_mib("VmRSS")
     torch.set_num_threads(threads)
@@ -284,7 +284,7 @@ def timed_steps(
 
 
 def _medians(trainer: _Timed, marks: _Marks, skip: int) -> dict[str, float]:
-    """Return the median time of a step and of its parts, after those to skip."""
+    """Return the median time of a step and of its parts, without the first `skip`."""
     step = np.diff(marks.times)
     sampling, collecting = np.array(trainer.sampling), np.array(trainer.collecting)
     parts = {
@@ -359,7 +359,7 @@ def main() -> None:
     chosen.add_argument("--json", metavar="ARGUMENTS", type=json.loads)
     arguments = parser.parse_args()
     if arguments.check:
-        from tests.bench import trl_by_hand  # brings in jax, which would count as TRL's memory
+        from tests.bench import trl_by_hand  # imports jax, which would count as TRL's memory
 
         print("\n".join(trl_by_hand.check()))
     else:

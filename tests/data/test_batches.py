@@ -1,4 +1,4 @@
-"""Padded and packed batches: layouts by hand, and what packing never changes."""
+"""Padded and packed batches: layouts by hand, and invariants of packing."""
 
 import jax.numpy as jnp
 import numpy as np

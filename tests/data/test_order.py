@@ -131,7 +131,7 @@ def test_weighted_rows_are_a_pure_function():
     ],
 )
 def test_weighted_arguments_outside_their_range(arguments):
-    """law: each is named with what is allowed."""
+    """law: each is named together with the allowed values."""
     with pytest.raises(ValueError, match="must be 0 or more, .* positive, one per size"):
         weighted_rows_at(*arguments)
 
@@ -143,7 +143,7 @@ def test_spread_begins_with_rows_of_every_file():
 
 
 def test_hold_out_divides_a_set():
-    """law: every row goes one way, columns with it; the same rows whenever it is asked."""
+    """law: every row and its columns go to exactly one part; the same rows on every call."""
     rows = PromptSet(tuple("abcdefghij"), {"n": list(range(10))}, "x.jsonl")
     kept, held = hold_out(rows, 0.3)
     assert len(held.prompts) == 3 and sorted(kept.prompts + held.prompts) == list("abcdefghij")

@@ -1,4 +1,4 @@
-"""The forms that data sets are published in: what is read, from which files; mistakes told."""
+"""Formats in which data sets are published: the files and rows read, and errors."""
 
 import json
 import sys
@@ -145,7 +145,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("make", "told"), MISTAKES)
 def test_mistakes_are_told(tmp_path, make, told):
-    """law: a sentence that names the file and what to do."""
+    """law: a sentence that names the file and the fix."""
     with pytest.raises(ValueError, match=told):
         read_rows(tmp_path / make(tmp_path))
 
@@ -163,7 +163,7 @@ def test_wrong_rows_are_named(tmp_path):
 
 
 def test_tables_need_pyarrow(tmp_path, monkeypatch):
-    """story: what to install where it is missing."""
+    """story: the error names the extra to install when pyarrow is missing."""
     path = _table(tmp_path / "rows.parquet", ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install 'ntkrl\[data\]'"):

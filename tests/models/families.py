@@ -1,4 +1,4 @@
-"""Tiny random models of every family, in transformers, with the odd shapes that hide mistakes."""
+"""Tiny random transformers models of every family, in odd shapes that expose mistakes."""
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ EACH = ("llama 3", "qwen2 tied, local", "qwen3", "gemma 2", "gemma 3", "gpt2", "
 
 
 def torch_model(case, directory=None, seed=0, **overrides):
-    """Make a case's model, all parameters moved off their starting values; save it if asked."""
+    """Build a case's model, all parameters moved off their initial values; optionally save it."""
     config_class, model_class, settings = CASES[case]
     config = getattr(transformers, config_class)(
         **{**settings, **overrides}, bos_token_id=0, eos_token_id=0, pad_token_id=1
@@ -164,7 +164,7 @@ def torch_model(case, directory=None, seed=0, **overrides):
 
 
 def tokens_and_mask(vocab, seed=0):
-    """Three sequences: whole, right-padded, left-padded."""
+    """Return three sequences: unpadded, right-padded, left-padded."""
     tokens = np.random.default_rng(seed).integers(2, vocab, (3, 9))
     mask = np.ones((3, 9), bool)
     mask[1, 6:] = False

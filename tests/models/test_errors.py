@@ -1,4 +1,4 @@
-"""Directories that are not what they should be: one clear message, and no partial model."""
+"""Invalid model directories: one clear message, and no partial model."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def fails(directory, *parts):
 
 
 def test_no_directory(tmp_path):
-    """law: a path that is no directory, or an empty one, says what belongs there."""
+    """law: a path that is not a directory, or is empty: the message lists the expected files."""
     fails(tmp_path / "nope", "is not a directory", "config.json, *.safetensors")
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "has no config.json; it holds nothing")
@@ -76,7 +76,7 @@ def test_pickle_is_refused(one):
 
 
 def test_unknown_architecture(one):
-    """law: the message says which are known."""
+    """law: the message lists the known architectures."""
     edit_config(one, architectures=["MambaForCausalLM"])
     fails(one, "architecture ['MambaForCausalLM'] is unknown; known are", "GPTNeoXForCausalLM")
 
@@ -142,7 +142,7 @@ def test_impossible_shapes(one):
 
 
 def test_shards(whole, tmp_path):
-    """law: a missing shard, an index that lies, a shard outside the directory."""
+    """law: a missing shard, a wrong index, a shard outside the directory."""
     many = shutil.copytree(whole / "many", tmp_path / "m")
     index = many / "model.safetensors.index.json"
     raw = json.loads(index.read_text())
@@ -181,7 +181,7 @@ def test_random_damage_never_crashes(whole, tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_random_damage_of_json_never_crashes(whole, tmp_path, name):
-    """law: bytes of a JSON file flipped, cut or doubled: a ValueError or a whole model."""
+    """law: bytes of a JSON file flipped, cut or doubled: a ValueError or a complete model."""
     rng = np.random.default_rng(1)
     original = (whole / "many" / name).read_bytes()
     place = shutil.copytree(whole / "many", tmp_path / "m")
@@ -204,7 +204,7 @@ def test_random_damage_of_json_never_crashes(whole, tmp_path, name):
 
 
 def test_build_and_export_misuse(tmp_path):
-    """law: export wants a policy of this package."""
+    """law: export accepts only a policy of this package."""
     from tests.toys import toy_params, toy_policy
 
     policy = toy_policy()

@@ -97,7 +97,7 @@ def test_masters_stay_float32_and_compute_is_bfloat16(tmp_path, case):
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "gpt-neox"])
 def test_a_trunk_saved_alone(tmp_path, case):
-    """law: names without the whole model's prefix are read as well, where no head is missing."""
+    """law: names without the full model's prefix are read too, if no head is missing."""
     model = torch_model(case, tmp_path / "whole", tie_word_embeddings=True)
     _, params = ntkrl.load(tmp_path / "whole")
     trunk = next(model.children())

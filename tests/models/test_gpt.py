@@ -97,7 +97,7 @@ def test_export_in_shards(tmp_path):
 
 
 def test_padding_changes_nothing():
-    """law: features of real tokens do not depend on what or how much is padded."""
+    """law: features of real tokens do not depend on the content or amount of padding."""
     policy, params = ntkrl.build("GPTNeoXForCausalLM", TINY, jax.random.key(0))
     tokens = jnp.asarray([[3, 4, 5, 6]])
     bare = policy.features(params, tokens)

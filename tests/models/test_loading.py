@@ -22,7 +22,7 @@ from tests.models.test_families import equal_trees
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("case", EACH)
 def test_sharded_loading_equals_whole(tmp_path, case, shape):
-    """law: blocks read for a mesh are those of the whole, where the family's patterns say."""
+    """law: blocks read for a mesh equal those of the full arrays, by the family's patterns."""
     settings = CASES[case][2]
     wide = {
         k: 8 * -(-settings[k] // 8) for k in ("vocab_size", "intermediate_size") if k in settings
@@ -121,7 +121,7 @@ print(json.dumps([whole, kept, sum(counted), float(abs(shard.data).sum())]))
 
 
 def test_each_of_two_hosts_reads_its_own_half(tmp_path):
-    """law: of what is sharded a process reads the blocks of its devices, and the whole of the rest.
+    """law: a process reads its devices' blocks of sharded arrays, and all of the others.
 
     oracle: the two halves of a kernel, one on each host, have the sums of the stored ones.
     """

@@ -1,4 +1,4 @@
-"""Rows of several sequences, told apart by segment numbers, against a row for each."""
+"""Rows of several sequences, separated by segment numbers, against one row per sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_packed_equals_unpacked(tmp_path, x64, case):
 
 @pytest.mark.parametrize("case", ["gpt-neox", "gpt2", "gemma 3"])
 def test_ones_and_zeros_are_a_plain_mask(tmp_path, case):
-    """law: one segment per row is what a bool mask says, with padding on either side."""
+    """law: one segment per row equals a bool mask, with padding on either side."""
     torch_model(case, tmp_path)
     policy, params = ntkrl.load(tmp_path)
     tokens, mask = tokens_and_mask(policy.vocab_size)

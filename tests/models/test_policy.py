@@ -30,7 +30,7 @@ def mean_cosine(phi_OD):
 
 
 def test_logits_stay_and_features_spread():
-    """law: W'φ' = Wφ read whole or token by token, ‖φ‖ stays, cosines all but vanish."""
+    """law: W'φ' = Wφ in one pass or token by token, ‖φ‖ is unchanged, cosines nearly vanish."""
     policy, params, tokens, phi_OD, moments = drawn()
     own, white = models.whitened(policy, params, moments)
     turned_OD = own.features(white, tokens).reshape(phi_OD.shape)

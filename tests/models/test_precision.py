@@ -1,4 +1,4 @@
-"""What is computed in float32 is multiplied in float32, whatever a chip would rather do."""
+"""Full float32 precision in every matrix product, whatever a chip's default is."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ LLAMA.pop("rotary_pct")
 
 
 def products(function, *arguments):
-    """The matrix products of a program as it is given to the compiler."""
+    """Return the matrix products of a program before compilation."""
     text = jax.jit(function).lower(*arguments).as_text()
     found = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert found
@@ -26,7 +26,7 @@ def products(function, *arguments):
     ("architecture", "config"), [("GPTNeoXForCausalLM", NEOX), ("LlamaForCausalLM", LLAMA)]
 )
 def test_reading_and_drawing(architecture, config):
-    """law: every product of reading, of its gradients and of decoding asks for all bits."""
+    """law: products of scoring, its gradients and decoding request the highest precision."""
     policy, shapes = models.describe(architecture, config)
     tokens = jax.ShapeDtypeStruct((2, 9), jnp.int32)
 

@@ -68,7 +68,7 @@ def test_scores_equal_torch(tmp_path, case):
 
 
 def test_a_pad_token_that_ends_texts(tmp_path):
-    """oracle: where eos is the pad token, the reference reads the token before it."""
+    """oracle: if eos is the pad token, the reference scores the token before it."""
     model = torch_scorer("llama 3", tmp_path, pad_token_id=0)
     scorer, params = models.load_scorer(tmp_path)
     tokens = np.array([[5, 6, 7, 0, 0], [5, 6, 7, 8, 0]])
@@ -164,7 +164,7 @@ def slow_armo(trunk, heads, tokens, gate):
 
 
 def test_armorm_equals_the_slow_oracle(armo):
-    """oracle: texts of different lengths; the gate reads where it is told, attributes come raw."""
+    """oracle: texts of different lengths; the gate's position is an input, attributes are raw."""
     directory, trunk, heads = armo
     scorer, params = models.load_scorer(directory)
     assert scorer.gate == GATE and scorer.names == ("score", *ATTRIBUTES)

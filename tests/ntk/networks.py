@@ -31,7 +31,7 @@ def features(params, tokens, mask=None):
 
 
 def head(kind, weight_name):
-    """Write z = κ tanh(s (W φ + b) / κ) out for a kind of head."""
+    """Return the logits z = κ tanh(s (W φ + b) / κ), written out, of a kind of head."""
     given = HEADS[kind]
 
     def logits(params, phi):

@@ -55,7 +55,7 @@ def test_algorithms_agree_with_brute_force(kind, algorithm, padded):
 
 
 class Groups:
-    """What JAX 0.11 tells of a scan's operands: how many are of each kind."""
+    """A scan's operand counts by kind, as JAX 0.11 stores them."""
 
     def __init__(self, *counts):
         self.counts = counts
@@ -67,7 +67,7 @@ class Groups:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", ["untied", "neox"])
 def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
-    """law: where a scan groups its operands and does not count them, the same matrix comes out."""
+    """law: a scan that groups its operands instead of counting them gives the same matrix."""
     told = []
 
     def newer(eqn, *slots):
@@ -92,7 +92,7 @@ def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("algorithm", ntk.ALGORITHMS)
 def test_chunks_change_nothing(algorithm):
-    """law: whatever is taken at a time, whole sequences or parts of one, symmetric or not."""
+    """law: any chunk size, full sequences or parts of one, symmetric or not."""
     observed, updated = contexts(False)
     for other in (updated, None):
         kernel = ntk.kernel(*model("untied"), observed, other, algorithm=algorithm)
@@ -160,7 +160,7 @@ def test_layers_that_share_a_leaf():
 
 @pytest.mark.usefixtures("x64")
 def test_groups_of_layers_add_up():
-    """law: by layer and by module type, groups add up to full; each is its own parameters."""
+    """law: by layer and by module type, groups sum to full; each uses only its parameters."""
     network, params = model("tied")
     layers, modules = ntk.by_layer(network, params), ntk.by_module(network, params)
     for groups in (layers, modules):

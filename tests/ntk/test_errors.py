@@ -1,4 +1,4 @@
-"""A wrong request is one sentence that says what to change."""
+"""Invalid kernel requests: one sentence with the fix."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ CONTEXTS = {
 
 @pytest.mark.parametrize("wrong", CONTEXTS.values(), ids=CONTEXTS.keys())
 def test_bad_contexts_are_named(wrong):
-    """law: what is wrong is said before anything is traced, and on which side."""
+    """law: errors are raised before tracing, and name the side."""
     bad, message = wrong
     params = toy_params(TOY)
     for sides, name in (((bad,), "observed"), ((changed(), bad), "updated")):
@@ -55,7 +55,7 @@ def test_bad_contexts_are_named(wrong):
 
 
 def test_networks_that_cannot_see_padding_refuse_it():
-    """law: left padding changes what a network without the mask computes, so it is an error."""
+    """law: left padding changes the output of a network without a mask, so it is an error."""
     found, params = network("plain", False)
     blind = ntk.Network(features, found.head)
     mask = np.ones((3, 5), bool)

@@ -67,7 +67,7 @@ def test_bilinear_by_sequence(kind, tied):
 
 @pytest.mark.parametrize("kind", ["plain", "all"])
 def test_factored_form(kind):
-    """by hand: diag(left) (head I + W M Wᵀ) diag(right) is the whole kernel of an untied head."""
+    """by hand: diag(left) (head I + W M Wᵀ) diag(right) is the kernel of an untied head."""
     found, params = network(kind, False)
     factored = ntk.factored(ntk.kernel(found, params, *contexts(False)))
     whole = np.einsum("vd,oude,we->ouvw", factored.weight, factored.body, factored.weight)

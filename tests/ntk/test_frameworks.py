@@ -85,7 +85,7 @@ def nnx_network():
 
 
 def equinox_network():
-    """Equinox models are partitioned; what is not an array is closed over."""
+    """Equinox models are partitioned; leaves that are not arrays are closed over."""
     params, static = eqx.partition(Equinox(jax.random.key(0)), eqx.is_inexact_array)
 
     def features(params, tokens):
@@ -100,7 +100,7 @@ FRAMEWORKS = {"linen": linen_network, "nnx": nnx_network, "equinox": equinox_net
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_kernels_of_any_framework(framework):
-    """oracle: brute-force rows of the same network; the head is found where it is said to be."""
+    """oracle: brute-force rows of the same network; the head is read from the path stated."""
     network, params, plain = FRAMEWORKS[framework]()
     contexts = ntk.last_positions(jnp.asarray(TOKENS))
     kernel = ntk.kernel(network, params, contexts)
@@ -144,7 +144,7 @@ def _fused_features(params, tokens):
 
 @pytest.mark.parametrize("algorithm", ["auto", *ntk.ALGORITHMS])
 def test_networks_without_forward_mode(algorithm):
-    """oracle: chosen explicitly, every form works from VJPs; without, JAX says what is missing."""
+    """oracle: chosen explicitly, every form works from VJPs; otherwise JAX's error explains."""
     rng = np.random.default_rng(0)
     shapes = {"embed": (VOCAB, WIDTH), "mix": (WIDTH, WIDTH), "head": (VOCAB, WIDTH)}
     params = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}

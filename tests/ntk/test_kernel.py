@@ -80,7 +80,7 @@ def test_parts_are_parameter_groups(kind):
 
 
 def test_cross_part_of_a_tied_head_is_not_small():
-    """law: C is a part of its own; dropping it would be wrong by far more than rounding."""
+    """law: C is a separate part; dropping it would be an error far above rounding."""
     policy, params = model("tied")
     kernel = ntk.kernel(policy, params, *contexts(False))
     assert float(jnp.abs(kernel.dense("cross")).max()) > 0.1

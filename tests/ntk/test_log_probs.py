@@ -1,4 +1,4 @@
-"""First-order predictions against what parameters really do to log-probs."""
+"""First-order predictions against measured changes of log-probs."""
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def test_head_only_step_is_exact_in_logits():
 
 
 def test_targets_and_groups():
-    """law: targets pick entries of the whole; finer groups add up to the body."""
+    """law: targets select entries of the full prediction; finer groups sum to the body."""
     policy, params = model("untied")
     observed = ntk.Contexts(jnp.asarray(TOKENS), jnp.array([4, 2, 3]))
     direction = jax.tree.map(

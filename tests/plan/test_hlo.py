@@ -1,4 +1,4 @@
-"""What is counted in compiled programs, against arithmetic by hand."""
+"""Counts from compiled programs, against arithmetic by hand."""
 
 import functools
 
@@ -82,7 +82,7 @@ def test_a_sum_over_devices():
 
 
 def test_a_loop_that_ends_by_data():
-    """by hand: a loop of unknown length runs as often as the caller says."""
+    """by hand: a loop of unknown length is counted as often as the caller states."""
 
     def search(x_ND, w_DD):
         go = lambda carry: (carry[0] < carry[2]) & ~jnp.all(carry[1] > 3)  # noqa: E731
@@ -137,7 +137,7 @@ condition=%condition, body=%body
 
 
 def test_a_loop_of_a_tpu():
-    """by hand: the counter goes 0, 2, 4, 6; eight runs would be what its end alone says.
+    """by hand: the counter goes 0, 2, 4, 6; reading only its end would give eight runs.
 
     Each writes one row of 256 bytes in place, not the whole array, and handles four counters; what
     lies in scratch memory, S(1), does not move.
@@ -157,7 +157,7 @@ def test_a_loop_of_a_tpu():
     ],
 )
 def test_groups_of_devices(groups, size):
-    """by hand: a gather of 1024 numbers receives all but its own share."""
+    """by hand: a gather of 1024 numbers receives all except the local share."""
     text = f"""HloModule m, num_partitions=16
 
 ENTRY %main (a: f32[512]) -> f32[1024] {{

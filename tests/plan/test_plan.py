@@ -113,7 +113,7 @@ def test_mistakes_are_told(words, more, told, capsys):
 
 
 def test_no_compiler_is_told(words, monkeypatch, capsys):
-    """story: what to install where libtpu is missing."""
+    """story: the error names the package to install when libtpu is missing."""
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     assert main([*words, "--topology=v5e-16"]) == 2
     assert "pip install 'ntkrl[tpu-plan]'" in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_no_compiler_is_told(words, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["cfrl", "grpo", "rl", "sft"])
 def test_the_papers_configs(name):
-    """story: each loads, and describes Pythia-2.8B with its own objective and stages."""
+    """story: each loads, and describes Pythia-2.8B with the right objective and stages."""
     given = [f"--config=configs/paper/{name}.py", "--config.data.path=x.jsonl"]
     run = run_of(read_settings(runtime.read_config(given)))
     assert run.model.policy.config.num_hidden_layers == 32 and run.mesh.shape["fsdp"] == 8
@@ -149,7 +149,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("message", "needed"), REFUSALS)
 def test_refusals(message, needed):
-    """by hand: what the compiler says it would need."""
+    """by hand: the memory that the compiler reports as needed."""
     found = measure.needed_gib(message)
     assert found == needed if needed is None else found == pytest.approx(needed)
 
@@ -174,7 +174,7 @@ KNOBS = [
 
 @pytest.mark.parametrize(("part", "changes", "more", "knob"), KNOBS)
 def test_what_to_turn(settings, part, changes, more, knob):  # noqa: F811
-    """by hand: the first knob, by what the program is and what fills the memory."""
+    """by hand: the first setting to change, by the program and by what fills the memory."""
     name = "ledger all" if part == PROBE else part
     sizes = {"argument_gib": 1.0, "resident_gib": 1.0, "peak_gib": 30.0, "scratch_gib": 28.0}
     cost = measure.ProgramCost(

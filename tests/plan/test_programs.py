@@ -115,7 +115,7 @@ def test_decoding_reads_every_token(settings):
 
 
 def test_shapes_are_those_of_a_run(settings):
-    """law: the batch, the state and their places are what the loop hands to its step."""
+    """law: the batch, the state and their shardings are those that the loop passes to its step."""
     one = settings("cfrl")
     run = run_of(one)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
@@ -170,7 +170,7 @@ def test_what_lies_beside_a_program(settings):
 
 
 def test_a_gathered_copy(settings):
-    """by hand: the params whole on each device while it samples, and gathered no more."""
+    """by hand: the params replicated on each device while sampling, and gathered only once."""
     run = run_of(settings("rl", "--config.rollout.gather_params=True"))
     rows, whole = compiled(run, GENERATION), bytes_of(run.model.params)
     assert rows["gathering"].scratch_gib * 2**30 >= whole
@@ -209,7 +209,7 @@ def test_a_ledger_by_hand(settings):
 
 @pytest.mark.parametrize("change", ["every_steps", "eval", "held_out"])
 def test_no_looks_no_copies(settings, change):
-    """by hand: without looks, or held-out prompts to look at, nothing is kept and no ledger."""
+    """by hand: without probes, or held-out prompts for them, no copy is made and no ledger."""
     words = {
         "every_steps": [
             "--config.probe.every_steps=None",
@@ -313,7 +313,7 @@ def v5e():
 
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_a_tpu(settings, v5e):
-    """story: 40 GiB doubled are a row that says what they need, not a crash."""
+    """story: 40 GiB doubled give a row with the memory needed, not a crash."""
     run = abstract_run(settings("rl"), v5e)
     array = run.replicated(jax.ShapeDtypeStruct((40, 1 << 28), np.float32))
     call = jax.jit(lambda x: 2 * x + x[::-1])

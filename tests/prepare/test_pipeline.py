@@ -56,7 +56,7 @@ def rows(path):
 
 
 def test_files_and_counts(inputs, tmp_path, capsys):
-    """by hand: what is too long is gone, pairs are in order, parts are the permutation's."""
+    """by hand: overlong rows are dropped, pairs stay in order, parts are the permutation's."""
     out = tmp_path / "data"
     assert prepare(inputs, out) == 0
     summary = json.loads((out / "summary.json").read_text())
@@ -109,7 +109,7 @@ def test_order_as_published_and_chosen_responses(inputs, tmp_path):
 
 
 def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
-    """story: goes on with the scores that are there; a changed input is told."""
+    """story: resumes with the stored scores; a changed input is reported."""
     out, calls = tmp_path / "data", []
     scored = pipeline._score_batch
 
@@ -210,7 +210,7 @@ def counting(fails_at=None):
 
 
 def test_scores_go_on_where_they_stopped(tmp_path):
-    """story: cut off in the third batch and in a line; what is there is not done again."""
+    """story: cut off in the third batch and within a line; finished rows are not rescored."""
     path = tmp_path / "scores" / "pairs.jsonl"
     rewards, seen = counting(fails_at=3)
     with pytest.raises(KeyboardInterrupt):
@@ -230,7 +230,7 @@ def test_scores_go_on_where_they_stopped(tmp_path):
 
 
 def test_scores_of_other_inputs_are_refused(tmp_path):
-    """law: a digest tells."""
+    """law: detected by a digest."""
     path = tmp_path / "pairs.jsonl"
     score_pairs(PAIRS, counting()[0], path, "d", 4)
     with pytest.raises(ValueError, match="scores of other pairs: the inputs have changed"):

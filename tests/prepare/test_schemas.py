@@ -1,4 +1,4 @@
-"""By hand: rows as they are published, as conversations, and what is wrong with some."""
+"""By hand: published rows as conversations, and errors in them."""
 
 import datasets
 import numpy as np
@@ -90,7 +90,7 @@ def test_splits_as_datasets_does(size, share):
 
 
 def test_too_few_for_two_parts():
-    """law: told, not an empty part."""
+    """law: an error, not an empty part."""
     with pytest.raises(ValueError, match="1 preferences cannot be split"):
         split(1, 0.8, 0)
 

@@ -1,4 +1,4 @@
-"""Entropy, its changes and divergences, by derivatives and whole logits in float64."""
+"""Entropy, its changes and divergences, against derivatives and full logits in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_confidence_by_hand():
 
 
 def test_entropy_change_is_a_derivative(x64):
-    """oracle: central differences of H along each part; the parts add up to the whole."""
+    """oracle: central differences of H along each part; the parts sum to the total."""
     rng = np.random.default_rng(1)
     z, parts = 2 * rng.normal(size=(N, V)), {p: rng.normal(size=(N, V)) for p in ("head", "body")}
     parts["full"] = parts["head"] + parts["body"]
@@ -67,7 +67,7 @@ def test_entropy_change_of_a_certain_token():
     ids=["plain", "capped"],
 )
 def test_entropy_change_by_tiles(x64, settings, temperature, chunks):
-    """oracle: the change of logits by jvp of the head, then whole; tiles of 4 rows overlap."""
+    """oracle: the change of logits by jvp of the head at once; tiles of 4 rows overlap."""
     rng = np.random.default_rng(2)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
     head, phi = OutputHead(draw(V, D), draw(V), **settings), draw(N, D)
@@ -178,7 +178,7 @@ def test_memory_is_a_tile():
 
 
 def test_vocabularies_must_agree():
-    """law: what cannot be compared is refused before tracing."""
+    """law: a mismatch is refused before tracing."""
     (head, features), _ = draws(False)
     with pytest.raises(ValueError, match=r"\(V, O\) is \(7, 5\) and \(6, 5\)"):
         divergences((head, features), (OutputHead(head.weight[:6]), features))

@@ -28,7 +28,7 @@ def flat(dense):
 
 @pytest.mark.usefixtures("x64")
 def test_parts_of_a_capped_head():
-    """oracle: slopes vary over the vocabulary, so norms and spectra need other roads."""
+    """oracle: slopes vary over the vocabulary, so norms and spectra take another algorithm."""
     kernel = ntk.kernel(*network("cap", False), HERE)
     found = kernel_measures(plan_kernel(*network("cap", False), HERE), 6)
     shares = np.zeros(2)
@@ -45,7 +45,7 @@ def test_parts_of_a_capped_head():
 
 @pytest.mark.usefixtures("x64")
 def test_blocks_and_groups_and_a_small_head():
-    """oracle: a memory for one context at a time gives what all at once do; groups add up."""
+    """oracle: memory for one context at a time gives the same result; groups sum up."""
     here = ntk.Contexts(HERE.tokens, HERE.positions[:2], np.arange(2), HERE.mask)
     described, params = network("plain", False)
     # so small a W that the largest eigenvalue of the head kernel, V-fold, is most of the spectrum

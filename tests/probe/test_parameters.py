@@ -1,4 +1,4 @@
-"""Parameter changes against SVD, polyfit and whole matrices."""
+"""Parameter changes against SVD, polyfit and full matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def test_the_same_entries_every_time():
 
 @pytest.mark.parametrize("block", [3, 4, 100])
 def test_classifier_measures(x64, block):
-    """oracle: whole matrices in numpy; blocks of 3 of 8 rows overlap, and 100 is all."""
+    """oracle: full matrices in numpy; blocks of 3 of 8 rows overlap, and 100 is all."""
     rng = np.random.default_rng(0)
     start = rng.normal(size=(8, 5))
     weight = start + 0.1 * rng.normal(size=(8, 5))

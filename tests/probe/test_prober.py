@@ -13,7 +13,7 @@ from tests.update.test_train_step import make_batch, rloo
 
 
 def test_comparison_by_hand():
-    """by hand: parts (1, 0) and (1, 2): whole (2, 2), shares 2/8 and 6/8, error 0.1·√2/√8."""
+    """by hand: parts (1, 0) and (1, 2): total (2, 2), shares 2/8 and 6/8, error 0.1·√2/√8."""
     found = comparison(
         {
             "predicted_head": np.array([1.0, 0.0]),
@@ -67,7 +67,7 @@ def test_prediction_of_a_real_adam_step(x64, rows):
 
 
 def test_a_large_probe_set_is_read_in_blocks(x64):
-    """law: a few completions at a time give what all together give."""
+    """law: a few completions at a time give the same result as all together."""
     policy = toy_policy()
     params = toy_params(policy, dtype=jnp.float64)
     after = jax.tree.map(lambda leaf: leaf * 1.01, params)

@@ -75,7 +75,7 @@ def test_self_bleu_by_hand():
 
 
 def test_self_bleu_by_loops():
-    """oracle: modified precision with every reference looked at; lengths tie at the third text."""
+    """oracle: modified precision over every reference; lengths tie at the third text."""
     texts = ["a b a b c d", "a b z", "b c a b c", "d d a b", "a z"]
     words = [text.split() for text in texts]
 

@@ -1,4 +1,4 @@
-"""Factors of a change and probability masses, by derivatives and whole softmaxes."""
+"""Factors of a change and probability masses, against derivatives and full softmaxes."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_akg_is_the_first_order_change(x64):
 
 @pytest.mark.parametrize("chunks", [(1024, None), (3, 4)])
 def test_masses(x64, chunks):
-    """oracle: sums of whole softmaxes; where y = y* the others are all but one token."""
+    """oracle: sums of full softmaxes; where y = y* the others are all but one token."""
     rng = np.random.default_rng(6)
     head, phi = (
         OutputHead(jnp.asarray(rng.normal(size=(V, D)))),

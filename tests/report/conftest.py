@@ -109,7 +109,7 @@ def ledger_arrays(seed: int, by: str = "sample") -> dict[str, np.ndarray]:
 
 
 def write_ledger(path: Path, step: int, seed: int, by: str = "sample", **changes: object) -> Path:
-    """Write the two files of a ledger; `changes` replace what its JSON says."""
+    """Write the two files of a ledger; `changes` replace fields of its JSON."""
     (path / "ledger").mkdir(exist_ok=True)
     samples = [
         {"prompt": "2+2=", "completion": f"sample {b} </script>", "advantage": b - 1.5, "row": b}

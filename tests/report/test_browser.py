@@ -1,4 +1,4 @@
-"""The report page in a real browser: what its script does, and whether it can be read."""
+"""The report page in a real browser: its script's behaviour and its legibility."""
 
 import json
 import re
@@ -150,7 +150,7 @@ def close(found, expected):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_it_can_be_read(page, width, dark):
-    """law: nothing overflows, and text stands out ≥ 4.5 : 1 from what is behind it."""
+    """law: nothing overflows, and text contrasts ≥ 4.5 : 1 with its background."""
     shown = page(width, dark)
     move(shown, "ArrowLeft")
     shown.run("() => { for (const one of document.querySelectorAll('details')) one.open = true; }")
@@ -196,7 +196,7 @@ def means(step, measure):
 
 
 def test_a_cell_tells_its_values(by_sample):
-    """by hand: pointing at a cell tells both texts; arrows move on; a click chooses the column."""
+    """by hand: pointing at a cell shows both texts; arrows move on; a click selects the column."""
     columns = 5
     by_sample.point(".map td", 2 * columns + 3)
     told = by_sample.run(TEXTS, ".details.long dd")
@@ -213,7 +213,7 @@ def test_a_cell_tells_its_values(by_sample):
 
 
 def test_a_token_tells_its_parts(by_sample):
-    """by hand: pointing at a token tells every part of its change, of either measure."""
+    """by hand: pointing at a token shows every part of its change, of either measure."""
     for measure in ("log_prob", "entropy"):
         by_sample.point(".tokens span", 4)
         told = by_sample.run(TEXTS, ".details:not(.long) dd")
@@ -241,7 +241,7 @@ def test_choices(by_sample):
 
 
 def test_axes_have_names_and_units(by_sample):
-    """law: figures are there with words, and what the script draws has names and units."""
+    """law: figures have text alternatives, and axes drawn by the script have names and units."""
     images = "() => [...document.images].map((one) => [one.naturalWidth, one.alt])"
     assert all(width > 500 and alt for width, alt in by_sample.run(images))
     heads = [by_sample.run(TEXTS, f".{name} thead th") for name in ("bars", "map")]

@@ -23,7 +23,7 @@ def _of(found, metric):
 
 
 def test_pairs_by_hand(run_paths):
-    """By hand: seeds are paired: gaps of 0.3 and 0.1 give 0.2, p 2/4, whatever the seeds' own."""
+    """By hand: paired seeds: gaps of 0.3 and 0.1 give 0.2, p 2/4, whatever the seeds' levels."""
     for path, gap in zip(run_paths[:2], (0.3, 0.1), strict=True):
         _edit(path, "eval/reward", lambda step, value, gap=gap: value + gap * (step > 0))
     one = _of(comparisons([read_run(path) for path in run_paths]), "eval/reward")
@@ -63,7 +63,7 @@ def test_too_few_seeds_are_said(run_paths, tmp_path):
 
 
 def test_section_by_hand(run_paths):
-    """By hand: a row per metric both have; how many tests there are is said."""
+    """By hand: a row per metric that both have, and the number of tests."""
     section = table_section(comparison_table([read_run(path) for path in run_paths]))
     assert section.count('<th scope="row">rl − cfrl</th>') == 9
     assert "for there being 9 of these tests" in section

@@ -41,7 +41,7 @@ def test_no_data_no_figure(runs):
 
 
 def test_mean_and_stage_line_by_hand(runs):
-    """By hand: the bold line is the mean of seeds, and a dashed line stands at the stage's end."""
+    """By hand: the bold line is the mean of seeds, and a dashed line marks the stage's end."""
     (axis,) = DRAW["reward"](runs).axes
     bold = [line for line in axis.lines if line.get_linewidth() == 2.2]
     assert len(bold) == 2
@@ -149,7 +149,7 @@ def test_coinciding_by_hand():
 
 
 def test_looks(runs):
-    """Law: a method keeps its look whatever the order of runs; two methods differ."""
+    """Law: a method keeps its style whatever the order of runs; two methods differ."""
     assert looks(runs) == looks(runs[::-1])
     assert len(set(looks(runs).values())) == 2
 

@@ -87,7 +87,7 @@ def test_words_are_short_and_no_mathematics(tmp_path, recwarn):
 
 
 def test_cross_part_and_layers():
-    """by hand: shares 1/3, 1, −1/3; a row per part and per layer; what is missing is a dash."""
+    """by hand: shares 1/3, 1, −1/3; a row per part and per layer; missing values are a dash."""
     made = arrays(2, tied=True)
     made |= {"layers": np.array(["layer 0"]), "trace_layers": 1.5 * np.ones((1, 2, 2))}
     shares = axes(draw_kernel(made))[2]

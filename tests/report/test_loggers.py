@@ -12,7 +12,7 @@ from ntkrl.report import LoggingSettings, MetricsWriter, check_loggers, open_log
 
 
 def shown(directory):
-    """Read event files as TensorBoard does: a begun session hides what its steps replace.
+    """Read event files as TensorBoard does: a new session hides the steps that it replaces.
 
     Returns `{tag: {step: value}}` of scalars and `{step: text}` under "stage".
     """
@@ -47,7 +47,7 @@ def write(run, resume_step, steps, aliases=None):
 
 
 def test_tensorboard_by_hand(tmp_path):
-    """By hand: numbers are scalars, a text stands where it changed, timings are there too."""
+    """By hand: numbers are scalars, a text is written at the step where it changed, timings too."""
     write(tmp_path, -1, range(4), aliases="trl")
     found = shown(tmp_path / "tensorboard")
     assert found["reward"] == found["train/reward"] == {0: 0.0, 1: 0.25, 2: 0.5, 3: 0.75}
@@ -75,7 +75,7 @@ def test_a_resumed_run_hides_what_it_takes_again(tmp_path):
 
 
 class FakeWandb(types.ModuleType):
-    """Records what a run is started with, told and ended by."""
+    """A recorder of a run's start, logged values and end."""
 
     class Error(Exception):
         """As W&B's."""
@@ -149,7 +149,7 @@ def test_wandb_goes_on_with_its_run(tmp_path, wandb):
 
 
 def test_wandb_refuses(tmp_path, wandb):
-    """Law: what W&B says is passed on with the ways out."""
+    """Law: W&B's error is passed on with possible fixes."""
     (tmp_path / "config.json").write_text("{}")
     wandb.refusal = "no API key."
     with pytest.raises(ValueError, match="no API key. Log in with `wandb login`, set WANDB_MODE"):
@@ -157,7 +157,7 @@ def test_wandb_refuses(tmp_path, wandb):
 
 
 def test_missing_packages(monkeypatch):
-    """Law: both are named at once, with the extras to install; neither is needed unless asked."""
+    """Law: both are named at once, with the extras to install; neither is needed by default."""
     for package in ("tensorboardX", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
     check_loggers(LoggingSettings(False, None, None))

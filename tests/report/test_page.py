@@ -83,7 +83,7 @@ def test_names_are_escaped(run_paths, tmp_path):
 
 
 def test_missing_things_are_said(run_paths, tmp_path):
-    """Story: no probes, a cut line, nothing but training rewards: the page builds and says so."""
+    """Story: no probes, a cut line, only training rewards: the page builds and reports them."""
     path, out = run_paths[0], tmp_path / "out"
     for directory in ("probes", "ledger"):
         shutil.rmtree(path / directory)
@@ -99,7 +99,7 @@ def test_missing_things_are_said(run_paths, tmp_path):
 
 
 def test_different_probe_sets_are_refused_on_the_page(run_paths, tmp_path):
-    """Story: one run of another probe set: no probe figure, named, and its own steps are shown."""
+    """Story: one run has another probe set: no probe figure; the run's steps are shown, by name."""
     write_probe_set(run_paths[0], "an0ther")
     text = write_report(run_paths, tmp_path / "out").read_text(encoding="utf-8")
     assert text.count("Refused: comparing these runs") == 1 and "rl-0: set an0ther" in text

@@ -53,7 +53,7 @@ def test_group_ledgers_have_no_influence(run_paths):
 
 
 def test_bad_ledgers_are_named(run_paths):
-    """By hand: every way in which a ledger cannot be used is told, and the rest is read."""
+    """By hand: every defect of a ledger is reported, and the others are read."""
     path = run_paths[0]
     write_ledger(path, 21, 0).with_suffix(".json").unlink()
     write_ledger(path, 22, 0).unlink()
@@ -86,7 +86,7 @@ def test_bad_ledgers_are_named(run_paths):
 
 
 def test_bad_sets_are_named(run_paths):
-    """By hand: a bad set is told; its ledgers are refused, since nothing names their tokens."""
+    """By hand: a bad set is reported; its ledgers are refused, since nothing names their tokens."""
     path = run_paths[0] / "probes" / "set.json"
     told = json.loads(path.read_text())
     words = {
@@ -120,7 +120,7 @@ def test_evaluations(run_paths):
 
 
 def test_different_probe_sets_are_refused(run_paths):
-    """By hand: runs of two sets keep their rewards and lose what was read on the sets, by name."""
+    """By hand: runs of two sets keep their rewards and lose metrics of the sets, by name."""
     runs = [read_run(path) for path in run_paths]
     assert comparable(runs) == (tuple(runs), "")
     write_probe_set(run_paths[0], "an0ther")

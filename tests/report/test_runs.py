@@ -94,7 +94,7 @@ def test_bad_probe_files_are_noted(run_paths):
 
 
 def test_no_run_directory(tmp_path):
-    """Law: what is no run directory is refused, with what was expected."""
+    """Law: a path that is not a run directory is refused, with the expected files."""
     (tmp_path / "empty").mkdir()
     for name, text in (("absent", "is not a directory"), ("empty", "no config.json")):
         with pytest.raises(ValueError, match=f"{text}.*expected a directory with config.json"):

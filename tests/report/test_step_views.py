@@ -1,4 +1,4 @@
-"""Tests of what the page's script gets."""
+"""Tests of the data that the page's script receives."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def test_packing_by_hand():
 
 
 def test_pages_stay_small(run_paths):
-    """Law: with less room there are fewer seeds, then steps, then tokens, and the page says so."""
+    """Law: with less room there are fewer seeds, then steps, then tokens, which the page states."""
     for step in range(15, 80, 5):
         write_ledger(run_paths[0], step, 0, by="group")
     runs = [read_run(path) for path in run_paths[:2]]

@@ -45,7 +45,7 @@ def test_rows_by_hand(rows):
 
 
 def test_format_golden(run_paths):
-    """Golden: the whole text, at most 100 columns, whatever the order of the runs."""
+    """Golden: the full text, at most 100 columns, whatever the order of the runs."""
     runs = [read_run(path) for path in run_paths]
     text = format_table(runs)
     assert text == format_table(runs[::-1])
@@ -70,7 +70,7 @@ def test_long_labels_and_wide_numbers_fit(run_paths):
 
 
 def test_what_is_not_there(run_paths):
-    """By hand: a stopped run is starred and its step told; a single run has no spread."""
+    """By hand: a stopped run is starred with its step; a single run has no spread."""
     metrics = run_paths[0] / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(True)[:13]))
     (run_paths[0] / "finished").unlink()
@@ -177,7 +177,7 @@ def test_a_run_that_was_probed_once_has_no_end(tmp_path):
 
 @pytest.mark.parametrize("kept", [("reward",), ()])
 def test_runs_without_numbers_get_no_table(tmp_path, kept):
-    """law: a table of dashes says nothing."""
+    """law: a table of dashes has no information."""
     path = write_run(tmp_path / "a", "rl", 0)
 
     def change(line):

@@ -19,7 +19,7 @@ def test_sparkline_by_hand():
 
 
 def test_waterfall_by_hand():
-    """By hand: bars of −2, then +6 from there, then what is left, 4 from 0."""
+    """By hand: bars of −2, then +6 from there, then the remainder, 4 from 0."""
     lines = waterfall_lines({"policy R": -2.0, "momentum": 6.0, "actual": 4.0}, 31 + 7)
     assert lines == [
         "  policy R                  -2 ███",
@@ -54,7 +54,7 @@ def test_text_is_complete(run_paths):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_plain_characters(run_paths, encoding):
-    """Law: what the encoding lacks is replaced one for one, so every line keeps its length."""
+    """Law: characters outside the encoding are replaced one for one, so line lengths stay."""
     text, plain = format_text(run_paths), format_text(run_paths, encoding=encoding)
     plain.encode("ascii")
     assert [len(line) for line in plain.splitlines()] == [len(line) for line in text.splitlines()]
@@ -70,7 +70,7 @@ def test_codes_for_terminals_are_taken_out(run_paths):
 
 
 def test_missing_and_refused(run_paths):
-    """Story: a run with nothing but a config is told; different probe sets are refused."""
+    """Story: a run with nothing but a config is reported; different probe sets are refused."""
     write_probe_set(run_paths[1], "an0ther")
     text = format_text(run_paths[:2])
     assert "Refused: comparing these runs" in text and "of the probe tokens" not in text

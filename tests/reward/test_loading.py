@@ -1,4 +1,4 @@
-"""Story: a user's file is loaded, called, and found wanting in every way."""
+"""Story: a user's file is loaded and called, with every kind of defect."""
 
 import textwrap
 

@@ -1,4 +1,4 @@
-"""Reward models on texts: templates, batches, the gate's place, and what goes wrong."""
+"""Reward models on texts: templates, batches, the gate's position, and errors."""
 
 import json
 
@@ -58,7 +58,7 @@ def reward(call, prompts, completions, conversational=False):
 
 @pytest.mark.parametrize("conversational", [False, True])
 def test_armorm_on_texts(armo, llama_tokenizer, conversational):  # noqa: F811
-    """oracle: the slow one, its gate found in the prompt alone; a response cannot move it."""
+    """oracle: the slow version, gate position from the prompt alone; a response cannot move it."""
     directory, trunk, heads = armo
     mesh = runtime.make_mesh(2, 1, 1, jax.devices()[:2])
     scorer, params = load_scorer(directory, mesh=mesh)

@@ -1,4 +1,4 @@
-"""By hand: what a function is given, how rewards add up, and every refusal in words."""
+"""By hand: arguments of reward functions, sums of rewards, and every error message."""
 
 import json
 import math
@@ -232,7 +232,7 @@ def test_what_cannot_be_a_reward_function():
 
 
 def test_processes_share_the_prompts():
-    """law: three processes call a function for their own prompts, and all get what one would."""
+    """law: three processes call a function for their prompts; all get the single-process result."""
     texts = [["a", "bb", "ccc"][row % 3] + str(row) for row in range(10)]
     prompts, ids = [f"p{row // 2}" for row in range(10)], [[row] for row in range(10)]
     columns = {"answer": list(range(10))}

@@ -82,7 +82,7 @@ def test_options_of_a_config():
 
 
 def test_math_verify_in_a_process():
-    """oracle: known equalities; without the extra, the message says what to install."""
+    """oracle: known equalities; without the extra, the message names it."""
     function = open_function("math_verify", 60.0, {})
     made = RewardSet((function,))
     texts = [r"so \boxed{\frac{2}{4}}", r"\boxed{3}", r"\boxed{x}"]

@@ -1,4 +1,4 @@
-"""Story: users' functions in processes of their own, which hang, die and print."""
+"""Story: users' functions in separate processes, which hang, die and print."""
 
 import os
 import signal
@@ -98,7 +98,7 @@ def test_out_of_time_and_again(rewards):
 
 
 def test_a_process_that_ends(rewards):
-    """law: an exit inside the function is told with its status, and the next call is served."""
+    """law: an exit inside the function is reported with its status; the next call succeeds."""
     function = rewards("gone")
     with pytest.raises(RewardError, match="mine.py:gone ended with status 7"):
         call([function], leave=[True, True])
@@ -114,7 +114,7 @@ def test_a_process_that_ends(rewards):
     ],
 )
 def test_failures_stop_or_count(rewards, name, message):
-    """law: a failure stops the run, or is the default for every row, counted and told."""
+    """law: a failure stops the run, or every row gets the default and the failure is counted."""
     with pytest.raises(RewardError, match=message):
         call([rewards(name, 1.0)])
     result = call([rewards(name, 1.0, on_failure=-1.0, weight=2.0), rewards("later")])

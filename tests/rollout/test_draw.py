@@ -20,7 +20,7 @@ CASES = [
 
 
 def settings(temperature=1.0, **truncation):
-    """Settings of which the draw looks at temperature and truncation."""
+    """Settings of which the draw uses temperature and truncation."""
     return SamplerSettings(
         completions_per_prompt=1,
         max_completion_tokens=1,
@@ -32,7 +32,7 @@ def settings(temperature=1.0, **truncation):
 
 
 def kept_by_sorting(weights, top_k=None, top_p=None, min_p=None):
-    """Which tokens stay, one row, the way it is usually written."""
+    """Return the tokens that truncation keeps of one row, by the usual sorting."""
     order = np.argsort(-weights)
     kept = np.zeros(len(weights), bool)
     kept[order[: len(weights) if top_k is None else top_k]] = True
@@ -65,7 +65,7 @@ def test_equal_weights_stay_together():
 
 @pytest.mark.parametrize("case", [{}, {"top_k": 9}, {"temperature": 0.5, "top_p": 0.7}], ids=str)
 def test_frequencies_and_masses(case):
-    """law: 20000 draws lie within 4.5 standard errors; log-probs and kept mass are exact."""
+    """law: 20000 draws are within 4.5 standard errors; log-probs and kept mass are exact."""
     rng, count, size = np.random.default_rng(1), 20000, BLOCK + 30
     z = rng.normal(size=size).astype(np.float32) * 2
     given = settings(**case)

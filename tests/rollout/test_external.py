@@ -1,4 +1,4 @@
-"""An engine outside the package, played by our own sampler."""
+"""An engine outside the package, emulated by the package's sampler."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from tests.rollout.test_sampler import EOS, PAD, prompts, settings, toy
 
 
 def answers_of(drawn):
-    """What an engine would have returned for a rollout."""
+    """Return an engine's answer for a rollout."""
     lengths = np.asarray(drawn.completion_mask.sum(axis=1))
     width = drawn.tokens.shape[1] - drawn.completion_mask.shape[1]
     return [

@@ -24,7 +24,7 @@ def settings(**overrides):
 
 
 def prompts(lengths=(2, 5), width=5, vocab=7):
-    """Left-padded prompts of the given lengths."""
+    """Return left-padded prompts of chosen lengths."""
     rng = np.random.default_rng(0)
     tokens, mask = np.full((len(lengths), width), PAD), np.zeros((len(lengths), width), bool)
     for i, length in enumerate(lengths):
@@ -96,7 +96,7 @@ def test_a_budget_of_one_token():
 
 
 def test_draws_follow_the_distribution():
-    """law: first-token frequencies of 4000 draws lie within 4 standard errors of π."""
+    """law: first-token frequencies of 4000 draws are within 4 standard errors of π."""
     policy, params = toy()
     one = prompts(lengths=(4,))
     many = settings(completions_per_prompt=4000, max_completion_tokens=1)
@@ -145,7 +145,7 @@ def test_early_exit():
 
 
 def test_rows_do_not_depend_on_their_neighbours():
-    """law: a row's completion is a function of its own prompt and key."""
+    """law: a row's completion is a function of its prompt and key alone."""
     policy, params = toy()
     sample = rollout.Sampler(policy, settings(completions_per_prompt=1))
     two = prompts(lengths=(3, 5))
@@ -161,7 +161,7 @@ def neox(**overrides):
 
 
 def test_growing_caches_and_leaving_rows_change_nothing():
-    """law: small chunks, a growing cache and compaction draw what one long chunk draws."""
+    """law: small chunks, a growing cache and compaction draw the same as one long chunk."""
     policy, params = neox()
     many = settings(completions_per_prompt=16, max_completion_tokens=40)
     moved = dataclasses.replace(many, chunk_steps=4)
@@ -274,7 +274,7 @@ def test_a_half_precision_cache():
 
 
 def test_stop_strings_end_completions():
-    """law: a completion ends with the first token after which the stop string stands there."""
+    """law: a completion ends with the first token after which the stop string occurs."""
     policy, params = neox()
     key, long = jax.random.key(1), settings(max_completion_tokens=30, chunk_steps=4)
     free = rollout.Sampler(policy, long)(params, prompts(), key)

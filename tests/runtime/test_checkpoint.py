@@ -1,4 +1,4 @@
-"""Checkpoints give back the same bits, with the shardings asked for, or say that they cannot."""
+"""Checkpoints: the same bits with the requested shardings, or a clear error."""
 
 import asyncio
 import json
@@ -83,7 +83,7 @@ def test_claim(tmp_path):
 
 
 def test_allowed_changes(tmp_path):
-    """law: what changes no number may change and is told; refused and allowed are listed apart."""
+    """law: settings that change no number may change and are reported; refused ones apart."""
     begun = {"seed": 1, "mesh": {"data": 8}, "logging": {"wandb": None}, "checkpoint": {"keep": 2}}
     runtime.claim_run_dir(tmp_path, begun)
     assert runtime.check_run_dir(tmp_path, begun) == []
@@ -218,7 +218,7 @@ def test_damage_is_noticed(tmp_path, name):
 
 
 def test_broken_metrics_rank_nothing(tmp_path):
-    """law: metrics that are no JSON leave a checkpoint whole, but unranked."""
+    """law: metrics that are not JSON leave a checkpoint valid, but unranked."""
     best = runtime.Best(1, "reward", "max")
     checkpoints = runtime.Checkpoints(tmp_path, 3, best)
     for step, reward in ((1, 1.0), (2, 2.0)):
@@ -249,7 +249,7 @@ def test_bit_sums():
 
 @pytest.fixture
 def unraisable(monkeypatch):
-    """What is told of exceptions that nobody can catch."""
+    """Return the reports on exceptions that no code can catch."""
     told = []
     monkeypatch.setattr(checkpoint, "_default_hook", told.append)
     return told
@@ -268,7 +268,7 @@ def test_writes_that_end_late_are_not_told(small_disk, unraisable):
 
 
 def test_others_are_told(unraisable):
-    """by hand: a closed loop that our own code called, and any other exception."""
+    """by hand: a closed loop that the package's code called, and any other exception."""
     loop = asyncio.new_event_loop()
     loop.close()
     with pytest.raises(RuntimeError, match="Event loop is closed") as closed:

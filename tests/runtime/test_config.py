@@ -1,4 +1,4 @@
-"""Config files and overrides: what works, and what a mistake is told."""
+"""Config files and overrides: valid forms, and messages for mistakes."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_a_config_file_that_is_not_python(tmp_path):
 
 
 def test_problems_of_all_sections_at_once():
-    """law: one message holds what is wrong in every section."""
+    """law: one message has the problems of every section."""
     config = read(
         "--config.model.dtype=int8",
         "--config.objective.preset=rlo",
@@ -106,7 +106,7 @@ def test_problems_of_all_sections_at_once():
 
 
 def test_unknown_and_missing_fields():
-    """law: a section from a config file with a misspelt field says so."""
+    """law: a misspelt field in a section of a config file is named."""
     config = read()
     with config.unlocked():
         config.rollout.temprature = 1.0
@@ -118,7 +118,7 @@ def test_unknown_and_missing_fields():
 
 
 def test_none_on_the_command_line():
-    """law: what can be turned off is, by None; what cannot says so."""
+    """law: None turns off settings that can be turned off; others are refused by name."""
     settings = read_settings(
         read(
             "--config.eval.every_steps=None",
@@ -161,13 +161,13 @@ def test_logging_may_change_on_resume(tmp_path):
     ],
 )
 def test_logging_mistakes(word, message):
-    """law: what could not be written anywhere is said before the run."""
+    """law: a destination that cannot be written is an error before the run."""
     with pytest.raises(ValueError, match=message):
         read_settings(read(f"--config.logging.{word}"))
 
 
 def test_checkpoint_mistakes():
-    """law: what cannot be kept or ranked is said before the run, all of it."""
+    """law: all impossible retention and ranking settings are errors before the run."""
     with pytest.raises(ValueError) as told:
         read_settings(
             read(
@@ -184,7 +184,7 @@ def test_checkpoint_mistakes():
 
 
 def test_ranking():
-    """by hand: by what checkpoints are ranked where the config leaves it open."""
+    """by hand: the metric that ranks checkpoints if the config does not set one."""
     sft = read_settings(read("--config.checkpoint.keep_best=2")).checkpoint
     assert sft.ranking("loss") == runtime.Best(2, "loss", "min")
     assert sft.ranking("reward") == runtime.Best(2, "reward", "max")
@@ -196,7 +196,7 @@ def test_ranking():
 
 @pytest.mark.parametrize("name", ["sft", "paper/sft", "paper/reward", "quickstart/base"])
 def test_what_a_config_turns_off_can_be_turned_on(name):
-    """by hand: probes that a config leaves out are asked for on the command line."""
+    """by hand: probes that a config leaves out are requested on the command line."""
     word = f"--config=configs/{name}.py"
     assert runtime.read_config([word]).probe.every_steps is None
     assert runtime.read_config([word, "--config.probe.every_steps=3"]).probe.every_steps == 3

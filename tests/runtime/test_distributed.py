@@ -1,4 +1,4 @@
-"""Story: processes that die, hang, fail or never come; the others end in time, and say who."""
+"""Story: processes that die, hang, fail or never join; the others end in time and name them."""
 
 import signal
 import socket
@@ -115,7 +115,7 @@ def test_the_others_end_and_say_why(case):
 
 
 def test_the_coordinator_is_killed():
-    """story: JAX aborts the others at once; they still say who is gone, and end with 70."""
+    """story: JAX aborts the others at once; they still name the lost process, and end with 70."""
     found, seconds = run("kill", 0, count=2)
     assert found[0][0] == -signal.SIGKILL and seconds < 45
     for ended, text in found[1:]:
@@ -136,7 +136,7 @@ def test_a_frozen_process():
 
 
 def test_ways_that_part():
-    """story: a process that asks for another agreement is told apart, not waited for."""
+    """story: a process at a different collective is detected, not waited for."""
     found, _ = run("astray", 1, count=2)
     assert any("the processes diverged" in text for _, text in found)
     assert 0 not in [status for status, _ in found]
@@ -162,7 +162,7 @@ def test_a_process_that_comes_late():
 
 
 def test_a_port_that_is_taken():
-    """story: process 0 says so and what to do; the others that it did not come."""
+    """story: process 0 reports it with the fix; the others report that it did not join."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         found, _ = run("nothing", 0, count=2, START="6", JAX_COORDINATOR_ADDRESS=address)
@@ -208,7 +208,7 @@ def test_one_process_has_neither_service_nor_threads():
 
 
 def meetings(numbers, counts, seconds=20.0, before=None):
-    """Let threads meet as processes do; return what each found or was told."""
+    """Run a rendezvous in threads; return each one's result or error."""
     address = f"127.0.0.1:{free_port()}"
 
     def one(number, count):
@@ -229,7 +229,7 @@ def test_all_come():
 
 
 def test_a_stranger_comes_too():
-    """law: what is no process of ours is not counted, and keeps nobody out."""
+    """law: a foreign connection is not counted, and blocks nobody."""
 
     def stranger(address):
         host, port = address.split(":")

@@ -90,7 +90,7 @@ def test_sigterm_sent_twice_is_one_request():
 
 
 def two(program, *arguments):
-    """Run a program in two processes of one device each; return what each printed."""
+    """Run a program in two processes of one device each; return the output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

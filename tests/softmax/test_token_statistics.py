@@ -32,7 +32,7 @@ def draws(kind="plain", seed=0):
 
 
 def plain(head, features, targets, temperature, reference):
-    """The same by whole logits and jax.nn.log_softmax; autodiff does the rest."""
+    """Return the same by full logits and jax.nn.log_softmax; autodiff does the rest."""
     z = jnp.einsum("btd,vd->btv", features, head.weight)
     z = head.scale * (z if head.bias is None else z + head.bias[None, None])
     z = z if head.soft_cap is None else head.soft_cap * jnp.tanh(z / head.soft_cap)
@@ -52,7 +52,7 @@ def plain(head, features, targets, temperature, reference):
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values(x64, kind, tiles, temperature):
-    """oracle: whole logits, whatever the tiles; the last tile overlaps the one before."""
+    """oracle: full logits, whatever the tiles; the last tile overlaps the one before."""
     head, features, targets, reference = draws(kind)
     expected = plain(head, features, targets, temperature, reference)
     found = token_statistics(
@@ -70,7 +70,7 @@ def test_values(x64, kind, tiles, temperature):
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradients(x64, kind, tiles):
-    """oracle: autodiff of whole logits in head and features, each statistic weighted at random."""
+    """oracle: autodiff of full logits in head and features, each statistic weighted at random."""
     head, features, targets, reference = draws(kind)
     weights = np.random.default_rng(9).normal(size=(len(NAMES), ROWS, T))
 

@@ -66,7 +66,7 @@ def fabricate(paper, size, arm, seed, name=None, change=None):
 
 
 def test_every_run_has_a_config(tmp_path, monkeypatch):
-    """law: what the plan runs can be read, each in its own directory; nothing tunes on test."""
+    """law: configs of the plan load, each with a directory of its run; nothing tunes on test."""
     paper = paper_study(tmp_path, seeds=(1,), tuning_seeds=(9,))
     skipped = ("prompts.write_prompts", "prompts.write_preferences", "similarity.write_all")
     for name in skipped:
@@ -165,7 +165,7 @@ def found(paper):
 
 
 def test_verdicts_of_known_numbers(tmp_path):
-    """by hand: what holds, holds partly, does not hold and was not run."""
+    """by hand: claims that hold, hold partly, do not hold and were not run."""
     paper = paper_study(tmp_path, seeds=(1, 2, 3, 4, 5, 6))
     for seed in paper.settings.seeds:
         fabricate(paper, "small", "rl", seed)
@@ -215,7 +215,7 @@ def test_equal_time_counts_no_compiling(tmp_path):
 
 
 def test_a_page_of_what_is_there(tmp_path):
-    """story: nothing runs; the page and the Markdown say what was found and what is missing."""
+    """story: nothing runs; the page and the Markdown have the results and the missing parts."""
     paper = paper_study(tmp_path, seeds=(1, 2))
     for arm in ("rl", "cfrl"):
         for seed in paper.settings.seeds:

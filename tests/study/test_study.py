@@ -55,7 +55,7 @@ def test_commands_run_once_and_say_what_failed(tmp_path, capsys):
 
 
 def test_runs_at_a_time_share_a_gpu(tmp_path, monkeypatch):
-    """by hand: JAX would give each three quarters of its memory; a user's own share stands."""
+    """by hand: JAX would give each three quarters of its memory; a user's fraction is kept."""
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     monkeypatch.delenv(name, raising=False)
     assert environment(tmp_path, 2)[name] == "0.450"
@@ -64,7 +64,7 @@ def test_runs_at_a_time_share_a_gpu(tmp_path, monkeypatch):
 
 
 def test_a_config_file_offers_its_study(tmp_path, capsys):
-    """story: phases run in order, the next after what the last one wrote; --page runs nothing."""
+    """story: phases run in order, each after the results of the last; --page runs nothing."""
     file, root = tmp_path / "mine.py", tmp_path / "runs"
     file.write_text(STUDY)
     root.mkdir()

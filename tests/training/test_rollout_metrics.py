@@ -1,4 +1,4 @@
-"""What is logged of a rollout, by hand."""
+"""Metrics of a rollout, by hand."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from ntkrl.types import Rollout
 
 
 def collected(lengths, finished, rewards, **result):
-    """A rewarded rollout; what no metric reads is left empty."""
+    """Return a rewarded rollout; fields that no metric reads are empty."""
     columns = np.arange(max(lengths))
     empty = np.zeros((len(lengths), 0))
     rollout = Rollout(

@@ -1,4 +1,4 @@
-"""Chunks of rows, micro-batches and stored features: other roads to the same step."""
+"""Chunks of rows, micro-batches and stored features: equivalent ways to the same step."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def test_chunks_and_microbatches_change_nothing(x64, preset):
 
 
 def test_gradient_equals_plain_autodiff(x64):
-    """oracle: logits of the whole batch at once and jax.grad."""
+    """oracle: logits of the full batch at once and jax.grad."""
     policy = toy_policy()
     params = toy_params(policy, dtype=jnp.float64)
     batch = make_batch(policy.vocab_size)
@@ -88,7 +88,7 @@ def test_gradient_equals_plain_autodiff(x64):
 
 
 def test_microbatches_must_divide():
-    """law: said before tracing."""
+    """law: an error before tracing."""
     policy = toy_policy()
     with pytest.raises(ValueError, match="8 rows cannot be cut in 3 equal micro-batches"):
         stepped(

@@ -1,4 +1,4 @@
-"""Optimizers: optax's own, layer by layer; decay, schedules, hand-over and what rounding takes."""
+"""Optimizers: optax layer by layer; decay, schedules, hand-over and rounding losses."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_optimizers_are_optax(name):
-    """oracle: three steps of optax's alias on the whole tree, at its own rate."""
+    """oracle: three steps of optax's alias on the full tree, at each group's rate."""
     options, theirs = CASES[name]
     params = draw(0)
     found, _ = follow(program_of(params, optimizer=name, **options).optimizer, params)
@@ -148,7 +148,7 @@ def test_schedules(kind, warmup, final, wanted):
 
 
 def test_rates_follow_the_schedule():
-    """law: SGD moves by rate × factor × gradient in each group; what is logged is the first's."""
+    """law: SGD moves by rate × factor × gradient in each group; the first group's is logged."""
     params, policy = draw(0), LAYERED
     rows = (("embed/.*", None), (".*norm.*", 0.4), (".*", 0.2))
     stage = update.Stage("x", 3, rows, optimizer="sgd", schedule="linear", warmup_steps=2)

@@ -1,4 +1,4 @@
-"""Stages as data: lengths, options, order; every mistake in a sentence."""
+"""Stages as data: lengths, options, order; an error message for every mistake."""
 
 import pytest
 
@@ -80,7 +80,7 @@ def test_mistakes_of_a_row(changes, message):
 
 
 def test_every_optimizer_takes_its_options():
-    """law: what the message says an optimizer has, it has."""
+    """law: the options that the message lists for an optimizer are accepted."""
     for name, options in {
         "adam": {"b1": 0.5, "b2": 0.6, "epsilon": 1e-3},
         "adamw": {"b1": 0.5, "decay": ((".*", 0.1),)},

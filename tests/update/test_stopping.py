@@ -1,4 +1,4 @@
-"""When stages end: rules by hand, and the same end after any interruption."""
+"""Ends of stages: rules by hand, and the same end after any interruption."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_reasons_together():
 
 
 def test_stages_follow():
-    """by hand: what is left at most, over an early end and to the last stage."""
+    """by hand: the maximal number of steps left, after an early end and in the last stage."""
     stages = [Stage("a", 5, ROWS, kl_budget=0.1), Stage("b", 2, ROWS)]
     progress = Progress()
     assert steps_left(stages, progress) == 7 and enter_stage(progress) is progress

@@ -17,7 +17,7 @@ RLOO = update.PRESETS["rloo"]
 
 
 def rloo(statistics, batch):
-    """The RLOO loss as the step wants it."""
+    """Return the RLOO loss with the signature that the step expects."""
     return update.policy_loss(RLOO, 3, statistics, batch)
 
 
@@ -92,7 +92,7 @@ def test_head_stage_has_no_body_gradient_in_its_program():
 
 
 def test_step_equals_plain_optax(x64):
-    """oracle: gradient of the whole tree and optax.adam by hand, no partition."""
+    """oracle: gradient of the full tree and optax.adam by hand, no partition."""
     policy = toy_policy()
     params = toy_params(policy, dtype=jnp.float64)
     batch = make_batch(policy.vocab_size)
@@ -115,7 +115,7 @@ def test_step_equals_plain_optax(x64):
 
 
 def test_each_group_has_its_own_rate():
-    """law: with SGD, rows of the pattern list are rates of their own."""
+    """law: with SGD, each row of the pattern list sets the rate of its group."""
     policy = toy_policy()
     params = toy_params(policy)
     batch = make_batch(policy.vocab_size)
