@@ -75,9 +75,14 @@ class TracedFunction:
     outputs: tuple[int | Constant, ...]
     avals: tuple[Any, ...]
 
+    @property
+    def output_slots(self) -> set[int]:
+        """Slots among the outputs."""
+        return {slot for slot in self.outputs if not isinstance(slot, Constant)}
+
     def live(self) -> set[int]:
         """Return the slots that some output depends on."""
-        needed = {slot for slot in self.outputs if not isinstance(slot, Constant)}
+        needed = self.output_slots
         for operation in reversed(self.operations):
             if needed & set(operation.outputs):
                 needed |= operation.reads

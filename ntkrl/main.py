@@ -13,12 +13,12 @@ USAGE = """usage: ntkrl COMMAND ...
   train    --config=FILE [--config.section.field=value ...]   run or resume a training run
   evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
   evaluate --run=RUN [--step=N|best] [--config...=value ...]  or a checkpoint of a run
-  prepare  --config=FILE [--config.section.field=value ...]   published data into a setting's files
-  plan     --config=FILE --topology=v5e:4x4 [--search] ...    whether a run fits a machine, how fast
-  study    --config=FILE [--page] ...                         many runs, their claims, a page
+  prepare  --config=FILE [--config.section.field=value ...]   prepare published data
+  plan     --config=FILE --topology=v5e:4x4 [--search] ...    memory and time of a run on a machine
+  study    --config=FILE [--page] ...                         run a grid of runs, write its page
   kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
   report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
-  report   --text RUN [RUN ...]                               the same in words, in the terminal
+  report   --text RUN [RUN ...]                               the report as text
   report   --glossary                                         what every metric means, as Markdown
   export   RUN OUT [--step=N|best]                            a checkpoint as Hugging Face directory
   presets  [NAME ...]                                         objectives: formula, source and axes
@@ -127,7 +127,7 @@ def _plan(words: Sequence[str]) -> None:
     settings = read_settings(runtime.read_config(config_words))
     if "table" in options:
         if len(options) > 1:
-            raise ValueError("plan --table=FILE takes no other option: it names its machines.")
+            raise ValueError("plan --table=FILE takes no other option: its machines are fixed.")
         plan.write_table(options["table"], settings, f"ntkrl plan {' '.join(words)}")
         return
     if "topology" not in options:

@@ -1,4 +1,4 @@
-"""Totals, padded lengths and scans over microbatches, for every floor above."""
+"""Totals, padded lengths and scans over microbatches,."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ def at_least_float32(values: Array) -> Array:
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """Dtypes of params, networks and key-value caches, by their name in a config."""
-GIB = 2**30
 SHORTEST_BUCKET = 8
 GIB = 2**30
 """Bytes of a GiB."""

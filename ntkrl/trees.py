@@ -37,6 +37,13 @@ def named_leaves(tree: Params) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def same_structure(first: Params, second: Params) -> bool:
+    """Test whether two trees have the same structure."""
+    # Any, since jaxlib does not declare the type of a structure
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (first, second)]
+    return structures[0] == structures[1]
+
+
 def match(patterns: Patterns, tree: Params, what: str = "patterns") -> list[Any]:
     """Return for every leaf the value of the first pattern that matches its full name.
 

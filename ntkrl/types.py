@@ -1,6 +1,6 @@
-"""The seams between rooms: frozen records of arrays, and nothing that computes.
+"""Data types shared by all subpackages; no logic.
 
-Dimension key, used for array suffixes, shape checks and einsum strings everywhere:
+Dimension key of array suffixes, shape checks and einsum strings (`ntk/` adds letters of its own):
 
     P  prompts in the batch              D     model (feature) width
     N  completions per prompt            H, K  query heads, key/value heads
@@ -56,7 +56,7 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Policy:
-    """Pure functions over a params tree: the only window to a network.
+    """Pure functions over a params tree: the only interface to a network.
 
     features: `(params, tokens [N, T], mask [N, T] | None) -> [N, T, D]`, the head's input. The mask
         is bool, True on real tokens. An integer one holds segment numbers: 0 on padding, 1, 2, … on
@@ -106,7 +106,7 @@ class Scorer:
     score: `(params, tokens [N, T], mask [N, T], gates [N]) -> {name: [N]}`, float32 or better;
         tokens are right-padded, gates are the columns where `gate` begins (0 without one).
     names: of the results, the reward first; others are logged.
-    pad_id: token that padding is told by.
+    pad_id: padding token id.
     gate: token ids whose last occurrence in the prompt the gate reads; empty without a gate.
     max_tokens, vocab_size: the longest sequence allowed (tokens), and V.
     sharding: ordered `(pattern, axes per dimension)` list over parameter paths.

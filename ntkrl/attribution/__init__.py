@@ -3,15 +3,3 @@
 from ntkrl.attribution.decomposition import COLUMNS, AttributionInputs, OptimizerStep, Terms
 from ntkrl.attribution.ledger import Account, Ledger, ledger_measures, split_term
 from ntkrl.attribution.linear_maps import MEASURES
-
-__all__ = [
-    "COLUMNS",
-    "MEASURES",
-    "Account",
-    "AttributionInputs",
-    "Ledger",
-    "OptimizerStep",
-    "Terms",
-    "ledger_measures",
-    "split_term",
-]

@@ -8,14 +8,3 @@ from ntkrl.evaluation.sampling import (
     make_evaluation_sample,
     prompts_together,
 )
-
-__all__ = [
-    "EvaluationSamples",
-    "commands",
-    "evaluate_policy",
-    "kernel_command",
-    "make_evaluation_sample",
-    "mean_interval",
-    "powers",
-    "prompts_together",
-]

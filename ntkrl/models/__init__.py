@@ -26,31 +26,3 @@ from ntkrl.models.scorers import (
     write_new_scorer,
 )
 from ntkrl.models.settings import ModelSettings
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "HUB_NAME",
-    "REMAT",
-    "Lora",
-    "ModelOptions",
-    "ModelSettings",
-    "NewHead",
-    "build",
-    "check",
-    "check_scorer",
-    "describe",
-    "describe_scorer",
-    "export",
-    "export_adapter",
-    "export_scorer",
-    "load",
-    "load_scorer",
-    "local_directory",
-    "read_config",
-    "resized",
-    "stored_tensors",
-    "tokenizer_directory",
-    "untied",
-    "whitened",
-    "write_new_scorer",
-]

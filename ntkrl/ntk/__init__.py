@@ -42,36 +42,3 @@ from ntkrl.ntk.network import Head, Network, as_network
 from ntkrl.ntk.parts import PARTS, by_layer, by_module, group_weights
 from ntkrl.ntk.problem import KernelOptions
 from ntkrl.ntk.spectrum import Factored, alignment, cka, eigenpairs, factored, frobenius
-
-__all__ = [
-    "ALGORITHMS",
-    "BODY_GROUP",
-    "PARTS",
-    "Contexts",
-    "Estimate",
-    "Factored",
-    "GroupedContexts",
-    "Head",
-    "Kernel",
-    "KernelOptions",
-    "Network",
-    "alignment",
-    "as_network",
-    "by_layer",
-    "by_module",
-    "check_contexts",
-    "cheapest",
-    "cka",
-    "eigenpairs",
-    "every_position",
-    "factored",
-    "features_at",
-    "frobenius",
-    "group_by_sequence",
-    "group_weights",
-    "kernel",
-    "kernel_program",
-    "last_positions",
-    "predict",
-    "score_gram",
-]

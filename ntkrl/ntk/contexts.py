@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl.jaxpr import is_traced
-from ntkrl.ntk.network import Network, shorten
+from ntkrl.ntk.network import Mask, Network, shorten
 from ntkrl.types import Array, Params
 
 
@@ -26,9 +26,9 @@ class Contexts:
     """
 
     tokens: Any
-    positions: Array
-    rows: Array | None = None
-    mask: Array | None = None
+    positions: Array | np.ndarray
+    rows: Array | np.ndarray | None = None
+    mask: Mask = None
 
     @property
     def count(self) -> int:
@@ -36,7 +36,7 @@ class Contexts:
         return self.positions.shape[0]
 
 
-def last_positions(tokens: Array, mask: Array | None = None) -> Contexts:
+def last_positions(tokens: Array | np.ndarray, mask: Mask = None) -> Contexts:
     """Return the contexts at every sequence's last real token.
 
     Args:
@@ -58,7 +58,7 @@ def last_positions(tokens: Array, mask: Array | None = None) -> Contexts:
     return Contexts(tokens, jnp.asarray(length - 1 - real[:, ::-1].argmax(axis=1)), mask=mask)
 
 
-def every_position(tokens: Array, mask: Array | None = None) -> Contexts:
+def every_position(tokens: Array | np.ndarray, mask: Mask = None) -> Contexts:
     """Return the contexts at every real token, row by row.
 
     Args:
@@ -117,7 +117,12 @@ def check_contexts(
     if tuple(mask.shape) != (batch, length):
         problems.append(f"mask has shape {mask.shape}, the sequences {(batch, length)}")
     if not problems and not is_traced((inputs, contexts.positions, rows, mask)):
-        problems = _value_problems(contexts.positions, rows, mask, network.takes_mask)
+        problems = _value_problems(
+            np.asarray(contexts.positions),
+            np.asarray(rows),
+            np.asarray(mask, bool),
+            network.takes_mask,
+        )
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems) + ".")
     return Contexts(
@@ -146,6 +151,9 @@ class GroupedContexts(NamedTuple):
 
 def group_by_sequence(contexts: Contexts) -> GroupedContexts:
     """Group checked contexts by sequence; traced ones stay one sequence each."""
+    sequences: Array | np.ndarray | None
+    slots: Array | np.ndarray
+    positions_SP: Array | np.ndarray
     if is_traced((contexts.rows, contexts.positions)):
         sequences, slots = contexts.rows, np.arange(contexts.count)
         positions_SP = contexts.positions[:, None]
@@ -200,8 +208,9 @@ def _length(network: Network, params: Params, inputs: Any, name: str) -> int:
     return shape[1]
 
 
-def _value_problems(positions: Any, rows: Any, mask: Any, takes_mask: bool) -> list[str]:
-    positions, rows, mask = np.asarray(positions), np.asarray(rows), np.asarray(mask, bool)
+def _value_problems(
+    positions: np.ndarray, rows: np.ndarray, mask: np.ndarray, takes_mask: bool
+) -> list[str]:
     count, length = mask.shape
     problems = _range_problems(positions, length, "positions")
     problems += _range_problems(rows, count, "rows")

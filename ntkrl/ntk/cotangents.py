@@ -43,7 +43,7 @@ class ProbeCotangents:
             operation = self.traced.operations[index]
             (alias,) = operation.outputs
             if plan.leaf_slots[alias] not in plan.direct:
-                self.shared[alias] = operation.run(lambda slot: self.shared[slot])[0]
+                self.shared[alias] = operation.run(lambda slot: value_of(slot, self.shared))[0]
         side = block.side
         self.counts = (side.sequences, block.size)
         data = zip(inputs[len(leaves) :], jax.tree.leaves((side.tokens, side.mask)), strict=True)
@@ -52,7 +52,7 @@ class ProbeCotangents:
         self.carries: dict[int, list[Array]] = {}
         for number in range(len(self.segments)):
             self._forward(number, state)
-        (output,) = self.traced.outputs
+        (output,) = self.traced.output_slots
         phi = state[output]
 
         def start(positions: Array, vectors: Array | None) -> Array:
@@ -63,9 +63,13 @@ class ProbeCotangents:
         starts = jax.vmap(start)(side.positions, side.vectors)
         self.cotangents = {output: features.shard_directions(starts)}
 
-    def scan(self, number: int) -> ScanPlan | None:
-        """Return the ScanPlan of a segment that is a scan over layers, or None."""
-        return self.plan.scans.get(self.segments[number][0])
+    def is_scan(self, number: int) -> bool:
+        """Test whether a segment is a scan over layers."""
+        return self.segments[number][0] in self.plan.scans
+
+    def scan(self, number: int) -> ScanPlan:
+        """Return the ScanPlan of a segment that is a scan over layers."""
+        return self.plan.scans[self.segments[number][0]]
 
     def value(self, number: int, slot: int | Constant) -> tuple[Array, bool]:
         """Return an operand of a segment, and whether it has a leading sequence axis."""
@@ -82,13 +86,13 @@ class ProbeCotangents:
         reads = {slot for operation in operations for slot in operation.reads} - outputs
         saved = {slot: state[slot] for slot in sorted(reads) if slot in state}
         self.saved.append(saved)
-        if self.scan(number) is None:
-            results = jax.vmap(lambda v: replay(self.plan, segment, self.shared | v)[0])(saved)
-        else:
+        if self.is_scan(number):
             results, self.carries[number] = self._forward_scan(number)
+        else:
+            results = jax.vmap(lambda v: replay(self.plan, segment, self.shared | v)[0])(saved)
         later = [self.traced.operations[i] for s in self.segments[number + 1 :] for i in s]
         needed = {slot for operation in later for slot in operation.reads}
-        needed |= set(self.traced.outputs)
+        needed |= self.traced.output_slots
         state.update({slot: results[slot] for slot in outputs if slot in needed})
 
     def _forward_scan(self, number: int) -> tuple[Values, list[Array]]:
@@ -98,12 +102,11 @@ class ProbeCotangents:
 
         def sequence(saved: Values) -> tuple[list[Array], list[Array]]:
             values = self.shared | saved
-            operands = [
-                slot.value if isinstance(slot, Constant) else values[slot]
-                for slot in operation.inputs
-            ]
+            operands = [value_of(slot, values) for slot in operation.inputs]
 
-            def layer(carry: list[Array], xs: list[Array]):
+            def layer(
+                carry: list[Array], xs: list[Array]
+            ) -> tuple[list[Array], tuple[list[Array], list[Array]]]:
                 outputs, _ = replay_body(inner, [*operands[:consts], *carry, *xs], None)
                 return outputs[:carries], (outputs[carries:], carry)
 
@@ -142,10 +145,10 @@ class ProbeCotangents:
         if not outputs:
             return {}
 
-        def sequence(saved: Values, cotangents: Values):
+        def sequence(saved: Values, cotangents: Values) -> tuple[tuple[Values, Values], Values]:
             inputs = {s: v for s, v in saved.items() if s in plan.dependent} | direct
 
-            def replayed(inputs: Values, perturbations: Values):
+            def replayed(inputs: Values, perturbations: Values) -> tuple[Values, Values]:
                 values = self.shared | saved | inputs
                 results, records = replay(plan, segment, values, perturbations)
                 return {slot: results[slot] for slot in outputs}, records
@@ -200,7 +203,7 @@ class ScanCotangents:
 
     def start(self) -> Values:
         """Return cotangents of the carry as it leaves, and zeros for operands of all layers."""
-        start = {}
+        start: Values = {}
         for operand in self.moving:
             if operand >= self.first_xs:
                 continue
@@ -231,7 +234,9 @@ class ScanCotangents:
             },
         }
 
-    def layer(self, cotangents: Values, xs: dict[str, Any]):
+    def layer(
+        self, cotangents: Values, xs: dict[str, Any]
+    ) -> tuple[Values, Values, dict[int, GradientFactors]]:
         """Go back through a layer.
 
         Returns:
@@ -247,10 +252,12 @@ class ScanCotangents:
         per_sequence |= {k: v for k, (v, each) in consts.items() if each}
         shared = {k: v for k, (v, each) in consts.items() if not each} | xs["shared"]
 
-        def sequence(per_sequence: Values, cotangents: Values):
+        def sequence(
+            per_sequence: Values, cotangents: Values
+        ) -> tuple[tuple[Values, Values], Values]:
             operands = per_sequence | shared
 
-            def replayed(moved: Values, perturbations: Values):
+            def replayed(moved: Values, perturbations: Values) -> tuple[Values, Values]:
                 values = operands | moved
                 arguments = [values[k] for k in sorted(values)]
                 outputs, records = replay_body(inner, arguments, perturbations)
@@ -283,17 +290,21 @@ class ScanCotangents:
                 self.block.add(slot, c)
 
 
+def value_of(operand: int | Constant, values: Values) -> Any:
+    """Return the value of an operand."""
+    return operand.value if isinstance(operand, Constant) else values[operand]
+
+
 def replay(
-    plan: TapPlan, segment: list[int], values: dict[int, Any], perturbations: Values | None = None
-) -> tuple[dict[int, Any], Values]:
+    plan: TapPlan, segment: list[int], values: Values, perturbations: Values | None = None
+) -> tuple[Values, Values]:
     """Run operations; add perturbations to tapped results and record their activations."""
     values, records = dict(values), {}
-    read = lambda slot: slot.value if isinstance(slot, Constant) else values[slot]  # noqa: E731
     for index in segment:
         operation = plan.traced.operations[index]
-        results = operation.run(read)
+        results = operation.run(lambda slot: value_of(slot, values))
         if perturbations is not None and index in plan.taps:
-            operands = [read(slot) for slot in operation.inputs]
+            operands = [value_of(slot, values) for slot in operation.inputs]
             records[index] = plan.taps[index].activation(operation, operands)
             results[0] = results[0] + perturbations[index]
         values.update(zip(operation.outputs, results, strict=True))
@@ -307,8 +318,7 @@ def replay_body(
     traced = plan.traced
     values = traced.constants | dict(zip(traced.inputs, operands, strict=True))
     values, records = replay(plan, list(range(len(traced.operations))), values, perturbations)
-    outputs = [s.value if isinstance(s, Constant) else values[s] for s in traced.outputs]
-    return outputs, records
+    return [value_of(slot, values) for slot in traced.outputs], records
 
 
 def zeros(plan: TapPlan, tapped: list[int]) -> Values:

@@ -51,6 +51,11 @@ class HeadWeights(NamedTuple):
         """True where the head's kernel is a multiple of the identity up to slopes."""
         return all(w is None or not w.ndim for w in self)
 
+    def factors(self) -> tuple[Array, Array]:
+        """Return both, 1 for None."""
+        weight, bias = (jnp.ones(()) if w is None else w for w in self)
+        return weight, bias
+
 
 class Operands(NamedTuple):
     """The arrays of a kernel's part.
@@ -114,14 +119,15 @@ def head_diagonal(operands: Operands, roles: Roles, rows: Array) -> Array:
         inner_OUR = inner_products(operands, roles)[:, :, None]
         inner_OUR = jnp.broadcast_to(inner_OUR, (*inner_OUR.shape[:2], rows.shape[0]))
     else:
+        weight, bias = weights.factors()
         shape = (left.features.shape[0], right.features.shape[0], rows.shape[0])
         inner_OUR = jnp.zeros(shape, left.features.dtype)
         if roles.output:
-            chosen_RD = weights.weight[rows] if weights.weight.ndim == 2 else weights.weight
+            chosen_RD = weight[rows] if weight.ndim == 2 else weight
             chosen_RD = jnp.broadcast_to(chosen_RD, (rows.shape[0], left.features.shape[1]))
             inner_OUR += einsum("ok,rk,uk->our", left.features, chosen_RD, right.features)
         if roles.bias:
-            chosen_R = weights.bias[rows] if weights.bias.ndim else weights.bias
+            chosen_R = bias[rows] if bias.ndim else bias
             inner_OUR += jnp.broadcast_to(chosen_R, rows.shape)[None, None]
     return inner_OUR * slopes_OR[:, None] * slopes_UR[None]
 
@@ -133,16 +139,17 @@ def head_bilinear(operands: Operands, roles: Roles, left_OV: Array, right_UV: Ar
     left_OV, right_UV = left_OV * left.slopes, right_UV * right.slopes
     if weights.scalar:
         return inner_products(operands, roles) * einsum("ov,uv->ou", left_OV, right_UV)
+    weight, bias = weights.factors()
     total_OU = jnp.zeros((left_OV.shape[0], right_UV.shape[0]), left_OV.dtype)
     if roles.output:
 
         def column(pair: tuple[Array, Array]) -> Array:
-            pulled_VD = weights.weight * pair[0][:, None] * pair[1][None, :]
+            pulled_VD = weight * pair[0][:, None] * pair[1][None, :]
             return einsum("ov,vd,od->o", left_OV, pulled_VD, left.features)
 
         total_OU += jax.lax.map(column, (right_UV, right.features)).T
     if roles.bias:
-        total_OU += einsum("ov,uv->ou", left_OV * _as_row(weights.bias), right_UV)
+        total_OU += einsum("ov,uv->ou", left_OV * _as_row(bias), right_UV)
     return total_OU
 
 
@@ -153,13 +160,14 @@ def head_apply(operands: Operands, roles: Roles, cotangents_UV: Array) -> Array:
     pulled_UV = cotangents_UV * right.slopes
     if weights.scalar:
         return left.slopes * einsum("ou,uv->ov", inner_products(operands, roles), pulled_UV)
+    weight, bias = weights.factors()
     shape = (left.features.shape[0], pulled_UV.shape[1])
     changes_OV = jnp.zeros(shape, pulled_UV.dtype)
     if roles.output:
-        direction_VD = weights.weight * einsum("uv,ud->vd", pulled_UV, right.features)
+        direction_VD = weight * einsum("uv,ud->vd", pulled_UV, right.features)
         changes_OV += einsum("od,vd->ov", left.features, direction_VD)
     if roles.bias:
-        changes_OV += _as_row(weights.bias) * jnp.sum(pulled_UV, axis=0, keepdims=True)
+        changes_OV += _as_row(bias) * jnp.sum(pulled_UV, axis=0, keepdims=True)
     return left.slopes * changes_OV
 
 
@@ -343,5 +351,6 @@ def _map_output_changes(
             0, count, lambda i, total: total + direction(i), jnp.zeros(shape.shape, shape.dtype)
         )
 
-    tokens = jax.tree.map(lambda leaf: leaf[updated.rows], updated.tokens)
-    return jax.lax.map(context, (tokens, updated.mask[updated.rows], updated.positions, vectors))
+    data = (updated.tokens, updated.mask)
+    tokens, mask = jax.tree.map(lambda leaf: leaf[updated.rows], data)
+    return jax.lax.map(context, (tokens, mask, updated.positions, vectors))

@@ -51,14 +51,14 @@ def layerwise(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Arra
         pairs = _sequence_pairs(observed, updated)
         terms = []
         for number in reversed(range(len(plan_o.segments()))):
-            if sides[0].scan(number) is None:
+            if sides[0].is_scan(number):
+                terms.append(_backward_scan(sides, number, pairs, by_leaf))
+            else:
                 factors = [side.backward(number) for side in sides]
                 terms += [contract(pairs, factors, by_leaf)] if factors[0] else []
-            else:
-                terms.append(_backward_scan(sides, number, pairs, by_leaf))
         factors = [side.direct() for side in sides]
         terms += [contract(pairs, factors, by_leaf)] if factors[0] else []
-        return _by_sequences(sum(terms), observed, updated)
+        return _by_sequences(sum(terms[1:], terms[0]), observed, updated)
 
     return by_blocks(pair, inputs, chunk)
 
@@ -137,8 +137,10 @@ def contract(
     # a loop per leaf, so that its δ can be freed before the next leaf's is computed
     terms = []
     for leaf, left in observed.items():
-        if left.activations is not None:
-            term = over_pairs(functools.partial(_tapped_product, left, updated[leaf]))
+        right = updated[leaf]
+        if left.activations is not None and right.activations is not None:
+            activations, deltas = (left.activations, right.activations), (left.deltas, right.deltas)
+            term = over_pairs(functools.partial(_tapped_product, activations, deltas))
             terms.append(term * weights[leaf].reshape(()) if leaf in weights else term)
     if len(terms) < len(observed):  # the gradients of all other leaves, in a single product
 
@@ -146,7 +148,7 @@ def contract(
             return _product(_concatenate(observed, i, weights), _concatenate(updated, j, {}))
 
         terms.append(over_pairs(direct_product))
-    return sum(terms)
+    return sum(terms[1:], terms[0])
 
 
 def _concatenate(
@@ -165,10 +167,10 @@ def _concatenate(
 
 
 def _tapped_product(
-    observed: GradientFactors, updated: GradientFactors, i: Array, j: Array
+    activations: tuple[Array, Array], deltas: tuple[Array, Array], i: Array, j: Array
 ) -> Array:
-    x_TI, x_SI = observed.activations[i], updated.activations[j]
-    left_ATF, right_BSF = observed.deltas[i], updated.deltas[j]
+    x_TI, x_SI = activations[0][i], activations[1][j]
+    left_ATF, right_BSF = deltas[0][i], deltas[1][j]
     wide = jnp.promote_types(left_ATF.dtype, jnp.float32)
     if x_TI.ndim == 1:
         gram_ST = (x_SI[:, None] == x_TI[None, :]).astype(wide)

@@ -59,8 +59,7 @@ def predict(
     """
     network = as_network(model)
     observed = check_contexts(observed, "observed", network, params, isinstance(model, Policy))
-    same = jax.tree.structure(params) == jax.tree.structure(direction)
-    if not same or any(
+    if not trees.same_structure(params, direction) or any(
         a.shape != b.shape
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(direction), strict=True)
     ):
@@ -141,29 +140,33 @@ def score_gram(
     """
     form = {name: options.pop(name) for name in ("part", "chunk") if name in options}
     score_kernel = kernel(model, params, contexts, **options)
-    problem, targets = score_kernel.problem, np.asarray(targets)
+    problem, targets_O = score_kernel.problem, np.asarray(targets)
     count, vocab = problem.observed.count, problem.vocab_size
-    if targets.shape != (count,) or not np.issubdtype(targets.dtype, np.integer):
+    if targets_O.shape != (count,) or not np.issubdtype(targets_O.dtype, np.integer):
         raise ValueError(
-            f"targets must be {count} token ids, one per context, not {targets.dtype} "
-            f"{targets.shape}."
+            f"targets must be {count} token ids, one per context, not {targets_O.dtype} "
+            f"{targets_O.shape}."
         )
-    if targets.min() < 0 or targets.max() >= vocab:
+    if targets_O.min() < 0 or targets_O.max() >= vocab:
         raise ValueError(
-            f"targets have ids from {targets.min()} to {targets.max()}; the vocabulary is "
+            f"targets have ids from {targets_O.min()} to {targets_O.max()}; the vocabulary is "
             f"[0, {vocab})."
         )
     if weights is not None and jnp.shape(weights) != (count,):
         raise ValueError(f"weights must have shape ({count},), not {jnp.shape(weights)}.")
     problem.check_size((count, vocab), "the scores' softmax", "fewer contexts")
     features_OD = problem.head_inputs[0].features
-    scores_OV = _scores(problem.network, params, features_OD, targets, weights)
+    scores_OV = _scores(problem.network, params, features_OD, targets_O, weights)
     return score_kernel.bilinear(scores_OV, scores_OV, by=by, **form)
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
 def _scores(
-    network: Network, params: Params, features_OD: Array, targets_O: Array, weights_O: Array | None
+    network: Network,
+    params: Params,
+    features_OD: Array,
+    targets_O: Array | np.ndarray,
+    weights_O: Array | None,
 ) -> Array:
     probs_OV = jax.nn.softmax(network.logits(params, features_OD), axis=-1)
     scores_OV = jax.nn.one_hot(targets_O, probs_OV.shape[-1], dtype=probs_OV.dtype) - probs_OV

@@ -54,7 +54,7 @@ def kernel(
     chosen, network = KernelOptions(**options), as_network(model)
     is_policy = isinstance(model, Policy)
     check_params(network, params)
-    if is_policy and not is_traced(params):
+    if isinstance(model, Policy) and not is_traced(params):
         check_policy_head(model, network, params)
     left = right = check_contexts(observed, "observed", network, params, is_policy)
     if updated is not None and updated is not observed:

@@ -25,6 +25,8 @@ from ntkrl.types import Array, Params, Policy
 
 Leaves = list[Array]
 """The params that features depend on, in leaf order; also gradients and changes of them."""
+Mask = Array | np.ndarray | None
+"""`[N, T]` bool, True on real tokens; None means all are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Network:
     takes_mask: bool = False
     stacked: tuple[str, ...] = ()
 
-    def read(self, params: Params, inputs: Any, mask: Array) -> Array:
+    def read(self, params: Params, inputs: Any, mask: Mask) -> Array:
         """Return the features of every position, `[N, T, D]`."""
         arguments = (inputs, mask) if self.takes_mask else (inputs,)
         features = self.features(params, *arguments)
@@ -133,7 +135,7 @@ class FeatureFunction:
         """Return the used leaves of the params or of a tree with their structure."""
         return [x for x, used in zip(jax.tree.leaves(tree), self.used, strict=True) if used]
 
-    def apply(self, params: Params, leaves: Leaves, tokens: Any, mask: Array) -> Array:
+    def apply(self, params: Params, leaves: Leaves, tokens: Any, mask: Mask) -> Array:
         """Return features `[S, T, D]` with the used leaves of the params replaced."""
         remaining = iter(leaves)
         chosen = [next(remaining) if used else None for used in self.used]
@@ -142,7 +144,7 @@ class FeatureFunction:
         return self.network.read(trees.merge(replaced, unused), tokens, mask)
 
     def vjp_fn(
-        self, params: Params, tokens: Any, mask: Array
+        self, params: Params, tokens: Any, mask: Mask
     ) -> tuple[Array, Callable[[Array], Leaves]]:
         """Return features `[S, T, D]` and the map from their cotangents to gradients."""
         read = lambda leaves: self.apply(params, leaves, tokens, mask)  # noqa: E731
@@ -150,7 +152,7 @@ class FeatureFunction:
         return phi, lambda c: self.constrain(pull(c.astype(phi.dtype))[0])
 
     def jvp_fn(
-        self, params: Params, tokens: Any, mask: Array, forward_mode: bool
+        self, params: Params, tokens: Any, mask: Mask, forward_mode: bool
     ) -> Callable[[Leaves], Array]:
         """Return the map from changes of the used leaves to changes of the features `[S, T, D]`.
 
@@ -182,25 +184,32 @@ class FeatureFunction:
 
     def head_matrix(self, leaves: Leaves) -> Array:
         """Return the tied matrix among used leaves as `[V, D]`."""
-        stored = leaves[self.head_index]
+        stored = leaves[self._tied_index()]
         return stored.T if self.network.head.transposed else stored
 
     def head_direction(self, matrix_VD: Array, params: Params) -> Leaves:
         """Return used leaves that are zero except for the tied matrix."""
         stored = matrix_VD.T if self.network.head.transposed else matrix_VD
         leaves = [jnp.zeros_like(leaf) for leaf in self.leaves(params)]
-        leaves[self.head_index] = stored.astype(leaves[self.head_index].dtype)
+        index = self._tied_index()
+        leaves[index] = stored.astype(leaves[index].dtype)
         return leaves
 
     def of_head(self) -> FeatureFunction:
         """Return the features as a function of the tied matrix alone."""
-        position = [index for index, used in enumerate(self.used) if used][self.head_index]
+        among_used = self._tied_index()
+        position = [index for index, used in enumerate(self.used) if used][among_used]
         used = tuple(index == position for index in range(len(self.used)))
-        shardings = None if self.shardings is None else (self.shardings[self.head_index],)
+        shardings = None if self.shardings is None else (self.shardings[among_used],)
         return FeatureFunction(self.network, used, 0, shardings)
 
+    def _tied_index(self) -> int:
+        if self.head_index is None:
+            raise ValueError("features do not depend on the head's matrix: the head is not tied.")
+        return self.head_index
 
-def feature_function(network: Network, params: Params, tokens: Any, mask: Array) -> FeatureFunction:
+
+def feature_function(network: Network, params: Params, tokens: Any, mask: Mask) -> FeatureFunction:
     """Return the FeatureFunction of a network; params may be arrays, tracers or shapes."""
     traced, leaves = trace_features(network, params, tokens, mask), jax.tree.leaves(params)
     live = traced.live()
@@ -210,18 +219,18 @@ def feature_function(network: Network, params: Params, tokens: Any, mask: Array)
         for leaf, is_used in zip(leaves, used, strict=True)
         if is_used
     ]
-    named = all(isinstance(sharding, NamedSharding) for sharding in shardings)
-    several = named and any(sharding.mesh.size > 1 for sharding in shardings)
+    named = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
+    several = any(sharding.mesh.size > 1 for sharding in named) and len(named) == len(shardings)
     names = [name for name, is_used in zip(trees.names(params), used, strict=True) if is_used]
     tied = names.index(network.head.weight) if network.head.weight in names else None
     # heads that differ in bias, scale or cap share the compiled programs of their features
     plain = Head(network.head.weight, transposed=network.head.transposed)
     network = dataclasses.replace(network, head=plain)
-    return FeatureFunction(network, used, tied, tuple(shardings) if several else None)
+    return FeatureFunction(network, used, tied, tuple(named) if several else None)
 
 
 def trace_features(
-    network: Network, params: Params, tokens: Any, mask: Array
+    network: Network, params: Params, tokens: Any, mask: Mask
 ) -> jaxpr.TracedFunction:
     """Trace the features of one sequence, cached by shapes; inputs: all leaves, tokens, mask."""
     leaves, treedef = jax.tree.flatten(params)

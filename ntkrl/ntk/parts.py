@@ -203,7 +203,7 @@ def check_precondition(precondition: Params, params: Params) -> None:
     Raises:
       ValueError: another structure or other shapes.
     """
-    same, shapes = jax.tree.structure(params) == jax.tree.structure(precondition), []
+    same, shapes = trees.same_structure(params, precondition), []
     if same:
         pairs = zip(trees.named_leaves(params).items(), jax.tree.leaves(precondition), strict=True)
         shapes = [name for (name, leaf), p in pairs if jnp.shape(p) != leaf.shape]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 
@@ -121,6 +121,19 @@ class ScanPlan(NamedTuple):
     sliced: dict[int, int]
 
 
+class _Use(NamedTuple):
+    """A use of a leaf.
+
+    operation: index of the operation.
+    operand: operand number in it.
+    unchanged: True where the leaf arrives in its shape and order.
+    """
+
+    operation: int
+    operand: int
+    unchanged: bool
+
+
 MayTap = Callable[[int, bool], bool]
 """`(leaf, inside a scan) -> bool`, whether its weight allows a tap."""
 
@@ -145,29 +158,28 @@ def plan_taps(
 def _plan(traced: TracedFunction, inputs: dict[int, int], may_tap: MayTap, nested: bool) -> TapPlan:
     """Choose for every leaf how its gradients are contracted; `nested` inside a scan of layers."""
     slots, exact = dict(inputs), dict.fromkeys(inputs, True)
-    uses: dict[int, list[tuple[int, int]]] = {leaf: [] for leaf in inputs.values()}
+    uses: dict[int, list[_Use]] = {leaf: [] for leaf in inputs.values()}
     aliases, dependent = set(), set(inputs)
     for index, operation in enumerate(traced.operations):
-        operands = [n for n, slot in enumerate(operation.inputs) if is_among(slot, slots)]
+        operands = {n: slot for n, slot in enumerate(operation.inputs) if is_among(slot, slots)}
         if operation.reads & dependent:
             dependent |= {slot for slot in operation.outputs if is_inexact(traced.avals[slot])}
         if operands and len(operation.inputs) == 1 and operation.name in REORDERED:
-            (source,), alias = operation.inputs, operation.outputs[0]
+            (source,), alias = operands.values(), operation.outputs[0]
             slots[alias] = slots[source]
             exact[alias] = exact[source] and operation.name in EXACT
             aliases.add(index)
             continue
-        for n in operands:
-            uses[slots[operation.inputs[n]]].append((index, n))
+        for n, slot in operands.items():
+            uses[slots[slot]].append(_Use(index, n, exact[slot]))
     taps: dict[int, Tap] = {}
     sliced: dict[int, dict[int, int]] = {}
-    returned = {slots[slot] for slot in traced.outputs if is_among(slot, slots)}
+    returned = {slots[slot] for slot in traced.output_slots if slot in slots}
     for leaf, places in uses.items():
         if len(places) != 1 or leaf in returned:
             continue
-        ((index, operand),) = places
+        ((index, operand, unchanged),) = places
         operation = traced.operations[index]
-        unchanged = exact[operation.inputs[operand]]
         if _is_sliced(operation, operand) and unchanged and not nested:
             sliced.setdefault(index, {})[operand] = leaf
         elif may_tap(leaf, nested) and (kind := _kind(operation, operand, unchanged, slots)):
@@ -190,7 +202,7 @@ def _plan(traced: TracedFunction, inputs: dict[int, int], may_tap: MayTap, neste
     )
 
 
-def is_among(operand: int | Constant, slots: Any) -> bool:
+def is_among(operand: int | Constant, slots: Container[int]) -> TypeGuard[int]:
     """Test whether an operand is one of some slots."""
     return not isinstance(operand, Constant) and operand in slots
 
@@ -199,7 +211,7 @@ def _is_sliced(operation: Operation, operand: int) -> bool:
     return operation.name == "scan" and operand >= sum(scan_counts(operation))
 
 
-def _kind(operation: Operation, operand: int, unchanged: bool, slots: Any) -> str | None:
+def _kind(operation: Operation, operand: int, unchanged: bool, slots: Container[int]) -> str | None:
     """Return the kind of Tap, None where the leaf's gradient does not factor."""
     params = operation.eqn.params
     if operation.name == "dot_general":

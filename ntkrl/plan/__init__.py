@@ -6,5 +6,3 @@ over all links at once.
 """
 
 from ntkrl.plan.planner import PlanSettings, plan, read_options, write_table
-
-__all__ = ["PlanSettings", "plan", "read_options", "write_table"]

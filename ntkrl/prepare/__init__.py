@@ -6,5 +6,3 @@ downloaded.
 """
 
 from ntkrl.prepare.pipeline import PrepareSettings, prepare
-
-__all__ = ["PrepareSettings", "prepare"]

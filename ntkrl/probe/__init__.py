@@ -1,6 +1,6 @@
 """Measures of learning dynamics as pure functions of arrays, and the probe set they are read on.
 
-Exported by name is what a run uses. The modules hold more, for your own analysis:
+Other rooms use these names. The modules hold more, for your own analysis:
 
     distributions, squeezing  next-token distributions: entropy, divergence, probability mass
     features, parameters      geometry of features, of weight updates and of the head's matrix
@@ -58,47 +58,3 @@ from ntkrl.probe.settings import (
     SAMPLED_FAMILIES,
     ProbeSettings,
 )
-
-__all__ = [
-    "CADENCES",
-    "FAMILIES",
-    "FAMILY_COLUMNS",
-    "LEDGER_BY",
-    "SAMPLED_FAMILIES",
-    "GradientNoise",
-    "KernelPlan",
-    "LineSums",
-    "ProbeReading",
-    "ProbeSettings",
-    "Prober",
-    "SingularTriple",
-    "Support",
-    "batch_alignment",
-    "best_of_n",
-    "completions_per_block",
-    "crossing_interval",
-    "direction_cosine",
-    "distinct_answers",
-    "distinct_counts",
-    "distinct_n",
-    "extend_line",
-    "extrapolate",
-    "feature_measures",
-    "kernel_drift",
-    "kernel_measures",
-    "kernel_traces",
-    "layer_shares",
-    "line_fit",
-    "noise_from_squares",
-    "pass_at_k",
-    "pass_curves",
-    "plan_kernel",
-    "reward_signal",
-    "sample_entries",
-    "self_bleu",
-    "start_line",
-    "step_measures",
-    "support_change",
-    "update_ranks",
-    "update_sparsity",
-]

@@ -66,13 +66,12 @@ class Prober:
         count, length = probe_set.completion_mask.shape
         columns = columns + probe_set.tokens.shape[1] - length
         self.policy = policy
-        self.contexts = ntk.Contexts(
-            probe_set.tokens, jnp.asarray(columns - 1), jnp.asarray(rows), probe_set.mask
-        )
+        positions = jnp.asarray(columns - 1)
+        self.contexts = ntk.Contexts(probe_set.tokens, positions, jnp.asarray(rows), probe_set.mask)
         self.targets = probe_set.tokens[rows, columns]
         if memory_gib is not None:
             count = completions_per_block(count, length, policy.vocab_size, memory_gib)
-        self.blocks = tuple(_split(probe_set, self.contexts.positions, rows, count))
+        self.blocks = tuple(_split(probe_set, positions, rows, count))
         self.rows, self.groups = jnp.asarray(rows), probe_set.groups[rows]
         self.families = {"own": np.ones(len(rows), bool)} if families is None else families
         self.first_family = np.nonzero(next(iter(self.families.values())))[0]

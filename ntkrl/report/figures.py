@@ -138,12 +138,12 @@ FIGURES: tuple[FigureSpec, ...] = (
     ),
     FigureSpec(
         "straightness",
-        "How straight training runs",
-        "How well straight lines in the step explain the log-probs of probe tokens, and 4096 "
-        "weights, so far (mean R², 1: each rises or falls at one rate); cosine of the direction "
-        "in which weight matrices have moved most with that at the ledger before (1: the same); "
-        "and the squared mean of the samples' gradients over their variance (well below 1 over "
-        "the number of samples: the batch hardly tells the gradient from noise).",
+        "Linearity of the trajectory",
+        "Mean R² of linear regressions on the step, of the log-probs of probe tokens and of 4096 "
+        "weights, over all steps so far (1: each changes at a constant rate); cosine between the "
+        "leading singular directions of the weight updates at this ledger and the one before (1: "
+        "the same direction); and the squared mean of the samples' gradients over their variance "
+        "(well below 1 over the number of samples: the gradient is hardly above the noise).",
         curves.metric_panels(
             ("probe/linearity", "log-probs on a line"),
             ("weights/linearity", "weights on a line"),
@@ -153,34 +153,34 @@ FIGURES: tuple[FigureSpec, ...] = (
     ),
     FigureSpec(
         "neighbours",
-        "What completions of one prompt do to each other",
-        "All through the classifier alone. Alike: how near the features of a prompt's best and "
-        "worst completion lie; above 0, pushing the worst down takes the best along. Help and "
-        "harm: what completions above and below the mean do to the log-probs of tokens of those "
-        "above it; where harm outweighs help, good answers are held down. Spill: what good "
-        "answers do for the tokens of bad ones.",
+        "Influence among completions of a prompt",
+        "Influence through the classifier alone. CHES: similarity of the features of a prompt's "
+        "best and worst completion; above 0, lowering the worst also lowers the best. Good → "
+        "good and bad → good: effect of completions above and below the mean reward on the "
+        "log-probs of tokens of those above it. Good → bad: effect of good completions on the "
+        "tokens of bad ones.",
         curves.metric_panels(
-            ("probe/ches_normalised", "alike (CHES)"),
-            ("probe/head_sum_positive", "help"),
-            ("probe/head_sum_negative", "harm"),
-            ("probe/head_sum_wrong", "spill"),
+            ("probe/ches_normalised", "similarity (CHES)"),
+            ("probe/head_sum_positive", "good → good"),
+            ("probe/head_sum_negative", "bad → good"),
+            ("probe/head_sum_wrong", "good → bad"),
         ),
     ),
     FigureSpec(
         "ledger_log_prob",
         "What moved the log-probs in one step",
-        "The last step whose ledger was kept, as a sum: each bar starts where the one above "
-        "ends, and all together give the measured change (actual). Terms of the loss are split "
-        "by road: R through the classifier, G through the rest of the network. Momentum is what "
-        "earlier steps still do, curvature what first order leaves out. Means over probe tokens.",
+        "The step of the last ledger as a sum: each bar starts where the one above ends, and the "
+        "bars add up to the measured change (actual). Terms of the loss are split into R, the "
+        "part of the classifier, and G, the part of the rest of the network. Momentum: gradients "
+        "of earlier steps; curvature: the remainder of the first-order prediction. Means over "
+        "probe tokens.",
         functools.partial(ledger_figures.waterfalls, "log_prob"),
     ),
     FigureSpec(
         "ledger_entropy",
         "What moved the entropy in one step",
-        "The same account of the entropy on the probe set. A part to the left of its start "
-        "narrows the policy; whether samples, the KL term or momentum do it calls for different "
-        "remedies.",
+        "The same decomposition of the entropy on the probe set. A negative bar lowers entropy; "
+        "the remedy depends on its source: samples, the KL term or momentum.",
         functools.partial(ledger_figures.waterfalls, "entropy"),
     ),
     FigureSpec(
@@ -196,14 +196,14 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Log-probability by kind of probe completion",
         "Mean log-probability of the tokens of the policy's own first samples, of samples of other "
         "prompts, of reference and rejected answers, of paraphrases and of shuffled tokens. If "
-        "shuffled text falls with all others, mass moves to what no completion holds; if samples "
-        "of other prompts rise, updates spill over.",
+        "shuffled text falls with all others, mass moves to texts outside the probe set; if "
+        "samples of other prompts rise, updates generalise across prompts.",
         curves.method_panels("mean log π (nats)", FAMILY_LOG_PROBS),
     ),
     FigureSpec(
         "influence",
         "Which sample moved which probe completion",
-        "Rows are completions of the last accounted minibatch, by advantage; columns are probe "
+        "Rows are completions of the minibatch of the last ledger, by advantage; columns are probe "
         f"completions. Red raises, blue lowers their log-probability. At most "
         f"{ledger_figures.MAX_SAMPLES} samples, those with the largest total; the first seed of a "
         "method.",

@@ -30,7 +30,7 @@ NOT_TRAINING = ("probe_seconds", "look_seconds", "eval_seconds")
 """Timings of activities that are not training."""
 ALIASES: dict[str, dict[str, str]] = _TABLES["aliases"]
 """By library, our name → its name of the same quantity (at its defaults)."""
-DIFFERENT: dict[str, dict[str, str]] = _TABLES["different"]
+FALSE_FRIENDS: dict[str, dict[str, str]] = _TABLES["different"]
 """By library, its names of quantities that we do not measure, or measure differently."""
 COLUMNS = ("metric", "unit", "meaning", "elsewhere")
 
@@ -58,14 +58,14 @@ def entries() -> list[GlossaryEntry]:
 
 
 def format_glossary() -> str:
-    """Return the glossary as Markdown, followed by the names in DIFFERENT."""
+    """Return the glossary as Markdown, followed by the names in FALSE_FRIENDS."""
     lines = [_markdown(*COLUMNS), "|---" * len(COLUMNS) + "|"]
     for entry in entries():
         elsewhere = ", ".join(f"{style} `{name}`" for style, name in entry.elsewhere)
         lines.append(_markdown(f"`{entry.name}`", entry.unit, entry.meaning, elsewhere))
     lines += ["", "Names of other libraries that stand for something else:", ""]
     lines += [_markdown("library", "name", "stands for"), "|---|---|---|"]
-    for style, table in DIFFERENT.items():
+    for style, table in FALSE_FRIENDS.items():
         lines += [_markdown(style, f"`{name}`", meaning) for name, meaning in table.items()]
     return "\n".join(lines)
 

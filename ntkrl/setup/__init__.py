@@ -3,15 +3,3 @@
 from ntkrl.setup.rewards import Samples, is_code, load_rewards
 from ntkrl.setup.run_setup import Prompts, RunSetup, set_up
 from ntkrl.setup.starting_model import StartingModel, check_vocabulary, load_starting_model
-
-__all__ = [
-    "Prompts",
-    "RunSetup",
-    "Samples",
-    "StartingModel",
-    "check_vocabulary",
-    "is_code",
-    "load_rewards",
-    "load_starting_model",
-    "set_up",
-]

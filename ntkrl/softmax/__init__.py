@@ -20,18 +20,3 @@ from ntkrl.softmax.token_statistics import (
     logit_statistics,
     token_statistics,
 )
-
-__all__ = [
-    "DEFAULT_OPTIONS",
-    "OutputHead",
-    "SoftmaxOptions",
-    "Tile",
-    "TokenStatistics",
-    "logit_statistics",
-    "logits",
-    "slice_tile",
-    "tile_count",
-    "tile_logits",
-    "token_statistics",
-    "uncapped_logits",
-]

@@ -35,32 +35,6 @@ from ntkrl.study.results import (
     write_run_metrics,
 )
 
-__all__ = [
-    "ArmGroup",
-    "Job",
-    "Measure",
-    "Point",
-    "Results",
-    "Study",
-    "area",
-    "at_time",
-    "change",
-    "figure_html",
-    "first",
-    "grid_points",
-    "group_sections",
-    "last",
-    "load_study",
-    "mean_interval",
-    "mean_of",
-    "paired",
-    "rank_points",
-    "run_study",
-    "started_commands",
-    "training_seconds",
-    "write_run_metrics",
-]
-
 
 class Study(Protocol):
     """A study, as `get_study(config, file)` of its config file returns it.

@@ -21,24 +21,3 @@ from ntkrl.training.programs import (
     run_programs,
 )
 from ntkrl.training.rollout_source import RolloutSource
-
-__all__ = [
-    "BATCH_SOURCES",
-    "GENERATION",
-    "PARTS",
-    "PROBE",
-    "SCORING",
-    "UPDATE",
-    "AbstractRun",
-    "BatchSource",
-    "PreferenceSource",
-    "ProbeHook",
-    "Program",
-    "Programs",
-    "RolloutSource",
-    "StepBatches",
-    "StepContext",
-    "SupervisedSource",
-    "run_programs",
-    "train",
-]

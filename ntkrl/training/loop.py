@@ -164,7 +164,7 @@ class Loop:
                 try:
                     current = self._advance(rollout_step)
                 except Exception:
-                    self._finish(previous)  # a loss that is not finite explains what follows
+                    self._finish(previous)  # report the previous step's non-finite loss instead
                     raise
                 self._finish(previous)  # while the devices work on the current step
                 previous, bar.total = current, rollout_step + self._steps_left()
@@ -199,7 +199,7 @@ class Loop:
         probed = bool(batches) and self.probe_hook is not None and self.probe_hook.due(rollout_step)
         stage, metrics, snapshot = self.progress.stage, [], None
         for number, host_batch in enumerate(batches, start=1):
-            if probed and number == len(batches):  # copies of what the step donates
+            if probed and number == len(batches):  # copy the buffers that the jitted step donates
                 snapshot = self.probe_hook.snapshot(
                     self.state, host_batch, data.reference, stage, rollout_step
                 )

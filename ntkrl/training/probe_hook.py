@@ -31,7 +31,7 @@ from ntkrl.training.probe_set import (
 )
 from ntkrl.types import Array, Params, TrainState, UpdateBatch
 
-COPIES = 20
+LEDGER_COPIES = 20
 """Of the trained params that a ledger holds: what the compiler counts at Pythia-2.8B's size."""
 
 
@@ -326,7 +326,7 @@ class ProbeHook:
         free = _free_bytes(jax.local_devices()[0])
         trained, _ = trees.partition(state.params, program.trained)
         bytes_here = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(trained)]
-        needed = COPIES * sum(bytes_here) + self.settings.memory_gib * GIB
+        needed = LEDGER_COPIES * sum(bytes_here) + self.settings.memory_gib * GIB
         fits = free is None or needed < free
         if not fits and not self.memory_warned:
             self.memory_warned = True

@@ -7,7 +7,7 @@ import pytest
 from ntkrl.report import format_glossary
 from ntkrl.report.metric_names import (
     ALIASES,
-    DIFFERENT,
+    FALSE_FRIENDS,
     FAMILIES,
     GLOSSARY,
     TIMINGS,
@@ -59,8 +59,8 @@ def test_known_names_by_hand():
 def test_aliases_are_of_known_names(style):
     """Law: every alias is of a name we write, and no name is both the same and another thing."""
     assert set(ALIASES[style]) <= {*GLOSSARY, *FAMILIES, *TIMINGS}
-    assert set(DIFFERENT) <= set(ALIASES)
-    different = DIFFERENT[style] if style in DIFFERENT else {}
+    assert set(FALSE_FRIENDS) <= set(ALIASES)
+    different = FALSE_FRIENDS[style] if style in FALSE_FRIENDS else {}
     assert not set(ALIASES[style].values()) & set(different)
 
 
