@@ -1,4 +1,4 @@
-"""By hand: files with one mistake each, and the words of the message each gives."""
+"""By hand: files with one mistake each, and its error message."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Loading at scale: blocks go straight to their devices, and no host holds more than its share."""
+"""Loading at scale: blocks are read onto their devices; no host loads more than its share."""
 
 import json
 import os
@@ -123,7 +123,7 @@ print(json.dumps([whole, kept, sum(counted), float(abs(shard.data).sum())]))
 def test_each_of_two_hosts_reads_its_own_half(tmp_path):
     """law: a process reads its devices' blocks of sharded arrays, and all of the others.
 
-    oracle: the two halves of a kernel, one on each host, have the sums of the stored ones.
+    oracle: the two halves of a kernel, one on each host, have the sums of the stored halves.
     """
     model = torch_model("llama", tmp_path)
     with socket.socket() as free:

@@ -59,7 +59,7 @@ def test_sharded_equals_one_device(sizes):
 @pytest.mark.parametrize("algorithm", ["jvp_vjp", "jacobian"])
 def test_gradients_stay_sharded(algorithm):
     """law: with wide layers, gradients of all leaves are most of the memory, and each device has
-    less than a third of what one device alone needs (an eighth, and what is whole everywhere)."""
+    less than a third of the need of one device (an eighth, and the replicated arrays)."""
     config = {**WIDE, "hidden_size": 64, "intermediate_size": 512}
     policy, params = ntkrl.build("GPTNeoXForCausalLM", config, jax.random.key(0), jnp.float64)
     contexts = ntk.Contexts(jnp.ones((1, 2), int), jnp.array([1]), mask=jnp.ones((1, 2), bool))

@@ -139,8 +139,8 @@ condition=%condition, body=%body
 def test_a_loop_of_a_tpu():
     """by hand: the counter goes 0, 2, 4, 6; reading only its end would give eight runs.
 
-    Each writes one row of 256 bytes in place, not the whole array, and handles four counters; what
-    lies in scratch memory, S(1), does not move.
+    Each writes one row of 256 bytes in place, not the full array, and handles four counters; data
+    in scratch memory, S(1), does not move.
     """
     result = hlo.count(TPU)
     assert result.collectives["collective-permute"] == (4, 4 * 256, 4 * 256)

@@ -1,4 +1,4 @@
-"""`ntkrl plan` as a user meets it."""
+"""`ntkrl plan` from the command line."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Two processes leave together, and save together; one process leaves by SIGTERM alone."""
+"""Preemption: two processes save and stop together; one process stops by SIGTERM alone."""
 
 import os
 import signal

@@ -28,7 +28,7 @@ def draw(seed, dtype=jnp.float32):
 
 
 def gradient(count, dtype=jnp.float32):
-    """Gradients of a step; the first layer's matrix grows, which its neighbours must not feel."""
+    """Gradients of a step; the first layer's matrix grows, which must not affect other layers."""
     tree = draw(10 + count, dtype)
     growth_L = jnp.asarray([100.0 if count else 1.0, 1.0, 1.0], dtype)
     tree["layers"]["mlp"]["kernel"] *= growth_L[:, None, None]
