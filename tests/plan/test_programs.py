@@ -124,7 +124,7 @@ def test_shapes_are_those_of_a_run(settings):
     planned = settings("cfrl")
     run = run_of(planned)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
-    model = dataclasses.replace(run.model, policy=policy, params=params)
+    model = dataclasses.replace(run.model, network=policy, params=params)
     setup = RunSetup(run.settings, model, None, None, None, None)
     source = BATCH_SOURCES["rl"](setup)
     for stage in run.stages:
@@ -243,7 +243,7 @@ def test_shapes_are_those_of_a_ledger(settings):
     small = settings("rl", families, "--config.probe.memory_gib=1.1e-4", "--config.probe.prompts=4")
     run = run_of(small)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
-    model = dataclasses.replace(run.model, policy=policy, params=params)
+    model = dataclasses.replace(run.model, network=policy, params=params)
     setup = RunSetup(run.settings, model, None, None, None, None)
     source, stage = BATCH_SOURCES["rl"](setup), run.stages[0]
     # the parts of a ProbeHook but for the held-out prompts
