@@ -185,7 +185,7 @@ def test_against_a_base(run, saved, base, tmp_path, capsys):
 
 
 MISTAKES = {
-    "no run": (["--run=/nowhere"], "/nowhere is no run directory"),
+    "no run": (["--run=/nowhere"], "/nowhere is not a run directory"),
     "step alone": (["--step=3"], "--step names a checkpoint of a run; give --run=RUN too"),
     "step": (["--run=RUN", "--step=3"], "has no checkpoint of step 3; kept are: 2, 4."),
     "word": (["--run=RUN", "--step=last"], "--step=last must be a whole number, or best."),
