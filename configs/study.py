@@ -2,19 +2,18 @@
 
 Command:
     python -m ntkrl study --config=configs/study.py
-One of its runs by itself (the study prints and keeps all of these commands):
+One of its runs alone (the study prints and stores all of these commands):
     python -m ntkrl train --config=configs/study.py:small/cfrl,seed=1,head=1e-3,body=3e-4
 Hardware: two CPU cores.
 
-Two tasks. "Expressions" (built in): the reward says whether a completion equals its target; of the
-30 training targets 6 are set aside to choose learning rates by, the 10 test targets are never
-chosen by. "rlhf": a reward model is trained on pairs of the base model's own completions, labelled
-by a reward that is hidden from RL (the expressions' own), and RL sees the reward model alone.
+Two tasks. "Expressions" (built in): the reward checks if a completion evaluates to its target. Of
+the 30 training targets, 6 are set aside for choosing learning rates; the 10 test targets are never
+used for a choice. "rlhf": a reward model is trained on pairs of the base model's completions,
+labelled by the reward of the expressions; RL uses the reward model alone.
 
-Every seed has a base model of its own, so that intervals are over everything that is random. All
-lengths, sizes and grids are our choice. Rates are chosen for RL and for CF-RL from grids of equally
-many points on seeds of their own, by held-out reward on the targets set aside; an arm that belongs
-to neither takes RL's.
+Every seed trains a separate base model, so that intervals cover all randomness. All lengths, sizes
+and grids are our choice. Rates are chosen for RL and for CF-RL from grids of equal size on separate
+seeds, by held-out reward on the targets set aside; an arm that belongs to neither uses RL's.
 """
 
 from ml_collections import ConfigDict
@@ -83,14 +82,14 @@ def _run(text):
     size, _, arm = name.partition("/")
     known = {"seed": "1", "root": "runs/study", "steps": STEPS, "base_steps": BASE_STEPS}
     known |= {"samples": 64, "head": 1e-3, "body": 3e-4, "part": "test"}
-    given = dict(pair.split("=", 1) for pair in pairs)
-    wrong = sorted(set(given) - set(known))
+    options = dict(pair.split("=", 1) for pair in pairs)
+    wrong = sorted(set(options) - set(known))
     if size not in SIZES or arm not in ARMS or wrong:
         raise ValueError(
             f"{text}: expected SIZE/ARM,key=value,… with sizes {', '.join(SIZES)}, arms "
             f"{', '.join(ARMS)} and keys {', '.join(known)}."
         )
-    values = {key: type(known[key])(value) for key, value in {**known, **given}.items()}
+    values = {key: type(known[key])(value) for key, value in {**known, **options}.items()}
     config = ARMS[arm](size, values)
     config.name, config.seed = arm, int(values["seed"])
     return config
@@ -157,7 +156,7 @@ def rl(size, values):
 
 
 def _arm(name, change=lambda config, values: None, of=rl):
-    """Return an arm: another run, with a directory of its own and a change."""
+    """Return an arm: another run, with a change and a separate directory."""
 
     def arm(size, values):
         config = of(size, values)

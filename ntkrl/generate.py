@@ -80,7 +80,7 @@ class RewardedRollout:
 def joined(first: RewardedRollout, second: RewardedRollout, pad_id: int) -> RewardedRollout:
     """Concatenate two rollouts, each padded to the longer prompts and completions."""
     rollouts = [
-        drawn.replace(features=runtime.fetch(drawn.features))
+        dataclasses.replace(drawn, features=runtime.fetch(drawn.features))
         for drawn in (first.rollout, second.rollout)
     ]
     lengths = [drawn.completion_mask.shape[1] for drawn in rollouts]
@@ -172,7 +172,8 @@ def collect(
     """
     drawn = sample(params, prompt_batch(setup, request), key)
     features = drawn.features
-    drawn = runtime.fetch(drawn.replace(features=None)).replace(features=features)
+    drawn = runtime.fetch(dataclasses.replace(drawn, features=None))
+    drawn = dataclasses.replace(drawn, features=features)
     if clock is not None:
         clock("sample")
     tokenizer, prompts = setup.model.tokenizer, request.prompts
@@ -181,6 +182,7 @@ def collect(
     )
     group = len(texts) // len(request.rows)
     repeated = np.repeat(np.asarray(request.rows), group)
+    assert setup.rewards is not None  # as in every run that samples completions
     result = setup.rewards(
         [prompts.prompt_set.prompts[row] for row in repeated],
         texts,

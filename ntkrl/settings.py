@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -109,6 +110,15 @@ class RunSettings:
     def probes(self) -> bool:
         """True if steps are probed, which needs held-out prompts."""
         return self.probe.enabled and self.holds_out and self.method != "reward"
+
+    def make_mesh(self, devices: list[jax.Device] | None = None) -> Mesh:
+        """Arrange devices, or all of them, in the mesh of the config.
+
+        Raises:
+          ValueError: see `runtime.make_mesh`.
+        """
+        sizes = self.mesh
+        return runtime.make_mesh(sizes["data"], sizes["fsdp"], sizes["tensor"], devices)
 
     def data_shards(self, mesh: Mesh) -> int:
         """Return the data shards per microbatch."""

@@ -36,8 +36,8 @@ class Browser:
         words += ["--no-first-run", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         words += ["--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking"]
         if os.geteuid() == 0:
-            words.append("--no-sandbox")  # which refuses to work for root
-        # of descriptors the lowest free ones are given, so that 3 is never the second one
+            words.append("--no-sandbox")  # the sandbox does not work for root
+        # pipes take the lowest free descriptors, so that 3 is never the second one
         moved = f'exec "$@" 3<&{there_in} 4>&{there_out}'
         self.process = subprocess.Popen(
             ["bash", "-c", moved, "bash", *words],
@@ -65,7 +65,7 @@ class Browser:
         if session is not None:
             command["sessionId"] = session
         os.write(self.here_out, json.dumps(command).encode() + b"\0")
-        answer = self.wait(lambda told: "id" in told and told["id"] == number, method)
+        answer = self.wait(lambda message: "id" in message and message["id"] == number, method)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
@@ -74,11 +74,11 @@ class Browser:
         """Read messages until one satisfies `wanted`, and return it."""
         end = time.monotonic() + SECONDS
         while True:
-            told = self._read(end, what)
-            if "method" in told:
-                self.events.append(told)
-            if wanted(told):
-                return told
+            message = self._read(end, what)
+            if "method" in message:
+                self.events.append(message)
+            if wanted(message):
+                return message
 
     def _read(self, end: float, what: str) -> dict[str, Any]:
         while b"\0" not in self.rest:
@@ -106,24 +106,24 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
         self.ask("Page.navigate", url=file.resolve().as_uri())
-        browser.wait(lambda told: self._named(told, "Page.loadEventFired"), "the page's load")
+        browser.wait(lambda event: self._named(event, "Page.loadEventFired"), "the page's load")
 
-    def _named(self, told: dict[str, Any], method: str) -> bool:
-        return ("method" in told and told["method"] == method) and (
-            told["sessionId"] == self.session
+    def _named(self, event: dict[str, Any], method: str) -> bool:
+        return ("method" in event and event["method"] == method) and (
+            event["sessionId"] == self.session
         )
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
         """Give this tab a command."""
         return self.browser.ask(method, self.session, **params)
 
-    def run(self, script: str, *given: Any) -> Any:
+    def run(self, script: str, *values: Any) -> Any:
         """Call a JavaScript function with JSON values and return its result."""
-        words = f"({script})({', '.join(map(json.dumps, given))})"
-        found = self.ask("Runtime.evaluate", expression=words, returnByValue=True)
-        if "exceptionDetails" in found:
-            raise RuntimeError(f"{words[:200]}: {found['exceptionDetails']}")
-        return found["result"]["value"] if "value" in found["result"] else None
+        words = f"({script})({', '.join(map(json.dumps, values))})"
+        result = self.ask("Runtime.evaluate", expression=words, returnByValue=True)
+        if "exceptionDetails" in result:
+            raise RuntimeError(f"{words[:200]}: {result['exceptionDetails']}")
+        return result["result"]["value"] if "value" in result["result"] else None
 
     def point(self, selector: str, number: int = 0, click: bool = False) -> None:
         """Move the mouse to an element, the `number`-th of a selector, and maybe click there."""
@@ -151,19 +151,19 @@ class Page:
 
     def complaints(self) -> list[str]:
         """Return errors and warnings of the console, and requests for anything but files."""
-        found = []
-        for told in self.browser.events:
-            if "sessionId" not in told or told["sessionId"] != self.session:
+        messages = []
+        for event in self.browser.events:
+            if "sessionId" not in event or event["sessionId"] != self.session:
                 continue
-            params = told["params"]
-            if told["method"] == "Runtime.exceptionThrown":
-                found.append(json.dumps(params["exceptionDetails"]))
-            elif told["method"] == "Runtime.consoleAPICalled":
-                found.append(json.dumps(params["args"]))
-            elif told["method"] == "Log.entryAdded":
-                found.append(params["entry"]["text"])
-            elif told["method"] == "Network.requestWillBeSent":
+            params = event["params"]
+            if event["method"] == "Runtime.exceptionThrown":
+                messages.append(json.dumps(params["exceptionDetails"]))
+            elif event["method"] == "Runtime.consoleAPICalled":
+                messages.append(json.dumps(params["args"]))
+            elif event["method"] == "Log.entryAdded":
+                messages.append(params["entry"]["text"])
+            elif event["method"] == "Network.requestWillBeSent":
                 url = params["request"]["url"]
                 if not url.startswith(("file:", "data:")):
-                    found.append(f"request for {url}")
-        return found
+                    messages.append(f"request for {url}")
+        return messages

@@ -49,9 +49,9 @@ class Children:
         """Return exit status (negative: the signal) and output of the command that was started."""
         return int(self.server.stdout.readline()), self.output.read_text()
 
-    def run(self, arguments, **given) -> tuple[int, str]:
+    def run(self, arguments, **settings) -> tuple[int, str]:
         """Run a command to its end."""
-        self.start(arguments, **given)
+        self.start(arguments, **settings)
         return self.wait()
 
     def close(self) -> None:
@@ -67,11 +67,11 @@ def die_in_save(number: int) -> None:
 
     rename, counted = atomicity.on_commit_callback, []
 
-    async def rename_or_die(path, **given):
+    async def rename_or_die(path, **options):
         counted.append(path)
         if len(counted) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        await rename(path, **given)
+        await rename(path, **options)
 
     atomicity.on_commit_callback = rename_or_die
 
@@ -93,8 +93,8 @@ def serve() -> None:
             os.environ["XLA_FLAGS"] = request["flags"]  # read when the first device is asked for
             if request["dies_in_save"] is not None:
                 die_in_save(request["dies_in_save"])
-            given = request["arguments"]
-            several = given if isinstance(given[0], list) else [given]
+            arguments = request["arguments"]
+            several = arguments if isinstance(arguments[0], list) else [arguments]
             sys.exit(next((status for words in several if (status := main(words))), 0))
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

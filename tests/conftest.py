@@ -24,7 +24,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# compile times rule this suite: the programs are tiny and run a few times each
+# compilation dominates the run time of these tests: programs are tiny and run a few times each
 jax.config.update("jax_disable_most_optimizations", True)
 
 
@@ -56,8 +56,8 @@ def pytest_unconfigure():
 def let_go_of_programs():
     """Drop a file's compiled programs after it.
 
-    Every program holds memory maps, and Linux gives a process 65530: with the maps of a whole suite
-    gone, the compiler ends the process.
+    Every program uses memory maps, of which Linux allows a process 65530: once all tests have used
+    them up, the compiler aborts the process.
     """
     yield
     jax.clear_caches()

@@ -14,54 +14,59 @@ LIMITS = {"START": "60", "SILENCE": "6", "STALL": "60"}
 
 def free_port() -> int:
     """Return a free port."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def environment(devices: int, **given: str) -> dict[str, str]:
+def environment(devices: int, **changes: str) -> dict[str, str]:
     """Return a process's environment: its devices, conftest's settings, and short timeouts."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-    limits = {f"NTKRL_{name}_TIMEOUT": given.pop(name, seconds) for name, seconds in LIMITS.items()}
+    limits = {
+        f"NTKRL_{name}_TIMEOUT": changes.pop(name, seconds) for name, seconds in LIMITS.items()
+    }
     settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, "XLA_FLAGS": flags, **limits, **settings, **given}
+    return {**os.environ, "XLA_FLAGS": flags, **limits, **settings, **changes}
 
 
-def start(count: int, arguments: list[str], devices: int = 1, **given: str) -> list:
+def start(count: int, arguments: list[str], devices: int = 1, **changes: str) -> list:
     """Start the processes of a run, `python ARGUMENTS` each.
 
     Args:
       count: of processes; one is started as a user starts one.
       arguments: after python's name.
       devices: of each.
-      given: environment variables.
+      changes: of the environment variables.
     """
-    address, found = f"127.0.0.1:{free_port()}", []
+    address, processes = f"127.0.0.1:{free_port()}", []
     for number in range(count):
         several = {
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(number),
         }
-        found.append(
+        processes.append(
             subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env={**(several if count > 1 else {}), **environment(devices, **given)},
+                env={**(several if count > 1 else {}), **environment(devices, **changes)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
         )
-    return found
+    return processes
 
 
 def ends(processes: list, seconds: float = 120) -> list[tuple[int, str]]:
     """Wait for all processes; return status and output of each."""
     try:
-        return [(one.communicate(timeout=seconds)[0], one.returncode)[::-1] for one in processes]
+        return [
+            (process.communicate(timeout=seconds)[0], process.returncode)[::-1]
+            for process in processes
+        ]
     finally:
-        for one in processes:
-            if one.poll() is None:
-                one.kill()
-                one.communicate()
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()

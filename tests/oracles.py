@@ -48,10 +48,10 @@ def role_jacobians(features, head, params, contexts):
         phi = features(features_role, contexts.tokens, contexts.mask)
         return head(head_role, phi[rows, contexts.positions])
 
-    found = jax.jit(jax.jacrev(logits, argnums=(0, 1)))(params, params)
+    result = jax.jit(jax.jacrev(logits, argnums=(0, 1)))(params, params)
     return tuple(
         {n: np.asarray(a).reshape(*a.shape[:2], -1) for n, a in trees.named_leaves(role).items()}
-        for role in found
+        for role in result
     )
 
 

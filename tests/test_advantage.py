@@ -11,15 +11,15 @@ from ntkrl import advantage
 
 def test_leave_one_out_by_hand():
     """by hand: group (1, 2, 6): 1 − 4 = −3, 2 − 3.5 = −1.5, 6 − 1.5 = 4.5."""
-    found = advantage.leave_one_out(jnp.array([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3)
-    np.testing.assert_allclose(found, [-3.0, -1.5, 4.5, 0, 0, 0])
+    result = advantage.leave_one_out(jnp.array([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3)
+    np.testing.assert_allclose(result, [-3.0, -1.5, 4.5, 0, 0, 0])
 
 
 def test_group_normalised_by_hand():
     """by hand: group (0, 2): mean 1, unbiased std √2 (population std 1 would give ±1)."""
-    found = advantage.group_normalised(jnp.array([0.0, 2.0]), 2)
+    result = advantage.group_normalised(jnp.array([0.0, 2.0]), 2)
     np.testing.assert_allclose(
-        found, [-1 / (np.sqrt(2) + 1e-4), 1 / (np.sqrt(2) + 1e-4)], rtol=1e-6
+        result, [-1 / (np.sqrt(2) + 1e-4), 1 / (np.sqrt(2) + 1e-4)], rtol=1e-6
     )
 
 
@@ -43,8 +43,8 @@ def test_baselines_by_hand():
 
 def test_max_likelihood_by_hand():
     """by hand: one success of four: (1 − ¼)/¼ = 3 and −1; no success: 0, not NaN."""
-    found = advantage.max_likelihood(jnp.array([1.0, 0, 0, 0, 0, 0, 0, 0]), 4)
-    np.testing.assert_allclose(found, [3, -1, -1, -1, 0, 0, 0, 0])
+    result = advantage.max_likelihood(jnp.array([1.0, 0, 0, 0, 0, 0, 0, 0]), 4)
+    np.testing.assert_allclose(result, [3, -1, -1, -1, 0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -54,10 +54,10 @@ def test_pass_at_k_by_enumeration(k, solved):
     rewards = np.arange(5) < solved
     subsets = list(itertools.combinations(range(5), k))
     mean = np.mean([rewards[list(s)].any() for s in subsets])
-    held = [np.mean([rewards[list(s)].any() for s in subsets if i in s]) for i in range(5)]
-    expected = (np.array(held) - mean) / (np.sqrt(mean * (1 - mean)) + 1e-4)
-    found = advantage.pass_at_k(jnp.asarray(rewards, jnp.float32), 5, k)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    shares = [np.mean([rewards[list(s)].any() for s in subsets if i in s]) for i in range(5)]
+    expected = (np.array(shares) - mean) / (np.sqrt(mean * (1 - mean)) + 1e-4)
+    result = advantage.pass_at_k(jnp.asarray(rewards, jnp.float32), 5, k)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
     with pytest.raises(ValueError, match="1 ≤ k < completions per prompt = 5, not k = 5"):
         advantage.pass_at_k(jnp.ones(5), 5, 5)
 
@@ -66,19 +66,19 @@ def test_to_go_by_hand():
     """by hand: returns 1 − 0.3, 1 − 0.1 | 0: mean 1.6/3, unbiased variance; masked tokens 0."""
     penalties = jnp.array([[0.2, 0.1], [0.0, 7.0]])
     mask = jnp.array([[True, True], [True, False]])
-    found = advantage.reward_to_go(jnp.array([1.0, 0.0]), penalties, mask)
+    result = advantage.reward_to_go(jnp.array([1.0, 0.0]), penalties, mask)
     values = np.array([0.7, 0.9, 0.0])
     expected = (values - values.mean()) / values.std(ddof=1)
-    np.testing.assert_allclose(found, [expected[:2], [expected[2], 0]], rtol=1e-5)
+    np.testing.assert_allclose(result, [expected[:2], [expected[2], 0]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("estimator", GROUPED)
 def test_laws(estimator):
     """law: advantages of a group add up to zero, ignore a shift, and are 0 for equal rewards."""
     rewards = jnp.asarray(np.random.default_rng(0).normal(size=12), jnp.float32)
-    found = estimator(rewards, 4)
-    np.testing.assert_allclose(found.reshape(3, 4).sum(axis=1), 0, atol=1e-5)
-    np.testing.assert_allclose(estimator(rewards + 3, 4), found, atol=1e-4)
+    result = estimator(rewards, 4)
+    np.testing.assert_allclose(result.reshape(3, 4).sum(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(estimator(rewards + 3, 4), result, atol=1e-4)
     np.testing.assert_array_equal(estimator(jnp.full(4, 0.5), 4), 0)
 
 

@@ -16,7 +16,7 @@ from tests.test_train import alone, base, lines, one_device, words
 
 __all__ = ["base", "one_device"]  # fixtures
 
-GIVEN = {
+FIELDS = {
     "every_steps": 1,
     "prompts": 2,
     "samples_per_prompt": 4,
@@ -32,7 +32,7 @@ def test_measures_of_prompts():
     """by hand: pass@k, best-of-N, n-grams and answers of two prompts with four samples each."""
     texts = ["a b", "a b", "a c", "", "so #### 7", "no #### 7.", "#### 8", r"\boxed{7}"]
     rewards = np.array([1, 0, 1, 0, 0, 0.5, 0, 0], np.float32)
-    found = evaluation.prompt_measures(texts, rewards, EvalSettings(**GIVEN))
+    result = evaluation.prompt_measures(texts, rewards, EvalSettings(**FIELDS))
     expected = {
         "eval/reward": [0.5, 0.125],
         "eval/pass@1": [0.5, 0],
@@ -50,35 +50,35 @@ def test_measures_of_prompts():
         "diversity/distinct_answers": [3, 2],
         "diversity/answer_entropy": [1.5 * math.log(2), 2 * math.log(2) - 0.75 * math.log(3)],
     }
-    assert found.keys() - expected.keys() == {"diversity/self_bleu"}
+    assert result.keys() - expected.keys() == {"diversity/self_bleu"}
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-12, err_msg=name)
-    assert all(map(is_known, found))
+        np.testing.assert_allclose(result[name], values, rtol=1e-12, err_msg=name)
+    assert all(map(is_known, result))
 
 
 @pytest.mark.parametrize(("samples", "ks"), [(1, [1]), (8, [1, 2, 4, 8]), (10, [1, 2, 4, 8, 10])])
 def test_numbers_of_draws(samples, ks):
     """by hand: powers of two up to the samples, and their number; one text has no self-BLEU."""
     assert against.powers(samples) == ks
-    settings = EvalSettings(**GIVEN | {"samples_per_prompt": samples})
-    found = evaluation.prompt_measures(["x"] * samples, np.ones(samples), settings)
-    assert [name for name in found if "pass@" in name][2:] == [f"diversity/pass@{k}" for k in ks]
-    assert ("diversity/self_bleu" in found) == (samples > 1)
+    settings = EvalSettings(**FIELDS | {"samples_per_prompt": samples})
+    result = evaluation.prompt_measures(["x"] * samples, np.ones(samples), settings)
+    assert [name for name in result if "pass@" in name][2:] == [f"diversity/pass@{k}" for k in ks]
+    assert ("diversity/self_bleu" in result) == (samples > 1)
 
 
 def test_names_stay_in_their_directory():
     """law: the name of an evaluation is a file name."""
-    assert EvalSettings(**GIVEN | {"name": "test-2.a"}).name == "test-2.a"
+    assert EvalSettings(**FIELDS | {"name": "test-2.a"}).name == "test-2.a"
     for name in ("../x", "a/b", "", ".x"):
         with pytest.raises(ValueError, match="eval.name must be letters"):
-            EvalSettings(**GIVEN | {"name": name})
+            EvalSettings(**FIELDS | {"name": name})
 
 
 def test_comparison():
     """by hand: wins, gaps and support of two samples for each of two prompts."""
     base = against.Samples([["1", "2"], ["x", "x"]], np.array([[0, 1], [0, 0]]))
-    own = against.Samples([["3", "2"], ["y", "x"]], np.array([[1, 1], [0, 0]]))
-    found = against.compare(base, own, 1.0)
+    candidate = against.Samples([["3", "2"], ["y", "x"]], np.array([[1, 1], [0, 0]]))
+    result = against.compare(base, candidate, 1.0)
     expected = {
         "eval/win_rate": (0.75 + 0.5) / 2,  # of four pairs two are won and two equal; all equal
         "eval/win_rate_low": 0.5,  # one of four resamples is twice the second prompt
@@ -103,12 +103,12 @@ def test_comparison():
         "diversity/support_score": 2 / 3,
         "diversity/support_change": 0.5,
     }
-    assert found == pytest.approx(expected, rel=1e-12)
-    assert all(map(is_known, found))
-    turned = against.compare(own, base, 1.0)
-    assert turned["eval/win_rate"] == 1 - found["eval/win_rate"]
+    assert result == pytest.approx(expected, rel=1e-12)
+    assert all(map(is_known, result))
+    turned = against.compare(candidate, base, 1.0)
+    assert turned["eval/win_rate"] == 1 - result["eval/win_rate"]
     assert turned["diversity/crossing_k"] == 1.0 and turned["diversity/support_lost"] == 1
-    assert math.isnan(against.compare(base, own, 9.0)["diversity/support_retention"])
+    assert math.isnan(against.compare(base, candidate, 9.0)["diversity/support_retention"])
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +159,8 @@ def test_checkpoints_of_a_run(run, base, tmp_path, capsys):
         != [json.loads(line)["reward"] for line in newest.open()][:6]
     )
     assert main(["evaluate", f"--run={run}", "--step=best"]) == 0
-    told = capsys.readouterr().out
-    assert "4 prompts × 2 samples against" in told
+    output = capsys.readouterr().out
+    assert "4 prompts × 2 samples against" in output
 
 
 def test_against_a_base(run, saved, base, tmp_path, capsys):
@@ -174,8 +174,8 @@ def test_against_a_base(run, saved, base, tmp_path, capsys):
         assert line["eval/reward_difference"] == pytest.approx(gap, abs=1e-6)
     weighed = ["--config.reward.weights=(3.0,)", f"--config.eval.base={saved}"]
     assert main(["evaluate", *words(base, tmp_path, *weighed)[1:]]) == 0
-    (found,) = (tmp_path / "evaluations").glob(saved.with_suffix(".json").name)
-    measured = json.loads(found.read_text())
+    (result,) = (tmp_path / "evaluations").glob(saved.with_suffix(".json").name)
+    measured = json.loads(result.read_text())
     assert measured["eval/reward"] == pytest.approx(3 * before) and before > 0
     assert measured["eval/win_rate"] == 0.5 and measured["eval/reward_difference"] == 0.0
     assert measured["eval/reward_low"] < measured["eval/reward"] < measured["eval/reward_high"]
@@ -213,8 +213,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_one_message(run, capsys, mistake):
     """law: exit status 2, the cause and the way out, no trace."""
-    given, message = mistake
-    assert main(["evaluate", *(word.replace("RUN", str(run)) for word in given)]) == 2
+    arguments, message = mistake
+    assert main(["evaluate", *(word.replace("RUN", str(run)) for word in arguments)]) == 2
     text = capsys.readouterr().err
     assert message in text and "Traceback" not in text
 
@@ -223,8 +223,8 @@ def test_mistakes_of_a_base_are_told_together(run, saved, tmp_path, capsys):
     """law: lost rewards and other prompts are in one message, with the config's other errors."""
     path = tmp_path / "sft.jsonl"
     path.write_text(saved.read_text().replace('"prompt": "1', '"prompt": "0'))
-    given = [f"--config.eval.base={path}", "--config.reward.function=exact_match"]
-    assert main(["evaluate", f"--run={run}", *given]) == 2
+    arguments = [f"--config.eval.base={path}", "--config.reward.function=exact_match"]
+    assert main(["evaluate", f"--run={run}", *arguments]) == 2
     text = capsys.readouterr().err
     for message in (
         f"{path} is of other prompts",

@@ -55,19 +55,19 @@ def test_kernels_equal_brute_force(x64):
     factored = ntk.factored(kernel)
     written = jnp.einsum("vd,oude,we->ouvw", factored.weight, factored.body, factored.weight)
     written += factored.head[..., None, None] * jnp.eye(29)
-    for found in (kernel.dense(), written):
-        assert {one.platform for one in found.devices()} == {"gpu"}
-        assert jnp.abs(found - expected).max() <= 1e-10 * jnp.abs(expected).max()
+    for result in (kernel.dense(), written):
+        assert {place.platform for place in result.devices()} == {"gpu"}
+        assert jnp.abs(result - expected).max() <= 1e-10 * jnp.abs(expected).max()
 
 
 def test_log_probs_equal_the_processors():
     """law: float32 log-probs are the processor's, ≤ 1e-4 nats."""
-    held = []
+    values = []
     for kind in ("cpu", "gpu"):
         policy, params = model(kind)
         ids = jax.device_put(tokens(), device(kind))
-        held.append(scoring.score(policy, params, ids, ids > 0, 16).log_probs)
-    assert np.abs(np.asarray(held[0]) - np.asarray(held[1])).max() <= 1e-4
+        values.append(scoring.score(policy, params, ids, ids > 0, 16).log_probs)
+    assert np.abs(np.asarray(values[0]) - np.asarray(values[1])).max() <= 1e-4
 
 
 def test_the_sampler_equals_the_trainer():
@@ -101,7 +101,7 @@ def test_a_step_equals_the_processors():
             rates = (("head/.*", 1e-2), (".*", None))
             stage = update.Stage("head", 1, rates, optimizer="sgd", max_grad_norm=None)
             program = update.stage_program(stage, policy, params)
-            loss = lambda found, held: update.policy_loss(update.PRESETS["grpo"], 16, found, held)  # noqa: E731
+            loss = lambda read, rows: update.policy_loss(update.PRESETS["grpo"], 16, read, rows)  # noqa: E731
             step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, loss), 1))
             after = step(update.init_state(program, params, jax.random.key(0)), part)[0].params
         change = jax.tree.map(lambda new, then: np.asarray(new) - np.asarray(then), after, params)

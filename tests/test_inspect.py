@@ -55,30 +55,30 @@ def loaded_once(monkeypatch):
 
 def test_arrays_are_those_of_ntk(model, prompts, tmp_path, capsys, loaded_once):
     """story: the last positions of three prompts; every array against a direct call."""
-    found = run(model, prompts, tmp_path / "out", "--eigenpairs=4")
-    assert tuple(found["texts"]) == PROMPTS and tuple(found["endings"]) == ("=", "1", "5")
-    np.testing.assert_array_equal(found["tokens"][0], [1, 1, 1, 1, 4, 6, 17])  # padded on the left
-    assert found["mask"].sum() == 13 and list(found["rows"]) == [0, 1, 2]
-    assert list(found["positions"]) == [6, 6, 6]
+    result = run(model, prompts, tmp_path / "out", "--eigenpairs=4")
+    assert tuple(result["texts"]) == PROMPTS and tuple(result["endings"]) == ("=", "1", "5")
+    np.testing.assert_array_equal(result["tokens"][0], [1, 1, 1, 1, 4, 6, 17])  # padded on the left
+    assert result["mask"].sum() == 13 and list(result["rows"]) == [0, 1, 2]
+    assert list(result["positions"]) == [6, 6, 6]
 
     policy, params = loaded_once(str(model), jnp.float32)
-    contexts = ntk.last_positions(jnp.asarray(found["tokens"]), jnp.asarray(found["mask"]))
+    contexts = ntk.last_positions(jnp.asarray(result["tokens"]), jnp.asarray(result["mask"]))
     kernel = ntk.kernel(policy, params, contexts)
     expected = {"head": kernel.head}
     expected |= {f"trace_{part}": kernel.trace(part) for part in ("head", "body", "full")}
     expected |= {f"frobenius_{p}": ntk.frobenius(kernel, p) for p in ("head", "body", "full")}
     expected |= {f"eigenvalues_{p}": ntk.eigenpairs(kernel, 4, p)[0] for p in ("body", "full")}
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(result[name], values, rtol=1e-4, atol=1e-3, err_msg=name)
     norms = np.sqrt(np.diagonal(kernel.head))
-    np.testing.assert_allclose(found["cosines"], kernel.head / np.outer(norms, norms), atol=1e-5)
+    np.testing.assert_allclose(result["cosines"], kernel.head / np.outer(norms, norms), atol=1e-5)
     values = np.linalg.eigvalsh(kernel.head)[::-1]
-    np.testing.assert_allclose(found["eigenvalues_head"], values, rtol=1e-4)
+    np.testing.assert_allclose(result["eigenvalues_head"], values, rtol=1e-4)
     trace, full = np.asarray(kernel.trace("head")), np.asarray(kernel.trace("full"))
     off = ~np.eye(3, dtype=bool)
     shares = [trace.trace() / full.trace(), trace[off].sum() / full[off].sum()]
-    np.testing.assert_allclose(found["share_head"], shares, rtol=1e-4)
-    np.testing.assert_allclose(found["share_head"] + found["share_body"], 1.0, atol=1e-5)
+    np.testing.assert_allclose(result["share_head"], shares, rtol=1e-4)
+    np.testing.assert_allclose(result["share_head"] + result["share_body"], 1.0, atol=1e-5)
 
     text = capsys.readouterr().out
     assert "prompts: 3 of 3" in text and "contexts: 3 of 3" in text
@@ -110,41 +110,41 @@ def test_a_tied_model_in_float64(model, tmp_path, capsys, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--positions=all", "--max_contexts=3", "--limit=2", "--dtype=float64"]
-    found = run(chats, prompts, tmp_path / "out", *words)
-    assert not jax.config.jax_enable_x64 and found["head"].dtype == np.float64
-    assert list(found["texts"]) == ["1=", "23*4="]
+    result = run(chats, prompts, tmp_path / "out", *words)
+    assert not jax.config.jax_enable_x64 and result["head"].dtype == np.float64
+    assert list(result["texts"]) == ["1=", "23*4="]
     # of the seven contexts the first, the fourth and the last
-    np.testing.assert_array_equal(found["rows"], [0, 1, 1])
-    np.testing.assert_array_equal(found["positions"], [3, 1, 4])
-    assert list(found["endings"]) == ["1", "3", "="]
+    np.testing.assert_array_equal(result["rows"], [0, 1, 1])
+    np.testing.assert_array_equal(result["positions"], [3, 1, 4])
+    assert list(result["endings"]) == ["1", "3", "="]
     text = capsys.readouterr().out
     assert "prompts: 2 of 3" in text and "contexts: 3 of 7" in text
 
     with jax.enable_x64(True):
-        places = (found["positions"], found["rows"], jnp.asarray(found["mask"]))
-        contexts = ntk.Contexts(jnp.asarray(found["tokens"]), *places)
+        places = (result["positions"], result["rows"], jnp.asarray(result["mask"]))
+        contexts = ntk.Contexts(jnp.asarray(result["tokens"]), *places)
         params = load(None, jnp.float64)[1]
         jacobians = role_jacobians(policy.features, policy.head, params, contexts)
     for part in ("head", "body", "cross", "full"):
         dense = part_kernel(part, jacobians, jacobians, "embed")
-        np.testing.assert_allclose(found[f"trace_{part}"], np.einsum("ouvv->ou", dense), rtol=1e-9)
-        assert found[f"frobenius_{part}"] == pytest.approx(np.linalg.norm(dense), rel=1e-9)
+        np.testing.assert_allclose(result[f"trace_{part}"], np.einsum("ouvv->ou", dense), rtol=1e-9)
+        assert result[f"frobenius_{part}"] == pytest.approx(np.linalg.norm(dense), rel=1e-9)
         if part in ("body", "full"):
             values = np.linalg.eigvalsh(dense.transpose(0, 2, 1, 3).reshape(54, 54))[::-1][:8]
-            np.testing.assert_allclose(found[f"eigenvalues_{part}"], values, rtol=1e-8)
-    shares = sum(found[f"share_{part}"] for part in ("head", "body", "cross"))
+            np.testing.assert_allclose(result[f"eigenvalues_{part}"], values, rtol=1e-8)
+    shares = sum(result[f"share_{part}"] for part in ("head", "body", "cross"))
     np.testing.assert_allclose(shares, 1.0, rtol=1e-9)
 
 
 def test_every_option_arrives(monkeypatch):
     """by hand: words become settings of their types."""
-    given = []
-    monkeypatch.setattr(kernel_command, "inspect", given.append)
+    calls = []
+    monkeypatch.setattr(kernel_command, "inspect", calls.append)
     words = ["--prompts=p", "--out=o", "--positions=all", "--eigenpairs=3", "--max_contexts=4"]
     words += ["--dtype=bfloat16", "--memory_gib=0.5", "--limit=6", "--layers"]
     assert main(["kernel", "m", *words]) == main(["kernel", "m", "--prompts=p"]) == 0
     first = kernel_command.KernelSettings("m", "p", "o", "all", 3, 4, "bfloat16", 0.5, 6, True)
-    assert given == [first, kernel_command.KernelSettings("m", "p")]
+    assert calls == [first, kernel_command.KernelSettings("m", "p")]
 
 
 MISTAKES = {

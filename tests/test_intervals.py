@@ -13,10 +13,10 @@ def test_exact_p_value_by_enumeration():
     a, b = np.zeros(5), np.array([0.3, 0.1, 0.4, -0.2, 0.5])
     means = [np.mean(b * signs) for signs in itertools.product((1, -1), repeat=5)]
     expected = np.mean(np.abs(means) >= abs(b.mean()) - 1e-9)
-    found = paired_difference(a, b)
-    assert found.exact and found.patterns == 32
-    assert found.difference == pytest.approx(0.22)
-    assert found.p_value == expected and 2 / 32 < expected < 1
+    result = paired_difference(a, b)
+    assert result.exact and result.patterns == 32
+    assert result.difference == pytest.approx(0.22)
+    assert result.p_value == expected and 2 / 32 < expected < 1
 
 
 def test_p_values_by_hand():
@@ -43,11 +43,11 @@ def test_drawn_p_value_meets_the_exact_one():
 def test_bootstrap_interval_is_near_the_normal_one():
     """oracle: mean ± 1.96 standard errors of 400 values; the level and the seed matter."""
     values = np.random.default_rng(1).normal(size=400)
-    found = mean_interval(values, draws=2000)
+    result = mean_interval(values, draws=2000)
     error = values.std() / 20
-    assert found.value == values.mean()
+    assert result.value == values.mean()
     np.testing.assert_allclose(
-        found[1:], values.mean() + 1.96 * error * np.array([-1, 1]), atol=0.25 * error
+        result[1:], values.mean() + 1.96 * error * np.array([-1, 1]), atol=0.25 * error
     )
     narrow = mean_interval(values, draws=2000, level=0.5)
     assert narrow.high - narrow.low == pytest.approx(2 * 0.674 * error, rel=0.15)
@@ -58,8 +58,8 @@ def test_bootstrap_interval_is_near_the_normal_one():
 def test_columns_are_resampled_together():
     """law: the difference of equal columns is 0 in every resample; infinite values stay."""
     values = np.random.default_rng(2).normal(size=9)
-    found = bootstrap(lambda a, b: np.mean(a - b), values, values, draws=50)
-    assert found == (0.0, 0.0, 0.0)
+    result = bootstrap(lambda a, b: np.mean(a - b), values, values, draws=50)
+    assert result == (0.0, 0.0, 0.0)
     ends = bootstrap(lambda a: np.inf if a[0] else 1.0, np.array([0, 1]), draws=50)
     assert ends == (1.0, 1.0, np.inf)
 

@@ -21,9 +21,9 @@ def test_score_reads_the_column_before():
     policy = toy_policy()
     params = toy_params(policy)
     tokens = jnp.array([[1, 2, 3, 4, 5]])
-    found = scoring.score(policy, params, tokens, jnp.ones((1, 5), bool), 2)
+    result = scoring.score(policy, params, tokens, jnp.ones((1, 5), bool), 2)
     logits = policy.head(params, policy.features(params, tokens))
     log_probs = log_softmax(np.asarray(logits, np.float64))
     # an off-by-one would read positions 3 and 4 and predict tokens that are there already
     expected = [log_probs[0, 2, 4], log_probs[0, 3, 5]]
-    np.testing.assert_allclose(found.log_probs[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(result.log_probs[0], expected, rtol=1e-5)

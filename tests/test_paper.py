@@ -24,10 +24,10 @@ TOGETHER = pytest.mark.xdist_group("paper")  # the chain is run once
 
 def script(runs, *words, **settings):
     """Run launch/paper.sh with a program that prints its words; return its lines."""
-    given = {"MINIATURE": "1", "RUNS": str(runs), "NTKRL": "echo ntkrl", **settings}
+    environment = {"MINIATURE": "1", "RUNS": str(runs), "NTKRL": "echo ntkrl", **settings}
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "paper.sh"), *words],
-        env={**os.environ, **given},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -38,14 +38,14 @@ def script(runs, *words, **settings):
 
 def commands(runs, **settings):
     """Return the words of every command of the chain."""
-    found = []
+    result = []
     for line in script(runs, "--dry-run", **settings):
         words = shlex.split(line)
         if "configs.paper.made_up" in words:
             continue
         script_words = words[: words.index("launch/local.sh") + 1] if words[0] == "env" else []
-        found.append(["train", *words[len(script_words) :]] if script_words else words[2:])
-    return found
+        result.append(["train", *words[len(script_words) :]] if script_words else words[2:])
+    return result
 
 
 def lines(run):
@@ -59,16 +59,16 @@ def steps(run):
 
 def finished(children, several):
     """Run commands in one process to their end."""
-    status, said = children.run(several)
-    assert status == 0, said
+    status, output = children.run(several)
+    assert status == 0, output
 
 
 @pytest.fixture(scope="module")
 def children(tmp_path_factory):
     """Child processes that share compiled programs."""
-    found = Children(tmp_path_factory.mktemp("children"))
-    yield found
-    found.close()
+    result = Children(tmp_path_factory.mktemp("children"))
+    yield result
+    result.close()
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def runs(tmp_path_factory, children):
     """Return the directories of the complete chain; CF-RL was killed in its third checkpoint."""
     place = tmp_path_factory.mktemp("chain") / "runs"
     made_up.write(place / "inputs")
-    found = commands(place)
-    cfrl = next(n for n, words in enumerate(found) if words[0] == "train" and "cfrl" in words[1])
-    finished(children, found[:cfrl])
-    assert children.run(found[cfrl], dies_in_save=3)[0] == -9
-    finished(children, found[cfrl:])
+    result = commands(place)
+    cfrl = next(n for n, words in enumerate(result) if words[0] == "train" and "cfrl" in words[1])
+    finished(children, result[:cfrl])
+    assert children.run(result[cfrl], dies_in_save=3)[0] == -9
+    finished(children, result[cfrl:])
     return place
 
 
@@ -96,12 +96,12 @@ def test_the_chain(runs):
     # an epoch of 8 prompts: two steps of four; GRPO's has groups of eight, on two prompts a step
     for method, count in (("rl", 12), ("grpo", 6), ("cfrl", 2 + 12)):
         assert steps(runs / f"{method}-0") == list(range(1, count + 1))
-    found = lines(runs / "cfrl-0")
-    assert [line["stage"] for line in found[1:]] == ["classifier"] * 2 + ["all"] * 12
+    result = lines(runs / "cfrl-0")
+    assert [line["stage"] for line in result[1:]] == ["classifier"] * 2 + ["all"] * 12
     # ArmoRM's shape: every attribute is logged
-    assert "logged/helpsteer-verbosity" in found[1]
-    told = json.loads((runs / "cfrl-0/evaluations/test.json").read_text())
-    assert {"eval/win_rate", "diversity/gap_best_of_2", "diversity/best_of_2"} <= set(told)
+    assert "logged/helpsteer-verbosity" in result[1]
+    scores = json.loads((runs / "cfrl-0/evaluations/test.json").read_text())
+    assert {"eval/win_rate", "diversity/gap_best_of_2", "diversity/best_of_2"} <= set(scores)
     page = (runs / "report" / "index.html").read_text()
     assert "How alike features are" in page and "Best of N" in page
     assert "paper-cfrl, seed 0: test, gap" in page
@@ -122,8 +122,8 @@ def test_a_second_run_repeats_nothing(runs, children):
     left = [shlex.split(line)[1] for line in script(runs)]
     assert left == ["train"] * 4 + ["report"]
     before = {path: path.stat().st_mtime_ns for path in (runs / "cfrl-0").rglob("*")}
-    status, said = children.run(commands(runs)[-4])
-    assert status == 0 and "is finished; remove it to run again" in said
+    status, output = children.run(commands(runs)[-4])
+    assert status == 0 and "is finished; remove it to run again" in output
     assert {path: path.stat().st_mtime_ns for path in (runs / "cfrl-0").rglob("*")} == before
 
 
@@ -138,10 +138,10 @@ def test_a_reward_model(runs, children, tmp_path):
         f"--config.data.path={runs / 'data' / 'reward.jsonl'}",
         f"--config.data.eval_path={runs / 'data' / 'test.jsonl'}",
     ]
-    status, said = children.run(words)
-    assert status == 0, said
-    found = lines(tmp_path)
-    assert len(found) == 1 + 4 and "eval/accuracy" in found[-1]
+    status, output = children.run(words)
+    assert status == 0, output
+    result = lines(tmp_path)
+    assert len(result) == 1 + 4 and "eval/accuracy" in result[-1]
     assert (tmp_path / "export" / "model.safetensors").exists()
 
 
@@ -149,8 +149,8 @@ def test_a_reward_model(runs, children, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_read(name, variant):
     """law: of every model, in full size and in miniature."""
-    given = [f"--config=configs/paper/{name}.py:{variant}"]
-    full = read_settings(runtime.read_config(given))
+    arguments = [f"--config=configs/paper/{name}.py:{variant}"]
+    full = read_settings(runtime.read_config(arguments))
     miniature = [f"--config=configs/paper/miniature.py:{name}:{variant}"]
     small = read_settings(runtime.read_config(miniature))
     assert full.model.path.lower().endswith(variant)
@@ -161,22 +161,22 @@ def test_every_config_is_read(name, variant):
 
 def test_the_papers_numbers():
     """golden: values of the paper and of its code, except for the unit of epochs."""
-    found = {
+    result = {
         name: read_settings(runtime.read_config([f"--config=configs/paper/{name}.py"]))
         for name in CONFIGS
     }
-    cfrl, rl, grpo = found["cfrl"], found["rl"], found["grpo"]
+    cfrl, rl, grpo = result["cfrl"], result["rl"], result["grpo"]
     assert [stage.epochs for stage in cfrl.stages] == [1.0, 6.0]
     assert cfrl.stages[0].parameters == (("head/.*", 1e-6), (".*", None))
     assert rl.stages == cfrl.stages[1:]
-    counts = [one.stages[-1].epochs / one.data.prompts_per_step for one in (rl, grpo)]
+    counts = [config.stages[-1].epochs / config.data.prompts_per_step for config in (rl, grpo)]
     assert counts[0] == counts[1]  # as many steps, of as many completions
     assert rl.minibatch_rows == grpo.minibatch_rows == 16
     assert (rl.objective.kl_coefficient, rl.objective.kl_place) == (0.05, "reward")
-    assert found["reward"].stages[0].parameters == ((".*", 5e-7),)
-    assert found["reward"].preference.centering_coefficient == 0.01
-    assert found["evaluation"].evaluation.prompts == 500
-    assert found["evaluation"].evaluation.samples_per_prompt == 10
+    assert result["reward"].stages[0].parameters == ((".*", 5e-7),)
+    assert result["reward"].preference.centering_coefficient == 0.01
+    assert result["evaluation"].evaluation.prompts == 500
+    assert result["evaluation"].evaluation.samples_per_prompt == 10
     small = read_settings(runtime.read_config(["--config=configs/paper/rl.py:pythia-1b"]))
     assert small.minibatch_rows == 32 and small.stages[0].epochs == 2.0
 
@@ -195,8 +195,8 @@ def test_the_llama_chain(tmp_path, children):
 
 def groups(place):
     """Return the groups of the processes whose arguments name a directory."""
-    found = subprocess.check_output(["ps", "-ww", "-eo", "pgid,args"], text=True).splitlines()
-    lines_of = [line.split(maxsplit=1) for line in found]
+    result = subprocess.check_output(["ps", "-ww", "-eo", "pgid,args"], text=True).splitlines()
+    lines_of = [line.split(maxsplit=1) for line in result]
     return {int(group) for group, words in lines_of if str(place) in words} - {os.getpgid(0)}
 
 
@@ -208,8 +208,8 @@ def test_the_script_goes_on_after_a_kill(tmp_path):
     settings = {"MINIATURE": "1", "RUNS": str(runs), "NTKRL": program, "XLA_FLAGS": ""}
     settings["PYTHON"] = sys.executable
     command = ["bash", str(ROOT / "launch" / "paper.sh")]
-    given = {"env": {**os.environ, **settings}, "start_new_session": True}
-    process = subprocess.Popen(command, **given)
+    options = {"env": {**os.environ, **settings}, "start_new_session": True}
+    process = subprocess.Popen(command, **options)
     until = time.monotonic() + 900
     while not list((runs / "rl-0" / "checkpoints").glob("[0-9]*")):
         assert process.poll() is None and time.monotonic() < until
@@ -219,7 +219,7 @@ def test_the_script_goes_on_after_a_kill(tmp_path):
     for group in groups(runs):
         os.killpg(group, signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL and len(steps(runs / "rl-0")) < 12
-    assert subprocess.run(command, **given, check=False, timeout=1800).returncode == 0
+    assert subprocess.run(command, **options, check=False, timeout=1800).returncode == 0
     for method, count in (("rl", 12), ("grpo", 6), ("cfrl", 2 + 12)):
         assert steps(runs / f"{method}-0") == list(range(1, count + 1))
     assert (runs / "report" / "index.html").exists()

@@ -31,27 +31,27 @@ def four_devices(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:4])
 
 
-def alike(one, several, steps):
+def alike(single, several, steps):
     """Compare the files of two runs: metrics to rounding, exported parameters to 1e-5."""
-    assert len(lines(one)) == steps + 1
-    for mine, theirs in zip(lines(one), lines(several), strict=True):
+    assert len(lines(single)) == steps + 1
+    for mine, theirs in zip(lines(single), lines(several), strict=True):
         assert mine.keys() == theirs.keys()
         for name in set(mine) - {"stage"}:
             # ratios and differences of rounding are not
             if not name.startswith(("predict/relative", "sampling/", "signal/noise_scale")):
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-6), name
         assert mine.get("stage") == theirs.get("stage")
-    exported = [load_file(run / "export" / "model.safetensors") for run in (one, several)]
+    exported = [load_file(run / "export" / "model.safetensors") for run in (single, several)]
     assert exported[0].keys() == exported[1].keys()
     for name, array in exported[0].items():
         np.testing.assert_allclose(exported[1][name], array, atol=1e-5)
 
 
-def train(arguments, count, devices, **given):
+def train(arguments, count, devices, **settings):
     """Run a command in separate processes to success; return the first one's output."""
-    found = ends(start(count, ["-m", "ntkrl", *arguments], devices, **given), seconds=400)
-    assert [status for status, _ in found] == [0] * count, found
-    return found[0][1]
+    result = ends(start(count, ["-m", "ntkrl", *arguments], devices, **settings), seconds=400)
+    assert [status for status, _ in result] == [0] * count, result
+    return result[0][1]
 
 
 def rl(base, run, scorer):  # noqa: F811
@@ -89,21 +89,21 @@ SPREAD = [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow)]
 @pytest.mark.parametrize("shape", SPREAD, ids=str)
 def test_rl_in_several_processes(base, scorer, tmp_path, four_devices, shape):  # noqa: F811
     """law: four devices of one process, of two or of four sample and learn the same."""
-    one, several = tmp_path / "one", tmp_path / "several"
-    assert main(rl(base, one, scorer)) == 0
-    said = train(rl(base, several, scorer), *shape)
-    assert said.count("stage 'classifier' ends") == 1
-    alike(one, several, 4)
-    moved, held = (load_file(r / "model.safetensors") for r in (one / "export", base))
-    assert max(np.abs(moved[name] - held[name]).max() for name in held) > 1e-3
+    single, several = tmp_path / "one", tmp_path / "several"
+    assert main(rl(base, single, scorer)) == 0
+    output = train(rl(base, several, scorer), *shape)
+    assert output.count("stage 'classifier' ends") == 1
+    alike(single, several, 4)
+    moved, initial = (load_file(r / "model.safetensors") for r in (single / "export", base))
+    assert max(np.abs(moved[name] - initial[name]).max() for name in initial) > 1e-3
     for place in ("", "probes", "ledger", "tensorboard", "export", "checkpoints"):
-        kinds = [sorted(entry.name for entry in (r / place).iterdir()) for r in (one, several)]
+        kinds = [sorted(entry.name for entry in (r / place).iterdir()) for r in (single, several)]
         if place == "tensorboard":  # files are called by their time
             kinds = [len(names) for names in kinds]
         assert kinds[0] == kinds[1]
-    for path in sorted(one.glob("[pl]*/*.npz")):
+    for path in sorted(single.glob("[pl]*/*.npz")):
         for name, array in np.load(path).items():
-            theirs = np.load(several / path.relative_to(one))[name]
+            theirs = np.load(several / path.relative_to(single))[name]
             if name.startswith("direction/"):  # of power iteration, which stops at √ε
                 np.testing.assert_allclose(np.sum(theirs * array, axis=-1), 1, atol=1e-4)
                 continue
@@ -131,17 +131,17 @@ def sft(run, steps):
 
 def test_supervised_in_four_processes(tmp_path, four_devices):
     """law: four processes of one device each match one process of four devices."""
-    one, several = tmp_path / "one", tmp_path / "several"
-    assert main([*sft(one, 5), *MESH]) == 0
+    single, several = tmp_path / "one", tmp_path / "several"
+    assert main([*sft(single, 5), *MESH]) == 0
     train([*sft(several, 5), *MESH], 4, 1)
-    alike(one, several, 5)
+    alike(single, several, 5)
 
 
 def test_a_reward_model_in_two_processes(base, tmp_path, four_devices):  # noqa: F811
     """law: training on preferences is the same in two processes as in one."""
     pairs = tmp_path / "pairs.jsonl"
     preferences(pairs, 40)
-    one, several = tmp_path / "one", tmp_path / "several"
+    single, several = tmp_path / "one", tmp_path / "several"
 
     def arguments(run):
         return [
@@ -157,9 +157,9 @@ def test_a_reward_model_in_two_processes(base, tmp_path, four_devices):  # noqa:
             *MESH,
         ]
 
-    assert main(arguments(one)) == 0
+    assert main(arguments(single)) == 0
     train(arguments(several), 2, 2)
-    alike(one, several, 3)
+    alike(single, several, 3)
 
 
 def struck_after(processes, run, count, victim, blow=signal.SIGKILL):
@@ -177,19 +177,19 @@ def test_killed_and_resumed_in_two_processes(tmp_path):
 
     The save of step 20 waits for that of step 10, so that one of them is there.
     """
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train([*sft(whole, 40), "--config.checkpoint.every_steps=10"], 2, 1)
+    uninterrupted, broken = tmp_path / "whole", tmp_path / "broken"
+    train([*sft(uninterrupted, 40), "--config.checkpoint.every_steps=10"], 2, 1)
     arguments = [*sft(broken, 40), "--config.checkpoint.every_steps=10"]
     processes = start(2, ["-m", "ntkrl", *arguments], SILENCE="3")
     (status, text), (killed, _) = struck_after(processes, broken, 24, victim=1)
     assert killed == -signal.SIGKILL and status == 70, text
-    said = text[text.rindex("\nntkrl: ") :]
-    assert f"process 1 ({HOST}) sent no heartbeat for 3 s" in said
-    assert "Run the same command again: it resumes after rollout step " in said
-    assert int(said.split("rollout step ")[-1].strip(" .\n")) in range(10, 40, 10)
+    message = text[text.rindex("\nntkrl: ") :]
+    assert f"process 1 ({HOST}) sent no heartbeat for 3 s" in message
+    assert "Run the same command again: it resumes after rollout step " in message
+    assert int(message.split("rollout step ")[-1].strip(" .\n")) in range(10, 40, 10)
     assert "resuming" in train(arguments, 2, 1)
-    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
-    exported = [run / "export" / "model.safetensors" for run in (whole, broken)]
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    exported = [run / "export" / "model.safetensors" for run in (uninterrupted, broken)]
     assert exported[0].read_bytes() == exported[1].read_bytes()
 
 
@@ -198,9 +198,9 @@ def test_one_process_asked_to_leave(tmp_path):
     """story: a SIGTERM of one is heard by both, which save the same step and end with 75."""
     run = tmp_path / "run"
     processes = start(2, ["-m", "ntkrl", *sft(run, 400)])
-    found = struck_after(processes, run, 10, victim=1, blow=signal.SIGTERM)
-    assert [status for status, _ in found] == [75, 75], found
-    saved = {text.split("saved step ")[1].split(";")[0] for _, text in found}
+    result = struck_after(processes, run, 10, victim=1, blow=signal.SIGTERM)
+    assert [status for status, _ in result] == [75, 75], result
+    saved = {text.split("saved step ")[1].split(";")[0] for _, text in result}
     assert len(saved) == 1 and (run / "checkpoints" / saved.pop()).is_dir()
 
 
@@ -215,13 +215,13 @@ def test_a_reward_that_hangs_on_one_host(base, tmp_path):  # noqa: F811
     )
     more = [f"--config.reward.function={rewards}:score", "--config.reward.timeout=3"]
     more += ["--config.eval.every_steps=None", "--config.mesh.data=2"]
-    found = ends(start(2, ["-m", "ntkrl", *words(base, tmp_path / "run", *more)]))
-    (first, told), (second, own) = found
-    assert (first, second) == (70, 2), found
+    result = ends(start(2, ["-m", "ntkrl", *words(base, tmp_path / "run", *more)]))
+    (first, other_output), (second, hung_output) = result
+    assert (first, second) == (70, 2), result
     cause = f"reward function {rewards}:score did not answer within 3 s"
-    assert f"process 1 ({HOST}) failed: {cause}" in told and cause in own
-    assert "it starts over, since there is no checkpoint yet" in told
-    assert "Traceback" not in told + own
+    assert f"process 1 ({HOST}) failed: {cause}" in other_output and cause in hung_output
+    assert "it starts over, since there is no checkpoint yet" in other_output
+    assert "Traceback" not in other_output + hung_output
 
 
 def test_configs_that_differ(tmp_path):
@@ -243,8 +243,8 @@ def test_evaluation_in_two_processes(base, tmp_path, four_devices):  # noqa: F81
         if count == 1:
             assert main(arguments) == 0
         else:
-            said = train(arguments, 2, 2)
-            assert said.count("eval/pass@k") == 1
+            output = train(arguments, 2, 2)
+            assert output.count("eval/pass@k") == 1
         wrote.append({p.name: p.read_text() for p in (run / "evaluations").iterdir()})
     assert len(wrote[0]) == 3 and wrote[0] == wrote[1]
 

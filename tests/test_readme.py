@@ -143,9 +143,9 @@ def check_ntkrl(words):
         assert option.split("=")[0] in main.USAGE, option
     if command == "presets":
         assert set(arguments) <= set(PRESETS)
-    given = [word for word in arguments if word.startswith("--config")]
-    if given:
-        config = runtime.read_config(given)
+    overrides = [word for word in arguments if word.startswith("--config")]
+    if overrides:
+        config = runtime.read_config(overrides)
         if command != "study":
             read_settings(config)
 

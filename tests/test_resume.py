@@ -20,9 +20,9 @@ __all__ = ["base"]  # a fixture
 @pytest.fixture(scope="module")
 def children(tmp_path_factory):
     """Children that share compiled programs."""
-    found = Children(tmp_path_factory.mktemp("children"))
-    yield found
-    found.close()
+    result = Children(tmp_path_factory.mktemp("children"))
+    yield result
+    result.close()
 
 
 def arguments(base, run, *more):
@@ -33,7 +33,7 @@ def arguments(base, run, *more):
 
 
 @pytest.fixture(scope="module")
-def whole(base, children, tmp_path_factory):
+def uninterrupted(base, children, tmp_path_factory):
     """A run that was never killed."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     status, output = children.run(arguments(base, run))
@@ -41,18 +41,20 @@ def whole(base, children, tmp_path_factory):
     return run
 
 
-def assert_same(whole, broken):
+def assert_same(uninterrupted, broken):
     """Metrics, probes and exported weights are the same bits."""
-    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
-    exported = [run / "export" / "model.safetensors" for run in (whole, broken)]
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    exported = [run / "export" / "model.safetensors" for run in (uninterrupted, broken)]
     assert exported[0].read_bytes() == exported[1].read_bytes()
-    looks = [sorted(p.relative_to(run) for p in run.glob("[pl]*/*.*")) for run in (whole, broken)]
+    looks = [
+        sorted(p.relative_to(run) for p in run.glob("[pl]*/*.*")) for run in (uninterrupted, broken)
+    ]
     assert looks[0] == looks[1] and len(looks[0]) == 2 + 6 + 2 * 2  # the set, probes, ledgers
     for name in looks[0]:
         if name.suffix == ".json":
-            assert (whole / name).read_bytes() == (broken / name).read_bytes()
+            assert (uninterrupted / name).read_bytes() == (broken / name).read_bytes()
             continue
-        for key, array in np.load(whole / name).items():
+        for key, array in np.load(uninterrupted / name).items():
             np.testing.assert_array_equal(array, np.load(broken / name)[key])
 
 
@@ -100,7 +102,7 @@ def killed_at_random(children, command, run, rng, kills):
                 file.write('{"step": 99, "rollout_st')
 
 
-def test_killed_in_a_save(base, children, whole, tmp_path):
+def test_killed_in_a_save(base, children, uninterrupted, tmp_path):
     """story: SIGKILL where a checkpoint is written but not yet named; it counts for nothing."""
     run = tmp_path / "run"
     status, output = children.run(arguments(base, run), dies_in_save=4)
@@ -109,46 +111,46 @@ def test_killed_in_a_save(base, children, whole, tmp_path):
     status, output = children.run(arguments(base, run))
     assert status == 0, output
     assert "after rollout step 3" in output and not half_written(run)
-    assert_same(whole, run)
-    found = lines(whole)
-    assert len({line["reward"] for line in found[1:]}) > 3  # something was learnt from
-    assert [line["stage"] for line in found[1:]] == ["classifier"] * 4 + ["all"] * 6
+    assert_same(uninterrupted, run)
+    result = lines(uninterrupted)
+    assert len({line["reward"] for line in result[1:]}) > 3  # something was learnt from
+    assert [line["stage"] for line in result[1:]] == ["classifier"] * 4 + ["all"] * 6
     # the first stage left the body alone: the features of the probe set have not moved
     drift = {
-        line["step"]: line["probe/feature_distortion"] for line in found if "probe/entropy" in line
+        line["step"]: line["probe/feature_distortion"] for line in result if "probe/entropy" in line
     }
     assert drift[4] == 0.0 and drift[6] > 0.0
-    shares = [line["predict/head_share"] for line in found if "predict/head_share" in line]
+    shares = [line["predict/head_share"] for line in result if "predict/head_share" in line]
     assert shares[:2] == [1.0, 1.0] and shares[2] < 1.0
 
 
-def test_killed_at_any_moment(base, children, whole, tmp_path):
+def test_killed_at_any_moment(base, children, uninterrupted, tmp_path):
     """story: SIGKILL at six random moments; metrics, probes and weights as if never killed."""
     rng, killed, number = np.random.default_rng(3), 0, 0
     while killed < 6:
         run = tmp_path / str(number)
         killed += killed_at_random(children, arguments(base, run), run, rng, 6 - killed)[0]
-        assert_same(whole, run)
+        assert_same(uninterrupted, run)
         number += 1
 
 
 @pytest.mark.slow
-def test_killed_at_many_moments(base, children, whole, tmp_path, capsys):
+def test_killed_at_many_moments(base, children, uninterrupted, tmp_path, capsys):
     """story: SIGKILL at fifty random moments, some of them inside a save."""
     rng, killed, in_save, number = np.random.default_rng(4), 0, 0, 0
     while killed < 50:
         run = tmp_path / str(number)
-        found = killed_at_random(children, arguments(base, run), run, rng, 12)
-        killed, in_save, number = killed + found[0], in_save + found[1], number + 1
-        assert_same(whole, run)
+        result = killed_at_random(children, arguments(base, run), run, rng, 12)
+        killed, in_save, number = killed + result[0], in_save + result[1], number + 1
+        assert_same(uninterrupted, run)
     with capsys.disabled():
         print(f"\n{killed} kills in {number} runs, {in_save} of them inside a save")
     assert in_save > 5
 
 
-def stopped(children, command, run, changes, **given):
+def stopped(children, command, run, changes, **settings):
     """Start a command, send SIGTERM after some changes of its run directory; return its step."""
-    child = children.start(command, **given)
+    child = children.start(command, **settings)
     await_changes(run, changes)
     os.kill(child, signal.SIGTERM)
     status, output = children.wait()
@@ -160,7 +162,7 @@ def stopped(children, command, run, changes, **given):
     return step
 
 
-def test_sigterm_saves_and_leaves(base, children, whole, tmp_path, capsys):
+def test_sigterm_saves_and_leaves(base, children, uninterrupted, tmp_path, capsys):
     """story: SIGTERM saves after the rollout step under way, status 75; the command goes on."""
     run = tmp_path / "run"
     rewards = shutil.copy(ROOT / "tests" / "toy_rewards.py", tmp_path)
@@ -169,7 +171,7 @@ def test_sigterm_saves_and_leaves(base, children, whole, tmp_path, capsys):
     step = stopped(children, arguments(base, run, rarely, function), run, 8)
     assert 1 <= step < 10
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
-    left = {int(line["rollout_step"]): line["reward"] for line in lines(whole)[1 + step :]}
+    left = {int(line["rollout_step"]): line["reward"] for line in lines(uninterrupted)[1 + step :]}
     mode, better = ("max", max) if min(left, key=left.get) == 10 else ("min", min)
     ranked = [f"--config.checkpoint.{word}" for word in ("keep=1", "keep_best=1")]
     ranked.append(f"--config.checkpoint.best_mode={mode}")
@@ -179,30 +181,30 @@ def test_sigterm_saves_and_leaves(base, children, whole, tmp_path, capsys):
     assert status == 0, output
     assert f"{rewards} has changed since step {step} was saved" in output
     assert "the config has changed: checkpoint.every_steps: 100 -> 1 (schedule and" in output
-    assert_same(whole, run)
+    assert_same(uninterrupted, run)
     # of those saved since then, the best stays beside the newest
     best = better(left, key=left.get)
-    held = {path.name for path in (run / "checkpoints").iterdir()}
-    assert held == {str(best), "10"} and best < 10
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {str(best), "10"} and best < 10
     for name, number in ((f"--step={best}", best), ("--step=best", best), ("--step=10", 10)):
         assert main(["export", str(run), str(tmp_path / name), name]) == 0  # on eight devices
         assert f"step {number} of {run} written" in "".join(capsys.readouterr())
     files = [tmp_path / f"--step={best}", tmp_path / "--step=best", tmp_path / "--step=10"]
     files = [(place / "model.safetensors").read_bytes() for place in [*files, run / "export"]]
     assert files[0] == files[1] != files[2] == files[3]
-    assert main(["export", str(whole), str(tmp_path / "x"), "--step=best"]) == 2
+    assert main(["export", str(uninterrupted), str(tmp_path / "x"), "--step=best"]) == 2
     assert "ranks no checkpoints" in capsys.readouterr().err
 
 
 def damage(checkpoint):
     """Flip a bit of the largest file, which holds the arrays."""
     path = max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)
-    held = bytearray(path.read_bytes())
-    held[len(held) // 2] ^= 4
-    path.write_bytes(held)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
 
 
-def test_damaged_checkpoints(base, children, whole, tmp_path):
+def test_damaged_checkpoints(base, children, uninterrupted, tmp_path):
     """story: a damaged checkpoint is reported and moved aside, and the one before is restored."""
     run, other = tmp_path / "run", tmp_path / "other"
     kept = "--config.checkpoint.keep=3"
@@ -217,7 +219,7 @@ def test_damaged_checkpoints(base, children, whole, tmp_path):
     assert f"the checkpoint of step {step - 1} is damaged (KeyError: " in output
     assert f"going back to step {step - 2}" in output
     assert (run / "checkpoints" / f"{step}.damaged").is_dir()
-    assert_same(whole, run)
+    assert_same(uninterrupted, run)
     swapped = json.loads((other / "config.json").read_text()) | {"seed": 5}
     (other / "config.json").write_text(json.dumps(swapped))
     status, output = children.run(arguments(base, other, kept, "--config.seed=5"))
@@ -257,26 +259,28 @@ def test_another_number_of_devices(base, children, tmp_path):
     status, output = children.run(on(1, 1, 1))
     assert status == 0 and f"after rollout step {second}" in output
     assert "mesh.fsdp: 4 -> 1 (the same numbers but for rounding)" in output
-    held = [load_file(run / "export" / "model.safetensors") for run in (alone, moved)]
+    exports = [load_file(run / "export" / "model.safetensors") for run in (alone, moved)]
     start = load_file(base / "model.safetensors")
-    assert max(np.abs(held[0][name] - start[name]).max() for name in start) > 1e-3
+    assert max(np.abs(exports[0][name] - start[name]).max() for name in start) > 1e-3
     for name in start:
-        np.testing.assert_allclose(held[1][name], held[0][name], atol=1e-5)
+        np.testing.assert_allclose(exports[1][name], exports[0][name], atol=1e-5)
 
 
-def test_full_disk(base, children, whole, small_disk, tmp_path):
+def test_full_disk(base, children, uninterrupted, small_disk, tmp_path):
     """story: no space for more checkpoints: reported, the run continues, and stops at the third."""
-    pages = sum(-(-p.stat().st_size // 4096) + 1 for p in (whole / "checkpoints/10").rglob("*"))
+    pages = sum(
+        -(-p.stat().st_size // 4096) + 1 for p in (uninterrupted / "checkpoints/10").rglob("*")
+    )
     disk, run = small_disk(pages * 4096 * 3 // 2), tmp_path / "run"
     run.mkdir()
     (run / "checkpoints").symlink_to(disk)
     status, output = children.run(arguments(base, run))
     assert status == 2 and "Traceback" not in output
     good = max(int(path.name) for path in disk.iterdir())  # fails where one is half written
-    told = "could not be written: no space left on the device; the last good checkpoint is step"
-    assert output.count(f"{told} {good} in ") == 3 and output.count("; going on") == 2
+    message = "could not be written: no space left on the device; the last good checkpoint is step"
+    assert output.count(f"{message} {good} in ") == 3 and output.count("; going on") == 2
     assert "3 in a row failed (checkpoint.failures); make room" in output
     small_disk(pages * 4096 * 20, "remount")
     status, output = children.run(arguments(base, run))
     assert status == 0 and f"after rollout step {good}" in output, output
-    assert_same(whole, run)
+    assert_same(uninterrupted, run)

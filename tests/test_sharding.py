@@ -90,7 +90,7 @@ def everything(case, mesh):
     step = jax.jit(update.make_step(program, objective, microbatches=2))
     state, metrics, _ = step(state, place(batch))
     kernel = ntk.kernel(policy, params, ntk.last_positions(place(prompts()).tokens))
-    found = {
+    result = {
         "made": params,
         "drawn": (drawn.tokens, drawn.completion_mask),
         "log_probs": drawn.sampler_log_probs,
@@ -98,7 +98,7 @@ def everything(case, mesh):
         "trained": state.params,
         "kernel": (kernel.head, kernel.trace("body")),
     }
-    return jax.tree.map(np.asarray, found)
+    return jax.tree.map(np.asarray, result)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def spread_cases():
     for case in EACH:
         for name, sizes in MESHES.items():
             slow = name in ("8x1", "4x2", "2x4") and case not in ("gpt-neox", "llama 3")
-            # what one device finds is found once, where the family's tests stay together
+            # one device's results are computed once if a family's tests share a worker
             marks = [pytest.mark.xdist_group(case)] + [pytest.mark.slow] * slow
             yield pytest.param(case, sizes, id=f"{case}-{name}", marks=marks)
 
@@ -122,13 +122,13 @@ def spread_cases():
 @pytest.mark.parametrize(("case", "sizes"), [*spread_cases()])
 def test_a_mesh_finds_what_one_device_finds(alone, case, sizes):
     """law: same params and draws to the bit; a step to 1e-5, kernels to 1e-4 of the largest."""
-    expected, found = alone(case), everything(case, runtime.make_mesh(*sizes))
-    jax.tree.map(np.testing.assert_array_equal, found["drawn"], expected["drawn"])
+    expected, result = alone(case), everything(case, runtime.make_mesh(*sizes))
+    jax.tree.map(np.testing.assert_array_equal, result["drawn"], expected["drawn"])
     for name, tolerance in (("made", 0), ("log_probs", 2e-5), ("metrics", 1e-4), ("trained", 1e-5)):
         close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
-        jax.tree.map(close, found[name], expected[name])
-    for one, other in zip(found["kernel"], expected["kernel"], strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+        jax.tree.map(close, result[name], expected[name])
+    for value, other in zip(result["kernel"], expected["kernel"], strict=True):
+        np.testing.assert_allclose(value, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
 def test_rows_leave_and_caches_grow_without_moving():
@@ -148,22 +148,22 @@ def test_rows_leave_and_caches_grow_without_moving():
 
 def sampler_text(sampler, params, live, written):
     """The compiled program that draws tokens."""
-    given = (params, live, written, jnp.int32(1))
-    return sampler.programs.decode_chunk.lower(*given).compile().as_text()
+    arguments = (params, live, written, jnp.int32(1))
+    return sampler.programs.decode_chunk.lower(*arguments).compile().as_text()
 
 
 def test_a_gathered_copy_draws_the_same():
     """law: the copy is sharded over tensor alone, and the tokens are those of the params."""
     mesh = runtime.make_mesh(1, 4, 2)
     _, architecture, settings = CASES["llama"]
-    given = {"options": models.ModelOptions(jnp.bfloat16), "mesh": mesh}
-    policy, params = models.build(architecture, settings, jax.random.key(0), **given)
+    options = {"options": models.ModelOptions(jnp.bfloat16), "mesh": mesh}
+    policy, params = models.build(architecture, settings, jax.random.key(0), **options)
     copied = dataclasses.replace(SETTINGS, gather_params=True, params_dtype=jnp.bfloat16)
     sampler = rollout.Sampler(policy, copied, mesh=mesh)
     placed, key = runtime.place_rows(prompts(), mesh), jax.random.key(1)
     expected = rollout.Sampler(policy, SETTINGS, mesh=mesh)(params, placed, key)
-    found = sampler(params, placed, key)
-    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    result = sampler(params, placed, key)
+    np.testing.assert_array_equal(result.tokens, expected.tokens)
     gathered = trees.named_leaves(sampler.gather_program(params)(params))
     up = gathered["layers/mlp/up/kernel"]
     assert up.dtype == jnp.bfloat16 and tuple(up.sharding.spec) == (None, None, "tensor")
@@ -211,7 +211,7 @@ def test_no_table_is_ever_whole_on_one_device(tmp_path):
 
 def test_moments_wait_on_the_host(tmp_path):
     """law: offloaded moments are in host memory between steps, and change no number."""
-    found = []
+    result = []
     for offload in ("False", "True"):
         directory = tmp_path / offload
         more = (
@@ -223,9 +223,9 @@ def test_moments_wait_on_the_host(tmp_path):
         config = settings_of(directory, *more)
         training_loop.train(config)
         lines = (directory / "metrics.jsonl").read_text().splitlines()
-        found.append([json.loads(line) for line in lines])
+        result.append([json.loads(line) for line in lines])
         setup = set_up(read_settings(config), directory)
         moments = jax.tree.leaves(begun(setup, directory, config).state.opt_state)
         kinds = {leaf.sharding.memory_kind for leaf in moments if leaf.ndim}
         assert kinds == ({"pinned_host"} if offload == "True" else {"device"})
-    assert found[0] == found[1] and found[0][-1]["step"] == 2
+    assert result[0] == result[1] and result[0][-1]["step"] == 2

@@ -147,15 +147,15 @@ def test_event_files_hold_what_metrics_hold(base, tmp_path, monkeypatch, capsys)
     assert "pip install 'ntkrl[tensorboard]'" in capsys.readouterr().err
     assert not run.exists()
     assert main(arguments) == 0
-    found = shown(run / "tensorboard")
+    result = shown(run / "tensorboard")
     for line in lines(run):
         step, _ = line.pop("step"), line.pop("stage", None)
         for name, value in line.items():
             tag = name.replace("@", "_")  # a character that event files refuse
-            assert found[tag][step] == np.float32(value), name
-    assert found["stage"] == {1: "all"}  # told once
-    assert found["train/reward"] == found["reward"] and set(found["reward"]) == {1, 2}
-    assert set(found["step_time"]) == {1, 2} and min(found["step_time"].values()) > 0
+            assert result[tag][step] == np.float32(value), name
+    assert result["stage"] == {1: "all"}  # logged once
+    assert result["train/reward"] == result["reward"] and set(result["reward"]) == {1, 2}
+    assert set(result["step_time"]) == {1, 2} and min(result["step_time"].values()) > 0
     assert "train/reward" not in (run / "metrics.jsonl").read_text()
 
 
@@ -190,12 +190,12 @@ def test_a_mesh_of_eight_trains_alike(base, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", jax.local_devices)
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
     assert main(words(base, spread, *more, *mesh)) == 0
-    for one, eight in zip(lines(alone), lines(spread), strict=True):
-        assert one.keys() == eight.keys()
-        for name in set(one) - {"stage"}:
+    for single, eight in zip(lines(alone), lines(spread), strict=True):
+        assert single.keys() == eight.keys()
+        for name in set(single) - {"stage"}:
             # ratios of rounding
             if not name.startswith(("predict/", "sampling/", "ledger/", "weights/unchanged")):
-                assert eight[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+                assert eight[name] == pytest.approx(single[name], rel=1e-3, abs=1e-5), name
     ledgers = [np.load(run / "ledger" / "step_000002.npz") for run in (alone, spread)]
     assert ledgers[0].files == ledgers[1].files
     for name in ledgers[0].files:

@@ -47,10 +47,10 @@ def test_two_files_by_weight(base, files, tmp_path, capsys):  # noqa: F811
         "--config.stages[0].steps=3",
     )
     assert main(arguments) == 0, capsys.readouterr().err
-    found = lines(run)
-    assert [line["logged/hard"] for line in found[1:]] == [0.75] * 3
-    # 4 and 2 rows are held out and 4 read: a, b, a, a; file after file they would all be of a
-    assert found[0]["eval/reward"] == 0.25
+    result = lines(run)
+    assert [line["logged/hard"] for line in result[1:]] == [0.75] * 3
+    # of 4 and 2 held-out rows 4 are read: a, b, a, a; in file order all would be of a
+    assert result[0]["eval/reward"] == 0.25
 
 
 def test_packed_runs_learn_alike(tmp_path, capsys):
@@ -59,7 +59,7 @@ def test_packed_runs_learn_alike(tmp_path, capsys):
     sums = [
         {"prompt": f"{n}=", "completion": "+".join("1" * rng.integers(1, 5))} for n in range(10, 30)
     ]
-    given = [write(tmp_path / f"{i}.jsonl", sums[i::2]) for i in range(2)]
+    paths = [write(tmp_path / f"{i}.jsonl", sums[i::2]) for i in range(2)]
 
     def trained(packing):
         run = tmp_path / f"packed {packing}"
@@ -67,7 +67,7 @@ def test_packed_runs_learn_alike(tmp_path, capsys):
             "train",
             "--config=configs/sft.py",
             f"--config.run_dir={run}",
-            f"--config.data.path={given[0]},{given[1]}",
+            f"--config.data.path={paths[0]},{paths[1]}",
             "--config.data.weights=(0.2,0.6)",
             f"--config.data.packing={packing}",
             "--config.model.new.hidden_size=32",
@@ -86,11 +86,11 @@ def test_packed_runs_learn_alike(tmp_path, capsys):
         return lines(run)[1:], load_file(run / "export" / "model.safetensors")
 
     (packed, moved), (apart, expected) = trained(True), trained(False)
-    for one, other in zip(packed, apart, strict=True):
-        assert 0.3 < one.pop("packing/fill") <= 1
-        assert one.keys() == other.keys()
-        for name in set(one) - {"stage"}:
-            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    for line, other in zip(packed, apart, strict=True):
+        assert 0.3 < line.pop("packing/fill") <= 1
+        assert line.keys() == other.keys()
+        for name in set(line) - {"stage"}:
+            assert line[name] == pytest.approx(other[name], rel=1e-5), name
     assert packed[-1]["loss"] < packed[0]["loss"] and packed[-1]["step"] == 8
     for name in expected:
         np.testing.assert_allclose(moved[name], expected[name], atol=1e-6)
@@ -107,10 +107,10 @@ def test_packed_runs_learn_alike(tmp_path, capsys):
 )
 def test_mistakes(base, tmp_path, capsys, more, messages):  # noqa: F811
     """law: every file and every weight at fault is in one message."""
-    given = [f"--config.data.{word}" for word in ["path=x.jsonl", *more]]
-    assert main(words(base, tmp_path / "run", *given)) == 2
-    said = capsys.readouterr().err
-    assert all(message in said for message in messages) and "Traceback" not in said
+    arguments = [f"--config.data.{word}" for word in ["path=x.jsonl", *more]]
+    assert main(words(base, tmp_path / "run", *arguments)) == 2
+    output = capsys.readouterr().err
+    assert all(message in output for message in messages) and "Traceback" not in output
 
 
 def test_a_column_no_file_has(base, files, tmp_path, capsys):  # noqa: F811
@@ -120,6 +120,6 @@ def test_a_column_no_file_has(base, files, tmp_path, capsys):  # noqa: F811
     path = f"--config.data.path={files[0]},{files[1]}"
     arguments = words(base, tmp_path / "run", path, f"--config.reward.function={rewards}:score")
     assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert "score requires 'solution', which is not a column" in said
-    assert "Columns are: answer, hard" in said and "'answer'" not in said
+    output = capsys.readouterr().err
+    assert "score requires 'solution', which is not a column" in output
+    assert "Columns are: answer, hard" in output and "'answer'" not in output

@@ -39,10 +39,10 @@ def test_adapters_train_alone_and_come_out_twice(llama, tmp_path, capsys):
     assert main(arguments) == 0, capsys.readouterr().err
     adapted, params = ntkrl.load(run / "adapter")
     base, base_params = ntkrl.load(llama)
-    held = trees.named_leaves(params)
+    leaves = trees.named_leaves(params)
     for name, leaf in trees.named_leaves(base_params).items():
-        np.testing.assert_array_equal(held[name], leaf)
-    moved = [name for name in held if name.endswith("lora_b") and np.abs(held[name]).max() > 0]
+        np.testing.assert_array_equal(leaves[name], leaf)
+    moved = [name for name in leaves if name.endswith("lora_b") and np.abs(leaves[name]).max() > 0]
     assert len(moved) == 5
     merged, merged_params = ntkrl.load(run / "export")
     tokens = jnp.asarray([[3, 4, 5, 6]])
@@ -122,8 +122,8 @@ def test_rewards_that_fail_are_counted(llama, tmp_path, capsys):
         "--config.stages[0].steps=2",
     )
     assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert "did not answer within 0.5 s" in said.out + said.err
+    output = capsys.readouterr()
+    assert "did not answer within 0.5 s" in output.out + output.err
     last = lines(run)[-1]
     assert last["rewards/hang/failures"] == 1.0 and last["rewards/hang/mean"] == -2.0
     assert (run / "finished").exists()
@@ -142,8 +142,8 @@ def test_rewards_that_fail_are_counted(llama, tmp_path, capsys):
 def test_mistakes(llama, tmp_path, capsys, word, message):
     """law: one sentence, status 2, no trace."""
     assert main(words(llama, tmp_path / "run", word)) == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert message in output and "Traceback" not in output
 
 
 def test_front_door():
@@ -182,9 +182,9 @@ def test_a_reward_model_is_trained_and_used(llama, tmp_path, capsys):
         "--config.mesh.data=1",
     ]
     assert main(arguments) == 0, capsys.readouterr().err
-    found = lines(run)
-    assert found[0]["eval/accuracy"] < 0.9 and found[-1]["eval/accuracy"] == 1.0
-    assert abs(found[-1]["mean_reward"]) < 2.0  # centred
+    result = lines(run)
+    assert result[0]["eval/accuracy"] < 0.9 and result[-1]["eval/accuracy"] == 1.0
+    assert abs(result[-1]["mean_reward"]) < 2.0  # centred
     scorer, params = models.load_scorer(run / "export")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(run / "export")
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "export")
@@ -235,35 +235,35 @@ def test_problems_of_all_pieces_come_at_once(tmp_path, capsys):
     torch_scorer("gpt-neox", scorer, labels=3, pad_token_id=None)
     arguments = words(model, tmp_path / "run", f"--config.reward.function={scorer},nothing.py:x")
     assert main(arguments) == 2
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for part in (
         "it has 3 labels; a reward model has one",
         "pad_token_id must be a token id, not None",
         "nothing.py does not exist",
         "mlp.gate_proj.weight has shape (20, 24), expected (21, 24)",
     ):
-        assert part in said
+        assert part in output
     (model / "config.json").write_text(json.dumps(raw))
     assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert "has no tokenizer" in said and "it has 3 labels" in said
+    output = capsys.readouterr().err
+    assert "has no tokenizer" in output and "it has 3 labels" in output
     data.save_tokenizer(model)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": [{"role": "user", "content": "1"}]}) + "\n")
     (model / "config.json").write_text(json.dumps({**raw, "vocab_size": 17}))
     assert main([*arguments, f"--config.data.path={rows}"]) == 2
-    said = capsys.readouterr().err
-    assert "has 18 entries, the model's vocabulary 17" not in said  # its tensors say otherwise
-    assert "model.embed_tokens.weight has shape (18, 24), expected (17, 24)" in said
-    assert "has 1 prompt, too few to hold any out" in said
+    output = capsys.readouterr().err
+    assert "has 18 entries, the model's vocabulary 17" not in output  # its tensors say otherwise
+    assert "model.embed_tokens.weight has shape (18, 24), expected (17, 24)" in output
+    assert "has 1 prompt, too few to hold any out" in output
     (model / "config.json").write_text(json.dumps(raw))
     rows.write_text(rows.read_text() * 8)
     more = [f"--config.data.path={rows}", "--config.model.vocab_size=17"]
     assert main([*arguments, *more]) == 2
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for part in (
         "has 18 entries, the model's vocabulary 17",
         "the tokenizer has no chat template",
         "it has 3 labels",
     ):
-        assert part in said
+        assert part in output

@@ -47,10 +47,10 @@ def test_groups_of_equal_rewards_are_skipped_and_counted(base, tmp_path, capsys)
     run = tmp_path / "run"
     off = ["--config.objective.preset=dr_grpo"]
     assert run_of(base, run, *off, reward="constant") == 0
-    found = lines(run)
-    assert [line["skipped_updates"] for line in found[1:]] == [1.0] * 3
-    assert {line["step"] for line in found} == {0}
-    assert [line["frac_reward_zero_std"] for line in found[1:]] == [1.0] * 3
+    result = lines(run)
+    assert [line["skipped_updates"] for line in result[1:]] == [1.0] * 3
+    assert {line["step"] for line in result} == {0}
+    assert [line["frac_reward_zero_std"] for line in result[1:]] == [1.0] * 3
     before, after = weights(base), weights(run / "export")
     for name in before:
         np.testing.assert_array_equal(before[name], after[name])
@@ -58,9 +58,9 @@ def test_groups_of_equal_rewards_are_skipped_and_counted(base, tmp_path, capsys)
     assert (
         run_of(base, stopped, *off, "--config.schedule.on_no_signal=stop", reward="constant") == 2
     )
-    said = capsys.readouterr().err
-    assert "rollout step 1 has anything to learn from (100% of the groups got equal" in said
-    assert 'schedule.on_no_signal="skip"' in said
+    output = capsys.readouterr().err
+    assert "rollout step 1 has anything to learn from (100% of the groups got equal" in output
+    assert 'schedule.on_no_signal="skip"' in output
 
 
 def test_skipped_steps_are_written_once(base, tmp_path, monkeypatch):
@@ -78,9 +78,9 @@ def test_cut_completions_may_leave_nothing(base, tmp_path):
     run = tmp_path / "run"
     more = ["--config.objective.preset=grpo", "--config.objective.overlong=mask"]
     assert run_of(base, run, *more, "--config.rollout.max_completion_tokens=1") == 0
-    found = lines(run)[1:]
-    assert all(line["completions/clipped_ratio"] > 0.5 for line in found)
-    assert any(line["skipped_updates"] == 1.0 for line in found)
+    result = lines(run)[1:]
+    assert all(line["completions/clipped_ratio"] > 0.5 for line in result)
+    assert any(line["skipped_updates"] == 1.0 for line in result)
     for array in weights(run / "export").values():
         assert np.isfinite(array).all()
 
@@ -93,13 +93,13 @@ def test_dapo_draws_other_prompts(base, tmp_path, monkeypatch):
         "--config.stages[0].steps=4",
         "--config.stages[0].parameters=(('.*', 1e-2),)",
     ]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run_of(base, whole, *more, reward="sometimes") == 0
-    found = lines(whole)[1:]
-    assert max(line["resampling_rounds"] for line in found) >= 1
-    assert np.mean([line["frac_reward_zero_std"] for line in found]) < 0.4  # about 0.5 undrawn
+    uninterrupted, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run_of(base, uninterrupted, *more, reward="sometimes") == 0
+    result = lines(uninterrupted)[1:]
+    assert max(line["resampling_rounds"] for line in result) >= 1
+    assert np.mean([line["frac_reward_zero_std"] for line in result]) < 0.4  # about 0.5 undrawn
     killed_and_resumed(monkeypatch, 4, lambda: run_of(base, broken, *more, reward="sometimes"))
-    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
 
 
 def test_truncated_sampling_with_correction(base, tmp_path):

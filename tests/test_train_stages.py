@@ -55,30 +55,32 @@ def test_a_stage_that_ends_early_resumes_alike(base, tmp_path, monkeypatch, caps
         "--config.stages[1].schedule=linear",
         "--config.stages[1].parameters=(('head/.*', 1e-2), ('.*', 1e-3))",
     ]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(words(base, whole, *more, config="cfrl")) == 0, capsys.readouterr().err
-    said = capsys.readouterr()
-    assert "stage 'classifier' ends: mean reward of the last 2 steps is 0.5" in said.out + said.err
+    uninterrupted, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(words(base, uninterrupted, *more, config="cfrl")) == 0, capsys.readouterr().err
+    output = capsys.readouterr()
+    assert (
+        "stage 'classifier' ends: mean reward of the last 2 steps is 0.5" in output.out + output.err
+    )
     for step in (3, 5):  # inside the window, at the hand-over
         with monkeypatch.context() as patch, pytest.raises(KilledError):
             killed_at(patch, step)
             main(words(base, broken, *more, config="cfrl"))
     assert main(words(base, broken, *more, config="cfrl")) == 0
-    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
     for name in ("export", "export_reference"):
-        one, other = (run / name / "model.safetensors" for run in (whole, broken))
-        assert one.read_bytes() == other.read_bytes()
-    found = lines(whole)[1:]
-    assert [line["stage"] for line in found] == ["classifier"] * 4 + ["all"] * 3
-    rates = [line["learning_rate"] for line in found]
+        first, other = (run / name / "model.safetensors" for run in (uninterrupted, broken))
+        assert first.read_bytes() == other.read_bytes()
+    result = lines(uninterrupted)[1:]
+    assert [line["stage"] for line in result] == ["classifier"] * 4 + ["all"] * 3
+    rates = [line["learning_rate"] for line in result]
     # two optimizer steps each: of six, the second, fourth and last
     assert rates == pytest.approx([1e-2] * 4 + [1e-2 * left / 6 for left in (5, 3, 1)])
     # after steps 3 and 6 the reference has come along, so the next step is nearer to it
-    spent = [line["kl"] for line in found]
+    spent = [line["kl"] for line in result]
     assert spent[0] < spent[1] < spent[2] > spent[3] < spent[4] < spent[5] > spent[6]
     start, end, reference = (
         load_file(place / "model.safetensors")
-        for place in (base, whole / "export", whole / "export_reference")
+        for place in (base, uninterrupted / "export", uninterrupted / "export_reference")
     )
     head = "embed_out.weight"
     assert not np.array_equal(reference[head], start[head])
@@ -132,8 +134,8 @@ def test_a_tied_head_by_choice(tmp_path, capsys, untie):
         "--config.schedule.reference_mixup_alpha=0.25",
     )
     assert main([*arguments, f"--config.stages[0].parameters={rows}"]) == 2
-    said = capsys.readouterr().err
-    assert "'embed/embedding'" in said and "--config.model.untie=true" in said
+    output = capsys.readouterr().err
+    assert "'embed/embedding'" in output and "--config.model.untie=true" in output
     if untie:
         arguments.append("--config.model.untie=true")
     else:
@@ -180,5 +182,5 @@ def test_mistakes(base, tmp_path, capsys, mistake):  # noqa: F811
     """law: exit status 2, a sentence, no trace."""
     more, message = mistake
     assert main(words(base, tmp_path / "run", *more, config="cfrl")) == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert message in output and "Traceback" not in output

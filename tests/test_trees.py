@@ -62,10 +62,10 @@ def test_shardings_follow_names_into_optimizer_state():
         (".*", ()),
     )
     state = {"mu": TREE, "count": jnp.zeros(())}
-    found = trees.named_leaves(trees.shardings(state, rows, mesh))
-    assert found["mu/head/weight"].spec == PartitionSpec("tensor", None)  # 6 % 4 != 0
-    assert found["mu/layers/up"].spec == PartitionSpec(None, None, "tensor")
-    assert found["count"].spec == PartitionSpec()
+    result = trees.named_leaves(trees.shardings(state, rows, mesh))
+    assert result["mu/head/weight"].spec == PartitionSpec("tensor", None)  # 6 % 4 != 0
+    assert result["mu/layers/up"].spec == PartitionSpec(None, None, "tensor")
+    assert result["count"].spec == PartitionSpec()
     with pytest.raises(ValueError, match="no pattern covers count"):
         trees.shardings(state, rows[:2] + (("layers/b", ()),), mesh)
 

@@ -17,15 +17,15 @@ LEDGER = ["--config.probe.ledger_every_steps=2", "--config.eval.every_steps=4"]
 
 def accounts(run):
     """Arrays and texts of every ledger of a run."""
-    found = {}
+    result = {}
     for path in sorted((run / "ledger").glob("*.npz")):
         with np.load(path) as file:
             arrays = {name: file[name].astype(float) for name in file.files}
-        found[path.stem] = arrays, json.loads(path.with_suffix(".json").read_text())
-    return found
+        result[path.stem] = arrays, json.loads(path.with_suffix(".json").read_text())
+    return result
 
 
-def whole(arrays, measure):
+def column_sum(arrays, measure):
     """Sum all columns and the curvature of a measure."""
     columns = [v for name, v in arrays.items() if name.startswith(measure) and "actual" not in name]
     return sum(v.sum(axis=1) if v.ndim == 2 else v for v in columns)
@@ -36,34 +36,34 @@ def test_a_ledger_of_every_stage(base, tmp_path, capsys):  # noqa: F811
     run = tmp_path / "run"
     more = ["--config.probe.families=('own', 'other', 'shuffled')", *LEDGER, *STAGES]
     assert main(words(base, run, *more, config="cfrl")) == 0
-    told = json.loads((run / "probes" / "set.json").read_text())
-    assert [one["family"] for one in told["completions"]] == sum(
+    probe_set = json.loads((run / "probes" / "set.json").read_text())
+    assert [entry["family"] for entry in probe_set["completions"]] == sum(
         ([family] * 4 for family in FAMILIES[:3]), []
     )
-    own, other, shuffled = (told["completions"][i : i + 4] for i in (0, 4, 8))
-    assert [one["text"] for one in other] == [own[i]["text"] for i in (2, 3, 0, 1)]
+    own_texts, other, shuffled = (probe_set["completions"][i : i + 4] for i in (0, 4, 8))
+    assert [entry["text"] for entry in other] == [own_texts[i]["text"] for i in (2, 3, 0, 1)]
     assert all(
         sorted(a["tokens"]) == sorted(b["tokens"]) and a["tokens"][-1] == b["tokens"][-1]
-        for a, b in zip(own, shuffled, strict=True)
+        for a, b in zip(own_texts, shuffled, strict=True)
     )
-    tokens = sum(len(one["tokens"]) for one in told["completions"])
-    found = accounts(run)
-    assert list(found) == [
+    tokens = sum(len(entry["tokens"]) for entry in probe_set["completions"])
+    result = accounts(run)
+    assert list(result) == [
         "step_000002",
         "step_000004",
         "step_000006",
         "step_000008",
         "step_000010",
     ]
-    for name, (arrays, beside) in found.items():
+    for name, (arrays, beside) in result.items():
         stage = "classifier" if int(name[5:]) <= 4 else "all"
-        assert beside["stage"] == stage and beside["digest"] == told["digest"]
-        assert len(beside["samples"]) == 8 and all(one["prompt"] for one in beside["samples"])
+        assert beside["stage"] == stage and beside["digest"] == probe_set["digest"]
+        assert len(beside["samples"]) == 8 and all(entry["prompt"] for entry in beside["samples"])
         assert arrays["log_prob/policy/head"].shape == (tokens, 8)
         for measure in ("log_prob", "entropy"):
             actual = arrays[f"{measure}/actual"]
             assert np.abs(actual).max() > 1e-6
-            np.testing.assert_allclose(whole(arrays, measure), actual, atol=1e-6)
+            np.testing.assert_allclose(column_sum(arrays, measure), actual, atol=1e-6)
         moved = np.abs(arrays["log_prob/policy/body"]).max()
         assert moved == 0 if stage == "classifier" else moved > 1e-7
         with np.load(run / "probes" / f"{name}.npz") as file:
@@ -96,7 +96,7 @@ def test_other_forms_of_a_ledger(base, tmp_path):  # noqa: F811
     terms = ("policy", "kl", "bonus", "momentum", "decay", "optimizer")
     roles = ("head", "mlp", "rest")
     assert parts == {f"{t}/{r}" for t in terms for r in roles} | {"actual", "curvature"}
-    np.testing.assert_allclose(whole(arrays, "log_prob"), arrays["log_prob/actual"], atol=1e-6)
+    np.testing.assert_allclose(column_sum(arrays, "log_prob"), arrays["log_prob/actual"], atol=1e-6)
     first, last = lines(run)[0], lines(run)[-1]
     assert first["probe/laziness_head"] == 0 < last["probe/laziness_head"] < 1
     assert 0 <= last["probe/advantage_alignment"] <= 1
@@ -108,20 +108,20 @@ def test_other_forms_of_a_ledger(base, tmp_path):  # noqa: F811
 def test_shares_of_the_kl_by_hand():
     """by hand: 1 of 4, 0 of nothing, nothing counted; None where a token differs or others pull."""
     mask = np.array([[True, True], [True, False], [False, False]])
-    whole = np.array([[4.0, 4.0], [0.0, 7.0], [3.0, 5.0]])
+    advantages = np.array([[4.0, 4.0], [0.0, 7.0], [3.0, 5.0]])
     part = np.array([[1.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
-    given = dict.fromkeys(("tokens", "mask", "old_log_probs", "ref_log_probs"), mask)
-    batch = UpdateBatch(completion_mask=mask, advantages=whole, kl_advantages=part, **given)
+    arrays = dict.fromkeys(("tokens", "mask", "old_log_probs", "ref_log_probs"), mask)
+    batch = UpdateBatch(completion_mask=mask, advantages=advantages, kl_advantages=part, **arrays)
     assert kl_shares(batch).tolist() == [0.25, 0.0, 0.0]
-    whole[0, 1] = 3.0
+    advantages[0, 1] = 3.0
     assert kl_shares(batch) is None
-    whole[0, 1] = 4.0
+    advantages[0, 1] = 4.0
     assert kl_shares(batch.replace(penalties=part)) is None
     assert kl_shares(batch.replace(kl_advantages=None)) is None
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("probe.families=('own', 'mine')", "families must be different ones of own, other"),
         ("probe.families=('rejected',)", "has no column rejected; add it"),
@@ -129,7 +129,7 @@ def test_shares_of_the_kl_by_hand():
         ("probe.ledger_groups=(('layers', 'x'),)", "matches no parameter"),
     ],
 )
-def test_mistakes(base, tmp_path, capsys, setting, said):  # noqa: F811
+def test_mistakes(base, tmp_path, capsys, setting, message):  # noqa: F811
     """law: errors come before anything is trained."""
     assert main(words(base, tmp_path / "run", f"--config.{setting}", *LEDGER)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -24,4 +24,4 @@ def absent(prompts, log_metric, **columns):
     """Return a reward for the even prompts alone, and log their share."""
     even = [int(prompt.rstrip("=")[-1]) % 2 == 0 for prompt in prompts]
     log_metric("even", sum(even) / len(even))
-    return [0.25 if one else None for one in even]
+    return [0.25 if is_even else None for is_even in even]

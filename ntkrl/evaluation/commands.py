@@ -49,10 +49,14 @@ def evaluate(
     settings = read_settings(config)
     if settings.method == "reward":
         raise ValueError("evaluate samples completions; a reward model's accuracy is in its run.")
-    if run is None and settings.model.path is None:
+    directory, checkpoint = Path(config.run_dir), None
+    if run is not None:
+        checkpoint = SavedParams(run, settings, step)
+        label = checkpoint.name
+    elif settings.model.path is not None:
+        label = _label(settings.model.path)
+    else:
         raise ValueError("evaluate needs --config.model.path=DIR or --run=RUN, the model to score.")
-    directory = Path(config.run_dir)
-    checkpoint = None if run is None else SavedParams(run, settings, step)
     setup = set_up(settings, directory)
     if setup.held_out is None:
         raise ValueError(
@@ -69,10 +73,9 @@ def evaluate(
     for name, values in samples.by_prompt.items():
         metrics |= mean_interval(name, values)
     if runtime.is_writer():
-        name = settings.evaluation.name
-        if name is None:
-            name = _label(settings.model.path) if checkpoint is None else checkpoint.name
-        path = directory / "evaluations" / f"{name}.json"
+        if settings.evaluation.name is not None:
+            label = settings.evaluation.name
+        path = directory / "evaluations" / f"{label}.json"
         _write(setup, path, metrics, samples.repeats)
     return metrics
 
@@ -182,7 +185,7 @@ def _write(
 
 
 def _sample_rows(setup: RunSetup, rewarded: RewardedRollout, repeat: int) -> list[dict[str, Any]]:
-    prompts = setup.held_out.prompt_set.prompts
+    prompts = setup.held_out_prompts.prompt_set.prompts
     group = setup.settings.evaluation.samples_per_prompt
     return [
         {

@@ -78,7 +78,7 @@ def _collect_held_out(
     not change it. The last part is padded with its own prompts, whose samples are dropped.
     `advance` is called with the completions of each part.
     """
-    settings, prompts = setup.settings, setup.held_out
+    settings, prompts = setup.settings, setup.held_out_prompts
     group = samples_together(settings)
     rounds = settings.evaluation.samples_per_prompt // group
     count = min(settings.evaluation.prompts, prompts.size)
@@ -114,7 +114,7 @@ def evaluate_policy(
       `compare` where the config has a base, and the samples they are computed from.
     """
     settings = setup.settings.evaluation
-    count = min(settings.prompts, setup.held_out.size)
+    count = min(settings.prompts, setup.held_out_prompts.size)
     total = count * settings.samples_per_prompt * settings.repeats
     with tqdm(total=total, desc="samples", disable=not progress) as bar:
         repeats = [

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ntkrl import runtime, trees
+from ntkrl import trees
 from ntkrl.plan import abstract_models
 from ntkrl.plan.hardware import Chip, Machine
 from ntkrl.plan.measure import ProgramCost, measure
@@ -130,7 +130,7 @@ def abstract_run(settings: RunSettings, machine: Machine) -> AbstractRun:
     """
     if settings.method == "reward":
         raise ValueError("plan knows methods rl and sft; a reward model has no plan yet.")
-    mesh = runtime.make_mesh(**settings.mesh, devices=machine.devices)
+    mesh = settings.make_mesh(machine.devices)
     policy, params = abstract_models.describe_policy(settings.model, mesh)
     scorers = abstract_models.describe_rewards(settings, mesh)
     return AbstractRun(settings, StartingModel(policy, params, SpecialTokens(), "", mesh), scorers)

@@ -78,7 +78,7 @@ class Prober:
         self.start_features = self.read(start_params).features
         self.start_head = head_of(policy, start_params)
 
-    def map_blocks(self, function: Callable[..., Any], *arrays: Array) -> Any:
+    def map_blocks(self, function: Callable[..., Any], *arrays: Array | np.ndarray) -> Any:
         """Apply a function to blocks of completions and concatenate the results.
 
         Args:

@@ -16,7 +16,7 @@ SMOOTHING = 0.1
 
 
 def distinct_counts(
-    texts: Sequence[str], successes: Sequence[bool], group_size: int
+    texts: Sequence[str], successes: Sequence[bool] | np.ndarray, group_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Count distinct completions and distinct successful completions per prompt.
 
@@ -205,7 +205,7 @@ def crossing_interval(
     return bootstrap(k_star, first, second, level=level, draws=draws, seed=seed)
 
 
-def best_of_n(rewards: Sequence[float], ns: Sequence[int]) -> np.ndarray:
+def best_of_n(rewards: Sequence[float] | np.ndarray, ns: Sequence[int]) -> np.ndarray:
     """Return unbiased estimates of E[max of N rewards]: Σ_i C(i−1, N−1)/C(n, N) r_(i).
 
     Args:

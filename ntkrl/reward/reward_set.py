@@ -255,7 +255,7 @@ def _concatenate(parts: Iterable[Mapping[str, list[Any]]]) -> dict[str, list[Any
     return joined
 
 
-def write_rewards(path: Path, per_function: Mapping[str, Sequence[float]]) -> None:
+def write_rewards(path: Path, per_function: Mapping[str, Sequence[float] | np.ndarray]) -> None:
     """Write rewards by function name as JSON, NaN (not applicable) as null."""
     values_of = {
         name: [None if value != value else float(value) for value in values]

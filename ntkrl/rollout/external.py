@@ -88,12 +88,12 @@ class ExternalSampler:
         )
 
 
-def load_engine(spec: str, directory: str, settings: SamplerSettings) -> Generate:
+def load_engine(spec: str, directory: str | None, settings: SamplerSettings) -> Generate:
     """Run a user's file and make its engine.
 
     Args:
       spec: "path/to/file.py:make".
-      directory: Hugging Face directory of the starting model.
+      directory: Hugging Face directory of the starting model, or None for a new one.
       settings: of sampling.
 
     Raises:

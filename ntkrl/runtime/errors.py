@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TypeVar
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -36,6 +37,15 @@ class ErrorCollector:
         with self:
             return function(*args)
         return None
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """Return `function` of every item, or raise all recorded errors as `finish` does."""
+        results = []
+        for item in items:
+            with self:
+                results.append(function(item))
+        self.finish()
+        return results
 
     def finish(self) -> None:
         """Raise one ValueError with every recorded message, one per line, if there are any."""

@@ -29,12 +29,12 @@ def load_rewards(settings: reward.RewardSettings, mesh: Mesh) -> reward.RewardSe
     normalisation = {}
     if settings.normalisation is not None:
         normalisation = reward.read_normalisation(settings.normalisation)
-    errors = runtime.ErrorCollector()
-    functions = [
-        errors.call(_load_function, spec, weight, normalisation, settings, mesh)
-        for spec, weight in settings.functions
-    ]
-    errors.finish()
+
+    def load(function: tuple[str, float]) -> reward.RewardFunction:
+        spec, weight = function
+        return _load_function(spec, weight, normalisation, settings, mesh)
+
+    functions = runtime.ErrorCollector().map(load, settings.functions)
     names = [function.name for function in functions]
     unused = sorted(normalisation.keys() - {*names})
     if unused:
@@ -61,20 +61,31 @@ def _load_function(
     if spec not in reward.BUILT_IN:
         name = spec.rpartition(":")[2] if is_code(spec) else Path(spec).name
     shift, scale = normalisation[name] if name in normalisation else (0.0, 1.0)
-    common = {
-        "weight": weight,
-        "shift": shift,
-        "scale": scale,
-        "on_failure": settings.on_failure,
-    }
     directory = Path(spec) if is_code(spec) else models.local_directory(spec)
     if is_code(spec) or not directory.is_dir():
         options = settings.options[spec] if spec in settings.options else {}
-        return reward.open_function(spec, settings.timeout, options, **common)
+        return reward.open_function(
+            spec,
+            settings.timeout,
+            options,
+            weight=weight,
+            shift=shift,
+            scale=scale,
+            on_failure=settings.on_failure,
+        )
     scorer, params = models.load_scorer(directory, DTYPES[settings.dtype], mesh)
     tokenizer = data.load_tokenizer(directory)
     call = reward.RewardModel(scorer, params, tokenizer, mesh, settings.batch_size)
-    return reward.RewardFunction(name, call, source=str(directory), on_mesh=True, **common)
+    return reward.RewardFunction(
+        name,
+        call,
+        weight=weight,
+        source=str(directory),
+        shift=shift,
+        scale=scale,
+        on_failure=settings.on_failure,
+        on_mesh=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,14 +100,15 @@ class Samples:
 
 
 def read_base(
-    settings: EvalSettings, held_out: data.PromptSet, rewards: reward.RewardSet
+    path: Path, settings: EvalSettings, held_out: data.PromptSet, rewards: reward.RewardSet
 ) -> Samples:
-    """Read as many samples of the evaluation `settings.base` as are drawn for each prompt.
+    """Read as many samples of an earlier evaluation as are drawn for each prompt.
 
     Its rewards are summed with the weights and the normalisation of this config.
 
     Args:
-      settings: of the evaluation, with a base.
+      path: of its samples, `settings.base`.
+      settings: of the evaluation.
       held_out: its prompts, of which the first `settings.prompts` count.
       rewards: of the run.
 
@@ -104,10 +116,10 @@ def read_base(
       ValueError: files that are missing or of another form, other prompts, fewer samples or other
         reward functions than this evaluation has; all in one message.
     """
-    path, errors = Path(settings.base), runtime.ErrorCollector()
-    place = f"eval.base {path}"
+    errors, place = runtime.ErrorCollector(), f"eval.base {path}"
     samples = errors.call(_read_samples, path, place)
     raw = errors.call(reward.read_rewards, path.with_suffix(".rewards.json"), "eval.base")
+    rows = None
     if samples is not None:
         rows = errors.call(_rows_by_prompt, settings, place, samples, held_out)
     if raw is not None:
@@ -115,6 +127,7 @@ def read_base(
     if samples is not None and raw is not None:
         errors.call(_check_counts, place, len(samples.prompts), raw)
     errors.finish()
+    assert samples is not None and raw is not None and rows is not None  # else an error was raised
     texts = samples.columns["completion"]
     rewards_B = rewards.total(raw, texts)
     return Samples([[texts[i] for i in group] for group in rows], rewards_B[np.array(rows)])

@@ -71,6 +71,12 @@ class RunSetup:
     base: Samples | None
 
     @property
+    def held_out_prompts(self) -> Prompts:
+        """The prompts of a run that has an evaluation."""
+        assert self.held_out is not None
+        return self.held_out
+
+    @property
     def stages(self) -> tuple[update.Stage, ...]:
         """The config's stages, their lengths in rollout steps."""
         # weighted files may be smaller than a batch
@@ -89,7 +95,7 @@ def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
       ValueError: anything wrong with the files the config names, or how they fit.
     """
     errors = runtime.ErrorCollector()
-    mesh = runtime.make_mesh(**settings.mesh)
+    mesh = settings.make_mesh()
     rewards, stored_rows, tokenizer, train, held_out, base = None, None, None, None, None, None
     with errors:
         if settings.reward.functions:
@@ -112,10 +118,12 @@ def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
             with errors:
                 if prompts is not None:
                     rewards.check_columns(prompts.columns)
-    if settings.evaluation.base is not None and held_out is not None and rewards is not None:
+    base_path = settings.evaluation.base
+    if base_path is not None and held_out is not None and rewards is not None:
         with errors:
-            base = read_base(settings.evaluation, held_out.prompt_set, rewards)
+            base = read_base(Path(base_path), settings.evaluation, held_out.prompt_set, rewards)
     errors.finish()
+    assert train is not None  # else its error was raised
     model = load_network(settings, mesh, tokenizer, tokenizer_dir)
     return RunSetup(settings, model, train, held_out, rewards, base)
 
@@ -150,13 +158,11 @@ def _read_prompt_sets(settings: RunSettings) -> tuple[list[data.PromptSet], list
     if files.eval_path is not None:
         eval_required = required if paired else ("prompt",)
         names += [(name, eval_required) for name in data.split_names(files.eval_path)]
-    sets = [errors.call(data.read_set, *arguments) for arguments in names]
-    errors.finish()
+    sets = errors.map(lambda file: data.read_set(*file), names)
     train_sets, held_out = sets[:count], sets[count:]
     if held_out or not settings.holds_out:
         return train_sets, held_out if settings.holds_out else []
-    divided = [errors.call(data.hold_out, prompt_set, files.held_out) for prompt_set in train_sets]
-    errors.finish()
+    divided = errors.map(lambda prompts: data.hold_out(prompts, files.held_out), train_sets)
     return [train for train, _ in divided], [held_out for _, held_out in divided]
 
 
@@ -178,10 +184,7 @@ def _encode(
         ids = data.encode_prompts(tokenizer, prompt_set, settings.data.max_prompt_tokens)
         return Prompts(prompt_set, ids, completions, size)
 
-    errors = runtime.ErrorCollector()
-    parts = [errors.call(encode, prompt_set) for prompt_set in prompt_sets]
-    errors.finish()
-    return parts
+    return runtime.ErrorCollector().map(encode, prompt_sets)
 
 
 def _joined(parts: Sequence[Prompts]) -> Prompts:

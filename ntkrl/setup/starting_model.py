@@ -26,23 +26,29 @@ MOST_TEXTS, TEXTS_PER_BATCH = 4096, 256
 class StartingModel:
     """The model that a run starts from.
 
-    policy: None for a reward model. scorer: of a reward model, whose params hold its head.
+    network: the trained network; a reward model is a Scorer, whose params hold its head.
     params: on the mesh; shapes with shardings where a run is only planned.
     tokenizer: transformers'. tokenizer_dir: directory whose tokenizer files export copies.
     mesh: of all devices.
     """
 
-    policy: Policy | None
+    network: Policy | Scorer
     params: Params
     tokenizer: Any
     tokenizer_dir: str
     mesh: Mesh
-    scorer: Scorer | None = None
 
     @property
-    def network(self) -> Policy | Scorer:
-        """The trained network."""
-        return self.scorer if self.policy is None else self.policy
+    def policy(self) -> Policy:
+        """The network of a run that trains a policy."""
+        assert isinstance(self.network, Policy)
+        return self.network
+
+    @property
+    def scorer(self) -> Scorer:
+        """The network of a run that trains a reward model."""
+        assert isinstance(self.network, Scorer)
+        return self.network
 
     @property
     def sharding(self) -> trees.Patterns:
@@ -51,8 +57,8 @@ class StartingModel:
 
     def export(self, path: Path, params: Params) -> None:
         """Write a Hugging Face directory, and one of the adapters beside it if there are any."""
-        if self.policy is None:
-            models.export_scorer(path, self.scorer, params, self.tokenizer_dir)
+        if isinstance(self.network, Scorer):
+            models.export_scorer(path, self.network, params, self.tokenizer_dir)
             return
         models.export(path, self.policy, params, self.tokenizer_dir)
         if self.policy.config.adapters is not None:
@@ -71,7 +77,7 @@ def load_starting_model(settings: RunSettings, run_dir: Path) -> StartingModel:
     Raises:
       ValueError: anything wrong with the model directory.
     """
-    mesh = runtime.make_mesh(**settings.mesh)
+    mesh = settings.make_mesh()
     tokenizer, source = load_tokenizer(settings, run_dir)
     return load_network(settings, mesh, tokenizer, source)
 
@@ -126,14 +132,14 @@ def load_network(
     """
     if settings.method == "reward":
         scorer, params = _load_scorer(settings, tokenizer, mesh)
-        return StartingModel(None, params, tokenizer, tokenizer_dir, mesh, scorer)
+        return StartingModel(scorer, params, tokenizer, tokenizer_dir, mesh)
     policy, params = _load_policy(settings, tokenizer, mesh)
     rows = vocabulary_rows(settings, tokenizer, policy.vocab_size)
     if rows != policy.vocab_size:
         policy, params = models.resized(policy, params, rows, mesh)
     check_vocabulary(tokenizer, rows, tokenizer_dir)
     if settings.model.whiten is not None:
-        policy, params = _whiten(settings, policy, params, tokenizer, mesh)
+        policy, params = _whiten(settings, settings.model.whiten, policy, params, tokenizer, mesh)
     return StartingModel(policy, params, tokenizer, tokenizer_dir, mesh)
 
 
@@ -146,6 +152,7 @@ def _load_scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Sco
         raise ValueError(
             f"reward models are trained without {', '.join(f'model.{name}' for name in unused)}."
         )
+    assert model.path is not None  # `read_settings` refuses a reward model without a path
     new_head = models.NewHead(tokenizer.pad_token_id, settings.seed)
     return models.load_scorer(model.path, DTYPES[model.dtype], mesh, _compute(settings), new_head)
 
@@ -174,21 +181,21 @@ def _compute(settings: RunSettings) -> Any:
 
 
 def _whiten(
-    settings: RunSettings, policy: Policy, params: Params, tokenizer: Any, mesh: Mesh
+    settings: RunSettings, path: str, policy: Policy, params: Params, tokenizer: Any, mesh: Mesh
 ) -> tuple[Policy, Params]:
-    """Make features diverse on the texts that `model.whiten` names.
+    """Make features diverse on the texts of the file that `model.whiten` names.
 
     Raises:
       ValueError: the file is wrong, or what `models.whitened` raises.
     """
-    texts = data.read_set(settings.model.whiten, ("prompt", "completion"))
-    texts = data.take(texts, range(min(MOST_TEXTS, len(texts.prompts))))
+    texts = data.read_set(path, ("prompt", "completion"))
+    texts = data.take(texts, np.arange(min(MOST_TEXTS, len(texts.prompts))))
     prompts = data.encode_prompts(tokenizer, texts, settings.data.max_prompt_tokens)
     # a sampled text may fill the budget, and its end token comes on top
     budget = settings.rollout.max_completion_tokens + 1
     completions = data.encode_completions(tokenizer, texts, budget)
     widths = max(map(len, prompts)), max(map(len, completions))
-    total, count = 0.0, 0
+    total, count = jnp.float32(0), 0
     for start in range(0, len(prompts), TEXTS_PER_BATCH):
         rows = np.arange(start, min(start + TEXTS_PER_BATCH, len(prompts)))
         filled = np.resize(rows, TEXTS_PER_BATCH)

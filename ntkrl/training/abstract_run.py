@@ -80,7 +80,7 @@ class AbstractRun:
 
     def state(self, stage: update.StageProgram) -> TrainState:
         """Return the state that a stage's steps start from."""
-        return self.states.abstract(stage).replace(reference=None)
+        return dataclasses.replace(self.states.abstract(stage), reference=None)
 
     def resident(self, stage: update.StageProgram) -> dict[str, Any]:
         """Return the trees that are on the devices throughout a stage, by name."""
@@ -105,23 +105,23 @@ class AbstractRun:
         count = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
         tokens = jax.ShapeDtypeStruct((count, self.width + self.budget), jnp.int32)
         mask = tokens.update(dtype=jnp.bool_)
-        log_probs = jax.ShapeDtypeStruct((count, self.budget), jnp.float32)
-        features = None
-        if keep_features:
-            dtype = jax.eval_shape(policy.features, self.model.params, tokens, mask).dtype
-            shape = (count, self.budget, policy.feature_size)
-            features = jax.ShapeDtypeStruct(shape, dtype)
-        return self.rows(
-            Rollout(
-                tokens=tokens,
-                mask=mask,
-                completion_mask=log_probs.update(dtype=jnp.bool_),
-                sampler_log_probs=log_probs,
-                kept_log_mass=log_probs,
-                finished=jax.ShapeDtypeStruct((count,), jnp.bool_),
-                features=features,
+        features = jax.eval_shape(policy.features, self.model.params, tokens, mask)
+
+        def drawn() -> Rollout:
+            shape = (count, self.budget)
+            return Rollout(
+                tokens=jnp.zeros(tokens.shape, tokens.dtype),
+                mask=jnp.zeros(mask.shape, mask.dtype),
+                completion_mask=jnp.zeros(shape, jnp.bool_),
+                sampler_log_probs=jnp.zeros(shape, jnp.float32),
+                kept_log_mass=jnp.zeros(shape, jnp.float32),
+                finished=jnp.zeros(count, jnp.bool_),
+                features=jnp.zeros((*shape, policy.feature_size), features.dtype)
+                if keep_features
+                else None,
             )
-        )
+
+        return self.rows(jax.eval_shape(drawn))
 
     def minibatch(
         self, stage: update.StageProgram, accounted: bool = False
@@ -139,7 +139,7 @@ class AbstractRun:
         log_probs = drawn.sampler_log_probs
         exact_kl = functions.needs_reference and functions.objective.needs_distribution
         arrays = RolloutArrays(
-            rewards=drawn.finished.update(dtype=jnp.float32),
+            rewards=jax.eval_shape(lambda leaf: leaf.astype(jnp.float32), drawn.finished),
             old_log_probs=log_probs,
             ref_log_probs=log_probs,
             behaviour_log_probs=log_probs,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -20,9 +20,10 @@ from ntkrl.reward import RewardTexts
 from ntkrl.settings import RunSettings
 from ntkrl.setup import Prompts, RunSetup, StartingModel
 from ntkrl.softmax import OutputHead
-from ntkrl.types import Array, Params, PreferenceBatch, UpdateBatch
+from ntkrl.types import Array, Params, PreferenceBatch, Total, UpdateBatch
 
 Batch = UpdateBatch | PreferenceBatch
+BatchType = TypeVar("BatchType", UpdateBatch, PreferenceBatch)
 EVALUATION_ROWS = 32
 """Held-out pairs read at a time."""
 
@@ -73,8 +74,8 @@ class BatchSource(Protocol):
     position: batches of prompts drawn so far; saved in checkpoints, set on resume.
     """
 
-    loss: update.LossFn
-    term_losses: update.LossFn | None
+    loss: update.LossFn[Total]
+    term_losses: update.LossFn[dict[str, Total]] | None
     position: int
 
     def batches(self, context: StepContext) -> StepBatches:
@@ -111,7 +112,7 @@ def step_rows(settings: RunSettings, prompts: Prompts, position: int) -> np.ndar
     return data.weighted_rows_at(position, prompts.sizes, count, settings.seed, weights)
 
 
-def split(batch: Batch, parts: int) -> list[Batch]:
+def split(batch: BatchType, parts: int) -> list[BatchType]:
     """Split a batch into equal parts along its rows."""
     rows = len(jax.tree.leaves(batch)[0]) // parts
     return [jax.tree.map(lambda leaf: leaf[i * rows : (i + 1) * rows], batch) for i in range(parts)]
@@ -125,12 +126,14 @@ def averages(step_metrics: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def supervised_losses(
     settings: RunSettings, model: StartingModel
-) -> tuple[update.LossFn, update.LossFn]:
+) -> tuple[update.LossFn[Total], update.LossFn[dict[str, Total]]]:
     """Return the supervised loss, and the same by term."""
     chunk_tokens, shards = settings.schedule.chunk_tokens, settings.data_shards(model.mesh)
-    loss, term_losses = (
-        update.policy_loss_fn(model.policy, loss, chunk_tokens=chunk_tokens, spread=shards)
-        for loss in (update.supervised_loss, update.supervised_terms)
+    loss = update.policy_loss_fn(
+        model.policy, update.supervised_loss, chunk_tokens=chunk_tokens, spread=shards
+    )
+    term_losses = update.policy_loss_fn(
+        model.policy, update.supervised_terms, chunk_tokens=chunk_tokens, spread=shards
     )
     return loss, term_losses
 
@@ -219,17 +222,15 @@ class PreferenceSource(BatchSource):
         ]
 
     def _batch(
-        self, encoded: list[tuple[list[list[int]], list[int]]], rows: Sequence[int]
+        self, encoded: list[tuple[list[list[int]], list[int]]], rows: Sequence[int] | np.ndarray
     ) -> PreferenceBatch:
         ids = [side[0][row] for row in rows for side in encoded]
         gates = [side[1][row] for row in rows for side in encoded]
-        tokens, mask = self.texts.pad(ids, len(ids))
-        shape = (len(rows), 2, tokens.shape[1])
-        return PreferenceBatch(
-            tokens=tokens.reshape(shape),
-            mask=mask.reshape(shape),
-            gates=np.asarray(gates, np.int32).reshape(len(rows), 2),
+        arrays = (*self.texts.pad(ids, len(ids)), np.asarray(gates, np.int32))
+        tokens, mask, gates_B2 = jax.tree.map(
+            lambda leaf: leaf.reshape(len(rows), 2, *leaf.shape[1:]), arrays
         )
+        return PreferenceBatch(tokens=tokens, mask=mask, gates=gates_B2)
 
     def batches(self, context: StepContext) -> StepBatches:
         """Return the minibatches of pairs of a step."""
@@ -252,7 +253,7 @@ class PreferenceSource(BatchSource):
         """Return `eval/accuracy` and `eval/margin` on held-out pairs."""
         if self.held_out is None:
             return {}
-        count = min(self.setup.settings.evaluation.prompts, self.setup.held_out.size)
+        count = min(self.setup.settings.evaluation.prompts, self.setup.held_out_prompts.size)
         sums = {"accuracy": 0.0, "margin": 0.0}
         for first in range(0, count, EVALUATION_ROWS):
             rows = range(first, min(first + EVALUATION_ROWS, count))

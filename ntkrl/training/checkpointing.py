@@ -43,7 +43,7 @@ class RunCheckpointer:
         self.checkpoints = runtime.Checkpoints(
             directory / "checkpoints", self.settings.keep, ranking
         )
-        self.provenance = {
+        self.provenance: dict[str, Any] = {
             "format": FORMAT,
             "config": config,
             "config_hash": _hash(runtime.config_identity(config)),
@@ -88,16 +88,16 @@ class RunCheckpointer:
             except runtime.CorruptCheckpointError as error:
                 damaged[step] = error
                 continue
-            for number, error in damaged.items():
+            for number, reason in damaged.items():
                 place = self.checkpoints.quarantine(number)
                 runtime.log(
-                    f"the checkpoint of step {number} is damaged ({error}) and now called {place}; "
-                    f"going back to step {step}"
+                    f"the checkpoint of step {number} is damaged ({reason}) and now called "
+                    f"{place}; going back to step {step}"
                 )
             self._log_changes(step, position)
             return step, position, state
         if damaged:
-            listed = "; ".join(f"step {number}: {error}" for number, error in damaged.items())
+            listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
             raise ValueError(
                 f"no checkpoint in {self.checkpoints.directory} can be read ({listed}). Put intact "
                 "ones there, or remove the run directory to start over."
@@ -196,7 +196,7 @@ class RunCheckpointer:
 
 def _files(settings: RunSettings) -> list[str]:
     """Return the files named in the config whose content affects the numbers of a run."""
-    paths = [spec.rpartition(":")[0] for spec, _ in settings.reward.functions]
+    paths: list[str | None] = [spec.rpartition(":")[0] for spec, _ in settings.reward.functions]
     paths += [settings.reward.normalisation, settings.model.template, settings.evaluation.base]
     if settings.rollout.engine is not None:
         paths.append(settings.rollout.engine.rpartition(":")[0])

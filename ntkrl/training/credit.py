@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import overload
+
 import chex
 import jax.numpy as jnp
 import numpy as np
@@ -117,11 +120,19 @@ def token_weights(
     )
 
 
-def without_kl_advantages(
-    batch: UpdateBatch | PreferenceBatch,
-) -> UpdateBatch | PreferenceBatch:
+@overload
+def without_kl_advantages(batch: UpdateBatch) -> UpdateBatch: ...
+
+
+@overload
+def without_kl_advantages(batch: PreferenceBatch) -> PreferenceBatch: ...
+
+
+def without_kl_advantages(batch: UpdateBatch | PreferenceBatch) -> UpdateBatch | PreferenceBatch:
     """Return a batch without the separate KL-advantage term, which only ledgers read."""
-    return batch.replace(kl_advantages=None) if isinstance(batch, UpdateBatch) else batch
+    return (
+        dataclasses.replace(batch, kl_advantages=None) if isinstance(batch, UpdateBatch) else batch
+    )
 
 
 def kl_shares(batch: UpdateBatch) -> np.ndarray | None:

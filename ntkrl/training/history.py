@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import probe
@@ -47,7 +48,7 @@ class History:
                 earlier = read_arrays(path)
                 self._extend(earlier_step, {} if earlier is None else earlier)
         self._extend(step, arrays)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for prefix, sums in self.sums.items():
             if sums.number >= 3:
                 _, scalars = probe.line_fit(sums)
@@ -102,6 +103,7 @@ def direction_arrays(leading: dict[str, probe.SingularTriple]) -> dict[str, np.n
 
 def _cosine(triple: probe.SingularTriple, arrays: Mapping[str, np.ndarray], name: str) -> float:
     earlier = triple._replace(
-        left=arrays[f"{DIRECTION}/{name}/left"], right=arrays[f"{DIRECTION}/{name}/right"]
+        left=jnp.asarray(arrays[f"{DIRECTION}/{name}/left"]),
+        right=jnp.asarray(arrays[f"{DIRECTION}/{name}/right"]),
     )
     return float(np.mean(jax.vmap(probe.direction_cosine)(triple, earlier)))

@@ -21,32 +21,20 @@ from tqdm import tqdm
 
 from ntkrl import report, runtime, update
 from ntkrl.evaluation import evaluate_policy, make_evaluation_sample
-from ntkrl.generate import Clock
+from ntkrl.generate import Clock, Sample
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup, set_up
 from ntkrl.softmax import OutputHead
-from ntkrl.training.batch_sources import (
-    Batch,
-    BatchSource,
-    PreferenceSource,
-    StepContext,
-    SupervisedSource,
-)
+from ntkrl.training.batch_sources import Batch, StepContext
 from ntkrl.training.checkpointing import RunCheckpointer
 from ntkrl.training.credit import without_kl_advantages
-from ntkrl.training.probe_hook import ProbeHook, StepSnapshot
-from ntkrl.training.rollout_source import RolloutSource
-from ntkrl.training.train_state import Step, TrainStates
-from ntkrl.types import Array, TrainState
+from ntkrl.training.probe_hook import CompletedStep, ProbeHook
+from ntkrl.training.rollout_source import BATCH_SOURCES
+from ntkrl.training.train_state import JittedStep, TrainStates
+from ntkrl.types import Array, Params, Policy, TrainState, UpdateBatch
 from ntkrl.update import due
 
-BATCH_SOURCES: dict[str, type[BatchSource]] = {
-    "rl": RolloutSource,
-    "sft": SupervisedSource,
-    "reward": PreferenceSource,
-}
-"""The batch source of each method."""
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
 EVAL_STREAM, PROBE_STREAM = 1, 2
 
@@ -103,7 +91,7 @@ class RolloutStep:
     metrics: values known on the host.
     pending: metrics of its optimizer steps, on the devices until they are fetched, then None.
     counters: logged after those metrics.
-    snapshot: of its last optimizer step, where the probe hook analyses that.
+    completed: its last optimizer step, where the probe hook analyses that.
     """
 
     number: int
@@ -112,11 +100,26 @@ class RolloutStep:
     metrics: dict[str, Any]
     pending: list[dict[str, Array]] | None
     counters: dict[str, Any] = dataclasses.field(default_factory=dict)
-    snapshot: StepSnapshot | None = None
+    completed: CompletedStep | None = None
 
 
 class Loop:
-    """The state of one run: train state, stage, counters."""
+    """The state of one run.
+
+    state: without a reference. reference: params of the reference policy where they move, or None.
+    progress: in the current stage. tokens_seen: in all batches so far.
+    step_count, stage_updates: optimizer steps in all stages, and of the current optimizer.
+    writer, bar: of metrics, and of progress, while `run` trains.
+    """
+
+    state: TrainState
+    reference: Params | None
+    progress: update.Progress
+    tokens_seen: int
+    step_count: int
+    stage_updates: int
+    writer: report.MetricsWriter | report.NoWriter
+    bar: tqdm
 
     def __init__(
         self, setup: RunSetup, directory: Path, config: dict[str, Any], notice: PreemptionNotice
@@ -133,18 +136,18 @@ class Loop:
             self.stages, self.model.network, self.model.params, self.settings.schedule.updates
         )
         self.mix = jax.jit(optax.incremental_update, donate_argnums=1)
-        self.jitted_steps: dict[tuple[int, int, bool], Step] = {}
+        self.jitted_steps: dict[tuple[int, int, bool], JittedStep] = {}
         self.states = TrainStates(self.settings, self.model)
         self.checkpointer = RunCheckpointer(self.settings, config, directory)
-        self.probe_hook, self.eval_sample = None, None
-        if setup.held_out is not None and self.model.policy is not None:
+        self.probe_hook: ProbeHook | None = None
+        self.eval_sample: Sample | None = None
+        if setup.held_out is not None and isinstance(self.model.network, Policy):
             self.eval_sample = make_evaluation_sample(self.settings, self.model)
-            if self.settings.probes:
+            term_losses = self.source.term_losses
+            if self.settings.probes and term_losses is not None:
                 # the same seed for every run of a model, so that runs share one probe set
                 key = _stream(0, PROBE_STREAM, 0)
-                self.probe_hook = ProbeHook(
-                    setup, self.source.term_losses, self.programs, directory, key
-                )
+                self.probe_hook = ProbeHook(setup, term_losses, self.programs, directory, key)
         self.clock = Clock()
 
     def run(self) -> None:
@@ -169,8 +172,7 @@ class Loop:
                 self._finish(previous)  # while the devices work on the current step
                 previous, bar.total = current, rollout_step + self._steps_left()
                 last = self._steps_left() == 0
-                if current.snapshot is not None:
-                    self._analyse(current)
+                self._analyse(current)
                 if last or due(self.settings.evaluation.every_steps, rollout_step):
                     self._fetch(current)
                     current.counters |= self._evaluate(rollout_step)
@@ -192,51 +194,52 @@ class Loop:
         runtime.heartbeat(f"rollout step {rollout_step}")
         self._enter_stage()
         next_key, key = jax.random.split(self.state.key)
-        self.state = self.state.replace(key=next_key)
+        self.state = dataclasses.replace(self.state, key=next_key)
         data = self.source.batches(self._context(rollout_step, key))
         self.tokens_seen += int(sum(np.count_nonzero(batch.mask) for batch in data.batches))
         batches = [*data.batches] * self.settings.schedule.inner_epochs
-        probed = bool(batches) and self.probe_hook is not None and self.probe_hook.due(rollout_step)
-        stage, metrics, snapshot = self.progress.stage, [], None
+        hook = self.probe_hook
+        probed = bool(batches) and hook is not None and hook.due(rollout_step)
+        stage, metrics, snapshot, completed = self.progress.stage, [], None, None
         for number, host_batch in enumerate(batches, start=1):
-            if probed and number == len(batches):  # copy the buffers that the jitted step donates
-                snapshot = self.probe_hook.snapshot(
+            plain = without_kl_advantages(host_batch)
+            if hook is not None and probed and number == len(batches):
+                assert isinstance(host_batch, UpdateBatch)  # as of every source with term losses
+                # copy the buffers that the jitted step donates
+                snapshot = hook.snapshot(
                     self.state, host_batch, data.reference, stage, rollout_step
                 )
                 plain = snapshot.batch
-            else:
-                plain = without_kl_advantages(host_batch)
             batch = runtime.place_rows(plain, self.model.mesh)
             per_term = snapshot is not None and snapshot.accounted
             step = self._jitted_step(batch, data.reference, per_term)
             result = step(self.state, batch, data.reference)
             self.state = result.state
             metrics.append(result.metrics)
-        if snapshot is not None:
-            snapshot = dataclasses.replace(
-                snapshot, after=self.state, term_gradients=result.term_gradients
-            )
+            if snapshot is not None:
+                completed = CompletedStep(snapshot, result.state, result.term_gradients)
         self.clock("update")
         self.step_count += len(batches)
         self.stage_updates += len(batches)
         name = self.stages[stage].name
         current = RolloutStep(rollout_step, self.step_count, name, data.metrics, metrics)
-        current.snapshot = snapshot
+        current.completed = completed
         self._count(current)
         return current
 
-    def _jitted_step(self, batch: Batch, reference: OutputHead | None, per_term: bool) -> Step:
+    def _jitted_step(self, batch: Batch, head: OutputHead | None, per_term: bool) -> JittedStep:
         """Return the stage's train step, jitted once per number of rows."""
         stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
         if (stage, rows, per_term) not in self.jitted_steps:
             program, microbatches = self.programs[stage], self.settings.schedule.microbatches
             if per_term:
                 losses = self.source.term_losses
+                assert losses is not None  # as in every run with ledgers
                 step = update.make_step_with_term_gradients(program, losses, microbatches)
             else:
                 step = update.make_step(program, self.source.loss, microbatches)
             self.jitted_steps[stage, rows, per_term] = self.states.jitted_step(
-                program, step, self.state, batch, reference
+                program, step, self.state, batch, head
             )
         return self.jitted_steps[stage, rows, per_term]
 
@@ -322,9 +325,12 @@ class Loop:
         self.bar.update()
 
     def _analyse(self, current: RolloutStep) -> None:
+        """Add the measures of the probe hook, where it analyses the step."""
+        if self.probe_hook is None or current.completed is None:
+            return
         self._fetch(current)
-        current.counters |= self.probe_hook.analyse(current.snapshot, current.number)
-        current.snapshot = None
+        current.counters |= self.probe_hook.analyse(current.completed, current.number)
+        current.completed = None
         self.clock("look")
 
     def _evaluate(self, rollout_step: int) -> dict[str, Any]:
@@ -354,7 +360,8 @@ class Loop:
 
     def _resume(self) -> int:
         """Set state, stage and counters from the newest checkpoint; return its rollout step."""
-        start, position = 0, {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
+        start = 0
+        position: dict[str, Any] = {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
         checkpoint = self.checkpointer.resume(self._template)
         if checkpoint is None:
             state = self.states.first(self.programs[0])
@@ -365,7 +372,7 @@ class Loop:
         self.tokens_seen = position["num_tokens"]
         self.source.position = position["prompt_batches"]
         # not part of what the step donates, since the step may read its head
-        self.reference, self.state = state.reference, state.replace(reference=None)
+        self.reference, self.state = state.reference, dataclasses.replace(state, reference=None)
         # counted on the host from here on, so that no step waits for the devices
         self.step_count = int(state.step)
         self.stage_updates = update.steps_taken(state.opt_state)
@@ -375,7 +382,7 @@ class Loop:
     def _template(self, position: Mapping[str, Any]) -> TrainState:
         stage = update.Progress(**position["progress"]).stage
         template = self.states.abstract(self.programs[stage])
-        return template.replace(key=self.states.first_key())
+        return dataclasses.replace(template, key=self.states.first_key())
 
     def _save(self, rollout_step: int, metrics: dict[str, Any]) -> None:
         position = {
@@ -383,7 +390,7 @@ class Loop:
             "num_tokens": self.tokens_seen,
             "prompt_batches": self.source.position,
         }
-        state = self.state.replace(reference=self.reference)
+        state = dataclasses.replace(self.state, reference=self.reference)
         self.checkpointer.save(rollout_step, state, position, metrics)
         self.clock("checkpoint")
 

@@ -29,7 +29,7 @@ from ntkrl.training.probe_set import (
     rows_of,
     save_probes,
 )
-from ntkrl.types import Array, Params, TrainState, UpdateBatch
+from ntkrl.types import Array, Params, Total, TrainState, UpdateBatch
 
 LEDGER_COPIES = 20
 """Of the trained params that a ledger holds: what the compiler counts at Pythia-2.8B's size."""
@@ -37,14 +37,13 @@ LEDGER_COPIES = 20
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepSnapshot:
-    """An optimizer step that is analysed.
+    """The beginning of an optimizer step that is analysed.
 
     before: copies of what the step began with; opt_state is None unless a ledger is made.
     batch: its minibatch, in host memory.
     reference: head of the reference policy that its loss compares with, or None.
     stage: number of the stage.
     kl_shares: see `kl_shares`; None where a ledger has the KL's part as a term of its own.
-    after: the state it ended with. term_gradients: see update.StepResult.
     """
 
     before: TrainState
@@ -52,8 +51,6 @@ class StepSnapshot:
     reference: OutputHead | None
     stage: int
     kl_shares: np.ndarray | None
-    after: TrainState | None = None
-    term_gradients: update.Gradients | None = None
 
     @property
     def accounted(self) -> bool:
@@ -61,10 +58,22 @@ class StepSnapshot:
         return self.before.opt_state is not None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompletedStep:
+    """An optimizer step that is analysed.
+
+    start: its beginning. after: the state it ended with. term_gradients: see update.StepResult.
+    """
+
+    start: StepSnapshot
+    after: TrainState
+    term_gradients: update.Gradients | None
+
+
 def make_ledger(
     settings: RunSettings,
     model: StartingModel,
-    term_losses: update.LossFn,
+    term_losses: update.LossFn[dict[str, Total]],
     program: update.StageProgram,
 ) -> attribution.Ledger:
     """Return the ledger of a stage's steps."""
@@ -92,7 +101,7 @@ class ProbeHook:
     def __init__(
         self,
         setup: RunSetup,
-        term_losses: update.LossFn,
+        term_losses: update.LossFn[dict[str, Total]],
         programs: Sequence[update.StageProgram],
         directory: Path,
         key: Array,
@@ -164,33 +173,35 @@ class ProbeHook:
             shares = kl_shares(batch) if self.settings.ledger_by == "sample" else None
         if opt_state is None or shares is not None:
             batch = without_kl_advantages(batch)
-        before = state.replace(params=jax.tree.map(jnp.copy, state.params), opt_state=opt_state)
+        before = dataclasses.replace(
+            state, params=jax.tree.map(jnp.copy, state.params), opt_state=opt_state
+        )
         return StepSnapshot(before, batch, reference, stage, shares)
 
-    def analyse(self, step: StepSnapshot, rollout_step: int) -> dict[str, float]:
+    def analyse(self, step: CompletedStep, rollout_step: int) -> dict[str, float]:
         """Compare an optimizer step with its prediction, and read the probe set after it.
 
         Args:
-          step: complete, with the state after it.
+          step: the optimizer step.
           rollout_step: that it belongs to.
 
         Returns:
           The `predict/…`, `probe/…`, `signal/…`, `weights/…` and `ledger/…` metrics of the step;
           arrays are written.
         """
-        before, after, settings = step.before, step.after, self.setup.settings
+        before, after, settings = step.start.before, step.after, self.setup.settings
         metrics, arrays, (old, new) = self.prober.compare(before.params, after.params)
         metrics |= self.measures(after.params, rollout_step, new)
         number = int(after.step)
         name = f"step_{number:06d}"
-        if step.accounted:
+        if step.start.accounted:
             direction_metrics, directions = self._directions(after.params, number)
             metrics, arrays = metrics | direction_metrics, arrays | directions
         arrays["weights"] = trees.gather_to_host(probe.sample_entries(before.params))
         if runtime.is_writer():
             metrics |= self.history.linearity(number, arrays)
             runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
-        batch = step.batch
+        batch = step.start.batch
         if not settings.data.packing:
             # the longest prompts and completions there can be: one shape, compiled once
             prompt_length, budget = (
@@ -199,7 +210,7 @@ class ProbeHook:
             )
             pad_id = self.model.tokenizer.pad_token_id
             batch = data.widened(batch, prompt_length, budget, pad_id)
-            step = dataclasses.replace(step, batch=batch)
+            step = dataclasses.replace(step, start=dataclasses.replace(step.start, batch=batch))
         placed = runtime.place_rows(batch, self.model.mesh)
         if not settings.data.packing:
             measured = probe.step_measures(
@@ -215,7 +226,7 @@ class ProbeHook:
                 metrics |= self._alignment(before.params, batch)
         moved, _ = probe.update_sparsity(self.model.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
-        if step.accounted:
+        if step.start.accounted:
             entropy = np.asarray(new.statistics.entropy - old.statistics.entropy)
             actual_O2 = np.stack((arrays["actual"], entropy), axis=1)
             metrics |= self._account(step, placed, actual_O2, name)
@@ -266,7 +277,9 @@ class ProbeHook:
         rows, columns = rows[some], columns[some]
         positions = columns + batch.tokens.shape[1] - length
         tokens, mask = np.asarray(batch.tokens)[rows], np.asarray(batch.mask)[rows]
-        contexts = ntk.Contexts(jnp.asarray(tokens), positions - 1, np.arange(count), mask)
+        contexts = ntk.Contexts(
+            jnp.asarray(tokens), jnp.asarray(positions - 1), jnp.arange(count), jnp.asarray(mask)
+        )
         alignment = probe.batch_alignment(
             self.model.policy,
             params,
@@ -291,27 +304,29 @@ class ProbeHook:
         return probe.kernel_traces(plan)
 
     def _account(
-        self, step: StepSnapshot, placed: UpdateBatch, actual: np.ndarray, name: str
+        self, step: CompletedStep, placed: UpdateBatch, actual: np.ndarray, name: str
     ) -> dict[str, float]:
         """Make and write the ledger of a step; return its metrics."""
-        batch, ledger, noises = step.batch, self.ledgers[step.stage], []
+        batch, ledger = step.start.batch, self.ledgers[step.start.stage]
+        noises: list[probe.GradientNoise] = []
         optimizer_step = attribution.OptimizerStep(
-            step.before, step.after.params, placed, step.reference, step.term_gradients
+            step.start.before, step.after.params, placed, step.start.reference, step.term_gradients
         )
 
         def account(contexts: ntk.Contexts, targets: Array, actual_O2: Array) -> dict[str, Any]:
             result = ledger.read(optimizer_step, contexts, targets, actual_O2.T)
-            noises.append(result.noise)
+            if result.noise is not None:
+                noises.append(result.noise)
             return result.arrays
 
         arrays = self.prober.map_blocks(account, actual)
-        if step.kl_shares is not None:
-            arrays = attribution.split_term(arrays, "policy", "kl", step.kl_shares)
+        if step.start.kl_shares is not None:
+            arrays = attribution.split_term(arrays, "policy", "kl", step.start.kl_shares)
         counts_B = np.maximum(np.sum(batch.completion_mask, axis=1), 1)
         advantages_BC = np.where(batch.completion_mask, batch.advantages, 0)
         advantages_B = np.sum(advantages_BC, axis=1) / counts_B
         if runtime.is_writer():
-            stage = self.programs[step.stage].stage.name
+            stage = self.programs[step.start.stage].stage.name
             texts = self._ledger_texts(batch, advantages_B, stage)
             runtime.save_text(self.directory / "ledger" / f"{name}.json", json.dumps(texts))
             runtime.save_arrays(self.directory / "ledger" / f"{name}.npz", arrays)
@@ -328,7 +343,7 @@ class ProbeHook:
         bytes_here = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(trained)]
         needed = LEDGER_COPIES * sum(bytes_here) + self.settings.memory_gib * GIB
         fits = free is None or needed < free
-        if not fits and not self.memory_warned:
+        if free is not None and not fits and not self.memory_warned:
             self.memory_warned = True
             runtime.log(
                 f"no ledger: it needs about {needed / GIB:.1f} GiB on a device beside training, "

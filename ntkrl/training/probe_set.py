@@ -57,7 +57,7 @@ def make_probes(setup: RunSetup, directory: Path, key: Array) -> Probes:
     path = directory / "probes" / "set.npz"
     if runtime.allgather_object("whether there is a probe set", path.is_file())[0]:
         return _read(setup, path)
-    settings, held_out = setup.settings, setup.held_out
+    settings, held_out = setup.settings, setup.held_out_prompts
     rows = np.arange(min(settings.probe.prompts, held_out.size))
     sampled = _sample(setup, rows, key)
     completions: list[list[int]] = []
@@ -92,7 +92,7 @@ def make_probes(setup: RunSetup, directory: Path, key: Array) -> Probes:
 
 def save_probes(probes: Probes, directory: Path) -> None:
     """Write `probes/set.npz` and, for people and the report, `probes/set.json`."""
-    arrays = {name: np.asarray(value) for name, value in probes.arrays.items()}
+    arrays = {name: np.asarray(value) for name, value in vars(probes.arrays).items()}
     arrays["families"] = np.asarray([FAMILIES.index(family) for family in probes.families])
     runtime.save_text(directory / "probes" / "set.json", json.dumps(probes.texts))
     runtime.save_arrays(directory / "probes" / "set.npz", arrays)
@@ -117,7 +117,7 @@ def _sample(setup: RunSetup, rows: np.ndarray, key: Array) -> list[list[list[int
     settings, model = setup.settings, setup.model
     count = settings.probe.completions_per_prompt
     sample = make_sample(settings, model, count, settings.rollout.temperature)
-    prompts = prompt_batch(setup, SampleRequest(setup.held_out, rows))
+    prompts = prompt_batch(setup, SampleRequest(setup.held_out_prompts, rows))
     drawn = runtime.fetch(sample(model.params, prompts, key))
     length = drawn.completion_mask.shape[1]
     tokens, mask = np.asarray(drawn.tokens)[:, -length:], np.asarray(drawn.completion_mask)
@@ -135,7 +135,8 @@ def _sampled_family(family: str, sampled: Sequence[list[list[int]]]) -> Sequence
 
 
 def _column_family(setup: RunSetup, family: str, rows: np.ndarray) -> list[list[list[int]]]:
-    columns, source = setup.held_out.prompt_set.columns, setup.held_out.prompt_set.source
+    held_out = setup.held_out_prompts.prompt_set
+    columns, source = held_out.columns, held_out.source
     name = next((name for name in FAMILY_COLUMNS[family] if name in columns), None)
     if name is None:
         raise ValueError(
@@ -143,7 +144,7 @@ def _column_family(setup: RunSetup, family: str, rows: np.ndarray) -> list[list[
             f"{' or '.join(FAMILY_COLUMNS[family])}; add it to the held-out prompts or leave it "
             "out."
         )
-    prompts = data.take(setup.held_out.prompt_set, rows)
+    prompts = data.take(held_out, rows)
     texts = dataclasses.replace(prompts, columns={"completion": prompts.columns[name]})
     budget = setup.settings.rollout.max_completion_tokens
     return [[ids] for ids in data.encode_completions(setup.model.tokenizer, texts, budget)]
@@ -152,14 +153,15 @@ def _column_family(setup: RunSetup, family: str, rows: np.ndarray) -> list[list[
 def _described(setup: RunSetup, arrays: ProbeSet, families: tuple[str, ...]) -> Probes:
     """Return a probe set with its digest and its texts."""
     tokenizer = setup.model.tokenizer
-    tokens, mask = np.asarray(arrays.tokens), np.asarray(arrays.completion_mask)
     sha = hashlib.sha256()
-    for name, value in sorted(arrays.items()):
+    for name, value in sorted(vars(arrays).items()):
         sha.update(f"{name} {value.shape}".encode() + np.asarray(value).tobytes())
     digest = sha.hexdigest()[:16]
-    texts, ids = data.decode_completions(tokenizer, tokens, mask, tokenizer.eos_token_id)
+    texts, ids = data.decode_completions(
+        tokenizer, arrays.tokens, arrays.completion_mask, tokenizer.eos_token_id
+    )
     groups = np.asarray(arrays.groups)
-    prompts = prompt_texts(tokenizer, arrays.tokens, arrays.mask, mask.shape[1])
+    prompts = prompt_texts(tokenizer, arrays.tokens, arrays.mask, arrays.completion_mask.shape[1])
     content = {
         "format": FORMAT,
         "digest": digest,

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import attribution, data, ntk, probe, runtime, trees, update
+from ntkrl import attribution, data, ntk, probe, rollout, runtime, trees, update
 from ntkrl.evaluation import make_evaluation_sample, prompts_together
+from ntkrl.generate import Sample
 from ntkrl.numerics import bucket_length
 from ntkrl.reward import padded_batch_size
 from ntkrl.training.abstract_run import OPTIMIZER, POLICY, STARTING, AbstractRun, on_device
 from ntkrl.training.probe_hook import make_ledger
+from ntkrl.training.rollout_source import RolloutFunctions
 from ntkrl.types import PromptBatch
 
 GENERATION, SCORING, UPDATE, PROBE = PARTS = ("generation", "scoring", "update", "probe")
@@ -44,17 +46,16 @@ class Program:
     part: str
     stages: tuple[str, ...]
     function: jax.stages.Wrapped
-    arguments: tuple[Any, ...]
+    arguments: tuple[object, ...]
     resident: frozenset[str]
     runs_per_step: float = 1.0
     loop_trips: int = 1
     rows_per_device: int = 1
-    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    extra: Any = ()
+    keywords: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    extra: object = ()
 
 
-Compiled = Any
-Programs = Generator[Program, Compiled | None, None]
+Programs = Generator[Program, jax.stages.Compiled | None, None]
 """Yields programs; the caller sends back what each compiled to, or None if it did not compile."""
 
 
@@ -71,27 +72,28 @@ def run_programs(run: AbstractRun, probes: bool = True) -> Programs:
         keep_features = any(stage.head_alone for stage in run.stages)
         sampler = run.functions.samplers[keep_features]
         yield from generation(run, sampler, settings.data.prompts_per_step, GENERATION)
-        yield from reference_readings(run)
+        yield from reference_readings(run, run.functions)
         yield from reward_models(run)
     yield from updates(run, probes)
-    if probes and settings.probes and settings.probe.ledger_every_steps is not None:
+    if probes and settings.probes:
         yield from ledgers(run)
     if probes and settings.evaluates:
         sampler = make_evaluation_sample(settings, run.model)
         yield from generation(run, sampler, prompts_together(settings, run.mesh), PROBE)
 
 
-def generation(run: AbstractRun, sampler: Any, count: int, part: str) -> Programs:
+def generation(run: AbstractRun, sampler: Sample, count: int, part: str) -> Programs:
     """Yield a sampler's programs, with a cache that has grown to its full length.
 
     Args:
       run: the run.
-      sampler: rollout.Sampler.
+      sampler: a rollout.Sampler, unless an engine samples.
       count: prompts sampled together.
       part: GENERATION, or PROBE for the samples of an evaluation.
     """
     if run.settings.rollout.engine is not None:
         return  # sampled by another program
+    assert isinstance(sampler, rollout.Sampler)
     stages, label = (run.stage_names, "") if part == GENERATION else ((), "evaluation ")
     prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)))
     chunk, budget = sampler.settings.chunk_steps, run.budget
@@ -124,7 +126,7 @@ def generation(run: AbstractRun, sampler: Any, count: int, part: str) -> Program
             return
         params = _results(gather, compiled, (params,))
     before = columns[-2] if len(columns) > 1 else columns[-1]
-    arguments = (before, params, prompts, run.key)
+    arguments: tuple[Any, ...] = (before, params, prompts, run.key)
     compiled = yield program("prefill", "prefill", arguments, 1, run.per_device(count))
     if compiled is None or budget == 1:
         return
@@ -141,9 +143,9 @@ def generation(run: AbstractRun, sampler: Any, count: int, part: str) -> Program
     yield program("decoding", "decode_chunk", (params, live, written, start), chunks, rows)
 
 
-def reference_readings(run: AbstractRun) -> Programs:
+def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Programs:
     """Yield the readings of sampled tokens under other params before a step."""
-    functions, params = run.functions, run.model.params
+    params = run.model.params
     drawn, length = run.rollout(keep_features=True), {"length": run.budget}
     exact = functions.objective.needs_distribution
     stages: dict[str, list[str]] = {}
@@ -157,7 +159,8 @@ def reference_readings(run: AbstractRun) -> Programs:
             stages.setdefault(name, []).append(stage.stage.name)
     for name, names in stages.items():
         features = drawn.features if name == "reference from features" else None
-        function, arguments = functions.log_probs, (params, drawn.tokens, drawn.mask, features)
+        function = functions.log_probs
+        arguments: tuple[Any, ...] = (params, drawn.tokens, drawn.mask, features)
         resident = {POLICY if name == "log-probs" else STARTING}
         if exact and name != "log-probs":
             function, arguments = functions.statistics, (params, *arguments)
@@ -218,7 +221,10 @@ def updates(run: AbstractRun, probes: bool) -> Programs:
 
 
 def ledgers(run: AbstractRun) -> Programs:
-    """Yield each stage's ledger; the params after the step are the policy's."""
+    """Yield each stage's ledger, if the run has any; the params after the step are the policy's."""
+    every_steps = run.settings.probe.ledger_every_steps
+    if every_steps is None:
+        return
     contexts, targets, blocks = probe_block(run)
     replicated = runtime.replicated(run.mesh)
 
@@ -245,7 +251,7 @@ def ledgers(run: AbstractRun) -> Programs:
             )
             for name, (grads, count) in gradients.items()
         }
-        before = state.replace(opt_state=on_device(state.opt_state))
+        before = dataclasses.replace(state, opt_state=on_device(state.opt_state))
         actual = run.replicated(jax.ShapeDtypeStruct((2, len(targets)), jnp.float32))
         optimizer_step = attribution.OptimizerStep(
             before, state.params, batch, reference, gradients
@@ -258,7 +264,7 @@ def ledgers(run: AbstractRun) -> Programs:
             function=function,
             arguments=(spec, jax.tree.map(placed, inputs)),
             resident=frozenset({POLICY}),
-            runs_per_step=blocks / run.settings.probe.ledger_every_steps,
+            runs_per_step=blocks / every_steps,
             rows_per_device=contexts.tokens.shape[0],
         )
 
@@ -275,10 +281,10 @@ def probe_block(run: AbstractRun) -> tuple[ntk.Contexts, Any, int]:
     count = probe.completions_per_block(total, run.budget, vocabulary, settings.memory_gib)
     length = run.width + run.budget
     contexts = ntk.Contexts(
-        np.zeros((count, length), np.int32),
-        np.tile(run.width - 1 + np.arange(run.budget), count),
-        np.repeat(np.arange(count), run.budget),
-        np.ones((count, length), bool),
+        jnp.zeros((count, length), jnp.int32),
+        jnp.asarray(np.tile(run.width - 1 + np.arange(run.budget), count)),
+        jnp.asarray(np.repeat(np.arange(count), run.budget)),
+        jnp.ones((count, length), bool),
     )
     return contexts, jnp.zeros(count * run.budget, jnp.int32), -(-total // count)
 
@@ -287,7 +293,7 @@ def _prompt_batch(count: int, width: int) -> PromptBatch:
     return data.prompt_batch([[0] * width], [0] * count, 0, width)
 
 
-def _results(function: Any, compiled: Compiled, arguments: tuple[Any, ...]) -> Any:
+def _results(function: Any, compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> Any:
     """Return a program's results as shapes, with the shardings of its compiled form."""
     shapes = function.eval_shape(*arguments)
     return jax.tree.map(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from ntkrl.setup import RunSetup, StartingModel
 from ntkrl.softmax import OutputHead, SoftmaxOptions, TokenStatistics, token_statistics
 from ntkrl.training.batch_sources import (
     BatchSource,
+    PreferenceSource,
     StepBatches,
     StepContext,
+    SupervisedSource,
     averages,
     split,
     step_rows,
@@ -65,11 +67,12 @@ class RolloutFunctions:
         def loss(statistics: TokenStatistics, batch: UpdateBatch) -> tuple[Total, update.Measures]:
             return update.policy_loss(objective, budget, statistics, batch)
 
-        self.loss, self.term_losses = (
-            update.policy_loss_fn(
-                model.policy, function, self.temperature, schedule.chunk_tokens, shards
-            )
-            for function in (loss, update.policy_terms(objective, budget))
+        self.loss = update.policy_loss_fn(
+            model.policy, loss, self.temperature, schedule.chunk_tokens, shards
+        )
+        term_losses = update.policy_terms(objective, budget)
+        self.term_losses = update.policy_loss_fn(
+            model.policy, term_losses, self.temperature, schedule.chunk_tokens, shards
         )
         self.log_probs = jax.jit(self._log_probs, static_argnames="length")
         self.statistics = jax.jit(self._statistics, static_argnames="length")
@@ -110,6 +113,7 @@ class RolloutFunctions:
         compared = token_statistics(
             policy_head, policy_features, targets, self.options, (head, features)
         )
+        assert compared.kl is not None  # as of all statistics with a reference
         return log_probs_BC, compared.kl, features
 
 
@@ -235,9 +239,9 @@ class RolloutSource(BatchSource):
             values = functions.log_probs(context.reference, tokens, mask, features, length=length)
             ref_log_probs = runtime.fetch(values)
         arrays = RolloutArrays(
-            rewards=rewarded.result.rewards,
-            old_log_probs=np.asarray(old_log_probs),
-            ref_log_probs=np.asarray(ref_log_probs),
+            rewards=jnp.asarray(rewarded.result.rewards),
+            old_log_probs=old_log_probs,
+            ref_log_probs=ref_log_probs,
             behaviour_log_probs=drawn.sampler_log_probs - drawn.kept_log_mass,
             mask=drawn.completion_mask,
             finished=drawn.finished,
@@ -260,6 +264,14 @@ class RolloutSource(BatchSource):
         per_token = kl_in_loss or objective.entropy_coefficient > 0
         weighted = per_token or batch.penalties is not None
         return bool(np.any(mask & (weighted | (batch.advantages != 0))))
+
+
+BATCH_SOURCES: dict[str, Callable[[RunSetup], BatchSource]] = {
+    "rl": RolloutSource,
+    "sft": SupervisedSource,
+    "reward": PreferenceSource,
+}
+"""The batch source of each method."""
 
 
 def update_batch(
@@ -323,7 +335,7 @@ def rollout_metrics(rewarded: RewardedRollout, group: int) -> dict[str, float]:
 
 
 def _equal_groups(rewarded: RewardedRollout, group: int) -> np.ndarray:
-    return np.asarray(update.equal_groups(rewarded.result.rewards, group))
+    return np.asarray(update.equal_groups(jnp.asarray(rewarded.result.rewards), group))
 
 
 def _mean_kl(arrays: RolloutArrays) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,16 @@ from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import Batch
 from ntkrl.types import Array, TrainState
 
-Step = Callable[..., update.StepResult]
+Step = Callable[[TrainState, Any, OutputHead | None], update.StepResult]
+
+
+class JittedStep(jax.stages.Wrapped, Protocol):
+    """A step jitted for the shardings of its arguments."""
+
+    def __call__(
+        self, state: TrainState, batch: Batch, reference: OutputHead | None
+    ) -> update.StepResult:
+        """Take the step; the state is donated."""
 
 
 class TrainStates:
@@ -40,7 +50,7 @@ class TrainStates:
             reference=params if self._reference_moves else None,
         )
         opt_state = self._initialise(_fresh(program), state)
-        return jax.tree.map(jnp.copy, state).replace(opt_state=opt_state)
+        return dataclasses.replace(jax.tree.map(jnp.copy, state), opt_state=opt_state)
 
     def first_key(self) -> Array:
         """Return the PRNG key of a new run, on the mesh."""
@@ -54,7 +64,7 @@ class TrainStates:
         def transferred(state: TrainState) -> Any:
             return update.transfer_state(program, state).opt_state
 
-        return state.replace(opt_state=self._initialise(transferred, on_device))
+        return dataclasses.replace(state, opt_state=self._initialise(transferred, on_device))
 
     def abstract(self, program: update.StageProgram) -> TrainState:
         """Return the shapes, dtypes and shardings of a state in a stage."""
@@ -64,8 +74,9 @@ class TrainStates:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             self.model.params,
         )
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
         state = TrainState(
-            step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+            step=step,
             params=params,
             opt_state=None,
             key=key.update(sharding=replicated),
@@ -73,7 +84,7 @@ class TrainStates:
         )
         shapes, _, resting = self._layout(_fresh(program), state)
         opt_state = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, resting)
-        return state.replace(opt_state=opt_state)
+        return dataclasses.replace(state, opt_state=opt_state)
 
     def shardings(self, tree: Any) -> Any:
         """Return the shardings of a state, or a part of one, during a step."""
@@ -86,7 +97,7 @@ class TrainStates:
         state: TrainState,
         batch: Batch,
         reference: OutputHead | None,
-    ) -> jax.stages.Wrapped:
+    ) -> JittedStep:
         """Return `step(state, batch, reference)` jitted with shardings; it donates the state.
 
         Args:
@@ -102,10 +113,11 @@ class TrainStates:
         )
         trained_shardings, _ = trees.partition(state_shardings.params, program.trained)
         rows = jax.tree.leaves(batch)[0].shape[0]
+        metrics_sharding: Any = runtime.replicated(mesh)  # of every metric
         return jax.jit(
             _constrained(step, trained_shardings),
             in_shardings=(state_shardings, runtime.row_sharding(rows, mesh), reference_shardings),
-            out_shardings=update.StepResult(state_shardings, runtime.replicated(mesh)),
+            out_shardings=update.StepResult(state_shardings, metrics_sharding),
             donate_argnums=0,
         )
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl.numerics import masked_total
-from ntkrl.softmax import TokenStatistics
+from ntkrl.softmax import OutputHead, TokenStatistics
 from ntkrl.types import Array, Params, PreferenceBatch, Scorer, Total, UpdateBatch
 from ntkrl.update.objective import Objective
 
@@ -201,11 +201,11 @@ def preference_loss(scores: Array, centering_coefficient: float) -> tuple[Total,
 
 def preference_loss_fn(
     scorer: Scorer, centering_coefficient: float
-) -> Callable[[Params, PreferenceBatch, None], tuple[Total, Measures]]:
+) -> Callable[[Params, PreferenceBatch, OutputHead | None], tuple[Total, Measures]]:
     """Return `(params, batch, None) -> (Total, Measures)` of a reward model."""
 
     def loss_fn(
-        params: Params, batch: PreferenceBatch, reference: None = None
+        params: Params, batch: PreferenceBatch, reference: OutputHead | None = None
     ) -> tuple[Total, Measures]:
         pairs, _, length = batch.tokens.shape
         tokens, mask = (x.reshape(2 * pairs, length) for x in (batch.tokens, batch.mask))

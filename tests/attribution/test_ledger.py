@@ -98,9 +98,9 @@ def first_order(arrays, measure, group=None):
     return total
 
 
-def assert_close(found, wanted, rtol=1e-10):
+def assert_close(result, expected, rtol=1e-10):
     """Compare within `rtol` of the largest entry."""
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=rtol * np.abs(wanted).max())
+    np.testing.assert_allclose(result, expected, rtol=0, atol=rtol * np.abs(expected).max())
 
 
 MLP = (("layers/mlp/.*", 1e-3), ("head/.*", 1e-3), (".*", None))
@@ -131,11 +131,11 @@ def test_columns_add_up(name):
     moved = jax.tree.map(jnp.subtract, after, before)
     where, targets = case.prober.contexts, case.prober.targets
     predicted = ntk.predict(case.policy, before, moved, where, targets)
-    whole = np.abs(first_order(arrays, "log_prob")).max()
+    size = np.abs(first_order(arrays, "log_prob")).max()
     for group, value in predicted.items():
-        found = first_order(arrays, "log_prob", group)
-        np.testing.assert_allclose(found, value, rtol=0, atol=1e-10 * whole)
-    pushed = jax.jit(lambda *given: jax.jvp(case.measured, *given)[1])((before,), (moved,))
+        result = first_order(arrays, "log_prob", group)
+        np.testing.assert_allclose(result, value, rtol=0, atol=1e-10 * size)
+    pushed = jax.jit(lambda *arguments: jax.jvp(case.measured, *arguments)[1])((before,), (moved,))
     measured = jax.jit(case.measured)
     actual = measured(after) - measured(before)
     for m, measure in enumerate(MEASURES):
@@ -148,10 +148,10 @@ def test_columns_add_up(name):
         column: sum(np.abs(arrays[f"log_prob/{column}/{g}"]).max() for g in predicted)
         for column in (*NAMES, "momentum", "decay")
     }
-    assert all(has[term] > 1e-4 * whole for term in NAMES)
+    assert all(has[term] > 1e-4 * size for term in NAMES)
     first_moment = name not in ("sgd", "no first moment", "adafactor")
-    assert (has["momentum"] > 1e-3 * whole) == first_moment
-    assert (has["decay"] > 1e-3 * whole) == ("weight_decay" in fields)
+    assert (has["momentum"] > 1e-3 * size) == first_moment
+    assert (has["decay"] > 1e-3 * size) == ("weight_decay" in fields)
 
 
 def test_what_is_not_linear_is_shown():
@@ -179,42 +179,44 @@ def test_samples_by_hand():
     count = int(np.sum(batch.completion_mask))
 
     def gradient(term, rows):
-        own = jax.tree.map(lambda leaf: leaf[rows], batch)
-        found = jax.grad(lambda p: case.terms(p, own)[0][term].total)(before)
-        return {name: leaf / count for name, leaf in found.items()}
+        gradient_parts = jax.tree.map(lambda leaf: leaf[rows], batch)
+        result = jax.grad(lambda p: case.terms(p, gradient_parts)[0][term].total)(before)
+        return {name: leaf / count for name, leaf in result.items()}
 
     grads = {term: jax.jit(lambda r, t=term: gradient(t, r)) for term in NAMES}
     every = [grads[term](np.arange(8)) for term in NAMES]
-    whole = {name: sum(own[name] for own in every) for name in before}
-    norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in whole.values()))
+    total = {name: sum(gradient_parts[name] for gradient_parts in every) for name in before}
+    norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in total.values()))
     factor = 0.5 / norm
     assert factor < 1
     state = case.before.opt_state["parameters"].inner_states
     scale = {}
     for name in before:
         (adam, *_), _ = state[name].inner_state
-        nu = adam.nu[name] * 0.999 + 0.001 * (factor * whole[name]) ** 2
+        nu = adam.nu[name] * 0.999 + 0.001 * (factor * total[name]) ** 2
         scale[name] = -1e-3 * factor * 0.1 / (1 - 0.9**3) / (np.sqrt(nu / (1 - 0.999**3)) + 1e-8)
 
     def flat(row):
-        own = [grads[term](np.array([row])) for term in NAMES]
-        return jnp.concatenate([sum(one[name] for one in own).ravel() for name in before])
+        gradient_parts = [grads[term](np.array([row])) for term in NAMES]
+        return jnp.concatenate(
+            [sum(part[name] for part in gradient_parts).ravel() for name in before]
+        )
 
     rows = 8 * jnp.stack([flat(row) for row in range(8)])
-    for found, wanted in zip(case.noise, gradient_noise(rows @ rows.T), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    for result, expected in zip(case.noise, gradient_noise(rows @ rows.T), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-9)
     push = jax.jit(lambda change: jax.jvp(case.measured, (before,), (change,))[1])
     for term in NAMES:
         for row in range(8):
-            own = grads[term](np.array([row]))
+            gradient_parts = grads[term](np.array([row]))
             for group in ("head", "body"):
                 change = {
                     name: scale[name] * leaf * ((name == "head") == (group == "head"))
-                    for name, leaf in own.items()
+                    for name, leaf in gradient_parts.items()
                 }
-                for m, wanted in enumerate(push(change)):
-                    found = arrays[f"{MEASURES[m]}/{term}/{group}"][:, row]
-                    np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-15)
+                for m, expected in enumerate(push(change)):
+                    result = arrays[f"{MEASURES[m]}/{term}/{group}"][:, row]
+                    np.testing.assert_allclose(result, expected, rtol=1e-8, atol=1e-15)
 
 
 def test_forms_and_chunks_agree():
@@ -239,14 +241,14 @@ def test_forms_and_chunks_agree():
 
 def test_parts_of_a_batch_change_nothing():
     """law: micro-batches of the step and of the ledger; samples sum to the ledger by group."""
-    whole, parted = Case(), Case(microbatches=4)
-    samples = whole.read()
-    for found in (parted.read(by="group", microbatches=4), parted.read(microbatches=2)):
-        assert found.keys() == samples.keys()
+    unsplit, parted = Case(), Case(microbatches=4)
+    samples = unsplit.read()
+    for result in (parted.read(by="group", microbatches=4), parted.read(microbatches=2)):
+        assert result.keys() == samples.keys()
         for name, value in samples.items():
             scale = np.abs(first_order(samples, name.split("/")[0])).max()
-            own = [v if v.ndim == 1 else v.sum(axis=1) for v in (value, found[name])]
-            np.testing.assert_allclose(*own, rtol=0, atol=1e-10 * scale)
+            pair = [v if v.ndim == 1 else v.sum(axis=1) for v in (value, result[name])]
+            np.testing.assert_allclose(*pair, rtol=0, atol=1e-10 * scale)
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
@@ -255,10 +257,10 @@ def test_the_step_hands_out_its_gradients(microbatches):
     case = Case(optimizer="adamw", weight_decay=0.5)
     step = jax.jit(update.make_step_with_term_gradients(case.program, case.terms, microbatches))
     after, metrics, gradients = step(case.before, case.batch)
-    plain, wanted, _ = case.step(case.before, case.batch)
-    assert metrics.keys() == wanted.keys() and gradients.keys() == {*NAMES}
-    for found in ((after.params, plain.params), (metrics, wanted)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *found)
+    plain, expected, _ = case.step(case.before, case.batch)
+    assert metrics.keys() == expected.keys() and gradients.keys() == {*NAMES}
+    for result in ((after.params, plain.params), (metrics, expected)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *result)
     bare = dataclasses.replace(OBJECTIVE, kl_place="off", kl_coefficient=0, entropy_coefficient=0)
     alone = update.policy_loss_fn(case.policy, lambda *read: update.policy_loss(bare, 3, *read))
     total = jax.jit(jax.grad(lambda params: numerics.mean(alone(params, case.batch, None)[0])))
@@ -266,11 +268,11 @@ def test_the_step_hands_out_its_gradients(microbatches):
         assert_close(gradients["policy"][0][name], leaf)
     actual = case.measured(case.after.params) - case.measured(case.before.params)
     for by in probe.LEDGER_BY:
-        whole, given = case.read(by=by), case.read(gradients, actual, by=by)
-        assert whole.keys() == given.keys()
-        for name, value in whole.items():
-            scale = np.abs(first_order(whole, name.split("/")[0])).max()
-            np.testing.assert_allclose(given[name], value, rtol=0, atol=1e-10 * scale)
+        expected_arrays, arrays = case.read(by=by), case.read(gradients, actual, by=by)
+        assert expected_arrays.keys() == arrays.keys()
+        for name, value in expected_arrays.items():
+            scale = np.abs(first_order(expected_arrays, name.split("/")[0])).max()
+            np.testing.assert_allclose(arrays[name], value, rtol=0, atol=1e-10 * scale)
 
 
 CLIPPED = update.Objective(
@@ -285,46 +287,46 @@ def test_the_kl_in_the_reward_is_a_column():
     gap = 0.2 * jax.random.normal(jax.random.key(4), read.log_probs.shape)
     assert jnp.any(gap > 0.2) and jnp.any(gap < -0.2) and jnp.any(jnp.abs(gap) < 0.05)
     advantages = case.batch.advantages.astype(float)  # one number along a completion
-    held = {"old_log_probs": read.log_probs - gap, "advantages": advantages}
-    case.batch = case.batch.replace(**held)
-    whole = case.read()
-    assert "log_prob/kl/head" not in whole
+    changes = {"old_log_probs": read.log_probs - gap, "advantages": advantages}
+    case.batch = case.batch.replace(**changes)
+    reference = case.read()
+    assert "log_prob/kl/head" not in reference
     part = jax.random.normal(jax.random.key(5), advantages.shape)
     columns = {}
-    for name, own in (("some", part), ("rest", advantages - part), ("all", advantages)):
-        case.batch = case.batch.replace(kl_advantages=own)
+    for name, kl_part in (("some", part), ("rest", advantages - part), ("all", advantages)):
+        case.batch = case.batch.replace(kl_advantages=kl_part)
         columns[name] = case.read()
     for measure in MEASURES:
         for group in ("head", "body"):
             policy, kl = (
-                {n: found[f"{measure}/{term}/{group}"] for n, found in columns.items()}
+                {n: result[f"{measure}/{term}/{group}"] for n, result in columns.items()}
                 for term in ("policy", "kl")
             )
-            wanted = whole[f"{measure}/policy/{group}"]
-            assert_close(kl["all"], wanted)
-            assert_close(kl["some"] + policy["some"], wanted)
+            expected = reference[f"{measure}/policy/{group}"]
+            assert_close(kl["all"], expected)
+            assert_close(kl["some"] + policy["some"], expected)
             assert_close(kl["rest"], policy["some"])
-            assert np.abs(kl["some"]).max() > 0.1 * np.abs(wanted).max()
+            assert np.abs(kl["some"]).max() > 0.1 * np.abs(expected).max()
     shares = np.random.default_rng(6).normal(size=8)
     case.batch = case.batch.replace(kl_advantages=advantages * shares[:, None])
-    found, split = case.read(), attribution.split_term(whole, "policy", "kl", shares)
-    assert found.keys() == split.keys()
-    for name, value in found.items():
-        scale = np.abs(first_order(whole, name.split("/")[0])).max()
+    result, split = case.read(), attribution.split_term(reference, "policy", "kl", shares)
+    assert result.keys() == split.keys()
+    for name, value in result.items():
+        scale = np.abs(first_order(reference, name.split("/")[0])).max()
         np.testing.assert_allclose(split[name], value, rtol=0, atol=1e-10 * scale)
 
 
 def test_head_alone_is_exact_in_the_logits():
     """law: with SGD on the head alone, differences of a context's logits have no curvature."""
     case = Case(optimizer="sgd", parameters=(("head", 1.0), (".*", None)))
-    found = []
+    result = []
     for target in (1, 2):
         case.prober.targets = jnp.full_like(case.prober.targets, target)
-        found.append(case.read())
-    curvature = [arrays["log_prob/curvature"] for arrays in found]
+        result.append(case.read())
+    curvature = [arrays["log_prob/curvature"] for arrays in result]
     assert np.abs(curvature[0]).max() > 1e-4  # of the softmax, alike for all tokens
     assert_close(curvature[0], curvature[1], rtol=1e-9)
-    assert np.abs(found[0]["log_prob/policy/body"]).max() == 0
+    assert np.abs(result[0]["log_prob/policy/body"]).max() == 0
 
 
 def test_curvature_is_second_order():
@@ -351,15 +353,15 @@ def test_estimates_count_what_is_compiled():
     policy, params = ntkrl.build("GPTNeoXForCausalLM", {**TINY, **shape}, jax.random.key(0))
     case.begin(policy, params)
     # of one sequence, as the compiler counts the body of a loop once
-    one = jax.tree.map(lambda leaf: leaf[:1], probe_set(policy.vocab_size))
-    one = one.replace(completion_mask=jnp.ones((1, 3), bool), mask=jnp.ones((1, 7), bool))
-    case.prober = probe.Prober(policy, one, params)
+    single = jax.tree.map(lambda leaf: leaf[:1], probe_set(policy.vocab_size))
+    single = single.replace(completion_mask=jnp.ones((1, 3), bool), mask=jnp.ones((1, 7), bool))
+    case.prober = probe.Prober(policy, single, params)
     without = compiled(case.ledger(by="group"), case.described()).cost_analysis()["flops"]
     for form, estimate in case.ledger().estimates(*case.described()).items():
-        found = compiled(case.ledger(form=form), case.described())
-        flops = found.cost_analysis()["flops"] - without
+        result = compiled(case.ledger(form=form), case.described())
+        flops = result.cost_analysis()["flops"] - without
         assert 0.8 < estimate.flops / flops < 1.0
-        memory = found.memory_analysis().temp_size_in_bytes
+        memory = result.memory_analysis().temp_size_in_bytes
         assert memory < estimate.bytes < 5 * memory
 
 
@@ -373,6 +375,6 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match='groups: "head" names the head'):
         case.read(groups=((".*", "head"),))
     terms = case.terms
-    case.terms = lambda *given: ({"decay": terms(*given)[0]["policy"]}, None)
+    case.terms = lambda *arguments: ({"decay": terms(*arguments)[0]["policy"]}, None)
     with pytest.raises(ValueError, match="terms may not be called decay"):
         case.read()

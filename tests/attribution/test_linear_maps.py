@@ -46,15 +46,15 @@ def test_parts_add_up_and_are_linear(x64, name):
 
     @jax.jit
     def parts(grads, state, params):
-        found = linearize_update(optimizer, grads, state, params)
+        result = linearize_update(optimizer, grads, state, params)
         part = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 0), grads)
         rest = jax.tree.map(jnp.subtract, grads, part)
-        halves = found.from_gradient(part), found.from_gradient(rest)
-        return found.from_gradient(grads), found.momentum, found.decay, *halves
+        halves = result.from_gradient(part), result.from_gradient(rest)
+        return result.from_gradient(grads), result.momentum, result.decay, *halves
 
     push, momentum, decay, part, rest = parts(grads, state, params)
-    whole = jax.tree.map(lambda *leaves: sum(leaves), push, momentum, decay)
-    assert size(jax.tree.map(jnp.subtract, whole, updates)) < 1e-12 * size(updates)
+    total = jax.tree.map(lambda *leaves: sum(leaves), push, momentum, decay)
+    assert size(jax.tree.map(jnp.subtract, total, updates)) < 1e-12 * size(updates)
     halves = jax.tree.map(jnp.add, part, rest)
     assert size(jax.tree.map(jnp.subtract, halves, push)) < 1e-12 * size(push)
     assert size(part) > 0.1 * size(push) > 0
@@ -70,24 +70,24 @@ def test_adam_by_formula(x64):
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b1, b2, epsilon, weight_decay=decay)
     )
     grads, state, _ = last_of_three(optimizer, params)
-    found = linearize_update(optimizer, grads, state, params)
+    result = linearize_update(optimizer, grads, state, params)
     adam, factor = state[1][0], 1 / optax.tree.norm(grads)
     assert factor < 0.5
 
     def check(part, formula):
         def compare(value, g, mu, nu, theta):
             nu_hat = (b2 * nu + (1 - b2) * (factor * g) ** 2) / (1 - b2**3)
-            wanted = formula(g, mu, theta, np.sqrt(nu_hat) + epsilon)
-            np.testing.assert_allclose(value, wanted, rtol=1e-10)
+            expected = formula(g, mu, theta, np.sqrt(nu_hat) + epsilon)
+            np.testing.assert_allclose(value, expected, rtol=1e-10)
 
         jax.tree.map(compare, part, grads, adam.mu, adam.nu, params)
 
     check(
-        found.from_gradient(grads),
+        result.from_gradient(grads),
         lambda g, mu, theta, below: -rate * (1 - b1) / (1 - b1**3) * factor * g / below,
     )
-    check(found.momentum, lambda g, mu, theta, below: -rate * b1 / (1 - b1**3) * mu / below)
-    check(found.decay, lambda g, mu, theta, below: -rate * decay * theta)
+    check(result.momentum, lambda g, mu, theta, below: -rate * b1 / (1 - b1**3) * mu / below)
+    check(result.decay, lambda g, mu, theta, below: -rate * decay * theta)
 
 
 def test_settings_in_the_state_are_no_momentum(x64):
@@ -96,10 +96,12 @@ def test_settings_in_the_state_are_no_momentum(x64):
     params = {"w": jnp.array([1.0, 2.0])}
     state = optimizer.init(params)
     _, state = optimizer.update({"w": jnp.array([4.0, -8.0])}, state, params)
-    found = linearize_update(optimizer, {"w": jnp.array([1.0, 1.0])}, state, params)
-    np.testing.assert_allclose(found.from_gradient({"w": jnp.array([2.0, 4.0])})["w"], [-1.0, -2.0])
-    np.testing.assert_allclose(found.momentum["w"], [-1.5, 3.0])
-    np.testing.assert_allclose(found.decay["w"], 0.0)
+    result = linearize_update(optimizer, {"w": jnp.array([1.0, 1.0])}, state, params)
+    np.testing.assert_allclose(
+        result.from_gradient({"w": jnp.array([2.0, 4.0])})["w"], [-1.0, -2.0]
+    )
+    np.testing.assert_allclose(result.momentum["w"], [-1.5, 3.0])
+    np.testing.assert_allclose(result.decay["w"], 0.0)
 
 
 def test_scans_are_followed(x64):
@@ -112,12 +114,12 @@ def test_scans_are_followed(x64):
 
         return optax.GradientTransformation(lambda params: (), update)
 
-    given = jnp.array([1.0, 2.0, 4.0])
+    inputs = jnp.array([1.0, 2.0, 4.0])
     sums = lambda carry, x: (carry + x, carry + x)  # noqa: E731
-    for reverse, wanted in ((False, [1.0, 3.0, 7.0]), (True, [7.0, 6.0, 4.0])):
-        found = linearize_update(scanned(sums, reverse), given, (), given)
-        np.testing.assert_allclose(found.from_gradient(given), wanted)
+    for reverse, expected in ((False, [1.0, 3.0, 7.0]), (True, [7.0, 6.0, 4.0])):
+        result = linearize_update(scanned(sums, reverse), inputs, (), inputs)
+        np.testing.assert_allclose(result.from_gradient(inputs), expected)
     products = lambda carry, x: (carry * x + x, carry * x + x)  # noqa: E731
-    found = linearize_update(scanned(products, False), given, (), given)
+    result = linearize_update(scanned(products, False), inputs, (), inputs)
     # 1, then 1·2 is held and 2 is kept, then (2 + 2)·4 is held and 4 is kept
-    np.testing.assert_allclose(found.from_gradient(given), [1.0, 2.0, 4.0])
+    np.testing.assert_allclose(result.from_gradient(inputs), [1.0, 2.0, 4.0])

@@ -78,8 +78,8 @@ def make(config: dict[str, Any], side: int) -> Bench:
         "GPTNeoXForCausalLM", config, jax.random.key(0), options=models.ModelOptions(jnp.bfloat16)
     )
     head = config["vocab_size"] * config["hidden_size"]
-    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Bench(policy, params, whole - 2 * head, head, *rates)
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return Bench(policy, params, total - 2 * head, head, *rates)
 
 
 def decoding(bench: Bench, prompts: int) -> Iterator[dict[str, Any]]:
@@ -95,9 +95,12 @@ def decoding(bench: Bench, prompts: int) -> Iterator[dict[str, Any]]:
     for gathered in (True, False) if prompts == 16 else (True,):
         seconds = []
         for length in (1, COMPLETION):
-            given = {"gather_params": gathered, "params_dtype": jnp.bfloat16 if gathered else None}
+            options = {
+                "gather_params": gathered,
+                "params_dtype": jnp.bfloat16 if gathered else None,
+            }
             # no token ends a completion: all have the full length
-            settings = rollout.SamplerSettings(GROUP, length, 1.0, eos_id=-1, pad_id=0, **given)
+            settings = rollout.SamplerSettings(GROUP, length, 1.0, eos_id=-1, pad_id=0, **options)
             sample = rollout.Sampler(policy, settings)
             draw = functools.partial(sample, bench.params, batch, jax.random.key(1))
             seconds.append(timed(draw))
@@ -142,13 +145,13 @@ def updating(bench: Bench, rows: int, microbatches: int) -> Iterator[dict[str, A
     stage = update.Stage("all", 1, ((".*", 1e-6),), optimizer="adamw", max_grad_norm=1.0)
     program = update.stage_program(stage, policy, bench.params)
     minimised = update.policy_loss_fn(
-        policy, lambda found, held: update.policy_loss(objective, COMPLETION, found, held)
+        policy, lambda read, batch: update.policy_loss(objective, COMPLETION, read, batch)
     )
     step = jax.jit(update.make_step(program, minimised, microbatches), donate_argnums=0)
-    held = [update.init_state(program, jax.tree.map(jnp.copy, bench.params), jax.random.key(0))]
+    state = [update.init_state(program, jax.tree.map(jnp.copy, bench.params), jax.random.key(0))]
 
     def once() -> Any:
-        held[0], metrics, _ = step(held[0], part)
+        state[0], metrics, _ = step(state[0], part)
         return metrics["loss"]
 
     each = timed(once)
@@ -166,16 +169,17 @@ def kernels(bench: Bench, contexts: int, length: int) -> Iterator[dict[str, Any]
     ids = np.random.default_rng(0).integers(2, bench.policy.vocab_size, (contexts, length))
     where = ntk.last_positions(jnp.asarray(ids))
     kernel = ntk.kernel(bench.policy, bench.params, where)
-    told = kernel.estimate()
+    estimate = kernel.estimate()
+    name = estimate.algorithm
 
     def call() -> Any:
         return ntk.factored(ntk.kernel(bench.policy, bench.params, where))
 
     each = timed(call, 1)
     yield {
-        "what": f"kernel, {contexts} contexts of {length}: {told.algorithm}, chunk {told.chunk}",
+        "what": f"kernel, {contexts} contexts of {length}: {name}, chunk {estimate.chunk}",
         "seconds": each,
-        "floor": told.flops / bench.flops_rate,
+        "floor": estimate.flops / bench.flops_rate,
         "limit": "compute",
     }
 
@@ -185,21 +189,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="EleutherAI/pythia-1b", help="or tiny")
     parser.add_argument("--only", default="decode,update,kernel")
-    given = parser.parse_args()
-    tiny, rows = given.model == "tiny", []
-    bench = make(TINY if tiny else CONFIGS[given.model], 512 if tiny else 8192)
-    sizes = (
-        f"{given.model}: layers {bench.body / 1e6:.0f} M, head {bench.head / 1e6:.0f} M parameters"
-    )
+    options = parser.parse_args()
+    tiny, rows = options.model == "tiny", []
+    bench = make(TINY if tiny else CONFIGS[options.model], 512 if tiny else 8192)
+    layers, head = f"{bench.body / 1e6:.0f} M", f"{bench.head / 1e6:.0f} M"
+    sizes = f"{options.model}: layers {layers}, head {head} parameters"
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}; {sizes}")
     print(f"{bench.bytes_rate / 1e12:.3g} TB/s, {bench.flops_rate / 1e12:.4g} TFLOP/s", flush=True)
-    found = {
+    benches = {
         "decode": lambda: (row for prompts in (16, 2, 64) for row in decoding(bench, prompts)),
         "update": lambda: updating(bench, 4 if tiny else 32, 2 if tiny else 4),
         "kernel": lambda: kernels(bench, 2, 32),
     }
-    for name in given.only.split(","):
-        for row in found[name]():
+    for name in options.only.split(","):
+        for row in benches[name]():
             rows.append({**row, "of floor": row["floor"] / row["seconds"]})
             print(row, flush=True)
     print(measure.table(rows, ("what", "seconds", "floor", "limit", "of floor", "tokens/s")))

@@ -74,15 +74,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--kl", action="store_true", help="in the loss")
     parser.add_argument("--no-kl", action="store_true", help="no KL at all")
-    given = parser.parse_args()
-    objective = WITH_KL if given.kl else update.PRESETS["rloo"]
-    if given.no_kl:
+    options = parser.parse_args()
+    objective = WITH_KL if options.kl else update.PRESETS["rloo"]
+    if options.no_kl:
         objective = dataclasses.replace(objective, kl_place="off", kl_coefficient=0.0)
     policy, params = ntkrl.build("GPTNeoXForCausalLM", CONFIG, jax.random.key(0))
     stage = update.Stage("all", 1, ((".*", 3e-4),), max_grad_norm=1.0)
     program = update.stage_program(stage, policy, params)
     minimised = update.policy_loss_fn(
-        policy, lambda found, batch: update.policy_loss(objective, LENGTH, found, batch)
+        policy, lambda read, batch: update.policy_loss(objective, LENGTH, read, batch)
     )
     parts = update.policy_loss_fn(policy, update.policy_terms(objective, LENGTH))
     step = jax.jit(update.make_step(program, minimised))
@@ -93,9 +93,9 @@ def main() -> None:
     after, *_ = step(before, batch)
     chosen = draw(policy, params, PROBE_PROMPTS, PROBE_GROUP, 1)()
     rows = jnp.arange(PROBE_PROMPTS).repeat(PROBE_GROUP)
-    held = (chosen.tokens, chosen.mask, chosen.completion_mask, rows)
+    arrays = (chosen.tokens, chosen.mask, chosen.completion_mask, rows)
     names = ("tokens", "mask", "completion_mask", "groups")
-    probe_set = ProbeSet(**dict(zip(names, held, strict=True)))
+    probe_set = ProbeSet(**dict(zip(names, arrays, strict=True)))
     prober = probe.Prober(policy, probe_set, params)
     where = prober.contexts, prober.targets
     static = policy, parts, program.optimizer, program.trained
@@ -111,20 +111,20 @@ def main() -> None:
     ledgers = {"group": attribution.Ledger(*static, by="group")}
     ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("jvp", "vjp")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
-    calls |= {f"apart, {by}": lambda own=own: apart(before, own) for by, own in seen.items()}
+    calls |= {f"apart, {by}": lambda part=part: apart(before, part) for by, part in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
     for name, ledger in ledgers.items():
         calls[name] = functools.partial(ledger.read, steps[ledger.by], *where, actual)
-    seconds = measure.medians_in_turns(calls, given.repeats, jax.block_until_ready)
-    whole = seconds["generation"] + seconds["update"]
+    seconds = measure.medians_in_turns(calls, options.repeats, jax.block_until_ready)
+    step_seconds = seconds["generation"] + seconds["update"]
     estimates = ledgers["jvp"].estimates(steps["sample"], *where)
     table = []
     for name, value in seconds.items():
-        row = {"call": name, "seconds": value, "of_a_step": value / whole}
+        row = {"call": name, "seconds": value, "of_a_step": value / step_seconds}
         if name in ledgers:
             every = EVERY[ledgers[name].by]
             more = value + seconds[f"apart, {ledgers[name].by}"] - seconds["update"]
-            row |= {"every": every, "of_training": more / whole / every}
+            row |= {"every": every, "of_training": more / step_seconds / every}
         if name in estimates:
             row |= {"flops": estimates[name].flops, "MiB": estimates[name].bytes / 2**20}
         table.append(row)

@@ -63,10 +63,10 @@ def run_isolated(
                     process.wait()
         if process.returncode == 0:
             return json.loads(result.read_text(encoding="utf-8"))
-        said = log.read_text(encoding="utf-8", errors="replace")[-4000:]
-    if process.returncode == -signal.SIGKILL or OUT_OF_MEMORY.search(said):
+        tail = log.read_text(encoding="utf-8", errors="replace")[-4000:]
+    if process.returncode == -signal.SIGKILL or OUT_OF_MEMORY.search(tail):
         return {"failed": "out of memory"}
-    raise RuntimeError(f"{function_path} ended with {process.returncode}:\n{said}")
+    raise RuntimeError(f"{function_path} ended with {process.returncode}:\n{tail}")
 
 
 @dataclasses.dataclass
@@ -163,8 +163,8 @@ def _main(function_path: str, result: str) -> None:
     # if memory runs out, this process is the one to be killed
     Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     module, function = function_path.split(":")
-    found = getattr(importlib.import_module(module), function)(**json.load(sys.stdin))
-    Path(result).write_text(json.dumps(found), encoding="utf-8")
+    actual = getattr(importlib.import_module(module), function)(**json.load(sys.stdin))
+    Path(result).write_text(json.dumps(actual), encoding="utf-8")
 
 
 if __name__ == "__main__":

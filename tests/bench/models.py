@@ -42,8 +42,8 @@ def score_error(case: str, directory: Path) -> float:
     with torch.no_grad():
         out = model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long()).logits[:, 0]
     arrays = (jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(len(tokens), int))
-    found = jax.jit(scorer.score)(params, *arrays)["score"]
-    return float(np.abs(np.asarray(found) - out.numpy()).max())
+    result = jax.jit(scorer.score)(params, *arrays)["score"]
+    return float(np.abs(np.asarray(result) - out.numpy()).max())
 
 
 def row(case: str, place: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def row(case: str, place: Path) -> dict[str, Any]:
     return {
         "family": FAMILIES[architecture].label,
         "shapes": len(shapes),
-        "tied": " and ".join(sorted("yes" if one else "no" for one in tied)),
+        "tied": " and ".join(sorted("yes" if is_tied else "no" for is_tied in tied)),
         "logits": f"{max(logits):.1e}",
         "LoRA": f"{logits_error(adapted, place / 'adapter'):.1e}",
         "reward model": f"{score_error(case, place / 'scorer'):.1e}",

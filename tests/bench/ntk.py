@@ -65,8 +65,8 @@ def ours(
 
     def call() -> Any:
         kernel = make()
-        found = ntk.factored(kernel) if form == "factored" else kernel.dense()
-        return jax.block_until_ready(found)
+        result = ntk.factored(kernel) if form == "factored" else kernel.dense()
+        return jax.block_until_ready(result)
 
     note = str(make().estimate())
     return {**_measured(call, repeats), "note": note}
@@ -118,7 +118,7 @@ def agreement(config: dict[str, Any]) -> dict[str, Any]:
     written = np.einsum("vd,oude,we->ouvw", weight, factored.body, weight[:16])
     written += np.asarray(factored.head)[..., None, None] * np.eye(len(weight))[:, :16]
     scale = np.abs(theirs).max()
-    errors = (np.abs(found - theirs).max() / scale for found in (dense, written))
+    errors = (np.abs(kernel_form - theirs).max() / scale for kernel_form in (dense, written))
     return dict(zip(("dense", "factored"), map(float, errors), strict=True))
 
 
@@ -138,7 +138,7 @@ def _measured(call: Any, repeats: int, warm: bool = True) -> dict[str, Any]:
 
 def small(algorithms: bool) -> list[tuple[str, str, dict[str, Any]]]:
     """Return the methods of the first comparison: label, function, arguments."""
-    found = [
+    methods = [
         ("ours, factored (s, M)", "ours", {"form": "factored"}),
         ("ours, factored, memory_gib=0.04", "ours", {"form": "factored", "memory_gib": 0.04}),
         ("ours, factored, memory_gib=0.02", "ours", {"form": "factored", "memory_gib": 0.02}),
@@ -159,8 +159,8 @@ def small(algorithms: bool) -> list[tuple[str, str, dict[str, Any]]]:
     if algorithms:
         for algorithm in ntk.ALGORITHMS:
             arguments = {"form": "factored", "algorithm": algorithm, "repeats": 1}
-            found.append((f"ours, factored, algorithm {algorithm}", "ours", arguments))
-    return [(what, name, {**arguments, "config": SMALL}) for what, name, arguments in found]
+            methods.append((f"ours, factored, algorithm {algorithm}", "ours", arguments))
+    return [(what, name, {**arguments, "config": SMALL}) for what, name, arguments in methods]
 
 
 def questions(algorithms: bool) -> dict[str, list[tuple[str, str, dict[str, Any]]]]:
@@ -202,9 +202,9 @@ def main() -> None:
     for question in asked:
         rows = []
         for what, name, arguments in known[question]:
-            found = measure.run_isolated(f"tests.bench.ntk:{name}", arguments, MINUTES)
-            rows.append({"question": question, "method": what, **found})
-            print(f"  {what}: {found}", flush=True)
+            result = measure.run_isolated(f"tests.bench.ntk:{name}", arguments, MINUTES)
+            rows.append({"question": question, "method": what, **result})
+            print(f"  {what}: {result}", flush=True)
         print(f"\n{measure.table(rows, ('method', 'seconds', 'MiB', 'note', 'failed'))}\n")
         kept += rows
     if options.json is not None:

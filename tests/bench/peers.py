@@ -55,11 +55,11 @@ class Jax:
         """Return the Jacobian of logits start … start + count − 1: leaves `[N count, p]`."""
         basis_CV = jax.nn.one_hot(start + jnp.arange(count), self.vocab)
 
-        def one(tokens_T: Array) -> Params:
+        def rows_of(tokens_T: Array) -> Params:
             _, pull = jax.vjp(lambda p: self._logits(p, tokens_T[None])[0], self.params)
             return jax.vmap(pull)(basis_CV)[0]
 
-        leaves = jax.tree.leaves(jax.vmap(one)(tokens_NT))
+        leaves = jax.tree.leaves(jax.vmap(rows_of)(tokens_NT))
         return [leaf.reshape(len(tokens_NT) * count, -1) for leaf in leaves]
 
     @jax.jit
@@ -102,10 +102,10 @@ class Torch:
         self.params = {name: leaf.detach() for name, leaf in model.named_parameters()}
 
     def rows(self, tokens_NT: np.ndarray, start: int, count: int) -> list[torch.Tensor]:
-        def one(p: dict, tokens_T: torch.Tensor) -> torch.Tensor:
+        def logits(p: dict, tokens_T: torch.Tensor) -> torch.Tensor:
             return self._logits(p, tokens_T[None])[0, start : start + count]
 
-        jacobian = tf.vmap(tf.jacrev(one), (None, 0))(self.params, torch.as_tensor(tokens_NT))
+        jacobian = tf.vmap(tf.jacrev(logits), (None, 0))(self.params, torch.as_tensor(tokens_NT))
         return [leaf.flatten(0, 1).flatten(1) for leaf in jacobian.values()]
 
     def contract(self, left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
@@ -219,9 +219,9 @@ def time_products(peer: Jax | Torch, tokens_NT: np.ndarray, chunk: int, columns:
     return _extrapolated(seconds, units, seconds / units, peer.vocab * len(tokens_NT))
 
 
-def _extrapolated(seconds: float, units: int, each: float, whole: int) -> dict:
+def _extrapolated(seconds: float, units: int, each: float, total: int) -> dict:
     measured = {"seconds": float(seconds), "units": units, "unit_seconds": float(each)}
-    return {**measured, "whole_units": whole, "whole_seconds": float(each * whole)}
+    return {**measured, "whole_units": total, "whole_seconds": float(each * total)}
 
 
 def _blocks(peer: Jax | Torch, tokens_NT: np.ndarray, chunk: int) -> Iterator[tuple]:
@@ -289,9 +289,9 @@ def _oracle(directory: str, tokens_NT: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return kernel[:count, :count], scores_NN
 
 
-def _error(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape, (found.shape, expected.shape)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def _error(result: np.ndarray, expected: np.ndarray) -> float:
+    assert result.shape == expected.shape, (result.shape, expected.shape)
+    return float(np.abs(result - expected).max() / np.abs(expected).max())
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def our_steps(
     stage = update.Stage("all", 1, ((".*", RATE),), optimizer="adamw", max_grad_norm=1.0)
     program = update.stage_program(stage, policy, params)
 
-    def loss(found: Any, part: UpdateBatch) -> Any:
-        return update.policy_loss(objective, LENGTH, found, part)
+    def loss(read: Any, part: UpdateBatch) -> Any:
+        return update.policy_loss(objective, LENGTH, read, part)
 
     minimised = update.policy_loss_fn(policy, loss)
     step = jax.jit(update.make_step(program, minimised, MICROBATCHES), donate_argnums=0)
@@ -146,16 +146,16 @@ def compare(name: str, kind: str, steps: int, ours_only: bool) -> list[dict[str,
         torch_neox(directory, **size, **shape, **more)
         rate = measure.run_isolated("tests.bench.rl:product_rate", {}, 300)["rate"]
         flops = floor_flops(size, scored=True)
-        given = {"kind": kind, "directory": directory, "prompts": prompts, "steps": steps}
-        found = measure.run_isolated("tests.bench.rl:our_steps", given, 1800)
-        rows.append({"side": "ours", **found})
+        arguments = {"kind": kind, "directory": directory, "prompts": prompts, "steps": steps}
+        medians = measure.run_isolated("tests.bench.rl:our_steps", arguments, 1800)
+        rows.append({"side": "ours", **medians})
         if not ours_only:
             options = {"num_generations": GROUP, "max_completion_length": LENGTH}
             options |= {"beta": BETA[kind], "learning_rate": RATE}
-            found = measure.run_isolated(
-                "tests.bench.trl_peer:timed_steps", given | {"options": options}, 1800
+            medians = measure.run_isolated(
+                "tests.bench.trl_peer:timed_steps", arguments | {"options": options}, 1800
             )
-            rows.append({"side": "TRL", **found})
+            rows.append({"side": "TRL", **medians})
         again = measure.run_isolated("tests.bench.rl:product_rate", {}, 300)["rate"]
     rate = max(rate, again)
     floor = {f"{part}_seconds": count / rate for part, count in flops.items()}
@@ -175,10 +175,10 @@ def main() -> None:
     parser.add_argument("--kind", default="grpo", choices=sorted(BETA))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ours-only", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for name in given.sizes.split(","):
-        rows += compare(name, given.kind, given.steps, given.ours_only)
+    for name in options.sizes.split(","):
+        rows += compare(name, options.kind, options.steps, options.ours_only)
     parts = ("generation_seconds", "scoring_seconds", "update_seconds", "step_seconds")
     columns = ("size", "side", *parts, "tokens_per_second", "peak_rss_mib", "of_floor", "gflops")
     print(measure.table(rows, columns))

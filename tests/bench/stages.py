@@ -96,18 +96,18 @@ def measured(steps: int) -> list[dict[str, Any]]:
     for name, parameters, stored in cases:
         bound, step = program_of(policy, params, parameters, LENGTH)
         state = update.init_state(bound, jax.tree.map(jnp.copy, params), jax.random.key(0))
-        held = {"state": state, "step": jax.jit(step, donate_argnums=0)}
+        bench = {"state": state, "step": jax.jit(step, donate_argnums=0)}
         batch = drawn(batch_shapes(ROWS, LENGTH, stored), vocab)
 
-        def call(held: dict[str, Any] = held, batch: UpdateBatch = batch) -> Any:
-            held["state"], metrics, _ = held["step"](held["state"], batch)
+        def call(bench: dict[str, Any] = bench, batch: UpdateBatch = batch) -> Any:
+            bench["state"], metrics, _ = bench["step"](bench["state"], batch)
             return metrics
 
         calls[name] = call
     medians = measure.medians_in_turns(calls, steps, jax.block_until_ready)
-    floor, whole = medians["floor (4 V D per token)"], medians["stage 2"]
+    floor, stage_2 = medians["floor (4 V D per token)"], medians["stage 2"]
     return [
-        {"update": name, "seconds": value, "of_floor": value / floor, "of_stage_2": value / whole}
+        {"update": name, "seconds": value, "of_floor": value / floor, "of_stage_2": value / stage_2}
         for name, value in medians.items()
     ]
 
@@ -124,7 +124,7 @@ def analysed(rows: int = 32, length: int = 512) -> list[dict[str, Any]]:
         "stage 1": 4 * head * tokens,
         "stage 2": 6 * head * tokens + 6 * body * rows * (PROMPT + length),
     }
-    found = []
+    table = []
     for name, parameters, stored in (("stage 1", HEAD, width), ("stage 2", ALL, None)):
 
         def compiled(chunk: int, parameters: Any = parameters, stored: Any = stored) -> Any:
@@ -140,18 +140,18 @@ def analysed(rows: int = 32, length: int = 512) -> list[dict[str, Any]]:
         row["temporary_gib"] = program.memory_analysis().temp_size_in_bytes / 2**30
         row["optimizer_gib"] = moments / 2**30
         if stored is not None:
-            _, whole = compiled(tokens)
-            row["compiler_tflops"] = whole.cost_analysis()["flops"] / 1e12
-        found.append(row)
-    return found
+            _, unchunked = compiled(tokens)
+            row["compiler_tflops"] = unchunked.cost_analysis()["flops"] / 1e12
+        table.append(row)
+    return table
 
 
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=7)
-    given = parser.parse_args()
-    print(measure.table(measured(given.steps), ("update", "seconds", "of_floor", "of_stage_2")))
+    options = parser.parse_args()
+    print(measure.table(measured(options.steps), ("update", "seconds", "of_floor", "of_stage_2")))
     columns = ("update", "floor_tflops", "of_stage_2", "compiler_tflops", "temporary_gib")
     print("\nPythia-2.8B, 32 completions of 512 tokens, compiled for this CPU and not run")
     print(measure.table(analysed(), (*columns, "optimizer_gib")))

@@ -34,10 +34,10 @@ def tiled(tokens: int, rows: int | None) -> Callable[..., Any]:
     """Return the same from tiles of `tokens` positions × `rows` vocabulary rows."""
 
     def loss(weight: Any, phi: Any, targets: Any) -> Any:
-        found = token_statistics(
+        statistics = token_statistics(
             OutputHead(weight), phi, targets, SoftmaxOptions(1.0, tokens, rows)
         )
-        return jnp.sum(found.log_probs) + 0.01 * jnp.sum(found.entropy)
+        return jnp.sum(statistics.log_probs) + 0.01 * jnp.sum(statistics.entropy)
 
     return loss
 
@@ -49,8 +49,8 @@ def by_rows(tokens: int) -> Callable[..., Any]:
     from ntkrl.update import Measures
     from ntkrl.update.train_step import chunked_loss
 
-    def of_rows(found: Any, batch: UpdateBatch) -> Any:
-        values = found.log_probs + 0.01 * found.entropy
+    def of_rows(read: Any, batch: UpdateBatch) -> Any:
+        values = read.log_probs + 0.01 * read.entropy
         return masked_total(values, batch.completion_mask), Measures({}, {})
 
     def loss(weight: Any, phi: Any, targets: Any) -> Any:
@@ -71,7 +71,7 @@ def by_rows(tokens: int) -> Callable[..., Any]:
 
 def memory() -> list[dict[str, Any]]:
     """Compile at T = 2048, V = 151936 and half of each; report temporary memory."""
-    found = []
+    rows = []
     for length, vocab in ((2048, 151936), (1024, 151936), (2048, 75968)):
         shapes = (
             jax.ShapeDtypeStruct((vocab, 1024), jnp.float32),
@@ -84,8 +84,8 @@ def memory() -> list[dict[str, Any]]:
             analysis = compiled.memory_analysis()
             row[f"{name} MiB"] = analysis.temp_size_in_bytes / 2**20
         row["dW MiB"] = 4 * vocab * 1024 / 2**20
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def times(repeats: int) -> list[dict[str, Any]]:
@@ -129,11 +129,11 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = memory()
     print(measure.table(rows, list(rows[0])))
     print()
-    rows = times(given.repeats)
+    rows = times(options.repeats)
     print(measure.table(rows, list(rows[0])))
 
 

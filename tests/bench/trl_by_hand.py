@@ -46,7 +46,7 @@ DEFAULTS = {
 
 def step(kind: str, directory: str, batch: Batch, options: dict[str, Any]) -> dict[str, np.ndarray]:
     """Do the same as `one_step`, with a loss written here in float64."""
-    own = {**DEFAULTS, "max_completion_length": batch.completion_mask.shape[1], **options}
+    settings = {**DEFAULTS, "max_completion_length": batch.completion_mask.shape[1], **options}
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     old_BC, ref_BC, rewards_B = (
         torch.tensor(array, dtype=torch.float64)
@@ -58,28 +58,28 @@ def step(kind: str, directory: str, batch: Batch, options: dict[str, Any]) -> di
     log_pi_BCV = out.logits[:, -length - 1 : -1].log_softmax(-1)
     new_BC = log_pi_BCV.gather(-1, tokens_BT[:, -length:, None])[..., 0]
     if kind == "rloo":
-        loss = _rloo(new_BC, old_BC, ref_BC, mask_BC, rewards_B, own)
+        loss = _rloo(new_BC, old_BC, ref_BC, mask_BC, rewards_B, settings)
     else:
-        loss = _grpo(kind, new_BC, old_BC, ref_BC, mask_BC, rewards_B, own)
+        loss = _grpo(kind, new_BC, old_BC, ref_BC, mask_BC, rewards_B, settings)
         entropy_BC = -(log_pi_BCV.exp() * log_pi_BCV).sum(-1)
-        loss = loss - own["entropy_coef"] * entropy_BC[mask_BC].mean()
+        loss = loss - settings["entropy_coef"] * entropy_BC[mask_BC].mean()
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.sub_(own["learning_rate"] * parameter.grad)
+            parameter.sub_(settings["learning_rate"] * parameter.grad)
     with tempfile.TemporaryDirectory() as place:
         model.save_pretrained(place)
         return safetensors.numpy.load_file(f"{place}/model.safetensors")
 
 
-def _grpo(kind: str, new_BC, old_BC, ref_BC, mask_BC, rewards_B, own: dict) -> torch.Tensor:
-    low = own["epsilon"]
-    high = low if own["epsilon_high"] is None else own["epsilon_high"]
-    rewards_PN = rewards_B.view(-1, own["num_generations"])
+def _grpo(kind: str, new_BC, old_BC, ref_BC, mask_BC, rewards_B, settings: dict) -> torch.Tensor:
+    low = settings["epsilon"]
+    high = low if settings["epsilon_high"] is None else settings["epsilon_high"]
+    rewards_PN = rewards_B.view(-1, settings["num_generations"])
     advantages_PN = rewards_PN - rewards_PN.mean(1, keepdim=True)
-    if own["scale_rewards"] == "group":
+    if settings["scale_rewards"] == "group":
         advantages_PN = advantages_PN / (rewards_PN.std(1, correction=1, keepdim=True) + 1e-4)
-    elif own["scale_rewards"] == "batch":
+    elif settings["scale_rewards"] == "batch":
         advantages_PN = advantages_PN / (rewards_PN.std(correction=1) + 1e-4)
     advantages_B1 = advantages_PN.reshape(-1, 1)
 
@@ -92,31 +92,31 @@ def _grpo(kind: str, new_BC, old_BC, ref_BC, mask_BC, rewards_B, own: dict) -> t
     else:
         clipped_BC = ratio_BC.clamp(1 - low, 1 + high)
         loss_BC = -torch.minimum(ratio_BC * advantages_B1, clipped_BC * advantages_B1)
-    if own["beta"]:
+    if settings["beta"]:
         gap_BC = torch.where(mask_BC, ref_BC - new_BC, 0.0)
         kl_k3_BC = gap_BC.exp() - 1 - gap_BC
-        if own["use_bias_correction_kl"]:
+        if settings["use_bias_correction_kl"]:
             kl_k3_BC = ratio_BC * kl_k3_BC
-        loss_BC = loss_BC + own["beta"] * kl_k3_BC
+        loss_BC = loss_BC + settings["beta"] * kl_k3_BC
 
     totals_B = torch.where(mask_BC, loss_BC, 0.0).sum(1)
     if kind in ("grpo", "gspo"):
         return (totals_B / lengths_B).mean()
     if kind == "dr_grpo":
-        return totals_B.sum() / (len(totals_B) * own["max_completion_length"])
+        return totals_B.sum() / (len(totals_B) * settings["max_completion_length"])
     return totals_B.sum() / lengths_B.sum()  # dapo, bnpo, cispo: the same with one batch
 
 
-def _rloo(new_BC, old_BC, ref_BC, mask_BC, rewards_B, own: dict) -> torch.Tensor:
-    low = own["epsilon"]
-    high = low if own["epsilon_high"] is None else own["epsilon_high"]
+def _rloo(new_BC, old_BC, ref_BC, mask_BC, rewards_B, settings: dict) -> torch.Tensor:
+    low = settings["epsilon"]
+    high = low if settings["epsilon_high"] is None else settings["epsilon_high"]
     total = lambda array_BC: torch.where(mask_BC, array_BC, 0.0).sum(1)  # noqa: E731
-    rewards_B = rewards_B.clamp(*own["reward_clip_range"])
-    rewards_B = rewards_B - own["beta"] * total(old_BC - ref_BC)  # k1, without a gradient
-    rewards_PN = rewards_B.view(-1, own["num_generations"])
+    rewards_B = rewards_B.clamp(*settings["reward_clip_range"])
+    rewards_B = rewards_B - settings["beta"] * total(old_BC - ref_BC)  # k1, without a gradient
+    rewards_PN = rewards_B.view(-1, settings["num_generations"])
     others_PN = rewards_PN.sum(1, keepdim=True) - rewards_PN
-    advantages_B = (rewards_PN - others_PN / (own["num_generations"] - 1)).view(-1)
-    if own["normalize_advantages"]:
+    advantages_B = (rewards_PN - others_PN / (settings["num_generations"] - 1)).view(-1)
+    if settings["normalize_advantages"]:
         centred_B = advantages_B - advantages_B.mean()
         advantages_B = centred_B / (advantages_B.std(correction=1) + 1e-4)
     ratio_B = total(new_BC - old_BC).exp()
@@ -163,17 +163,17 @@ def check() -> list[str]:
         batch = example(directory)
         before = safetensors.numpy.load_file(f"{directory}/model.safetensors")
         for kind, options in CASES:
-            found = one_step(kind, directory, batch, COMMON | options)
+            result = one_step(kind, directory, batch, COMMON | options)
             expected = step(kind, directory, batch, COMMON | options)
-            errors.append(_gap(found, expected))
-            given = ", ".join(f"{name} {value}" for name, value in options.items())
-            moved = _gap(found, before)
-            lines.append(f"{kind:8s} moved {moved:.1e}  off by {errors[-1]:.1e}  ({given})")
+            errors.append(_gap(result, expected))
+            shown = ", ".join(f"{name} {value}" for name, value in options.items())
+            moved = _gap(result, before)
+            lines.append(f"{kind:8s} moved {moved:.1e}  off by {errors[-1]:.1e}  ({shown})")
     if not max(errors) <= TOLERANCE:
         raise AssertionError("\n".join(["TRL differs from the formulas by hand:", *lines]))
     return lines
 
 
-def _gap(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    assert one.keys() == other.keys(), one.keys() ^ other.keys()
-    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
+def _gap(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
+    assert left.keys() == right.keys(), left.keys() ^ right.keys()
+    return max(float(np.abs(left[name] - right[name]).max()) for name in left)

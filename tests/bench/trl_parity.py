@@ -62,8 +62,8 @@ def draw_batch(policy: ntkrl.types.Policy, params: Any) -> dict[str, np.ndarray]
     mask[:, :PROMPT] = np.arange(PROMPT) >= short[:, None]
     completion_mask = np.arange(LENGTH) < rng.integers(1, LENGTH + 1, ROWS)[:, None]
     mask[:, PROMPT:] = completion_mask
-    held = (jnp.asarray(tokens), jnp.asarray(mask), LENGTH)
-    log_probs = np.asarray(scoring.score(policy, params, *held).log_probs)
+    arguments = (jnp.asarray(tokens), jnp.asarray(mask), LENGTH)
+    log_probs = np.asarray(scoring.score(policy, params, *arguments).log_probs)
     noise = rng.normal(size=(2, *log_probs.shape)).astype(np.float32)
     return {
         "tokens": tokens,
@@ -76,11 +76,11 @@ def draw_batch(policy: ntkrl.types.Policy, params: Any) -> dict[str, np.ndarray]
 
 
 def our_step(
-    objective: update.Objective, policy: Any, params: Any, held: dict[str, np.ndarray]
+    objective: update.Objective, policy: Any, params: Any, arrays: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Return all weights after one step of SGD, by their names on disk."""
     old, ref, rewards, completion_mask = (
-        jnp.asarray(held[name])
+        jnp.asarray(arrays[name])
         for name in ("old_log_probs", "ref_log_probs", "rewards", "completion_mask")
     )
     rollout = RolloutArrays(
@@ -93,8 +93,8 @@ def our_step(
     )
     weights = token_weights(objective, GROUP, rollout, jax.random.key(0))
     batch = UpdateBatch(
-        tokens=jnp.asarray(held["tokens"]),
-        mask=jnp.asarray(held["mask"]),
+        tokens=jnp.asarray(arrays["tokens"]),
+        mask=jnp.asarray(arrays["mask"]),
         completion_mask=weights.mask,
         old_log_probs=old,
         ref_log_probs=ref,
@@ -124,13 +124,13 @@ def main() -> None:
             directory, vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4
         )
         policy, params = ntkrl.load(directory)
-        held = draw_batch(policy, params)
+        batch_arrays = draw_batch(policy, params)
         before = load_file(f"{directory}/model.safetensors")
         for preset, axes, kind, options in CASES:
             objective = dataclasses.replace(update.PRESETS[preset], **axes)
-            given = {"num_generations": GROUP, "learning_rate": RATE, **options}
-            theirs = trl_peer.one_step(kind, directory, trl_peer.Batch(**held), given)
-            ours = our_step(objective, policy, params, held)
+            trl_options = {"num_generations": GROUP, "learning_rate": RATE, **options}
+            theirs = trl_peer.one_step(kind, directory, trl_peer.Batch(**batch_arrays), trl_options)
+            ours = our_step(objective, policy, params, batch_arrays)
             gap = {name: np.abs(ours[name] - theirs[name]).max() for name in theirs}
             moved = max(np.abs(theirs[name] - before[name]).max() for name in theirs)
             set_here = ", ".join(f"{name}={value}" for name, value in axes.items())

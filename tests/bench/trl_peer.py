@@ -106,7 +106,7 @@ class _Quiet:
         pass
 
 
-class _Given(_Quiet):
+class _Fixed(_Quiet):
     """A trainer with fixed completions, old and reference log-probs."""
 
     completions: list[list[int]]
@@ -158,9 +158,9 @@ def one_step(
     prompts, completions = batch.prompts(options["num_generations"]), batch.completions()
     longest = max(map(len, completions))
 
-    def given(log_probs_BC: np.ndarray) -> torch.Tensor:
-        held_BC = np.where(batch.completion_mask, log_probs_BC, 0.0)[:, :longest]
-        return torch.tensor(held_BC, dtype=torch.float32)
+    def masked(log_probs_BC: np.ndarray) -> torch.Tensor:
+        masked_BC = np.where(batch.completion_mask, log_probs_BC, 0.0)[:, :longest]
+        return torch.tensor(masked_BC, dtype=torch.float32)
 
     def reward(completions: list, **columns: Any) -> list[float]:
         return batch.rewards.tolist()
@@ -173,9 +173,9 @@ def one_step(
         **options,
     }
     with tempfile.TemporaryDirectory() as place:
-        trainer = _trainer(_Given, kind, directory, prompts, reward, place, settings)
+        trainer = _trainer(_Fixed, kind, directory, prompts, reward, place, settings)
         trainer.completions = completions
-        trainer.old, trainer.ref = given(batch.old_log_probs), given(batch.ref_log_probs)
+        trainer.old, trainer.ref = masked(batch.old_log_probs), masked(batch.ref_log_probs)
         trainer.train()
         trainer.model.save_pretrained(place)
         return safetensors.numpy.load_file(f"{place}/model.safetensors")
@@ -342,7 +342,7 @@ def _text(ids: Sequence[int]) -> str:
 
 def _tokenizer(vocab_size: int, end: int) -> transformers.PreTrainedTokenizerFast:
     """Return a tokenizer of the words <0>, <1>, …: ids as text and back without loss."""
-    # brackets, as special tokens are found inside words too: 0 would be in 10
+    # brackets, as special tokens are matched inside words too: 0 would be in 10
     words = tokenizers.models.WordLevel({f"<{i}>": i for i in range(vocab_size)})
     backend = tokenizers.Tokenizer(words)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

@@ -103,12 +103,12 @@ def test_every_example_is_whole_in_the_batch_of_its_part(seed):
     assert len({batch.tokens.shape for batch in batches}) == 1
     for part, batch in zip(parts, batches, strict=True):
         tokens, segments = np.asarray(batch.tokens), np.asarray(batch.mask)
-        found = [
+        result = [
             tokens[row][segments[row] == k].tolist()
             for row in range(len(tokens))
             for k in range(1, segments[row].max() + 1)
         ]
-        assert sorted(found) == sorted(prompts[r] + completions[r] for r in part)
+        assert sorted(result) == sorted(prompts[r] + completions[r] for r in part)
         counted = tokens[:, 1:][np.asarray(batch.completion_mask)]
         assert sorted(counted) == sorted(t for r in part for t in completions[r])
         assert (tokens[segments == 0] == PAD).all()
@@ -130,11 +130,11 @@ def test_few_shapes_whatever_the_lengths():
 def test_packing_depends_on_the_rows_alone():
     """law: twice the same, and more devices add rows of padding only."""
     prompts, completions = drawn(0)
-    (one,), (again,), (spread,) = (
+    (first,), (again,), (spread,) = (
         packed_batches(prompts, completions, [range(12)], PAD, 24, multiple)
         for multiple in (1, 1, 8)
     )
-    np.testing.assert_array_equal(one.tokens, again.tokens)
-    kept = (np.asarray(one.mask) > 0).any(axis=1)
-    np.testing.assert_array_equal(spread.tokens[: kept.sum()], one.tokens[: kept.sum()])
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    kept = (np.asarray(first.mask) > 0).any(axis=1)
+    np.testing.assert_array_equal(spread.tokens[: kept.sum()], first.tokens[: kept.sum()])
     assert not np.asarray(spread.mask)[kept.sum() :].any() and len(spread.tokens) == 8

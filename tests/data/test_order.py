@@ -94,8 +94,8 @@ def test_files_are_visited_evenly():
     files, places = stream(150)
     orders = []
     for file, size in enumerate(SIZES):
-        own = places[files == file]
-        epochs = own[: len(own) // size * size].reshape(-1, size)
+        file_places = places[files == file]
+        epochs = file_places[: len(file_places) // size * size].reshape(-1, size)
         assert len(epochs) > 5
         assert (np.sort(epochs, axis=1) == np.arange(size)).all()
         orders += [tuple(epoch) for epoch in epochs if size == 11]
@@ -110,8 +110,8 @@ def test_weighted_rows_are_a_pure_function():
     backward = [weighted_rows_at(p, SIZES, 4, 2, WEIGHTS).tolist() for p in reversed(range(30))]
     assert forward == backward[::-1]
     assert weighted_rows_at(0, SIZES, 4, 2, WEIGHTS).dtype == np.int32
-    for one, other in zip(stream(30, 4), stream(20, 6), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for first, other in zip(stream(30, 4), stream(20, 6), strict=True):
+        np.testing.assert_array_equal(first, other)
     # relative, and 0.1 is a third of 0.3: as binary fractions they would settle ties otherwise
     tenths, ones = (weighted_rows_at(0, (9, 9), 8, 0, w) for w in ((0.3, 0.1), (3, 1)))
     np.testing.assert_array_equal(tenths, ones)
@@ -145,7 +145,9 @@ def test_spread_begins_with_rows_of_every_file():
 def test_hold_out_divides_a_set():
     """law: every row and its columns go to exactly one part; the same rows on every call."""
     rows = PromptSet(tuple("abcdefghij"), {"n": list(range(10))}, "x.jsonl")
-    kept, held = hold_out(rows, 0.3)
-    assert len(held.prompts) == 3 and sorted(kept.prompts + held.prompts) == list("abcdefghij")
-    assert ["abcdefghij"[n] for n in held.columns["n"]] == list(held.prompts)
-    assert hold_out(rows, 0.3) == (kept, held)
+    kept, held_out = hold_out(rows, 0.3)
+    assert len(held_out.prompts) == 3 and sorted(kept.prompts + held_out.prompts) == list(
+        "abcdefghij"
+    )
+    assert ["abcdefghij"[n] for n in held_out.columns["n"]] == list(held_out.prompts)
+    assert hold_out(rows, 0.3) == (kept, held_out)

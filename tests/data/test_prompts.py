@@ -1,4 +1,4 @@
-"""By hand: files with one mistake each, and the words of the message each gives."""
+"""By hand: files with one mistake each, and its error message."""
 
 import json
 
@@ -34,11 +34,11 @@ def test_conversational_rows(tmp_path):
 
 
 def test_completions_of_both_forms(tmp_path):
-    wanted = ("prompt", "completion")
-    rows = read_set(_write(tmp_path, {"prompt": "a", "completion": "b"}), wanted)
+    expected = ("prompt", "completion")
+    rows = read_set(_write(tmp_path, {"prompt": "a", "completion": "b"}), expected)
     assert rows.columns["completion"] == ["b"]
     answer = [{"role": "assistant", "content": "hi"}]
-    rows = read_set(_write(tmp_path, {"prompt": USER, "completion": answer}), wanted)
+    rows = read_set(_write(tmp_path, {"prompt": USER, "completion": answer}), expected)
     assert rows.columns["completion"] == [answer]
 
 

@@ -33,9 +33,9 @@ def test_a_list_of_objects_and_a_table(tmp_path):
     listed = tmp_path / "rows.json"
     listed.write_text(json.dumps(ROWS))
     for path in (listed, _table(tmp_path / "rows.parquet", ROWS)):
-        found = read_set(path)
-        assert found.prompts == (TURN, TURN) and found.columns == {"score": [0.5, None]}
-        assert found.source == str(path)
+        result = read_set(path)
+        assert result.prompts == (TURN, TURN) and result.columns == {"score": [0.5, None]}
+        assert result.source == str(path)
 
 
 def test_saved_datasets_are_read_as_their_library_reads_them(tmp_path):
@@ -45,15 +45,15 @@ def test_saved_datasets_are_read_as_their_library_reads_them(tmp_path):
     rows = [
         {"prompt": str(i), "chosen": [{"role": "assistant", "content": "x" * i}]} for i in range(7)
     ]
-    whole = datasets.Dataset.from_list(rows)
+    dataset = datasets.Dataset.from_list(rows)
     saved = datasets.DatasetDict(
-        {"train_prefs": whole, "test_prefs": whole.shuffle(seed=1).select([4, 2, 0])}
+        {"train_prefs": dataset, "test_prefs": dataset.shuffle(seed=1).select([4, 2, 0])}
     )
     saved.save_to_disk(tmp_path / "saved", num_shards={"train_prefs": 3, "test_prefs": 1})
     assert len(files_of(tmp_path / "saved" / "train_prefs")) == 3
     for split in saved:
-        found = _objects(tmp_path / "saved" / split)
-        assert found == datasets.load_from_disk(tmp_path / "saved" / split).to_list()
+        result = _objects(tmp_path / "saved" / split)
+        assert result == datasets.load_from_disk(tmp_path / "saved" / split).to_list()
     with pytest.raises(
         ValueError, match=r"several splits; give one of .*test_prefs, .*train_prefs"
     ):
@@ -143,10 +143,10 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "told"), MISTAKES)
-def test_mistakes_are_told(tmp_path, make, told):
+@pytest.mark.parametrize(("make", "message"), MISTAKES)
+def test_mistakes_are_told(tmp_path, make, message):
     """law: a sentence that names the file and the fix."""
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_rows(tmp_path / make(tmp_path))
 
 
@@ -156,10 +156,10 @@ def test_wrong_rows_are_named(tmp_path):
     path.write_text(json.dumps([{"prompt": "a"}, 3, {"prompt": TURN}, {"instruction": "b"}]))
     with pytest.raises(ValueError) as caught:
         read_set(path)
-    told = str(caught.value)
-    assert "problems: 3" in told and f"{path} row 1: expected an object, found int" in told
-    assert "row 2: mixed forms: this prompt is a list of messages, that of row 0 is text" in told
-    assert "row 3: no 'prompt' (missing or null); the row has instruction" in told
+    message = str(caught.value)
+    assert "problems: 3" in message and f"{path} row 1: expected an object, found int" in message
+    assert "row 2: mixed forms: this prompt is a list of messages, that of row 0 is text" in message
+    assert "row 3: no 'prompt' (missing or null); the row has instruction" in message
 
 
 def test_tables_need_pyarrow(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""By hand: ids of the character tokenizer, through AutoTokenizer; and every refusal."""
+"""By hand: ids of the character tokenizer, through AutoTokenizer; and every error."""
 
 import json
 

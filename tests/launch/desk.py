@@ -17,7 +17,7 @@ ODD = "--config.stages=(('it''s', \"\\b $HOME\"),)"
 GOOGLE = {"PROJECT": "p", "ZONE": "z", "BUCKET": "b"}
 
 
-# writes down its words; then a file of one answer a line says what it prints and its status
+# logs its arguments; then prints the next line of a file of answers and ends with its status
 STUB = f"""#!{sys.executable} -SE
 import json, os, sys
 name = os.path.basename(sys.argv[0])
@@ -33,13 +33,13 @@ sys.exit(answer[1])
 """
 
 
-# takes the place of ntkrl: process k ends with the k-th status of its turn, once all have started
+# stands in for ntkrl: process k ends with the k-th status of its turn, once all have started
 PROGRAM = """
 import os, signal, sys, time
 def say(*words):
     os.write(1, (" ".join(words) + "\\n").encode())
 def leave(*_):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # told twice, it does not get to save
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second signal ends it before it saves
     say("told to end")
     time.sleep(0.3)
     sys.exit(75)

@@ -41,8 +41,8 @@ def test_gke_dry_run(desk):
     settings = {**GOOGLE, "IMAGE": "i", "CLUSTER": "c", "STORAGE": "s"}
 
     def shown(*words):
-        status, lines, told = desk.run("gke", *words, "--dry-run", **settings)
-        assert (status, told, desk.called()) == (0, "", [])
+        status, lines, error = desk.run("gke", *words, "--dry-run", **settings)
+        assert (status, error, desk.called()) == (0, "", [])
         return lines
 
     assert shown("image") == [
@@ -88,8 +88,8 @@ def test_slurm_queues_again(desk, status, before, requeued):
     """story: a run that can go on is queued again, at most RESTARTS times."""
     desk.answer("srun", ["", status])
     settings = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(before), "RESTARTS": "3"}
-    found, _, _ = desk.run("slurm", "--config=c", NTKRL="ntkrl", **settings)
-    assert found == status
+    code, _, _ = desk.run("slurm", "--config=c", NTKRL="ntkrl", **settings)
+    assert code == status
     calls = [call for call in desk.called() if call[0] == "scontrol"]
     assert calls == ([["scontrol", "requeue", "7"]] if requeued else [])
 

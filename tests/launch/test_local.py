@@ -32,15 +32,15 @@ def test_local_gives_each_process_a_gpu(desk):
     _, lines, _ = desk.run("local", "--dry-run", "--config=c", PROCESSES="2", **gpus)
     shown = [re.search(r"CUDA_VISIBLE_DEVICES=(\S+)", line).group(1) for line in lines]
     assert shown == ["5", "3"] and "gloo" not in "".join(lines)
-    status, lines, told = desk.run("local", "--dry-run", "--config=c", PROCESSES="3", **gpus)
-    assert (status, lines) == (2, []) and "PROCESSES=3 is more than the 2 GPUs here" in told
+    status, lines, error = desk.run("local", "--dry-run", "--config=c", PROCESSES="3", **gpus)
+    assert (status, lines) == (2, []) and "PROCESSES=3 is more than the 2 GPUs here" in error
 
 
 @pytest.mark.parametrize("status", ["0", "2", "70", "75", "1"])
 def test_local_passes_the_status_on(desk, status):
     """story: the program's arguments, output and status are the script's; it is started once."""
-    found, lines, _ = desk.local(status)
-    assert (found, lines, desk.turns()) == (int(status), ["started train --config=c"], 1)
+    code, lines, _ = desk.local(status)
+    assert (code, lines, desk.turns()) == (int(status), ["started train --config=c"], 1)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_local_passes_the_status_on(desk, status):
 )
 def test_local_starts_again(desk, statuses, status, turns):
     """story: a run that can resume is restarted up to RESTARTS times, another is not."""
-    found, _, told = desk.local(statuses, RESTARTS="3")
-    assert (found, desk.turns()) == (status, turns)
-    assert told.count("starting again") == turns - 1
+    code, _, error = desk.local(statuses, RESTARTS="3")
+    assert (code, desk.turns()) == (status, turns)
+    assert error.count("starting again") == turns - 1
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,12 @@ def test_local_starts_again(desk, statuses, status, turns):
 def test_one_process_ends_the_others(desk, statuses, status):
     """story: one of two that fails ends the other; the worst status, the cause, is returned."""
     began = time.monotonic()
-    found, lines, told = desk.local(statuses, PROCESSES="2")
-    assert found == status and time.monotonic() - began < 30
+    code, lines, error = desk.local(statuses, PROCESSES="2")
+    assert code == status and time.monotonic() - began < 30
     assert {line[:11] for line in lines} >= {"[0] started", "[1] started"}
     if "stays" in statuses:
         waits = statuses.split(",").index("stays")
-        assert f"[{waits}] told to end" in lines and "the others are told to end" in told
+        assert f"[{waits}] told to end" in lines and "the others are told to end" in error
 
 
 def test_a_process_that_does_not_end_is_killed(desk):
@@ -90,8 +90,8 @@ def test_a_process_that_does_not_end_is_killed(desk):
     )
     deaf.write_text(source)
     desk.program = f"{sys.executable} -SE {deaf}"
-    status, _, told = desk.local("stays,2", PROCESSES="2", GRACE_SECONDS="1")
-    assert status in (2, 137) and "killed" in told
+    status, _, error = desk.local("stays,2", PROCESSES="2", GRACE_SECONDS="1")
+    assert status in (2, 137) and "killed" in error
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

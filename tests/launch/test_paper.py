@@ -12,13 +12,13 @@ PAPER = {"MODEL": "m", "REWARD": "r", "RUNS": "runs", "SEEDS": "0"}
 def test_paper_dry_run(desk):
     """golden: the parts in order, each with its model and prompts."""
     status, lines, _ = desk.run("paper", "--dry-run", "--config.mesh.fsdp=8", DATA="d", **PAPER)
-    found = []
+    parts = []
     for line in lines:
         words = dict(word.partition("=")[::2] for word in shlex.split(line))
         verb = "train" if "launch/local.sh" in words else line.split()[3]
         names = ("model.path", "data.path", "data.eval_path", "eval.name", "eval.base")
         config = words["--config"].removeprefix("configs/paper/") if "--config" in words else None
-        found.append((verb, config, *(words.get(f"--config.{name}") for name in names)))
+        parts.append((verb, config, *(words.get(f"--config.{name}") for name in names)))
     start, before = "runs/sft/export", "runs/sft/evaluations"
     files = {name: f"runs/data/{name}.jsonl" for name in ("sft", "rl", "test")}
     selected = {name: f"runs/data/{name}_selected.jsonl" for name in ("rl", "test")}
@@ -33,14 +33,14 @@ def test_paper_dry_run(desk):
         config, export = f"{method}.py:pythia-2.8b", f"runs/{method}-0/export"
         expected.append(("train", config, start, files["rl"], files["test"], None, None))
         for name, prompts, base in (("train", "rl", "statistics"), ("test", "test", "test")):
-            given = (export, files["rl"], selected[prompts], name, f"{before}/{base}.jsonl")
-            expected.append((*scored, *given))
-    assert status == 0 and found == [*expected, ("report", None, None, None, None, None, None)]
+            arguments = (export, files["rl"], selected[prompts], name, f"{before}/{base}.jsonl")
+            expected.append((*scored, *arguments))
+    assert status == 0 and parts == [*expected, ("report", None, None, None, None, None, None)]
     statistics = f"--config.reward.normalisation={before}/statistics.rewards.json"
     assert sum(statistics in line and "--config.mesh.fsdp=8" in line for line in lines) == 10
-    given = [word for word in lines[0].split() if "prepare." in word]
+    arguments = [word for word in lines[0].split() if "prepare." in word]
     published = "d/ultrafeedback_binarized"
-    assert given == [
+    assert arguments == [
         f"--config.prepare.preferences={published}/train_prefs",
         f"--config.prepare.test={published}/test_prefs",
         "--config.prepare.supervised=d/alpaca_farm/sft",
@@ -78,8 +78,8 @@ def test_paper_goes_on_where_it_stopped(desk, published):
         path.parent.mkdir(parents=True)
         path.touch()
     # sft and its other evaluation, rl and its evaluations, then a mistake in grpo
-    status, lines, told = desk.run("paper", STATUSES="0 0 0 0 0 2", **published)
-    assert status == 2 and all(f"{path} exists" in told for path in done)
+    status, lines, error = desk.run("paper", STATUSES="0 0 0 0 0 2", **published)
+    assert status == 2 and all(f"{path} exists" in error for path in done)
     verbs = ["train", "evaluate", "train", "evaluate", "evaluate", "train"]
     assert [line.split()[1] for line in lines] == verbs
     assert "grpo.py" in lines[-1]

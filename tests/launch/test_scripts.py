@@ -67,7 +67,7 @@ def test_the_worse_status(statuses):
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "settings", "told"),
+    ("script", "words", "settings", "messages"),
     [
         ("local", [], {"PROCESSES": "two"}, ["no --config=FILE", "PROCESSES=two is not a whole"]),
         ("local", ["--config=c"], {"PROCESSES": "0"}, ["PROCESSES=0 is less than one"]),
@@ -88,12 +88,12 @@ def test_the_worse_status(statuses):
         ("paper", [], {"VARIANT": "gpt-5"}, ["VARIANT=gpt-5 is neither pythia-2.8b, pythia-1b"]),
     ],
 )
-def test_mistakes_are_told_together(desk, script, words, settings, told):
+def test_mistakes_are_told_together(desk, script, words, settings, messages):
     """story: everything missing is in one sentence, status 2, and nothing was run."""
     status, lines, error = desk.run(script, *words, **settings)
     assert (status, lines, desk.called()) == (2, [], [])
     assert error.count("\n") == 1 and error.startswith(f"{script}.sh: ")
-    assert [part for part in told if part not in error] == []
+    assert [part for part in messages if part not in error] == []
 
 
 def test_missing_programs_are_told(desk):
@@ -103,5 +103,5 @@ def test_missing_programs_are_told(desk):
     path.mkdir()
     for name in ("bash", "sed", "dirname", "basename"):
         (path / name).symlink_to(shutil.which(name))
-    status, _, told = desk.run("tpu_vm", "create", PATH=str(path), PROJECT="p")
-    assert status == 2 and "ZONE is not set" in told and "gcloud is not installed" in told
+    status, _, error = desk.run("tpu_vm", "create", PATH=str(path), PROJECT="p")
+    assert status == 2 and "ZONE is not set" in error and "gcloud is not installed" in error

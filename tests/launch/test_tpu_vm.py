@@ -6,7 +6,7 @@ import pytest
 
 from tests.launch.desk import GOOGLE
 
-TOLD = '; echo "a worker ended with status $?"\''
+END = '; echo "a worker ended with status $?"\''
 SLICE = "--project=p --zone=z"
 SSH = (
     f"gcloud compute tpus tpu-vm ssh ntkrl {SLICE} --worker=all "
@@ -17,7 +17,7 @@ CREATE = (
     "gcloud compute tpus queued-resources create ntkrl --node-id=ntkrl "
     f"--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot {SLICE}"
 )
-TRAIN = f"{SSH} '--command=bash ntkrl/launch/worker.sh train ntkrl --config=c --config.seed=1{TOLD}"
+TRAIN = f"{SSH} '--command=bash ntkrl/launch/worker.sh train ntkrl --config=c --config.seed=1{END}"
 DELETE = f"gcloud compute tpus queued-resources delete ntkrl {SLICE} --force --quiet"
 
 
@@ -28,7 +28,7 @@ def installing(place):
         f"tar --exclude=./.git --exclude=./.venv --exclude=./runs -czf {archive} .",
         f"gcloud compute tpus tpu-vm scp {archive} ntkrl: {SLICE} --worker=all",
         f"{SSH} '--command=mkdir -p ntkrl && tar -xzf ntkrl.tar.gz -C ntkrl &&",
-        f"bash ntkrl/launch/worker.sh install b{TOLD}",
+        f"bash ntkrl/launch/worker.sh install b{END}",
     ]
 
 
@@ -36,8 +36,8 @@ def test_tpu_vm_dry_run(desk):
     """golden: the commands of each verb, in order."""
 
     def shown(*words):
-        status, lines, told = desk.run("tpu_vm", *words, "--dry-run", SPOT="1", **GOOGLE)
-        assert (status, told) == (0, "")
+        status, lines, error = desk.run("tpu_vm", *words, "--dry-run", SPOT="1", **GOOGLE)
+        assert (status, error) == (0, "")
         return lines
 
     training = ("--config=c", "--config.seed=1")
@@ -54,21 +54,21 @@ def test_tpu_vm_dry_run(desk):
     ]
     assert shown("state") == [STATE]
     assert shown("delete") == [DELETE]
-    assert shown("logs") == [f"{SSH} '--command=tail -n 50 ntkrl.log{TOLD}"]
+    assert shown("logs") == [f"{SSH} '--command=tail -n 50 ntkrl.log{END}"]
     assert desk.called() == []
 
 
 def loop(desk, *answers):
     """Run the loop with these answers of gcloud; return status, verbs called and stderr."""
     desk.answer("gcloud", *answers)
-    status, _, told = desk.run("tpu_vm", "loop", "--config=c", RESTARTS="2", **GOOGLE)
+    status, _, error = desk.run("tpu_vm", "loop", "--config=c", RESTARTS="2", **GOOGLE)
     verbs = []
     for call in desk.called():
         verb = call[4]
         if verb == "ssh":
             verb = re.search(r"worker\.sh (\w+)", call[-1]).group(1)
         verbs.append(verb)
-    return status, verbs, told
+    return status, verbs, error
 
 
 ONCE = ["describe", "create", "describe", "scp", "install", "train", "delete"]
@@ -113,9 +113,9 @@ def test_tpu_vm_loop_takes_the_slice_that_is_there(desk):
 def test_tpu_vm_loop_gives_up(desk):
     """story: failed requests are repeated RESTARTS times; one refused by gcloud is not."""
     failed = [GONE, DONE, ["FAILED", 0], DONE]
-    status, verbs, told = loop(desk, *failed, *failed, *failed)
+    status, verbs, error = loop(desk, *failed, *failed, *failed)
     assert (status, verbs) == (75, 3 * ["describe", "create", "describe", "delete"])
-    assert told.count("starting again") == 2
+    assert error.count("starting again") == 2
     desk.calls.unlink()
     status, verbs, _ = loop(desk, GONE, ["no permission", 1])
     assert (status, verbs) == (1, ["describe", "create"])

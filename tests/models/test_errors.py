@@ -12,7 +12,7 @@ from tests.toys import torch_neox
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def good_models(tmp_path_factory):
     """A good model directory in one file, and one in shards."""
     place = tmp_path_factory.mktemp("models")
     model = torch_neox(place / "one")
@@ -21,9 +21,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def one(whole, tmp_path):
+def model_dir(good_models, tmp_path):
     """A copy to break."""
-    return shutil.copytree(whole / "one", tmp_path / "m")
+    return shutil.copytree(good_models / "one", tmp_path / "m")
 
 
 def edit_config(directory, **changes):
@@ -56,32 +56,34 @@ def test_no_directory(tmp_path):
     fails(tmp_path / "empty", "has no config.json; it holds nothing")
 
 
-def test_half_written(one):
+def test_half_written(model_dir):
     """law: weights cut short, or a config that is not JSON, name the file."""
-    path = one / "model.safetensors"
+    path = model_dir / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    fails(one, "model.safetensors is not a complete safetensors file")
+    fails(model_dir, "model.safetensors is not a complete safetensors file")
     path.write_bytes(b"")
-    fails(one, "model.safetensors is not a complete safetensors file")
+    fails(model_dir, "model.safetensors is not a complete safetensors file")
     path.unlink()
-    fails(one, "holds neither model.safetensors nor model.safetensors.index.json")
-    (one / "config.json").write_text('{"architectures":')
-    fails(one, "config.json is not valid JSON")
+    fails(model_dir, "holds neither model.safetensors nor model.safetensors.index.json")
+    (model_dir / "config.json").write_text('{"architectures":')
+    fails(model_dir, "config.json is not valid JSON")
 
 
-def test_pickle_is_refused(one):
+def test_pickle_is_refused(model_dir):
     """law: a pickle-only directory is refused with the way out, and never opened."""
-    (one / "model.safetensors").rename(one / "pytorch_model.bin")
-    fails(one, "only pickle checkpoints (pytorch_model.bin)", "safe_serialization=True")
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    fails(model_dir, "only pickle checkpoints (pytorch_model.bin)", "safe_serialization=True")
 
 
-def test_unknown_architecture(one):
+def test_unknown_architecture(model_dir):
     """law: the message lists the known architectures."""
-    edit_config(one, architectures=["MambaForCausalLM"])
-    fails(one, "architecture ['MambaForCausalLM'] is unknown; known are", "GPTNeoXForCausalLM")
+    edit_config(model_dir, architectures=["MambaForCausalLM"])
+    fails(
+        model_dir, "architecture ['MambaForCausalLM'] is unknown; known are", "GPTNeoXForCausalLM"
+    )
 
 
-def test_all_tensor_problems_at_once(one):
+def test_all_tensor_problems_at_once(model_dir):
     """law: missing, unknown, misshapen and wrongly typed tensors come in one message."""
 
     def change(tensors):
@@ -91,9 +93,9 @@ def test_all_tensor_problems_at_once(one):
         name = "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"
         tensors[name] = tensors[name].astype(np.int32)
 
-    edit_tensors(one, change)
+    edit_tensors(model_dir, change)
     fails(
-        one,
+        model_dir,
         "gpt_neox.final_layer_norm.bias is missing",
         "stranger is not part of this architecture",
         "embed_out.weight has shape (23, 15), expected (23, 16)",
@@ -101,22 +103,24 @@ def test_all_tensor_problems_at_once(one):
     )
 
 
-def test_old_buffers_are_ignored(one):
+def test_old_buffers_are_ignored(model_dir):
     """law: buffers of older checkpoints are known by name and carry nothing."""
 
     def change(tensors):
         tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = np.ones(2, np.float32)
         tensors["gpt_neox.layers.1.attention.masked_bias"] = np.ones((), np.float32)
 
-    edit_tensors(one, change)
-    ntkrl.load(one)
+    edit_tensors(model_dir, change)
+    ntkrl.load(model_dir)
 
 
-def test_all_config_problems_at_once(one):
+def test_all_config_problems_at_once(model_dir):
     """law: missing, mistyped and impossible entries come in one message."""
-    edit_config(one, hidden_size=None, num_hidden_layers=2.5, hidden_act="cube", layer_norm_eps="x")
+    edit_config(
+        model_dir, hidden_size=None, num_hidden_layers=2.5, hidden_act="cube", layer_norm_eps="x"
+    )
     fails(
-        one,
+        model_dir,
         "hidden_size must be a positive integer, not None",
         "num_hidden_layers must be a positive integer, not 2.5",
         "hidden_act 'cube' is not among",
@@ -124,26 +128,26 @@ def test_all_config_problems_at_once(one):
     )
 
 
-def test_impossible_shapes(one):
+def test_impossible_shapes(model_dir):
     """law: heads that do not divide the width, odd rotations, other rotary scalings."""
-    edit_config(one, num_attention_heads=3)
-    fails(one, "hidden_size 16 is not a multiple of num_attention_heads 3")
-    edit_config(one, num_attention_heads=2, rope_parameters=None, rotary_pct=0.4)
-    fails(one, "gives 3 rotated dimensions; it must be even")
-    edit_config(one, rope_scaling={"type": "yarn", "factor": 2.0})
-    fails(one, "rotary scaling 'yarn' is not supported, only default, linear, llama3")
-    edit_config(one, rope_scaling={"type": "llama3", "factor": "x"})
+    edit_config(model_dir, num_attention_heads=3)
+    fails(model_dir, "hidden_size 16 is not a multiple of num_attention_heads 3")
+    edit_config(model_dir, num_attention_heads=2, rope_parameters=None, rotary_pct=0.4)
+    fails(model_dir, "gives 3 rotated dimensions; it must be even")
+    edit_config(model_dir, rope_scaling={"type": "yarn", "factor": 2.0})
+    fails(model_dir, "rotary scaling 'yarn' is not supported, only default, linear, llama3")
+    edit_config(model_dir, rope_scaling={"type": "llama3", "factor": "x"})
     fails(
-        one,
+        model_dir,
         "rotary factor must be a number, not 'x'",
         "rotary low_freq_factor must be a number, not None",
         "rotary original_max_position_embeddings must be a number",
     )
 
 
-def test_shards(whole, tmp_path):
+def test_shards(good_models, tmp_path):
     """law: a missing shard, a wrong index, a shard outside the directory."""
-    many = shutil.copytree(whole / "many", tmp_path / "m")
+    many = shutil.copytree(good_models / "many", tmp_path / "m")
     index = many / "model.safetensors.index.json"
     raw = json.loads(index.read_text())
     shards = sorted(set(raw["weight_map"].values()))
@@ -161,13 +165,13 @@ def test_shards(whole, tmp_path):
     fails(many, "names shards that are not in", shards[1])
 
 
-def test_random_damage_never_crashes(whole, tmp_path):
+def test_random_damage_never_crashes(good_models, tmp_path):
     """law: bytes flipped in the header give a ValueError or an intact model, nothing else."""
     rng = np.random.default_rng(0)
-    original = (whole / "one" / "model.safetensors").read_bytes()
+    original = (good_models / "one" / "model.safetensors").read_bytes()
     refused = 0
     for trial in range(30):
-        place = shutil.copytree(whole / "one", tmp_path / str(trial))
+        place = shutil.copytree(good_models / "one", tmp_path / str(trial))
         damaged = bytearray(original)
         for at in rng.integers(0, 2000, 3):
             damaged[at] = rng.integers(0, 256)
@@ -180,11 +184,11 @@ def test_random_damage_never_crashes(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_random_damage_of_json_never_crashes(whole, tmp_path, name):
+def test_random_damage_of_json_never_crashes(good_models, tmp_path, name):
     """law: bytes of a JSON file flipped, cut or doubled: a ValueError or a complete model."""
     rng = np.random.default_rng(1)
-    original = (whole / "many" / name).read_bytes()
-    place = shutil.copytree(whole / "many", tmp_path / "m")
+    original = (good_models / "many" / name).read_bytes()
+    place = shutil.copytree(good_models / "many", tmp_path / "m")
     refused = 0
     for trial in range(60):
         damaged = bytearray(original)

@@ -45,8 +45,8 @@ def test_import_export_import_is_bit_identical(tmp_path, case):
     assert type(again) is type(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-    kept, told = model.config.to_dict(), again.config.to_dict()
-    apart = {k for k in kept if kept[k] != told[k]} - {"dtype", "transformers_version"}
+    kept, restored = model.config.to_dict(), again.config.to_dict()
+    apart = {k for k in kept if kept[k] != restored[k]} - {"dtype", "transformers_version"}
     assert not apart - {"_name_or_path"}
 
 
@@ -73,8 +73,8 @@ def test_decoding(tmp_path, case):
 
     _, (chosen, stepped) = jax.lax.scan(step, (features[:, -1], cache), None, 64)
     np.testing.assert_array_equal(np.asarray(chosen).T, expected[:, 9:])
-    whole = np.concatenate([mask, np.ones((3, 64), bool)], axis=1)
-    full = jax.jit(policy.features)(params, jnp.asarray(expected), jnp.asarray(whole))
+    full_mask = np.concatenate([mask, np.ones((3, 64), bool)], axis=1)
+    full = jax.jit(policy.features)(params, jnp.asarray(expected), jnp.asarray(full_mask))
     gap = np.abs(np.asarray(full[:, 9:]) - np.asarray(stepped).transpose(1, 0, 2))
     assert gap.max() < 1e-4 * np.abs(np.asarray(full)).max()
 

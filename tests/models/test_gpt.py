@@ -75,12 +75,12 @@ def test_stored_dtypes_and_shards(tmp_path, dtype):
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "many", max_shard_size="5KB")
     assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
-    _, one = ntkrl.load(tmp_path / "one")
+    _, single = ntkrl.load(tmp_path / "one")
     _, many = ntkrl.load(tmp_path / "many")
     expected = model.get_output_embeddings().weight.detach().float().numpy()
-    np.testing.assert_array_equal(np.asarray(one["head"]["weight"]), expected)
+    np.testing.assert_array_equal(np.asarray(single["head"]["weight"]), expected)
     jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, many
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), single, many
     )
 
 

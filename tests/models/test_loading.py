@@ -1,4 +1,4 @@
-"""Loading at scale: blocks go straight to their devices, and no host holds more than its share."""
+"""Loading at scale: blocks are read onto their devices; no host loads more than its share."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def test_sharded_loading_equals_whole(tmp_path, case, shape):
     mesh = runtime.make_mesh(*shape)
     policy, params = ntkrl.load(tmp_path, mesh=mesh)
     equal_trees(params, ntkrl.load(tmp_path)[1])
-    wanted = trees.shardings(params, policy.sharding, mesh)
-    for leaf, where in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+    expected = trees.shardings(params, policy.sharding, mesh)
+    for leaf, where in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         assert leaf.sharding == where
     split = [leaf for leaf in jax.tree.leaves(params) if not leaf.is_fully_replicated]
     assert len(split) >= 4
@@ -123,7 +123,7 @@ print(json.dumps([whole, kept, sum(counted), float(abs(shard.data).sum())]))
 def test_each_of_two_hosts_reads_its_own_half(tmp_path):
     """law: a process reads its devices' blocks of sharded arrays, and all of the others.
 
-    oracle: the two halves of a kernel, one on each host, have the sums of the stored ones.
+    oracle: the two halves of a kernel, one on each host, have the sums of the stored halves.
     """
     model = torch_model("llama", tmp_path)
     with socket.socket() as free:
@@ -139,10 +139,10 @@ def test_each_of_two_hosts_reads_its_own_half(tmp_path):
         )
         for number in range(2)
     ]
-    told = [json.loads(host.communicate(timeout=120)[0].splitlines()[-1]) for host in hosts]
+    reports = [json.loads(host.communicate(timeout=120)[0].splitlines()[-1]) for host in hosts]
     stored = torch.stack([layer.mlp.up_proj.weight for layer in model.model.layers])
     halves = [float(half.abs().sum()) for half in stored.detach().chunk(2, dim=2)]
-    for (whole, kept, read, total), half in zip(told, halves, strict=True):
-        assert 0 < kept < whole / 4
-        assert read == kept + (whole - kept) // 2
+    for (replicated, kept, read, total), half in zip(reports, halves, strict=True):
+        assert 0 < kept < replicated / 4
+        assert read == kept + (replicated - kept) // 2
         assert total == pytest.approx(half, rel=1e-5)

@@ -22,12 +22,12 @@ TARGETS = {
 }
 
 
-def with_adapters(case, directory, **given):
+def with_adapters(case, directory, **settings):
     """A PEFT model of a case with random adapters, saved with its base."""
     base = torch_model(case, directory / "base")
     targets = TARGETS[case] if case in TARGETS else ["q_proj", "v_proj", "down_proj"]
     config = peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=targets, task_type="CAUSAL_LM", **given
+        r=3, lora_alpha=7, target_modules=targets, task_type="CAUSAL_LM", **settings
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT corrects fan_in_fan_out for GPT-2 by itself

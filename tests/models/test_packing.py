@@ -43,9 +43,9 @@ def test_packed_equals_unpacked(tmp_path, x64, case):
     few = {"n_positions": 11} if case == "gpt2" else {}
     torch_model(case, tmp_path, **few)
     policy, params = ntkrl.load(tmp_path, dtype=jnp.float64)
-    given = examples(policy.vocab_size)
-    apart = data.supervised_batch(*given, 0, 7, 9)
-    (packed,) = data.packed_batches(*given[:2], [given[2]], 0, LENGTH, multiple=3)
+    sequences = examples(policy.vocab_size)
+    apart = data.supervised_batch(*sequences, 0, 7, 9)
+    (packed,) = data.packed_batches(*sequences[:2], [sequences[2]], 0, LENGTH, multiple=3)
     assert packed.mask.max(axis=1).tolist() == [3, 2, 0]
     (total, gradient), (expected, same) = (
         loss_and_gradient(policy, params, batch) for batch in (packed, apart)
@@ -53,8 +53,8 @@ def test_packed_equals_unpacked(tmp_path, x64, case):
     assert total.count == expected.count == sum(COMPLETIONS)
     np.testing.assert_allclose(total.total, expected.total, rtol=1e-10)
     size = max(np.abs(leaf).max() for leaf in jax.tree.leaves(same))
-    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(same), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-10 * size)
+    for actual, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(actual, other, rtol=0, atol=1e-10 * size)
 
 
 @pytest.mark.parametrize("case", ["gpt-neox", "gpt2", "gemma 3"])

@@ -32,10 +32,10 @@ def mean_cosine(phi_OD):
 def test_logits_stay_and_features_spread():
     """law: W'φ' = Wφ in one pass or token by token, ‖φ‖ is unchanged, cosines nearly vanish."""
     policy, params, tokens, phi_OD, moments = drawn()
-    own, white = models.whitened(policy, params, moments)
-    turned_OD = own.features(white, tokens).reshape(phi_OD.shape)
+    plain, white = models.whitened(policy, params, moments)
+    turned_OD = plain.features(white, tokens).reshape(phi_OD.shape)
     expected = policy.head(params, phi_OD)
-    np.testing.assert_allclose(own.head(white, turned_OD), expected, atol=2e-4)
+    np.testing.assert_allclose(plain.head(white, turned_OD), expected, atol=2e-4)
     again_OD = turned_OD.T @ turned_OD / len(phi_OD)
     spectrum = np.linalg.eigvalsh(again_OD)
     assert spectrum[-1] / spectrum[0] < 0.1 * np.linalg.cond(moments)
@@ -43,19 +43,19 @@ def test_logits_stay_and_features_spread():
     assert mean_cosine(phi_OD) > 0.5
     assert abs(mean_cosine(turned_OD)) < 0.15 * mean_cosine(phi_OD)
     mask = jnp.ones(tokens.shape, bool)
-    read, _ = own.decode(white, own.init_cache(12, 9), tokens, mask)
+    read, _ = plain.decode(white, plain.init_cache(12, 9), tokens, mask)
     np.testing.assert_allclose(read.reshape(phi_OD.shape), turned_OD, atol=1e-4)
 
 
 def test_the_head_comes_out_plain(tmp_path):
     """story: a whitened model is exported, and read back it is the function it was."""
     policy, params, tokens, phi_OD, moments = drawn()
-    own, white = models.whitened(policy, params, moments)
-    models.export(tmp_path / "out", own, white)
+    original, white = models.whitened(policy, params, moments)
+    models.export(tmp_path / "out", original, white)
     back, plain = ntkrl.load(tmp_path / "out")
     assert "whitening" not in plain
-    found = back.head(plain, back.features(plain, tokens).reshape(phi_OD.shape))
-    np.testing.assert_allclose(found, policy.head(params, phi_OD), atol=2e-4)
+    result = back.head(plain, back.features(plain, tokens).reshape(phi_OD.shape))
+    np.testing.assert_allclose(result, policy.head(params, phi_OD), atol=2e-4)
 
 
 def test_a_tied_head_is_refused():

@@ -17,9 +17,9 @@ LLAMA.pop("rotary_pct")
 def products(function, *arguments):
     """Return the matrix products of a program before compilation."""
     text = jax.jit(function).lower(*arguments).as_text()
-    found = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert found
-    return found
+    result = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert result
+    return result
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ CLASSES = {
 def torch_scorer(case, directory, labels=1, **overrides):
     """Make and save a random sequence classifier of a case's shape."""
     config_class, _, settings = CASES[case]
-    given = {"num_labels": labels, "pad_token_id": 1, **overrides}
-    config = getattr(transformers, config_class)(**{**settings, **given})
+    fields = {"num_labels": labels, "pad_token_id": 1, **overrides}
+    config = getattr(transformers, config_class)(**{**settings, **fields})
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, CLASSES[case])(config).eval()
@@ -58,8 +58,8 @@ def test_scores_equal_torch(tmp_path, case):
     with torch.no_grad():
         out = model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long()).logits[:, 0]
     arguments = (jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(3, int))
-    found = jax.jit(scorer.score)(params, *arguments)["score"]
-    np.testing.assert_allclose(found, out.numpy(), atol=1e-4)
+    result = jax.jit(scorer.score)(params, *arguments)["score"]
+    np.testing.assert_allclose(result, out.numpy(), atol=1e-4)
     assert out.abs().max() > 0.1
     scorer, params = models.load_scorer(tmp_path, jnp.bfloat16)
     assert params["score"]["weight"].dtype == jnp.float32
@@ -75,8 +75,8 @@ def test_a_pad_token_that_ends_texts(tmp_path):
     mask = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
     with torch.no_grad():
         out = model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long()).logits[:, 0]
-    found = scorer.score(params, jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(2, int))
-    np.testing.assert_allclose(found["score"], out.numpy(), atol=1e-4)
+    result = scorer.score(params, jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(2, int))
+    np.testing.assert_allclose(result["score"], out.numpy(), atol=1e-4)
 
 
 def test_directories_that_are_no_reward_model(tmp_path):
@@ -175,14 +175,14 @@ def test_armorm_equals_the_slow_oracle(armo):
         tokens[i, : len(row)] = row
     mask = tokens != scorer.pad_id
     arguments = (jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(gates))
-    found = jax.jit(scorer.score)(params, *arguments)
+    result = jax.jit(scorer.score)(params, *arguments)
     for i, row in enumerate(rows):
         score, rewards = slow_armo(trunk, heads, row, gates[i])
-        assert float(found["score"][i]) == pytest.approx(score, abs=1e-4)
-        told = [float(found[name][i]) for name in ATTRIBUTES]
-        np.testing.assert_allclose(told, rewards, atol=1e-4)
+        assert float(result["score"][i]) == pytest.approx(score, abs=1e-4)
+        attributes = [float(result[name][i]) for name in ATTRIBUTES]
+        np.testing.assert_allclose(attributes, rewards, atol=1e-4)
     moved = scorer.score(params, *arguments[:2], jnp.asarray([0, 0, 0]))["score"]
-    assert np.abs(np.asarray(moved - found["score"])).min() > 1e-4
+    assert np.abs(np.asarray(moved - result["score"])).min() > 1e-4
 
 
 def test_armorm_on_a_mesh_and_in_bfloat16(armo):
@@ -193,8 +193,10 @@ def test_armorm_on_a_mesh_and_in_bfloat16(armo):
     _, sharded = models.load_scorer(directory, mesh=mesh)
     tokens = jnp.asarray([[4, *GATE, 8, 9]])
     arguments = (tokens, jnp.ones(tokens.shape, bool), jnp.asarray([1]))
-    one = jax.jit(scorer.score)(params, *arguments)["score"]
-    np.testing.assert_allclose(one, jax.jit(scorer.score)(sharded, *arguments)["score"], atol=1e-5)
+    single = jax.jit(scorer.score)(params, *arguments)["score"]
+    np.testing.assert_allclose(
+        single, jax.jit(scorer.score)(sharded, *arguments)["score"], atol=1e-5
+    )
     _, half = models.load_scorer(directory, jnp.bfloat16)
     assert half["gate"]["0"]["kernel"].dtype == jnp.float32
     assert half["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16

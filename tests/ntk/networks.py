@@ -32,14 +32,16 @@ def features(params, tokens, mask=None):
 
 def head(kind, weight_name):
     """Return the logits z = κ tanh(s (W φ + b) / κ), written out, of a kind of head."""
-    given = HEADS[kind]
+    options = HEADS[kind]
 
     def logits(params, phi):
         z = jnp.einsum("...d,vd->...v", phi, params[weight_name])
-        if "bias" in given:
+        if "bias" in options:
             z = z + params["head_bias"].reshape((1,) * (z.ndim - 1) + (-1,))
-        z = z * (given["scale"] if "scale" in given else 1.0)
-        return given["soft_cap"] * jnp.tanh(z / given["soft_cap"]) if "soft_cap" in given else z
+        z = z * (options["scale"] if "scale" in options else 1.0)
+        return (
+            options["soft_cap"] * jnp.tanh(z / options["soft_cap"]) if "soft_cap" in options else z
+        )
 
     return logits
 
@@ -110,22 +112,22 @@ def contexts(padded):
 @functools.cache
 def jacobians(kind, tied, padded):
     """Role Jacobians of both sides, by brute force."""
-    found, params = network(kind, tied)
-    logits = head(kind, found.head.weight)
+    net, params = network(kind, tied)
+    logits = head(kind, net.head.weight)
     return [role_jacobians(features, logits, params, side) for side in contexts(padded)]
 
 
-def expected(kind, tied, padded, part, **given):
+def expected(kind, tied, padded, part, **options):
     """A part of the kernel by brute force: `[O, U, V, V]`."""
     described = network(kind, tied)[0].head
     sides = jacobians(kind, tied, padded)
-    return np.asarray(part_kernel(part, *sides, described.weight, described.bias, **given))
+    return np.asarray(part_kernel(part, *sides, described.weight, described.bias, **options))
 
 
-def close(found, wanted, tolerance=1e-10, scale=None):
+def close(result, reference, tolerance=1e-10, scale=None):
     """Compare relative to the largest entry; refuse empty comparisons."""
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    assert found.shape == wanted.shape and found.size
-    largest = np.abs(wanted).max() if scale is None else scale
+    result, reference = np.asarray(result), np.asarray(reference)
+    assert result.shape == reference.shape and result.size
+    largest = np.abs(reference).max() if scale is None else scale
     assert largest > 0
-    assert np.abs(found - wanted).max() <= tolerance * largest
+    assert np.abs(result - reference).max() <= tolerance * largest

@@ -68,7 +68,7 @@ class Groups:
 @pytest.mark.parametrize("kind", ["untied", "neox"])
 def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
     """law: a scan that groups its operands instead of counting them gives the same matrix."""
-    told = []
+    scans = []
 
     def newer(eqn, *slots):
         params = dict(eqn.params)
@@ -76,7 +76,7 @@ def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
             counts = params.pop("num_consts"), params.pop("num_carry")
             params["ft_in"] = Groups(*counts, len(eqn.invars) - sum(counts))
             eqn = eqn.replace(params=params)
-            told.append(counts)
+            scans.append(counts)
         return step(eqn, *slots)
 
     step = jaxpr.Operation
@@ -86,7 +86,7 @@ def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
     kernel = ntk.kernel(*model(kind), *contexts(True), groups=GROUPS, algorithm="layerwise")
     close(kernel.dense(), expected)
     feature_functions._trace_features.cache_clear()
-    assert told
+    assert scans
 
 
 @pytest.mark.usefixtures("x64")
@@ -96,9 +96,9 @@ def test_chunks_change_nothing(algorithm):
     observed, updated = contexts(False)
     for other in (updated, None):
         kernel = ntk.kernel(*model("untied"), observed, other, algorithm=algorithm)
-        whole = kernel.body(chunk=100)
+        full = kernel.body(chunk=100)
         for chunk in (3, 8):
-            close(kernel.body(chunk=chunk), whole, 1e-12)
+            close(kernel.body(chunk=chunk), full, 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -113,9 +113,9 @@ def test_algorithms_under_jit(algorithm):
             rows=[0, 3, 8]
         )
 
-    wanted = brute("tied", "full", True)[:, :, [0, 3, 8]]
-    close(jax.jit(lambda p: dense(p, observed, updated))(params), wanted)
-    close(jax.jit(dense)(params, observed, updated), wanted)
+    expected = brute("tied", "full", True)[:, :, [0, 3, 8]]
+    close(jax.jit(lambda p: dense(p, observed, updated))(params), expected)
+    close(jax.jit(dense)(params, observed, updated), expected)
 
 
 @pytest.mark.parametrize("algorithm", ntk.ALGORITHMS)
@@ -123,10 +123,10 @@ def test_algorithms_under_jit(algorithm):
 def test_float32_stays_within_rounding(kind, algorithm):
     """oracle: float32 params against the float64 oracle, 2e-5 relative."""
     with jax.enable_x64(True):
-        wanted = brute(kind, "full", False)
-    found = ntk.kernel(*model(kind, jnp.float32), *contexts(False), algorithm=algorithm).dense()
-    assert found.dtype == jnp.float32
-    close(found, wanted, 2e-5)
+        expected = brute(kind, "full", False)
+    result = ntk.kernel(*model(kind, jnp.float32), *contexts(False), algorithm=algorithm).dense()
+    assert result.dtype == jnp.float32
+    close(result, expected, 2e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -180,8 +180,8 @@ def test_double_vjp_equals_forward_mode(algorithm):
     right = np.random.default_rng(2).normal(size=(4, VOCAB))
     kernel = ntk.kernel(*model("tied"), *contexts(False), algorithm=algorithm, forward_mode=False)
     close(kernel.dense(), brute("tied", "full", False))
-    wanted = np.einsum("ouvw,uw->ov", brute("tied", "full", False), right)
-    close(kernel.apply(right), wanted)
+    expected = np.einsum("ouvw,uw->ov", brute("tied", "full", False), right)
+    close(kernel.apply(right), expected)
 
 
 @pytest.mark.usefixtures("x64")
@@ -191,15 +191,15 @@ def test_batch_order_and_padding_change_nothing(algorithm):
     network, params = model("untied")
     tokens = jnp.asarray(TOKENS)
     every = ntk.every_position(tokens)
-    whole = np.asarray(ntk.kernel(network, params, every, algorithm=algorithm).trace())
+    full = np.asarray(ntk.kernel(network, params, every, algorithm=algorithm).trace())
     order = np.random.default_rng(0).permutation(15)
     flipped = jnp.asarray(TOKENS[::-1].copy())
     padded = jnp.pad(flipped, ((0, 0), (1, 2)), constant_values=3)
     mask = jnp.pad(jnp.ones((3, 5), bool), ((0, 0), (1, 2)))
     rows, positions = np.asarray(every.rows)[order], np.asarray(every.positions)[order]
     shuffled = ntk.Contexts(padded, jnp.asarray(positions + 1), jnp.asarray(2 - rows), mask)
-    found = np.asarray(ntk.kernel(network, params, shuffled, algorithm=algorithm).trace())
-    close(found, whole[order][:, order])
+    result = np.asarray(ntk.kernel(network, params, shuffled, algorithm=algorithm).trace())
+    close(result, full[order][:, order])
 
 
 def estimates_of(kernel):

@@ -56,8 +56,8 @@ def test_bad_contexts_are_named(wrong):
 
 def test_networks_that_cannot_see_padding_refuse_it():
     """law: left padding changes the output of a network without a mask, so it is an error."""
-    found, params = network("plain", False)
-    blind = ntk.Network(features, found.head)
+    result, params = network("plain", False)
+    blind = ntk.Network(features, result.head)
     mask = np.ones((3, 5), bool)
     mask[1, 0] = False
     with pytest.raises(ValueError, match="contexts 1 have padding before them"):

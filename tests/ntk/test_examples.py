@@ -20,7 +20,7 @@ MODULES = ["ntkrl.ntk"] + [
 def test_examples(name):
     """story: with a policy, its params and four tokens in two rows, as every example assumes."""
     policy, params = ntkrl.build("GPTNeoXForCausalLM", TINY, jax.random.key(0))
-    given = {
+    names = {
         "jax": jax,
         "jnp": jnp,
         "ntk": ntk,
@@ -28,5 +28,5 @@ def test_examples(name):
         "policy": policy,
         "tokens": jnp.array([[5, 3, 8, 2], [7, 7, 1, 4]]),
     }
-    found = doctest.testmod(importlib.import_module(name), extraglobs=given)
-    assert found.attempted > 2 and not found.failed
+    result = doctest.testmod(importlib.import_module(name), extraglobs=names)
+    assert result.attempted > 2 and not result.failed

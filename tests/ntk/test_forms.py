@@ -22,8 +22,8 @@ def parts_of(tied):
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
 def test_dense_parts_equal_brute_force(kind, tied):
     """oracle: each role's Jacobian by V rows per context, padded on both sides."""
-    found, params = network(kind, tied)
-    kernel = ntk.kernel(found, params, *contexts(True))
+    result, params = network(kind, tied)
+    kernel = ntk.kernel(result, params, *contexts(True))
     assert kernel.problem.tied == tied
     for part in parts_of(tied):
         close(kernel.dense(part), expected(kind, tied, True, part))
@@ -35,8 +35,8 @@ def test_dense_parts_equal_brute_force(kind, tied):
 @pytest.mark.parametrize(("kind", "tied"), FEW)
 def test_forms_are_contractions_of_the_dense_kernel(kind, tied):
     """oracle: apply, bilinear, trace, diagonal and chosen entries, part by part."""
-    found, params = network(kind, tied)
-    kernel = ntk.kernel(found, params, *contexts(True))
+    result, params = network(kind, tied)
+    kernel = ntk.kernel(result, params, *contexts(True))
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(3, VOCAB)), rng.normal(size=(4, VOCAB))
     for part in parts_of(tied):
@@ -56,42 +56,44 @@ def test_forms_are_contractions_of_the_dense_kernel(kind, tied):
 @pytest.mark.parametrize(("kind", "tied"), [("plain", False), ("all", True)])
 def test_bilinear_by_sequence(kind, tied):
     """law: aggregated over sequences = sums of the contexts' entries (updated rows 0, 1, 1, 2)."""
-    found, params = network(kind, tied)
-    kernel = ntk.kernel(found, params, *contexts(False))
+    result, params = network(kind, tied)
+    kernel = ntk.kernel(result, params, *contexts(False))
     rng = np.random.default_rng(1)
     left, right = rng.normal(size=(3, VOCAB)), rng.normal(size=(4, VOCAB))
     single = np.asarray(kernel.bilinear(left, right))
-    wanted = np.stack([single[:, 1], single[:, 2] + single[:, 3], single[:, 0]], axis=1)
-    close(kernel.bilinear(left, right, by="sequence"), wanted)
+    reference = np.stack([single[:, 1], single[:, 2] + single[:, 3], single[:, 0]], axis=1)
+    close(kernel.bilinear(left, right, by="sequence"), reference)
 
 
 @pytest.mark.parametrize("kind", ["plain", "all"])
 def test_factored_form(kind):
     """by hand: diag(left) (head I + W M Wᵀ) diag(right) is the kernel of an untied head."""
-    found, params = network(kind, False)
-    factored = ntk.factored(ntk.kernel(found, params, *contexts(False)))
-    whole = np.einsum("vd,oude,we->ouvw", factored.weight, factored.body, factored.weight)
-    whole += np.asarray(factored.head)[..., None, None] * np.eye(VOCAB)
+    result, params = network(kind, False)
+    factored = ntk.factored(ntk.kernel(result, params, *contexts(False)))
+    full = np.einsum("vd,oude,we->ouvw", factored.weight, factored.body, factored.weight)
+    full += np.asarray(factored.head)[..., None, None] * np.eye(VOCAB)
     if factored.left is not None:
-        whole *= np.asarray(factored.left)[:, None, :, None]
-        whole *= np.asarray(factored.right)[None, :, None, :]
+        full *= np.asarray(factored.left)[:, None, :, None]
+        full *= np.asarray(factored.right)[None, :, None, :]
     assert (factored.left is None) == (kind == "plain")
-    close(whole, expected(kind, False, False, "full"))
+    close(full, expected(kind, False, False, "full"))
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("plain", False), ("all", True)])
 def test_groups_add_up_to_full(kind, tied):
     """oracle and law: a group is its parameters in all roles; a partition adds up to full."""
-    found, params = network(kind, tied)
+    result, params = network(kind, tied)
     groups = (("embed", "table"), ("query|mlp", "matrices"), (".*", "rest"))
-    kernel = ntk.kernel(found, params, *contexts(True), groups=groups)
+    kernel = ntk.kernel(result, params, *contexts(True), groups=groups)
     members = {"table": {"embed"}, "matrices": {"query", "mlp"}}
     members["rest"] = set(params) - members["table"] - members["matrices"]
     total = 0.0
     for name, leaves in members.items():
-        wanted = expected(kind, tied, True, name, keep=lambda n, leaves=leaves: n in leaves)
-        close(kernel.dense(name), wanted)
-        close(kernel.trace(name), np.einsum("ouvv->ou", wanted), scale=np.abs(wanted).max() * 9)
+        reference = expected(kind, tied, True, name, keep=lambda n, leaves=leaves: n in leaves)
+        close(kernel.dense(name), reference)
+        close(
+            kernel.trace(name), np.einsum("ouvv->ou", reference), scale=np.abs(reference).max() * 9
+        )
         total += np.asarray(kernel.dense(name))
     close(total, kernel.dense())
 
@@ -99,45 +101,45 @@ def test_groups_add_up_to_full(kind, tied):
 @pytest.mark.parametrize(("kind", "tied"), [("plain", False), ("all", True)])
 def test_preconditioned_kernel(kind, tied):
     """oracle: J P Jᵀ for a diagonal P; its head part is diagonal and not a multiple of I."""
-    found, params = network(kind, tied)
+    result, params = network(kind, tied)
     rng = np.random.default_rng(3)
     scale = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 2.0, leaf.shape)), params)
     factors = {name: np.asarray(leaf) for name, leaf in scale.items()}
-    kernel = ntk.kernel(found, params, *contexts(True), precondition=scale)
+    kernel = ntk.kernel(result, params, *contexts(True), precondition=scale)
     right = rng.normal(size=(4, VOCAB))
     for part in parts_of(tied):
-        wanted = expected(kind, tied, True, part, precondition=factors)
-        size = np.abs(wanted).max() * VOCAB
-        close(kernel.dense(part), wanted)
-        close(kernel.apply(right, part), np.einsum("ouvw,uw->ov", wanted, right), scale=size)
-        bilinear = np.einsum("ow,ouvw,uv->ou", right[:3], np.swapaxes(wanted, 2, 3), right)
+        reference = expected(kind, tied, True, part, precondition=factors)
+        size = np.abs(reference).max() * VOCAB
+        close(kernel.dense(part), reference)
+        close(kernel.apply(right, part), np.einsum("ouvw,uw->ov", reference, right), scale=size)
+        bilinear = np.einsum("ow,ouvw,uv->ou", right[:3], np.swapaxes(reference, 2, 3), right)
         close(kernel.bilinear(right[:3], right, part), bilinear, scale=size)
-        close(kernel.trace(part), np.einsum("ouvv->ou", wanted), scale=size)
+        close(kernel.trace(part), np.einsum("ouvv->ou", reference), scale=size)
     with pytest.raises(ValueError, match=r"not a multiple of I; use diagonal\('head'\)"):
         _ = kernel.head
 
 
 def test_shift_of_all_logits_is_invisible():
     """law: Σ_v g_v = 0, so adding a constant to all logits changes no score's kernel."""
-    found, params = network("bias", False)
-    kernel = ntk.kernel(found, params, *contexts(False))
+    result, params = network("bias", False)
+    kernel = ntk.kernel(result, params, *contexts(False))
     rng = np.random.default_rng(5)
     left, right = rng.normal(size=(3, VOCAB)), rng.normal(size=(4, VOCAB))
     left, right = (side - side.mean(axis=1, keepdims=True) for side in (left, right))
     dense = np.asarray(kernel.dense())
     shifted = dense + 3.0 + rng.normal(size=(3, 4, 1, VOCAB)) + rng.normal(size=(3, 4, VOCAB, 1))
-    wanted = np.einsum("ov,ouvw,uw->ou", left, shifted, right)
-    close(kernel.bilinear(left, right), wanted)
+    reference = np.einsum("ov,ouvw,uw->ou", left, shifted, right)
+    close(kernel.bilinear(left, right), reference)
 
 
 def test_symmetric_kernel_is_symmetric_and_positive():
     """law: without updated contexts K = Kᵀ, no eigenvalue is negative, and the work is shared."""
-    found, params = network("all", True)
+    result, params = network("all", True)
     observed, _ = contexts(True)
-    kernel = ntk.kernel(found, params, observed)
+    kernel = ntk.kernel(result, params, observed)
     dense = np.asarray(kernel.dense())
     close(dense, dense.transpose(1, 0, 3, 2))
-    close(dense, ntk.kernel(found, params, observed, ntk.Contexts(*_fields(observed))).dense())
+    close(dense, ntk.kernel(result, params, observed, ntk.Contexts(*_fields(observed))).dense())
     values = np.linalg.eigvalsh(dense.transpose(0, 2, 1, 3).reshape(3 * VOCAB, -1))
     assert values.min() > -1e-10 * values.max()
     body = np.asarray(kernel.body())

@@ -1,4 +1,4 @@
-"""Anybody's model: linen, NNX, Equinox and plain pytrees, with heads stored either way round."""
+"""Models of linen, NNX, Equinox and plain pytrees, with heads stored in either orientation."""
 
 import equinox as eqx
 import jax

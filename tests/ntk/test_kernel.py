@@ -47,10 +47,10 @@ def oracle(kind, padded):
     return dense_kernel(*model(kind), *contexts(padded))
 
 
-def relative(found, expected):
+def relative(result, expected):
     """Largest error over the largest entry; refuses empty or all-zero comparisons."""
-    assert found.shape == expected.shape and found.size and np.abs(expected).max() > 0
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    assert result.shape == expected.shape and result.size and np.abs(expected).max() > 0
+    return float(np.abs(result - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("kind", "padded"), [("untied", True), ("tied", True)])
@@ -97,8 +97,8 @@ def test_head_and_body_shapes_and_formulas():
     np.testing.assert_allclose(np.asarray(kernel.head), np.asarray(here @ there.T), rtol=1e-12)
     assert kernel.body().shape == (3, 3, 8, 8)
     weight = params["head"]["weight"]
-    whole = np.einsum("vd,oude,we->ouvw", weight, kernel.body(), weight)
-    assert relative(np.asarray(kernel.dense("body")), whole) < 1e-12
+    from_parts = np.einsum("vd,oude,we->ouvw", weight, kernel.body(), weight)
+    assert relative(np.asarray(kernel.dense("body")), from_parts) < 1e-12
 
 
 def test_one_compilation_serves_new_params():

@@ -61,8 +61,8 @@ def test_prediction_of_a_gradient_step_is_the_kernel_applied(kind):
         return change - jnp.sum(probs * change, axis=-1, keepdims=True)
 
     parts = ntk.predict(policy, params, direction, observed)
-    whole = centred(kernel.apply(advantages[:, None] * scores))
-    np.testing.assert_allclose(np.asarray(sum(parts.values())), np.asarray(whole), atol=1e-11)
+    full = centred(kernel.apply(advantages[:, None] * scores))
+    np.testing.assert_allclose(np.asarray(sum(parts.values())), np.asarray(full), atol=1e-11)
     if kind == "untied":  # with a tie the gradient carries both roles and parts mix
         head = centred(kernel.apply(advantages[:, None] * scores, "head"))
         np.testing.assert_allclose(np.asarray(parts["head"]), np.asarray(head), atol=1e-11)
@@ -120,11 +120,11 @@ def test_targets_and_groups():
     direction = jax.tree.map(
         lambda leaf: 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
     )
-    whole = ntk.predict(policy, params, direction, observed)
+    full = ntk.predict(policy, params, direction, observed)
     targets = jnp.array([2, 9, 0])
     picked = ntk.predict(policy, params, direction, observed, targets)
     for name in ("head", "body"):
-        expected = np.asarray(whole[name])[np.arange(3), np.asarray(targets)]
+        expected = np.asarray(full[name])[np.arange(3), np.asarray(targets)]
         np.testing.assert_allclose(np.asarray(picked[name]), expected, atol=1e-12)
     groups = ((r"layers/attention/.*", "attention"), (r"layers/.*", "rest"), (r".*", "outside"))
     split = ntk.predict(policy, params, direction, observed, targets, groups)

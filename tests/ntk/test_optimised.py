@@ -1,4 +1,4 @@
-"""The compiler's optimised programs, switched off in the rest of this suite, compute the same."""
+"""Programs with the compiler's optimisations, which other tests switch off, compute the same."""
 
 import os
 import subprocess

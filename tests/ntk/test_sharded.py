@@ -41,25 +41,25 @@ def test_sharded_equals_one_device(sizes):
     policy, params, contexts = model()
     placed, there = spread(policy, params, contexts, sizes)
     right = np.random.default_rng(1).normal(size=(8, 24))
-    whole = ntk.kernel(policy, params, contexts)
+    reference = ntk.kernel(policy, params, contexts)
     for algorithm in ("jvp_vjp", "layerwise"):
         kernel = ntk.kernel(policy, placed, there, algorithm=algorithm)
         assert kernel.problem.features.shardings is not None
-        close(kernel.body(), whole.body())
+        close(kernel.body(), reference.body())
     kernel = ntk.kernel(policy, placed, there)
-    close(kernel.apply(right), whole.apply(right))
-    close(kernel.trace(), whole.trace())
+    close(kernel.apply(right), reference.apply(right))
+    close(kernel.trace(), reference.trace())
     direction = jax.tree.map(jnp.ones_like, placed)
-    found = ntk.predict(policy, placed, direction, there)
-    wanted = ntk.predict(policy, params, jax.tree.map(jnp.ones_like, params), contexts)
-    close(sum(found.values()), sum(wanted.values()))
+    result = ntk.predict(policy, placed, direction, there)
+    expected = ntk.predict(policy, params, jax.tree.map(jnp.ones_like, params), contexts)
+    close(sum(result.values()), sum(expected.values()))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("algorithm", ["jvp_vjp", "jacobian"])
 def test_gradients_stay_sharded(algorithm):
     """law: with wide layers, gradients of all leaves are most of the memory, and each device has
-    less than a third of what one device alone needs (an eighth, and what is whole everywhere)."""
+    less than a third of the need of one device (an eighth, and the replicated arrays)."""
     config = {**WIDE, "hidden_size": 64, "intermediate_size": 512}
     policy, params = ntkrl.build("GPTNeoXForCausalLM", config, jax.random.key(0), jnp.float64)
     contexts = ntk.Contexts(jnp.ones((1, 2), int), jnp.array([1]), mask=jnp.ones((1, 2), bool))
@@ -67,8 +67,8 @@ def test_gradients_stay_sharded(algorithm):
         params, trees.shardings(params, policy.sharding, runtime.make_mesh(1, 8, 1))
     )
     temporary = []
-    for one in (params, placed):
-        kernel = ntk.kernel(policy, one, contexts)
+    for tree in (params, placed):
+        kernel = ntk.kernel(policy, tree, contexts)
         features, inputs = kernel.problem.features, kernel.problem.gram_inputs("body")
         if algorithm == "jvp_vjp":
             lowered = gram.jvp_vjp.lower(features, inputs, 16, True)

@@ -20,8 +20,8 @@ def flat(kernel, part="full"):
 @pytest.mark.parametrize("part", ["full", "body"])
 def test_eigenpairs_equal_dense_ones(part):
     """oracle: numpy's eigenvalues of the dense matrix; vectors satisfy K x = λ x."""
-    found, params = layered(True)
-    kernel = ntk.kernel(found, params, contexts(True)[0])
+    result, params = layered(True)
+    kernel = ntk.kernel(result, params, contexts(True)[0])
     values, vectors = ntk.eigenpairs(kernel, 5, part)
     matrix = flat(kernel, part)
     close(values, np.linalg.eigvalsh(matrix)[::-1][:5])
@@ -43,9 +43,9 @@ def test_eigenpairs_equal_dense_ones(part):
 )
 def test_repeated_eigenvalues_stand_as_often_as_they_occur(kind, tied, part, count):
     """oracle: numpy's, where the head's eigenvalues are V − D-fold and a context is there twice."""
-    found, params = network(kind, tied)
+    result, params = network(kind, tied)
     where = ntk.Contexts(jnp.asarray(TOKENS), jnp.array([3, 4, 3]), jnp.array([1, 0, 1]))
-    kernel = ntk.kernel(found, params, where)
+    kernel = ntk.kernel(result, params, where)
     values, vectors = ntk.eigenpairs(kernel, count, part)
     matrix = flat(kernel, part)
     close(values, np.linalg.eigvalsh(matrix)[::-1][:count])
@@ -57,18 +57,18 @@ def test_repeated_eigenvalues_stand_as_often_as_they_occur(kind, tied, part, cou
 @pytest.mark.parametrize(("kind", "tied"), [("plain", False), ("bias", False), ("all", True)])
 def test_norms_and_alignments(kind, tied):
     """oracle: entries of both dense matrices; the second kernel is the network somewhere else."""
-    found, params = network(kind, tied)
+    result, params = network(kind, tied)
     elsewhere = jax.tree.map(lambda leaf: leaf * 0.7 + 0.1, params)
-    first, second = (ntk.kernel(found, p, *contexts(False)) for p in (params, elsewhere))
+    first, second = (ntk.kernel(result, p, *contexts(False)) for p in (params, elsewhere))
     for part in ("full", "body", "head"):
         a, b = flat(first, part), flat(second, part)
         close(ntk.frobenius(first, part), np.linalg.norm(a))
-        wanted = np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
-        close(ntk.alignment(first, second, part), wanted, 1e-9)
+        expected = np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+        close(ntk.alignment(first, second, part), expected, 1e-9)
         centred = [_centred(k, part) for k in (first, second)]
-        wanted = np.sum(centred[0] * centred[1])
-        wanted /= np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
-        close(ntk.cka(first, second, part), wanted, 1e-9)
+        expected = np.sum(centred[0] * centred[1])
+        expected /= np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
+        close(ntk.cka(first, second, part), expected, 1e-9)
     assert abs(float(ntk.cka(first, first)) - 1) < 1e-12
 
 
@@ -78,12 +78,12 @@ def _centred(kernel, part):
     return dense - dense.mean(axis=1, keepdims=True)
 
 
-def log_prob_gradients(found, params, where, targets):
+def log_prob_gradients(network, params, where, targets):
     """∇ log π(y | c) per context, stacked, by brute force."""
 
     def log_probs(p):
-        phi = found.features(p, where.tokens, where.mask)[where.rows, where.positions]
-        log_probs = jax.nn.log_softmax(found.logits(p, phi))
+        phi = network.features(p, where.tokens, where.mask)[where.rows, where.positions]
+        log_probs = jax.nn.log_softmax(network.logits(p, phi))
         return log_probs[jnp.arange(len(targets)), targets]
 
     leaves = jax.tree.leaves(jax.jacrev(log_probs)(params))
@@ -95,17 +95,17 @@ def log_prob_gradients(found, params, where, targets):
 )
 def test_score_gram_equals_stacked_gradients(tied, algorithm):
     """oracle: ⟨∇ log π, ∇ log π⟩ of 15 tokens; chunks, weights and sequence sums as well."""
-    found, params = layered(tied)
+    result, params = layered(tied)
     where = ntk.every_position(jnp.asarray(TOKENS))
     targets = np.random.default_rng(0).integers(0, VOCAB, 15)
-    stacked = log_prob_gradients(found, params, where, targets)
-    gram = ntk.score_gram(found, params, where, targets, algorithm=algorithm)
+    stacked = log_prob_gradients(result, params, where, targets)
+    gram = ntk.score_gram(result, params, where, targets, algorithm=algorithm)
     close(gram, stacked @ stacked.T)
-    close(ntk.score_gram(found, params, where, targets, algorithm=algorithm, chunk=2), gram, 1e-12)
+    close(ntk.score_gram(result, params, where, targets, algorithm=algorithm, chunk=2), gram, 1e-12)
     weights = np.random.default_rng(1).normal(size=15)
     sums = (stacked * weights[:, None]).reshape(3, 5, -1).sum(axis=1)
     settings = {"weights": jnp.asarray(weights), "by": "sequence", "algorithm": algorithm}
-    close(ntk.score_gram(found, params, where, targets, **settings), sums @ sums.T)
+    close(ntk.score_gram(result, params, where, targets, **settings), sums @ sums.T)
 
 
 def test_last_positions_follow_the_mask():

@@ -32,10 +32,10 @@ def layers(stack_LDD, x_ND):
 def test_a_product():
     """by hand: 2 · 16 · 64 · 32 FLOPs; 16·64 and 64·32 floats are read, 16·32 written."""
     text = compiled(jnp.matmul, shaped(16, 64), shaped(64, 32))
-    found = hlo.count(text)
-    assert found.flops == found.passes == 2 * 16 * 64 * 32
-    assert found.traffic == 4 * (16 * 64 + 64 * 32 + 16 * 32)
-    assert found.collectives == {}
+    result = hlo.count(text)
+    assert result.flops == result.passes == 2 * 16 * 64 * 32
+    assert result.traffic == 4 * (16 * 64 + 64 * 32 + 16 * 32)
+    assert result.collectives == {}
 
 
 def test_a_product_by_a_library():
@@ -65,20 +65,20 @@ def test_sharded_layers_are_gathered_in_each_step():
     mesh = runtime.make_mesh(1, 4, 2)
     stack = shaped(LAYERS, WIDTH, WIDTH, mesh=mesh, spec=(None, "fsdp"))
     x = shaped(ROWS, WIDTH, mesh=mesh, spec=("fsdp",))
-    found = hlo.count(compiled(layers, stack, x))
-    assert found.flops == LAYERS * 2 * (ROWS // 4) * WIDTH * WIDTH
-    assert set(found.collectives) == {"all-gather"}
+    result = hlo.count(compiled(layers, stack, x))
+    assert result.flops == LAYERS * 2 * (ROWS // 4) * WIDTH * WIDTH
+    assert set(result.collectives) == {"all-gather"}
     size = 4 * LAYERS * WIDTH * WIDTH
-    assert found.collectives["all-gather"].size == size
-    assert found.received == size * 3 / 4
+    assert result.collectives["all-gather"].size == size
+    assert result.received == size * 3 / 4
 
 
 def test_a_sum_over_devices():
     """by hand: eight partial sums of 64 numbers; a ring receives 2 · 7/8 of them."""
     mesh = runtime.make_mesh(8, 1, 1)
     x = shaped(ROWS, WIDTH, mesh=mesh, spec=("data",))
-    found = hlo.count(compiled(functools.partial(jnp.sum, axis=0), x))
-    assert found.collectives["all-reduce"] == (1, 4 * WIDTH, 2 * 7 / 8 * 4 * WIDTH)
+    result = hlo.count(compiled(functools.partial(jnp.sum, axis=0), x))
+    assert result.collectives["all-reduce"] == (1, 4 * WIDTH, 2 * 7 / 8 * 4 * WIDTH)
 
 
 def test_a_loop_that_ends_by_data():
@@ -139,12 +139,12 @@ condition=%condition, body=%body
 def test_a_loop_of_a_tpu():
     """by hand: the counter goes 0, 2, 4, 6; reading only its end would give eight runs.
 
-    Each writes one row of 256 bytes in place, not the whole array, and handles four counters; what
-    lies in scratch memory, S(1), does not move.
+    Each writes one row of 256 bytes in place, not the full array, and handles four counters; data
+    in scratch memory, S(1), does not move.
     """
-    found = hlo.count(TPU)
-    assert found.collectives["collective-permute"] == (4, 4 * 256, 4 * 256)
-    assert found.traffic == 4 * (256 + 4 * 4)
+    result = hlo.count(TPU)
+    assert result.collectives["collective-permute"] == (4, 4 * 256, 4 * 256)
+    assert result.traffic == 4 * (256 + 4 * 4)
 
 
 @pytest.mark.parametrize(

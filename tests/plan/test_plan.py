@@ -1,4 +1,4 @@
-"""`ntkrl plan` as a user meets it."""
+"""`ntkrl plan` from the command line."""
 
 import dataclasses
 import json
@@ -19,8 +19,8 @@ def words(tmp_path):
     """The command's words for a tiny run."""
     assert len(jax.devices()) == 8  # made before a plan asks for fewer
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
-    given = ["--config=configs/cfrl.py", f"--config.model.path={tmp_path}", *WORDS]
-    return ["plan", *given, "--config.reward.function=exact_match"]
+    arguments = ["--config=configs/cfrl.py", f"--config.model.path={tmp_path}", *WORDS]
+    return ["plan", *arguments, "--config.reward.function=exact_match"]
 
 
 def test_a_plan(words, tmp_path, capsys):
@@ -34,8 +34,8 @@ def test_a_plan(words, tmp_path, capsys):
     assert all(f"\n{name} " in printed for name in names)
     assert "mesh fsdp 8, remat products" in printed and "fits: " in printed
     assert "data × fsdp = 8 does not divide the 4 rows read together" in printed
-    (found,) = json.loads(file.read_text())
-    rows = {row["name"]: row for row in found["programs"]}
+    (result,) = json.loads(file.read_text())
+    rows = {row["name"]: row for row in result["programs"]}
     assert rows["update all"]["stages"] == ["all"] and rows["update all"]["runs"] == 2
     assert rows["reference from features"]["stages"] == ["classifier"]
     assert all(row["verdict"] == "fits" and row["peak_gib"] > 0 for row in rows.values())
@@ -45,24 +45,26 @@ def test_a_plan(words, tmp_path, capsys):
 def test_a_search(words, tmp_path, capsys):
     """story: two meshes that divide heads and rows; the one that spreads the params needs less."""
     file = tmp_path / "rows.json"
-    words = ["--config=configs/sft.py" if "configs/" in one else one for one in words]
+    words = ["--config=configs/sft.py" if "configs/" in row else row for row in words]
     words += ["--topology=cpu:4", "--search", "--limit=2", f"--json={file}"]
     assert main(words) == 0
     head, _, rest = capsys.readouterr().out.partition("the first in full:")
     assert len(head.splitlines()) == 5 and "kernel apply" not in rest and "update all" in rest
-    found = json.loads(file.read_text())
-    assert [one["mesh"]["fsdp"] for one in found] == [2, 1]
-    peaks = [one["programs"][0]["peak_gib"] for one in found]
+    plans = json.loads(file.read_text())
+    assert [row["mesh"]["fsdp"] for row in plans] == [2, 1]
+    peaks = [row["programs"][0]["peak_gib"] for row in plans]
     assert peaks[0] < peaks[1]
 
 
 def test_meshes_of_a_search(settings):  # noqa: F811
     """by hand: 8 devices, 2 heads, 4 rows a step: tensor 2, rows over 4; three ways each."""
     run = run_of(settings("rl"))
-    found = [(one.mesh, one.model.remat) for one in candidate.candidates(run.settings, run)]
+    pairs = [
+        (option.mesh, option.model.remat) for option in candidate.candidates(run.settings, run)
+    ]
     meshes = [{"data": d, "fsdp": 4 // d, "tensor": 2} for d in (1, 2, 4)]
-    assert [mesh for mesh, _ in found[:3]] == meshes
-    assert [remat for _, remat in found[::3]] == ["products", "all", "none"]
+    assert [mesh for mesh, _ in pairs[:3]] == meshes
+    assert [remat for _, remat in pairs[::3]] == ["products", "all", "none"]
     # twice the rows reach 8 devices without tensor parts, which come first then
     data = dataclasses.replace(run.settings.data, prompts_per_step=8)
     more = next(candidate.candidates(dataclasses.replace(run.settings, data=data), run))
@@ -104,12 +106,12 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("more", "told"), MISTAKES)
-def test_mistakes_are_told(words, more, told, capsys):
+@pytest.mark.parametrize(("more", "message"), MISTAKES)
+def test_mistakes_are_told(words, more, message, capsys):
     """story: a sentence and status 2, no stack trace."""
     assert main([*words, *more]) == 2
-    said = capsys.readouterr().err
-    assert told in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert message in output and "Traceback" not in output
 
 
 def test_no_compiler_is_told(words, monkeypatch, capsys):
@@ -122,8 +124,8 @@ def test_no_compiler_is_told(words, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["cfrl", "grpo", "rl", "sft"])
 def test_the_papers_configs(name):
     """story: each loads, and describes Pythia-2.8B with the right objective and stages."""
-    given = [f"--config=configs/paper/{name}.py", "--config.data.path=x.jsonl"]
-    run = run_of(read_settings(runtime.read_config(given)))
+    arguments = [f"--config=configs/paper/{name}.py", "--config.data.path=x.jsonl"]
+    run = run_of(read_settings(runtime.read_config(arguments)))
     assert run.model.policy.config.num_hidden_layers == 32 and run.mesh.shape["fsdp"] == 8
     batch, _ = run.minibatch(run.stages[-1])
     # 512 tokens and what the template writes around a prompt, or after a response
@@ -150,8 +152,8 @@ REFUSALS = [
 @pytest.mark.parametrize(("message", "needed"), REFUSALS)
 def test_refusals(message, needed):
     """by hand: the memory that the compiler reports as needed."""
-    found = measure.needed_gib(message)
-    assert found == needed if needed is None else found == pytest.approx(needed)
+    result = measure.needed_gib(message)
+    assert result == needed if needed is None else result == pytest.approx(needed)
 
 
 NO_LEDGER = "--config.probe.ledger_every_steps=None"

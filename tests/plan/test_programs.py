@@ -48,10 +48,15 @@ def settings(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
 
     def read(config="cfrl", *more):
-        given = [f"--config=configs/{config}.py", f"--config.model.path={tmp_path}", *WORDS, *more]
+        arguments = [
+            f"--config=configs/{config}.py",
+            f"--config.model.path={tmp_path}",
+            *WORDS,
+            *more,
+        ]
         if config != "sft":
-            given.append("--config.reward.function=exact_match")
-        return read_settings(runtime.read_config(given))
+            arguments.append("--config.reward.function=exact_match")
+        return read_settings(runtime.read_config(arguments))
 
     return read
 
@@ -88,38 +93,38 @@ def bytes_of(params):
 def test_flops_of_an_update(settings):
     """oracle: 6 N T of the layers, 3 products of T² in attention, 6 V D of the head's rows."""
     width, inner, layers = MODEL["hidden_size"], MODEL["intermediate_size"], 2
-    one = settings("rl", "--config.model.remat=none")
+    run = settings("rl", "--config.model.remat=none")
     rows, length, budget = 4, 32, 24
     per_layer = 4 * width * width + 2 * width * inner
     body = 6 * layers * per_layer * rows * length
     attention = 3 * layers * 2 * (2 * length * length * width) * rows
     head = 6 * MODEL["vocab_size"] * width * rows * budget
-    found = compiled(run_of(one, 1), UPDATE)["update all"]
-    assert found.flops == body + attention + head
+    result = compiled(run_of(run, 1), UPDATE)["update all"]
+    assert result.flops == body + attention + head
 
 
 def test_stage_one_has_no_body(settings):
     """by hand: logits and dW of the minibatch's rows, and their remaking nowhere."""
-    found = compiled(run_of(settings(), 1), UPDATE)["update classifier"]
-    assert found.flops == 2 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"] * 4 * 24
+    result = compiled(run_of(settings(), 1), UPDATE)["update classifier"]
+    assert result.flops == 2 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"] * 4 * 24
 
 
 def test_decoding_reads_every_token(settings):
     """by hand: two chunks of 16 of 23 tokens; each token multiplies 8 rows by every weight."""
     width, inner, layers, rows = MODEL["hidden_size"], MODEL["intermediate_size"], 2, 8
-    found = compiled(run_of(settings("rl"), 1), GENERATION)
-    assert found["decoding"].runs == 2 and found["cache growth"].runs == 1
+    result = compiled(run_of(settings("rl"), 1), GENERATION)
+    assert result["decoding"].runs == 2 and result["cache growth"].runs == 1
     products = layers * (4 * width * width + 2 * width * inner) + MODEL["vocab_size"] * width
     attention = layers * 2 * (8 + 23) * width
-    assert found["decoding"].flops == 16 * rows * 2 * (products + attention)
+    assert result["decoding"].flops == 16 * rows * 2 * (products + attention)
 
 
 def test_shapes_are_those_of_a_run(settings):
     """law: the batch, the state and their shardings are those that the loop passes to its step."""
-    one = settings("cfrl")
-    run = run_of(one)
+    planned = settings("cfrl")
+    run = run_of(planned)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
-    model = dataclasses.replace(run.model, policy=policy, params=params)
+    model = dataclasses.replace(run.model, network=policy, params=params)
     setup = RunSetup(run.settings, model, None, None, None, None)
     source = BATCH_SOURCES["rl"](setup)
     for stage in run.stages:
@@ -145,14 +150,14 @@ def _minibatch(source, setup, stage):
     )
     features = rollout.features
     rollout = runtime.fetch(rollout.replace(features=None)).replace(features=features)
-    found = RewardedRollout(
+    result = RewardedRollout(
         rollout=rollout,
         texts=["x"] * 8,
         result=reward.RewardResult(np.arange(8.0), {}, {}, {}, frozenset()),
     )
     params, key = setup.model.params, jax.random.key(2)
     context = StepContext(params, params, stage, True, 1, key, lambda name: None)
-    batch, _ = source._batch(context, found)
+    batch, _ = source._batch(context, result)
     return split(batch, 2)[0]
 
 
@@ -163,42 +168,50 @@ def test_what_lies_beside_a_program(settings):
     rows = compiled(run, UPDATE)
     moments = 4 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"]
     assert rows["update classifier"].resident_gib * 2**30 == 4 * count
-    own = rows["update classifier"].argument_gib * 2**30
+    argument_bytes = rows["update classifier"].argument_gib * 2**30
     batch = jax.tree.leaves(run.minibatch(run.stages[0])[0])
     inputs = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in batch)
-    assert own == pytest.approx(4 * count + moments + inputs, abs=16)  # and counters
+    assert argument_bytes == pytest.approx(4 * count + moments + inputs, abs=16)  # and counters
 
 
 def test_a_gathered_copy(settings):
     """by hand: the params replicated on each device while sampling, and gathered only once."""
     run = run_of(settings("rl", "--config.rollout.gather_params=True"))
-    rows, whole = compiled(run, GENERATION), bytes_of(run.model.params)
-    assert rows["gathering"].scratch_gib * 2**30 >= whole
-    assert rows["gathering"].collectives["all-gather"][1] > whole / 2
-    assert rows["cache growth"].copies_gib * 2**30 == whole
+    rows, param_bytes = compiled(run, GENERATION), bytes_of(run.model.params)
+    assert rows["gathering"].scratch_gib * 2**30 >= param_bytes
+    assert rows["gathering"].collectives["all-gather"][1] > param_bytes / 2
+    assert rows["cache growth"].copies_gib * 2**30 == param_bytes
     for name in ("prefill", "decoding"):
-        assert rows[name].copies_gib == 0 and rows[name].argument_gib * 2**30 > whole
+        assert rows[name].copies_gib == 0 and rows[name].argument_gib * 2**30 > param_bytes
         # beside the copy lie the starting params, the policy's and its moments, in eight parts
-        held = [run.model.params, run.model.params, run.state(run.stages[0]).opt_state]
-        assert rows[name].resident_gib * 2**30 == sum(map(device_bytes, held))
-    assert rows["decoding"].received < 100 < whole  # flags and places of rows
+        resident = [run.model.params, run.model.params, run.state(run.stages[0]).opt_state]
+        assert rows[name].resident_gib * 2**30 == sum(map(device_bytes, resident))
+    assert rows["decoding"].received < 100 < param_bytes  # flags and places of rows
 
 
 def test_a_ledger_by_hand(settings):
     """by hand: params before and after and the moments before are read; kept while it steps."""
-    one = settings("cfrl", "--config.probe.ledger_by=group", "--config.probe.prompts=2")
-    run = run_of(one, 1)
-    whole, moments = bytes_of(run.model.params), 4 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"]
+    planned = settings("cfrl", "--config.probe.ledger_by=group", "--config.probe.prompts=2")
+    run = run_of(planned, 1)
+    param_bytes, moments = (
+        bytes_of(run.model.params),
+        4 * 2 * MODEL["vocab_size"] * MODEL["hidden_size"],
+    )
     (row,) = compiled(run, PROBE, first(ledgers(run))).values()
     assert row.name == "ledger classifier" and row.stages == ("classifier",)
     assert row.runs == 1 / 50 and row.flops > 0
     batch = bytes_of(run.minibatch(run.stages[0], accounted=True)[0])
     tokens, gradients, measured = 2 * 2 * 32 * (4 + 1), 2 * moments // 2, 4 * 2 * 96
-    own = row.argument_gib * 2**30 - 2 * whole - moments - batch - gradients - measured
-    assert 2 * tokens <= own < 2 * tokens + 30 * 96  # and places of 96 probe tokens
-    assert row.resident_gib * 2**30 == pytest.approx(whole + moments, abs=16)
+    other_bytes = (
+        row.argument_gib * 2**30 - 2 * param_bytes - moments - batch - gradients - measured
+    )
+    assert 2 * tokens <= other_bytes < 2 * tokens + 30 * 96  # and places of 96 probe tokens
+    assert row.resident_gib * 2**30 == pytest.approx(param_bytes + moments, abs=16)
     kept = [device_bytes(run.snapshot_copies(stage)) for stage in run.stages]
-    assert kept == [pytest.approx(whole + moments, abs=16), pytest.approx(3 * whole, abs=100)]
+    assert kept == [
+        pytest.approx(param_bytes + moments, abs=16),
+        pytest.approx(3 * param_bytes, abs=100),
+    ]
     watched, alone = (
         compiled(run, UPDATE, first(updates(run, looked)))["update classifier"]
         for looked in (True, False)
@@ -227,31 +240,31 @@ def test_no_looks_no_copies(settings, change):
 def test_shapes_are_those_of_a_ledger(settings):
     """law: a real ledger is made in the way, and of the shapes and places, that were planned."""
     families = "--config.probe.families=('own', 'reference')"
-    one = settings("rl", families, "--config.probe.memory_gib=1.1e-4", "--config.probe.prompts=4")
-    run = run_of(one)
+    small = settings("rl", families, "--config.probe.memory_gib=1.1e-4", "--config.probe.prompts=4")
+    run = run_of(small)
     policy, params = models.build("GPTNeoXForCausalLM", MODEL, jax.random.key(0), mesh=run.mesh)
-    model = dataclasses.replace(run.model, policy=policy, params=params)
+    model = dataclasses.replace(run.model, network=policy, params=params)
     setup = RunSetup(run.settings, model, None, None, None, None)
     source, stage = BATCH_SOURCES["rl"](setup), run.stages[0]
     # the parts of a ProbeHook but for the held-out prompts
-    hook = types.SimpleNamespace(settings=one.probe, programs=run.stages)
-    hook._ledger_fits = lambda *given: True
+    hook = types.SimpleNamespace(settings=small.probe, programs=run.stages)
+    hook._ledger_fits = lambda *arguments: True
     made = make_ledger(run.settings, model, source.term_losses, stage)
     state = TrainStates(run.settings, model).first(stage)
     planned, _ = run.minibatch(run.stages[0], accounted=True)  # see test_shapes_are_those_of_a_run
     batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), planned)
-    due = one.probe.ledger_every_steps
+    due = small.probe.ledger_every_steps
     before = ProbeHook.snapshot(hook, state, batch, None, 0, due).before
     step = jax.jit(update.make_step_with_term_gradients(stage, source.term_losses))
     _, _, gradients = step(before, batch)
     prompts = data.supervised_batch([[1] * 8] * 12, [[1] * 24] * 12, range(12), 0, 8, 24)
-    held = ProbeSet(
+    probe_set = ProbeSet(
         tokens=prompts.tokens,
         mask=prompts.mask,
         completion_mask=prompts.completion_mask,
         groups=jnp.arange(12),
     )
-    prober = probe.Prober(policy, held, params, memory_gib=one.probe.memory_gib)
+    prober = probe.Prober(policy, probe_set, params, memory_gib=small.probe.memory_gib)
     calls = []
 
     def read(*probed):

@@ -69,10 +69,10 @@ def test_files_and_counts(inputs, tmp_path, capsys):
     kept = [row for _, row in published if len(row["prompt"]) <= 32]
     longer = [len(row["rejected"][1]["content"]) > len(row["chosen"][1]["content"]) for row in kept]
     assert counted["swapped"] == sum(longer) and 0 < sum(longer)
-    found = {name: rows(out / f"{name}.jsonl") for name in sizes}
+    result = {name: rows(out / f"{name}.jsonl") for name in sizes}
     first, second = split(40, 0.8, 1283)
     for part, order in (("reward", first), ("rl", second)):
-        for row, number in zip(found[part], order, strict=True):
+        for row, number in zip(result[part], order, strict=True):
             sides = ["chosen", "rejected"][:: -1 if longer[number] else 1]
             texts = [kept[number][side][1]["content"] for side in sides]
             assert row["prompt"] == [{"role": "user", "content": kept[number]["prompt"]}]
@@ -81,10 +81,10 @@ def test_files_and_counts(inputs, tmp_path, capsys):
             assert (
                 row["swapped"] == longer[number] and row["prompt_id"] == kept[number]["prompt_id"]
             )
-    assert found["rl_selected"] == [found["rl"][n] for n in select(8, 4, 237)]
-    assert found["test_selected"] == [found["test"][n] for n in select(9, 4, 238)]
+    assert result["rl_selected"] == [result["rl"][n] for n in select(8, 4, 237)]
+    assert result["test_selected"] == [result["test"][n] for n in select(9, 4, 238)]
     example = json.loads((inputs / "alpaca_farm/alpaca_instructions/sft.json").read_text())[0]
-    assert found["sft"][0] == {
+    assert result["sft"][0] == {
         "prompt": [{"role": "user", "content": f"{example['instruction']}\nBe brief."}],
         "completion": [{"role": "assistant", "content": example["output"]}],
     }
@@ -113,11 +113,11 @@ def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
     out, calls = tmp_path / "data", []
     scored = pipeline._score_batch
 
-    def dies(*given):
-        calls.append(given)
+    def dies(*arguments):
+        calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return scored(*given)
+        return scored(*arguments)
 
     more = ("--config.reward.batch_size=4",)
     with monkeypatch.context() as patch:
@@ -132,17 +132,17 @@ def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
     assert "scores of other pairs: the inputs have changed" in capsys.readouterr().err
     shutil.move(tmp_path / "kept", shard)
     assert prepare(inputs, out, *more) == 0
-    whole = tmp_path / "whole"
-    assert prepare(inputs, whole) == 0
-    assert rows(out / "rl.jsonl") == rows(whole / "rl.jsonl")
+    uninterrupted = tmp_path / "whole"
+    assert prepare(inputs, uninterrupted) == 0
+    assert rows(out / "rl.jsonl") == rows(uninterrupted / "rl.jsonl")
 
 
 def test_mistakes_are_told_together(inputs, tmp_path, capsys):
     """law: every input that is not there, in one message; settings out of range; another config."""
     wrong = ["--config.prepare.test=/none/test", "--config.prepare.supervised=/none/sft"]
     assert prepare(inputs, tmp_path / "a", *wrong, "--config.model.path=/none/model") == 2
-    said = capsys.readouterr().err
-    assert all(f"/none/{name}" in said for name in ("test", "sft", "model"))
+    output = capsys.readouterr().err
+    assert all(f"/none/{name}" in output for name in ("test", "sft", "model"))
     assert prepare(inputs, tmp_path / "b", "--config.prepare.reward_share=1.0") == 2
     assert "prepare.reward_share must be in (0, 1), not 1.0" in capsys.readouterr().err
     assert main(["prepare", "--config=configs/rl.py"]) == 2
@@ -216,17 +216,17 @@ def test_scores_go_on_where_they_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         score_pairs(PAIRS, rewards, path, "d", 2)
     assert seen[0] == ["0", "5", "0", "5"]
-    held = path.read_text()
-    assert len(held.splitlines()) == 5
-    path.write_text(held[:-4])  # the last pair's line has lost its end
+    stored = path.read_text()
+    assert len(stored.splitlines()) == 5
+    path.write_text(stored[:-4])  # the last pair's line has lost its end
     rewards, seen = counting()
-    found = score_pairs(PAIRS, rewards, path, "d", 2)
+    result = score_pairs(PAIRS, rewards, path, "d", 2)
     assert [set(batch) for batch in seen] == [{"4", "2"}, {"3"}]
-    assert found.tolist() == [[n, 5 - n] for n in range(6)]
+    assert result.tolist() == [[n, 5 - n] for n in range(6)]
     written = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    assert written == found[[0, 5, 1, 4, 2, 3]].tolist()
+    assert written == result[[0, 5, 1, 4, 2, 3]].tolist()
     rewards, seen = counting()
-    assert score_pairs(PAIRS, rewards, path, "d", 2).tolist() == found.tolist() and seen == []
+    assert score_pairs(PAIRS, rewards, path, "d", 2).tolist() == result.tolist() and seen == []
 
 
 def test_scores_of_other_inputs_are_refused(tmp_path):

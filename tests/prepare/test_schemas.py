@@ -20,35 +20,35 @@ def rows_of(*rows):
 
 def test_examples_join_instruction_and_input():
     """by hand: a line break between the two, and none where there is no input."""
-    found = schemas.examples(
+    result = schemas.examples(
         rows_of(
             {"instruction": "Add.", "input": "3 4", "output": "7"},
             {"instruction": "Say hi.", "input": "", "output": "hi", "datasplit": "sft"},
         )
     )
-    assert [prompt[0]["content"] for prompt in found.prompts] == ["Add.\n3 4", "Say hi."]
-    assert found.columns == {
+    assert [prompt[0]["content"] for prompt in result.prompts] == ["Add.\n3 4", "Say hi."]
+    assert result.columns == {
         "completion": [[{"role": "assistant", "content": text}] for text in ("7", "hi")]
     }
 
 
 @pytest.mark.parametrize("prompt", ["ask", [USER]])
-@pytest.mark.parametrize("whole", [False, True])
-def test_preferences_of_every_form(prompt, whole):
+@pytest.mark.parametrize("full", [False, True])
+def test_preferences_of_every_form(prompt, full):
     """by hand: text or messages, a response alone or after its prompt."""
     responses = {"chosen": [YES], "rejected": [NO]}
-    if whole:
+    if full:
         responses = {name: [USER, *message] for name, message in responses.items()}
     row = {"prompt": prompt, **responses, "messages": [USER, YES], "score_chosen": 7.0}
-    found = schemas.preferences(rows_of(row))
-    assert found.prompts == ([USER],)
-    assert found.columns == {"chosen": [[YES]], "rejected": [[NO]], "score_chosen": [7.0]}
+    result = schemas.preferences(rows_of(row))
+    assert result.prompts == ([USER],)
+    assert result.columns == {"chosen": [[YES]], "rejected": [[NO]], "score_chosen": [7.0]}
 
 
 def test_preferences_of_texts():
     """by hand: TRL's standard form."""
-    found = schemas.preferences(rows_of({"prompt": "ask", "chosen": "yes", "rejected": "no"}))
-    assert found.columns == {"chosen": [[YES]], "rejected": [[NO]]}
+    result = schemas.preferences(rows_of({"prompt": "ask", "chosen": "yes", "rejected": "no"}))
+    assert result.columns == {"chosen": [[YES]], "rejected": [[NO]]}
 
 
 def test_wrong_rows_are_told_together():
@@ -61,10 +61,10 @@ def test_wrong_rows_are_told_together():
                 {"prompt": "a", "chosen": "yes", "rejected": [USER, YES, NO]},
             )
         )
-    told = str(caught.value)
-    assert "problems: 3" in told and "row 0: 'chosen' must be text, one assistant mes" in told
-    assert "row 1: 'prompt' must be text or a list of messages; the row has instruction" in told
-    assert "row 2: 'rejected' must be" in told
+    message = str(caught.value)
+    assert "problems: 3" in message and "row 0: 'chosen' must be text, one assistant mes" in message
+    assert "row 1: 'prompt' must be text or a list of messages; the row has instruction" in message
+    assert "row 2: 'rejected' must be" in message
     with pytest.raises(ValueError, match="row 0: instruction and output must be text; the row has"):
         schemas.examples(rows_of({"prompt": "a"}))
     with pytest.raises(ValueError, match="row 0: input must be text"):

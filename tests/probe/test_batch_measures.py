@@ -27,13 +27,13 @@ def test_reward_signal_by_hand():
 def test_gradient_noise_by_gradients(x64):
     """oracle: the mean and covariance of twelve gradients of five entries."""
     gradients = np.random.default_rng(0).normal(size=(12, 5)) + 0.5
-    found = gradient_noise(jnp.asarray(gradients @ gradients.T))
+    result = gradient_noise(jnp.asarray(gradients @ gradients.T))
     mean = gradients.mean(axis=0)
     noise = np.trace(np.cov(gradients.T))
-    np.testing.assert_allclose(found.mean_square, mean @ mean, rtol=1e-12)
-    np.testing.assert_allclose(found.noise, noise, rtol=1e-12)
-    np.testing.assert_allclose(found.signal_to_noise, mean @ mean / noise, rtol=1e-12)
-    np.testing.assert_allclose(found.noise_scale, noise / (mean @ mean - noise / 12), rtol=1e-12)
+    np.testing.assert_allclose(result.mean_square, mean @ mean, rtol=1e-12)
+    np.testing.assert_allclose(result.noise, noise, rtol=1e-12)
+    np.testing.assert_allclose(result.signal_to_noise, mean @ mean / noise, rtol=1e-12)
+    np.testing.assert_allclose(result.noise_scale, noise / (mean @ mean - noise / 12), rtol=1e-12)
 
 
 def test_noise_scale_is_unbiased_in_its_parts(x64):
@@ -42,8 +42,8 @@ def test_noise_scale_is_unbiased_in_its_parts(x64):
     batches = rng.normal(size=(400, 2, 3)) + np.array([0.5, 0.0, 0.0])
     squares = []
     for batch in batches:
-        found = gradient_noise(jnp.asarray(batch @ batch.T))
-        squares.append(float(found.noise / found.noise_scale))
+        result = gradient_noise(jnp.asarray(batch @ batch.T))
+        squares.append(float(result.noise / result.noise_scale))
     # ‖E g‖² = 0.25; ‖ḡ‖² alone would give 0.25 + 3/2; 400 batches leave an error of 0.07
     assert abs(np.mean(squares) - 0.25) < 0.2
 
@@ -67,16 +67,16 @@ def test_group_measures_by_pairs(x64):
     head = OutputHead(jnp.asarray(rng.normal(size=(5, 4))))
     advantages = jnp.asarray(np.repeat(each[:, None], 2, 1))
     pair = head, jnp.asarray(phi)
-    found = group_measures(pair, jnp.asarray(y), advantages, jnp.asarray(mask), 3)
+    result = group_measures(pair, jnp.asarray(y), advantages, jnp.asarray(mask), 3)
     plain, scaled = ches(phi[:1], mask[:1], phi[1:2], mask[1:2])
-    assert float(found["probe/ches"]) == pytest.approx(float(plain[0]))
-    assert float(found["probe/ches_normalised"]) == pytest.approx(float(scaled[0]))
+    assert float(result["probe/ches"]) == pytest.approx(float(plain[0]))
+    assert float(result["probe/ches_normalised"]) == pytest.approx(float(scaled[0]))
     rows, columns = np.nonzero(mask)
-    own = jnp.asarray(phi[rows, columns]), jnp.asarray(y[rows, columns])
-    influence, a = head_influence(head, own, own), jnp.asarray(each[rows])
+    row_arrays = jnp.asarray(phi[rows, columns]), jnp.asarray(y[rows, columns])
+    influence, a = head_influence(head, row_arrays, row_arrays), jnp.asarray(each[rows])
     sums = token_sums(influence, a, rows // 3, rows // 3)
     for sign in ("positive", "negative"):
-        wanted = float(jnp.mean(sums[sign][a > 0]))
-        assert float(found[f"probe/head_sum_{sign}"]) == pytest.approx(wanted)
+        expected = float(jnp.mean(sums[sign][a > 0]))
+        assert float(result[f"probe/head_sum_{sign}"]) == pytest.approx(expected)
     spill = token_sums(influence, jnp.sign(a), rows // 3, rows // 3)["positive"][a < 0]
-    assert float(found["probe/head_sum_wrong"]) == pytest.approx(float(jnp.mean(spill)))
+    assert float(result["probe/head_sum_wrong"]) == pytest.approx(float(jnp.mean(spill)))

@@ -29,7 +29,7 @@ def entropy(z):
 def test_confidence_by_hand():
     """by hand: π = (½, ¼, ¼) with y the second token; the masked row would be 0 nats of entropy."""
     z = jnp.log(jnp.array([[0.5, 0.25, 0.25], [1.0, 1e-30, 1e-30]]))
-    found = confidence_measures(logit_statistics(z, jnp.array([1, 0])), jnp.array([True, False]))
+    result = confidence_measures(logit_statistics(z, jnp.array([1, 0])), jnp.array([True, False]))
     expected = {
         "confidence": 0.5,
         "log_prob": np.log(0.25),
@@ -37,9 +37,9 @@ def test_confidence_by_hand():
         "entropy": 1.5 * np.log(2),
         "sum_squares": 0.375,
     }
-    assert set(found) == set(expected)
+    assert set(result) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5)
+        np.testing.assert_allclose(result[name], value, rtol=1e-5)
 
 
 def test_entropy_change_is_a_derivative(x64):
@@ -47,18 +47,18 @@ def test_entropy_change_is_a_derivative(x64):
     rng = np.random.default_rng(1)
     z, parts = 2 * rng.normal(size=(N, V)), {p: rng.normal(size=(N, V)) for p in ("head", "body")}
     parts["full"] = parts["head"] + parts["body"]
-    found = entropy_changes(jnp.asarray(z), jax.tree.map(jnp.asarray, parts))
+    result = entropy_changes(jnp.asarray(z), jax.tree.map(jnp.asarray, parts))
     for part, dz in parts.items():
         slope = (entropy(z + 1e-5 * dz) - entropy(z - 1e-5 * dz)) / 2e-5
-        np.testing.assert_allclose(found[part], slope, rtol=1e-7)
-    np.testing.assert_allclose(found["head"] + found["body"], found["full"], rtol=1e-12)
+        np.testing.assert_allclose(result[part], slope, rtol=1e-7)
+    np.testing.assert_allclose(result["head"] + result["body"], result["full"], rtol=1e-12)
 
 
 def test_entropy_change_of_a_certain_token():
     """by hand: a token of no mass has log π = −∞ and adds nothing; equal log π's give 0."""
     z = jnp.array([[0.0, 0.0, -jnp.inf]])
-    found = entropy_changes(z, {"a": jnp.array([[1.0, -2.0, 3.0]])})
-    np.testing.assert_allclose(found["a"], 0.0, atol=1e-6)
+    result = entropy_changes(z, {"a": jnp.array([[1.0, -2.0, 3.0]])})
+    np.testing.assert_allclose(result["a"], 0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ def test_entropy_change_by_tiles(x64, settings, temperature, chunks):
     }
     changes = {part: jax.jvp(z, at, step)[1] for part, step in steps.items()}
     expected = entropy_changes(z(*at), changes)
-    given = {
+    options = {
         "head": (d_weight, phi),
         "body": (head.weight, d_phi),
         "bias": (d_bias[:, None], jnp.ones((N, 1))),
     }
-    found = entropy_changes_by_tile(head, phi, given, SoftmaxOptions(temperature, *chunks))
+    result = entropy_changes_by_tile(head, phi, options, SoftmaxOptions(temperature, *chunks))
     for part in steps:
         assert float(jnp.abs(expected[part]).min()) > 1e-3
-        np.testing.assert_allclose(found[part], expected[part], rtol=1e-10)
+        np.testing.assert_allclose(result[part], expected[part], rtol=1e-10)
 
 
 def test_advantage_covariance(x64):
@@ -101,13 +101,13 @@ def test_advantage_covariance(x64):
     log_probs, advantages = -rng.exponential(size=(2, 6)), rng.normal(size=(2, 6))
     mask = np.ones((2, 6), bool)
     mask[1, 4:] = False
-    found = advantage_covariance(*map(jnp.asarray, (log_probs, advantages, mask)), 0.25)
+    result = advantage_covariance(*map(jnp.asarray, (log_probs, advantages, mask)), 0.25)
     x, y = log_probs[mask], advantages[mask]
     products = (x - x.mean()) * (y - y.mean())
-    np.testing.assert_allclose(np.asarray(found.tokens)[mask], products, rtol=1e-12)
-    assert not np.asarray(found.tokens)[~mask].any()
-    np.testing.assert_allclose(found.mean, np.cov(x, y, bias=True)[0, 1], rtol=1e-12)
-    np.testing.assert_allclose(found.top, np.sort(products)[-2:].mean(), rtol=1e-12)
+    np.testing.assert_allclose(np.asarray(result.tokens)[mask], products, rtol=1e-12)
+    assert not np.asarray(result.tokens)[~mask].any()
+    np.testing.assert_allclose(result.mean, np.cov(x, y, bias=True)[0, 1], rtol=1e-12)
+    np.testing.assert_allclose(result.top, np.sort(products)[-2:].mean(), rtol=1e-12)
 
 
 def test_fit_of_reward_on_entropy():
@@ -139,12 +139,12 @@ def draws(capped):
 def test_divergences_of_whole_logits(x64, capped, temperature, chunks):
     """oracle: sums over all V; tiles of 3 rows overlap, chunks of 2 positions leave one over."""
     policy, other = draws(capped)
-    found = divergences(policy, other, SoftmaxOptions(temperature, *chunks))
+    result = divergences(policy, other, SoftmaxOptions(temperature, *chunks))
     log_pi, log_rho = (log_softmax(np.asarray(logits(*p)) / temperature) for p in (policy, other))
     pi, rho = np.exp(log_pi), np.exp(log_rho)
-    np.testing.assert_allclose(found.kl, (pi * (log_pi - log_rho)).sum(-1), rtol=1e-12)
-    np.testing.assert_allclose(found.kl_reverse, (rho * (log_rho - log_pi)).sum(-1), rtol=1e-12)
-    np.testing.assert_allclose(found.total_variation, np.abs(pi - rho).sum(-1) / 2, rtol=1e-12)
+    np.testing.assert_allclose(result.kl, (pi * (log_pi - log_rho)).sum(-1), rtol=1e-12)
+    np.testing.assert_allclose(result.kl_reverse, (rho * (log_rho - log_pi)).sum(-1), rtol=1e-12)
+    np.testing.assert_allclose(result.total_variation, np.abs(pi - rho).sum(-1) / 2, rtol=1e-12)
 
 
 def test_divergences_by_hand():
@@ -152,13 +152,13 @@ def test_divergences_by_hand():
     features = jnp.ones((1, 1))
     pi = OutputHead(jnp.zeros((3, 1)), jnp.log(jnp.array([0.5, 0.5, 0.0])))
     rho = OutputHead(jnp.zeros((3, 1)), jnp.log(jnp.array([0.25, 0.75, 0.0])))
-    found = divergences((pi, features), (rho, features), SoftmaxOptions(chunk_vocabulary=2))
+    result = divergences((pi, features), (rho, features), SoftmaxOptions(chunk_vocabulary=2))
     expected = [
         0.5 * np.log(2) + 0.5 * np.log(2 / 3),
         0.25 * np.log(1 / 2) + 0.75 * np.log(3 / 2),
         0.25,
     ]
-    np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate(result), expected, rtol=1e-5)
 
 
 def test_memory_is_a_tile():
@@ -172,9 +172,9 @@ def test_memory_is_a_tile():
     ]
     options = SoftmaxOptions(1.0, 16, 256)
     lowered = jax.jit(lambda a, b: divergences(a, b, options)).lower(*shapes)
-    held = lowered.compile().memory_analysis().temp_size_in_bytes
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     tile, weights = 16 * 256 * 4, 2 * 8192 * 4 * 4
-    assert held < 8 * tile + weights < 512 * 8192 * 4 / 10
+    assert temporary < 8 * tile + weights < 512 * 8192 * 4 / 10
 
 
 def test_vocabularies_must_agree():

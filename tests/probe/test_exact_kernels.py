@@ -30,16 +30,16 @@ def flat(dense):
 def test_parts_of_a_capped_head():
     """oracle: slopes vary over the vocabulary, so norms and spectra take another algorithm."""
     kernel = ntk.kernel(*network("cap", False), HERE)
-    found = kernel_measures(plan_kernel(*network("cap", False), HERE), 6)
+    result = kernel_measures(plan_kernel(*network("cap", False), HERE), 6)
     shares = np.zeros(2)
     for part in ("head", "body", "full"):
         dense = np.asarray(kernel.dense(part))
         traces = np.einsum("ouvv->ou", dense)
-        np.testing.assert_allclose(found[f"trace_{part}"], traces, rtol=1e-9)
-        assert found[f"frobenius_{part}"] == pytest.approx(np.linalg.norm(dense), rel=1e-9)
+        np.testing.assert_allclose(result[f"trace_{part}"], traces, rtol=1e-9)
+        assert result[f"frobenius_{part}"] == pytest.approx(np.linalg.norm(dense), rel=1e-9)
         values = np.linalg.eigvalsh(flat(dense))[::-1][:6]
-        np.testing.assert_allclose(found[f"eigenvalues_{part}"], values, rtol=1e-8)
-        shares += found[f"share_{part}"] if part != "full" else 0.0
+        np.testing.assert_allclose(result[f"eigenvalues_{part}"], values, rtol=1e-8)
+        shares += result[f"share_{part}"] if part != "full" else 0.0
     np.testing.assert_allclose(shares, 1.0, rtol=1e-9)
 
 
@@ -54,20 +54,20 @@ def test_blocks_and_groups_and_a_small_head():
     plan = plan_kernel(described, params, here, layers=True, memory_gib=1.2e3 / 2**30)
     assert len(plan.pairs) == 3 and plan.body_kernels == 3 * (1 + len(plan.kernel.problem.groups))
     steps = []
-    found = kernel_measures(plan, 8, lambda done, doing: steps.append((done, doing)))
+    result = kernel_measures(plan, 8, lambda done, doing: steps.append((done, doing)))
     assert [done for done, _ in steps] == list(range(plan.steps))
     assert steps[0][1] == "body" and steps[-1][1] == "eigenvalues of full"
     kernel = ntk.kernel(described, params, here, groups=ntk.by_layer(described, params))
     dense = np.asarray(kernel.dense())
-    np.testing.assert_allclose(found["trace_full"], np.einsum("ouvv->ou", dense), rtol=1e-9)
-    assert found["frobenius_full"] == pytest.approx(np.linalg.norm(dense), rel=1e-9)
-    np.testing.assert_allclose(found["trace_layers"].sum(axis=0), found["trace_full"], rtol=1e-9)
-    query = list(found["layers"]).index("query")
-    np.testing.assert_allclose(found["trace_layers"][query], kernel.trace("query"), rtol=1e-9)
+    np.testing.assert_allclose(result["trace_full"], np.einsum("ouvv->ou", dense), rtol=1e-9)
+    assert result["frobenius_full"] == pytest.approx(np.linalg.norm(dense), rel=1e-9)
+    np.testing.assert_allclose(result["trace_layers"].sum(axis=0), result["trace_full"], rtol=1e-9)
+    query = list(result["layers"]).index("query")
+    np.testing.assert_allclose(result["trace_layers"][query], kernel.trace("query"), rtol=1e-9)
     values = np.linalg.eigvalsh(flat(dense))[::-1][:8]
-    np.testing.assert_allclose(found["eigenvalues_full"], values, rtol=1e-8)
-    head = np.linalg.eigvalsh(np.kron(found["head"], np.eye(VOCAB)))[::-1]
-    np.testing.assert_allclose(np.repeat(found["eigenvalues_head"], VOCAB), head, rtol=1e-8)
+    np.testing.assert_allclose(result["eigenvalues_full"], values, rtol=1e-8)
+    head = np.linalg.eigvalsh(np.kron(result["head"], np.eye(VOCAB)))[::-1]
+    np.testing.assert_allclose(np.repeat(result["eigenvalues_head"], VOCAB), head, rtol=1e-8)
 
 
 @pytest.mark.usefixtures("x64")
@@ -83,12 +83,12 @@ def test_kernel_drift_by_hand():
     eye, ones = np.eye(2), np.ones((2, 2))
     start = {"head": eye, "trace_head": 5 * eye, "trace_body": eye}
     now = {"head": 2 * eye + ones, "trace_head": 10 * eye, "trace_body": 3 * eye - ones}
-    found = kernel_drift(now, start)
-    assert found["body_to_head"] == pytest.approx(4 / 20)
+    result = kernel_drift(now, start)
+    assert result["body_to_head"] == pytest.approx(4 / 20)
     # I + J has norm √(2²+1+1+2²), 2I − J has √(1+1+1+1), and I has √2
-    assert found["laziness_head"] == pytest.approx(np.sqrt(10 / 2))
-    assert found["laziness_body"] == pytest.approx(np.sqrt(4 / 2))
-    assert found["cka_head"] == found["cka_body"] == pytest.approx(1.0)
+    assert result["laziness_head"] == pytest.approx(np.sqrt(10 / 2))
+    assert result["laziness_body"] == pytest.approx(np.sqrt(4 / 2))
+    assert result["cka_head"] == result["cka_body"] == pytest.approx(1.0)
 
 
 def test_head_drift_is_of_the_whole_head_kernel(x64):
@@ -119,12 +119,12 @@ def test_advantage_alignment_by_dense_kernels(x64):
     logits = described.logits(params, kernel.problem.head_inputs[0].features)
     pi = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     stacked = (advantages[:, None] * (np.eye(VOCAB)[y] - pi)).ravel()
-    whole = np.asarray(kernel.dense()).transpose(0, 2, 1, 3).reshape(stacked.size, -1)
-    expected = stacked @ whole @ stacked / (np.trace(whole) * stacked @ stacked)
+    dense = np.asarray(kernel.dense()).transpose(0, 2, 1, 3).reshape(stacked.size, -1)
+    expected = stacked @ dense @ stacked / (np.trace(dense) * stacked @ stacked)
     gram = ntk.score_gram(described, params, HERE, y)
     squares = 1 - 2 * pi[np.arange(3), y] + np.sum(pi**2, axis=1)
-    found = advantage_alignment(gram, kernel.trace(), advantages, squares)
-    assert found == pytest.approx(expected, rel=1e-9)
+    result = advantage_alignment(gram, kernel.trace(), advantages, squares)
+    assert result == pytest.approx(expected, rel=1e-9)
     eye = advantage_alignment(np.diag(squares), VOCAB * np.eye(3), advantages, squares)
     assert eye == pytest.approx(1 / (3 * VOCAB))
 
@@ -139,6 +139,6 @@ def test_alignment_of_a_batch(x64):
     pi = jax.nn.softmax(policy.head(params, kernel.problem.head_inputs[0].features))
     squares = 1 - 2 * pi[np.arange(6), y] + np.sum(pi**2, axis=1)
     gram = ntk.score_gram(policy, params, here, y)
-    wanted = advantage_alignment(gram, kernel.trace(), advantages, squares)
-    found = probe.batch_alignment(policy, params, here, y, advantages)
-    assert found == pytest.approx(wanted, rel=1e-10) and 0 < found < 1
+    expected = advantage_alignment(gram, kernel.trace(), advantages, squares)
+    result = probe.batch_alignment(policy, params, here, y, advantages)
+    assert result == pytest.approx(expected, rel=1e-10) and 0 < result < 1

@@ -26,7 +26,7 @@ def test_feature_measures_by_loops():
     rng = np.random.default_rng(0)
     phi, start = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))
     rows, groups = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 0, 1, 1])
-    found = probe.feature_measures(*map(jnp.asarray, (phi, start, rows, groups)))
+    result = probe.feature_measures(*map(jnp.asarray, (phi, start, rows, groups)))
     kinds = {"within_response": [], "across_responses": [], "across_prompts": []}
     positive = []
     for i in range(6):
@@ -43,23 +43,23 @@ def test_feature_measures_by_loops():
                 kinds["across_prompts"].append(cosine)
     for name, values in kinds.items():
         assert len(values) > 0
-        np.testing.assert_allclose(found[f"cosine_{name}"], np.mean(values), rtol=1e-5)
-    np.testing.assert_allclose(found["positive_pairs"], np.mean(positive), rtol=1e-5)
+        np.testing.assert_allclose(result[f"cosine_{name}"], np.mean(values), rtol=1e-5)
+    np.testing.assert_allclose(result["positive_pairs"], np.mean(positive), rtol=1e-5)
     values = np.linalg.eigvalsh(phi @ phi.T)
     np.testing.assert_allclose(
-        found["effective_rank"], values.sum() ** 2 / (values**2).sum(), rtol=1e-4
+        result["effective_rank"], values.sum() ** 2 / (values**2).sum(), rtol=1e-4
     )
     drift = np.linalg.norm(phi - start, axis=1).mean()
-    np.testing.assert_allclose(found["feature_distortion"], drift, rtol=1e-5)
+    np.testing.assert_allclose(result["feature_distortion"], drift, rtol=1e-5)
 
 
 def test_equal_features_have_cosine_one_and_rank_one():
     """by hand: six copies of one vector."""
     phi = jnp.ones((6, 4))
-    found = probe.feature_measures(phi, phi, jnp.arange(6) // 2, jnp.arange(6) // 4)
+    result = probe.feature_measures(phi, phi, jnp.arange(6) // 2, jnp.arange(6) // 4)
     for name in ("cosine_within_response", "cosine_across_prompts", "effective_rank"):
-        np.testing.assert_allclose(found[name], 1.0, rtol=1e-5)
-    assert float(found["feature_distortion"]) == 0.0
+        np.testing.assert_allclose(result[name], 1.0, rtol=1e-5)
+    assert float(result["feature_distortion"]) == 0.0
 
 
 def test_cosine_variances_by_loops(x64):
@@ -77,25 +77,25 @@ def test_cosine_variances_by_loops(x64):
                 kinds["across_responses"].append(cosine)
             elif groups[i] != groups[j]:
                 kinds["across_prompts"].append(cosine)
-    given = [jnp.asarray(a) for a in (phi, rows, groups)]
-    found = cosine_variances(*given)
-    means = probe.feature_measures(given[0], *given)
+    arrays = [jnp.asarray(a) for a in (phi, rows, groups)]
+    result = cosine_variances(*arrays)
+    means = probe.feature_measures(arrays[0], *arrays)
     for kind, values in kinds.items():
-        np.testing.assert_allclose(found[f"cosine_variance_{kind}"], np.var(values), rtol=1e-10)
+        np.testing.assert_allclose(result[f"cosine_variance_{kind}"], np.var(values), rtol=1e-10)
         np.testing.assert_allclose(means[f"cosine_{kind}"], np.mean(values), rtol=1e-10)
 
 
 def test_feature_drift_by_hand():
     """by hand: (3, 4) from (0, 5): moved √10 of 5, cosine 20/25; and (2, 0) from (1, 0)."""
-    found = feature_drift(jnp.array([[3.0, 4.0], [2.0, 0.0]]), jnp.array([[0.0, 5.0], [1.0, 0.0]]))
+    result = feature_drift(jnp.array([[3.0, 4.0], [2.0, 0.0]]), jnp.array([[0.0, 5.0], [1.0, 0.0]]))
     expected = {
         "feature_distortion_relative": (np.sqrt(10) / 5 + 1) / 2,
         "feature_cosine_start": (0.8 + 1) / 2,
         "feature_norm_ratio": (1 + 2) / 2,
     }
-    assert set(found) == set(expected)
+    assert set(result) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6)
+        np.testing.assert_allclose(result[name], value, rtol=1e-6)
 
 
 def test_ches_by_hand():
@@ -116,13 +116,13 @@ def test_head_influence_is_the_head_kernel(x64, kind, chunk):
     y = jnp.array([1, 5, 8])
     logits = described.logits(params, phi)
     g = np.eye(VOCAB)[y] - np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    given = HEADS[kind]
-    bias = params["head_bias"] if "bias" in given else None
-    settings = {name: given[name] for name in given if name != "bias"}
+    options = HEADS[kind]
+    bias = params["head_bias"] if "bias" in options else None
+    settings = {name: options[name] for name in options if name != "bias"}
     head = OutputHead(params["head"], bias, **settings)
-    found = head_influence(head, (phi, y), (phi[:2], y[:2]), chunk)
+    result = head_influence(head, (phi, y), (phi[:2], y[:2]), chunk)
     expected = np.einsum("ov,ouvw,uw->ou", g, kernel.dense("head"), g)[:, :2]
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(result, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("kind,chunk", [("plain", None), ("all", 4)])
@@ -130,26 +130,26 @@ def test_head_sums_are_sums_of_pairs(x64, kind, chunk):
     """law: sums without pairs are the pairs' sums; a temperature is a scale of the logits."""
     described, params = network(kind, False)
     phi = ntk.kernel(described, params, HERE).problem.head_inputs[0].features
-    given = HEADS[kind]
-    bias = params["head_bias"] if "bias" in given else None
+    options = HEADS[kind]
+    bias = params["head_bias"] if "bias" in options else None
     head = OutputHead(
-        params["head"], bias, **{name: given[name] for name in given if name != "bias"}
+        params["head"], bias, **{name: options[name] for name in options if name != "bias"}
     )
     y, weights = jnp.array([1, 5, 8]), jnp.array([[1.0, 0.0], [-2.0, 0.0], [0.5, 3.0]])
     pairs = head_influence(head, (phi, y), (phi, y))
-    found = head_sums(head, phi, y, weights, SoftmaxOptions(1.0, chunk_vocabulary=chunk))
-    np.testing.assert_allclose(found, pairs @ weights, rtol=1e-10)
+    result = head_sums(head, phi, y, weights, SoftmaxOptions(1.0, chunk_vocabulary=chunk))
+    np.testing.assert_allclose(result, pairs @ weights, rtol=1e-10)
     if head.soft_cap is None:
         warm = dataclasses.replace(head, scale=head.scale / 2.0)
-        found = head_sums(head, phi, y, weights, SoftmaxOptions(2.0, chunk_vocabulary=chunk))
-        np.testing.assert_allclose(found, head_sums(warm, phi, y, weights), rtol=1e-10)
+        result = head_sums(head, phi, y, weights, SoftmaxOptions(2.0, chunk_vocabulary=chunk))
+        np.testing.assert_allclose(result, head_sums(warm, phi, y, weights), rtol=1e-10)
 
 
 def test_token_sums_by_hand():
     """by hand: of three updated tokens the last is of another prompt, the first has A > 0."""
     influence = jnp.array([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
-    found = token_sums(
+    result = token_sums(
         influence, jnp.array([2.0, -3.0, 1.0]), jnp.array([0, 1]), jnp.array([0, 0, 1])
     )
-    assert found["positive"].tolist() == [2.0, 4.0]
-    assert found["negative"].tolist() == [-6.0, 0.0]
+    assert result["positive"].tolist() == [2.0, 4.0]
+    assert result["negative"].tolist() == [-6.0, 0.0]

@@ -19,7 +19,7 @@ def test_results_are_in_the_glossary():
     squeezed = squeezing.squeezing(masses, masses, -jnp.ones(2))
     squeezed.pop("tokens")
     pair = OutputHead(eye), jnp.ones((2, 1, 2))
-    found = {
+    result = {
         "probe/": [
             *distributions.confidence_measures(logit_statistics(eye, two), mask),
             *features.cosine_variances(eye, two, two),
@@ -35,6 +35,6 @@ def test_results_are_in_the_glossary():
         "": batch_measures.group_measures(pair, two[:, None], jnp.ones((2, 1)), mask[:, None], 2),
         "diversity/support_": probe.Support._fields,
     }
-    names = [prefix + name for prefix, group in found.items() for name in group]
+    names = [prefix + name for prefix, group in result.items() for name in group]
     assert len(names) == len(set(names)) > 30
     assert [name for name in names if not is_known(name)] == []

@@ -42,7 +42,7 @@ def test_rank_by_svd(x64, shape):
     change = np.random.default_rng(1).normal(size=shape) * 1e-6
     left, values, right = np.linalg.svd(change)
     lead = leading_direction(jnp.asarray(change))
-    found = update_rank(jnp.asarray(change), lead)
+    result = update_rank(jnp.asarray(change), lead)
     squares = values**2
     expected = {
         "change_norm": np.sqrt(squares.sum()),
@@ -50,9 +50,9 @@ def test_rank_by_svd(x64, shape):
         "effective_rank": squares.sum() ** 2 / (squares**2).sum(),
         "leading_energy": squares[0] / squares.sum(),
     }
-    assert set(found) == set(expected)
+    assert set(result) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-9)
+        np.testing.assert_allclose(result[name], value, rtol=1e-9)
     np.testing.assert_allclose(abs(lead.left @ left[:, 0]), 1.0, rtol=1e-9)
     np.testing.assert_allclose(abs(lead.right @ right[0]), 1.0, rtol=1e-9)
     assert float(lead.left @ change @ lead.right) > 0
@@ -63,9 +63,9 @@ def test_one_direction_in_single_precision():
     u, v = jnp.array([3.0, 4.0]) / 5, jnp.array([1.0, 2.0, 2.0]) / 3
     change = 1e-12 * u[:, None] * v[None]
     lead = leading_direction(change)
-    found = update_rank(change, lead)
+    result = update_rank(change, lead)
     for name in ("stable_rank", "effective_rank", "leading_energy"):
-        np.testing.assert_allclose(found[name], 1.0, rtol=1e-5)
+        np.testing.assert_allclose(result[name], 1.0, rtol=1e-5)
     # the opposite step has the same u and v up to sign, and cosine −1
     np.testing.assert_allclose(direction_cosine(lead, leading_direction(-change)), -1, rtol=1e-5)
     turned = leading_direction(1e-12 * u[:, None] * jnp.array([[2.0, -1.0, 0.0]]))
@@ -83,24 +83,24 @@ def test_line_fit_by_polyfit(x64):
         tree = {"a": jnp.asarray(point[:3]), "b": jnp.asarray(point[3])}
         sums = start_line(tree, step) if sums is None else extend_line(sums, tree, step)
     fits, scalars = line_fit(sums)
-    expected, left, whole = [], 0.0, 0.0
+    expected, left, total_square = [], 0.0, 0.0
     for w in path.T[:3]:
         residual = w - np.polyval(np.polyfit(steps, w, 1), steps)
         total = np.sum((w - w.mean()) ** 2)
         expected.append(1 - np.sum(residual**2) / total)
-        left, whole = left + np.sum(residual**2), whole + total
+        left, total_square = left + np.sum(residual**2), total_square + total
     np.testing.assert_allclose(fits["a"], expected, rtol=1e-9)
     assert float(fits["b"]) == 0.0
     # the entry that never moved is no part of the mean; it would give 3/4 of this
     np.testing.assert_allclose(scalars["linearity"], np.mean(expected), rtol=1e-7)
-    np.testing.assert_allclose(scalars["linearity_pooled"], 1 - left / whole, rtol=1e-9)
+    np.testing.assert_allclose(scalars["linearity_pooled"], 1 - left / total_square, rtol=1e-9)
 
 
 def test_extrapolation_by_hand():
     """by hand: 1 at step 10 and 3 at step 20 lead to 7 at step 40, in the dtype that came."""
     first, second = ({"a": jnp.array([value], jnp.bfloat16)} for value in (1.0, 3.0))
-    found = extrapolate(first, second, 10, 20, 40)["a"]
-    assert found.dtype == jnp.bfloat16 and float(found[0]) == 7.0
+    result = extrapolate(first, second, 10, 20, 40)["a"]
+    assert result.dtype == jnp.bfloat16 and float(result[0]) == 7.0
     with pytest.raises(ValueError, match="not of 5 twice"):
         extrapolate(first, second, 5, 5, 9)
 
@@ -110,8 +110,8 @@ def test_ranks_of_stacked_matrices():
     rng = np.random.default_rng(5)
     before = {"stack": jnp.asarray(rng.normal(size=(2, 4, 3))), "bias": jnp.zeros(4)}
     after = {"stack": before["stack"] + 0.1 * rng.normal(size=(2, 4, 3)), "bias": jnp.ones(4)}
-    found, leading = update_ranks(before, after)
-    assert set(found) == set(leading) == {"stack"}
+    result, leading = update_ranks(before, after)
+    assert set(result) == set(leading) == {"stack"}
     moved = np.asarray(after["stack"] - before["stack"])
     squares = np.linalg.svd(moved, compute_uv=False) ** 2
     expected = {
@@ -121,7 +121,7 @@ def test_ranks_of_stacked_matrices():
         "leading_energy": squares[:, 0] / squares.sum(axis=1),
     }
     for name, values in expected.items():
-        np.testing.assert_allclose(found["stack"][name], values.mean(), rtol=1e-4)
+        np.testing.assert_allclose(result["stack"][name], values.mean(), rtol=1e-4)
     turned = leading["stack"].left.at[1].multiply(-1)
     cosines = jax.vmap(direction_cosine)(leading["stack"], leading["stack"]._replace(left=turned))
     np.testing.assert_allclose(cosines, [1, -1], rtol=1e-5)
@@ -132,9 +132,9 @@ def test_the_same_entries_every_time():
     few = {"a": jnp.arange(3.0), "b": 3.0 + jnp.arange(4.0).reshape(2, 2)}
     assert parameters.sample_entries(few).tolist() == list(range(7))
     many = {"a": jnp.arange(3e4).reshape(3, -1), "b": 3e4 + jnp.arange(1e4)}
-    found = np.asarray(parameters.sample_entries(many))
-    assert len(found) == parameters.ENTRIES and found[0] == 0 and found[-1] == 4e4 - 1
-    gaps = np.diff(found)
+    result = np.asarray(parameters.sample_entries(many))
+    assert len(result) == parameters.ENTRIES and result[0] == 0 and result[-1] == 4e4 - 1
+    gaps = np.diff(result)
     assert gaps.min() >= 9 and gaps.max() <= 10
 
 
@@ -144,7 +144,7 @@ def test_classifier_measures(x64, block):
     rng = np.random.default_rng(0)
     start = rng.normal(size=(8, 5))
     weight = start + 0.1 * rng.normal(size=(8, 5))
-    found, norms = classifier_measures(jnp.asarray(weight), jnp.asarray(start), block)
+    result, norms = classifier_measures(jnp.asarray(weight), jnp.asarray(start), block)
 
     def stable_rank(matrix):
         return np.sum(matrix**2) / np.linalg.norm(matrix, 2) ** 2
@@ -158,17 +158,17 @@ def test_classifier_measures(x64, block):
         "head_stable_rank": stable_rank(weight),
         "head_distance_stable_rank": stable_rank(weight - start),
     }
-    assert set(found) == set(expected)
+    assert set(result) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-9)
+        np.testing.assert_allclose(result[name], value, rtol=1e-9)
     np.testing.assert_allclose(norms, rows, rtol=1e-12)
 
 
 def test_bfloat16_is_summed_in_float32():
     """by hand: 512 rows of (1, 0); a bfloat16 sum of ones stops at 256."""
     weight = jnp.zeros((512, 2), jnp.bfloat16).at[:, 0].set(1)
-    found, norms = classifier_measures(weight, jnp.zeros_like(weight), 64)
-    np.testing.assert_allclose(found["head_norm"] ** 2, 512, rtol=1e-6)
+    result, norms = classifier_measures(weight, jnp.zeros_like(weight), 64)
+    np.testing.assert_allclose(result["head_norm"] ** 2, 512, rtol=1e-6)
     assert norms.dtype == jnp.float32
 
 
@@ -179,5 +179,5 @@ def test_no_second_copy_of_the_matrix():
     """
     shape = jax.ShapeDtypeStruct((65536, 16), jnp.float32)
     measured = jax.jit(lambda w, s: classifier_measures(w, s, 256))
-    held = measured.lower(shape, shape).compile().memory_analysis().temp_size_in_bytes
-    assert held < 65536 * 16 * 4 / 4
+    temporary = measured.lower(shape, shape).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 65536 * 16 * 4 / 4

@@ -14,17 +14,17 @@ from tests.update.test_train_step import make_batch, rloo
 
 def test_comparison_by_hand():
     """by hand: parts (1, 0) and (1, 2): total (2, 2), shares 2/8 and 6/8, error 0.1·√2/√8."""
-    found = comparison(
+    result = comparison(
         {
             "predicted_head": np.array([1.0, 0.0]),
             "predicted_body": np.array([1.0, 2.0]),
             "actual": np.array([2.1, 1.9]),
         }
     )
-    np.testing.assert_allclose(found["predict/head_share"], 0.25)
-    np.testing.assert_allclose(found["predict/body_share"], 0.75)
+    np.testing.assert_allclose(result["predict/head_share"], 0.25)
+    np.testing.assert_allclose(result["predict/body_share"], 0.75)
     expected = np.hypot(0.1, 0.1) / np.hypot(2.1, 1.9)
-    np.testing.assert_allclose(found["predict/relative_error"], expected)
+    np.testing.assert_allclose(result["predict/relative_error"], expected)
 
 
 def probe_set(vocab):
@@ -71,19 +71,19 @@ def test_a_large_probe_set_is_read_in_blocks(x64):
     policy = toy_policy()
     params = toy_params(policy, dtype=jnp.float64)
     after = jax.tree.map(lambda leaf: leaf * 1.01, params)
-    given = policy, probe_set(policy.vocab_size), params
-    whole = probe.Prober(*given)
-    each = LOGIT_BYTES * given[1].completion_mask.shape[1] * policy.vocab_size / 2**30
+    arguments = policy, probe_set(policy.vocab_size), params
+    unsplit = probe.Prober(*arguments)
+    each = LOGIT_BYTES * arguments[1].completion_mask.shape[1] * policy.vocab_size / 2**30
     for count, blocks in ((1, 4), (3, 2)):
-        cut = probe.Prober(*given, memory_gib=count * each)
+        cut = probe.Prober(*arguments, memory_gib=count * each)
         assert len(cut.blocks) == blocks and len({b[1].shape for b in cut.blocks}) == 1
-        for found, wanted in zip(
+        for result, expected in zip(
             cut.compare(params, after)[1].items(),
-            whole.compare(params, after)[1].items(),
+            unsplit.compare(params, after)[1].items(),
             strict=True,
         ):
-            assert found[0] == wanted[0]
-            np.testing.assert_allclose(found[1], wanted[1], rtol=1e-10)
-        measures = whole.measures(after)
+            assert result[0] == expected[0]
+            np.testing.assert_allclose(result[1], expected[1], rtol=1e-10)
+        measures = unsplit.measures(after)
         for name, value in cut.measures(after).items():
             assert value == pytest.approx(measures[name], rel=1e-9), name

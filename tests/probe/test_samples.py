@@ -115,19 +115,19 @@ def test_best_of_n_by_subsets():
 
 def test_pass_curves_by_enumeration():
     """oracle: successes of 0, 1 and 3 among five samples, over all subsets of k."""
-    found = pass_curves([0, 1, 3], 5, [1, 2, 5])
+    result = pass_curves([0, 1, 3], 5, [1, 2, 5])
     for p, c in enumerate((0, 1, 3)):
         flags = [True] * c + [False] * (5 - c)
         for j, k in enumerate((1, 2, 5)):
             subsets = [any(s) for s in itertools.combinations(flags, k)]
-            assert found[p, j] == pytest.approx(np.mean(subsets), rel=1e-12)
+            assert result[p, j] == pytest.approx(np.mean(subsets), rel=1e-12)
 
 
 def test_crossing_by_hand():
     """by hand: gaps +0.2 at 4 and −0.1 at 16 meet at 4·4^{2/3}; ties are no crossing."""
     ks = [1, 4, 16]
-    found = crossing(np.array([0.1, 0.4, 0.9]), np.array([0.5, 0.6, 0.8]), ks)
-    assert found == pytest.approx(4 * 4 ** (2 / 3))
+    result = crossing(np.array([0.1, 0.4, 0.9]), np.array([0.5, 0.6, 0.8]), ks)
+    assert result == pytest.approx(4 * 4 ** (2 / 3))
     assert crossing(np.array([0.1, 0.6, 0.9]), np.array([0.5, 0.6, 0.8]), ks) == pytest.approx(4)
     assert crossing(np.array([0.1, 0.6, 1.0]), np.array([0.5, 0.7, 1.0]), ks) == math.inf
     assert crossing(np.array([0.3, 0.6, 1.0]), np.array([0.2, 0.7, 1.0]), ks) == 1.0
@@ -138,12 +138,12 @@ def test_crossing_interval():
     ks = [1, 4, 16]
     crossing_prompt = np.array([[0.1, 0.4, 0.9]]), np.array([[0.5, 0.6, 0.8]])
     alike = [np.repeat(curve, 6, axis=0) for curve in crossing_prompt]
-    found = crossing_interval(*alike, ks, draws=50)
-    np.testing.assert_allclose(found, 4 * 4 ** (2 / 3), rtol=1e-12)
+    result = crossing_interval(*alike, ks, draws=50)
+    np.testing.assert_allclose(result, 4 * 4 ** (2 / 3), rtol=1e-12)
     never = np.array([[0.1, 0.2, 0.3]]), np.array([[0.5, 0.7, 0.5]])
     mixed = [np.concatenate([a] * 4 + [b]) for a, b in zip(crossing_prompt, never, strict=True)]
-    found = crossing_interval(*mixed, ks, draws=400)
-    assert found.low < found.value < found.high == math.inf
+    result = crossing_interval(*mixed, ks, draws=400)
+    assert result.low < result.value < result.high == math.inf
 
 
 def test_support_by_hand():
@@ -151,10 +151,10 @@ def test_support_by_hand():
     first = [["a", "a", "b", "x"], ["e", "y", "y", "y"]]
     second = [["b", "c", "c", "x"], ["e", "e", "e", "e"]]
     correct = [{"a", "b", "c", "d"}, ["e", "e"]]
-    found = support_change(first, second, correct)
-    assert found == Support(kept=2, lost=1, gained=1, neither=1)
-    assert found.retention == found.discovery + 1 / 3 == 2 / 3
-    assert found.score == pytest.approx(2 * (2 / 9) / 1) and found.change == 0.0
+    result = support_change(first, second, correct)
+    assert result == Support(kept=2, lost=1, gained=1, neither=1)
+    assert result.retention == result.discovery + 1 / 3 == 2 / 3
+    assert result.score == pytest.approx(2 * (2 / 9) / 1) and result.change == 0.0
     # with two samples needed: b falls from both, e is gained
     assert support_change(first, second, correct, least=2) == Support(0, 1, 2, 2)
     rates = Support(kept=3, lost=1, gained=2, neither=0)

@@ -16,13 +16,13 @@ def test_akg_is_the_first_order_change(x64):
     """oracle: central differences of log π(o) along K 𝒢, with A = −2."""
     rng = np.random.default_rng(5)
     z_o, z_u, kernel = rng.normal(size=V), rng.normal(size=V), rng.normal(size=(V, V))
-    found = akg_factors(*map(jnp.asarray, (z_o, kernel, z_u)), jnp.array(2), -2.0)
+    result = akg_factors(*map(jnp.asarray, (z_o, kernel, z_u)), jnp.array(2), -2.0)
     asked = -2.0 * (np.eye(V)[2] - np.exp(log_softmax(z_u)))
-    np.testing.assert_allclose(found.residual, asked, rtol=1e-12)
+    np.testing.assert_allclose(result.residual, asked, rtol=1e-12)
     dz = kernel @ asked
     slope = (log_softmax(z_o + 1e-5 * dz) - log_softmax(z_o - 1e-5 * dz)) / 2e-5
-    np.testing.assert_allclose(found.change, slope, rtol=1e-7)
-    np.testing.assert_allclose(found.adjust @ dz, found.change, rtol=1e-12)
+    np.testing.assert_allclose(result.change, slope, rtol=1e-7)
+    np.testing.assert_allclose(result.adjust @ dz, result.change, rtol=1e-12)
 
 
 @pytest.mark.parametrize("chunks", [(1024, None), (3, 4)])
@@ -37,11 +37,11 @@ def test_masses(x64, chunks):
     best = log_pi.argmax(-1)
     y = np.array([best[0], *((best[1:] + 2) % V)])
     options = SoftmaxOptions(0.8, *chunks)
-    found = token_masses(head, phi, jnp.asarray(y), jnp.asarray(best), options)
+    result = token_masses(head, phi, jnp.asarray(y), jnp.asarray(best), options)
     for o in range(N):
         rest = [np.exp(log_pi[o, v]) for v in range(V) if v not in (y[o], best[o])]
         expected = (log_pi[o, y[o]], log_pi[o, best[o]], np.log(sum(rest)))
-        np.testing.assert_allclose([part[o] for part in found], expected, rtol=1e-12)
+        np.testing.assert_allclose([part[o] for part in result], expected, rtol=1e-12)
 
 
 def test_a_negative_gradient_squeezes(x64):
@@ -62,11 +62,11 @@ def test_squeezing_by_hand():
     p = jnp.array([0.05, 0.6, 0.05, 0.05, 0.05])
     before = Masses(jnp.log(p), jnp.zeros(5), jnp.zeros(5))
     after = Masses(jnp.log(p) - 1.0, jnp.array([1.0, 2.0, 3.0, 5.0, 9.0]), -jnp.ones(5))
-    found = squeezing(before, after, jnp.array([-1.0, -2.0, 1.0, 0.5, 0.0]))
-    assert found["tokens"].tolist() == [[1, 0, 1, 0], [2, 0, 0, 0]]
-    np.testing.assert_allclose(found["greedy"], [[1, 0, 2, 0], [4, 0, 0, 0]])
-    np.testing.assert_allclose(found["sampled"], [[-1, 0, -1, 0], [-1, 0, 0, 0]], rtol=1e-6)
-    np.testing.assert_allclose(found["others"], [[-1, 0, -1, 0], [-1, 0, 0, 0]])
+    result = squeezing(before, after, jnp.array([-1.0, -2.0, 1.0, 0.5, 0.0]))
+    assert result["tokens"].tolist() == [[1, 0, 1, 0], [2, 0, 0, 0]]
+    np.testing.assert_allclose(result["greedy"], [[1, 0, 2, 0], [4, 0, 0, 0]])
+    np.testing.assert_allclose(result["sampled"], [[-1, 0, -1, 0], [-1, 0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(result["others"], [[-1, 0, -1, 0], [-1, 0, 0, 0]])
     sure = Masses(*[jnp.zeros(1)] * 3)  # π = 1 is an edge, and belongs above it
-    found = squeezing(sure, sure, jnp.ones(1), (0.5, 1.0))
-    assert found["tokens"].tolist() == [[0, 0, 0], [0, 0, 1]]
+    result = squeezing(sure, sure, jnp.ones(1), (0.5, 1.0))
+    assert result["tokens"].tolist() == [[0, 0, 0], [0, 0, 1]]

@@ -83,8 +83,8 @@ def write_probe_set(path: Path, digest: str = "d1ge57") -> None:
         }
         for number, family in enumerate(FAMILIES)
     ]
-    told = {"format": 1, "digest": digest, "prompts": ["2+2=", "say <hi>"]}
-    (path / "probes" / "set.json").write_text(json.dumps(told | {"completions": completions}))
+    fields = {"format": 1, "digest": digest, "prompts": ["2+2=", "say <hi>"]}
+    (path / "probes" / "set.json").write_text(json.dumps(fields | {"completions": completions}))
 
 
 def ledger_arrays(seed: int, by: str = "sample") -> dict[str, np.ndarray]:
@@ -115,9 +115,9 @@ def write_ledger(path: Path, step: int, seed: int, by: str = "sample", **changes
         {"prompt": "2+2=", "completion": f"sample {b} </script>", "advantage": b - 1.5, "row": b}
         for b in range(SAMPLES)
     ]
-    told = {"format": 1, "by": by, "digest": "d1ge57", "stage": "all", "samples": samples}
+    fields = {"format": 1, "by": by, "digest": "d1ge57", "stage": "all", "samples": samples}
     file = path / "ledger" / f"step_{step:06d}.npz"
-    file.with_suffix(".json").write_text(json.dumps(told | changes))
+    file.with_suffix(".json").write_text(json.dumps(fields | changes))
     np.savez(file, **ledger_arrays(seed + step, by))
     return file
 

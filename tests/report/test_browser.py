@@ -68,11 +68,11 @@ def report(tmp_path_factory):
     """A page of two runs with long, odd texts; the first has a ledger by group too."""
     place = tmp_path_factory.mktemp("report")
     runs = [write_run(place / name, name, 0, name == "cfrl") for name in ("cfrl", "rl")]
-    told = json.loads((runs[0] / "probes" / "set.json").read_text())
-    told["prompts"][1] = "word" * 200
-    told["completions"][1]["tokens"] = ["\n", "", "x" * 120, *["<i>"] * (LENGTH - 3)]
+    stored = json.loads((runs[0] / "probes" / "set.json").read_text())
+    stored["prompts"][1] = "word" * 200
+    stored["completions"][1]["tokens"] = ["\n", "", "x" * 120, *["<i>"] * (LENGTH - 3)]
     for run in runs:
-        (run / "probes" / "set.json").write_text(json.dumps(told))
+        (run / "probes" / "set.json").write_text(json.dumps(stored))
     write_ledger(runs[0], 15, 0, by="group")
     return write_report(runs, place / "out")
 
@@ -80,8 +80,8 @@ def report(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     """A browser for all tests here."""
-    with browser.Browser(browser.find(), tmp_path_factory.mktemp("profile")) as found:
-        yield found
+    with browser.Browser(browser.find(), tmp_path_factory.mktemp("profile")) as result:
+        yield result
 
 
 @pytest.fixture
@@ -127,13 +127,13 @@ def influence(step):
 def parts(step, measure="log_prob"):
     """By hand: `[O]` per part."""
     arrays = ledger_arrays(step)
-    found = {
+    result = {
         role: sum(arrays[f"{measure}/{term}/{group}"].sum(axis=1) for term in ("policy", "kl"))
         for role, group in (("R", "head"), ("G", "body"))
     }
     for part in ("momentum", "decay", "optimizer"):
-        found[part] = arrays[f"{measure}/{part}/head"] + arrays[f"{measure}/{part}/body"]
-    return found | {part: arrays[f"{measure}/{part}"] for part in ("actual", "curvature")}
+        result[part] = arrays[f"{measure}/{part}/head"] + arrays[f"{measure}/{part}/body"]
+    return result | {part: arrays[f"{measure}/{part}"] for part in ("actual", "curvature")}
 
 
 def numbers(texts):
@@ -141,10 +141,10 @@ def numbers(texts):
     return [float(text.replace("−", "-").removesuffix(" nats")) for text in texts]
 
 
-def close(found, expected):
+def close(result, expected):
     """Two digits are shown of the small, and four of the largest are sent."""
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, np.ravel(expected), rtol=0.05, atol=6e-4 * scale)
+    np.testing.assert_allclose(result, np.ravel(expected), rtol=0.05, atol=6e-4 * scale)
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -158,8 +158,8 @@ def test_it_can_be_read(page, width, dark):
         shown.point(".map td", number, click=True)
         assert shown.run("() => document.documentElement.scrollWidth") == width
         assert shown.run(OUTSIDE) == []
-    found = shown.run(CONTRASTS)
-    assert len(found) > 300 and [one for one in found if one["ratio"] < 4.5] == []
+    texts = shown.run(CONTRASTS)
+    assert len(texts) > 300 and [text for text in texts if text["ratio"] < 4.5] == []
     scheme = shown.run("() => getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", scheme))) < 100) == dark
     assert shown.complaints() == []
@@ -173,16 +173,16 @@ def test_the_slider_moves_everything(page):
         move(shown, "ArrowLeft")
         assert shown.run(TEXTS, "output") == [f"{step} (stage all)"]
         close(numbers(shown.run(CELLS)), influence(step))
-        own = parts(step)["actual"][:LENGTH]
-        expected = 0.7 * np.abs(own) / np.abs(own).max()
+        actual = parts(step)["actual"][:LENGTH]
+        expected = 0.7 * np.abs(actual) / np.abs(actual).max()
         colors = [np.float64(re.findall(r"[\d.]+", tint)) for tint in shown.run(TINTS)]
         # a browser keeps how opaque a colour is in eight bits
         np.testing.assert_allclose([color[3] for color in colors], expected, atol=1 / 255)
-        assert [color[0] > color[2] for color in colors] == (own > 0).tolist()
+        assert [color[0] > color[2] for color in colors] == (actual > 0).tolist()
         close(numbers(shown.run(TEXTS, ".bars td:nth-child(2)")), means(step, "log_prob"))
-    # what changed most is told unasked, and a token that was pointed at stays
-    found = numbers(shown.run(TEXTS, ".details dd:first-child, .details dt + dd")[:1])
-    close(found, influence(5).ravel()[np.abs(influence(5)).argmax()])
+    # the largest change is shown at first, and a token that was pointed at stays
+    result = numbers(shown.run(TEXTS, ".details dd:first-child, .details dt + dd")[:1])
+    close(result, influence(5).ravel()[np.abs(influence(5)).argmax()])
     shown.point(".tokens span", 7)
     move(shown, "End")
     assert shown.run(TEXTS, "output") == ["15 (stage all)"]
@@ -191,18 +191,18 @@ def test_the_slider_moves_everything(page):
 
 def means(step, measure):
     """By hand: the bars."""
-    found = parts(step, measure)
-    return np.array([found[part].mean() for part in PARTS])
+    result = parts(step, measure)
+    return np.array([result[part].mean() for part in PARTS])
 
 
 def test_a_cell_tells_its_values(by_sample):
     """by hand: pointing at a cell shows both texts; arrows move on; a click selects the column."""
     columns = 5
     by_sample.point(".map td", 2 * columns + 3)
-    told = by_sample.run(TEXTS, ".details.long dd")
-    close(numbers(told[:1]), influence(10)[2, 3])
-    assert told[1] == "2+2=\n→ sample 1 </script>" and numbers(told[2:3]) == [-0.5]
-    assert told[3].startswith("wordword") and told[3].endswith("→ text 3 </script><b>")
+    texts = by_sample.run(TEXTS, ".details.long dd")
+    close(numbers(texts[:1]), influence(10)[2, 3])
+    assert texts[1] == "2+2=\n→ sample 1 </script>" and numbers(texts[2:3]) == [-0.5]
+    assert texts[3].startswith("wordword") and texts[3].endswith("→ text 3 </script><b>")
     by_sample.run("() => document.querySelectorAll('.map td')[0].focus()")
     by_sample.press("ArrowDown")
     by_sample.press("ArrowRight")
@@ -216,11 +216,11 @@ def test_a_token_tells_its_parts(by_sample):
     """by hand: pointing at a token shows every part of its change, of either measure."""
     for measure in ("log_prob", "entropy"):
         by_sample.point(".tokens span", 4)
-        told = by_sample.run(TEXTS, ".details:not(.long) dd")
-        assert told[0] == '" 0.4"'
+        texts = by_sample.run(TEXTS, ".details:not(.long) dd")
+        assert texts[0] == '" 0.4"'
         expected = parts(10, measure)
         np.testing.assert_allclose(
-            numbers(told[1:]), [expected[part][4] for part in PARTS], rtol=0.05, atol=1e-4
+            numbers(texts[1:]), [expected[part][4] for part in PARTS], rtol=0.05, atol=1e-4
         )
         choose(by_sample, 1)
     assert by_sample.run(TEXTS, "h3")[-1] == "A probe completion, token by token: ΔH of each"
@@ -232,9 +232,9 @@ def test_choices(by_sample):
     assert len(by_sample.run(TEXTS, ".tokens span")) == LENGTH
     assert by_sample.run(TEXTS, ".prompt") == ["2+2="]
     choose(by_sample, 3)
-    own = parts(10)["R"][LENGTH : 2 * LENGTH]
+    columns = parts(10)["R"][LENGTH : 2 * LENGTH]
     limit = numbers([by_sample.run(TEXTS, ".scale span:last-child")[-1].split()[0]])
-    close(limit, np.abs(own).max())
+    close(limit, np.abs(columns).max())
     choose(by_sample, 0)
     assert by_sample.run(TEXTS, "output") == ["10 (stage all)"]
     assert by_sample.run("() => document.querySelector('input[type=range]').max") == "1"

@@ -10,20 +10,22 @@ def arrays(count, rows=None, sign=1.0, tied=False, text="What is {}?"):
     """Kernels of round numbers: cosines 0.5 · sign off the diagonal, shares 1 : 3 (: −1)."""
     rows = np.arange(count) if rows is None else rows
     cosines = 0.5 * sign * np.ones((count, count)) + (1 - 0.5 * sign) * np.eye(count)
-    found = {"rows": rows, "positions": np.zeros(count, int), "cosines": cosines}
-    found["texts"] = np.array([text.format(i) for i in range(rows.max() + 1)])
-    found["endings"] = np.array([f" {i}" for i in range(count)])
+    result = {"rows": rows, "positions": np.zeros(count, int), "cosines": cosines}
+    result["texts"] = np.array([text.format(i) for i in range(rows.max() + 1)])
+    result["endings"] = np.array([f" {i}" for i in range(count)])
     weights = {"head": 1.0, "body": 3.0} | ({"cross": -1.0} if tied else {})
     total = sum(weights.values())
     for part, weight in weights.items():
-        found[f"trace_{part}"] = weight * np.ones((count, count))
-        found[f"share_{part}"] = np.array([weight / total, weight / total if count > 1 else np.nan])
-        found[f"frobenius_{part}"] = np.array(10 * weight)
-    found["trace_full"] = total * np.ones((count, count))
-    found["eigenvalues_head"] = np.linspace(4.0, 1.0, count)
-    found["eigenvalues_body"] = np.array([100.0, 10.0, 0.0])
-    found["eigenvalues_full"] = np.array([104.0, 14.0, 4.0])
-    return found
+        result[f"trace_{part}"] = weight * np.ones((count, count))
+        result[f"share_{part}"] = np.array(
+            [weight / total, weight / total if count > 1 else np.nan]
+        )
+        result[f"frobenius_{part}"] = np.array(10 * weight)
+    result["trace_full"] = total * np.ones((count, count))
+    result["eigenvalues_head"] = np.linspace(4.0, 1.0, count)
+    result["eigenvalues_body"] = np.array([100.0, 10.0, 0.0])
+    result["eigenvalues_full"] = np.array([104.0, 14.0, 4.0])
+    return result
 
 
 def axes(figure):

@@ -18,7 +18,7 @@ def shown(directory):
     """
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    found = {}
+    events = {}
     for path in sorted(directory.iterdir()):
         rest = path.read_bytes()
         while rest:
@@ -26,15 +26,15 @@ def shown(directory):
             event = Event.FromString(rest[12 : 12 + length])
             rest = rest[16 + length :]
             if event.session_log.status == SessionLog.START:
-                for steps in found.values():
+                for steps in events.values():
                     for step in [step for step in steps if step >= event.step]:
                         del steps[step]
             for value in event.summary.value:
                 text = value.HasField("tensor")
                 tag = value.tag.removesuffix("/text_summary")
-                held = value.tensor.string_val[0].decode() if text else value.simple_value
-                found.setdefault(tag, {})[event.step] = held
-    return found
+                content = value.tensor.string_val[0].decode() if text else value.simple_value
+                events.setdefault(tag, {})[event.step] = content
+    return events
 
 
 def write(run, resume_step, steps, aliases=None):
@@ -49,14 +49,14 @@ def write(run, resume_step, steps, aliases=None):
 def test_tensorboard_by_hand(tmp_path):
     """By hand: numbers are scalars, a text is written at the step where it changed, timings too."""
     write(tmp_path, -1, range(4), aliases="trl")
-    found = shown(tmp_path / "tensorboard")
-    assert found["reward"] == found["train/reward"] == {0: 0.0, 1: 0.25, 2: 0.5, 3: 0.75}
-    assert found["stage"] == {0: "a", 2: "b"}
-    assert found["timings/eval_seconds"] == dict.fromkeys(range(4), 8.0)
+    result = shown(tmp_path / "tensorboard")
+    assert result["reward"] == result["train/reward"] == {0: 0.0, 1: 0.25, 2: 0.5, 3: 0.75}
+    assert result["stage"] == {0: "a", 2: "b"}
+    assert result["timings/eval_seconds"] == dict.fromkeys(range(4), 8.0)
     # evaluations are no training: 9 would count them
-    assert found["step_time"] == found["train/step_time"] == dict.fromkeys(range(4), 1.0)
-    assert found["train/global_step"] == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}
-    assert math.isnan(found["kl"][1])
+    assert result["step_time"] == result["train/step_time"] == dict.fromkeys(range(4), 1.0)
+    assert result["train/global_step"] == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}
+    assert math.isnan(result["kl"][1])
     # metrics.jsonl keeps one name per thing
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])
     assert line == {"step": 2, "reward": 0.5, "kl": None, "stage": "b"}
@@ -85,11 +85,11 @@ class FakeWandb(types.ModuleType):
         self.started, self.rows, self.axes, self.ended = [], [], [], []
         self.refusal = None
 
-    def init(self, **given):
+    def init(self, **settings):
         """Start a run, which is the module itself."""
         if self.refusal is not None:
             raise self.Error(self.refusal)
-        self.started.append(given)
+        self.started.append(settings)
         return self
 
     def define_metric(self, name, step_metric=None):

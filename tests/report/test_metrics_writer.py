@@ -90,15 +90,17 @@ def test_uninterrupted_equals_resumed(tmp_path):
     with MetricsWriter(tmp_path / "killed", resume_step=1) as writer:
         for step in range(2, 6):
             writer.write(step, {"reward": step / 7})
-    whole, killed = ((tmp_path / n / "metrics.jsonl").read_bytes() for n in ("whole", "killed"))
-    assert whole == killed
-    assert [json.loads(line)["step"] for line in whole.splitlines()] == list(range(6))
+    uninterrupted, killed = (
+        (tmp_path / n / "metrics.jsonl").read_bytes() for n in ("whole", "killed")
+    )
+    assert uninterrupted == killed
+    assert [json.loads(line)["step"] for line in uninterrupted.splitlines()] == list(range(6))
 
 
 def test_full_disk(tmp_path):
     """By hand: a line that finds no room names the file and the way out, and closing is quiet."""
     with MetricsWriter(tmp_path) as writer:
         writer._metrics = open("/dev/full", "a")
-        with pytest.raises(OSError, match="/dev/full takes no more lines: No space left") as told:
+        with pytest.raises(OSError, match="/dev/full takes no more lines: No space left") as caught:
             writer.write(1, {"reward": 1.0})
-        assert "run the same command again" in str(told.value)
+        assert "run the same command again" in str(caught.value)

@@ -78,8 +78,8 @@ def test_names_are_escaped(run_paths, tmp_path):
     # the texts of samples and probe completions hold </script> and <b> too
     assert text.count("</script>") == 2 and parsed.tags.count(("b", {})) == 3
     (data,) = re.findall(r'id="step-data">(.*?)</script>', text)
-    told = json.loads(data)["runs"][0]
-    assert told["name"] == name and told["completions"][0]["text"] == "text 0 </script><b>"
+    run = json.loads(data)["runs"][0]
+    assert run["name"] == name and run["completions"][0]["text"] == "text 0 </script><b>"
 
 
 def test_missing_things_are_said(run_paths, tmp_path):
@@ -127,8 +127,8 @@ def test_imports():
         "import ntkrl.report; print(sorted(m for m in sys.modules if m.startswith('ntkrl.')))"
     )
     command = [sys.executable, "-c", code]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "ntkrl.report.page" in found.stdout
-    rooms = {name.split(".")[1] for name in ast.literal_eval(found.stdout)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "ntkrl.report.page" in result.stdout
+    rooms = {name.split(".")[1] for name in ast.literal_eval(result.stdout)}
     assert rooms == {"intervals", "report"}

@@ -88,12 +88,12 @@ def test_bad_ledgers_are_named(run_paths):
 def test_bad_sets_are_named(run_paths):
     """By hand: a bad set is reported; its ledgers are refused, since nothing names their tokens."""
     path = run_paths[0] / "probes" / "set.json"
-    told = json.loads(path.read_text())
+    stored = json.loads(path.read_text())
     words = {
         '{"format": 1': "cannot be read and was left out",
         "[]": "has format None, not 1, and was left out",
-        json.dumps(told | {"format": 3}): "has format 3, not 1, and was left out",
-        json.dumps(told | {"prompts": []}): "lacks what a probe set has and was left out",
+        json.dumps(stored | {"format": 3}): "has format 3, not 1, and was left out",
+        json.dumps(stored | {"prompts": []}): "lacks what a probe set has and was left out",
     }
     for text, note in words.items():
         path.write_text(text)
@@ -101,8 +101,8 @@ def test_bad_sets_are_named(run_paths):
         assert run.texts is None and run.ledgers == {} and sorted(run.probes) == [5, 10]
         assert run.notes[0] == f"probes/set.json {note}"
         assert run.notes[1].endswith("is of probe set d1ge57, the run has None; refused")
-    del told["completions"][0]
-    path.write_text(json.dumps(told))
+    del stored["completions"][0]
+    path.write_text(json.dumps(stored))
     note = "probes/step_000005.npz has 50 probe tokens where set.json names 40 and was left out"
     assert read_run(run_paths[0]).notes[0] == note
 
@@ -125,9 +125,9 @@ def test_different_probe_sets_are_refused(run_paths):
     assert comparable(runs) == (tuple(runs), "")
     write_probe_set(run_paths[0], "an0ther")
     runs = [read_run(path) for path in run_paths]
-    found, refusal = comparable(runs)
+    result, refusal = comparable(runs)
     assert "cfrl-0, cfrl-1, rl-1: set d1ge57; rl-0: set an0ther" in refusal
-    for run in found:
+    for run in result:
         assert not run.probes and not run.ledgers
         names = {name for line in run.metrics for name in line}
         assert "eval/reward" in names and "entropy" in names
@@ -140,14 +140,16 @@ def test_waterfall_by_hand(run_paths):
     runs = [read_run(path) for path in run_paths[:2]]
     values = part_means([run.ledgers[10] for run in runs], "entropy")
     arrays = [ledger_arrays(10), ledger_arrays(11)]
-    curvature = np.mean([one["entropy/curvature"] for one in arrays])
+    curvature = np.mean([ledger["entropy/curvature"] for ledger in arrays])
     assert values["curvature"] == pytest.approx(curvature, rel=1e-4)
     (axis,) = entropy_waterfall.draw(runs).axes
     assert axis.get_title(loc="left") == "rl, step 10, mean of 2 runs"
     bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axis.patches]
     for (_, end), (start, _) in zip(bars[:-1], bars[1:-1], strict=False):
         assert start == pytest.approx(end)
-    assert bars[-1] == pytest.approx((0.0, np.mean([one["entropy/actual"] for one in arrays])))
+    assert bars[-1] == pytest.approx(
+        (0.0, np.mean([ledger["entropy/actual"] for ledger in arrays]))
+    )
     assert bars[-2][1] == pytest.approx(bars[-1][1], abs=1e-6)
 
 

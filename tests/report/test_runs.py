@@ -133,6 +133,6 @@ def test_stage_ends(tmp_path, run_paths):
     config = {"name": "x", "seed": 0, "stages": stages}
     run = read_run(_bare(tmp_path / "run", b'{"step":1}\n', config))
     assert stage_ends(run) == (("a", 3), ("b", 7))
-    stages[1]["steps"] = None  # given in epochs
+    stages[1]["steps"] = None  # set in epochs
     run = read_run(_bare(tmp_path / "epochs", b'{"step":1}\n', config))
     assert stage_ends(run) == (("a", 3),)

@@ -12,7 +12,7 @@ from ntkrl.report.step_views import packed
 from tests.report.conftest import SIZE, ledger_arrays, write_ledger
 
 
-def _told(section):
+def _runs_of(section):
     (data,) = re.findall(r'id="step-data">(.*?)</script>', section)
     return json.loads(data)["runs"]
 
@@ -23,16 +23,16 @@ def _unpacked(packed):
 
 def test_steps_by_hand(run_paths):
     """By hand: parts by role, changes by token and sums by sample, to four digits."""
-    (run,) = _told(step_section([read_run(run_paths[0])], LEAST_STEP_BYTES))
+    (run,) = _runs_of(step_section([read_run(run_paths[0])], LEAST_STEP_BYTES))
     assert [step["step"] for step in run["steps"]] == [5, 10]
-    assert [one["start"] for one in run["completions"]] == [0, 10, 20, 30, 40]
+    assert [completion["start"] for completion in run["completions"]] == [0, 10, 20, 30, 40]
     arrays, step = ledger_arrays(10), run["steps"][1]
-    found = step["measures"]["log_prob"]
-    assert list(found) == ["actual", "R", "G", "momentum", "decay", "optimizer", "curvature"]
+    result = step["measures"]["log_prob"]
+    assert list(result) == ["actual", "R", "G", "momentum", "decay", "optimizer", "curvature"]
     head = sum(arrays[f"log_prob/{term}/head"].sum(axis=1) for term in ("policy", "kl"))
-    np.testing.assert_allclose(_unpacked(found["R"]), head, atol=6e-4 * np.abs(head).max())
+    np.testing.assert_allclose(_unpacked(result["R"]), head, atol=6e-4 * np.abs(head).max())
     actual = arrays["log_prob/actual"]
-    gap = np.abs(_unpacked(found["actual"]) - actual).max()
+    gap = np.abs(_unpacked(result["actual"]) - actual).max()
     assert 0 < gap < 6e-4 * np.abs(actual).max()
     # samples by advantage, falling: row 0 is the last of the four
     assert [sample["advantage"] for sample in step["samples"]] == [1.5, 0.5, -0.5, -1.5]
@@ -54,12 +54,12 @@ def test_pages_stay_small(run_paths):
     runs = [read_run(path) for path in run_paths[:2]]
     all_of_them = step_section(runs, LEAST_STEP_BYTES)
     assert "2 of 2 runs with ledgers; of each at most 12 of its" in all_of_them
-    steps = [step["step"] for step in _told(all_of_them)[0]["steps"]]
+    steps = [step["step"] for step in _runs_of(all_of_them)[0]["steps"]]
     assert len(steps) == 12 and (steps[0], steps[-1]) == (5, 75)
     sizes = []
     for room in (30_000, 6_000, 4_500):
         section = step_section(runs, room)
-        (run,) = _told(section)
+        (run,) = _runs_of(section)
         assert "1 of 2 runs with ledgers (the first of each method" in section
         assert run["steps"][-1]["step"] == 75
         sizes.append(sum(len(s["measures"]["entropy"]["actual"]["values"]) for s in run["steps"]))

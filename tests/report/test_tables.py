@@ -96,9 +96,9 @@ def test_only_a_start(run_paths):
 
 def test_number_by_hand():
     """By hand: six characters at most, rounding included."""
-    told = {0.0: "0.000", 9.9996: "10.00", -3.14159: "-3.142", 999.96: "1000", math.nan: "–"}
-    told |= {99.9951: "100.0", 12345.6: "12346", -9.87: "-9.870", 1e7: "1e+07"}
-    assert {value: number(value) for value in told} == told
+    texts = {0.0: "0.000", 9.9996: "10.00", -3.14159: "-3.142", 999.96: "1000", math.nan: "–"}
+    texts |= {99.9951: "100.0", 12345.6: "12346", -9.87: "-9.870", 1e7: "1e+07"}
+    assert {value: number(value) for value in texts} == texts
 
 
 def _with_lines(path, change):
@@ -120,29 +120,29 @@ def test_cosines_at_the_start_and_at_the_last_probe(tmp_path):
                 line["probe/cosine_variance_within_response"] = 0.25 + line["step"]
 
         _with_lines(path, change)
-    found = similarity_table(read_runs([tmp_path / "rl-0", tmp_path / "rl-1"]))
-    assert found.rows == (
+    result = similarity_table(read_runs([tmp_path / "rl-0", tmp_path / "rl-1"]))
+    assert result.rows == (
         ("base", "0.800", "0.250", "0.700", "–", "0.600", "–"),
         ("rl", "0.700", "20.25", "0.700", "–", "0.600", "–"),
     )
-    assert found.heads[1:3] == ("same response, mean", "same response, variance")
+    assert result.heads[1:3] == ("same response, mean", "same response, variance")
 
 
 def test_best_of_several_counts(tmp_path):
     """by hand: before is after less the gap; counts in their order, other evaluations left out."""
     path = write_run(tmp_path / "a", "<rl>", 3)
-    told = {"eval/reward": 0.5}
-    for count, own, gap in ((1, 0.5, 0.25), (2, 0.75, 0.125), (10, 1.0, 0.0)):
-        told[f"diversity/best_of_{count}"] = own
-        told[f"diversity/gap_best_of_{count}"] = gap
-        told[f"diversity/gap_best_of_{count}_low"] = gap - 0.5
-        told[f"diversity/gap_best_of_{count}_high"] = gap + 0.5
+    metrics = {"eval/reward": 0.5}
+    for count, level, gap in ((1, 0.5, 0.25), (2, 0.75, 0.125), (10, 1.0, 0.0)):
+        metrics[f"diversity/best_of_{count}"] = level
+        metrics[f"diversity/gap_best_of_{count}"] = gap
+        metrics[f"diversity/gap_best_of_{count}_low"] = gap - 0.5
+        metrics[f"diversity/gap_best_of_{count}_high"] = gap + 0.5
     (path / "evaluations").mkdir(exist_ok=True)
-    (path / "evaluations" / "test.json").write_text(json.dumps(told))
+    (path / "evaluations" / "test.json").write_text(json.dumps(metrics))
     (path / "evaluations" / "alone.json").write_text(json.dumps({"diversity/best_of_1": 9.0}))
-    found = best_of_table(read_runs([path]))
-    assert found.heads == ("mean largest reward of", "1 sample", "2 samples", "10 samples")
-    assert found.rows == (
+    result = best_of_table(read_runs([path]))
+    assert result.heads == ("mean largest reward of", "1 sample", "2 samples", "10 samples")
+    assert result.rows == (
         ("<rl>, seed 3: test, before", "0.250", "0.625", "1.000"),
         ("<rl>, seed 3: test, after", "0.500", "0.750", "1.000"),
         (
@@ -152,7 +152,7 @@ def test_best_of_several_counts(tmp_path):
             "0.000 (-0.500 to 0.500)",
         ),
     )
-    page = table_section(found)
+    page = table_section(result)
     assert "<h2>Best of N</h2>" in page and "&lt;rl&gt;, seed 3" in page and "<rl>" not in page
 
 

@@ -76,8 +76,8 @@ def test_armorm_on_texts(armo, llama_tokenizer, conversational):  # noqa: F811
         assert until[-5:] == list(GATE)
         score, rewards = slow_armo(trunk, heads, ids, len(until) - 5)
         assert result.rewards[i] == pytest.approx(score, abs=1e-4)
-        told = [result.extra[name][i] for name in ATTRIBUTES]
-        np.testing.assert_allclose(told, rewards, atol=1e-4)
+        attributes = [result.extra[name][i] for name in ATTRIBUTES]
+        np.testing.assert_allclose(attributes, rewards, atol=1e-4)
     assert result.logged["code-style"] == pytest.approx(np.mean(result.extra["code-style"]))
 
 
@@ -91,16 +91,16 @@ def test_classifiers_on_texts(tmp_path):
     calls = [RewardModel(scorer, params, tokenizer, mesh, size) for size in (1, 16)]
     prompts = [f"{n}=" for n in range(20)]
     texts = ["1+" * (n % 7) + "2" for n in range(20)]
-    found = [reward(call, prompts, texts).rewards for call in calls]
+    result = [reward(call, prompts, texts).rewards for call in calls]
     # sums over other padded lengths round otherwise, in the seventh digit
-    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    np.testing.assert_allclose(result[0], result[1], atol=1e-5)
     for i in (0, 6, 19):
         ids = tokenizer(prompts[i] + texts[i], add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, 0].item()
-        assert found[0][i] == pytest.approx(expected, abs=1e-4)
+        assert result[0][i] == pytest.approx(expected, abs=1e-4)
     back = reward(calls[1], prompts[::-1], texts[::-1]).rewards
-    np.testing.assert_allclose(back[::-1], found[1], atol=1e-5)
+    np.testing.assert_allclose(back[::-1], result[1], atol=1e-5)
     # one program per batch size and padded length: (1, 8), (1, 16), (16, 16)
     assert calls[1].score._cache_size() == 3
 
@@ -144,9 +144,9 @@ def test_sharded_scorers_give_the_same(tmp_path):
     torch_scorer("gpt-neox", tmp_path, vocab_size=40)
     data.save_tokenizer(tmp_path)
     tokenizer = data.load_tokenizer(tmp_path)
-    found = []
+    result = []
     for mesh in (runtime.make_mesh(2, 2, 2), runtime.make_mesh(1, 1, 1, jax.devices()[:1])):
         scorer, params = load_scorer(tmp_path, mesh=mesh)
         call = RewardModel(scorer, params, tokenizer, mesh, 4)
-        found.append(reward(call, ["1=", "2="] * 3, ["3", "4+5"] * 3).rewards)
-    np.testing.assert_allclose(*found, atol=1e-5)
+        result.append(reward(call, ["1=", "2="] * 3, ["3", "4+5"] * 3).rewards)
+    np.testing.assert_allclose(*result, atol=1e-5)

@@ -251,13 +251,13 @@ def test_processes_share_the_prompts():
     functions = (RewardFunction("scored", scored), RewardFunction("whole", whole, on_mesh=True))
     alone = RewardSet(functions)(prompts, texts, ids, columns, group=2)
     calls["scored"], calls["whole"] = [], []
-    given, meeting = [None] * 3, threading.Barrier(3)
+    messages, meeting = [None] * 3, threading.Barrier(3)
 
     def process(number):
         def agree(name, value):
-            given[number] = json.dumps(value)
+            messages[number] = json.dumps(value)
             meeting.wait(30)
-            return [json.loads(told) for told in given]
+            return [json.loads(message) for message in messages]
 
         def own_part(count):
             return slice(count * number // 3, count * (number + 1) // 3)
@@ -290,8 +290,10 @@ def test_a_process_without_prompts_calls_nothing():
         raise AssertionError("called")
 
     functions = (RewardFunction("length", refuses),)
-    found = RewardSet(functions, lambda count: slice(0, 0), agree)(PROMPTS, TEXTS, IDS, {}, group=2)
-    np.testing.assert_array_equal(found.rewards, [1.0, 2.0])
+    result = RewardSet(functions, lambda count: slice(0, 0), agree)(
+        PROMPTS, TEXTS, IDS, {}, group=2
+    )
+    np.testing.assert_array_equal(result.rewards, [1.0, 2.0])
 
 
 def test_by_hand(tmp_path):

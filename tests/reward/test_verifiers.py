@@ -55,8 +55,8 @@ def test_soft_overlong():
 
 
 def test_cosine_length():
-    found = verifiers.CosineLength()(["7", "7" + " " * 999, "8", "8" * 1000], ["7", "7", "7", "7"])
-    assert found == pytest.approx(
+    result = verifiers.CosineLength()(["7", "7" + " " * 999, "8", "8" * 1000], ["7", "7", "7", "7"])
+    assert result == pytest.approx(
         [0.5 + 0.25 * (1 + math.cos(math.pi / 1000)), 0.5, -1.0, -0.5], abs=1e-5
     )
     # half way, half way between
@@ -200,8 +200,8 @@ def test_score_needs_the_target_and_an_operator():
 
 def test_score_reads_messages_and_passes_over_absent_targets():
     completions = [[{"role": "assistant", "content": "3*8"}]] * 2
-    given = {"prompts": ["", ""], "completion_ids": [[], []], "extra": [1, 2]}
-    assert expression_score(completions=completions, target=[24, None], **given) == [1.0, None]
+    columns = {"prompts": ["", ""], "completion_ids": [[], []], "extra": [1, 2]}
+    assert expression_score(completions=completions, target=[24, None], **columns) == [1.0, None]
 
 
 def test_score_refuses_targets_that_are_no_integers():

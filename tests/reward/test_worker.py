@@ -58,8 +58,8 @@ def rewards(tmp_path, monkeypatch):
     """Write the file, and return a maker of functions from it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(textwrap.dedent(CODE))
-    return lambda name, seconds=30.0, **given: open_function(
-        f"mine.py:{name}", seconds, {}, **given
+    return lambda name, seconds=30.0, **options: open_function(
+        f"mine.py:{name}", seconds, {}, **options
     )
 
 
@@ -74,11 +74,11 @@ def test_equal_to_the_function_itself(rewards):
     here, there = load_function("mine.py:plain"), rewards("plain")
     assert there.missing([]) == here.missing([]) == ["answer"]
     also = RewardFunction("also", lambda completions: [1.0] * len(completions))
-    found = [call([f, also], ("abcd", "x"), answer=["1", None]) for f in (here, there)]
-    np.testing.assert_allclose(found[0].rewards, [1 + 4 / 3, 1.0], rtol=1e-6)
-    np.testing.assert_array_equal(found[0].rewards, found[1].rewards)
-    assert found[0].logged == found[1].logged == {"length": 2.5}
-    assert found[0].extra == found[1].extra == {"answer": ["1", None]}
+    result = [call([f, also], ("abcd", "x"), answer=["1", None]) for f in (here, there)]
+    np.testing.assert_allclose(result[0].rewards, [1 + 4 / 3, 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(result[0].rewards, result[1].rewards)
+    assert result[0].logged == result[1].logged == {"length": 2.5}
+    assert result[0].extra == result[1].extra == {"answer": ["1", None]}
     np.testing.assert_array_equal(call([rewards("later")]).rewards, [0.0, 1.0])
 
 

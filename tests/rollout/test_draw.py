@@ -37,9 +37,9 @@ def kept_by_sorting(weights, top_k=None, top_p=None, min_p=None):
     kept = np.zeros(len(weights), bool)
     kept[order[: len(weights) if top_k is None else top_k]] = True
     if top_p is not None:
-        held = np.where(kept, weights, 0.0)[order]
-        before = np.cumsum(held) - held
-        kept[order[before >= top_p * held.sum()]] = False
+        mass = np.where(kept, weights, 0.0)[order]
+        before = np.cumsum(mass) - mass
+        kept[order[before >= top_p * mass.sum()]] = False
     if min_p is not None:
         kept &= weights >= min_p * weights.max()
     return kept
@@ -51,10 +51,10 @@ def test_truncation_equals_sorting(case, size):
     """oracle: sort, cumulate, cut; rows of any size."""
     z = np.random.default_rng(0).normal(size=(9, size)).astype(np.float32) * 2
     weights = np.exp(z - z.max(axis=1, keepdims=True))
-    found = np.asarray(truncated(settings(**case), jnp.asarray(weights)))
+    result = np.asarray(truncated(settings(**case), jnp.asarray(weights)))
     expected = np.stack([kept_by_sorting(row.astype(np.float64), **case) for row in weights])
-    np.testing.assert_array_equal(found > 0, expected)
-    np.testing.assert_array_equal(found[expected], weights[expected])
+    np.testing.assert_array_equal(result > 0, expected)
+    np.testing.assert_array_equal(result[expected], weights[expected])
 
 
 def test_equal_weights_stay_together():
@@ -68,26 +68,26 @@ def test_frequencies_and_masses(case):
     """law: 20000 draws are within 4.5 standard errors; log-probs and kept mass are exact."""
     rng, count, size = np.random.default_rng(1), 20000, BLOCK + 30
     z = rng.normal(size=size).astype(np.float32) * 2
-    given = settings(**case)
-    found = jax.jit(lambda keys: draw(given, jnp.tile(jnp.asarray(z), (count, 1)), keys))(
+    options = settings(**case)
+    result = jax.jit(lambda keys: draw(options, jnp.tile(jnp.asarray(z), (count, 1)), keys))(
         jax.random.split(jax.random.key(0), count)
     )
-    wide = z.astype(np.float64) / given.temperature
+    wide = z.astype(np.float64) / options.temperature
     probs = np.exp(wide - np.logaddexp.reduce(wide))
     truncation = {name: value for name, value in case.items() if name != "temperature"}
     kept = kept_by_sorting(probs, **truncation)
     drawn = np.where(kept, probs, 0) / probs[kept].sum()
-    tokens = np.asarray(found.tokens)
+    tokens = np.asarray(result.tokens)
     counts = np.bincount(tokens, minlength=size) / count
     assert (np.abs(counts - drawn) <= 4.5 * np.sqrt(drawn * (1 - drawn) / count) + 1e-9).all()
     assert len(set(tokens // BLOCK)) == 2 or kept.sum() < 20
-    np.testing.assert_allclose(found.log_probs, np.log(probs)[tokens], rtol=2e-5)
-    np.testing.assert_allclose(found.kept_log_mass, np.log(probs[kept].sum()), atol=1e-6)
-    assert (found.kept_log_mass <= 1e-7).all()
+    np.testing.assert_allclose(result.log_probs, np.log(probs)[tokens], rtol=2e-5)
+    np.testing.assert_allclose(result.kept_log_mass, np.log(probs[kept].sum()), atol=1e-6)
+    assert (result.kept_log_mass <= 1e-7).all()
 
 
 def test_excluded_tokens_are_never_drawn():
     """law: a logit of −∞ at either end of a block has no chance, however the sums round."""
     z = jnp.tile(jnp.where(jnp.arange(BLOCK + 4) % 7 == 3, 0.0, -jnp.inf), (4000, 1))
-    found = draw(settings(), z, jax.random.split(jax.random.key(3), 4000))
-    assert set(np.asarray(found.tokens) % 7) == {3}
+    result = draw(settings(), z, jax.random.split(jax.random.key(3), 4000))
+    assert set(np.asarray(result.tokens) % 7) == {3}

@@ -35,12 +35,12 @@ def test_an_engine_gives_a_rollout():
         return answers_of(drawn)
 
     sample = rollout.ExternalSampler(generate, settings(), lambda p: {"w": np.asarray(p["mix"])})
-    found = sample(params, prompts(), jax.random.key(2))
+    result = sample(params, prompts(), jax.random.key(2))
     assert [len(ids) for ids in seen["asked"]] == [2, 5] and isinstance(seen["seed"], int)
     np.testing.assert_array_equal(seen["weights"]["w"], params["mix"])
     for field in dataclasses.fields(drawn):
         if field.name != "features":
-            np.testing.assert_array_equal(getattr(found, field.name), getattr(drawn, field.name))
+            np.testing.assert_array_equal(getattr(result, field.name), getattr(drawn, field.name))
 
 
 def test_answers_that_do_not_fit_are_named():
@@ -74,8 +74,8 @@ def test_loading_an_engine(tmp_path):
         "def broken(directory, settings):\n"
         "    raise OSError('no GPU')\n"
     )
-    found = rollout.load_engine(f"{path}:make", "model", settings())
-    assert found(None, [], 3) == 3
+    result = rollout.load_engine(f"{path}:make", "model", settings())
+    assert result(None, [], 3) == 3
     for spec, message in (
         ("nothing.py:make", "is not an existing 'path/to/file.py:function'"),
         (f"{path}:broken", "OSError: no GPU"),
@@ -88,9 +88,9 @@ def test_loading_an_engine(tmp_path):
 def test_cut_completions_are_not_finished():
     """by hand: budget 6: an end token or fewer tokens finish; six without one do not."""
     answers = [[2, 3, EOS], [2, 3], [2] * 6, [2] * 5 + [EOS], [4], [5]]
-    given = [{"tokens": ids, "log_probs": [-0.5] * len(ids)} for ids in answers]
-    sample = rollout.ExternalSampler(lambda *_: given, settings(), dict)
-    found = sample(toy()[1], prompts(), jax.random.key(0))
-    np.testing.assert_array_equal(found.finished, [True, True, False, True, True, True])
-    np.testing.assert_array_equal(found.tokens[1, 5:], [2, 3] + [PAD] * 4)
-    assert found.sampler_log_probs.dtype == jnp.float32
+    rows = [{"tokens": ids, "log_probs": [-0.5] * len(ids)} for ids in answers]
+    sample = rollout.ExternalSampler(lambda *_: rows, settings(), dict)
+    result = sample(toy()[1], prompts(), jax.random.key(0))
+    np.testing.assert_array_equal(result.finished, [True, True, False, True, True, True])
+    np.testing.assert_array_equal(result.tokens[1, 5:], [2, 3] + [PAD] * 4)
+    assert result.sampler_log_probs.dtype == jnp.float32

@@ -53,12 +53,12 @@ def test_log_probs_equal_rescored_ones(family, temperature):
         policy, params = ntkrl.build("GPTNeoXForCausalLM", TINY, jax.random.key(0))
     sample = rollout.Sampler(policy, settings(temperature=temperature))
     drawn = sample(params, prompts(), jax.random.key(1))
-    found = scoring.score(
+    result = scoring.score(
         policy, params, drawn.tokens, drawn.mask, 6, softmax.SoftmaxOptions(temperature)
     )
     mask = np.asarray(drawn.completion_mask)
     assert mask.sum() > 6  # more than the first token of each row
-    gap = np.abs(np.asarray(found.log_probs - drawn.sampler_log_probs))[mask]
+    gap = np.abs(np.asarray(result.log_probs - drawn.sampler_log_probs))[mask]
     assert gap.max() < 2e-5
 
 
@@ -98,10 +98,10 @@ def test_a_budget_of_one_token():
 def test_draws_follow_the_distribution():
     """law: first-token frequencies of 4000 draws are within 4 standard errors of π."""
     policy, params = toy()
-    one = prompts(lengths=(4,))
+    prompt = prompts(lengths=(4,))
     many = settings(completions_per_prompt=4000, max_completion_tokens=1)
-    drawn = rollout.Sampler(policy, many)(params, one, jax.random.key(5))
-    phi = policy.features(params, one.tokens, one.mask)[0, -1]
+    drawn = rollout.Sampler(policy, many)(params, prompt, jax.random.key(5))
+    phi = policy.features(params, prompt.tokens, prompt.mask)[0, -1]
     expected = np.asarray(jax.nn.softmax(policy.head(params, phi)))
     counts = np.bincount(np.asarray(drawn.tokens[:, -1]), minlength=7) / 4000
     error = np.sqrt(expected * (1 - expected) / 4000)
@@ -170,13 +170,13 @@ def test_growing_caches_and_leaving_rows_change_nothing():
     key = jax.random.key(4)
     expected = plain(params, prompts(), key)
     before = small.compilations()
-    found = small(params, prompts(), key)
+    result = small(params, prompts(), key)
     compact, grow_cache = small.programs.compact, small.programs.grow_cache
     assert compact._cache_size() >= 2 and grow_cache._cache_size() >= 2
     assert plain.programs.decode_chunk._cache_size() == 1
-    np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_array_equal(found.finished, expected.finished)
-    np.testing.assert_allclose(found.sampler_log_probs, expected.sampler_log_probs, atol=2e-5)
+    np.testing.assert_array_equal(result.tokens, expected.tokens)
+    np.testing.assert_array_equal(result.finished, expected.finished)
+    np.testing.assert_allclose(result.sampler_log_probs, expected.sampler_log_probs, atol=2e-5)
     small(params, prompts(), jax.random.key(5))
     # rows 32, 16, 8, 4, 2 and cache lengths 4, 8, 16, 32, 40 at most, whatever is drawn
     assert small.programs.decode_chunk._cache_size() <= 25
@@ -213,8 +213,8 @@ def test_what_a_prompt_gets_does_not_depend_on_the_batch():
     both = sample(params, two, key)
     swapped = sample(params, jax.tree.map(lambda leaf: leaf[::-1], two), key)
     alone = sample(params, jax.tree.map(lambda leaf: leaf[1:], two), key)
-    length = min(one.completion_mask.shape[1] for one in (both, swapped, alone))
-    completions = [np.asarray(one.tokens[:, 5 : 5 + length]) for one in (both, swapped, alone)]
+    length = min(drawn.completion_mask.shape[1] for drawn in (both, swapped, alone))
+    completions = [np.asarray(drawn.tokens[:, 5 : 5 + length]) for drawn in (both, swapped, alone)]
     np.testing.assert_array_equal(completions[0][3:], completions[1][:3])
     np.testing.assert_array_equal(completions[0][3:], completions[2])
     twice = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 2, axis=0), two)
@@ -233,12 +233,12 @@ def test_greedy_takes_the_likeliest():
         params, prompts(), jax.random.key(0)
     )
     length = drawn.completion_mask.shape[1]
-    found = scoring.score(policy, params, drawn.tokens, drawn.mask, length)
+    result = scoring.score(policy, params, drawn.tokens, drawn.mask, length)
     mask = np.asarray(drawn.completion_mask)
     np.testing.assert_array_equal(
-        np.asarray(found.argmax)[mask], np.asarray(drawn.tokens[:, -length:])[mask]
+        np.asarray(result.argmax)[mask], np.asarray(drawn.tokens[:, -length:])[mask]
     )
-    np.testing.assert_allclose(drawn.sampler_log_probs[mask], found.log_probs[mask], atol=2e-5)
+    np.testing.assert_allclose(drawn.sampler_log_probs[mask], result.log_probs[mask], atol=2e-5)
     np.testing.assert_array_equal(drawn.tokens[0], drawn.tokens[1])
 
 
@@ -268,8 +268,8 @@ def test_a_half_precision_cache():
     )
     assert set(seen) == {jnp.bfloat16}
     length = drawn.completion_mask.shape[1]
-    found = scoring.score(policy, params, drawn.tokens, drawn.mask, length)
-    gap = np.abs(found.log_probs - drawn.sampler_log_probs)[np.asarray(drawn.completion_mask)]
+    result = scoring.score(policy, params, drawn.tokens, drawn.mask, length)
+    gap = np.abs(result.log_probs - drawn.sampler_log_probs)[np.asarray(drawn.completion_mask)]
     assert 0 < gap.max() < 0.05
 
 
@@ -283,19 +283,19 @@ def test_stop_strings_end_completions():
         pairs = [i for i in range(len(ids) - 1) if ids[i] + ids[i + 1] == 20]
         return pairs[0] + 2 if pairs else None
 
-    held = rollout.Sampler(policy, long, find)(params, prompts(), key)
+    truncated = rollout.Sampler(policy, long, find)(params, prompts(), key)
     stopped = 0
     for row in range(6):
         ids = np.asarray(free.tokens[row, 5:])[: int(free.completion_mask[row].sum())]
         end = find(ids)
         stopped += end is not None
         expected = ids if end is None else ids[:end]
-        count = int(held.completion_mask[row].sum())
-        np.testing.assert_array_equal(held.tokens[row, 5 : 5 + count], expected)
-        assert (np.asarray(held.tokens[row, 5 + count :]) == PAD).all()
-        assert bool(held.finished[row]) == (end is not None or bool(free.finished[row]))
+        count = int(truncated.completion_mask[row].sum())
+        np.testing.assert_array_equal(truncated.tokens[row, 5 : 5 + count], expected)
+        assert (np.asarray(truncated.tokens[row, 5 + count :]) == PAD).all()
+        assert bool(truncated.finished[row]) == (end is not None or bool(free.finished[row]))
         np.testing.assert_array_equal(
-            held.sampler_log_probs[row, :count], free.sampler_log_probs[row, :count]
+            truncated.sampler_log_probs[row, :count], free.sampler_log_probs[row, :count]
         )
     assert 2 <= stopped < 6
 
@@ -334,15 +334,15 @@ def test_eight_devices_draw_what_one_draws():
     four = jax.tree.map(lambda leaf: jnp.tile(leaf, (2,) + (1,) * (leaf.ndim - 1)), prompts())
     four = four.replace(copies=jnp.array([0, 0, 1, 1]))
     spread = rollout.Sampler(policy, many, mesh=mesh)
-    found = spread(placed, runtime.place_rows(four, mesh), key)
-    length = min(one.completion_mask.shape[1] for one in (expected, found))
+    result = spread(placed, runtime.place_rows(four, mesh), key)
+    length = min(drawn.completion_mask.shape[1] for drawn in (expected, result))
     np.testing.assert_array_equal(
-        found.tokens[:16, 5 : 5 + length], expected.tokens[:, 5 : 5 + length]
+        result.tokens[:16, 5 : 5 + length], expected.tokens[:, 5 : 5 + length]
     )
     np.testing.assert_allclose(
-        found.sampler_log_probs[:16, :length], expected.sampler_log_probs[:, :length], atol=2e-5
+        result.sampler_log_probs[:16, :length], expected.sampler_log_probs[:, :length], atol=2e-5
     )
     np.testing.assert_allclose(
-        found.features[:16, :length], expected.features[:, :length], atol=2e-5
+        result.features[:16, :length], expected.features[:, :length], atol=2e-5
     )
-    assert int(found.completion_mask.sum()) > 32
+    assert int(result.completion_mask.sum()) > 32

@@ -44,13 +44,13 @@ def test_round_trip(tmp_path, stage):
     again = runtime.Checkpoints(tmp_path / "c", keep=2)
     assert (again.steps(), again.latest()) == ([2, 3], 3)
     assert again.position(3) == {"stage": 1, "num_tokens": 30}
-    found = again.restore(3, jax.tree.map(lambda leaf: leaf, state))
-    assert jax.tree.structure(found) == jax.tree.structure(state)
+    result = again.restore(3, jax.tree.map(lambda leaf: leaf, state))
+    assert jax.tree.structure(result) == jax.tree.structure(state)
     plain = lambda leaf: jax.random.key_data(leaf) if leaf.dtype == state.key.dtype else leaf  # noqa: E731
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(result), strict=True):
         np.testing.assert_array_equal(np.asarray(plain(a)), np.asarray(plain(b)))
     for a, b in zip(
-        jax.tree.leaves(state.opt_state), jax.tree.leaves(found.opt_state), strict=True
+        jax.tree.leaves(state.opt_state), jax.tree.leaves(result.opt_state), strict=True
     ):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
@@ -62,10 +62,10 @@ def test_a_moving_reference_is_kept(tmp_path):
     for name, state in (("plain", plain), ("moved", moved)):
         checkpoints = runtime.Checkpoints(tmp_path / name, keep=1)
         checkpoints.save(1, state, {})
-        found = checkpoints.restore(1, state)
+        result = checkpoints.restore(1, state)
         checkpoints.close()
-        assert jax.tree.structure(found) == jax.tree.structure(state)
-        jax.tree.map(np.testing.assert_array_equal, found.reference, state.reference)
+        assert jax.tree.structure(result) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, result.reference, state.reference)
         again = runtime.Checkpoints(tmp_path / name, keep=1)
         alone = again.restore_params(1, state.params)
         again.close()
@@ -92,11 +92,11 @@ def test_allowed_changes(tmp_path):
         "checkpoint.keep: 2 -> 3 (schedule and retention only, not the computation)",
         "mesh.data: 8 -> 4 (same numbers up to rounding)",
     ]
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as caught:
         runtime.claim_run_dir(tmp_path, moved | {"seed": 2})
     assert (
         "another config: seed: 1 -> 2. Also changed, but allowed: checkpoint.keep: 2 -> 3"
-        in str(told.value)
+        in str(caught.value)
     )
     assert json.loads((tmp_path / "config.json").read_text()) == begun
     runtime.claim_run_dir(tmp_path, moved)
@@ -107,10 +107,10 @@ def test_saving_does_not_wait_and_sees_no_later_step(tmp_path, monkeypatch):
     """law: a state donated and overwritten while it is written is saved as it was."""
     go_on, write = threading.Event(), serialization.async_serialize_from_host
 
-    async def held_up(*given, **named):
+    async def held_up(*arguments, **named):
         if not await asyncio.to_thread(go_on.wait, 60):
             go_on.set()  # saving waited for this, and fails below
-        return await write(*given, **named)
+        return await write(*arguments, **named)
 
     monkeypatch.setattr(serialization, "async_serialize_from_host", held_up)
     state = make_state(ADAM)
@@ -173,9 +173,9 @@ def largest(place):
 def flip(place, where):
     """Change a bit of the arrays (-1), or of the index that leads to them (0)."""
     path = largest(place) if where else place / "manifest.ocdbt"
-    held = bytearray(path.read_bytes())
-    held[len(held) * 3 // 4] ^= 4
-    path.write_bytes(held)
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 4
+    path.write_bytes(content)
 
 
 def cut(place):
@@ -204,11 +204,11 @@ def test_damage_is_noticed(tmp_path, name):
     checkpoints.close()
     DAMAGES[name](tmp_path / "2")
     again = runtime.Checkpoints(tmp_path, keep=2)
-    with pytest.raises(runtime.CorruptCheckpointError) as told:
+    with pytest.raises(runtime.CorruptCheckpointError) as caught:
         again.position(2)
         again.restore(2, state)
     if name == "a bit of an array":
-        assert str(told.value) == "bits of params/noise have changed since they were saved"
+        assert str(caught.value) == "bits of params/noise have changed since they were saved"
     assert again.position(1) == {"num_tokens": 123}
     again.quarantine(2)
     assert again.steps() == [1] and (tmp_path / "2.damaged").is_dir()
@@ -250,9 +250,9 @@ def test_bit_sums():
 @pytest.fixture
 def unraisable(monkeypatch):
     """Return the reports on exceptions that no code can catch."""
-    told = []
-    monkeypatch.setattr(checkpoint, "_default_hook", told.append)
-    return told
+    reports = []
+    monkeypatch.setattr(checkpoint, "_default_hook", reports.append)
+    return reports
 
 
 def test_writes_that_end_late_are_not_told(small_disk, unraisable):
@@ -275,6 +275,6 @@ def test_others_are_told(unraisable):
         loop.call_soon_threadsafe(print)
     late = closed.value.__traceback__.tb_next
     for error, trace in ((closed.value, closed.tb), (ValueError("x"), late), (closed.value, late)):
-        given = {"exc_type": type(error), "exc_value": error, "exc_traceback": trace}
-        sys.unraisablehook(types.SimpleNamespace(**given, err_msg=None, object=None))
-    assert [str(one.exc_value) for one in unraisable] == ["Event loop is closed", "x"]
+        fields = {"exc_type": type(error), "exc_value": error, "exc_traceback": trace}
+        sys.unraisablehook(types.SimpleNamespace(**fields, err_msg=None, object=None))
+    assert [str(report.exc_value) for report in unraisable] == ["Event loop is closed", "x"]

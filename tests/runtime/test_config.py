@@ -30,16 +30,16 @@ def test_overrides_reach_sections():
         "--config.objective.kl_coefficient=0.0",
         "--config.stages[0].steps=7",
     )
-    found = read_settings(config)
-    assert (found.seed, found.data.prompts_per_step, found.stages[0].steps) == (3, 4, 7)
+    result = read_settings(config)
+    assert (result.seed, result.data.prompts_per_step, result.stages[0].steps) == (3, 4, 7)
     # 0.0 is a value, not "unset": the preset's 0.04 must not come back
-    assert (found.objective.kl_coefficient, found.objective.kl_place) == (0.0, "loss")
+    assert (result.objective.kl_coefficient, result.objective.kl_place) == (0.0, "loss")
 
 
 def test_config_after_a_blank():
     """Law: `--config FILE` is `--config=FILE`."""
-    found = runtime.read_config(["--config", "configs/base.py", "--config.seed=4"])
-    assert found.seed == 4
+    result = runtime.read_config(["--config", "configs/base.py", "--config.seed=4"])
+    assert result.seed == 4
 
 
 def test_round_trip_through_json():
@@ -136,8 +136,12 @@ def test_none_on_the_command_line():
 
 def test_differences_names_fields():
     """by hand: nested, changed, absent."""
-    saved, given = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
-    assert differences(saved, given) == ["a.c: 2 -> 5", "d: 3 -> '(absent)'", "e: '(absent)' -> 4"]
+    saved, requested = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
+    assert differences(saved, requested) == [
+        "a.c: 2 -> 5",
+        "d: 3 -> '(absent)'",
+        "e: '(absent)' -> 4",
+    ]
 
 
 def test_logging_may_change_on_resume(tmp_path):
@@ -168,7 +172,7 @@ def test_logging_mistakes(word, message):
 
 def test_checkpoint_mistakes():
     """law: all impossible retention and ranking settings are errors before the run."""
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as caught:
         read_settings(
             read(
                 "--config.checkpoint.keep_best=0",
@@ -177,7 +181,7 @@ def test_checkpoint_mistakes():
             )
         )
     for part in ("keep_best must be ≥ 1, not 0", "'rewrad' is not a metric", "max, min or None"):
-        assert part in str(told.value)
+        assert part in str(caught.value)
     never = ["--config.eval.every_steps=None", "--config.checkpoint.best_metric=eval/reward"]
     with pytest.raises(ValueError, match="'eval/reward' is never measured"):
         read_settings(read(*never, "--config.checkpoint.keep_best=1"))
@@ -188,8 +192,8 @@ def test_ranking():
     sft = read_settings(read("--config.checkpoint.keep_best=2")).checkpoint
     assert sft.ranking("loss") == runtime.Best(2, "loss", "min")
     assert sft.ranking("reward") == runtime.Best(2, "reward", "max")
-    given = ["--config.checkpoint.best_metric=kl", "--config.checkpoint.best_mode=min"]
-    other = read_settings(read("--config.checkpoint.keep_best=1", *given)).checkpoint
+    arguments = ["--config.checkpoint.best_metric=kl", "--config.checkpoint.best_mode=min"]
+    other = read_settings(read("--config.checkpoint.keep_best=1", *arguments)).checkpoint
     assert other.ranking("reward") == runtime.Best(1, "kl", "min")
     assert read_settings(read()).checkpoint.ranking("reward") is None
 

@@ -60,19 +60,19 @@ HOST = socket.gethostname()
 RESUMES = "Run the same command again: it resumes after rollout step 1."
 
 
-def run(deed, by, count=3, **given):
+def run(deed, by, count=3, **settings):
     """Run CHILD in some processes; return how each ended, and the seconds it took."""
     before = time.monotonic()
-    given = {"SILENCE": "3", **given}
-    found = ends(start(count, ["-c", CHILD, deed, str(by)], **given), seconds=60)
-    return found, time.monotonic() - before
+    settings = {"SILENCE": "3", **settings}
+    result = ends(start(count, ["-c", CHILD, deed, str(by)], **settings), seconds=60)
+    return result, time.monotonic() - before
 
 
 def test_three_processes_agree_and_end():
     """story: values of all in all, one writer, status 0."""
-    found, _ = run("nothing", 0)
-    assert [status for status, _ in found] == [0, 0, 0], found
-    assert ["well done" in text for _, text in found] == [True, False, False]
+    result, _ = run("nothing", 0)
+    assert [status for status, _ in result] == [0, 0, 0], result
+    assert ["well done" in text for _, text in result] == [True, False, False]
 
 
 WAITED = "made no progress after rollout step 2 for 4 s"
@@ -94,31 +94,31 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_the_others_end_and_say_why(case):
     """story: status 70 and one sentence with process, host and cause, wherever they wait."""
-    deed, by, count, given, status, message = case
-    found, seconds = run(deed, by, count, **given)
+    deed, by, count, settings, status, message = case
+    result, seconds = run(deed, by, count, **settings)
     assert seconds < 45
-    for number, (ended, text) in enumerate(found):
+    for number, (ended, text) in enumerate(result):
         if number == by:
             assert ended == status, text
             continue
         assert ended == health.OTHERS_FAILED, text
-        said = text[text.rindex("\nntkrl: ") :]
-        assert said.startswith(f"\nntkrl: process {by} ({HOST}) {message}"), text
-        assert RESUMES in said
+        message_text = text[text.rindex("\nntkrl: ") :]
+        assert message_text.startswith(f"\nntkrl: process {by} ({HOST}) {message}"), text
+        assert RESUMES in message_text
         assert "Traceback" not in text
-    own = found[by][1]
+    output = result[by][1]
     if deed == "mistake":
-        assert "ntkrl: reward function score returned 3" in own and RESUMES in own
-        assert "Traceback" not in own
+        assert "ntkrl: reward function score returned 3" in output and RESUMES in output
+        assert "Traceback" not in output
     if deed == "bug":
-        assert "Traceback" in own
+        assert "Traceback" in output
 
 
 def test_the_coordinator_is_killed():
     """story: JAX aborts the others at once; they still name the lost process, and end with 70."""
-    found, seconds = run("kill", 0, count=2)
-    assert found[0][0] == -signal.SIGKILL and seconds < 45
-    for ended, text in found[1:]:
+    result, seconds = run("kill", 0, count=2)
+    assert result[0][0] == -signal.SIGKILL and seconds < 45
+    for ended, text in result[1:]:
         assert ended == health.OTHERS_FAILED, text
         assert f"\nntkrl: process 0 ({HOST})" in text
         assert "\nRun the same command again: it" in text
@@ -137,9 +137,9 @@ def test_a_frozen_process():
 
 def test_ways_that_part():
     """story: a process at a different collective is detected, not waited for."""
-    found, _ = run("astray", 1, count=2)
-    assert any("the processes diverged" in text for _, text in found)
-    assert 0 not in [status for status, _ in found]
+    result, _ = run("astray", 1, count=2)
+    assert any("the processes diverged" in text for _, text in result)
+    assert 0 not in [status for status, _ in result]
 
 
 def test_a_process_that_never_comes():
@@ -165,10 +165,10 @@ def test_a_port_that_is_taken():
     """story: process 0 reports it with the fix; the others report that it did not join."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        found, _ = run("nothing", 0, count=2, START="6", JAX_COORDINATOR_ADDRESS=address)
-    assert found[0][0] == 1 and "cannot use the port" in found[0][1]
-    assert "another JAX_COORDINATOR_ADDRESS" in found[0][1]
-    assert found[1][0] == health.OTHERS_FAILED and "process 0 of 2 did not connect" in found[1][1]
+        result, _ = run("nothing", 0, count=2, START="6", JAX_COORDINATOR_ADDRESS=address)
+    assert result[0][0] == 1 and "cannot use the port" in result[0][1]
+    assert "another JAX_COORDINATOR_ADDRESS" in result[0][1]
+    assert result[1][0] == health.OTHERS_FAILED and "process 0 of 2 did not connect" in result[1][1]
 
 
 WRONG = {
@@ -188,8 +188,8 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
 def test_descriptions_that_make_no_sense(case, monkeypatch):
     """law: they are refused before anything is waited for."""
-    given, message = case
-    for name, value in given.items():
+    description, message = case
+    for name, value in description.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message), runtime.distributed_session():
         pass
@@ -261,5 +261,5 @@ def test_what_does_not_fit_is_told_to_all(case):
     """law: the same sentence everywhere, with numbers and hosts."""
     numbers, counts, message = case
     message = message.replace("%s", socket.gethostname())
-    for told in meetings(numbers, counts, seconds=2.0):
-        assert told.startswith(message), told
+    for answer in meetings(numbers, counts, seconds=2.0):
+        assert answer.startswith(message), answer

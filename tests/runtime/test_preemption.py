@@ -1,4 +1,4 @@
-"""Two processes leave together, and save together; one process leaves by SIGTERM alone."""
+"""Preemption: two processes save and stop together; one process stops by SIGTERM alone."""
 
 import os
 import signal
@@ -94,7 +94,7 @@ def two(program, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = {
+    settings = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
@@ -105,7 +105,7 @@ def two(program, *arguments):
     children = [
         subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)],
-            env=given | {"JAX_PROCESS_ID": str(number)},
+            env=settings | {"JAX_PROCESS_ID": str(number)},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -116,9 +116,9 @@ def two(program, *arguments):
 
 def test_two_processes_leave_after_the_same_step():
     """law: a SIGTERM of one of two processes makes both leave, after one step they agree on."""
-    told = [printed[-1] for printed in two(TOGETHER)]
-    assert told[0] == told[1] and told[0].endswith("True"), told
-    assert 3 < int(told[0].split()[2]) < 399
+    steps = [printed[-1] for printed in two(TOGETHER)]
+    assert steps[0] == steps[1] and steps[0].endswith("True"), steps
+    assert 3 < int(steps[0].split()[2]) < 399
 
 
 def test_two_processes_save_together(tmp_path):

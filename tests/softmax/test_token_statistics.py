@@ -55,16 +55,16 @@ def test_values(x64, kind, tiles, temperature):
     """oracle: full logits, whatever the tiles; the last tile overlaps the one before."""
     head, features, targets, reference = draws(kind)
     expected = plain(head, features, targets, temperature, reference)
-    found = token_statistics(
+    result = token_statistics(
         head, features, targets, SoftmaxOptions(temperature, *tiles, top=3), reference
     )
     for name in NAMES:
-        np.testing.assert_allclose(getattr(found, name), expected[name], rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(getattr(result, name), expected[name], rtol=1e-11, atol=1e-13)
     log_pi = log_softmax(np.asarray(logits(head, features)) / temperature)
-    np.testing.assert_array_equal(found.argmax, log_pi.argmax(-1))
+    np.testing.assert_array_equal(result.argmax, log_pi.argmax(-1))
     order = np.argsort(-log_pi, axis=-1)[..., :3]
-    np.testing.assert_array_equal(found.top_tokens, order)
-    np.testing.assert_allclose(found.top_log_probs, np.take_along_axis(log_pi, order, -1))
+    np.testing.assert_array_equal(result.top_tokens, order)
+    np.testing.assert_allclose(result.top_log_probs, np.take_along_axis(log_pi, order, -1))
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=str)
@@ -76,14 +76,14 @@ def test_gradients(x64, kind, tiles):
 
     def total(read):
         def value(head, features):
-            found = read(head, features)
-            return sum(jnp.sum(w * found[n]) for n, w in zip(NAMES, weights, strict=True))
+            result = read(head, features)
+            return sum(jnp.sum(w * result[n]) for n, w in zip(NAMES, weights, strict=True))
 
         return jax.grad(value, argnums=(0, 1))(head, features)
 
     def ours(head, features):
-        found = token_statistics(head, features, targets, SoftmaxOptions(0.7, *tiles), reference)
-        return found._asdict()
+        result = token_statistics(head, features, targets, SoftmaxOptions(0.7, *tiles), reference)
+        return result._asdict()
 
     expected = total(lambda h, f: plain(h, f, targets, 0.7, reference))
     for a, b in zip(jax.tree.leaves(total(ours)), jax.tree.leaves(expected), strict=True):
@@ -128,16 +128,16 @@ def test_excluded_tokens():
     head = OutputHead(jnp.zeros((3, 2)), jnp.array([0.0, 0.0, -jnp.inf]))
 
     def total(weight):
-        found = token_statistics(
+        result = token_statistics(
             OutputHead(weight, head.bias),
             jnp.ones((1, 2)),
             jnp.zeros(1, int),
             SoftmaxOptions(chunk_vocabulary=1),
         )
-        return jnp.sum(found.entropy + found.log_probs + found.sum_squares), found
+        return jnp.sum(result.entropy + result.log_probs + result.sum_squares), result
 
-    gradient, found = jax.grad(total, has_aux=True)(head.weight)
-    np.testing.assert_allclose(found.entropy, np.log(2), rtol=1e-6)
+    gradient, result = jax.grad(total, has_aux=True)(head.weight)
+    np.testing.assert_allclose(result.entropy, np.log(2), rtol=1e-6)
     np.testing.assert_allclose(gradient, [[0.5, 0.5], [-0.5, -0.5], [0, 0]], atol=1e-6)
     shut = token_statistics(head, jnp.ones((1, 2)), jnp.array([2]))
     assert float(shut.log_probs[0]) == -np.inf
@@ -149,9 +149,9 @@ def test_half_precision_statistics_are_float32():
     weight = jnp.eye(3, dtype=jnp.float32)
 
     def total(weight, features):
-        found = token_statistics(OutputHead(weight), features, jnp.zeros(4, int))
-        assert found.log_probs.dtype == found.entropy.dtype == jnp.float32
-        return jnp.sum(found.log_probs)
+        result = token_statistics(OutputHead(weight), features, jnp.zeros(4, int))
+        assert result.log_probs.dtype == result.entropy.dtype == jnp.float32
+        return jnp.sum(result.log_probs)
 
     d_weight, d_features = jax.grad(total, argnums=(0, 1))(weight, features)
     assert (d_weight.dtype, d_features.dtype) == (jnp.float32, jnp.bfloat16)
@@ -171,15 +171,15 @@ def test_memory_does_not_grow_with_positions_times_vocabulary():
         ]
 
         def value(weight, features, targets):
-            found = token_statistics(
+            result = token_statistics(
                 OutputHead(weight), features, targets, SoftmaxOptions(1.0, 64, 512)
             )
-            return jnp.sum(found.log_probs) + jnp.sum(found.entropy)
+            return jnp.sum(result.log_probs) + jnp.sum(result.entropy)
 
         compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(*shapes).compile()
-        held = compiled.memory_analysis().temp_size_in_bytes
+        scratch = compiled.memory_analysis().temp_size_in_bytes
         # what grows rightly: gradients and their like, of W's and of φ's size
-        return held - 3 * 4 * 16 * (vocab + length)
+        return scratch - 3 * 4 * 16 * (vocab + length)
 
     tile = 64 * 512 * 4
     assert temporary(2048, 16384) < 8 * tile < 2048 * 16384 * 4 / 100

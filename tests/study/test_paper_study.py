@@ -21,8 +21,8 @@ TASKS = ("small, expressions", "small, supervised")
 def settings(root, **changes):
     """The checked-in settings, in another directory."""
     config = runtime.read_config([f"--config={FILE}"])
-    found = runtime.parse_section(StudySettings, config, "study")
-    return dataclasses.replace(found, run_dir=str(root), **changes)
+    parsed = runtime.parse_section(StudySettings, config, "study")
+    return dataclasses.replace(parsed, run_dir=str(root), **changes)
 
 
 def paper_study(root, **changes):
@@ -34,15 +34,15 @@ def lines(name, step):
     """Metrics of a run as plain formulas of arm and step."""
     gain = {"rl": 0.2, "cfrl": 0.3}[name] if name in ("rl", "cfrl") else 0.1
     share = step / 8
-    found = {"step": step, "eval/reward": 0.3 + gain * share}
-    found |= {"stage": "all"} if step else {}
-    found |= {"probe/confidence": 0.6 + 0.1 * share, "probe/entropy": 1.0 - 0.2 * share}
-    found |= {"probe/cosine_across_prompts": 0.7, "eval/distinct_completions": 0.9 - 0.1 * share}
-    found |= {"probe/head_norm": 5.0, "probe/feature_distortion_relative": 0.1}
-    found |= {"diversity/best_of_1": 0.3 + 0.2 * share, "diversity/best_of_64": 0.9}
-    found |= {f"diversity/support_{word}": 4.0 for word in ("kept", "gained")}
-    found["diversity/support_lost"] = 4.0 + step
-    return found | {"predict/correlation": 0.99, "predict/relative_error": 0.1}
+    line = {"step": step, "eval/reward": 0.3 + gain * share}
+    line |= {"stage": "all"} if step else {}
+    line |= {"probe/confidence": 0.6 + 0.1 * share, "probe/entropy": 1.0 - 0.2 * share}
+    line |= {"probe/cosine_across_prompts": 0.7, "eval/distinct_completions": 0.9 - 0.1 * share}
+    line |= {"probe/head_norm": 5.0, "probe/feature_distortion_relative": 0.1}
+    line |= {"diversity/best_of_1": 0.3 + 0.2 * share, "diversity/best_of_64": 0.9}
+    line |= {f"diversity/support_{word}": 4.0 for word in ("kept", "gained")}
+    line["diversity/support_lost"] = 4.0 + step
+    return line | {"predict/correlation": 0.99, "predict/relative_error": 0.1}
 
 
 def fabricate(paper, size, arm, seed, name=None, change=None):
@@ -50,11 +50,11 @@ def fabricate(paper, size, arm, seed, name=None, change=None):
     place = paper.results.place(size, arm, seed)
     place.mkdir(parents=True)
     (place / "config.json").write_text(json.dumps({"name": name or arm, "seed": seed}))
-    told = [lines(arm, step) for step in range(9)]
-    for line in told:
+    records = [lines(arm, step) for step in range(9)]
+    for line in records:
         line["eval/reward"] += 0.001 * seed
         line.update({} if change is None else change(line["step"]))
-    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     timings = [{"step": step, "sample_seconds": 1.0, "update_seconds": 0.5} for step in range(1, 9)]
     (place / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timings))
     (place / "finished").touch()
@@ -76,15 +76,15 @@ def test_every_run_has_a_config(tmp_path, monkeypatch):
     for title, jobs in paper.phases():
         for job in jobs:
             config = runtime.read_config(job.words[1:])
-            found = read_settings(config)
+            loaded = read_settings(config)
             assert Path(config.run_dir) in job.done.parents, job
             assert job.done not in places
             places[job.done] = job.name
             if "/sgd" in job.words[1]:
-                assert found.probe.every_steps == 1, "its only step is probed"
+                assert loaded.probe.every_steps == 1, "its only step is probed"
             if title == "choice of rates":
-                assert found.data.eval_path == f"{tmp_path}/data/validation.jsonl"
-                assert found.evaluation.base is None
+                assert loaded.data.eval_path == f"{tmp_path}/data/validation.jsonl"
+                assert loaded.evaluation.base is None
     medium = runtime.read_config(["--config=configs/study.py:medium/cfrl,head=1e-2,body=5e-4"])
     assert [row.parameters[0][1] for row in medium.stages] == [1e-2, 5e-4]
     assert len(places) > 40
@@ -129,8 +129,8 @@ def test_prompts_and_preferences(tmp_path):
     answers = read("supervised")
     assert {row["target"] for row in answers} <= parts["train"] and len(answers) > 1000
     for row in answers[::97]:
-        given = [row["prompt"]], [row["completion"]], [[]]
-        assert reward.expression_score(*given, [row["target"]]) == [1.0]
+        columns = [row["prompt"]], [row["completion"]], [[]]
+        assert reward.expression_score(*columns, [row["target"]]) == [1.0]
     samples = tmp_path / "samples.jsonl"
     rows = [
         {"prompt": f"{p}=", "completion": str(c), "reward": c % 3} for p in "12" for c in range(9)
@@ -145,23 +145,23 @@ def test_prompts_and_preferences(tmp_path):
 def test_rates_are_chosen_by_the_last_evaluations(tmp_path):
     """by hand: the grid's point of highest mean over seeds of the last two evaluations."""
     paper = paper_study(tmp_path)
-    wanted = ("rl_body=0.0003", "cfrl_body=0.0003_head=0.003")
+    expected = ("rl_body=0.0003", "cfrl_body=0.0003_head=0.003")
     for job in paper.tuning():
         name, _, seed = job.done.parent.name.rpartition("-")
 
-        def change(step, best=name in wanted):
+        def change(step, best=name in expected):
             return {"eval/reward": 0.9 if best and step >= 7 else 0.5}
 
         fabricate(paper, "small/tuning", name, int(seed), change=change)
     assert paper.chosen() == {"rl": {"body": 3e-4}, "cfrl": {"head": 3e-3, "body": 3e-4}}
-    told = json.loads((tmp_path / "small" / "rates.json").read_text())
-    assert [row["reward"] for row in told["rl"]["tried"]] == [0.5] * 4 + [0.9] + [0.5] * 4
+    rates = json.loads((tmp_path / "small" / "rates.json").read_text())
+    assert [row["reward"] for row in rates["rl"]["tried"]] == [0.5] * 4 + [0.9] + [0.5] * 4
 
 
-def found(paper):
-    """Verdicts by claim."""
+def verdicts_of(paper):
+    """Return verdicts by claim."""
     listed = claims.verdicts(paper.results, paper.settings)
-    return {one.claim: one for one in listed if one.task in TASKS}
+    return {verdict.claim: verdict for verdict in listed if verdict.task in TASKS}
 
 
 def test_verdicts_of_known_numbers(tmp_path):
@@ -175,28 +175,33 @@ def test_verdicts_of_known_numbers(tmp_path):
         for number, rate in enumerate(paper.settings.sgd_rates):
             error = {"predict/relative_error": (1 + 0.1 * seed) * rate}
             fabricate(paper, "small", f"sgd_{number}", seed, "sgd", lambda step, e=error: e)
-    told = found(paper)
-    slope = next(one for claim, one in told.items() if "∝ rate" in claim)
+    verdicts = verdicts_of(paper)
+    slope = next(entry for claim, entry in verdicts.items() if "∝ rate" in claim)
     assert (slope.verdict, slope.number) == ("holds", "1 [1, 1]")
-    ahead = told["classifier first reaches more held-out reward at the end, equal rollouts"]
+    ahead = verdicts["classifier first reaches more held-out reward at the end, equal rollouts"]
     assert ahead.verdict == "holds"
     assert "rl 0.503 to cfrl 0.603; difference +0.1 [0.1, 0.1], p = 0.031" in ahead.number
-    timed = told["classifier first reaches more held-out reward, equal training time"]
+    timed = verdicts["classifier first reaches more held-out reward, equal training time"]
     assert timed.verdict == "holds"
     account = {
-        claim[-30:]: one.verdict for claim, one in told.items() if "LP-FT's account" in claim
+        claim[-30:]: entry.verdict
+        for claim, entry in verdicts.items()
+        if "LP-FT's account" in claim
     }
     assert set(account.values()) == {"partly", "does not hold"}
-    share = told["R makes most of the change of entropy: share > ½"]
+    share = verdicts["R makes most of the change of entropy: share > ½"]
     assert (share.verdict, share.number) == ("does not hold", "0.25 [0.25, 0.25], p = 0.031")
-    gap = next(one for claim, one in told.items() if "best-of-N closes" in claim)
+    gap = next(entry for claim, entry in verdicts.items() if "best-of-N closes" in claim)
     assert "64: 0; at N = 64 the base reaches 0.9, RL 0.9; difference -0.2" in gap.number
     assert gap.verdict == "holds" and "lead by N: 1: 0.2, 2: –," in gap.number
-    support = next(one for claim, one in told.items() if "loses more than it gains" in claim)
+    support = next(
+        entry for claim, entry in verdicts.items() if "loses more than it gains" in claim
+    )
     assert support.verdict == "holds"
     assert "lost 12 (by chance 4), gained 4 (by chance 4)" in support.number
     assert (
-        told["the same with the head alone, whose logits are exactly linear"].verdict == "not run"
+        verdicts["the same with the head alone, whose logits are exactly linear"].verdict
+        == "not run"
     )
 
 
@@ -204,9 +209,9 @@ def test_equal_time_counts_no_compiling(tmp_path):
     """by hand: median seconds of a step times steps; the reward between evaluations is linear."""
     paper = paper_study(tmp_path, seeds=(1,))
     place = fabricate(paper, "small", "rl", 1)
-    told = (place / "timings.jsonl").read_text().splitlines()
-    told[0] = json.dumps({"step": 1, "sample_seconds": 99.0, "look_seconds": 50.0})
-    (place / "timings.jsonl").write_text("\n".join(told) + "\n")
+    timings = (place / "timings.jsonl").read_text().splitlines()
+    timings[0] = json.dumps({"step": 1, "sample_seconds": 99.0, "look_seconds": 50.0})
+    (place / "timings.jsonl").write_text("\n".join(timings) + "\n")
     (run,) = paper.results.runs("small", "rl")
     assert study.training_seconds(run) == 1.5 * 8
     assert study.training_seconds(run, 4) == 1.5 * 4
@@ -235,7 +240,7 @@ def test_a_page_of_what_is_there(tmp_path):
     table = (tmp_path / "verdicts.md").read_text()
     assert "| 4 | classifier first reaches more held-out reward at the end" in table
     listed = json.loads((tmp_path / "verdicts.json").read_text())
-    assert {one["question"] for one in listed} == {1, 2, 3, 4, 5, 6}
+    assert {verdict["question"] for verdict in listed} == {1, 2, 3, 4, 5, 6}
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [run["run"] for run in runs] == [
         f"small/{arm}-{s}" for arm in ("cfrl", "rl") for s in (1, 2)

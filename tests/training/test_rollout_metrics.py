@@ -27,7 +27,7 @@ def collected(lengths, finished, rewards, **result):
 
 def test_by_hand():
     """By hand: two prompts, rewards 0 2 | 3 3, lengths 1 4 2 4, the last one cut."""
-    found = rollout_metrics(
+    result = rollout_metrics(
         collected(
             [1, 4, 2, 4],
             [True, True, True, False],
@@ -41,7 +41,7 @@ def test_by_hand():
         ),
         group=2,
     )
-    assert found == pytest.approx(
+    assert result == pytest.approx(
         {
             "reward": 2.0,
             "signal/reward_variance": 1.0,  # of 2 and 0
@@ -68,11 +68,11 @@ def test_by_hand():
 
 def test_nothing_ended_and_equal_rewards():
     """By hand: no completion ended, so none has a length at its end; six times 0.3 is no spread."""
-    found = rollout_metrics(
+    result = rollout_metrics(
         collected([3] * 6, [False] * 6, [0.3] * 6, failures={"a": "a timed out"}), group=6
     )
-    assert not [name for name in found if "terminated" in name]
+    assert not [name for name in result if "terminated" in name]
     # numpy's float32 standard deviation of six times 0.3 is 3.3e-8
-    assert found["frac_reward_zero_std"] == 1.0
-    assert found["completions/clipped_ratio"] == 1.0
-    assert found["rewards/a/failures"] == 1.0
+    assert result["frac_reward_zero_std"] == 1.0
+    assert result["completions/clipped_ratio"] == 1.0
+    assert result["rewards/a/failures"] == 1.0

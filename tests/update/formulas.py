@@ -121,11 +121,11 @@ def gspo(b):
     return -total / len(b.rewards)
 
 
-def cispo(b, held):
-    """`held` are the log-probs that the weights are taken at, constants to the gradient."""
+def cispo(b, frozen):
+    """Return the loss; `frozen` are the log-probs of the weights, constant for the gradient."""
     terms = []
     for i in b.all:
         for t in b.tokens(i):
-            weight = min(np.exp(held[i, t] - b.old[i, t]), 5.0)
+            weight = min(np.exp(frozen[i, t] - b.old[i, t]), 5.0)
             terms.append(weight * b.normalised(i) * b.log_probs[i, t])
     return -sum(terms) / len(terms)

@@ -32,10 +32,10 @@ def stepped(policy, params, batch, stage=SGD, chunk=1024, microbatches=1, loss=g
     return (jax.jit(step) if jit else step)(state, batch)[:2]
 
 
-def close(found, expected, atol):
+def close(result, expected, atol):
     """Two trees agree, and are not zero."""
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 0.1
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
@@ -55,11 +55,16 @@ def test_chunks_and_microbatches_change_nothing(x64, preset):
     def loss(statistics, part):
         return update.policy_loss(update.PRESETS[preset], 3, statistics, part)
 
-    whole, measured = stepped(policy, params, batch, loss=loss)
+    unsplit, measured = stepped(policy, params, batch, loss=loss)
     # 3 rows of 3 tokens: chunks of 3, 3 and 2 rows; 2 tokens: less than a row, so tiles
-    for given in ({"chunk": 9}, {"chunk": 2}, {"microbatches": 4}, {"microbatches": 2, "chunk": 3}):
-        state, metrics = stepped(policy, params, batch, loss=loss, **given)
-        close(state.params, whole.params, 1e-12)
+    for settings in (
+        {"chunk": 9},
+        {"chunk": 2},
+        {"microbatches": 4},
+        {"microbatches": 2, "chunk": 3},
+    ):
+        state, metrics = stepped(policy, params, batch, loss=loss, **settings)
+        close(state.params, unsplit.params, 1e-12)
         for name, value in measured.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-10, atol=1e-12, err_msg=name)
 
@@ -150,8 +155,8 @@ def test_stage_one_reads_no_body():
     assert text.count("dot_general") == 2
     lost = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
     alone = state.replace(params=lost | {"head": params["head"]})
-    found, metrics, _ = step(alone, batch)
-    assert np.isfinite(metrics["loss"]) and np.isfinite(found.params["head"]["weight"]).all()
+    result, metrics, _ = step(alone, batch)
+    assert np.isfinite(metrics["loss"]) and np.isfinite(result.params["head"]["weight"]).all()
     shapes = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert shapes == [(23, 16)] * 2
 
@@ -177,9 +182,9 @@ def test_whole_kl_to_a_reference(x64):
     params = toy_params(policy, dtype=jnp.float64)
     other = toy_params(policy, seed=1, dtype=jnp.float64)
     batch = make_batch(policy.vocab_size)
-    held = (batch.tokens, batch.mask, 3)
+    arrays = (batch.tokens, batch.mask, 3)
     batch = batch.replace(
-        advantages=batch.advantages * 0, ref_features=completion_features(policy, other, *held)
+        advantages=batch.advantages * 0, ref_features=completion_features(policy, other, *arrays)
     )
     objective = update.Objective(kl_estimator="full", kl_place="loss", kl_coefficient=1.0)
 
@@ -187,17 +192,17 @@ def test_whole_kl_to_a_reference(x64):
         return update.policy_loss(objective, 3, statistics, part)
 
     def plain(params):
-        own, ref = (
-            jax.nn.log_softmax(policy.head(p, completion_features(policy, p, *held)))
+        policy_statistics, ref = (
+            jax.nn.log_softmax(policy.head(p, completion_features(policy, p, *arrays)))
             for p in (params, other)
         )
-        kl = jnp.sum(jnp.exp(own) * (own - ref), -1)
+        kl = jnp.sum(jnp.exp(policy_statistics) * (policy_statistics - ref), -1)
         return jnp.sum(jnp.where(batch.completion_mask, kl, 0)) / jnp.sum(batch.completion_mask)
 
     program = update.stage_program(update.Stage(**SGD), policy, params)
     step = update.make_step(program, update.policy_loss_fn(policy, loss, chunk_tokens=9))
     state = update.init_state(program, params, jax.random.key(0))
-    found, metrics, _ = step(state, batch, head_of(policy, other))
+    result, metrics, _ = step(state, batch, head_of(policy, other))
     expected, gradient = jax.value_and_grad(plain)(params)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-12)
-    close(found.params, jax.tree.map(jnp.subtract, params, gradient), 1e-12)
+    close(result.params, jax.tree.map(jnp.subtract, params, gradient), 1e-12)

@@ -82,20 +82,20 @@ def value(objective, batch, log_probs):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_equal_their_formulas(x64, name, seed):
     """oracle: every row against loops, off policy so that clips bite; seed 2 has an equal group."""
-    held, objective = draws(seed, spread=1e-3 if name == "gspo" else 0.3), PRESETS[name]
-    batch, _ = prepared(objective, **held)
-    slow = formulas.Batch(**held, group=GROUP, budget=BUDGET)
+    arrays, objective = draws(seed, spread=1e-3 if name == "gspo" else 0.3), PRESETS[name]
+    batch, _ = prepared(objective, **arrays)
+    slow = formulas.Batch(**arrays, group=GROUP, budget=BUDGET)
     function = getattr(formulas, name.removesuffix("_trl012"))
-    extra = (held["log_probs"],) if name == "cispo" else ()
-    found, gradient = jax.value_and_grad(lambda lp: value(objective, batch, lp))(
-        jnp.asarray(held["log_probs"])
+    extra = (arrays["log_probs"],) if name == "cispo" else ()
+    result, gradient = jax.value_and_grad(lambda lp: value(objective, batch, lp))(
+        jnp.asarray(arrays["log_probs"])
     )
-    assert abs(float(found) - function(slow, *extra)) < 1e-12
+    assert abs(float(result) - function(slow, *extra)) < 1e-12
     # the gradient too, by differences, at the tokens of two rows
     for i, t in itertools.chain.from_iterable(((r, t) for t in slow.tokens(r)) for r in (3, 6)):
         sides = []
         for h in (1e-6, -1e-6):
-            slow.log_probs = held["log_probs"].copy()
+            slow.log_probs = arrays["log_probs"].copy()
             slow.log_probs[i, t] += h
             sides.append(function(slow, *extra))
         assert abs((sides[0] - sides[1]) / 2e-6 - float(gradient[i, t])) < 1e-8
@@ -114,23 +114,23 @@ def test_every_preset_says_its_formula_and_source():
 @pytest.mark.parametrize("name", advantage.LINEAR)
 def test_the_kl_in_the_reward_has_its_part_of_the_advantages(x64, name):
     """law: without the KL the advantages lack that part, corrected and masked alike."""
-    held = draws(0, spread=0.0) | {"behaviour": draws(0)["log_probs"]}
+    arrays = draws(0, spread=0.0) | {"behaviour": draws(0)["log_probs"]}
     more = {"correction": "truncate", "correction_cap": 1.1, "covariance_range": (-9.0, 9.0)}
-    given = {"kl_place": "reward", "kl_coefficient": 5.0, "advantage": name, "clip": "none", **more}
-    objective = update.Objective(**given)
-    found = prepared(objective, **held)[1]
+    axes = {"kl_place": "reward", "kl_coefficient": 5.0, "advantage": name, "clip": "none", **more}
+    objective = update.Objective(**axes)
+    result = prepared(objective, **arrays)[1]
     bare = dataclasses.replace(objective, kl_coefficient=0.0)
-    wanted = found["advantages"] - prepared(bare, **held)[1]["advantages"]
-    np.testing.assert_allclose(found["kl_advantages"], wanted, atol=1e-12)
-    assert np.abs(wanted).max() > 0.1 and prepared(bare, **held)[1]["kl_advantages"] is None
+    expected = result["advantages"] - prepared(bare, **arrays)[1]["advantages"]
+    np.testing.assert_allclose(result["kl_advantages"], expected, atol=1e-12)
+    assert np.abs(expected).max() > 0.1 and prepared(bare, **arrays)[1]["kl_advantages"] is None
     cut = dataclasses.replace(objective, covariance="clip", covariance_fraction=0.5)
-    clipped, mask = prepared(cut, **held)[1], held["mask"]
+    clipped, mask = prepared(cut, **arrays)[1], arrays["mask"]
     gone = (np.asarray(clipped["advantages"]) == 0) & mask
     assert 0 < gone.sum() < mask.sum()
-    kept = np.where(gone, 0, found["kl_advantages"])
+    kept = np.where(gone, 0, result["kl_advantages"])
     np.testing.assert_array_equal(clipped["kl_advantages"], kept)
     scaled = dataclasses.replace(objective, advantage="group_normalised")
-    assert prepared(scaled, **held)[1]["kl_advantages"] is None
+    assert prepared(scaled, **arrays)[1]["kl_advantages"] is None
 
 
 def test_rloo_by_hand():
@@ -157,9 +157,9 @@ def test_aggregations_by_hand():
     batch = batch_of(mask, old, old, [1.0, -1.0, 5.0])
     expected = {"token_mean": -1 / 3, "sequence_mean": 0.0, "sequence_sum": -1 / 2}
     expected["constant"] = -1 / (2 * BUDGET)
-    for name, wanted in expected.items():
+    for name, target in expected.items():
         objective = update.Objective(aggregation=name)
-        np.testing.assert_allclose(value(objective, batch, old), wanted, atol=1e-7)
+        np.testing.assert_allclose(value(objective, batch, old), target, atol=1e-7)
 
 
 def test_clips_by_hand():
@@ -170,7 +170,7 @@ def test_clips_by_hand():
     dual = dataclasses.replace(plain, dual_clip=3.0)
     detach = dataclasses.replace(plain, clip="detach")
     bare = dataclasses.replace(plain, clip="none")
-    found = [
+    result = [
         float(value(objective, batch, new))
         for objective, batch in (
             (plain, up),
@@ -182,7 +182,7 @@ def test_clips_by_hand():
         )
     ]
     expected = [-1.2, 4.0, -1.2, 3.0, -1.2 * (np.log(4.0) - 2), -4.0]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
     slope = jax.grad(lambda lp: value(detach, up, lp))(jnp.asarray(new))
     np.testing.assert_allclose(slope, [[-1.2]], rtol=1e-6)
 
@@ -191,9 +191,9 @@ def test_kl_estimators_by_hand():
     """by hand: log π − log π_ref = 0.5: k1 0.5, k2 0.125, k3 e^−0.5 − 0.5; masked ones are 0."""
     log_probs, ref = jnp.array([[-1.0, -3.0]]), jnp.array([[-1.5, 9e9]])
     mask = jnp.array([[True, False]])
-    for name, wanted in (("k1", 0.5), ("k2", 0.125), ("k3", np.exp(-0.5) - 0.5)):
-        found = update.kl_estimate(name, log_probs, ref, mask)
-        np.testing.assert_allclose(found, [[wanted, 0.0]], rtol=1e-6)
+    for name, expected in (("k1", 0.5), ("k2", 0.125), ("k3", np.exp(-0.5) - 0.5)):
+        result = update.kl_estimate(name, log_probs, ref, mask)
+        np.testing.assert_allclose(result, [[expected, 0.0]], rtol=1e-6)
 
 
 def test_entropy_bonus_has_a_gradient():
@@ -220,60 +220,60 @@ def test_whole_kl_in_the_loss():
 
 def test_corrections_multiply_the_surrogate():
     """law: the weight is on the surrogate of each token, and in the metrics."""
-    held = draws(0)
-    del held["log_probs"]
+    arrays = draws(0)
+    del arrays["log_probs"]
     objective = update.Objective(correction="truncate", correction_cap=1.2)
-    behaviour = held["old"] - 0.3
-    plain, _ = prepared(update.Objective(), **held)
-    batch, found = prepared(objective, **held, behaviour=behaviour)
-    mask = held["mask"]
+    behaviour = arrays["old"] - 0.3
+    plain, _ = prepared(update.Objective(), **arrays)
+    batch, result = prepared(objective, **arrays, behaviour=behaviour)
+    mask = arrays["mask"]
     np.testing.assert_allclose(batch.advantages[mask], 1.2 * plain.advantages[mask], rtol=1e-5)
     for name in ("min", "mean", "max"):
-        wanted = found["metrics"][f"sampling/importance_sampling_ratio/{name}"]
-        np.testing.assert_allclose(wanted, 1.2, rtol=1e-5)
+        expected = result["metrics"][f"sampling/importance_sampling_ratio/{name}"]
+        np.testing.assert_allclose(expected, 1.2, rtol=1e-5)
 
 
 def test_covariance_masks(x64):
     """oracle: c by hand in numpy; KL-Cov takes the largest, Clip-Cov a random few of the range."""
-    held = draws(1, rows=40, columns=10)
-    mask, old = held["mask"], held["old"]
-    advantages = np.broadcast_to(held["rewards"][:, None], mask.shape)
+    drawn = draws(1, rows=40, columns=10)
+    mask, old = drawn["mask"], drawn["old"]
+    advantages = np.broadcast_to(drawn["rewards"][:, None], mask.shape)
     covariance = (old - old[mask].mean()) * (advantages - advantages[mask].mean())
     count = int(0.05 * mask.sum())
-    given = [jnp.asarray(one) for one in (old, advantages, mask)]
+    arrays = [jnp.asarray(array) for array in (old, advantages, mask)]
     kl = update.Objective(covariance="kl", covariance_fraction=0.05, covariance_penalty=0.7)
-    same, penalties = update.covariance_weights(kl, *given, jax.random.key(0))
+    same, penalties = update.covariance_weights(kl, *arrays, jax.random.key(0))
     largest = np.sort(covariance[mask])[-count]
     np.testing.assert_array_equal(penalties, np.where(mask & (covariance >= largest), 0.7, 0.0))
     np.testing.assert_array_equal(same, advantages)
     clip = dataclasses.replace(kl, covariance="clip", covariance_range=(0.2, 1.0))
-    found, none = update.covariance_weights(clip, *given, jax.random.key(0))
-    taken = (np.asarray(found) == 0) & (advantages != 0)
+    result, none = update.covariance_weights(clip, *arrays, jax.random.key(0))
+    taken = (np.asarray(result) == 0) & (advantages != 0)
     assert none is None and taken.sum() == count
     assert (mask & (covariance > 0.2) & (covariance < 1.0))[taken].all()
-    other, _ = update.covariance_weights(clip, *given, jax.random.key(1))
-    assert not np.array_equal(found, other)
-    # a range that holds fewer tokens than are wanted takes those and no other
+    other, _ = update.covariance_weights(clip, *arrays, jax.random.key(1))
+    assert not np.array_equal(result, other)
+    # a range with too few tokens takes those and no other
     narrow = dataclasses.replace(clip, covariance_range=(largest - 1e-9, largest + 1e-9))
-    found, _ = update.covariance_weights(narrow, *given, jax.random.key(0))
-    assert ((np.asarray(found) == 0) & (advantages != 0)).sum() == 1
+    result, _ = update.covariance_weights(narrow, *arrays, jax.random.key(0))
+    assert ((np.asarray(result) == 0) & (advantages != 0)).sum() == 1
 
 
 def test_penalties_by_hand():
     """by hand: 0.7 · |log ρ| beside the surrogate, on the token that carries it."""
     batch = batch_of([[1, 1]], [[-1.0, -1.0]], np.zeros((1, 2)), [0.0], [[0.0, 0.7]])
-    found = value(update.Objective(), batch, [[-0.5, -1.2]])
-    np.testing.assert_allclose(found, 0.7 * 0.2 / 2, rtol=1e-6)
+    result = value(update.Objective(), batch, [[-0.5, -1.2]])
+    np.testing.assert_allclose(result, 0.7 * 0.2 / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_on_policy_gradient_is_the_policy_gradient(x64, name):
     """law: at ratio 1 the gradient is that of −A log π, weighted by the aggregation."""
-    held = draws(3)
+    arrays = draws(3)
     objective = dataclasses.replace(PRESETS[name], kl_place="off", kl_coefficient=0.0)
-    held["log_probs"] = held["old"]
-    batch, found = prepared(objective, **held)
-    mask = np.asarray(found["mask"], float)
+    arrays["log_probs"] = arrays["old"]
+    batch, result = prepared(objective, **arrays)
+    mask = np.asarray(result["mask"], float)
     lengths = np.maximum(mask.sum(axis=1, keepdims=True), 1)
     completions = (mask.sum(axis=1) > 0).sum()
     over = {
@@ -283,19 +283,19 @@ def test_on_policy_gradient_is_the_policy_gradient(x64, name):
         "constant": completions * BUDGET,
     }[objective.aggregation]
     if objective.ratio_level == "sequence":
-        over = completions  # the product's gradient reaches each token whole
+        over = completions  # the product's full gradient reaches each token
     expected = -np.asarray(batch.advantages) * mask / over
-    gradient = jax.grad(lambda lp: value(objective, batch, lp))(jnp.asarray(held["old"]))
+    gradient = jax.grad(lambda lp: value(objective, batch, lp))(jnp.asarray(arrays["old"]))
     np.testing.assert_allclose(gradient, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_padding_and_its_values_change_nothing(name):
     """law: further masked columns, full of extreme numbers, leave loss and gradient alone."""
-    held, objective = draws(4), PRESETS[name]
-    wide = dict(held)
+    arrays, objective = draws(4), PRESETS[name]
+    wide = dict(arrays)
     for part, fill in (("old", -1e4), ("ref", 1e4), ("log_probs", 3.0), ("mask", False)):
-        wide[part] = np.pad(held[part], ((0, 0), (0, 3)), constant_values=fill)
+        wide[part] = np.pad(arrays[part], ((0, 0), (0, 3)), constant_values=fill)
 
     def read(h):
         batch, _ = prepared(objective, **h)
@@ -303,7 +303,7 @@ def test_padding_and_its_values_change_nothing(name):
             jnp.asarray(h["log_probs"])
         )
 
-    (narrow_value, narrow), (wide_value, padded) = read(held), read(wide)
+    (narrow_value, narrow), (wide_value, padded) = read(arrays), read(wide)
     np.testing.assert_allclose(wide_value, narrow_value, rtol=1e-6)
     np.testing.assert_allclose(padded[:, :5], narrow, atol=1e-7)
     np.testing.assert_array_equal(padded[:, 5:], 0.0)

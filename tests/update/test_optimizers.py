@@ -28,7 +28,7 @@ def draw(seed, dtype=jnp.float32):
 
 
 def gradient(count, dtype=jnp.float32):
-    """Gradients of a step; the first layer's matrix grows, which its neighbours must not feel."""
+    """Gradients of a step; the first layer's matrix grows, which must not affect other layers."""
     tree = draw(10 + count, dtype)
     growth_L = jnp.asarray([100.0 if count else 1.0, 1.0, 1.0], dtype)
     tree["layers"]["mlp"]["kernel"] *= growth_L[:, None, None]
@@ -46,8 +46,8 @@ def follow(optimizer, params, count=3):
     state = optimizer.init(params)
     step = jax.jit(optimizer.update)
     for number in range(count):
-        given = gradient(number, jax.tree.leaves(params)[0].dtype)
-        updates, state = step(given, state, params)
+        gradients = gradient(number, jax.tree.leaves(params)[0].dtype)
+        updates, state = step(gradients, state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 
@@ -64,9 +64,9 @@ def test_optimizers_are_optax(name):
     """oracle: three steps of optax's alias on the full tree, at each group's rate."""
     options, theirs = CASES[name]
     params = draw(0)
-    found, _ = follow(program_of(params, optimizer=name, **options).optimizer, params)
-    wanted, _ = follow(theirs, params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
+    result, _ = follow(program_of(params, optimizer=name, **options).optimizer, params)
+    expected, _ = follow(theirs, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), result, expected)
 
 
 LAYER_CASES = {
@@ -89,23 +89,23 @@ def test_layers_are_matrices_of_their_own(name):
     """oracle: a stacked matrix is optimised as its layers one by one; others as they are."""
     options, of_matrices, of_rest = LAYER_CASES[name]
     params = draw(0)
-    found, _ = follow(program_of(params, optimizer=name, **options).optimizer, params)
+    result, _ = follow(program_of(params, optimizer=name, **options).optimizer, params)
     rest, _ = follow(of_rest, params)
     for layer in range(3):
         alone, state = params["layers"]["mlp"]["kernel"][layer], None
         for number in range(3):
-            given = gradient(number)["layers"]["mlp"]["kernel"][layer]
+            matrix = gradient(number)["layers"]["mlp"]["kernel"][layer]
             state = of_matrices.init(alone) if state is None else state
-            updates, state = of_matrices.update(given, state, alone)
+            updates, state = of_matrices.update(matrix, state, alone)
             alone = optax.apply_updates(alone, updates)
-        stacked = found["layers"]["mlp"]["kernel"][layer]
+        stacked = result["layers"]["mlp"]["kernel"][layer]
         np.testing.assert_allclose(stacked, alone, atol=2e-5)
     # as one array the three layers would share their norms
-    assert np.abs(found["layers"]["mlp"]["kernel"] - rest["layers"]["mlp"]["kernel"]).max() > 1e-3
-    np.testing.assert_allclose(found["embed"]["embedding"], rest["embed"]["embedding"], atol=1e-6)
+    assert np.abs(result["layers"]["mlp"]["kernel"] - rest["layers"]["mlp"]["kernel"]).max() > 1e-3
+    np.testing.assert_allclose(result["embed"]["embedding"], rest["embed"]["embedding"], atol=1e-6)
     if name == "muon":
         np.testing.assert_allclose(
-            found["layers"]["norm"]["scale"], rest["layers"]["norm"]["scale"], atol=1e-6
+            result["layers"]["norm"]["scale"], rest["layers"]["norm"]["scale"], atol=1e-6
         )
 
 
@@ -124,8 +124,8 @@ def test_decay_by_pattern():
         "layers/mlp/bias": 0.0,
     }
     for name, moved in trees.named_leaves(updates).items():
-        wanted = -factors[name] * trees.named_leaves(params)[name]
-        np.testing.assert_allclose(moved, wanted, rtol=1e-6, err_msg=name)
+        expected = -factors[name] * trees.named_leaves(params)[name]
+        np.testing.assert_allclose(moved, expected, rtol=1e-6, err_msg=name)
     with pytest.raises(ValueError, match="stage 'x', decay: no pattern covers layers/mlp/kernel"):
         program_of(params, optimizer="adamw", decay=rows[:2])
 
@@ -204,11 +204,11 @@ def test_kept_moments_go_on(optimizer):
     common |= {"momentum": 0.9} if optimizer == "sgd" else {}
     first = {"name": "head", "parameters": HEAD, **common}
     second = {"name": "all", "parameters": BOTH, **common}
-    whole = in_stages(policy, params, first | {"steps": 6})
+    unbroken = in_stages(policy, params, first | {"steps": 6})
     kept = in_stages(policy, params, first, second | {"optimizer_state": "keep"})
     reset = in_stages(policy, params, first, second)
-    np.testing.assert_array_equal(kept.params["head"], whole.params["head"])
-    assert not np.array_equal(reset.params["head"], whole.params["head"])
+    np.testing.assert_array_equal(kept.params["head"], unbroken.params["head"])
+    assert not np.array_equal(reset.params["head"], unbroken.params["head"])
     for name in ("embed", "mix"):
         np.testing.assert_array_equal(kept.params[name], params[name])
     if optimizer == "adam":

@@ -14,8 +14,8 @@ from ntkrl.update import preference_loss
 def test_by_hand():
     """by hand: margins 2 and −1, sums 4 and 1."""
     total, metrics = preference_loss(jnp.array([[3.0, 1.0], [0.0, 1.0]]), 0.5)
-    wanted = math.log(1 + math.exp(-2)) + math.log(1 + math.e) + 0.5 * (16 + 1)
-    assert float(total.total) == pytest.approx(wanted, rel=1e-6) and int(total.count) == 2
+    expected = math.log(1 + math.exp(-2)) + math.log(1 + math.e) + 0.5 * (16 + 1)
+    assert float(total.total) == pytest.approx(expected, rel=1e-6) and int(total.count) == 2
     assert [float(metrics[n].total) for n in ("accuracy", "margin", "mean_reward")] == [
         1.0,
         1.0,

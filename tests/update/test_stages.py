@@ -10,7 +10,7 @@ ROW = {"name": "x", "steps": 5, "parameters": ((".*", 1e-2),)}
 
 def test_lengths_in_steps():
     """by hand: 100 steps an epoch; parts of a step round up, the shorter length counts."""
-    for steps, epochs, wanted in (
+    for steps, epochs, expected in (
         (None, 0.07, 7),  # 0.07 · 100 is 7.000000000000001 in floating point
         (None, 0.071, 8),
         (150, 2.0, 150),
@@ -18,7 +18,7 @@ def test_lengths_in_steps():
         (7, None, 7),
     ):
         stage = update.Stage(**ROW | {"steps": steps, "epochs": epochs}).in_steps(100)
-        assert (stage.steps, stage.epochs) == (wanted, None)
+        assert (stage.steps, stage.epochs) == (expected, None)
 
 
 def test_mistakes_of_a_row_come_at_once():

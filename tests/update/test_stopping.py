@@ -31,9 +31,9 @@ def test_plateau():
     stage = Stage("a", 99, ROWS, plateau_window=2, plateau_tolerance=0.5)
     rewards = [0.0, 1.0, 2.0, 2.0, 3.0, 2.0, 9.0]
     # means of pairs: .5 and 2; 1.5 and 2.5; 2 and 2.5
-    found = through(stage, rewards)
-    assert found.steps == 6 and found.rewards == (2.0, 2.0, 3.0, 2.0)
-    assert found.ended == (
+    result = through(stage, rewards)
+    assert result.steps == 6 and result.rewards == (2.0, 2.0, 3.0, 2.0)
+    assert result.ended == (
         "mean reward of the last 2 steps is 2.5, of the 2 before 2: no gain above 0.5"
     )
     assert through(stage, rewards[:3]).ended is None  # too few to compare
@@ -44,16 +44,16 @@ def test_plateau():
 def test_kl_budget():
     """by hand: at the budget the stage goes on, above it or without a number it ends."""
     stage = Stage("a", 99, ROWS, kl_budget=0.1)
-    found = through(stage, [0, 0, 0, 0], [0.0, 0.1, 0.11, 0.0])
-    assert (found.steps, found.ended) == (3, "kl 0.11 exceeds its budget of 0.1")
+    result = through(stage, [0, 0, 0, 0], [0.0, 0.1, 0.11, 0.0])
+    assert (result.steps, result.ended) == (3, "kl 0.11 exceeds its budget of 0.1")
     assert through(stage, [0], [float("nan")]).ended is not None
 
 
 def test_reasons_together():
     """by hand: the last step may be a plateau too."""
     stage = Stage("a", 2, ROWS, plateau_window=1, kl_budget=0.1)
-    found = through(stage, [1.0, 1.0], [0.0, 0.2])
-    assert found.ended.count(" and ") == 2 and found.ended.startswith("its 2 steps are done")
+    result = through(stage, [1.0, 1.0], [0.0, 0.2])
+    assert result.ended.count(" and ") == 2 and result.ended.startswith("its 2 steps are done")
 
 
 def test_stages_follow():
@@ -74,9 +74,9 @@ def test_interrupted_anywhere():
     """law: progress through JSON at any step, as a checkpoint keeps it, ends where it would."""
     stage = Stage("a", 99, ROWS, plateau_window=3, plateau_tolerance=0.05)
     rewards = [0.1, 0.3, 0.2, 0.7, 0.9, 0.8, 0.85, 0.88, 0.86, 0.87, 0.84, 0.86, 0.1]
-    whole = through(stage, rewards)
-    assert 6 < whole.steps < 13
-    for cut in range(1, whole.steps):
-        held = json.dumps(dataclasses.asdict(through(stage, rewards[:cut])))
-        again = through(stage, rewards[cut:], progress=Progress(**json.loads(held)))
-        assert (again.steps, again.ended) == (whole.steps, whole.ended)
+    uninterrupted = through(stage, rewards)
+    assert 6 < uninterrupted.steps < 13
+    for cut in range(1, uninterrupted.steps):
+        stored = json.dumps(dataclasses.asdict(through(stage, rewards[:cut])))
+        again = through(stage, rewards[cut:], progress=Progress(**json.loads(stored)))
+        assert (again.steps, again.ended) == (uninterrupted.steps, uninterrupted.ended)

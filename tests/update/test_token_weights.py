@@ -11,11 +11,13 @@ from ntkrl import update
 
 def test_kl_in_the_reward_by_hand():
     """by hand: β Σ (log π − log π_ref) = 0.05·(0.5 − 0.2) of the first completion's reward."""
-    held = [jnp.array([[-1.0, -1.0, -7.0]]), jnp.array([[-1.5, -0.8, 0.0]])]
+    log_probs = [jnp.array([[-1.0, -1.0, -7.0]]), jnp.array([[-1.5, -0.8, 0.0]])]
     mask = jnp.array([[True, True, False]])
-    found = update.reward_penalties(update.PRESETS["rloo"], *held, mask)
-    np.testing.assert_allclose(found, [[0.025, -0.01, 0.0]], rtol=1e-5)
-    np.testing.assert_array_equal(update.reward_penalties(update.PRESETS["grpo"], *held, mask), 0.0)
+    result = update.reward_penalties(update.PRESETS["rloo"], *log_probs, mask)
+    np.testing.assert_allclose(result, [[0.025, -0.01, 0.0]], rtol=1e-5)
+    np.testing.assert_array_equal(
+        update.reward_penalties(update.PRESETS["grpo"], *log_probs, mask), 0.0
+    )
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -27,15 +29,15 @@ def test_corrections(level):
     weight = np.exp(np.where(mask, old - behaviour, 0.0))
     weight = weight.prod(axis=1, keepdims=True) if level == "sequence" else weight
     weight = np.broadcast_to(weight, mask.shape)
-    given = [jnp.asarray(one) for one in (old, behaviour, mask)]
+    arrays = [jnp.asarray(array) for array in (old, behaviour, mask)]
     for kind, expected in (
         ("truncate", np.minimum(weight, 1.1)),
         ("mask", np.where(weight <= 1.1, weight, 0.0)),
         ("off", np.ones_like(weight)),
     ):
         objective = update.Objective(correction=kind, correction_level=level, correction_cap=1.1)
-        found = update.correction_weights(objective, *given)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        result = update.correction_weights(objective, *arrays)
+        np.testing.assert_allclose(result, expected, rtol=1e-5)
     assert (weight > 1.1).any() and (weight < 1).any()
 
 
@@ -47,8 +49,8 @@ def test_what_does_not_count():
 
     def rows(**axes):
         objective = dataclasses.replace(plain, **axes)
-        found = update.counted_tokens(objective, mask, finished, rewards, 2)
-        return np.asarray(found.all(axis=1)).tolist()
+        result = update.counted_tokens(objective, mask, finished, rewards, 2)
+        return np.asarray(result.all(axis=1)).tolist()
 
     assert rows() == [True] * 4
     assert rows(overlong="mask") == [True, True, True, False]
@@ -58,11 +60,11 @@ def test_what_does_not_count():
 
 def test_one_sign_alone():
     """by hand: advantages of the other sign are 0."""
-    given = jnp.array([[1.5, -0.5], [0.0, -2.0]])
+    advantages = jnp.array([[1.5, -0.5], [0.0, -2.0]])
 
     def kept(signs):
-        return np.asarray(update.filter_sign(update.Objective(signs=signs), given)).tolist()
+        return np.asarray(update.filter_sign(update.Objective(signs=signs), advantages)).tolist()
 
-    assert kept("both") == given.tolist()
+    assert kept("both") == advantages.tolist()
     assert kept("positive") == [[1.5, 0.0], [0.0, 0.0]]
     assert kept("negative") == [[0.0, -0.5], [0.0, -2.0]]

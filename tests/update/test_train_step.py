@@ -120,11 +120,11 @@ def test_each_group_has_its_own_rate():
     params = toy_params(policy)
     batch = make_batch(policy.vocab_size)
     sgd = {"name": "x", "steps": 1, "optimizer": "sgd", "max_grad_norm": None}
-    one, _ = run(policy, params, sgd | {"parameters": ((".*", 0.1),)}, [batch])
+    single, _ = run(policy, params, sgd | {"parameters": ((".*", 0.1),)}, [batch])
     two, _ = run(
         policy, params, sgd | {"parameters": (("head", 0.3), ("mix", None), (".*", 0.1))}, [batch]
     )
-    moved = {n: np.asarray(one.params[n] - params[n]) for n in params}
+    moved = {n: np.asarray(single.params[n] - params[n]) for n in params}
     np.testing.assert_allclose(two.params["head"] - params["head"], 3 * moved["head"], atol=1e-6)
     np.testing.assert_allclose(two.params["embed"] - params["embed"], moved["embed"], atol=1e-6)
     np.testing.assert_array_equal(two.params["mix"], params["mix"])
@@ -160,7 +160,7 @@ def test_sharded_equals_single_device(stage):
     """law: 1, 2 and 8 devices agree to 1e-5 (sums run in another order), Adam moments sharded."""
     policy, params = neox(vocab_size=24)  # 24 rows divide over tensor=2
     batches = [make_batch(24, seed=s) for s in range(2)]
-    found = {}
+    result = {}
     for count, (data, fsdp, tensor) in {1: (1, 1, 1), 2: (2, 1, 1), 8: (2, 2, 2)}.items():
         mesh = runtime.make_mesh(data, fsdp, tensor, jax.devices()[:count])
         program = update.stage_program(update.Stage(**stage), policy, params)
@@ -175,16 +175,18 @@ def test_sharded_equals_single_device(stage):
         state = jax.device_put(jax.tree.map(jnp.copy, state), placed)
         for batch in batches:
             state, metrics, _ = step(state, runtime.place_rows(batch, mesh))
-        found[count] = (state, metrics)
-    whole, _ = found[1]
+        result[count] = (state, metrics)
+    sharded, _ = result[1]
     for count in (2, 8):
-        state, metrics = found[count]
-        for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(state.params), strict=True):
+        state, metrics = result[count]
+        for a, b in zip(
+            jax.tree.leaves(sharded.params), jax.tree.leaves(state.params), strict=True
+        ):
             np.testing.assert_allclose(np.asarray(b), np.asarray(a), atol=1e-5)
-        np.testing.assert_allclose(float(metrics["loss"]), float(found[1][1]["loss"]), rtol=1e-5)
+        np.testing.assert_allclose(float(metrics["loss"]), float(result[1][1]["loss"]), rtol=1e-5)
     spread = [
         leaf
-        for leaf in jax.tree.leaves(found[8][0].opt_state)
+        for leaf in jax.tree.leaves(result[8][0].opt_state)
         if not leaf.sharding.is_fully_replicated
     ]
     assert spread, "Adam's moments must be sharded like their parameters"
