@@ -218,7 +218,8 @@ class PreferenceSource(BatchSource):
         """Return token ids and gates of the chosen and of the rejected texts."""
         texts = prompts.prompt_set
         return [
-            self.texts.encode(texts.prompts, texts.columns[name]) for name in ("chosen", "rejected")
+            self.texts.encode(texts.prompts, texts.columns[name], texts.columns)
+            for name in ("chosen", "rejected")
         ]
 
     def _batch(
