@@ -8,6 +8,7 @@ from ntkrl.models.hf_files import HUB_NAME, local_directory, read_config
 from ntkrl.models.layers import REMAT
 from ntkrl.models.lora import CONFIG_FILE as ADAPTER_CONFIG
 from ntkrl.models.lora import Lora
+from ntkrl.models.model_card import Training
 from ntkrl.models.policy import ModelOptions, build, describe, resized, untied, whitened
 from ntkrl.models.pretrained import (
     check,

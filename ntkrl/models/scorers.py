@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkrl import trees
-from ntkrl.models import hf_files
+from ntkrl.models import hf_export, hf_files
 from ntkrl.models.decoder import Config
 from ntkrl.models.families import FAMILIES, SCORERS, architecture_of
 from ntkrl.models.family import ConfigReader, Family
+from ntkrl.models.model_card import Training, write_card
 from ntkrl.models.policy import ModelOptions, init_params, make_policy
 from ntkrl.models.pretrained import read_params
 from ntkrl.numerics import einsum
@@ -154,16 +155,23 @@ def check_scorer(path: str | Path) -> int:
     return known[name].parse(raw).vocab_size
 
 
-def export_scorer(path: str | Path, scorer: Scorer, params: Params, source: str | None) -> None:
+def export_scorer(
+    path: str | Path,
+    scorer: Scorer,
+    params: Params,
+    source: str | None,
+    training: Training | None = None,
+) -> None:
     """Write a reward model as a sequence-classification directory that transformers loads.
 
     Args:
       path: directory, written atomically.
       scorer, params: as returned by `load_scorer` (of a classifier, not of ArmoRM).
       source: directory of tokenizer files to copy; None for none.
+      training: facts for the model card.
     """
     family = FAMILIES[scorer.config.architecture]
-    tensors = hf_files.gather_tensors(_with_heads(family).weights, trees.named_leaves(params))
+    tensors = hf_export.gather_tensors(_with_heads(family).weights, trees.named_leaves(params))
     raw = {
         **family.config_json(scorer.config, jax.tree.leaves(params)[0].dtype),
         "architectures": [family.scorer],
@@ -172,7 +180,10 @@ def export_scorer(path: str | Path, scorer: Scorer, params: Params, source: str 
         "pad_token_id": scorer.pad_id,
         "tie_word_embeddings": False,
     }
-    hf_files.write_model(Path(path), raw, tensors, source)
+    card = write_card(scorer.source, scorer.source, training)
+    hf_export.write_model(
+        Path(path), raw, tensors, hf_export.Companions(source, scorer.source, card)
+    )
 
 
 def write_new_scorer(path: str | Path, raw: dict[str, Any], key: Array, source: str | Path) -> None:
@@ -195,8 +206,8 @@ def write_new_scorer(path: str | Path, raw: dict[str, Any], key: Array, source: 
     for number, (name, leaf) in enumerate(trees.named_leaves(spec.heads).items()):
         draw = jax.random.normal(jax.random.fold_in(head_key, number), leaf.shape, leaf.dtype)
         leaves[name] = spec.config.initializer_range * draw
-    tensors = hf_files.gather_tensors(spec.family.weights, leaves)
-    hf_files.write_model(Path(path), raw, tensors, str(source))
+    tensors = hf_export.gather_tensors(spec.family.weights, leaves)
+    hf_export.write_model(Path(path), raw, tensors, hf_export.Companions(str(source)))
 
 
 def _spec(raw: dict[str, Any], dtype: Any, source: str | Path) -> RewardSpec:
