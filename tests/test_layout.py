@@ -38,7 +38,7 @@ OWNERS = {
     "matplotlib": {"report", "study"},
     "orbax": {"runtime"},
     "ml_collections": {
-        *("runtime", "settings", "update", "training", "evaluation", "prepare", "study"),
+        *("runtime", "settings", "training", "evaluation", "prepare", "study"),
     },
     "pyarrow": {"data", "prepare"},
     "transformers": {"data"},

@@ -47,7 +47,7 @@ def evaluate(
         `export` raises.
     """
     settings = read_settings(config)
-    if settings.method == "reward":
+    if settings.method.reward_model:
         raise ValueError("evaluate samples completions; a reward model's accuracy is in its run.")
     directory, checkpoint = Path(config.run_dir), None
     if run is not None:
@@ -120,7 +120,7 @@ class SavedParams:
     """
 
     def __init__(self, run: str, settings: RunSettings, step: int | str | None):
-        ranking = settings.checkpoint.ranking(settings.headline)
+        ranking = settings.checkpoint.ranking(settings.method.headline)
         if step == "best" and ranking is None:
             raise ValueError(
                 f"{run} ranks no checkpoints; train with --config.checkpoint.keep_best=1."

@@ -130,7 +130,7 @@ def load_network(
     Raises:
       ValueError: anything wrong with the model directory, or a tokenizer that does not fit.
     """
-    if settings.method == "reward":
+    if settings.method.reward_model:
         scorer, params = _load_scorer(settings, tokenizer, mesh)
         return StartingModel(scorer, params, tokenizer, tokenizer_dir, mesh)
     policy, params = _load_policy(settings, tokenizer, mesh)

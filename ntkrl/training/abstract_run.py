@@ -51,7 +51,7 @@ class AbstractRun:
         rollout.check_length(model.policy, self.width, self.budget)
         self.states = TrainStates(self.settings, model)
         self.functions: RolloutFunctions | None = None
-        if settings.method == "rl":
+        if settings.method.samples:
             self.functions = RolloutFunctions(self.settings, model)
             self.loss, self.term_losses = self.functions.loss, self.functions.term_losses
         else:

@@ -39,7 +39,7 @@ class RunCheckpointer:
         """
         self.settings, self.config = settings.checkpoint, config
         self.failures = 0
-        ranking = self.settings.ranking(settings.headline)
+        ranking = self.settings.ranking(settings.method.headline)
         self.checkpoints = runtime.Checkpoints(
             directory / "checkpoints", self.settings.keep, ranking
         )

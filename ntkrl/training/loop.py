@@ -32,7 +32,7 @@ from ntkrl.training.credit import without_kl_advantages
 from ntkrl.training.probe_hook import CompletedStep, ProbeHook
 from ntkrl.training.rollout_source import BATCH_SOURCES
 from ntkrl.training.train_state import JittedStep, TrainStates
-from ntkrl.types import Array, Params, Policy, TrainState, UpdateBatch
+from ntkrl.types import Array, Params, TrainState, UpdateBatch
 from ntkrl.update import due
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
@@ -72,7 +72,7 @@ def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
     runtime.check_shared(directory)
-    if settings.method == "rl":
+    if settings.method.samples:
         runtime.log(f"objective: {update.describe(settings.objective)}")
     loop.run()
     setup.model.export(directory / "export", loop.state.params)
@@ -131,7 +131,7 @@ class Loop:
         """
         self.setup, self.settings, self.directory = setup, setup.settings, directory
         self.model, self.notice, self.stages = setup.model, notice, setup.stages
-        self.source = BATCH_SOURCES[self.settings.method](setup)
+        self.source = BATCH_SOURCES[self.settings.method.name](setup)
         self.programs = update.stage_programs(
             self.stages, self.model.network, self.model.params, self.settings.schedule.updates
         )
@@ -141,7 +141,7 @@ class Loop:
         self.checkpointer = RunCheckpointer(self.settings, config, directory)
         self.probe_hook: ProbeHook | None = None
         self.eval_sample: Sample | None = None
-        if setup.held_out is not None and isinstance(self.model.network, Policy):
+        if setup.held_out is not None and not self.settings.method.reward_model:
             self.eval_sample = make_evaluation_sample(self.settings, self.model)
             term_losses = self.source.term_losses
             if self.settings.probes and term_losses is not None:
@@ -320,7 +320,7 @@ class Loop:
         step.metrics |= step.counters
         step.counters = {}
         self.writer.write(step.step, step.metrics)
-        headline = self.settings.headline
+        headline = self.settings.method.headline
         self.bar.set_postfix({headline: f"{step.metrics[headline]:.3f}", "stage": step.stage})
         self.bar.update()
 

@@ -262,7 +262,7 @@ class ProbeHook:
     def _group(self, batch: UpdateBatch) -> int | None:
         """Return the completions per prompt in adjacent rows, where they are compared."""
         group = self.setup.settings.rollout.completions_per_prompt
-        if self.setup.settings.method != "rl" or group < 2 or len(batch.tokens) % group:
+        if not self.setup.settings.method.samples or group < 2 or len(batch.tokens) % group:
             return None
         return group
 

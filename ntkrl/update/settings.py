@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from ntkrl import runtime
 from ntkrl.update.stages import Stage, check_stages
 
@@ -91,26 +89,20 @@ def due(every_steps: int | None, rollout_step: int) -> bool:
     return every_steps is not None and rollout_step % every_steps == 0
 
 
-def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
-    """Return the stages of a config, each checked and against the one before.
+def read_stages(rows: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
+    """Return the stages of a config's rows, each checked and against the one before.
 
     Raises:
       ValueError: all problems of all stages, in one message.
     """
-    if not config.stages:
+    if not rows:
         raise ValueError("stages is empty; give at least one row (see configs/base.py).")
     stages, problems = [], []
-    for number, row in enumerate(config.stages):
+    for number, row in enumerate(rows):
         try:
             stages.append(runtime.parse_section(Stage, row, f"stages[{number}]"))
         except ValueError as error:
             problems.append(str(error))
-    ruled = [s.name for s in stages if (s.plateau_window, s.kl_budget) != (None, None)]
-    if ruled and config.method != "rl":
-        problems.append(
-            f"plateau_window and kl_budget need a reward and a reference: method {config.method!r} "
-            f"has neither; remove them from stages {', '.join(ruled)}."
-        )
     if problems:
         raise ValueError("\n".join(problems))
     check_stages(stages)
