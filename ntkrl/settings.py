@@ -150,8 +150,8 @@ class RunSettings:
         sizes = self.mesh
         return runtime.make_mesh(sizes["data"], sizes["fsdp"], sizes["tensor"], devices)
 
-    def data_shards(self, mesh: Mesh) -> int:
-        """Return the data shards per microbatch."""
+    def row_shards(self, mesh: Mesh) -> int:
+        """Return the shards that the rows of a microbatch are divided into."""
         if self.data.packing:  # rows are padded to a multiple
             return trees.row_parts(mesh)
         return trees.blocks(mesh, self.minibatch_rows // self.schedule.microbatches)

@@ -101,7 +101,7 @@ def read_settings(model: str, options: Mapping[str, str]) -> KernelSettings:
     return KernelSettings(model, **values)
 
 
-def inspect(settings: KernelSettings) -> dict[str, np.ndarray]:
+def compute_kernels(settings: KernelSettings) -> dict[str, np.ndarray]:
     """Compute the kernels of a model directory on prompts; write and print them.
 
     Writes `kernel.npz` and `kernel.png` under `settings.out`, and nothing elsewhere.

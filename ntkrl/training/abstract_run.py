@@ -58,10 +58,10 @@ class AbstractRun:
             self.loss, self.term_losses = supervised_losses(self.settings, model)
         # epochs have a length that only the prompts know, and no program depends on
         stages = [stage.in_steps(1 << 20) for stage in settings.stages]
-        self.stages = update.stage_programs(
+        self.stages = update.bind_stages(
             stages, model.policy, model.params, settings.schedule.updates
         )
-        self.stage_names = tuple(program.stage.name for program in self.stages)
+        self.stage_names = tuple(stage.stage.name for stage in self.stages)
         self.key = self.replicated(jax.eval_shape(lambda: jax.random.key(0)))
 
     def replicated(self, tree: Any) -> Any:
@@ -78,11 +78,11 @@ class AbstractRun:
         """Return the rows of a batch on each device."""
         return runtime.row_sharding(rows, self.mesh).shard_shape((rows,))[0]
 
-    def state(self, stage: update.StageProgram) -> TrainState:
+    def state(self, stage: update.BoundStage) -> TrainState:
         """Return the state that a stage's steps start from."""
         return dataclasses.replace(self.states.abstract(stage), reference=None)
 
-    def resident(self, stage: update.StageProgram) -> dict[str, Any]:
+    def resident(self, stage: update.BoundStage) -> dict[str, Any]:
         """Return the trees that are on the devices throughout a stage, by name."""
         params = self.model.params
         named = {STARTING: params, POLICY: params, OPTIMIZER: self.state(stage).opt_state}
@@ -90,7 +90,7 @@ class AbstractRun:
             named["reference params"] = params
         return named | {f"reward {name}": params for name, (_, params) in self.scorers.items()}
 
-    def snapshot_copies(self, stage: update.StageProgram) -> list[Any]:
+    def snapshot_copies(self, stage: update.BoundStage) -> list[Any]:
         """Return the copies that a probed step keeps on the devices; see ProbeHook.snapshot."""
         if not self.settings.probes:
             return []
@@ -124,7 +124,7 @@ class AbstractRun:
         return self.rows(jax.eval_shape(drawn))
 
     def minibatch(
-        self, stage: update.StageProgram, accounted: bool = False
+        self, stage: update.BoundStage, accounted: bool = False
     ) -> tuple[UpdateBatch, OutputHead | None]:
         """Return the batch and the reference's head that a stage's step is called with.
 

@@ -74,14 +74,14 @@ def make_ledger(
     settings: RunSettings,
     model: StartingModel,
     term_losses: update.LossFn[dict[str, Total]],
-    program: update.StageProgram,
+    bound_stage: update.BoundStage,
 ) -> attribution.Ledger:
     """Return the ledger of a stage's steps."""
     return attribution.Ledger(
         policy=model.policy,
         terms=term_losses,
-        optimizer=program.optimizer,
-        trained=program.trained,
+        optimizer=bound_stage.optimizer,
+        trained=bound_stage.trained,
         groups=settings.probe.ledger_groups,
         by=settings.probe.ledger_by,
         memory_gib=settings.probe.memory_gib,
@@ -102,7 +102,7 @@ class ProbeHook:
         self,
         setup: RunSetup,
         term_losses: update.LossFn[dict[str, Total]],
-        programs: Sequence[update.StageProgram],
+        bound_stages: Sequence[update.BoundStage],
         directory: Path,
         key: Array,
     ):
@@ -111,14 +111,14 @@ class ProbeHook:
         Args:
           setup: the run, with held-out prompts.
           term_losses: of its source.
-          programs: of its stages.
+          bound_stages: of its stages.
           directory: the run's.
           key: consumed.
 
         Raises:
           ValueError: what `make_probes` raises, or groups that do not cover the params.
         """
-        self.setup, self.model, self.programs = setup, setup.model, programs
+        self.setup, self.model, self.bound_stages = setup, setup.model, bound_stages
         self.settings, self.directory = setup.settings.probe, directory
         self.memory_warned = False
         self.history = History(directory / "probes")
@@ -127,7 +127,7 @@ class ProbeHook:
                 "probe.kernel_every_steps: exact kernels are for one process; set it to None."
             )
         self.ledgers = [
-            make_ledger(setup.settings, setup.model, term_losses, program) for program in programs
+            make_ledger(setup.settings, setup.model, term_losses, stage) for stage in bound_stages
         ]
         for ledger in self.ledgers:
             ledger.check(self.model.params)
@@ -147,10 +147,10 @@ class ProbeHook:
         if runtime.is_writer() and not path.exists():
             save_probes(self.probes, self.directory)
 
-    def due(self, rollout_step: int) -> bool:
+    def is_due(self, rollout_step: int) -> bool:
         """Return whether the last optimizer step of a rollout step is analysed."""
         return any(
-            update.due(getattr(self.settings, name), rollout_step) for name in probe.CADENCES
+            update.is_due(getattr(self.settings, name), rollout_step) for name in probe.CADENCES
         )
 
     def snapshot(
@@ -167,8 +167,8 @@ class ProbeHook:
         the batch is without its `kl_advantages`, which spares step and ledger a term.
         """
         opt_state, shares = None, None
-        accounted = update.due(self.settings.ledger_every_steps, rollout_step)
-        if accounted and self._ledger_fits(state, self.programs[stage]):
+        accounted = update.is_due(self.settings.ledger_every_steps, rollout_step)
+        if accounted and self._ledger_fits(state, self.bound_stages[stage]):
             opt_state = jax.tree.map(lambda leaf: jnp.copy(_on_device(leaf)), state.opt_state)
             shares = kl_shares(batch) if self.settings.ledger_by == "sample" else None
         if opt_state is None or shares is not None:
@@ -218,11 +218,11 @@ class ProbeHook:
                 (before.params, after.params),
                 without_kl_advantages(placed),
                 settings.rollout.temperature,
-                settings.schedule.chunk_tokens * settings.data_shards(self.model.mesh),
+                settings.schedule.chunk_tokens * settings.row_shards(self.model.mesh),
                 self._group(batch),
             )
             metrics |= jax.tree.map(float, measured)
-            if update.due(self.settings.kernel_every_steps, rollout_step):
+            if update.is_due(self.settings.kernel_every_steps, rollout_step):
                 metrics |= self._alignment(before.params, batch)
         moved, _ = probe.update_sparsity(self.model.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
@@ -237,7 +237,7 @@ class ProbeHook:
     ) -> dict[str, float]:
         """Return the measures of the probe set, and of kernels on it where they are due."""
         measures = self.prober.measures(params, reading)
-        if not update.due(self.settings.kernel_every_steps, rollout_step):
+        if not update.is_due(self.settings.kernel_every_steps, rollout_step):
             return measures
         now, start = self._kernel(params), self._start_kernel
         drift = probe.kernel_drift(now, start)
@@ -326,7 +326,7 @@ class ProbeHook:
         advantages_BC = np.where(batch.completion_mask, batch.advantages, 0)
         advantages_B = np.sum(advantages_BC, axis=1) / counts_B
         if runtime.is_writer():
-            stage = self.programs[step.start.stage].stage.name
+            stage = self.bound_stages[step.start.stage].stage.name
             texts = self._ledger_texts(batch, advantages_B, stage)
             runtime.save_text(self.directory / "ledger" / f"{name}.json", json.dumps(texts))
             runtime.save_arrays(self.directory / "ledger" / f"{name}.npz", arrays)
@@ -336,10 +336,10 @@ class ProbeHook:
         noise = {f"signal/{name}": float(v) for name, v in noises[0]._asdict().items()}
         return metrics | {name: value for name, value in noise.items() if math.isfinite(value)}
 
-    def _ledger_fits(self, state: TrainState, program: update.StageProgram) -> bool:
+    def _ledger_fits(self, state: TrainState, bound_stage: update.BoundStage) -> bool:
         """Return whether a ledger's copies fit the device; log once if they do not."""
         free = _free_bytes(jax.local_devices()[0])
-        trained, _ = trees.partition(state.params, program.trained)
+        trained, _ = trees.partition(state.params, bound_stage.trained)
         bytes_here = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(trained)]
         needed = LEDGER_COPIES * sum(bytes_here) + self.settings.memory_gib * GIB
         fits = free is None or needed < free

@@ -53,7 +53,7 @@ class RolloutFunctions:
         self.objective, self.policy = objective, model.policy
         self.group = settings.rollout.completions_per_prompt
         self.temperature = settings.rollout.temperature
-        shards = settings.data_shards(model.mesh)
+        shards = settings.row_shards(model.mesh)
         self.options = SoftmaxOptions(self.temperature, schedule.chunk_tokens * shards)
         # a group too small for the estimator fails here, before anything is sampled
         column = jnp.zeros((self.group, 1))
@@ -191,7 +191,7 @@ class RolloutSource(BatchSource):
     def _collect(self, context: StepContext) -> tuple[RewardedRollout, dict[str, float]]:
         """Sample and reward the step's prompts, and replace groups without signal on request."""
         setup, group = self.setup, self.functions.group
-        sample = self.functions.samplers[context.program.head_alone]
+        sample = self.functions.samplers[context.bound_stage.head_alone]
 
         def draw(key: Array) -> RewardedRollout:
             rows = step_rows(setup.settings, setup.train, self.position)

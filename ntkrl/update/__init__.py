@@ -18,17 +18,17 @@ from ntkrl.update.settings import (
     Progress,
     ScheduleSettings,
     advance,
-    due,
     enter_stage,
+    is_due,
     read_stages,
     steps_left,
 )
 from ntkrl.update.stages import (
+    BoundStage,
     Stage,
-    StageProgram,
+    bind_stage,
+    bind_stages,
     check_stages,
-    stage_program,
-    stage_programs,
 )
 from ntkrl.update.token_weights import (
     correction_weights,

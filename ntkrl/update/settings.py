@@ -84,7 +84,7 @@ class PreferenceSettings:
             )
 
 
-def due(every_steps: int | None, rollout_step: int) -> bool:
+def is_due(every_steps: int | None, rollout_step: int) -> bool:
     """Return whether an event of period `every_steps` (None: never) follows this rollout step."""
     return every_steps is not None and rollout_step % every_steps == 0
 

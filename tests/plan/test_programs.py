@@ -247,10 +247,10 @@ def test_shapes_are_those_of_a_ledger(settings):
     setup = RunSetup(run.settings, model, None, None, None, None)
     source, stage = BATCH_SOURCES["rl"](setup), run.stages[0]
     # the parts of a ProbeHook but for the held-out prompts
-    hook = types.SimpleNamespace(settings=small.probe, programs=run.stages)
+    hook = types.SimpleNamespace(settings=small.probe, bound_stages=run.stages)
     hook._ledger_fits = lambda *arguments: True
     made = make_ledger(run.settings, model, source.term_losses, stage)
-    state = TrainStates(run.settings, model).first(stage)
+    state = TrainStates(run.settings, model).initial_state(stage)
     planned, _ = run.minibatch(run.stages[0], accounted=True)  # see test_shapes_are_those_of_a_run
     batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), planned)
     due = small.probe.ledger_every_steps
