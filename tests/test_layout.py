@@ -17,7 +17,8 @@ FLOORS = [
     {"models", "scoring", "ntk", "runtime"},
     # one pipeline, in order: a room may import those before it
     {"data"},
-    {"rollout", "reward", "advantage", "update", "report"},
+    {"rollout", "reward", "advantage", "report"},
+    {"update"},
     {"probe"},
     {"attribution"},
     {"settings"},

@@ -15,7 +15,6 @@ from ntkrl.settings import RunSettings
 from ntkrl.setup import StartingModel
 from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import supervised_losses
-from ntkrl.training.credit import RolloutArrays, without_kl_advantages
 from ntkrl.training.rollout_source import RolloutFunctions, update_batch
 from ntkrl.training.train_state import TrainStates
 from ntkrl.types import Params, Rollout, Scorer, TrainState, UpdateBatch
@@ -138,7 +137,7 @@ class AbstractRun:
         functions, drawn = self.functions, self.rollout(keep_features=stage.head_alone)
         log_probs = drawn.sampler_log_probs
         exact_kl = functions.needs_reference and functions.objective.needs_distribution
-        arrays = RolloutArrays(
+        arrays = update.RolloutArrays(
             rewards=jax.eval_shape(lambda leaf: leaf.astype(jnp.float32), drawn.finished),
             old_log_probs=log_probs,
             ref_log_probs=log_probs,
@@ -152,7 +151,7 @@ class AbstractRun:
         ref_features = self.rollout(True).features if reference_in_loss else None
         batch = update_batch(drawn, arrays, weights, ref_features)
         if not accounted or self.settings.probe.ledger_by != "group":
-            batch = without_kl_advantages(batch)
+            batch = dataclasses.replace(batch, kl_advantages=None)
         count = batch.tokens.shape[0] // self.settings.schedule.minibatches
         batch = jax.tree.map(lambda leaf: leaf.update(shape=(count, *leaf.shape[1:])), batch)
         head = head_of(self.model.policy, self.model.params) if reference_in_loss else None

@@ -28,7 +28,6 @@ from ntkrl.setup import RunSetup, set_up
 from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import Batch, StepContext
 from ntkrl.training.checkpointing import RunCheckpointer
-from ntkrl.training.credit import without_kl_advantages
 from ntkrl.training.probe_hook import CompletedStep, ProbeHook
 from ntkrl.training.rollout_source import BATCH_SOURCES
 from ntkrl.training.train_state import JittedStep, TrainStates
@@ -202,7 +201,9 @@ class Loop:
         probed = bool(batches) and hook is not None and hook.is_due(rollout_step)
         stage, metrics, snapshot, completed = self.progress.stage, [], None, None
         for number, minibatch in enumerate(batches, start=1):
-            plain = without_kl_advantages(minibatch)
+            plain: Batch = minibatch
+            if isinstance(minibatch, UpdateBatch):  # only ledgers read the KL's part by itself
+                plain = dataclasses.replace(minibatch, kl_advantages=None)
             if hook is not None and probed and number == len(batches):
                 assert isinstance(minibatch, UpdateBatch)  # as of every source with term losses
                 # copy the buffers that the jitted step donates

@@ -19,7 +19,6 @@ from ntkrl.numerics import GIB
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, StartingModel
 from ntkrl.softmax import OutputHead
-from ntkrl.training.credit import kl_shares, without_kl_advantages
 from ntkrl.training.history import History, direction_arrays
 from ntkrl.training.probe_set import (
     FORMAT,
@@ -43,7 +42,7 @@ class StepSnapshot:
     batch: its minibatch, in host memory.
     reference: head of the reference policy that its loss compares with, or None.
     stage: number of the stage.
-    kl_shares: see `kl_shares`; None where a ledger has the KL's part as a term of its own.
+    kl_shares: see `update.kl_shares`; None where a ledger has the KL's part as a term of its own.
     """
 
     before: TrainState
@@ -170,9 +169,9 @@ class ProbeHook:
         accounted = update.is_due(self.settings.ledger_every_steps, rollout_step)
         if accounted and self._ledger_fits(state, self.bound_stages[stage]):
             opt_state = jax.tree.map(lambda leaf: jnp.copy(_on_device(leaf)), state.opt_state)
-            shares = kl_shares(batch) if self.settings.ledger_by == "sample" else None
+            shares = update.kl_shares(batch) if self.settings.ledger_by == "sample" else None
         if opt_state is None or shares is not None:
-            batch = without_kl_advantages(batch)
+            batch = dataclasses.replace(batch, kl_advantages=None)
         before = dataclasses.replace(
             state, params=jax.tree.map(jnp.copy, state.params), opt_state=opt_state
         )
@@ -216,7 +215,7 @@ class ProbeHook:
             measured = probe.step_measures(
                 self.model.policy,
                 (before.params, after.params),
-                without_kl_advantages(placed),
+                dataclasses.replace(placed, kl_advantages=None),
                 settings.rollout.temperature,
                 settings.schedule.chunk_tokens * settings.row_shards(self.model.mesh),
                 self._group(batch),

@@ -1,7 +1,7 @@
 """The RL objective as independent axes.
 
 advantage × ratio × clip × aggregation × KL estimator and place × entropy × rollout correction ×
-overlong completions × groups without signal. Formulas are in loss.py (per token), token_weights.py
+overlong completions × groups without signal. Formulas are in loss.py (per token), credit.py
 (factors of tokens), ntkrl/advantage.py and, for named algorithms, presets.py.
 """
 

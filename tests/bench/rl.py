@@ -38,8 +38,8 @@ def our_steps(
 
     import ntkrl
     from ntkrl import rollout, scoring, update
-    from ntkrl.training.credit import RolloutArrays, token_weights
     from ntkrl.types import PromptBatch, UpdateBatch
+    from ntkrl.update import RolloutArrays, token_weights
 
     policy, params = ntkrl.load(directory)
     reference = params

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 
 import ntkrl
 from ntkrl import scoring, update
-from ntkrl.training.credit import RolloutArrays, token_weights
 from ntkrl.types import UpdateBatch
+from ntkrl.update import RolloutArrays, token_weights
 from tests.bench import measure
 from tests.toys import torch_neox
 

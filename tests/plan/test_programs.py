@@ -22,7 +22,6 @@ from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup
 from ntkrl.training import BATCH_SOURCES, GENERATION, PROBE, UPDATE, ProbeHook, Program, StepContext
 from ntkrl.training.batch_sources import split
-from ntkrl.training.credit import without_kl_advantages
 from ntkrl.training.probe_hook import make_ledger
 from ntkrl.training.programs import ledgers, updates
 from ntkrl.training.train_state import TrainStates
@@ -129,7 +128,7 @@ def test_shapes_are_those_of_a_run(settings):
     source = BATCH_SOURCES["rl"](setup)
     for stage in run.stages:
         batch, reference = run.minibatch(stage)
-        made = without_kl_advantages(_minibatch(source, setup, stage))
+        made = _minibatch(source, setup, stage).replace(kl_advantages=None)
         expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == expected
         placed = runtime.place_rows(made, run.mesh)

@@ -8,8 +8,8 @@ import pytest
 from ntkrl.main import main
 from ntkrl.probe import FAMILIES
 from ntkrl.report import is_known
-from ntkrl.training.credit import kl_shares
 from ntkrl.types import UpdateBatch
+from ntkrl.update import kl_shares
 from tests.training.test_train import STAGES, base, lines, one_device, words  # noqa: F401
 
 LEDGER = ["--config.probe.ledger_every_steps=2", "--config.eval.every_steps=4"]
