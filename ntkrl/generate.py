@@ -162,7 +162,7 @@ def collect(
     Args:
       setup: the run.
       sample: from `make_sample`.
-      params: of the policy that samples.
+      params: params of the policy that samples.
       request: which prompts.
       key: consumed.
       clock: called with "sample" and "reward" when each is done; or None.

@@ -26,7 +26,7 @@ class Method:
 
     name: value of config.method.
     headline: metric that a run shows and ranks checkpoints by.
-    columns: of the training prompts.
+    columns: names of the columns of the training prompts.
     required: keys of the config that must not be None, each with an entry in MISSING.
     samples: completions are sampled and rewarded, `rollout.completions_per_prompt` of each prompt.
     reward_model: a Scorer is trained; else a Policy, which evaluations and probes sample from.
@@ -60,17 +60,14 @@ MISSING = {
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-    """Held-out evaluation.
+    """Held-out evaluation; configs/base.py describes the other keys.
 
-    every_steps: rollout steps between evaluations, or None for none.
+    every_steps: rollout steps between evaluations.
     prompts: held-out prompts read (at most; all if fewer).
     samples_per_prompt: k of pass@k and of the distinct counts.
     repeats: independent samplings; their spread is the noise of the measurement.
     success_threshold: a completion with at least this reward counts as solved.
-    temperature: of these samples, ≥ 0 (0: greedy); None for rollout's.
-    base: samples of an earlier evaluation on the same prompts that these are compared with
-        (evaluations/NAME.jsonl, with NAME.rewards.json beside it), or None.
-    name: of what `evaluate` writes, or None for the model directory's.
+    base: evaluations/NAME.jsonl, with NAME.rewards.json beside it.
     """
 
     every_steps: int | None

@@ -37,7 +37,7 @@ def evaluate(
     Args:
       config: see configs/base.py; `model.path`, `data`, `reward`, `rollout` and `eval` count.
       run: run directory whose checkpoint is scored, or None for the model of `model.path`.
-      step: of the checkpoint, as in `export`.
+      step: rollout step of the checkpoint, as in `export`.
 
     Returns:
       The `eval/…` and `diversity/…` metrics, with `_low` and `_high` ends of intervals.

@@ -104,7 +104,7 @@ def evaluate_policy(
     Args:
       setup: the run, with held-out prompts.
       sample: from `make_evaluation_sample`.
-      params: of the policy.
+      params: params of the policy.
       key: consumed.
       progress: show a bar.
 
@@ -147,7 +147,7 @@ def prompt_measures(
     Args:
       texts: B completions, groups of `samples_per_prompt` consecutive.
       rewards: `[B]`.
-      settings: of the evaluation.
+      settings: settings of the evaluation.
 
     Returns:
       Metric to `[P]`. The answer in a text is `reward.final_answer`, that is the whole text where

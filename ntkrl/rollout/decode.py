@@ -129,7 +129,7 @@ class Decoder:
         """Sample up to `chunk_steps` tokens of the active rows.
 
         Args:
-          params: of the policy.
+          params: params of the policy.
           active, output: state so far.
           start: tokens sampled so far.
 

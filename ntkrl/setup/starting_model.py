@@ -29,7 +29,7 @@ class StartingModel:
     network: the trained network; a reward model is a Scorer, whose params hold its head.
     params: on the mesh; shapes with shardings where a run is only planned.
     tokenizer: transformers'. tokenizer_dir: directory whose tokenizer files export copies.
-    mesh: of all devices.
+    mesh: mesh of all devices.
     """
 
     network: Policy | Scorer

@@ -35,7 +35,7 @@ class AbstractRun:
         """Bind stages and functions to a model.
 
         Args:
-          settings: of a run with method rl or sft.
+          settings: settings of a run with method rl or sft.
           model: params are shapes with shardings; the tokenizer needs its special tokens alone.
           scorers: reward models by name, their params shapes with shardings.
 

@@ -32,7 +32,7 @@ EVALUATION_ROWS = 32
 class StepContext:
     """State of the run at the beginning of a rollout step.
 
-    params: of the policy.
+    params: params of the policy.
     reference: params of the reference policy.
     bound_stage: the current stage.
     features_fixed: whether no stage so far moves the body, so that the reference policy's features
@@ -56,7 +56,7 @@ class StepBatches:
     """The data of one rollout step.
 
     batches: minibatches in host memory, one optimizer step each and epoch.
-    metrics: of the data, logged with the step.
+    metrics: metrics of the data, logged with the step.
     reference: head of the reference policy, where the loss compares whole distributions.
     """
 
@@ -91,7 +91,7 @@ class BatchSource(Protocol):
         """Return the metrics of a rollout step from those of its optimizer steps.
 
         Args:
-          step_metrics: of each optimizer step in order; empty if no batch was trained on.
+          step_metrics: metrics of each optimizer step in order; empty if no batch was trained on.
           rollout_step: for messages.
 
         Raises:

@@ -136,7 +136,7 @@ class RunCheckpointer:
           step: rollout steps finished.
           state: may be donated after the call.
           position: JSON values besides those that the RunCheckpointer adds.
-          metrics: of the step.
+          metrics: metrics of the step.
 
         Raises:
           OSError: as `wait_for_save`.

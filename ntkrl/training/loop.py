@@ -108,7 +108,7 @@ class Loop:
     state: without a reference. reference: params of the reference policy where they move, or None.
     progress: in the current stage. tokens_seen: in all batches so far.
     step_count, stage_updates: optimizer steps in all stages, and of the current optimizer.
-    writer, bar: of metrics, and of progress, while `run` trains.
+    writer, bar: metrics file and progress bar, while `run` trains.
     """
 
     state: TrainState

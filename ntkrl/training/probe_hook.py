@@ -109,8 +109,8 @@ class ProbeHook:
 
         Args:
           setup: the run, with held-out prompts.
-          term_losses: of its source.
-          bound_stages: of its stages.
+          term_losses: losses by term of its source.
+          bound_stages: its stages.
           directory: the run's.
           key: consumed.
 

@@ -33,8 +33,8 @@ FORMAT = 1
 class Probes:
     """A probe set and its texts.
 
-    arrays: the completions. families: `[B]` names. digest: of the arrays. texts: content of
-    set.json.
+    arrays: the completions. families: `[B]` names. digest: hash of the arrays. texts: content
+    of set.json.
     """
 
     arrays: ProbeSet

@@ -36,7 +36,7 @@ class RolloutFunctions:
 
     samplers: by whether features are recorded, `(params, prompts, key) -> Rollout`.
     loss, term_losses: see BatchSource.
-    log_probs, statistics: of completions under some params, see `_log_probs` and `_statistics`.
+    log_probs, statistics: readings of completions, see `_log_probs` and `_statistics`.
     token_weights: `(RolloutArrays, key) -> TokenWeights`.
     needs_reference: whether log-probs of the reference policy are read.
     reference_in_loss: whether the loss compares whole distributions with the reference policy.

@@ -41,7 +41,7 @@ class Stage:
       trained too, by the same optimizer, are transferred.
     max_grad_norm: clip the global norm over trained leaves, or None.
     b1, b2, epsilon: of Adam, also for the parameters that muon leaves to AdamW.
-    momentum: of sgd and muon in [0, 1); None: 0 and 0.95.
+    momentum: factor of sgd and muon in [0, 1); None: 0 and 0.95.
     weight_decay: rate × weight_decay × θ is subtracted from every trained θ.
     decay: ordered `(pattern, weight_decay)` instead of weight_decay, or None; must cover all.
     schedule: "constant", "linear" or "cosine" decay over the stage's optimizer steps.
@@ -189,7 +189,7 @@ class BoundStage:
     rates: learning rate or None per leaf, in leaf order.
     optimizer: transforms gradients of the trained leaves only.
     head_alone: only the head is trained, so that features stored by the sampler stay valid.
-    learning_rate: of the first trained pattern, by the stage's past optimizer steps.
+    learning_rate: rate of the first trained pattern, by the stage's past optimizer steps.
     """
 
     stage: Stage

@@ -188,8 +188,8 @@ def offloaded(step: Callable[..., StepResult], shardings: Any) -> Callable[..., 
 
     Args:
       step: from `make_step`.
-      shardings: of the optimizer state on the devices. The caller's jit sets its host placement,
-        in `in_shardings` and `out_shardings`.
+      shardings: shardings of the optimizer state on the devices. The caller's jit sets its host
+        placement, in `in_shardings` and `out_shardings`.
     """
 
     def offloaded_step(
