@@ -191,11 +191,9 @@ def read_settings(config: ConfigDict) -> RunSettings:
     )
     errors.call(_check_metric, config.checkpoint.best_metric)
     if settings.method is not None:
-        errors.messages.extend(_method_problems(config, settings.method, settings.stages or ()))
+        errors.messages.extend(_method_problems(config, settings))
     if not errors.messages:
-        errors.messages.extend(_division_problems(settings))
-    if not errors.messages:
-        errors.messages.extend(_dependency_problems(settings))
+        errors.messages.extend(_joint_problems(settings))
     errors.finish()
     return settings
 
@@ -206,9 +204,8 @@ def _read_method(name: str) -> Method:
     return METHODS[name]
 
 
-def _method_problems(
-    config: ConfigDict, method: Method, stages: tuple[update.Stage, ...]
-) -> Iterator[str]:
+def _method_problems(config: ConfigDict, settings: RunSettings) -> Iterator[str]:
+    method, stages = settings.method, settings.stages or ()  # None where a stage is wrong
     for key in method.required:
         section, name = key.split(".")
         if config[section][name] is None:
@@ -226,7 +223,8 @@ def _method_problems(
         )
 
 
-def _division_problems(settings: RunSettings) -> Iterator[str]:
+def _joint_problems(settings: RunSettings) -> Iterator[str]:
+    """List values that do not fit those of another section."""
     prompts, schedule = settings.data.prompts_per_step, settings.schedule
     if prompts % schedule.minibatches:
         yield (
@@ -238,10 +236,6 @@ def _division_problems(settings: RunSettings) -> Iterator[str]:
             f"schedule.microbatches = {schedule.microbatches} must divide the "
             f"{settings.minibatch_rows} rows of a minibatch."
         )
-
-
-def _dependency_problems(settings: RunSettings) -> Iterator[str]:
-    """List settings that need another one."""
     if settings.rollout.engine and settings.objective.correction == "off":
         yield (
             "rollout.engine draws with another program's arithmetic: set objective.correction to "
@@ -263,9 +257,7 @@ def _check_metric(name: str | None) -> None:
 
 def _read_reward(config: ConfigDict) -> reward.RewardSettings:
     section = config.reward.to_dict()
-    section["functions"] = _weighted_functions(
-        config, section.pop("function"), section.pop("weights")
-    )
+    section["functions"] = _weighted_functions(section.pop("function"), section.pop("weights"))
     settings = runtime.parse_section(reward.RewardSettings, section, "reward")
     if settings.dtype not in DTYPES:  # the reward room is imported without JAX
         raise ValueError(
@@ -276,7 +268,7 @@ def _read_reward(config: ConfigDict) -> reward.RewardSettings:
 
 
 def _weighted_functions(
-    config: ConfigDict, function: str | None, weights: tuple[float, ...] | None
+    function: str | None, weights: tuple[float, ...] | None
 ) -> tuple[tuple[str, float], ...]:
     if function is None:
         return ()

@@ -59,7 +59,8 @@ class Objective:
     kl_coefficient: β ≥ 0; with 0 the reference policy is not evaluated.
     entropy_coefficient: ≥ 0, on H(π) per token, full vocabulary.
     covariance: treatment of tokens by cov(log π, A) over the batch: "clip" excludes a random
-      fraction of those in covariance_range from the gradient; "kl" penalises the largest fraction; "off".
+      fraction of those in covariance_range from the gradient; "kl" penalises the largest
+      fraction; "off".
     covariance_fraction: share of the batch's tokens, in (0, 1).
     covariance_range: lowest and highest covariance that "clip" picks from.
     covariance_penalty: ≥ 0, coefficient of |log π − log π_old| under "kl".
