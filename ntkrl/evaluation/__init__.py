@@ -5,6 +5,6 @@ from ntkrl.evaluation.comparison import mean_interval, powers
 from ntkrl.evaluation.sampling import (
     EvaluationSamples,
     evaluate_policy,
-    make_evaluation_sample,
+    make_evaluation_sampler,
     prompts_together,
 )

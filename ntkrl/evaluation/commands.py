@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ntkrl import reward, runtime
 from ntkrl.evaluation.comparison import mean_interval
-from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sample
+from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import RunSetup, load_starting_model, set_up
@@ -63,13 +63,13 @@ def evaluate(
             "there is nothing to evaluate on: set eval.every_steps, reward.function and either "
             "data.eval_path or data.held_out."
         )
-    sample = make_evaluation_sample(settings, setup.model)
+    sampler = make_evaluation_sampler(settings, setup.model)
     key = jax.random.fold_in(jax.random.key(settings.seed), EVALUATE_STREAM)
     params = setup.model.params
     if checkpoint is not None:
         params = checkpoint.restore(params)
     progress = runtime.is_writer()
-    metrics, samples = evaluate_policy(setup, sample, params, key, progress=progress)
+    metrics, samples = evaluate_policy(setup, sampler, params, key, progress=progress)
     for name, values in samples.by_prompt.items():
         metrics |= mean_interval(name, values)
     if runtime.is_writer():

@@ -123,13 +123,13 @@ class AbstractRun:
         return self.rows(jax.eval_shape(drawn))
 
     def minibatch(
-        self, stage: update.BoundStage, accounted: bool = False
+        self, stage: update.BoundStage, with_ledger: bool = False
     ) -> tuple[UpdateBatch, OutputHead | None]:
         """Return the batch and the reference's head that a stage's step is called with.
 
         Args:
           stage: the stage.
-          accounted: whether a ledger is made of the step; by sample it needs no `kl_advantages`
+          with_ledger: whether a ledger is made of the step; by sample it needs no `kl_advantages`
             (see `kl_shares`).
         """
         if self.functions is None:
@@ -150,7 +150,7 @@ class AbstractRun:
         reference_in_loss = functions.reference_in_loss
         ref_features = self.rollout(True).features if reference_in_loss else None
         batch = update_batch(drawn, arrays, weights, ref_features)
-        if not accounted or self.settings.probe.ledger_by != "group":
+        if not with_ledger or self.settings.probe.ledger_by != "group":
             batch = dataclasses.replace(batch, kl_advantages=None)
         count = batch.tokens.shape[0] // self.settings.schedule.minibatches
         batch = jax.tree.map(lambda leaf: leaf.update(shape=(count, *leaf.shape[1:])), batch)

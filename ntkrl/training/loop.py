@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ntkrl import report, runtime, update
-from ntkrl.evaluation import evaluate_policy, make_evaluation_sample
-from ntkrl.generate import Clock, Sample
+from ntkrl.evaluation import evaluate_policy, make_evaluation_sampler
+from ntkrl.generate import Clock, SampleFn
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup, set_up
@@ -139,9 +139,9 @@ class Loop:
         self.states = TrainStates(self.settings, self.model)
         self.checkpointer = RunCheckpointer(self.settings, config, directory)
         self.probe_hook: ProbeHook | None = None
-        self.eval_sample: Sample | None = None
+        self.eval_sampler: SampleFn | None = None
         if setup.held_out is not None and not self.settings.method.reward_model:
-            self.eval_sample = make_evaluation_sample(self.settings, self.model)
+            self.eval_sampler = make_evaluation_sampler(self.settings, self.model)
             term_losses = self.source.term_losses
             if self.settings.probes and term_losses is not None:
                 # the same seed for every run of a model, so that runs share one probe set
@@ -210,7 +210,7 @@ class Loop:
                 snapshot = hook.snapshot(self.state, minibatch, data.reference, stage, rollout_step)
                 plain = snapshot.batch
             batch = runtime.place_rows(plain, self.model.mesh)
-            per_term = snapshot is not None and snapshot.accounted
+            per_term = snapshot is not None and snapshot.with_ledger
             step = self._jitted_step(batch, data.reference, per_term)
             result = step(self.state, batch, data.reference)
             self.state = result.state
@@ -336,10 +336,10 @@ class Loop:
 
     def _evaluate(self, rollout_step: int) -> dict[str, Any]:
         metrics = self.source.evaluate(self.state.params)
-        if self.eval_sample is None:
+        if self.eval_sampler is None:
             return metrics
         key = _stream(self.settings.seed, EVAL_STREAM, rollout_step)
-        sampled, _ = evaluate_policy(self.setup, self.eval_sample, self.state.params, key)
+        sampled, _ = evaluate_policy(self.setup, self.eval_sampler, self.state.params, key)
         self.clock("eval")
         return sampled | metrics
 

@@ -52,7 +52,7 @@ class StepSnapshot:
     kl_shares: np.ndarray | None
 
     @property
-    def accounted(self) -> bool:
+    def with_ledger(self) -> bool:
         """True if a ledger of the step is made."""
         return self.before.opt_state is not None
 
@@ -166,8 +166,8 @@ class ProbeHook:
         the batch is without its `kl_advantages`, which spares step and ledger a term.
         """
         opt_state, shares = None, None
-        accounted = update.is_due(self.settings.ledger_every_steps, rollout_step)
-        if accounted and self._ledger_fits(state, self.bound_stages[stage]):
+        ledger_due = update.is_due(self.settings.ledger_every_steps, rollout_step)
+        if ledger_due and self._ledger_fits(state, self.bound_stages[stage]):
             opt_state = jax.tree.map(lambda leaf: jnp.copy(_on_device(leaf)), state.opt_state)
             shares = update.kl_shares(batch) if self.settings.ledger_by == "sample" else None
         if opt_state is None or shares is not None:
@@ -193,7 +193,7 @@ class ProbeHook:
         metrics |= self.measures(after.params, rollout_step, new)
         number = int(after.step)
         name = f"step_{number:06d}"
-        if step.start.accounted:
+        if step.start.with_ledger:
             direction_metrics, directions = self._directions(after.params, number)
             metrics, arrays = metrics | direction_metrics, arrays | directions
         arrays["weights"] = trees.gather_to_host(probe.sample_entries(before.params))
@@ -225,10 +225,10 @@ class ProbeHook:
                 metrics |= self._alignment(before.params, batch)
         moved, _ = probe.update_sparsity(self.model.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
-        if step.start.accounted:
+        if step.start.with_ledger:
             entropy = np.asarray(new.statistics.entropy - old.statistics.entropy)
             actual_O2 = np.stack((arrays["actual"], entropy), axis=1)
-            metrics |= self._account(step, placed, actual_O2, name)
+            metrics |= self._write_ledger(step, placed, actual_O2, name)
         return metrics
 
     def measures(
@@ -302,7 +302,7 @@ class ProbeHook:
         )
         return probe.kernel_traces(plan)
 
-    def _account(
+    def _write_ledger(
         self, step: CompletedStep, placed: UpdateBatch, actual: np.ndarray, name: str
     ) -> dict[str, float]:
         """Make and write the ledger of a step; return its metrics."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import probe, runtime, update
-from ntkrl.generate import RewardedRollout, SampleRequest, collect, joined, make_sample
+from ntkrl.generate import RewardedRollout, SampleRequest, collect, joined, make_sampler
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, StartingModel
@@ -46,7 +46,7 @@ class RolloutFunctions:
         """Bind the functions to a model.
 
         Raises:
-          ValueError: a group too small for the advantage estimator, or what `make_sample` raises.
+          ValueError: a group too small for the advantage estimator, or what `make_sampler` raises.
         """
         objective, schedule = settings.objective, settings.schedule
         self.objective, self.policy = objective, model.policy
@@ -58,7 +58,7 @@ class RolloutFunctions:
         column = jnp.zeros((self.group, 1))
         update.advantages(objective, self.group, column[:, 0], column, column == 0)
         self.samplers = {
-            keep: make_sample(settings, model, self.group, self.temperature, keep)
+            keep: make_sampler(settings, model, self.group, self.temperature, keep)
             for keep in (False, True)
         }
         budget = settings.rollout.max_completion_tokens
@@ -190,13 +190,13 @@ class RolloutSource(BatchSource):
     def _collect(self, context: StepContext) -> tuple[RewardedRollout, dict[str, float]]:
         """Sample and reward the step's prompts, and replace groups without signal on request."""
         setup, group = self.setup, self.functions.group
-        sample = self.functions.samplers[context.bound_stage.head_alone]
+        sampler = self.functions.samplers[context.bound_stage.head_alone]
 
         def draw(key: Array) -> RewardedRollout:
             rows = step_rows(setup.settings, setup.train, self.position)
             self.position += 1
             request = SampleRequest(setup.train, rows)
-            return collect(setup, sample, context.params, request, key, context.clock)
+            return collect(setup, sampler, context.params, request, key, context.clock)
 
         rewarded = draw(context.key)
         if self.functions.objective.group_filter != "resample":

@@ -199,7 +199,7 @@ def test_a_ledger_by_hand(settings):
     (row,) = compiled(run, PROBE, first(ledgers(run))).values()
     assert row.name == "ledger classifier" and row.stages == ("classifier",)
     assert row.runs == 1 / 50 and row.flops > 0
-    batch = bytes_of(run.minibatch(run.stages[0], accounted=True)[0])
+    batch = bytes_of(run.minibatch(run.stages[0], with_ledger=True)[0])
     tokens, gradients, measured = 2 * 2 * 32 * (4 + 1), 2 * moments // 2, 4 * 2 * 96
     other_bytes = (
         row.argument_gib * 2**30 - 2 * param_bytes - moments - batch - gradients - measured
@@ -250,7 +250,8 @@ def test_shapes_are_those_of_a_ledger(settings):
     hook._ledger_fits = lambda *arguments: True
     made = make_ledger(run.settings, model, source.term_losses, stage)
     state = TrainStates(run.settings, model).initial_state(stage)
-    planned, _ = run.minibatch(run.stages[0], accounted=True)  # see test_shapes_are_those_of_a_run
+    # see test_shapes_are_those_of_a_run
+    planned, _ = run.minibatch(run.stages[0], with_ledger=True)
     batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), planned)
     due = small.probe.ledger_every_steps
     before = ProbeHook.snapshot(hook, state, batch, None, 0, due).before
