@@ -79,7 +79,7 @@ class AbstractRun:
 
     def state(self, stage: update.BoundStage) -> TrainState:
         """Return the state that a stage's steps start from."""
-        return dataclasses.replace(self.states.abstract(stage), reference=None)
+        return dataclasses.replace(self.states.abstract_state(stage), reference=None)
 
     def resident(self, stage: update.BoundStage) -> dict[str, Any]:
         """Return the trees that are on the devices throughout a stage, by name."""

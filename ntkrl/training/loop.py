@@ -382,7 +382,7 @@ class Loop:
 
     def _template(self, position: Mapping[str, Any]) -> TrainState:
         stage = update.Progress(**position["progress"]).stage
-        template = self.states.abstract(self.bound_stages[stage])
+        template = self.states.abstract_state(self.bound_stages[stage])
         return dataclasses.replace(template, key=self.states.initial_key())
 
     def _save(self, rollout_step: int, metrics: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ class TrainStates:
 
         return dataclasses.replace(state, opt_state=self._initialise(transferred, on_device))
 
-    def abstract(self, bound_stage: update.BoundStage) -> TrainState:
+    def abstract_state(self, bound_stage: update.BoundStage) -> TrainState:
         """Return the shapes, dtypes and shardings of a state in a stage."""
         replicated = runtime.replicated(self.model.mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
