@@ -22,6 +22,7 @@ from ntkrl.data.batches import (
 )
 from ntkrl.data.chat import (
     apply_template,
+    end_ids,
     read_template,
     render_conversation,
     render_prompt,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,23 @@ def turn_end_id(tokenizer: Any) -> int | None:
     special = {added[token_id].content: token_id for token_id in added if added[token_id].special}
     starts = [content for content in special if tail.startswith(content)]
     return special[max(starts, key=len)] if starts else None
+
+
+def end_ids(tokenizer: Any, generation: Collection[int], stops: Sequence[str]) -> tuple[int, ...]:
+    """Return the tokens that end a completion.
+
+    The end token of the tokenizer, the end of a turn in its chat template, those of the model's
+    generation settings, and stop strings that are one special token.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      generation: token ids, from `models.generation_end_ids`.
+      stops: stop strings.
+    """
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    ids = [tokenizer.eos_token_id, turn_end_id(tokenizer), *generation]
+    ids += [added[stop] for stop in stops if stop in added]
+    return tuple(dict.fromkeys(each for each in ids if each is not None))
 
 
 def _check_options(tokenizer: Any, options: Mapping[str, Any]) -> None:

@@ -119,6 +119,27 @@ def read_config(directory: Path) -> dict[str, Any]:
     return raw
 
 
+def generation_end_ids(directory: str | Path) -> tuple[int, ...]:
+    """Return the tokens that end a text in transformers' `generate`.
+
+    Args:
+      directory: of a model: its generation_config.json, or without one its config.json.
+
+    Raises:
+      ValueError: entries that are not token ids.
+    """
+    path = Path(directory) / "generation_config.json"
+    raw = read_json(path) if path.is_file() else read_config(Path(directory))
+    value = raw.get("eos_token_id") if isinstance(raw, dict) else raw
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in ids):
+        raise ValueError(
+            f"{path if path.is_file() else path.with_name('config.json')}: eos_token_id must be a "
+            f"token id or a list of them, not {value!r:.60}."
+        )
+    return tuple(ids)
+
+
 def tensor_files(directory: Path, stem: str = STEM) -> dict[str, Path]:
     """Map each stored tensor's name to its file, from one file or from the index.
 

@@ -365,8 +365,8 @@ class ProbeHook:
         self, batch: UpdateBatch, advantages: np.ndarray, stage: str
     ) -> dict[str, Any]:
         tokenizer, length = self.model.tokenizer, batch.completion_mask.shape[1]
-        end = tokenizer.eos_token_id
-        texts, _ = data.decode_completions(tokenizer, batch.tokens, batch.completion_mask, end)
+        ends = self.model.end_ids
+        texts, _ = data.decode_completions(tokenizer, batch.tokens, batch.completion_mask, ends)
         prompts = prompt_texts(tokenizer, batch.tokens, batch.mask, length)
         return {
             "format": FORMAT,

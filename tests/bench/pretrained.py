@@ -104,7 +104,7 @@ def ours(directory: Path, count: int) -> tuple[list[list[int]], list[list[int]]]
     for rows in prompts():
         prompt_set = data.PromptSet(tuple(rows), {}, "prompts")
         ids = data.encode_prompts(tokenizer, prompt_set, policy.max_tokens)
-        ends = data.end_ids(tokenizer, models.generation_end_ids(directory), prompt_set)
+        ends = data.end_ids(tokenizer, models.generation_end_ids(directory), ())
         settings = rollout.SamplerSettings(1, count, 0.0, ends, tokenizer.pad_token_id)
         sample = rollout.Sampler(policy, settings)
         batch = data.prompt_batch(

@@ -18,7 +18,11 @@ EOS, PAD = 0, 1
 def settings(**overrides):
     """Settings of a small sampler."""
     base = dict(
-        completions_per_prompt=3, max_completion_tokens=6, temperature=1.0, eos_id=EOS, pad_id=PAD
+        completions_per_prompt=3,
+        max_completion_tokens=6,
+        temperature=1.0,
+        end_ids=(EOS,),
+        pad_id=PAD,
     )
     return rollout.SamplerSettings(**base | overrides)
 
