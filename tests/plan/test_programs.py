@@ -14,7 +14,7 @@ import pytest
 from ntkrl import attribution, data, models, probe, reward, runtime, update
 from ntkrl.generate import RewardedRollout
 from ntkrl.plan import abstract_models, hardware
-from ntkrl.plan.abstract_models import CONFIGS, device_bytes
+from ntkrl.plan.abstract_models import PUBLISHED_MODELS, device_bytes
 from ntkrl.plan.candidate import abstract_run, candidate_programs
 from ntkrl.plan.hardware import Chip
 from ntkrl.plan.measure import measure
@@ -292,7 +292,7 @@ def test_shapes_are_those_of_a_ledger(settings):
         assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "ArmoRM" not in name])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED_MODELS if "ArmoRM" not in name])
 def test_published_shapes(name):
     """by hand: parameters as published, to a thousandth."""
     billions = {
