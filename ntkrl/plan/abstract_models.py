@@ -97,7 +97,8 @@ def read_entries(path: str) -> dict[str, Any]:
         cached = huggingface_hub.try_to_load_from_cache(path, "config.json")
         if isinstance(cached, str):
             return models.read_config(Path(cached).parent)
-    if path in X
+    if path in PUBLISHED_MODELS:
+        return PUBLISHED_MODELS[path]
     raise ValueError(
         f"{path!r} is not a directory here, nor in the hub's cache, and its shape is not known; "
         f"give a directory with its config.json, or one of {', '.join(PUBLISHED_MODELS)}."

@@ -25,7 +25,6 @@ from ntkrl.training import (
     UPDATE,
     AbstractRun,
     Program,
-    Programs,
     run_programs,
 )
 
@@ -148,16 +147,11 @@ def compile_candidate(
       probe: include the programs of probes and evaluations, and a product with the kernel.
     """
     run = abstract_run(settings, machine)
-    programs, costs, compiled = candidate_programs(run, probe), [], None
-    while True:
-        try:
-            program = programs.send(compiled)
-        except StopIteration:
-            break
+    costs = []
+    for program in candidate_programs(run, probe):
         if bar is not None:
             bar.set_postfix_str(program.name)
-        cost, compiled = measure(run, program, machine.chip)
-        costs.append(cost)
+        costs.append(measure(run, program, machine.chip))
     return Candidate(
         mesh=dict(run.mesh.shape),
         remat=settings.model.remat,
@@ -168,7 +162,7 @@ def compile_candidate(
     )
 
 
-def candidate_programs(run: AbstractRun, probe: bool) -> Programs:
+def candidate_programs(run: AbstractRun, probe: bool) -> Iterator[Program]:
     """Yield the programs of a run; with `probe`, also K c for the last position of a prompt."""
     yield from run_programs(run, probe)
     if probe:

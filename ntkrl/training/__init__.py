@@ -17,7 +17,6 @@ from ntkrl.training.programs import (
     SCORING,
     UPDATE,
     Program,
-    Programs,
     run_programs,
 )
 from ntkrl.training.rollout_source import RolloutSource

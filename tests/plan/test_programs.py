@@ -68,21 +68,13 @@ def run_of(settings, count=8):
 
 def compiled(run, part, steps=None):
     """Return the costs of a part's programs by name; others are not compiled."""
-    costs, result = {}, None
     steps = candidate_programs(run, probe=False) if steps is None else steps
-    while True:
-        try:
-            program = steps.send(result)
-        except StopIteration:
-            return costs
-        result = None
-        if program.part == part:
-            costs[program.name], result = measure(run, program, Chip())
+    return {step.name: measure(run, step, Chip()) for step in steps if step.part == part}
 
 
 def first(steps):
-    """Return the first of some programs."""
-    return (step for step in itertools.islice(steps, 1))
+    """Return an iterator over the first of some programs."""
+    return itertools.islice(steps, 1)
 
 
 def bytes_of(params):
@@ -331,8 +323,8 @@ def test_a_program_that_does_not_fit_a_tpu(settings, v5e):
     array = run.replicated(jax.ShapeDtypeStruct((40, 1 << 28), np.float32))
     call = jax.jit(lambda x: 2 * x + x[::-1])
     big = Program("big", UPDATE, ("all",), call, (array,), frozenset())
-    row, compiled = measure(run, big, v5e.chip)
-    assert compiled is None and not row.fits(v5e.chip)
+    row = measure(run, big, v5e.chip)
+    assert big.compiled is None and not row.fits(v5e.chip)
     assert row.failed.startswith("does not fit: needs ") and row.peak_gib > 80
 
 
@@ -341,13 +333,9 @@ def test_a_tpu_compiles_it(settings, v5e):
     """story: a tiny run for 16 chips of v5e, by the TPU's compiler: all programs fit."""
     machine = v5e
     run = abstract_run(settings(), machine)
-    steps, result, names = candidate_programs(run, probe=True), None, []
-    while True:
-        try:
-            program = steps.send(result)
-        except StopIteration:
-            break
-        row, result = measure(run, program, machine.chip)
+    names = []
+    for program in candidate_programs(run, probe=True):
+        row = measure(run, program, machine.chip)
         names.append(row.name)
         assert row.fits(machine.chip), row
         assert row.roofline > 0
