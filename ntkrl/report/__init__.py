@@ -18,6 +18,7 @@ from ntkrl.report.metric_names import ALIASES as ALIASES
 from ntkrl.report.metric_names import GLOSSARY as GLOSSARY
 from ntkrl.report.metric_names import format_glossary as format_glossary
 from ntkrl.report.metric_names import is_known as is_known
+from ntkrl.report.metric_names import training_timings as training_timings
 from ntkrl.report.metrics_writer import MetricsWriter as MetricsWriter
 from ntkrl.report.metrics_writer import NoWriter as NoWriter
 from ntkrl.report.metrics_writer import mark_finished as mark_finished

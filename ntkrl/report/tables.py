@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ntkrl.report.metric_names import NOT_TRAINING
+from ntkrl.report.metric_names import training_timings
 from ntkrl.report.runs import Run, by_name, series, stage_ends
 
 MAX_COLUMNS = 100
@@ -175,13 +175,8 @@ def _last_stage_mean(run: Run, name: str) -> float:
 
 
 def _training_seconds(run: Run) -> float:
-    """Sum all timed activities but probes and evaluations; NaN without timings."""
-    spent = [
-        seconds
-        for line in run.timings
-        for name, seconds in line.items()
-        if name.endswith("_seconds") and name not in NOT_TRAINING and seconds is not None
-    ]
+    """Return the seconds spent training in all, NaN without timings."""
+    spent = [seconds for line in run.timings for seconds in training_timings(line).values()]
     return float(sum(spent)) if spent else math.nan
 
 

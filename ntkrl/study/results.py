@@ -16,14 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from ntkrl import intervals, runtime
-from ntkrl.report import Run, read_run, series
+from ntkrl.report import Run, read_run, series, training_timings
 
 Measure = Callable[[Run], float]
 """A number of one run."""
 Point = dict[str, float]
 """Values of a grid's keys."""
-TRAINING = ("sample", "reward", "score", "update", "data")
-"""Timed activities that count as training; evaluations and probes do not."""
 DIGITS = 6
 
 
@@ -126,14 +124,15 @@ def area(metric: str) -> Measure:
 def training_seconds(run: Run, step: float = math.inf) -> float:
     """Return the wall time of training up to an optimizer step (s).
 
-    Each step counts as its stage's median one, which leaves out compilation.
+    Each step counts as its stage's median one, which leaves out compilation. Activities are those
+    of `report.training_timings`.
     """
     stages = {line["step"]: line["stage"] for line in run.metrics if "stage" in line}
     spent: dict[str, list[float]] = {}
     for line in run.timings:
         if line["step"] in stages:
-            seconds = [line[n] for name in TRAINING if (n := f"{name}_seconds") in line]
-            spent.setdefault(stages[line["step"]], []).append(sum(seconds))
+            seconds = sum(training_timings(line).values())
+            spent.setdefault(stages[line["step"]], []).append(seconds)
     counts = {s: sum(stage == s and at <= step for at, stage in stages.items()) for s in spent}
     return float(sum(np.median(spent[stage]) * counts[stage] for stage in spent))
 
