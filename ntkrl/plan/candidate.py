@@ -38,14 +38,14 @@ class Candidate:
     """Compiled programs of a config on one mesh, with a verdict each.
 
     mesh, remat: settings that a search varies.
-    crowding: see crowding().
+    warning: see repetition_warning().
     programs: costs. verdicts: see verdict().
     stages: names of the stages.
     """
 
     mesh: Mapping[str, int]
     remat: str
-    crowding: str | None
+    warning: str | None
     programs: list[ProgramCost]
     verdicts: list[str]
     stages: tuple[str, ...]
@@ -155,7 +155,7 @@ def compile_candidate(
     return Candidate(
         mesh=dict(run.mesh.shape),
         remat=settings.model.remat,
-        crowding=crowding(run),
+        warning=repetition_warning(run),
         programs=costs,
         verdicts=[verdict(run, cost, machine.chip) for cost in costs],
         stages=run.stage_names,
@@ -173,7 +173,7 @@ def candidate_programs(run: AbstractRun, probe: bool) -> Iterator[Program]:
         yield Program("kernel apply", PROBE, (), apply, arguments, frozenset({"params"}), 0.0)
 
 
-def crowding(run: AbstractRun) -> str | None:
+def repetition_warning(run: AbstractRun) -> str | None:
     """Return a warning if a step has too few rows for the mesh, so that devices repeat them."""
     rows, parts = run.minibatch(run.stages[0])[0].tokens.shape[0], trees.row_parts(run.mesh)
     rows //= run.settings.schedule.microbatches
