@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ntkrl import data, models, ntk, runtime, trees
 from ntkrl.numerics import DTYPES
 from ntkrl.settings import RunSettings
-from ntkrl.setup import is_code
+from ntkrl.setup import is_python_function
 from ntkrl.types import Params, Policy, Scorer
 
 PUBLISHED_MODELS: dict[str, dict[str, Any]] = json.loads(
@@ -75,7 +75,7 @@ def describe_rewards(settings: RunSettings, mesh: Mesh) -> dict[str, tuple[Score
     """
     scorers = {}
     for spec, _ in settings.reward.functions:
-        if not is_code(spec):
+        if not is_python_function(spec):
             dtype = DTYPES[settings.reward.dtype]
             scorer, shapes = models.describe_scorer(read_entries(spec), dtype, mesh, source=spec)
             scorers[Path(spec).name] = scorer, placed(shapes, scorer.sharding, mesh)

@@ -23,9 +23,9 @@ TABLE_COLUMNS = (
 TABLE_HEAD = """# Memory and time of a run
 
 Written by `{}`: the TPU compiler's figures for every program of
-the run, not measurements on a TPU. Peak: memory of one chip, with everything that stays there during
-the run, except copies for probes and ledgers. Seconds: lower bound (roofline) of a rollout step of
-the last stage. Mesh: the first that a search tries, not the best.
+the run, not measurements on a TPU. Peak: memory of one chip, with all that stays there during the
+run, except copies for probes and ledgers. Seconds: lower bound (roofline) of a rollout step of the
+last stage. Mesh: the first that a search tries, not the best.
 """
 
 

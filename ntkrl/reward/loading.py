@@ -18,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, cast
 
-from ntkrl.reward.functions import RewardError, RewardFunction, line_in
-from ntkrl.reward.verifiers import BUILT_IN, IN_WORKER, with_options
+from ntkrl.reward.built_in import BUILT_IN, IN_WORKER, with_options
+from ntkrl.reward.contract import RewardError, RewardFunction, line_in
 
 FORMS = f"{', '.join(BUILT_IN)} (built in), 'path/to/file.py:function' or a reward model directory"
 LOADING_SECONDS = 300.0  # a user's imports may take long
