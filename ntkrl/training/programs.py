@@ -96,9 +96,7 @@ def generation(run: AbstractRun, sampler: Sample, count: int, part: str) -> Iter
     stages, label = (run.stage_names, "") if part == GENERATION else ((), "evaluation ")
     prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)))
     chunk, budget = sampler.settings.chunk_steps, run.budget
-    columns = [run.width + min(chunk << n, budget - 1) for n in range(budget.bit_length())]
-    columns = sorted({*columns, sampler.cache_columns(run.width, 1 + chunk)})
-    columns = [c for c in columns if c <= run.width + max(budget - 1, chunk)]
+    columns = _cache_columns(run, sampler)
     params, gather = run.model.params, sampler.gather_program(run.model.params)
 
     def program(name: str, key: str, arguments: tuple[Any, ...], runs: float, rows: int) -> Program:
@@ -289,6 +287,14 @@ def probe_block(run: AbstractRun) -> tuple[ntk.Contexts, Any, int]:
         jnp.ones((count, length), bool),
     )
     return contexts, jnp.zeros(count * run.budget, jnp.int32), -(-total // count)
+
+
+def _cache_columns(run: AbstractRun, sampler: rollout.Sampler) -> list[int]:
+    """Return the columns of a sampler's cache before and after each growth, rising."""
+    chunk, budget = sampler.settings.chunk_steps, run.budget
+    columns = {run.width + min(chunk << n, budget - 1) for n in range(budget.bit_length())}
+    columns |= {sampler.cache_columns(run.width, 1 + chunk)}
+    return sorted(c for c in columns if c <= run.width + max(budget - 1, chunk))
 
 
 def _prompt_batch(count: int, width: int) -> PromptBatch:
