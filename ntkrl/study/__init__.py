@@ -8,13 +8,12 @@ what its page says about them (see `configs/study.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
 from ml_collections import ConfigDict
 
+from ntkrl import user_files
 from ntkrl.study.jobs import Job, run_jobs, started_commands
 from ntkrl.study.overview import ArmGroup, figure_html, group_sections
 from ntkrl.study.results import (
@@ -79,9 +78,7 @@ def load_study(config: ConfigDict, file: str) -> Study:
     Raises:
       ValueError: the file offers none, or the config is refused.
     """
-    loader = SourceFileLoader(Path(file).stem, file)
-    module = ModuleType(loader.name)
-    loader.exec_module(module)
+    module = user_files.execute(Path(file))
     if not hasattr(module, "get_study"):
         raise ValueError(
             f"{file} is not the config of a study; expected get_study(config, file) beside its "
