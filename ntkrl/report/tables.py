@@ -25,6 +25,7 @@ PAIRS = {
     "across_responses": "same prompt",
     "across_prompts": "other prompts",
 }
+"""Kinds of pairs of positions whose features are compared, in words."""
 GAP = "diversity/gap_best_of_"
 
 
@@ -307,14 +308,18 @@ def similarity_table(runs: Sequence[Run]) -> Table | None:
     return Table("How alike features are", ("cosines of features", *heads), cells, (note,))
 
 
-def best_of_table(runs: Sequence[Run]) -> Table | None:
-    """Compare the best of N samples with that of the base policy (eval.base) of an evaluation."""
-    evaluations = [
+def by_label(runs: Sequence[Run]) -> list[tuple[str, dict[str, float]]]:
+    """Return the metrics of every evaluation of `ntkrl evaluate`, with a label."""
+    return [
         (f"{run.name}, seed {run.seed}: {name}", metrics)
         for run in runs
         for name, metrics in run.evaluations.items()
-        if _gap_counts(metrics)
     ]
+
+
+def best_of_table(runs: Sequence[Run]) -> Table | None:
+    """Compare the best of N samples with that of the base policy (eval.base) of an evaluation."""
+    evaluations = [(label, metrics) for label, metrics in by_label(runs) if _gap_counts(metrics)]
     if not evaluations:
         return None
     counts = sorted({count for _, metrics in evaluations for count in _gap_counts(metrics)})
