@@ -56,7 +56,7 @@ def advantages(
     """Return `[B, C]` advantages of rewards minus the penalties on tokens.
 
     Args:
-      objective: its settings.
+      objective: the axes.
       group: completions per prompt.
       rewards: `[B]`.
       penalties: `[B, C]`, 0 where masked.
@@ -81,7 +81,7 @@ def token_weights(
     """Return the weight of each token in the loss.
 
     Args:
-      objective: its settings.
+      objective: the axes.
       group: completions per prompt.
       rollout: rewards, log-probs and masks.
       key: consumed by covariance "clip".
