@@ -23,6 +23,7 @@ Measure = Callable[[Run], float]
 Point = dict[str, float]
 """Values of a grid's keys."""
 DIGITS = 6
+LAST_VALUES = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,21 +165,20 @@ def grid_points(grid: Mapping[str, Sequence[float]]) -> list[Point]:
 
 
 def rank_points(
-    points: Sequence[Point], runs: Sequence[Sequence[Run]], metric: str, window: int = 2
+    points: Sequence[Point], runs: Sequence[Sequence[Run]], metric: str
 ) -> tuple[Point, list[Point]]:
     """Choose the point of the highest metric.
 
     Args:
       points: of a grid.
       runs: of each point, over tuning seeds.
-      metric: a run counts with the mean of its last values.
-      window: how many.
+      metric: a run counts with the mean of its last LAST_VALUES values.
 
     Returns:
       The best point, and every point with its mean over runs as "reward".
     """
     means = [
-        float(np.mean([np.mean(series(run, metric)[1][-window:]) for run in group]))
+        float(np.mean([np.mean(series(run, metric)[1][-LAST_VALUES:]) for run in group]))
         for group in runs
     ]
     rows = [{**point, "reward": mean} for point, mean in zip(points, means, strict=True)]
