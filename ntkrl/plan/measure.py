@@ -160,7 +160,7 @@ def _refused(cost: ProgramCost, message: str) -> ProgramCost:
         return dataclasses.replace(cost, failed=f"the compiler refuses it: {reason}")
     needed = needed_gib(message)
     if needed is None:
-        return dataclasses.replace(cost, failed="the compiler runs out of its memory")
+        return dataclasses.replace(cost, failed="the compiler runs out of memory")
     # a message on temporaries counts scratch memory alone
     program = needed if "temporaries" not in message else needed + cost.argument_gib
     peak = program + cost.resident_gib

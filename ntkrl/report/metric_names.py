@@ -71,7 +71,7 @@ def format_glossary() -> str:
 
 
 def is_known(name: str) -> bool:
-    """Tell whether `name` is in the glossary or in one of the families."""
+    """Return whether `name` is in the glossary or in one of the families."""
     return name in GLOSSARY or any(_match(family, name) is not None for family in FAMILIES)
 
 

@@ -162,7 +162,7 @@ def _write_line(file: TextIO, line: Mapping[str, Any]) -> None:
         file.flush()
     except OSError as error:
         raise OSError(
-            f"{file.name} takes no more lines: {error.strerror}; free disk space and run the same "
+            f"{file.name} cannot be written: {error.strerror}; free disk space and run the same "
             "command again: it resumes from the last checkpoint."
         ) from error
 

@@ -69,7 +69,7 @@ def shown(text: str, limit: int = LABEL_CHARACTERS) -> str:
 
 
 def has(runs: Sequence[Run], name: str) -> bool:
-    """Tell whether any run has a finite value of the metric."""
+    """Return whether any run has a finite value of the metric."""
     return any(np.isfinite(series(run, name)[1]).any() for run in runs)
 
 

@@ -273,7 +273,7 @@ def format_table(runs: Sequence[Run]) -> str:
     table = summary_table(summaries(runs))
     heads = [tuple(column.head[line] for column in COLUMNS) for line in (0, 1)]
     widths = [max(map(len, cells)) for cells in zip(*heads, *table.rows, strict=True)]
-    # The label gives way: only its length is the user's choice.
+    # Only the label may be long, since the user chooses it: it is cut.
     widths[0] = min(widths[0], MAX_COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1))
     lines = [_align(cells, widths) for cells in (*heads, *table.rows)]
     lines.insert(2, "-" * min(MAX_COLUMNS, sum(widths) + 2 * (len(widths) - 1)))
