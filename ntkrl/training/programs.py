@@ -304,6 +304,7 @@ def _prompt_batch(count: int, width: int) -> PromptBatch:
 def _results(program: Program) -> Any:
     """Return a compiled program's results as shapes with their shardings."""
     assert program.compiled is not None
-    shapes = program.function.eval_shape(*program.arguments)
+    function: Any = program.function  # jax.stages.Wrapped does not declare eval_shape
+    shapes = function.eval_shape(*program.arguments)
     shardings = program.compiled.output_shardings
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
