@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ntkrl import data, runtime, trees
 from ntkrl.numerics import bucket_length
-from ntkrl.reward.functions import RewardError, listed
+from ntkrl.reward.contract import RewardError, listed
 from ntkrl.types import Params, Scorer
 
 
