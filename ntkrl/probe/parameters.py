@@ -297,28 +297,3 @@ def line_fit(sums: LineSums) -> tuple[Params, dict[str, Array]]:
 
 def _sum(tree: Params) -> Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, tree))
-
-
-def extrapolate(
-    first: Params, second: Params, first_step: float, second_step: float, step: float
-) -> Params:
-    """Return θ_a + (t − a)/(b − a) (θ_b − θ_a), the line through two checkpoints at step t.
-
-    Args:
-      first, second: θ_a and θ_b; the result has the dtypes of θ_a.
-      first_step, second_step, step: a ≠ b and t (steps).
-
-    Raises:
-      ValueError: a = b.
-
-    Source: 2601.04537.
-    """
-    if first_step == second_step:
-        raise ValueError(f"a line needs checkpoints of two steps, not of {first_step} twice.")
-    share = (step - first_step) / (second_step - first_step)
-
-    def line(a: Array, b: Array) -> Array:
-        wide = at_least_float32(a)
-        return (wide + share * (at_least_float32(b) - wide)).astype(a.dtype)
-
-    return jax.tree.map(line, first, second)

@@ -10,7 +10,6 @@ from ntkrl.probe.parameters import (
     classifier_measures,
     direction_cosine,
     extend_line,
-    extrapolate,
     leading_direction,
     line_fit,
     start_line,
@@ -94,15 +93,6 @@ def test_line_fit_by_polyfit(x64):
     # the entry that never moved is no part of the mean; it would give 3/4 of this
     np.testing.assert_allclose(scalars["linearity"], np.mean(expected), rtol=1e-7)
     np.testing.assert_allclose(scalars["linearity_pooled"], 1 - left / total_square, rtol=1e-9)
-
-
-def test_extrapolation_by_hand():
-    """by hand: 1 at step 10 and 3 at step 20 lead to 7 at step 40, in the dtype that came."""
-    first, second = ({"a": jnp.array([value], jnp.bfloat16)} for value in (1.0, 3.0))
-    result = extrapolate(first, second, 10, 20, 40)["a"]
-    assert result.dtype == jnp.bfloat16 and float(result[0]) == 7.0
-    with pytest.raises(ValueError, match="not of 5 twice"):
-        extrapolate(first, second, 5, 5, 9)
 
 
 def test_ranks_of_stacked_matrices():
