@@ -111,8 +111,8 @@ class Kernel:
             memory budget.
         """
         problem = self.problem
-        rows_R = vocabulary_indices(rows, problem.vocab_size, "rows")
-        columns_C = vocabulary_indices(columns, problem.vocab_size, "columns")
+        rows_R = _vocabulary_indices(rows, problem.vocab_size, "rows")
+        columns_C = _vocabulary_indices(columns, problem.vocab_size, "columns")
         shape = self._shape(rows_R.shape[0], columns_C.shape[0])
         problem.check_size(shape, "dense()", "dense(rows=…, columns=…), ntk.factored() or apply()")
         roles, operands = problem.operands(part)
@@ -283,7 +283,7 @@ class Kernel:
         return jnp.broadcast_to(weight_VD[chosen], (count, *chosen.shape, width))
 
 
-def vocabulary_indices(chosen: Sequence[int] | Array | None, vocab: int, name: str) -> Array:
+def _vocabulary_indices(chosen: Sequence[int] | Array | None, vocab: int, name: str) -> Array:
     """Return token ids as an array; None for all.
 
     Raises:

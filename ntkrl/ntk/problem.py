@@ -30,8 +30,7 @@ class KernelOptions:
         layer (`layers/3/mlp/up/kernel`) or for all layers at once (`layers/mlp/up/kernel`).
     precondition: tree like params, the diagonal P of J P Jᵀ (for Adam 1 / (√ν + ε)).
     algorithm: contraction of the feature Jacobians: "jvp_vjp", "jacobian" or "layerwise"; "auto"
-        for the cheapest of them by their estimates; "dense" for the brute-force oracle, V
-        Jacobian rows per context.
+        for the cheapest of them by their estimates.
     forward_mode: False for networks without forward-mode derivatives (fused attention): every JVP
         becomes a VJP of a VJP.
     memory_gib: memory a call may use beyond the params (GiB, all devices together); chunks are
@@ -45,8 +44,8 @@ class KernelOptions:
     memory_gib: float = 8.0
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ("auto", *ALGORITHMS, "dense"):
-            known = ", ".join(("auto", *ALGORITHMS, "dense"))
+        if self.algorithm not in ("auto", *ALGORITHMS):
+            known = ", ".join(("auto", *ALGORITHMS))
             raise ValueError(f"algorithm {self.algorithm!r} is unknown; known are {known}.")
         if not self.memory_gib > 0:
             raise ValueError(f"memory_gib must be positive, not {self.memory_gib}.")
