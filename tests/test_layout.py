@@ -12,7 +12,7 @@ PACKAGE = ROOT / "ntkrl"
 
 FLOORS = [
     {"types"},
-    {"numerics", "trees", "intervals", "jaxpr"},
+    {"numerics", "trees", "intervals", "jaxpr", "messages"},
     {"softmax"},
     {"models", "scoring", "ntk", "runtime"},
     # one pipeline, in order: a room may import those before it

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ntkrl.data.prompts import PromptSet, listed
+from ntkrl.data.prompts import PromptSet
+from ntkrl.messages import listed
 from ntkrl.types import Array
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
