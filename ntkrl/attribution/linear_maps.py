@@ -21,6 +21,13 @@ forms:
 
     jvp    J_φ dθ by one JVP over the probe set per change and group
     vjp    ⟨J_φᵀ Wᵀc', dθ⟩ with the gradients of all probe tokens written out, groups by leaf
+
+Array suffixes of this room, beside those of ntkrl.types:
+
+    A  the two MEASURES                  S  probe sequences
+    G  groups of parameters              P  probe tokens of a sequence
+    K  changes of the params             R  gradients: (S, P, A) flattened
+    T  terms of the loss
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ class FeatureFunction:
         pairs = zip(leaves, self.shardings, strict=True)
         return [jax.lax.with_sharding_constraint(leaf, sharding) for leaf, sharding in pairs]
 
-    def shard_directions(self, cotangents: Array) -> Array:
-        """Shard directions `[S, A, …]` over all devices of the params' mesh."""
+    def shard_cotangents(self, cotangents: Array) -> Array:
+        """Shard `[S, A, …]` over all devices of the params' mesh."""
         if self.shardings is None:
             return cotangents
         mesh = self.shardings[0].mesh
