@@ -340,7 +340,7 @@ def _finite(leaves: tuple[Array, ...]) -> list[Array]:
     return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
-def shorten(values: Sequence[Any] | np.ndarray, limit: int = 8) -> str:
+def shorten(values: Sequence[Any] | np.ndarray) -> str:
     """Format the first values of a list, and how many more there are."""
-    text = ", ".join(map(str, values[:limit]))
-    return text if len(values) <= limit else f"{text} and {len(values) - limit} more"
+    text = ", ".join(map(str, values[:8]))
+    return text if len(values) <= 8 else f"{text} and {len(values) - 8} more"

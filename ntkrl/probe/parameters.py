@@ -16,6 +16,8 @@ from ntkrl.types import Array, Params
 
 ENTRIES = 4096
 """Parameters that are recorded through a run."""
+ITERATIONS = 500
+"""Steps of the power iteration, at most."""
 
 
 @jax.jit
@@ -78,10 +80,10 @@ class SingularTriple(NamedTuple):
 
 
 @jax.jit
-def leading_direction(matrix: Array, iterations: int = 500) -> SingularTriple:
+def leading_direction(matrix: Array) -> SingularTriple:
     """Return the leading singular triple of `[M, N]` by power iteration from a fixed start.
 
-    At most `iterations` ≥ 1, fewer once v moves by less than √ε. The error of σ is the square of
+    At most ITERATIONS, fewer once v moves by less than √ε. The error of σ is the square of
     the vectors'; where σ₁ and σ₂ nearly agree the vectors mix both pairs. σ = 0 and any unit v for
     a matrix of zeros.
     """
@@ -98,7 +100,7 @@ def leading_direction(matrix: Array, iterations: int = 500) -> SingularTriple:
         return new_N, jnp.linalg.norm(new_N - right_N), count + 1
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
-        return (state[1] > tolerance) & (state[2] < iterations)
+        return (state[1] > tolerance) & (state[2] < ITERATIONS)
 
     start_N = unit(jax.random.normal(jax.random.key(0), matrix.shape[1:], matrix.dtype))
     far = jnp.full((), jnp.inf, matrix.dtype)
