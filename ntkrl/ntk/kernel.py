@@ -179,7 +179,7 @@ class Kernel:
           chunk: cotangents computed at a time; None for as many as memory allows.
 
         Returns:
-          `[O, U]`, or `[N_o, N_u]` for the sequences that have contexts, in the order of rows.
+          `[O, U]`, or `[S_o, S_u]` for the sequences that have contexts, in the order of rows.
 
         Raises:
           ValueError: unknown part or `by`, or wrong shapes.

@@ -169,6 +169,7 @@ def _concatenate(
 def _tapped_product(
     activations: tuple[Array, Array], deltas: tuple[Array, Array], i: Array, j: Array
 ) -> Array:
+    """Return `[A, B]`: A gradients of sequence i, T positions, by B of sequence j, S positions."""
     x_TI, x_SI = activations[0][i], activations[1][j]
     left_ATF, right_BSF = deltas[0][i], deltas[1][j]
     wide = jnp.promote_types(left_ATF.dtype, jnp.float32)

@@ -171,7 +171,7 @@ class Problem:
         return choose(self.estimates(inputs, chunk), self.options.algorithm, self.budget)
 
     def jacobian_gram(self, inputs: GramInputs, chunk: int | None) -> Array:
-        """Return Γ: `[O, B_o, U, B_u]`, or `[N_o, N_u]` of summed cotangents."""
+        """Return Γ: `[O, B_o, U, B_u]`, or `[S_o, S_u]` of summed cotangents."""
         estimate = self.estimate(inputs, chunk)
         if estimate.algorithm == "jvp_vjp":
             flat = jvp_vjp(self.features, inputs, estimate.chunk, self.options.forward_mode)
