@@ -213,16 +213,14 @@ def _sum_samples(values: np.ndarray) -> np.ndarray:
     return values if values.ndim == 1 else values.sum(axis=1, dtype=np.float64)
 
 
-def split_term(
-    arrays: dict[str, np.ndarray], term: str, part: str, shares: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Split a part, of `[B]` shares in each sample's contribution, off the columns of a term."""
+def split_kl(arrays: dict[str, np.ndarray], shares: np.ndarray) -> dict[str, np.ndarray]:
+    """Split the columns "kl", of `[B]` shares in each sample's contribution, off "policy"."""
     split: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
         measure, column, *group = name.split("/", 2)
-        if column == term:
-            moved = value * shares
-            split |= {f"{measure}/{part}/{group[0]}": moved, name: value - moved}
+        if column == "policy":
+            kl = value * shares
+            split |= {f"{measure}/kl/{group[0]}": kl, name: value - kl}
         else:
             split[name] = value
     return split

@@ -27,7 +27,7 @@ Array suffixes of this room, beside those of ntkrl.types:
     A  the two MEASURES                  S  probe sequences
     G  groups of parameters              P  probe tokens of a sequence
     K  changes of the params             R  gradients: (S, P, A) flattened
-    T  terms of the loss
+    T  terms of the loss; positions in `_TD`
 """
 
 from __future__ import annotations

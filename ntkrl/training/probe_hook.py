@@ -321,7 +321,7 @@ class ProbeHook:
 
         arrays = self.prober.map_blocks(account, actual)
         if step.start.kl_shares is not None:
-            arrays = attribution.split_term(arrays, "policy", "kl", step.start.kl_shares)
+            arrays = attribution.split_kl(arrays, step.start.kl_shares)
         counts_B = np.maximum(np.sum(batch.completion_mask, axis=1), 1)
         advantages_BC = np.where(batch.completion_mask, batch.advantages, 0)
         advantages_B = np.sum(advantages_BC, axis=1) / counts_B

@@ -310,7 +310,7 @@ def test_the_kl_in_the_reward_is_a_column():
             assert np.abs(kl["some"]).max() > 0.1 * np.abs(expected).max()
     shares = np.random.default_rng(6).normal(size=8)
     case.batch = case.batch.replace(kl_advantages=advantages * shares[:, None])
-    result, split = case.read(), attribution.split_term(reference, "policy", "kl", shares)
+    result, split = case.read(), attribution.split_kl(reference, shares)
     assert result.keys() == split.keys()
     for name, value in result.items():
         scale = np.abs(first_order(reference, name.split("/")[0])).max()
