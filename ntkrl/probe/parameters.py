@@ -21,9 +21,7 @@ ITERATIONS = 500
 
 
 @jax.jit
-def update_sparsity(
-    before: Params, after: Params, tolerance: float = 1e-5
-) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
+def update_sparsity(before: Params, after: Params, tolerance: float = 1e-5) -> dict[str, Array]:
     """Return the shares of entries that an update changed in bfloat16, and left unchanged.
 
     Args:
@@ -31,8 +29,7 @@ def update_sparsity(
       tolerance: an entry is unchanged where |θ_after − θ_before| ≤ tolerance; ≥ 0.
 
     Returns:
-      `(over all entries, by name of the leaf)`: `bf16_visible`, the share whose bfloat16 rounding
-      differs, and `unchanged`; both scalars in [0, 1].
+      `bf16_visible`, the share whose bfloat16 rounding differs, and `unchanged`; both in [0, 1].
 
     Source: Zhu et al. 2511.08567 (visible in bfloat16); Mukherjee et al. 2505.11711 (update
     sparsity at 1e-5).
@@ -40,11 +37,10 @@ def update_sparsity(
     first, second = trees.named_leaves(before), trees.named_leaves(after)
     by_leaf = {name: _sparsity(first[name], second[name], tolerance) for name in first}
     size = sum(leaf.size for leaf in first.values())
-    overall = {
+    return {
         kind: sum(by_leaf[name][kind] * (leaf.size / size) for name, leaf in first.items())
         for kind in ("bf16_visible", "unchanged")
     }
-    return overall, by_leaf
 
 
 def _sparsity(before: Array, after: Array, tolerance: float) -> dict[str, Array]:
@@ -174,7 +170,7 @@ def direction_cosine(first: SingularTriple, second: SingularTriple) -> Array:
 @functools.partial(jax.jit, static_argnums=(2,))
 def classifier_measures(
     weight: Array, start: Array, chunk_vocabulary: int = 4096
-) -> tuple[dict[str, Array], Array]:
+) -> dict[str, Array]:
     """Measure W and W − W_0; beside a block of rows, only two D×D Gram matrices exist.
 
     Args:
@@ -183,7 +179,7 @@ def classifier_measures(
       chunk_vocabulary: rows at a time, ≥ 1.
 
     Returns:
-      `(scalars, row norms [V])`. Scalars: `head_norm` ‖W‖_F, `head_distance` ‖W − W_0‖_F,
+      Scalars: `head_norm` ‖W‖_F, `head_distance` ‖W − W_0‖_F,
       `head_row_norm` and `head_row_norm_max` mean and largest row norm, `head_stable_rank`
       ‖W‖_F²/‖W‖_2² and `head_distance_stable_rank` the same of W − W_0 (in [1, min(V, D)]; NaN
       where W has not moved).
@@ -216,7 +212,7 @@ def classifier_measures(
         "head_row_norm_max": jnp.max(norms_V),
         "head_stable_rank": square / leading_direction(gram_DD).value,
         "head_distance_stable_rank": moved_square / leading_direction(moved_DD).value,
-    }, norms_V
+    }
 
 
 class LineSums(NamedTuple):

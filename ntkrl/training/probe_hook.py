@@ -224,7 +224,7 @@ class ProbeHook:
             metrics |= jax.tree.map(float, measured)
             if update.due(self.settings.kernel_every_steps, rollout_step):
                 metrics |= self._alignment(before.params, batch)
-        moved, _ = probe.update_sparsity(self.model.params, after.params)
+        moved = probe.update_sparsity(self.model.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
         if step.start.accounted:
             entropy = np.asarray(new.statistics.entropy - old.statistics.entropy)
