@@ -226,8 +226,8 @@ def test_forms_and_chunks_agree():
     objective = dataclasses.replace(OBJECTIVE, entropy_coefficient=0)
     case = Case("layers", steps=2, objective=objective, parameters=rows)
     groups = ntk.by_layer(case.policy, case.before.params)
-    by_jvp = case.read(form="jvp", groups=groups)
-    small = {"form": "vjp", "groups": groups, "memory_gib": 1e-9}
+    by_jvp = case.read(algorithm="jvp", groups=groups)
+    small = {"algorithm": "vjp", "groups": groups, "memory_gib": 1e-9}
     estimate = case.ledger(**small).estimates(*case.described())["vjp"]
     assert (estimate.chunk, estimate.block) == (1, 1)
     by_vjp = case.read(**small)
@@ -358,8 +358,8 @@ def test_estimates_count_what_is_compiled():
     single = single.replace(completion_mask=jnp.ones((1, 3), bool), mask=jnp.ones((1, 7), bool))
     case.prober = probe.Prober(policy, single, params)
     without = compiled(case.ledger(by="group"), case.described()).cost_analysis()["flops"]
-    for form, estimate in case.ledger().estimates(*case.described()).items():
-        result = compiled(case.ledger(form=form), case.described())
+    for algorithm, estimate in case.ledger().estimates(*case.described()).items():
+        result = compiled(case.ledger(algorithm=algorithm), case.described())
         flops = result.cost_analysis()["flops"] - without
         assert 0.8 < estimate.flops / flops < 1.0
         memory = result.memory_analysis().temp_size_in_bytes
@@ -369,8 +369,10 @@ def test_estimates_count_what_is_compiled():
 def test_mistakes_are_named():
     """law: invalid requests are refused before anything is computed."""
     case = Case(steps=1)
-    with pytest.raises(ValueError, match=r"by must be .*token.*; form must .*; memory_gib must be"):
-        case.ledger(by="token", form="dense", memory_gib=0)
+    with pytest.raises(
+        ValueError, match=r"by must be .*token.*; algorithm must .*; memory_gib must be"
+    ):
+        case.ledger(by="token", algorithm="dense", memory_gib=0)
     with pytest.raises(ValueError, match="8 rows cannot be cut in 3 equal parts"):
         case.read(microbatches=3)
     with pytest.raises(ValueError, match='groups: "head" names the head'):
