@@ -16,7 +16,7 @@ from ntkrl.settings import RunSettings
 from ntkrl.setup import Prompts, RunSetup, StartingModel
 from ntkrl.types import Array, Params, PromptBatch, Rollout
 
-Sample = Callable[[Params, PromptBatch, Array], Rollout]
+SampleFn = Callable[[Params, PromptBatch, Array], Rollout]
 
 
 class Clock:
@@ -101,14 +101,14 @@ def joined(first: RewardedRollout, second: RewardedRollout, pad_id: int) -> Rewa
     return RewardedRollout(rollout, first.texts + second.texts, result)
 
 
-def make_sample(
+def make_sampler(
     settings: RunSettings,
     model: StartingModel,
     completions_per_prompt: int,
     temperature: float,
     keep_features: bool = False,
-) -> Sample:
-    """Return the `sample(params, prompts, key) -> Rollout` of a run.
+) -> SampleFn:
+    """Return the `sampler(params, prompts, key) -> Rollout` of a run.
 
     Raises:
       ValueError: an engine that does not load, or one for several processes.
@@ -151,7 +151,7 @@ def prompt_batch(setup: RunSetup, request: SampleRequest) -> PromptBatch:
 
 def collect(
     setup: RunSetup,
-    sample: Sample,
+    sampler: SampleFn,
     params: Params,
     request: SampleRequest,
     key: Array,
@@ -161,8 +161,8 @@ def collect(
 
     Args:
       setup: the run.
-      sample: from `make_sample`.
-      params: of the policy that samples.
+      sampler: from `make_sampler`.
+      params: params of the policy that samples.
       request: which prompts.
       key: consumed.
       clock: called with "sample" and "reward" when each is done; or None.
@@ -170,7 +170,7 @@ def collect(
     Raises:
       ValueError: what the reward functions did wrong.
     """
-    drawn = sample(params, prompt_batch(setup, request), key)
+    drawn = sampler(params, prompt_batch(setup, request), key)
     features = drawn.features
     drawn = runtime.fetch(dataclasses.replace(drawn, features=None))
     drawn = dataclasses.replace(drawn, features=features)

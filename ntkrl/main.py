@@ -155,7 +155,7 @@ def _kernel(words: Sequence[str]) -> None:
     options, places = _options(words, known, ("layers",))
     if len(places) != 1:
         raise ValueError("kernel needs one model directory, and --prompts=FILE.")
-    kernel_command.inspect(kernel_command.read_settings(places[0], options))
+    kernel_command.compute_kernels(kernel_command.read_settings(places[0], options))
 
 
 def _alone(command: str) -> None:

@@ -17,25 +17,57 @@ from ml_collections import ConfigDict
 from ntkrl import data, models, probe, report, reward, rollout, runtime, trees, update
 from ntkrl.numerics import DTYPES
 
-METHODS = ("rl", "sft", "reward")
-HEADLINES = {"rl": "reward", "sft": "loss", "reward": "accuracy"}
-"""The metric that a run shows and ranks checkpoints by, by method."""
 NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalSettings:
-    """Held-out evaluation.
+class Method:
+    """A way to train; `training.BATCH_SOURCES` has its batch source.
 
-    every_steps: rollout steps between evaluations, or None for none.
+    name: value of config.method.
+    headline: metric that a run shows and ranks checkpoints by.
+    columns: names of the columns of the training prompts.
+    required: keys of the config that must not be None, each with an entry in MISSING.
+    samples: completions are sampled and rewarded, `rollout.completions_per_prompt` of each prompt.
+    reward_model: a Scorer is trained; else a Policy, which evaluations and probes sample from.
+    """
+
+    name: str
+    headline: str
+    columns: tuple[str, ...]
+    required: tuple[str, ...]
+    samples: bool = False
+    reward_model: bool = False
+
+
+METHODS = {
+    "rl": Method("rl", "reward", ("prompt",), ("model.path", "reward.function"), samples=True),
+    "sft": Method("sft", "loss", ("prompt", "completion"), ()),
+    "reward": Method(
+        name="reward",
+        headline="accuracy",
+        columns=("prompt", "chosen", "rejected"),
+        required=("data.path", "model.path"),
+        reward_model=True,
+    ),
+}
+MISSING = {
+    "data.path": "the preferences to learn from",
+    "model.path": "the Hugging Face directory to start from",
+    "reward.function": "one, such as my_rewards.py:score",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """Held-out evaluation; configs/base.py describes the other keys.
+
+    every_steps: rollout steps between evaluations.
     prompts: held-out prompts read (at most; all if fewer).
     samples_per_prompt: k of pass@k and of the distinct counts.
     repeats: independent samplings; their spread is the noise of the measurement.
     success_threshold: a completion with at least this reward counts as solved.
-    temperature: of these samples, ≥ 0 (0: greedy); None for rollout's.
-    base: samples of an earlier evaluation on the same prompts that these are compared with
-        (evaluations/NAME.jsonl, with NAME.rewards.json beside it), or None.
-    name: of what `evaluate` writes, or None for the model directory's.
+    base: evaluations/NAME.jsonl, with NAME.rewards.json beside it.
     """
 
     every_steps: int | None
@@ -67,7 +99,7 @@ class RunSettings:
 
     name: str
     seed: int
-    method: str
+    method: Method
     model: models.ModelSettings
     data: data.DataSettings
     rollout: rollout.RolloutSettings
@@ -85,18 +117,13 @@ class RunSettings:
     @property
     def minibatch_rows(self) -> int:
         """Completions, examples or pairs of an optimizer step."""
-        group = self.rollout.completions_per_prompt if self.method == "rl" else 1
+        group = self.rollout.completions_per_prompt if self.method.samples else 1
         return self.data.prompts_per_step // self.schedule.minibatches * group
-
-    @property
-    def headline(self) -> str:
-        """The metric that a run shows and ranks checkpoints by."""
-        return HEADLINES[self.method]
 
     @property
     def evaluates(self) -> bool:
         """True if held-out prompts are evaluated during the run."""
-        scored = self.method == "reward" or bool(self.reward.functions)
+        scored = self.method.reward_model or bool(self.reward.functions)
         return self.evaluation.every_steps is not None and scored
 
     @property
@@ -109,7 +136,7 @@ class RunSettings:
     @property
     def probes(self) -> bool:
         """True if steps are probed, which needs held-out prompts."""
-        return self.probe.enabled and self.holds_out and self.method != "reward"
+        return self.probe.enabled and self.holds_out and not self.method.reward_model
 
     def make_mesh(self, devices: list[jax.Device] | None = None) -> Mesh:
         """Arrange devices, or all of them, in the mesh of the config.
@@ -120,8 +147,8 @@ class RunSettings:
         sizes = self.mesh
         return runtime.make_mesh(sizes["data"], sizes["fsdp"], sizes["tensor"], devices)
 
-    def data_shards(self, mesh: Mesh) -> int:
-        """Return the data shards per microbatch."""
+    def row_shards(self, mesh: Mesh) -> int:
+        """Return the shards that the rows of a microbatch are divided into."""
         if self.data.packing:  # rows are padded to a multiple
             return trees.row_parts(mesh)
         return trees.blocks(mesh, self.minibatch_rows // self.schedule.microbatches)
@@ -144,12 +171,10 @@ def read_settings(config: ConfigDict) -> RunSettings:
     def section(kind: Any, name: str) -> Any:
         return read(runtime.parse_section, kind, config[name], name)
 
-    if config.method not in METHODS:
-        errors.messages.append(f"method {config.method!r} is not among {', '.join(METHODS)}.")
     settings = RunSettings(
         name=config.name,
         seed=config.seed,
-        method=config.method,
+        method=read(_read_method, config.method),
         model=section(models.ModelSettings, "model"),
         data=section(data.DataSettings, "data"),
         rollout=section(rollout.RolloutSettings, "rollout"),
@@ -157,7 +182,7 @@ def read_settings(config: ConfigDict) -> RunSettings:
         preference=section(update.PreferenceSettings, "preference"),
         objective=read(_read_objective, config),
         schedule=section(update.ScheduleSettings, "schedule"),
-        stages=read(update.read_stages, config),
+        stages=read(update.read_stages, config.stages),
         mesh=config.mesh.to_dict(),
         checkpoint=section(runtime.CheckpointSettings, "checkpoint"),
         evaluation=section(EvalSettings, "eval"),
@@ -165,28 +190,41 @@ def read_settings(config: ConfigDict) -> RunSettings:
         logging=section(report.LoggingSettings, "logging"),
     )
     errors.call(_check_metric, config.checkpoint.best_metric)
-    errors.messages.extend(_method_problems(config))
+    if settings.method is not None:
+        errors.messages.extend(_method_problems(config, settings))
     if not errors.messages:
-        errors.messages.extend(_division_problems(settings))
-    if not errors.messages:
-        errors.messages.extend(_dependency_problems(settings))
+        errors.messages.extend(_joint_problems(settings))
     errors.finish()
     return settings
 
 
-def _method_problems(config: ConfigDict) -> Iterator[str]:
-    if config.method == "reward" and config.data.path is None:
-        yield "data.path is missing; name the preferences to learn from."
-    if config.method in ("rl", "reward") and config.model.path is None:
-        yield "model.path is missing; name the Hugging Face directory to start from."
-    if config.method != "sft" and config.data.packing:
+def _read_method(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is not among {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def _method_problems(config: ConfigDict, settings: RunSettings) -> Iterator[str]:
+    method, stages = settings.method, settings.stages or ()  # None where a stage is wrong
+    for key in method.required:
+        section, name = key.split(".")
+        if config[section][name] is None:
+            yield f"{key} is missing; name {MISSING[key]}."
+    if "completion" not in method.columns and config.data.packing:
         yield (
             "data.packing is for given completions (method sft); set it to False for "
-            f"{config.method}."
+            f"{method.name}."
+        )
+    ruled = [s.name for s in stages if (s.plateau_window, s.kl_budget) != (None, None)]
+    if ruled and not method.samples:
+        yield (
+            f"plateau_window and kl_budget need a reward and a reference: method {method.name!r} "
+            f"has neither; remove them from stages {', '.join(ruled)}."
         )
 
 
-def _division_problems(settings: RunSettings) -> Iterator[str]:
+def _joint_problems(settings: RunSettings) -> Iterator[str]:
+    """List values that do not fit those of another section."""
     prompts, schedule = settings.data.prompts_per_step, settings.schedule
     if prompts % schedule.minibatches:
         yield (
@@ -198,10 +236,6 @@ def _division_problems(settings: RunSettings) -> Iterator[str]:
             f"schedule.microbatches = {schedule.microbatches} must divide the "
             f"{settings.minibatch_rows} rows of a minibatch."
         )
-
-
-def _dependency_problems(settings: RunSettings) -> Iterator[str]:
-    """List settings that need another one."""
     if settings.rollout.engine and settings.objective.correction == "off":
         yield (
             "rollout.engine draws with another program's arithmetic: set objective.correction to "
@@ -223,9 +257,7 @@ def _check_metric(name: str | None) -> None:
 
 def _read_reward(config: ConfigDict) -> reward.RewardSettings:
     section = config.reward.to_dict()
-    section["functions"] = _weighted_functions(
-        config, section.pop("function"), section.pop("weights")
-    )
+    section["functions"] = _weighted_functions(section.pop("function"), section.pop("weights"))
     settings = runtime.parse_section(reward.RewardSettings, section, "reward")
     if settings.dtype not in DTYPES:  # the reward room is imported without JAX
         raise ValueError(
@@ -236,11 +268,9 @@ def _read_reward(config: ConfigDict) -> reward.RewardSettings:
 
 
 def _weighted_functions(
-    config: ConfigDict, function: str | None, weights: tuple[float, ...] | None
+    function: str | None, weights: tuple[float, ...] | None
 ) -> tuple[tuple[str, float], ...]:
     if function is None:
-        if config.method == "rl":
-            raise ValueError("reward.function is missing; name one, such as my_rewards.py:score.")
         return ()
     specs = data.split_names(function)
     weights = (1.0,) * len(specs) if weights is None else tuple(weights)

@@ -106,7 +106,7 @@ class Scorer:
 
     score: `(params, tokens [N, T], mask [N, T], gates [N]) -> {name: [N]}`, float32 or better;
         tokens are right-padded, gates are the columns where `gate` begins (0 without one).
-    names: of the results, the reward first; others are logged.
+    names: names of the results, the reward first; others are logged.
     pad_id: padding token id.
     gate: token ids whose last occurrence in the prompt the gate reads; empty without a gate.
     max_tokens, vocab_size: the longest sequence allowed (tokens), and V.

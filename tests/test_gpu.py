@@ -100,10 +100,10 @@ def test_a_step_equals_the_processors():
             )
             rates = (("head/.*", 1e-2), (".*", None))
             stage = update.Stage("head", 1, rates, optimizer="sgd", max_grad_norm=None)
-            program = update.stage_program(stage, policy, params)
+            bound_stage = update.bind_stage(stage, policy, params)
             loss = lambda read, rows: update.policy_loss(update.PRESETS["grpo"], 16, read, rows)  # noqa: E731
-            step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, loss), 1))
-            after = step(update.init_state(program, params, jax.random.key(0)), part)[0].params
+            step = jax.jit(update.make_step(bound_stage, update.policy_loss_fn(policy, loss), 1))
+            after = step(update.init_state(bound_stage, params, jax.random.key(0)), part)[0].params
         change = jax.tree.map(lambda new, then: np.asarray(new) - np.asarray(then), after, params)
         moved.append(change.pop("head")["weight"])
         assert not any(leaf.any() for leaf in jax.tree.leaves(change))

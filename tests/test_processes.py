@@ -17,8 +17,8 @@ from ntkrl import data
 from ntkrl.main import main
 from tests.hosts import ends, start
 from tests.models.test_scorers import torch_scorer
-from tests.test_train import ROOT, base, lines, words  # noqa: F401
-from tests.test_train_models import preferences
+from tests.training.test_train import ROOT, base, lines, words  # noqa: F401
+from tests.training.test_train_models import preferences
 
 MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
 HOST = socket.gethostname()

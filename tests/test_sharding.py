@@ -83,11 +83,11 @@ def everything(case, mesh):
         ref_log_probs=-rng.exponential(size=mask.shape).astype(np.float32),
         advantages=np.repeat(rng.normal(size=(len(mask), 1)), mask.shape[1], 1).astype(np.float32),
     )
-    program = update.stage_program(update.Stage(**STAGE), policy, params)
-    spread = trees.blocks(mesh, len(mask))
-    objective = update.policy_loss_fn(policy, loss, chunk_tokens=BUDGET, spread=spread)
-    state = update.init_state(program, params, jax.random.key(0))
-    step = jax.jit(update.make_step(program, objective, microbatches=2))
+    bound_stage = update.bind_stage(update.Stage(**STAGE), policy, params)
+    row_shards = trees.blocks(mesh, len(mask))
+    objective = update.policy_loss_fn(policy, loss, chunk_tokens=BUDGET, row_shards=row_shards)
+    state = update.init_state(bound_stage, params, jax.random.key(0))
+    step = jax.jit(update.make_step(bound_stage, objective, microbatches=2))
     state, metrics, _ = step(state, place(batch))
     kernel = ntk.kernel(policy, params, ntk.last_positions(place(prompts()).tokens))
     result = {

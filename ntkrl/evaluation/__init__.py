@@ -2,9 +2,4 @@
 
 from ntkrl.evaluation import commands, kernel_command
 from ntkrl.evaluation.comparison import mean_interval, powers
-from ntkrl.evaluation.sampling import (
-    EvaluationSamples,
-    evaluate_policy,
-    make_evaluation_sample,
-    prompts_together,
-)
+from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler, prompts_together

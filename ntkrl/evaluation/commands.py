@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ntkrl import reward, runtime
 from ntkrl.evaluation.comparison import mean_interval
-from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sample
+from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import RunSetup, load_starting_model, set_up
@@ -37,7 +37,7 @@ def evaluate(
     Args:
       config: see configs/base.py; `model.path`, `data`, `reward`, `rollout` and `eval` count.
       run: run directory whose checkpoint is scored, or None for the model of `model.path`.
-      step: of the checkpoint, as in `export`.
+      step: rollout step of the checkpoint, as in `export`.
 
     Returns:
       The `eval/…` and `diversity/…` metrics, with `_low` and `_high` ends of intervals.
@@ -47,7 +47,7 @@ def evaluate(
         `export` raises.
     """
     settings = read_settings(config)
-    if settings.method == "reward":
+    if settings.method.reward_model:
         raise ValueError("evaluate samples completions; a reward model's accuracy is in its run.")
     directory, checkpoint = Path(config.run_dir), None
     if run is not None:
@@ -63,13 +63,13 @@ def evaluate(
             "there is nothing to evaluate on: set eval.every_steps, reward.function and either "
             "data.eval_path or data.held_out."
         )
-    sample = make_evaluation_sample(settings, setup.model)
+    sampler = make_evaluation_sampler(settings, setup.model)
     key = jax.random.fold_in(jax.random.key(settings.seed), EVALUATE_STREAM)
     params = setup.model.params
     if checkpoint is not None:
         params = checkpoint.restore(params)
     progress = runtime.is_writer()
-    metrics, samples = evaluate_policy(setup, sample, params, key, progress=progress)
+    metrics, samples = evaluate_policy(setup, sampler, params, key, progress=progress)
     for name, values in samples.by_prompt.items():
         metrics |= mean_interval(name, values)
     if runtime.is_writer():
@@ -120,7 +120,7 @@ class SavedParams:
     """
 
     def __init__(self, run: str, settings: RunSettings, step: int | str | None):
-        ranking = settings.checkpoint.ranking(settings.headline)
+        ranking = settings.checkpoint.ranking(settings.method.headline)
         if step == "best" and ranking is None:
             raise ValueError(
                 f"{run} ranks no checkpoints; train with --config.checkpoint.keep_best=1."

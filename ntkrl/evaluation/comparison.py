@@ -24,7 +24,7 @@ def compare(base: Samples, samples: Samples, threshold: float) -> dict[str, floa
     rewarded for it.
 
     Args:
-      base, samples: of the same prompts, N samples each.
+      base, samples: N samples each of the same prompts.
       threshold: a sample with at least this reward is a success.
 
     Returns:

@@ -41,7 +41,7 @@ class KernelSettings:
     positions: "last" for one context per prompt, "all" for one per token.
     eigenpairs: n ≥ 1, eigenvalues of the body and the full kernel.
     max_contexts: contexts at most, evenly spaced among all.
-    dtype: of params and network: float32, float64 or bfloat16; results are float32 or better.
+    dtype: dtype of params and network: float32, float64 or bfloat16; results are float32 or better.
     memory_gib: memory that a call may use beyond the params (GiB).
     limit: prompts at most, the first of the file.
     layers: traces per layer too, each at the cost of another body kernel.
@@ -101,7 +101,7 @@ def read_settings(model: str, options: Mapping[str, str]) -> KernelSettings:
     return KernelSettings(model, **values)
 
 
-def inspect(settings: KernelSettings) -> dict[str, np.ndarray]:
+def compute_kernels(settings: KernelSettings) -> dict[str, np.ndarray]:
     """Compute the kernels of a model directory on prompts; write and print them.
 
     Writes `kernel.npz` and `kernel.png` under `settings.out`, and nothing elsewhere.

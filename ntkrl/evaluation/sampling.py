@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ntkrl import probe, reward, trees
 from ntkrl.evaluation.comparison import compare, powers
-from ntkrl.generate import RewardedRollout, Sample, SampleRequest, collect, joined, make_sample
+from ntkrl.generate import RewardedRollout, SampleFn, SampleRequest, collect, joined, make_sampler
 from ntkrl.settings import EvalSettings, RunSettings
 from ntkrl.setup import RunSetup, Samples, StartingModel
 from ntkrl.types import Array, Params
@@ -36,12 +36,12 @@ class EvaluationSamples:
     by_prompt: dict[str, np.ndarray]
 
 
-def make_evaluation_sample(settings: RunSettings, model: StartingModel) -> Sample:
-    """Return the `sample` of held-out evaluation."""
+def make_evaluation_sampler(settings: RunSettings, model: StartingModel) -> SampleFn:
+    """Return the sampler of held-out evaluation."""
     temperature = settings.evaluation.temperature
     if temperature is None:
         temperature = settings.rollout.temperature
-    return make_sample(settings, model, samples_together(settings), temperature)
+    return make_sampler(settings, model, samples_together(settings), temperature)
 
 
 def samples_together(settings: RunSettings) -> int:
@@ -67,7 +67,7 @@ def prompts_together(settings: RunSettings, mesh: Mesh) -> int:
 
 def _collect_held_out(
     setup: RunSetup,
-    sample: Sample,
+    sampler: SampleFn,
     params: Params,
     key: Array,
     advance: Callable[[int], Any],
@@ -89,7 +89,7 @@ def _collect_held_out(
         part = np.arange(start, min(start + size, len(rows)))
         filled = np.resize(part, size)
         request = SampleRequest(prompts, rows[filled], copies[filled])
-        rewarded = collect(setup, sample, params, request, key)
+        rewarded = collect(setup, sampler, params, request, key)
         parts.append(rewarded.take(np.arange(len(part) * group)))
         advance(len(part) * group)
     pad_id = setup.model.tokenizer.pad_token_id
@@ -97,14 +97,14 @@ def _collect_held_out(
 
 
 def evaluate_policy(
-    setup: RunSetup, sample: Sample, params: Params, key: Array, progress: bool = False
+    setup: RunSetup, sampler: SampleFn, params: Params, key: Array, progress: bool = False
 ) -> tuple[dict[str, float], EvaluationSamples]:
     """Score a policy on the held-out prompts.
 
     Args:
       setup: the run, with held-out prompts.
-      sample: from `make_evaluation_sample`.
-      params: of the policy.
+      sampler: from `make_evaluation_sampler`.
+      params: params of the policy.
       key: consumed.
       progress: show a bar.
 
@@ -118,7 +118,7 @@ def evaluate_policy(
     total = count * settings.samples_per_prompt * settings.repeats
     with tqdm(total=total, desc="samples", disable=not progress) as bar:
         repeats = [
-            _collect_held_out(setup, sample, params, repeat_key, bar.update)
+            _collect_held_out(setup, sampler, params, repeat_key, bar.update)
             for repeat_key in jax.random.split(key, settings.repeats)
         ]
     measures = [prompt_measures(r.texts, r.result.rewards, settings) for r in repeats]
@@ -147,7 +147,7 @@ def prompt_measures(
     Args:
       texts: B completions, groups of `samples_per_prompt` consecutive.
       rewards: `[B]`.
-      settings: of the evaluation.
+      settings: settings of the evaluation.
 
     Returns:
       Metric to `[P]`. The answer in a text is `reward.final_answer`, that is the whole text where

@@ -128,7 +128,7 @@ def abstract_run(settings: RunSettings, machine: Machine) -> AbstractRun:
     Raises:
       ValueError: an unknown model, a mesh that does not fit the devices; see also AbstractRun.
     """
-    if settings.method == "reward":
+    if settings.method.reward_model:
         raise ValueError("plan knows methods rl and sft; a reward model has no plan yet.")
     mesh = settings.make_mesh(machine.devices)
     policy, params = abstract_models.describe_policy(settings.model, mesh)

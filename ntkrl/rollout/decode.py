@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkrl import trees
-from ntkrl.rollout.draw import draw
 from ntkrl.rollout.settings import SamplerSettings
+from ntkrl.rollout.token_sampling import sample_tokens
 from ntkrl.scoring import head_of
 from ntkrl.softmax import logits
 from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
@@ -129,7 +129,7 @@ class Decoder:
         """Sample up to `chunk_steps` tokens of the active rows.
 
         Args:
-          params: of the policy.
+          params: params of the policy.
           active, output: state so far.
           start: tokens sampled so far.
 
@@ -252,7 +252,7 @@ class Decoder:
     ) -> tuple[ActiveRows, Columns]:
         """Sample token t of every active row from its features into a column of the chunk."""
         keys_R = jax.vmap(jax.random.fold_in, in_axes=(0, None))(active.keys, t)
-        drawn = draw(self.settings, logits(head_of(self.policy, params), phi_RD), keys_R)
+        drawn = sample_tokens(self.settings, logits(head_of(self.policy, params), phi_RD), keys_R)
         real_R = ~active.done
         tokens_R = jnp.where(real_R, drawn.tokens, self.settings.pad_id)
         # pad_id may equal eos_id: a row that is done stays done either way

@@ -37,7 +37,7 @@ Generate = Callable[..., Sequence[Answer]]
 class ExternalSampler:
     """`sampler(params, prompts, key) -> Rollout` by an engine.
 
-    generate: of the engine, as above.
+    generate: function of the engine, as above.
     settings: SamplerSettings; features cannot be recorded.
     stored: `params -> {Hugging Face name: array}`, called when the engine needs weights.
     """
@@ -94,7 +94,7 @@ def load_engine(spec: str, directory: str | None, settings: SamplerSettings) -> 
     Args:
       spec: "path/to/file.py:make".
       directory: Hugging Face directory of the starting model, or None for a new one.
-      settings: of sampling.
+      settings: settings of sampling.
 
     Raises:
       ValueError: no such file or function, or an exception in it, quoted in the message.

@@ -45,7 +45,7 @@ class Sampler:
     settings: SamplerSettings.
     find_stop: from the ids of a completion `[n]` to the number of tokens up to the end of its first
       stop string, or None without one; or None for no stop strings.
-    mesh: of prompts and params, or None for one device.
+    mesh: mesh of prompts and params, or None for one device.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Sampler:
         """Sample N completions of each prompt.
 
         Args:
-          params: of the policy.
+          params: params of the policy.
           prompts: P prompts.
           key: consumed.
 

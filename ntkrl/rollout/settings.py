@@ -21,10 +21,10 @@ class SamplerSettings:
     top_p: then from the fewest of them with this share of their mass, in (0, 1]; None for all.
     min_p: then from those with at least this share of the largest probability, in [0, 1); None for
         all.
-    cache_dtype: of keys and values; None for the network's.
+    cache_dtype: dtype of keys and values; None for the network's.
     gather_params: decode with a copy of the params gathered over fsdp once per call, not once per
         token; the copy stays sharded over tensor.
-    params_dtype: of that copy, the compute dtype; None for that of the params.
+    params_dtype: dtype of that copy, the compute dtype; None for that of the params.
     keep_features: record the features that predicted each token.
     chunk_steps: decode steps between two checks for finished rows, ≥ 1.
     fewest_rows: smallest batch of compaction, ≥ 1: with few rows, a step costs reading the params.
@@ -86,8 +86,6 @@ class RolloutSettings:
     """Sampling of completions in training: the config's rollout section (see SamplerSettings).
 
     stop: strings that end a completion; they are part of it.
-    cache_dtype: of keys and values while sampling, or None for the network's.
-    gather_params: sample from a copy of the params that is gathered over fsdp.
     engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
     """
 

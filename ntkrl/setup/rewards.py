@@ -20,7 +20,7 @@ def load_rewards(settings: reward.RewardSettings, mesh: Mesh) -> reward.RewardSe
 
     Args:
       settings: the config's section.
-      mesh: of all devices, for reward models.
+      mesh: mesh of all devices, for reward models.
 
     Raises:
       ValueError: a function, model or file that cannot be loaded, or rewards to normalise that
@@ -107,10 +107,10 @@ def read_base(
     Its rewards are summed with the weights and the normalisation of this config.
 
     Args:
-      path: of its samples, `settings.base`.
-      settings: of the evaluation.
+      path: file of its samples, `settings.base`.
+      settings: settings of the evaluation.
       held_out: its prompts, of which the first `settings.prompts` count.
-      rewards: of the run.
+      rewards: reward functions of the run.
 
     Raises:
       ValueError: files that are missing or of another form, other prompts, fewer samples or other

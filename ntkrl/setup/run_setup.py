@@ -18,13 +18,6 @@ from ntkrl.setup.starting_model import (
     vocabulary_rows,
 )
 
-REQUIRED = {
-    "rl": ("prompt",),
-    "sft": ("prompt", "completion"),
-    "reward": ("prompt", "chosen", "rejected"),
-}
-"""Columns of the training prompts, by method."""
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
@@ -102,7 +95,7 @@ def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
             rewards = load_rewards(settings.reward, mesh)
     with errors:
         if settings.model.path is not None:
-            check = models.check_scorer if settings.method == "reward" else models.check
+            check = models.check_scorer if settings.method.reward_model else models.check
             stored_rows = check(settings.model.path)
     with errors:
         tokenizer, tokenizer_dir = load_tokenizer(settings, run_dir)
@@ -113,8 +106,8 @@ def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
             if stored_rows is not None:
                 rows = vocabulary_rows(settings, tokenizer, stored_rows)
                 check_vocabulary(tokenizer, rows, tokenizer_dir)
-    if train is not None and rewards is not None and settings.method != "reward":
-        for prompts in (held_out, train if settings.method == "rl" else None):
+    if train is not None and rewards is not None and not settings.method.reward_model:
+        for prompts in (held_out, train if settings.method.samples else None):
             with errors:
                 if prompts is not None:
                     rewards.check_columns(prompts.columns)
@@ -136,28 +129,27 @@ def _load_prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Promp
             f"{train_set.source} leaves {len(train_set.prompts)} training prompts, fewer than "
             f"data.prompts_per_step = {settings.data.prompts_per_step}; lower it or add prompts."
         )
-    held_out = None
+    held_out, columns = None, settings.method.columns
     if held_out_sets:
         parts = _encode(settings, tokenizer, held_out_sets, with_completions=False)
         held_out = _interleaved(parts)
-    parts = _encode(settings, tokenizer, train_sets, with_completions=settings.method == "sft")
+    parts = _encode(settings, tokenizer, train_sets, with_completions="completion" in columns)
     return _joined(parts), held_out
 
 
 def _read_prompt_sets(settings: RunSettings) -> tuple[list[data.PromptSet], list[data.PromptSet]]:
     """Return the training sets and, for a run with evaluations, held-out ones; one per file."""
-    files, paired = settings.data, settings.method == "reward"
+    files, method = settings.data, settings.method
     if files.path is None:
         held_out = [data.expression_prompts("test")] if settings.holds_out else []
-        if settings.method == "sft":
+        if "completion" in method.columns:
             return [data.supervised_set(files.examples, settings.seed)], held_out
         return [data.expression_prompts("train")], held_out
-    required = REQUIRED[settings.method]
-    names = [(name, required) for name in data.split_names(files.path)]
+    names = [(name, method.columns) for name in data.split_names(files.path)]
     count, errors = len(names), runtime.ErrorCollector()
     if files.eval_path is not None:
-        eval_required = required if paired else ("prompt",)
-        names += [(name, eval_required) for name in data.split_names(files.eval_path)]
+        eval_columns = method.columns if method.reward_model else ("prompt",)
+        names += [(name, eval_columns) for name in data.split_names(files.eval_path)]
     sets = errors.map(lambda file: data.read_set(*file), names)
     train_sets, held_out = sets[:count], sets[count:]
     if held_out or not settings.holds_out:
@@ -176,7 +168,7 @@ def _encode(
 
     def encode(prompt_set: data.PromptSet) -> Prompts:
         size, completions = (len(prompt_set.prompts),), []
-        if settings.method == "reward":
+        if settings.method.reward_model:
             return Prompts(prompt_set, [], [], size)
         if with_completions:
             budget = settings.rollout.max_completion_tokens

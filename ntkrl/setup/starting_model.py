@@ -29,7 +29,7 @@ class StartingModel:
     network: the trained network; a reward model is a Scorer, whose params hold its head.
     params: on the mesh; shapes with shardings where a run is only planned.
     tokenizer: transformers'. tokenizer_dir: directory whose tokenizer files export copies.
-    mesh: of all devices.
+    mesh: mesh of all devices.
     """
 
     network: Policy | Scorer
@@ -130,7 +130,7 @@ def load_network(
     Raises:
       ValueError: anything wrong with the model directory, or a tokenizer that does not fit.
     """
-    if settings.method == "reward":
+    if settings.method.reward_model:
         scorer, params = _load_scorer(settings, tokenizer, mesh)
         return StartingModel(scorer, params, tokenizer, tokenizer_dir, mesh)
     policy, params = _load_policy(settings, tokenizer, mesh)

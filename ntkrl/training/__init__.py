@@ -1,13 +1,7 @@
 """The training loop and its batch sources, train state, checkpoints, probes and programs."""
 
 from ntkrl.training.abstract_run import AbstractRun
-from ntkrl.training.batch_sources import (
-    BatchSource,
-    PreferenceSource,
-    StepBatches,
-    StepContext,
-    SupervisedSource,
-)
+from ntkrl.training.batch_sources import BatchSource, StepBatches, StepContext
 from ntkrl.training.loop import BATCH_SOURCES, train
 from ntkrl.training.probe_hook import ProbeHook
 from ntkrl.training.programs import (

@@ -15,7 +15,6 @@ from ntkrl.settings import RunSettings
 from ntkrl.setup import StartingModel
 from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import supervised_losses
-from ntkrl.training.credit import RolloutArrays, without_kl_advantages
 from ntkrl.training.rollout_source import RolloutFunctions, update_batch
 from ntkrl.training.train_state import TrainStates
 from ntkrl.types import Params, Rollout, Scorer, TrainState, UpdateBatch
@@ -36,7 +35,7 @@ class AbstractRun:
         """Bind stages and functions to a model.
 
         Args:
-          settings: of a run with method rl or sft.
+          settings: settings of a run with method rl or sft.
           model: params are shapes with shardings; the tokenizer needs its special tokens alone.
           scorers: reward models by name, their params shapes with shardings.
 
@@ -51,17 +50,17 @@ class AbstractRun:
         rollout.check_length(model.policy, self.width, self.budget)
         self.states = TrainStates(self.settings, model)
         self.functions: RolloutFunctions | None = None
-        if settings.method == "rl":
+        if settings.method.samples:
             self.functions = RolloutFunctions(self.settings, model)
             self.loss, self.term_losses = self.functions.loss, self.functions.term_losses
         else:
             self.loss, self.term_losses = supervised_losses(self.settings, model)
         # epochs have a length that only the prompts know, and no program depends on
         stages = [stage.in_steps(1 << 20) for stage in settings.stages]
-        self.stages = update.stage_programs(
+        self.stages = update.bind_stages(
             stages, model.policy, model.params, settings.schedule.updates
         )
-        self.stage_names = tuple(program.stage.name for program in self.stages)
+        self.stage_names = tuple(stage.stage.name for stage in self.stages)
         self.key = self.replicated(jax.eval_shape(lambda: jax.random.key(0)))
 
     def replicated(self, tree: Any) -> Any:
@@ -78,11 +77,11 @@ class AbstractRun:
         """Return the rows of a batch on each device."""
         return runtime.row_sharding(rows, self.mesh).shard_shape((rows,))[0]
 
-    def state(self, stage: update.StageProgram) -> TrainState:
+    def state(self, stage: update.BoundStage) -> TrainState:
         """Return the state that a stage's steps start from."""
-        return dataclasses.replace(self.states.abstract(stage), reference=None)
+        return dataclasses.replace(self.states.abstract_state(stage), reference=None)
 
-    def resident(self, stage: update.StageProgram) -> dict[str, Any]:
+    def resident(self, stage: update.BoundStage) -> dict[str, Any]:
         """Return the trees that are on the devices throughout a stage, by name."""
         params = self.model.params
         named = {STARTING: params, POLICY: params, OPTIMIZER: self.state(stage).opt_state}
@@ -90,7 +89,7 @@ class AbstractRun:
             named["reference params"] = params
         return named | {f"reward {name}": params for name, (_, params) in self.scorers.items()}
 
-    def snapshot_copies(self, stage: update.StageProgram) -> list[Any]:
+    def snapshot_copies(self, stage: update.BoundStage) -> list[Any]:
         """Return the copies that a probed step keeps on the devices; see ProbeHook.snapshot."""
         if not self.settings.probes:
             return []
@@ -124,13 +123,13 @@ class AbstractRun:
         return self.rows(jax.eval_shape(drawn))
 
     def minibatch(
-        self, stage: update.StageProgram, accounted: bool = False
+        self, stage: update.BoundStage, with_ledger: bool = False
     ) -> tuple[UpdateBatch, OutputHead | None]:
         """Return the batch and the reference's head that a stage's step is called with.
 
         Args:
           stage: the stage.
-          accounted: whether a ledger is made of the step; by sample it needs no `kl_advantages`
+          with_ledger: whether a ledger is made of the step; by sample it needs no `kl_advantages`
             (see `kl_shares`).
         """
         if self.functions is None:
@@ -138,7 +137,7 @@ class AbstractRun:
         functions, drawn = self.functions, self.rollout(keep_features=stage.head_alone)
         log_probs = drawn.sampler_log_probs
         exact_kl = functions.needs_reference and functions.objective.needs_distribution
-        arrays = RolloutArrays(
+        arrays = update.RolloutArrays(
             rewards=jax.eval_shape(lambda leaf: leaf.astype(jnp.float32), drawn.finished),
             old_log_probs=log_probs,
             ref_log_probs=log_probs,
@@ -151,8 +150,8 @@ class AbstractRun:
         reference_in_loss = functions.reference_in_loss
         ref_features = self.rollout(True).features if reference_in_loss else None
         batch = update_batch(drawn, arrays, weights, ref_features)
-        if not accounted or self.settings.probe.ledger_by != "group":
-            batch = without_kl_advantages(batch)
+        if not with_ledger or self.settings.probe.ledger_by != "group":
+            batch = dataclasses.replace(batch, kl_advantages=None)
         count = batch.tokens.shape[0] // self.settings.schedule.minibatches
         batch = jax.tree.map(lambda leaf: leaf.update(shape=(count, *leaf.shape[1:])), batch)
         head = head_of(self.model.policy, self.model.params) if reference_in_loss else None

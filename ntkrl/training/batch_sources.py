@@ -32,9 +32,9 @@ EVALUATION_ROWS = 32
 class StepContext:
     """State of the run at the beginning of a rollout step.
 
-    params: of the policy.
+    params: params of the policy.
     reference: params of the reference policy.
-    program: the current stage.
+    bound_stage: the current stage.
     features_fixed: whether no stage so far moves the body, so that the reference policy's features
         equal the policy's.
     rollout_step: number of this step, from 1.
@@ -44,7 +44,7 @@ class StepContext:
 
     params: Params
     reference: Params
-    program: update.StageProgram
+    bound_stage: update.BoundStage
     features_fixed: bool
     rollout_step: int
     key: Array
@@ -56,7 +56,7 @@ class StepBatches:
     """The data of one rollout step.
 
     batches: minibatches in host memory, one optimizer step each and epoch.
-    metrics: of the data, logged with the step.
+    metrics: metrics of the data, logged with the step.
     reference: head of the reference policy, where the loss compares whole distributions.
     """
 
@@ -91,7 +91,7 @@ class BatchSource(Protocol):
         """Return the metrics of a rollout step from those of its optimizer steps.
 
         Args:
-          step_metrics: of each optimizer step in order; empty if no batch was trained on.
+          step_metrics: metrics of each optimizer step in order; empty if no batch was trained on.
           rollout_step: for messages.
 
         Raises:
@@ -128,12 +128,12 @@ def supervised_losses(
     settings: RunSettings, model: StartingModel
 ) -> tuple[update.LossFn[Total], update.LossFn[dict[str, Total]]]:
     """Return the supervised loss, and the same by term."""
-    chunk_tokens, shards = settings.schedule.chunk_tokens, settings.data_shards(model.mesh)
+    chunk_tokens, shards = settings.schedule.chunk_tokens, settings.row_shards(model.mesh)
     loss = update.policy_loss_fn(
-        model.policy, update.supervised_loss, chunk_tokens=chunk_tokens, spread=shards
+        model.policy, update.supervised_loss, chunk_tokens=chunk_tokens, row_shards=shards
     )
     term_losses = update.policy_loss_fn(
-        model.policy, update.supervised_terms, chunk_tokens=chunk_tokens, spread=shards
+        model.policy, update.supervised_terms, chunk_tokens=chunk_tokens, row_shards=shards
     )
     return loss, term_losses
 

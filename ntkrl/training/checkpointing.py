@@ -39,7 +39,7 @@ class RunCheckpointer:
         """
         self.settings, self.config = settings.checkpoint, config
         self.failures = 0
-        ranking = self.settings.ranking(settings.headline)
+        ranking = self.settings.ranking(settings.method.headline)
         self.checkpoints = runtime.Checkpoints(
             directory / "checkpoints", self.settings.keep, ranking
         )
@@ -57,7 +57,7 @@ class RunCheckpointer:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Finish the pending save; if the run fails anyway, a failed save is only logged."""
         try:
-            self.settle()
+            self.wait_for_save()
         except OSError as error:
             if kind is None:
                 raise
@@ -136,18 +136,18 @@ class RunCheckpointer:
           step: rollout steps finished.
           state: may be donated after the call.
           position: JSON values besides those that the RunCheckpointer adds.
-          metrics: of the step.
+          metrics: metrics of the step.
 
         Raises:
-          OSError: as `settle`.
+          OSError: as `wait_for_save`.
         """
-        self.settle()
+        self.wait_for_save()
         try:
             self.checkpoints.save(step, state, {**self.provenance, **position}, metrics)
         except runtime.CheckpointWriteError as error:
             self._failed(error)
 
-    def settle(self, wait: bool = True) -> None:
+    def wait_for_save(self, block: bool = True) -> None:
         """Wait for the pending save, or poll whether it is done.
 
         Raises:
@@ -156,7 +156,7 @@ class RunCheckpointer:
         """
         pending = self.checkpoints.pending
         try:
-            self.checkpoints.finish_saving(wait)
+            self.checkpoints.finish_saving(block)
         except runtime.CheckpointWriteError as error:
             self._failed(error)
         else:

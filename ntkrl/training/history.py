@@ -27,7 +27,7 @@ class History:
         """Start without readings.
 
         Args:
-          directory: of the files `step_*.npz`.
+          directory: directory of the files `step_*.npz`.
         """
         self.directory = directory
         self.sums: dict[str, probe.LineSums] = {}
@@ -37,7 +37,7 @@ class History:
 
         Args:
           step: optimizer step of the reading; increasing.
-          arrays: of the reading, with those of SERIES, all before the step.
+          arrays: arrays of the reading, with those of SERIES, all before the step.
 
         Returns:
           `<prefix>/linearity` and `<prefix>/linearity_pooled` (see `probe.line_fit`), from the
@@ -60,7 +60,7 @@ class History:
 
         Args:
           step: optimizer step of the reading.
-          leading: of ΔW by leaf, layers in front, from `probe.update_ranks`.
+          leading: singular triples of ΔW by leaf, layers in front, from `probe.update_ranks`.
 
         Returns:
           `weights/<leaf>/direction_cosine`, the mean over layers, and `weights/direction_cosine`,

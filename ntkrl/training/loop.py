@@ -20,20 +20,19 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ntkrl import report, runtime, update
-from ntkrl.evaluation import evaluate_policy, make_evaluation_sample
-from ntkrl.generate import Clock, Sample
+from ntkrl.evaluation import evaluate_policy, make_evaluation_sampler
+from ntkrl.generate import Clock, SampleFn
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup, set_up
 from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import Batch, StepContext
 from ntkrl.training.checkpointing import RunCheckpointer
-from ntkrl.training.credit import without_kl_advantages
 from ntkrl.training.probe_hook import CompletedStep, ProbeHook
 from ntkrl.training.rollout_source import BATCH_SOURCES
 from ntkrl.training.train_state import JittedStep, TrainStates
-from ntkrl.types import Array, Params, Policy, TrainState, UpdateBatch
-from ntkrl.update import due
+from ntkrl.types import Array, Params, TrainState, UpdateBatch
+from ntkrl.update import is_due
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
 EVAL_STREAM, PROBE_STREAM = 1, 2
@@ -72,7 +71,7 @@ def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
     runtime.check_shared(directory)
-    if settings.method == "rl":
+    if settings.method.samples:
         runtime.log(f"objective: {update.describe(settings.objective)}")
     loop.run()
     setup.model.export(directory / "export", loop.state.params)
@@ -87,15 +86,15 @@ def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
 class RolloutStep:
     """A rollout step whose work has been dispatched to the devices.
 
-    number: from 1. step: optimizer steps after it, in all stages. stage: its stage's name.
+    rollout_step: from 1. optimizer_steps: steps taken by its end, in all stages. stage: its name.
     metrics: values known on the host.
     pending: metrics of its optimizer steps, on the devices until they are fetched, then None.
     counters: logged after those metrics.
     completed: its last optimizer step, where the probe hook analyses that.
     """
 
-    number: int
-    step: int
+    rollout_step: int
+    optimizer_steps: int
     stage: str
     metrics: dict[str, Any]
     pending: list[dict[str, Array]] | None
@@ -109,7 +108,7 @@ class Loop:
     state: without a reference. reference: params of the reference policy where they move, or None.
     progress: in the current stage. tokens_seen: in all batches so far.
     step_count, stage_updates: optimizer steps in all stages, and of the current optimizer.
-    writer, bar: of metrics, and of progress, while `run` trains.
+    writer, bar: metrics file and progress bar, while `run` trains.
     """
 
     state: TrainState
@@ -131,23 +130,23 @@ class Loop:
         """
         self.setup, self.settings, self.directory = setup, setup.settings, directory
         self.model, self.notice, self.stages = setup.model, notice, setup.stages
-        self.source = BATCH_SOURCES[self.settings.method](setup)
-        self.programs = update.stage_programs(
+        self.source = BATCH_SOURCES[self.settings.method.name](setup)
+        self.bound_stages = update.bind_stages(
             self.stages, self.model.network, self.model.params, self.settings.schedule.updates
         )
-        self.mix = jax.jit(optax.incremental_update, donate_argnums=1)
+        self.update_reference = jax.jit(optax.incremental_update, donate_argnums=1)
         self.jitted_steps: dict[tuple[int, int, bool], JittedStep] = {}
         self.states = TrainStates(self.settings, self.model)
         self.checkpointer = RunCheckpointer(self.settings, config, directory)
         self.probe_hook: ProbeHook | None = None
-        self.eval_sample: Sample | None = None
-        if setup.held_out is not None and isinstance(self.model.network, Policy):
-            self.eval_sample = make_evaluation_sample(self.settings, self.model)
+        self.eval_sampler: SampleFn | None = None
+        if setup.held_out is not None and not self.settings.method.reward_model:
+            self.eval_sampler = make_evaluation_sampler(self.settings, self.model)
             term_losses = self.source.term_losses
             if self.settings.probes and term_losses is not None:
                 # the same seed for every run of a model, so that runs share one probe set
                 key = _stream(0, PROBE_STREAM, 0)
-                self.probe_hook = ProbeHook(setup, term_losses, self.programs, directory, key)
+                self.probe_hook = ProbeHook(setup, term_losses, self.bound_stages, directory, key)
         self.clock = Clock()
 
     def run(self) -> None:
@@ -167,22 +166,22 @@ class Loop:
                 try:
                     current = self._advance(rollout_step)
                 except Exception:
-                    self._finish(previous)  # report the previous step's non-finite loss instead
+                    self._write_metrics(previous)  # its non-finite loss is reported instead
                     raise
-                self._finish(previous)  # while the devices work on the current step
+                self._write_metrics(previous)  # while the devices work on the current step
                 previous, bar.total = current, rollout_step + self._steps_left()
                 last = self._steps_left() == 0
                 self._analyse(current)
-                if last or due(self.settings.evaluation.every_steps, rollout_step):
+                if last or is_due(self.settings.evaluation.every_steps, rollout_step):
                     self._fetch(current)
                     current.counters |= self._evaluate(rollout_step)
-                if last or due(self.settings.checkpoint.every_steps, rollout_step):
-                    self._finish(current)
+                if last or is_due(self.settings.checkpoint.every_steps, rollout_step):
+                    self._write_metrics(current)
                     self._save(rollout_step, current.metrics)
-                self.checkpointer.settle(wait=False)
+                self.checkpointer.wait_for_save(block=False)
                 runtime.record_resume_step(self.checkpointer.newest())
-                writer.write_timings(current.step, self.clock.lap(), rollout_step)
-            self._finish(previous)
+                writer.write_timings(current.optimizer_steps, self.clock.lap(), rollout_step)
+            self._write_metrics(previous)
             left = self._steps_left() > 0
             if left and rollout_step > 0:
                 self._save(rollout_step, {} if previous is None else previous.metrics)
@@ -199,19 +198,19 @@ class Loop:
         self.tokens_seen += int(sum(np.count_nonzero(batch.mask) for batch in data.batches))
         batches = [*data.batches] * self.settings.schedule.inner_epochs
         hook = self.probe_hook
-        probed = bool(batches) and hook is not None and hook.due(rollout_step)
+        probed = bool(batches) and hook is not None and hook.is_due(rollout_step)
         stage, metrics, snapshot, completed = self.progress.stage, [], None, None
-        for number, host_batch in enumerate(batches, start=1):
-            plain = without_kl_advantages(host_batch)
+        for number, minibatch in enumerate(batches, start=1):
+            plain: Batch = minibatch
+            if isinstance(minibatch, UpdateBatch):  # only ledgers read the KL's part by itself
+                plain = dataclasses.replace(minibatch, kl_advantages=None)
             if hook is not None and probed and number == len(batches):
-                assert isinstance(host_batch, UpdateBatch)  # as of every source with term losses
+                assert isinstance(minibatch, UpdateBatch)  # as of every source with term losses
                 # copy the buffers that the jitted step donates
-                snapshot = hook.snapshot(
-                    self.state, host_batch, data.reference, stage, rollout_step
-                )
+                snapshot = hook.snapshot(self.state, minibatch, data.reference, stage, rollout_step)
                 plain = snapshot.batch
             batch = runtime.place_rows(plain, self.model.mesh)
-            per_term = snapshot is not None and snapshot.accounted
+            per_term = snapshot is not None and snapshot.with_ledger
             step = self._jitted_step(batch, data.reference, per_term)
             result = step(self.state, batch, data.reference)
             self.state = result.state
@@ -224,32 +223,33 @@ class Loop:
         name = self.stages[stage].name
         current = RolloutStep(rollout_step, self.step_count, name, data.metrics, metrics)
         current.completed = completed
-        self._count(current)
+        self._end_rollout_step(current)
         return current
 
     def _jitted_step(self, batch: Batch, head: OutputHead | None, per_term: bool) -> JittedStep:
         """Return the stage's train step, jitted once per number of rows."""
         stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
         if (stage, rows, per_term) not in self.jitted_steps:
-            program, microbatches = self.programs[stage], self.settings.schedule.microbatches
+            bound_stage = self.bound_stages[stage]
+            microbatches = self.settings.schedule.microbatches
             if per_term:
                 losses = self.source.term_losses
                 assert losses is not None  # as in every run with ledgers
-                step = update.make_step_with_term_gradients(program, losses, microbatches)
+                step = update.make_step_with_term_gradients(bound_stage, losses, microbatches)
             else:
-                step = update.make_step(program, self.source.loss, microbatches)
+                step = update.make_step(bound_stage, self.source.loss, microbatches)
             self.jitted_steps[stage, rows, per_term] = self.states.jitted_step(
-                program, step, self.state, batch, head
+                bound_stage, step, self.state, batch, head
             )
         return self.jitted_steps[stage, rows, per_term]
 
     def _context(self, rollout_step: int, key: Array) -> StepContext:
-        programs = self.programs[: self.progress.stage + 1]
+        bound_stages = self.bound_stages[: self.progress.stage + 1]
         return StepContext(
             params=self.state.params,
             reference=self.model.params if self.reference is None else self.reference,
-            program=programs[-1],
-            features_fixed=all(program.head_alone for program in programs),
+            bound_stage=bound_stages[-1],
+            features_fixed=all(stage.head_alone for stage in bound_stages),
             rollout_step=rollout_step,
             key=key,
             clock=self.clock,
@@ -259,29 +259,30 @@ class Loop:
         """Enter the next stage where one has ended: start its optimizer, or transfer the state."""
         if self.progress.ended is not None:
             self.progress = update.enter_stage(self.progress)
-            self.state = self.states.next(self.programs[self.progress.stage], self.state)
+            bound_stage = self.bound_stages[self.progress.stage]
+            self.state = self.states.next_stage_state(bound_stage, self.state)
             self.stage_updates = update.steps_taken(self.state.opt_state)
         if self.progress.steps == 0:
-            warning = self.programs[self.progress.stage].warning(self.state.params)
+            warning = self.bound_stages[self.progress.stage].warning(self.state.params)
             if warning is not None:
                 runtime.log(warning)
 
-    def _count(self, current: RolloutStep) -> None:
+    def _end_rollout_step(self, current: RolloutStep) -> None:
         """Count a rollout step in its stage, and synchronise the reference policy when due."""
-        program = self.programs[self.progress.stage]
-        if program.stage.kl_budget is not None:
+        bound_stage = self.bound_stages[self.progress.stage]
+        if bound_stage.stage.kl_budget is not None:
             self._fetch(current)  # whether the stage ends depends on it
-        self.progress = update.advance(program.stage, self.progress, current.metrics)
+        self.progress = update.advance(bound_stage.stage, self.progress, current.metrics)
         if self.progress.ended is not None:
-            runtime.log(f"stage {program.stage.name!r} ends: {self.progress.ended}")
-        if due(self.settings.schedule.reference_sync_steps, current.number):
+            runtime.log(f"stage {bound_stage.stage.name!r} ends: {self.progress.ended}")
+        if is_due(self.settings.schedule.reference_sync_steps, current.rollout_step):
             alpha = self.settings.schedule.reference_mixup_alpha
-            self.reference = self.mix(self.state.params, self.reference, alpha)
+            self.reference = self.update_reference(self.state.params, self.reference, alpha)
         current.counters = {
-            "stage": program.stage.name,
-            "rollout_step": current.number,
+            "stage": bound_stage.stage.name,
+            "rollout_step": current.rollout_step,
             "num_tokens": self.tokens_seen,
-            "learning_rate": program.learning_rate(max(self.stage_updates - 1, 0)),
+            "learning_rate": bound_stage.learning_rate(max(self.stage_updates - 1, 0)),
         }
 
     def _steps_left(self) -> int:
@@ -296,31 +297,31 @@ class Loop:
         if step.pending is None:
             return
         values = [{name: float(v) for name, v in metrics.items()} for metrics in step.pending]
-        for number, metrics in enumerate(values, start=step.step - len(values) + 1):
+        for number, metrics in enumerate(values, start=step.optimizer_steps - len(values) + 1):
             self._check_finite(metrics, number, step)
-        step.metrics |= self.source.summary(values, step.number)
+        step.metrics |= self.source.summary(values, step.rollout_step)
         step.pending = None
 
     def _check_finite(self, metrics: dict[str, float], number: int, step: RolloutStep) -> None:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
         if bad:
-            self.checkpointer.settle()
+            self.checkpointer.wait_for_save()
             raise ValueError(
-                f"{' and '.join(bad)} not finite at step {number} (rollout step {step.number}, "
-                f"stage {step.stage!r}); the last good checkpoint is "
+                f"{' and '.join(bad)} not finite at step {number} (rollout step "
+                f"{step.rollout_step}, stage {step.stage!r}); the last good checkpoint is "
                 f"{self.checkpointer.last_good()}. Lower the stage's learning rate or set its "
                 "max_grad_norm."
             )
 
-    def _finish(self, step: RolloutStep | None) -> None:
+    def _write_metrics(self, step: RolloutStep | None) -> None:
         """Write the metrics of a rollout step, unless they are written."""
         if step is None or not step.counters:
             return
         self._fetch(step)
         step.metrics |= step.counters
         step.counters = {}
-        self.writer.write(step.step, step.metrics)
-        headline = self.settings.headline
+        self.writer.write(step.optimizer_steps, step.metrics)
+        headline = self.settings.method.headline
         self.bar.set_postfix({headline: f"{step.metrics[headline]:.3f}", "stage": step.stage})
         self.bar.update()
 
@@ -329,25 +330,25 @@ class Loop:
         if self.probe_hook is None or current.completed is None:
             return
         self._fetch(current)
-        current.counters |= self.probe_hook.analyse(current.completed, current.number)
+        current.counters |= self.probe_hook.analyse(current.completed, current.rollout_step)
         current.completed = None
         self.clock("look")
 
     def _evaluate(self, rollout_step: int) -> dict[str, Any]:
         metrics = self.source.evaluate(self.state.params)
-        if self.eval_sample is None:
+        if self.eval_sampler is None:
             return metrics
         key = _stream(self.settings.seed, EVAL_STREAM, rollout_step)
-        sampled, _ = evaluate_policy(self.setup, self.eval_sample, self.state.params, key)
+        sampled, _ = evaluate_policy(self.setup, self.eval_sampler, self.state.params, key)
         self.clock("eval")
         return sampled | metrics
 
     def _write_start(self) -> None:
         """Measure and write the metrics before the first step."""
-        hook, metrics = self.probe_hook, self._evaluate(0)
-        self.writer.write(
-            0, metrics | ({} if hook is None else hook.measures(self.state.params, 0))
-        )
+        metrics = self._evaluate(0)
+        if self.probe_hook is not None:
+            metrics |= self.probe_hook.measures(self.state.params, 0)
+        self.writer.write(0, metrics)
         self.clock.lap()
 
     def _open_writer(self, start: int) -> report.MetricsWriter | report.NoWriter:
@@ -364,7 +365,7 @@ class Loop:
         position: dict[str, Any] = {"progress": {}, "num_tokens": 0, "prompt_batches": 0}
         checkpoint = self.checkpointer.resume(self._template)
         if checkpoint is None:
-            state = self.states.first(self.programs[0])
+            state = self.states.initial_state(self.bound_stages[0])
         else:
             start, position, state = checkpoint
             runtime.log(f"resuming {self.directory} after rollout step {start}")
@@ -381,8 +382,8 @@ class Loop:
 
     def _template(self, position: Mapping[str, Any]) -> TrainState:
         stage = update.Progress(**position["progress"]).stage
-        template = self.states.abstract(self.programs[stage])
-        return dataclasses.replace(template, key=self.states.first_key())
+        template = self.states.abstract_state(self.bound_stages[stage])
+        return dataclasses.replace(template, key=self.states.initial_key())
 
     def _save(self, rollout_step: int, metrics: dict[str, Any]) -> None:
         position = {

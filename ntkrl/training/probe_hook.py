@@ -19,7 +19,6 @@ from ntkrl.numerics import GIB
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, StartingModel
 from ntkrl.softmax import OutputHead
-from ntkrl.training.credit import kl_shares, without_kl_advantages
 from ntkrl.training.history import History, direction_arrays
 from ntkrl.training.probe_set import (
     FORMAT,
@@ -43,7 +42,7 @@ class StepSnapshot:
     batch: its minibatch, in host memory.
     reference: head of the reference policy that its loss compares with, or None.
     stage: number of the stage.
-    kl_shares: see `kl_shares`; None where a ledger has the KL's part as a term of its own.
+    kl_shares: see `update.kl_shares`; None where a ledger has the KL's part as a term of its own.
     """
 
     before: TrainState
@@ -53,7 +52,7 @@ class StepSnapshot:
     kl_shares: np.ndarray | None
 
     @property
-    def accounted(self) -> bool:
+    def with_ledger(self) -> bool:
         """True if a ledger of the step is made."""
         return self.before.opt_state is not None
 
@@ -74,14 +73,14 @@ def make_ledger(
     settings: RunSettings,
     model: StartingModel,
     term_losses: update.LossFn[dict[str, Total]],
-    program: update.StageProgram,
+    bound_stage: update.BoundStage,
 ) -> attribution.Ledger:
     """Return the ledger of a stage's steps."""
     return attribution.Ledger(
         policy=model.policy,
         terms=term_losses,
-        optimizer=program.optimizer,
-        trained=program.trained,
+        optimizer=bound_stage.optimizer,
+        trained=bound_stage.trained,
         groups=settings.probe.ledger_groups,
         by=settings.probe.ledger_by,
         memory_gib=settings.probe.memory_gib,
@@ -102,7 +101,7 @@ class ProbeHook:
         self,
         setup: RunSetup,
         term_losses: update.LossFn[dict[str, Total]],
-        programs: Sequence[update.StageProgram],
+        bound_stages: Sequence[update.BoundStage],
         directory: Path,
         key: Array,
     ):
@@ -110,15 +109,15 @@ class ProbeHook:
 
         Args:
           setup: the run, with held-out prompts.
-          term_losses: of its source.
-          programs: of its stages.
+          term_losses: losses by term of its source.
+          bound_stages: its stages.
           directory: the run's.
           key: consumed.
 
         Raises:
           ValueError: what `make_probes` raises, or groups that do not cover the params.
         """
-        self.setup, self.model, self.programs = setup, setup.model, programs
+        self.setup, self.model, self.bound_stages = setup, setup.model, bound_stages
         self.settings, self.directory = setup.settings.probe, directory
         self.memory_warned = False
         self.history = History(directory / "probes")
@@ -127,7 +126,7 @@ class ProbeHook:
                 "probe.kernel_every_steps: exact kernels are for one process; set it to None."
             )
         self.ledgers = [
-            make_ledger(setup.settings, setup.model, term_losses, program) for program in programs
+            make_ledger(setup.settings, setup.model, term_losses, stage) for stage in bound_stages
         ]
         for ledger in self.ledgers:
             ledger.check(self.model.params)
@@ -147,10 +146,10 @@ class ProbeHook:
         if runtime.is_writer() and not path.exists():
             save_probes(self.probes, self.directory)
 
-    def due(self, rollout_step: int) -> bool:
+    def is_due(self, rollout_step: int) -> bool:
         """Return whether the last optimizer step of a rollout step is analysed."""
         return any(
-            update.due(getattr(self.settings, name), rollout_step) for name in probe.CADENCES
+            update.is_due(getattr(self.settings, name), rollout_step) for name in probe.CADENCES
         )
 
     def snapshot(
@@ -167,12 +166,12 @@ class ProbeHook:
         the batch is without its `kl_advantages`, which spares step and ledger a term.
         """
         opt_state, shares = None, None
-        accounted = update.due(self.settings.ledger_every_steps, rollout_step)
-        if accounted and self._ledger_fits(state, self.programs[stage]):
+        ledger_due = update.is_due(self.settings.ledger_every_steps, rollout_step)
+        if ledger_due and self._ledger_fits(state, self.bound_stages[stage]):
             opt_state = jax.tree.map(lambda leaf: jnp.copy(_on_device(leaf)), state.opt_state)
-            shares = kl_shares(batch) if self.settings.ledger_by == "sample" else None
+            shares = update.kl_shares(batch) if self.settings.ledger_by == "sample" else None
         if opt_state is None or shares is not None:
-            batch = without_kl_advantages(batch)
+            batch = dataclasses.replace(batch, kl_advantages=None)
         before = dataclasses.replace(
             state, params=jax.tree.map(jnp.copy, state.params), opt_state=opt_state
         )
@@ -194,7 +193,7 @@ class ProbeHook:
         metrics |= self.measures(after.params, rollout_step, new)
         number = int(after.step)
         name = f"step_{number:06d}"
-        if step.start.accounted:
+        if step.start.with_ledger:
             direction_metrics, directions = self._directions(after.params, number)
             metrics, arrays = metrics | direction_metrics, arrays | directions
         arrays["weights"] = trees.gather_to_host(probe.sample_entries(before.params))
@@ -216,20 +215,20 @@ class ProbeHook:
             measured = probe.step_measures(
                 self.model.policy,
                 (before.params, after.params),
-                without_kl_advantages(placed),
+                dataclasses.replace(placed, kl_advantages=None),
                 settings.rollout.temperature,
-                settings.schedule.chunk_tokens * settings.data_shards(self.model.mesh),
+                settings.schedule.chunk_tokens * settings.row_shards(self.model.mesh),
                 self._group(batch),
             )
             metrics |= jax.tree.map(float, measured)
-            if update.due(self.settings.kernel_every_steps, rollout_step):
+            if update.is_due(self.settings.kernel_every_steps, rollout_step):
                 metrics |= self._alignment(before.params, batch)
         moved = probe.update_sparsity(self.model.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
-        if step.start.accounted:
+        if step.start.with_ledger:
             entropy = np.asarray(new.statistics.entropy - old.statistics.entropy)
             actual_O2 = np.stack((arrays["actual"], entropy), axis=1)
-            metrics |= self._account(step, placed, actual_O2, name)
+            metrics |= self._write_ledger(step, placed, actual_O2, name)
         return metrics
 
     def measures(
@@ -237,7 +236,7 @@ class ProbeHook:
     ) -> dict[str, float]:
         """Return the measures of the probe set, and of kernels on it where they are due."""
         measures = self.prober.measures(params, reading)
-        if not update.due(self.settings.kernel_every_steps, rollout_step):
+        if not update.is_due(self.settings.kernel_every_steps, rollout_step):
             return measures
         now, start = self._kernel(params), self._start_kernel
         drift = probe.kernel_drift(now, start)
@@ -262,7 +261,7 @@ class ProbeHook:
     def _group(self, batch: UpdateBatch) -> int | None:
         """Return the completions per prompt in adjacent rows, where they are compared."""
         group = self.setup.settings.rollout.completions_per_prompt
-        if self.setup.settings.method != "rl" or group < 2 or len(batch.tokens) % group:
+        if not self.setup.settings.method.samples or group < 2 or len(batch.tokens) % group:
             return None
         return group
 
@@ -303,7 +302,7 @@ class ProbeHook:
         )
         return probe.kernel_traces(plan)
 
-    def _account(
+    def _write_ledger(
         self, step: CompletedStep, placed: UpdateBatch, actual: np.ndarray, name: str
     ) -> dict[str, float]:
         """Make and write the ledger of a step; return its metrics."""
@@ -326,7 +325,7 @@ class ProbeHook:
         advantages_BC = np.where(batch.completion_mask, batch.advantages, 0)
         advantages_B = np.sum(advantages_BC, axis=1) / counts_B
         if runtime.is_writer():
-            stage = self.programs[step.start.stage].stage.name
+            stage = self.bound_stages[step.start.stage].stage.name
             texts = self._ledger_texts(batch, advantages_B, stage)
             runtime.save_text(self.directory / "ledger" / f"{name}.json", json.dumps(texts))
             runtime.save_arrays(self.directory / "ledger" / f"{name}.npz", arrays)
@@ -336,10 +335,10 @@ class ProbeHook:
         noise = {f"signal/{name}": float(v) for name, v in noises[0]._asdict().items()}
         return metrics | {name: value for name, value in noise.items() if math.isfinite(value)}
 
-    def _ledger_fits(self, state: TrainState, program: update.StageProgram) -> bool:
+    def _ledger_fits(self, state: TrainState, bound_stage: update.BoundStage) -> bool:
         """Return whether a ledger's copies fit the device; log once if they do not."""
         free = _free_bytes(jax.local_devices()[0])
-        trained, _ = trees.partition(state.params, program.trained)
+        trained, _ = trees.partition(state.params, bound_stage.trained)
         bytes_here = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(trained)]
         needed = LEDGER_COPIES * sum(bytes_here) + self.settings.memory_gib * GIB
         fits = free is None or needed < free

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import data, runtime
-from ntkrl.generate import SampleRequest, make_sample, prompt_batch
+from ntkrl.generate import SampleRequest, make_sampler, prompt_batch
 from ntkrl.numerics import bucket_length
 from ntkrl.probe import FAMILIES, FAMILY_COLUMNS, SAMPLED_FAMILIES
 from ntkrl.setup import RunSetup
@@ -33,8 +33,8 @@ FORMAT = 1
 class Probes:
     """A probe set and its texts.
 
-    arrays: the completions. families: `[B]` names. digest: of the arrays. texts: content of
-    set.json.
+    arrays: the completions. families: `[B]` names. digest: hash of the arrays. texts: content
+    of set.json.
     """
 
     arrays: ProbeSet
@@ -116,9 +116,9 @@ def _sample(setup: RunSetup, rows: np.ndarray, key: Array) -> list[list[list[int
     """Return the token ids of completions of the starting model, by prompt."""
     settings, model = setup.settings, setup.model
     count = settings.probe.completions_per_prompt
-    sample = make_sample(settings, model, count, settings.rollout.temperature)
+    sampler = make_sampler(settings, model, count, settings.rollout.temperature)
     prompts = prompt_batch(setup, SampleRequest(setup.held_out_prompts, rows))
-    drawn = runtime.fetch(sample(model.params, prompts, key))
+    drawn = runtime.fetch(sampler(model.params, prompts, key))
     length = drawn.completion_mask.shape[1]
     tokens, mask = np.asarray(drawn.tokens)[:, -length:], np.asarray(drawn.completion_mask)
     ids = [row[counted].tolist() for row, counted in zip(tokens, mask, strict=True)]

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import attribution, data, ntk, probe, rollout, runtime, trees, update
-from ntkrl.evaluation import make_evaluation_sample, prompts_together
-from ntkrl.generate import Sample
+from ntkrl.evaluation import make_evaluation_sampler, prompts_together
+from ntkrl.generate import SampleFn
 from ntkrl.numerics import bucket_length
 from ntkrl.reward import padded_batch_size
 from ntkrl.training.abstract_run import OPTIMIZER, POLICY, STARTING, AbstractRun, on_device
@@ -78,11 +78,11 @@ def run_programs(run: AbstractRun, probes: bool = True) -> Programs:
     if probes and settings.probes:
         yield from ledgers(run)
     if probes and settings.evaluates:
-        sampler = make_evaluation_sample(settings, run.model)
+        sampler = make_evaluation_sampler(settings, run.model)
         yield from generation(run, sampler, prompts_together(settings, run.mesh), PROBE)
 
 
-def generation(run: AbstractRun, sampler: Sample, count: int, part: str) -> Programs:
+def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> Programs:
     """Yield a sampler's programs, with a cache that has grown to its full length.
 
     Args:
@@ -235,7 +235,7 @@ def ledgers(run: AbstractRun) -> Programs:
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=replicated)
 
     for stage in run.stages:
-        state, (batch, reference) = run.state(stage), run.minibatch(stage, accounted=True)
+        state, (batch, reference) = run.state(stage), run.minibatch(stage, with_ledger=True)
         ledger = make_ledger(run.settings, run.model, run.term_losses, stage)
         step = update.make_step_with_term_gradients(
             stage, run.term_losses, run.settings.schedule.microbatches

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import probe, runtime, update
-from ntkrl.generate import RewardedRollout, SampleRequest, collect, joined, make_sample
+from ntkrl.generate import RewardedRollout, SampleRequest, collect, joined, make_sampler
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, StartingModel
@@ -25,7 +25,6 @@ from ntkrl.training.batch_sources import (
     split,
     step_rows,
 )
-from ntkrl.training.credit import RolloutArrays, TokenWeights, advantages, token_weights
 from ntkrl.types import Array, Params, Rollout, Total, UpdateBatch
 
 WEIGHTS_STREAM = 1 << 20
@@ -37,7 +36,7 @@ class RolloutFunctions:
 
     samplers: by whether features are recorded, `(params, prompts, key) -> Rollout`.
     loss, term_losses: see BatchSource.
-    log_probs, statistics: of completions under some params, see `_log_probs` and `_statistics`.
+    log_probs, statistics: readings of completions, see `_log_probs` and `_statistics`.
     token_weights: `(RolloutArrays, key) -> TokenWeights`.
     needs_reference: whether log-probs of the reference policy are read.
     reference_in_loss: whether the loss compares whole distributions with the reference policy.
@@ -47,19 +46,19 @@ class RolloutFunctions:
         """Bind the functions to a model.
 
         Raises:
-          ValueError: a group too small for the advantage estimator, or what `make_sample` raises.
+          ValueError: a group too small for the advantage estimator, or what `make_sampler` raises.
         """
         objective, schedule = settings.objective, settings.schedule
         self.objective, self.policy = objective, model.policy
         self.group = settings.rollout.completions_per_prompt
         self.temperature = settings.rollout.temperature
-        shards = settings.data_shards(model.mesh)
+        shards = settings.row_shards(model.mesh)
         self.options = SoftmaxOptions(self.temperature, schedule.chunk_tokens * shards)
         # a group too small for the estimator fails here, before anything is sampled
         column = jnp.zeros((self.group, 1))
-        advantages(objective, self.group, column[:, 0], column, column == 0)
+        update.advantages(objective, self.group, column[:, 0], column, column == 0)
         self.samplers = {
-            keep: make_sample(settings, model, self.group, self.temperature, keep)
+            keep: make_sampler(settings, model, self.group, self.temperature, keep)
             for keep in (False, True)
         }
         budget = settings.rollout.max_completion_tokens
@@ -76,7 +75,7 @@ class RolloutFunctions:
         )
         self.log_probs = jax.jit(self._log_probs, static_argnames="length")
         self.statistics = jax.jit(self._statistics, static_argnames="length")
-        self.token_weights = jax.jit(functools.partial(token_weights, objective, self.group))
+        self.token_weights = jax.jit(functools.partial(update.token_weights, objective, self.group))
         budgets = [stage.kl_budget for stage in settings.stages if stage.kl_budget is not None]
         self.needs_reference = objective.needs_reference or bool(budgets)
         self.reference_in_loss = objective.kl_place == "loss" and objective.needs_distribution
@@ -191,13 +190,13 @@ class RolloutSource(BatchSource):
     def _collect(self, context: StepContext) -> tuple[RewardedRollout, dict[str, float]]:
         """Sample and reward the step's prompts, and replace groups without signal on request."""
         setup, group = self.setup, self.functions.group
-        sample = self.functions.samplers[context.program.head_alone]
+        sampler = self.functions.samplers[context.bound_stage.head_alone]
 
         def draw(key: Array) -> RewardedRollout:
             rows = step_rows(setup.settings, setup.train, self.position)
             self.position += 1
             request = SampleRequest(setup.train, rows)
-            return collect(setup, sample, context.params, request, key, context.clock)
+            return collect(setup, sampler, context.params, request, key, context.clock)
 
         rewarded = draw(context.key)
         if self.functions.objective.group_filter != "resample":
@@ -238,7 +237,7 @@ class RolloutSource(BatchSource):
         elif functions.needs_reference:
             values = functions.log_probs(context.reference, tokens, mask, features, length=length)
             ref_log_probs = runtime.fetch(values)
-        arrays = RolloutArrays(
+        arrays = update.RolloutArrays(
             rewards=jnp.asarray(rewarded.result.rewards),
             old_log_probs=old_log_probs,
             ref_log_probs=ref_log_probs,
@@ -275,7 +274,10 @@ BATCH_SOURCES: dict[str, Callable[[RunSetup], BatchSource]] = {
 
 
 def update_batch(
-    drawn: Rollout, arrays: RolloutArrays, weights: TokenWeights, ref_features: Array | None
+    drawn: Rollout,
+    arrays: update.RolloutArrays,
+    weights: update.TokenWeights,
+    ref_features: Array | None,
 ) -> UpdateBatch:
     """Return the batch of a rollout; arrays of the host, of devices, or shapes."""
     return UpdateBatch(
@@ -338,6 +340,6 @@ def _equal_groups(rewarded: RewardedRollout, group: int) -> np.ndarray:
     return np.asarray(update.equal_groups(jnp.asarray(rewarded.result.rewards), group))
 
 
-def _mean_kl(arrays: RolloutArrays) -> float:
+def _mean_kl(arrays: update.RolloutArrays) -> float:
     kl_BC = update.kl_estimate("k3", arrays.old_log_probs, arrays.ref_log_probs, arrays.mask)
     return float(jnp.sum(kl_BC)) / int(np.sum(arrays.mask))

@@ -39,34 +39,34 @@ class TrainStates:
         self.settings, self.model = settings, model
         self.offload = settings.schedule.offload_optimizer
 
-    def first(self, program: update.StageProgram) -> TrainState:
+    def initial_state(self, bound_stage: update.BoundStage) -> TrainState:
         """Return the state of a new run; its params are a copy of the model's."""
         params, replicated = self.model.params, runtime.replicated(self.model.mesh)
         state = TrainState(
             step=runtime.place(jnp.int32(0), replicated),
             params=params,
             opt_state=None,
-            key=self.first_key(),
+            key=self.initial_key(),
             reference=params if self._reference_moves else None,
         )
-        opt_state = self._initialise(_fresh(program), state)
+        opt_state = self._initialise(_fresh(bound_stage), state)
         return dataclasses.replace(jax.tree.map(jnp.copy, state), opt_state=opt_state)
 
-    def first_key(self) -> Array:
+    def initial_key(self) -> Array:
         """Return the PRNG key of a new run, on the mesh."""
         key = jax.random.key(self.settings.seed)
         return runtime.place(key, runtime.replicated(self.model.mesh))
 
-    def next(self, program: update.StageProgram, state: TrainState) -> TrainState:
+    def next_stage_state(self, bound_stage: update.BoundStage, state: TrainState) -> TrainState:
         """Return the state a stage starts from, given that at the end of the stage before."""
         on_device = runtime.place(state, self.shardings(state))
 
         def transferred(state: TrainState) -> Any:
-            return update.transfer_state(program, state).opt_state
+            return update.transfer_state(bound_stage, state).opt_state
 
         return dataclasses.replace(state, opt_state=self._initialise(transferred, on_device))
 
-    def abstract(self, program: update.StageProgram) -> TrainState:
+    def abstract_state(self, bound_stage: update.BoundStage) -> TrainState:
         """Return the shapes, dtypes and shardings of a state in a stage."""
         replicated = runtime.replicated(self.model.mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -82,7 +82,7 @@ class TrainStates:
             key=key.update(sharding=replicated),
             reference=params if self._reference_moves else None,
         )
-        shapes, _, resting = self._layout(_fresh(program), state)
+        shapes, _, resting = self._layout(_fresh(bound_stage), state)
         opt_state = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, resting)
         return dataclasses.replace(state, opt_state=opt_state)
 
@@ -92,7 +92,7 @@ class TrainStates:
 
     def jitted_step(
         self,
-        program: update.StageProgram,
+        bound_stage: update.BoundStage,
         step: Step,
         state: TrainState,
         batch: Batch,
@@ -101,7 +101,7 @@ class TrainStates:
         """Return `step(state, batch, reference)` jitted with shardings; it donates the state.
 
         Args:
-          program: the stage.
+          bound_stage: the stage.
           step: from `update.make_step` or `update.make_step_with_term_gradients`.
           state, batch, reference: arguments, or their shapes with shardings.
         """
@@ -111,7 +111,7 @@ class TrainStates:
         state_shardings, reference_shardings = jax.tree.map(
             lambda leaf: leaf.sharding, (state, reference)
         )
-        trained_shardings, _ = trees.partition(state_shardings.params, program.trained)
+        trained_shardings, _ = trees.partition(state_shardings.params, bound_stage.trained)
         rows = jax.tree.leaves(batch)[0].shape[0]
         metrics_sharding: Any = runtime.replicated(mesh)  # of every metric
         return jax.jit(
@@ -142,8 +142,8 @@ class TrainStates:
         )
 
 
-def _fresh(program: update.StageProgram) -> Callable[[TrainState], Any]:
-    return lambda state: update.init_state(program, state.params, state.key).opt_state
+def _fresh(bound_stage: update.BoundStage) -> Callable[[TrainState], Any]:
+    return lambda state: update.init_state(bound_stage, state.params, state.key).opt_state
 
 
 def _constrained(step: Step, shardings: Any) -> Step:

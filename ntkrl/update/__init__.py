@@ -1,5 +1,13 @@
 """Objective, stages, optimizers and the train step: pure functions of arrays."""
 
+from ntkrl.update.credit import (
+    RolloutArrays,
+    TokenWeights,
+    advantages,
+    equal_groups,
+    kl_shares,
+    token_weights,
+)
 from ntkrl.update.loss import (
     Measures,
     kl_estimate,
@@ -18,25 +26,17 @@ from ntkrl.update.settings import (
     Progress,
     ScheduleSettings,
     advance,
-    due,
     enter_stage,
+    is_due,
     read_stages,
     steps_left,
 )
 from ntkrl.update.stages import (
+    BoundStage,
     Stage,
-    StageProgram,
+    bind_stage,
+    bind_stages,
     check_stages,
-    stage_program,
-    stage_programs,
-)
-from ntkrl.update.token_weights import (
-    correction_weights,
-    counted_tokens,
-    covariance_weights,
-    equal_groups,
-    filter_sign,
-    reward_penalties,
 )
 from ntkrl.update.train_step import (
     Gradients,

@@ -51,7 +51,7 @@ def policy_loss(
     Args:
       objective: the axes.
       budget: completion tokens allowed, the constant L of aggregation "constant".
-      statistics: of the current params on the batch, `[B, C]` arrays, with `kl` for a full KL.
+      statistics: `[B, C]` arrays under the current params, with `kl` for a full KL.
       batch: UpdateBatch.
 
     Returns:

@@ -1,7 +1,7 @@
 """The RL objective as independent axes.
 
 advantage × ratio × clip × aggregation × KL estimator and place × entropy × rollout correction ×
-overlong completions × groups without signal. Formulas are in loss.py (per token), token_weights.py
+overlong completions × groups without signal. Formulas are in loss.py (per token), credit.py
 (factors of tokens), ntkrl/advantage.py and, for named algorithms, presets.py.
 """
 
@@ -53,14 +53,15 @@ class Objective:
     aggregation: "token_mean": over all tokens; "sequence_mean": over completions of the mean over
       their tokens; "sequence_sum": over completions of their sum; "constant": the sum over
       tokens, divided by completions × the completion budget.
-    kl_estimator: of KL(π‖π_ref) per token: k1 = log π − log π_ref, k2 = k1²/2,
+    kl_estimator: estimator of KL(π‖π_ref) per token: k1 = log π − log π_ref, k2 = k1²/2,
       k3 = e^(−k1) − 1 + k1, "full" over the vocabulary.
     kl_place: "reward" (summed over the completion, no gradient), "loss" (per token) or "off".
     kl_coefficient: β ≥ 0; with 0 the reference policy is not evaluated.
     entropy_coefficient: ≥ 0, on H(π) per token, full vocabulary.
-    covariance: of (log π, A) over the batch's tokens: "clip" excludes a random fraction of those in
-      covariance_range from the gradient; "kl" penalises the largest fraction; "off".
-    covariance_fraction: of the batch's tokens, in (0, 1).
+    covariance: treatment of tokens by cov(log π, A) over the batch: "clip" excludes a random
+      fraction of those in covariance_range from the gradient; "kl" penalises the largest
+      fraction; "off".
+    covariance_fraction: share of the batch's tokens, in (0, 1).
     covariance_range: lowest and highest covariance that "clip" picks from.
     covariance_penalty: ≥ 0, coefficient of |log π − log π_old| under "kl".
     correction: weight w = π_old(trainer)/μ(sampler) on the surrogate: "truncate" to at most
@@ -70,8 +71,8 @@ class Objective:
     overlong: completions cut by the budget: "keep", or "mask" them out of the loss.
     group_filter: groups of equal rewards: "off", "drop" them from the loss, or "resample" other
       prompts to replace them.
-    signs: of the advantages to learn from: "both", or only "positive" or "negative", the others
-      being set to 0 (Zhu et al. 2506.01347).
+    signs: signs of the advantages to learn from: "both", or only "positive" or "negative", the
+      others being set to 0 (Zhu et al. 2506.01347).
     """
 
     advantage: str = "leave_one_out"

@@ -6,29 +6,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from ntkrl import runtime
 from ntkrl.update.stages import Stage, check_stages
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleSettings:
-    """Optimizer steps on a rollout.
+    """Optimizer steps on a rollout; configs/base.py describes the other keys.
 
     minibatches: equal parts of a rollout, one optimizer step each; divides the prompts.
     microbatches: equal parts of a minibatch for gradient accumulation; divides its completions
       (examples).
     inner_epochs: passes over a rollout.
-    chunk_tokens: positions whose logits exist at a time on each device.
-    offload_optimizer: keep optimizer moments in host memory between steps.
     log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats).
-    resample_rounds: further batches of prompts that may replace groups of equal rewards, with the
-      objective's group_filter "resample".
-    on_no_signal: "skip" a step whose completions carry no signal, or "stop" the run.
-    reference_sync_steps: rollout steps between syncs of the reference policy with the policy, or
-      None to keep the starting params.
-    reference_mixup_alpha: α of a sync, reference ← α policy + (1 − α) reference, in (0, 1].
+    resample_rounds: further batches of prompts that may replace groups of equal rewards.
     """
 
     minibatches: int
@@ -72,10 +63,7 @@ class ScheduleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceSettings:
-    """Loss of a reward model.
-
-    centering_coefficient: λ ≥ 0 of λ (r⁺ + r⁻)² beside the Bradley–Terry loss.
-    """
+    """Loss of a reward model."""
 
     centering_coefficient: float
 
@@ -86,31 +74,25 @@ class PreferenceSettings:
             )
 
 
-def due(every_steps: int | None, rollout_step: int) -> bool:
+def is_due(every_steps: int | None, rollout_step: int) -> bool:
     """Return whether an event of period `every_steps` (None: never) follows this rollout step."""
     return every_steps is not None and rollout_step % every_steps == 0
 
 
-def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
-    """Return the stages of a config, each checked and against the one before.
+def read_stages(rows: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
+    """Return the stages of a config's rows, each checked and against the one before.
 
     Raises:
       ValueError: all problems of all stages, in one message.
     """
-    if not config.stages:
+    if not rows:
         raise ValueError("stages is empty; give at least one row (see configs/base.py).")
     stages, problems = [], []
-    for number, row in enumerate(config.stages):
+    for number, row in enumerate(rows):
         try:
             stages.append(runtime.parse_section(Stage, row, f"stages[{number}]"))
         except ValueError as error:
             problems.append(str(error))
-    ruled = [s.name for s in stages if (s.plateau_window, s.kl_budget) != (None, None)]
-    if ruled and config.method != "rl":
-        problems.append(
-            f"plateau_window and kl_budget need a reward and a reference: method {config.method!r} "
-            f"has neither; remove them from stages {', '.join(ruled)}."
-        )
     if problems:
         raise ValueError("\n".join(problems))
     check_stages(stages)
@@ -139,8 +121,8 @@ def advance(stage: Stage, progress: Progress, metrics: Mapping[str, Any]) -> Pro
     Args:
       stage: the current one, its length in steps.
       progress: before the rollout step.
-      metrics: of the rollout step; stopping rules read `reward` and `kl`. A step without an update
-        may have no `kl`.
+      metrics: metrics of the rollout step; stopping rules read `reward` and `kl`. A step without
+        an update may have no `kl`.
     """
     steps, window, rewards = progress.steps + 1, stage.plateau_window, ()
     reasons = [f"its {steps} steps are done"] if steps >= stage.max_steps else []

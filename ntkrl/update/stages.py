@@ -41,7 +41,7 @@ class Stage:
       trained too, by the same optimizer, are transferred.
     max_grad_norm: clip the global norm over trained leaves, or None.
     b1, b2, epsilon: of Adam, also for the parameters that muon leaves to AdamW.
-    momentum: of sgd and muon in [0, 1); None: 0 and 0.95.
+    momentum: factor of sgd and muon in [0, 1); None: 0 and 0.95.
     weight_decay: rate × weight_decay × θ is subtracted from every trained θ.
     decay: ordered `(pattern, weight_decay)` instead of weight_decay, or None; must cover all.
     schedule: "constant", "linear" or "cosine" decay over the stage's optimizer steps.
@@ -182,14 +182,14 @@ def check_stages(stages: Sequence[Stage]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class StageProgram:
+class BoundStage:
     """A stage bound to a params tree.
 
     stage: its settings.
     rates: learning rate or None per leaf, in leaf order.
     optimizer: transforms gradients of the trained leaves only.
     head_alone: only the head is trained, so that features stored by the sampler stay valid.
-    learning_rate: of the first trained pattern, by the stage's past optimizer steps.
+    learning_rate: rate of the first trained pattern, by the stage's past optimizer steps.
     """
 
     stage: Stage
@@ -231,9 +231,9 @@ class StageProgram:
         )
 
 
-def stage_program(
+def bind_stage(
     stage: Stage, network: Policy | Scorer, params: Params, updates_per_step: int = 1
-) -> StageProgram:
+) -> BoundStage:
     """Bind a stage to a model.
 
     Args:
@@ -270,7 +270,7 @@ def stage_program(
     leaves, _ = trees.partition(params, trained)
     options = {name: vars(stage)[name] for name in OPTIONS}
     first = next(rate for _, rate in stage.parameters if rate is not None)
-    return StageProgram(
+    return BoundStage(
         stage,
         tuple(rates),
         optimizers.make_optimizer(
@@ -285,23 +285,23 @@ def _is_head(policy: Policy, trained: Params) -> bool:
     return not policy.tied and {*trees.names(trained)} <= {policy.head_weight, policy.head_bias}
 
 
-def stage_programs(
+def bind_stages(
     stages: Sequence[Stage], network: Policy | Scorer, params: Params, updates_per_step: int
-) -> list[StageProgram]:
-    """Bind every stage of a run (see `stage_program`).
+) -> list[BoundStage]:
+    """Bind every stage of a run (see `bind_stage`).
 
     Raises:
       ValueError: all problems of all stages, or a stage that keeps the optimizer_state of
         parameters that the stage before did not train, in one message.
     """
-    programs, problems = [], []
+    bound_stages, problems = [], []
     for stage in stages:
         try:
-            programs.append(stage_program(stage, network, params, updates_per_step))
+            bound_stages.append(bind_stage(stage, network, params, updates_per_step))
         except ValueError as error:
             problems.append(str(error))
     if not problems:
-        for before, after in itertools.pairwise(programs):
+        for before, after in itertools.pairwise(bound_stages):
             shared = any(map(operator.and_, before.trained, after.trained))
             if after.stage.optimizer_state == "keep" and not shared:
                 problems.append(
@@ -310,7 +310,7 @@ def stage_programs(
                 )
     if problems:
         raise ValueError("\n".join(problems))
-    return programs
+    return bound_stages
 
 
 def _prefixes(network: Policy | Scorer) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from ntkrl.softmax import OutputHead, SoftmaxOptions, logit_statistics, logits, 
 from ntkrl.types import Array, Params, Policy, Total, TrainState, UpdateBatch
 from ntkrl.update import optimizers
 from ntkrl.update.loss import Measures, TokenLoss, Totals
-from ntkrl.update.stages import StageProgram
+from ntkrl.update.stages import BoundStage
 
 TILE_VOCABULARY = 8192
 """Vocabulary rows of a tile of logits."""
@@ -48,22 +48,22 @@ class StepResult(NamedTuple):
     term_gradients: Gradients | None = None
 
 
-def init_state(program: StageProgram, params: Params, key: Array, step: int = 0) -> TrainState:
+def init_state(bound_stage: BoundStage, params: Params, key: Array, step: int = 0) -> TrainState:
     """Return a TrainState with a fresh optimizer state for the stage's trained leaves."""
-    trained, _ = trees.partition(params, program.trained)
+    trained, _ = trees.partition(params, bound_stage.trained)
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
         params=params,
-        opt_state=program.optimizer.init(trained),
+        opt_state=bound_stage.optimizer.init(trained),
         key=key,
     )
 
 
-def transfer_state(program: StageProgram, state: TrainState) -> TrainState:
+def transfer_state(bound_stage: BoundStage, state: TrainState) -> TrainState:
     """Return the state that a stage starts from, given the last state of the stage before."""
-    trained, _ = trees.partition(state.params, program.trained)
-    opt_state = program.optimizer.init(trained)
-    if program.stage.optimizer_state == "keep":
+    trained, _ = trees.partition(state.params, bound_stage.trained)
+    opt_state = bound_stage.optimizer.init(trained)
+    if bound_stage.stage.optimizer_state == "keep":
         opt_state = optimizers.transfer_moments(state.opt_state, opt_state)
     return dataclasses.replace(state, opt_state=opt_state)
 
@@ -73,7 +73,7 @@ def policy_loss_fn(
     loss: TokenLoss[Totals],
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
-    spread: int = 1,
+    row_shards: int = 1,
 ) -> LossFn[Totals]:
     """Return the loss function of a loss on token statistics.
 
@@ -87,7 +87,7 @@ def policy_loss_fn(
         for each of its terms by name, as `policy_terms`.
       temperature: the sampling temperature (log-probs are of the tempered policy).
       chunk_tokens: positions whose logits exist at a time on a device.
-      spread: data shards of the rows, ≥ 1.
+      row_shards: shards that the rows are divided into, ≥ 1.
 
     Returns:
       `(params, batch, reference) -> (Total, Measures)`, or Totals by name; `reference` is the
@@ -103,10 +103,10 @@ def policy_loss_fn(
             features = completion_features(policy, params, batch.tokens, batch.mask, length)
         head = head_of(policy, params)
         if reference is None and length <= chunk_tokens:
-            chunks = -(-rows // (spread * max(1, chunk_tokens // length)))
+            chunks = -(-rows // (row_shards * max(1, chunk_tokens // length)))
             arrays = dataclasses.replace(batch, features=None, ref_features=None)
             return chunked_loss((loss, temperature, chunks), head, features, arrays)
-        options = SoftmaxOptions(temperature, chunk_tokens * spread, TILE_VOCABULARY)
+        options = SoftmaxOptions(temperature, chunk_tokens * row_shards, TILE_VOCABULARY)
         pair: Any = None if reference is None else (reference, batch.ref_features)
         statistics = token_statistics(head, features, batch.tokens[:, -length:], options, pair)
         return loss(statistics, batch)
@@ -115,21 +115,21 @@ def policy_loss_fn(
 
 
 def make_step(
-    program: StageProgram, loss_fn: LossFn[Total], microbatches: int = 1
+    bound_stage: BoundStage, loss_fn: LossFn[Total], microbatches: int = 1
 ) -> Callable[..., StepResult]:
     """Return `step(state, batch, reference=None) -> StepResult`, to be jitted by the caller.
 
     Only the stage's trained leaves are differentiated; the frozen ones pass through untouched.
 
     Args:
-      program: the stage bound to the params.
+      bound_stage: the stage bound to the params.
       loss_fn: `(params, batch, reference) -> (Total, Measures)`.
       microbatches: equal parts of the rows that are read one after another, their gradients
         accumulated; the result is that of a single pass, to rounding.
     """
 
     def step(state: TrainState, batch: Any, reference: OutputHead | None = None) -> StepResult:
-        trained, frozen = trees.partition(state.params, program.trained)
+        trained, frozen = trees.partition(state.params, bound_stage.trained)
 
         def loss_sum(trained: Params, part: Any) -> tuple[Array, tuple[Total, Measures]]:
             total, measures = loss_fn(trees.merge(trained, frozen), part, reference)
@@ -141,20 +141,20 @@ def make_step(
 
         (total, measures), grads = _accumulate(gradient, batch, microbatches)
         grads = _divide(grads, total)
-        return _apply_gradients(program, state, grads, numerics.mean(total), measures)
+        return _apply_gradients(bound_stage, state, grads, numerics.mean(total), measures)
 
     return step
 
 
 def make_step_with_term_gradients(
-    program: StageProgram, loss_fn: LossFn[dict[str, Total]], microbatches: int = 1
+    bound_stage: BoundStage, loss_fn: LossFn[dict[str, Total]], microbatches: int = 1
 ) -> Callable[..., StepResult]:
     """Return the step of `make_step` that also returns the gradient of each term of the loss.
 
     It takes a backward pass per term, where `make_step` takes one in all.
 
     Args:
-      program, microbatches: as in `make_step`.
+      bound_stage, microbatches: as in `make_step`.
       loss_fn: `(params, batch, reference) -> ({name: Total}, Measures)`.
 
     Returns:
@@ -163,7 +163,7 @@ def make_step_with_term_gradients(
     """
 
     def step(state: TrainState, batch: Any, reference: OutputHead | None = None) -> StepResult:
-        trained, frozen = trees.partition(state.params, program.trained)
+        trained, frozen = trees.partition(state.params, bound_stage.trained)
 
         def loss_sums(trained: Params, part: Any) -> tuple[dict[str, Array], Any]:
             totals, measures = loss_fn(trees.merge(trained, frozen), part, reference)
@@ -177,7 +177,7 @@ def make_step_with_term_gradients(
         per_term = {name: (_divide(grads[name], t), t.count) for name, t in totals.items()}
         summed = jax.tree.map(lambda *leaves: sum(leaves), *(leaf for leaf, _ in per_term.values()))
         loss: Any = sum(map(numerics.mean, totals.values()))
-        result = _apply_gradients(program, state, summed, loss, measures)
+        result = _apply_gradients(bound_stage, state, summed, loss, measures)
         return result._replace(term_gradients=per_term)
 
     return step
@@ -188,8 +188,8 @@ def offloaded(step: Callable[..., StepResult], shardings: Any) -> Callable[..., 
 
     Args:
       step: from `make_step`.
-      shardings: of the optimizer state on the devices. The caller's jit sets its host placement,
-        in `in_shardings` and `out_shardings`.
+      shardings: shardings of the optimizer state on the devices. The caller's jit sets its host
+        placement, in `in_shardings` and `out_shardings`.
     """
 
     def offloaded_step(
@@ -221,10 +221,10 @@ def _divide(grads: Params, total: Total) -> Params:
 
 
 def _apply_gradients(
-    program: StageProgram, state: TrainState, grads: Params, loss: Array, measures: Measures
+    bound_stage: BoundStage, state: TrainState, grads: Params, loss: Array, measures: Measures
 ) -> StepResult:
-    trained, frozen = trees.partition(state.params, program.trained)
-    updates, opt_state = program.optimizer.update(grads, state.opt_state, trained)
+    trained, frozen = trees.partition(state.params, bound_stage.trained)
+    updates, opt_state = bound_stage.optimizer.update(grads, state.opt_state, trained)
     params = trees.merge(optax.apply_updates(trained, updates), frozen)
     metrics = {name: numerics.mean(total) for name, total in measures.totals.items()}
     metrics |= measures.maxima

@@ -47,7 +47,7 @@ class Case:
             return update.policy_loss(objective, BUDGET, statistics, batch)
 
         minimised = update.policy_loss_fn(self.policy, loss)
-        self.step = jax.jit(update.make_step(self.program, minimised, microbatches))
+        self.step = jax.jit(update.make_step(self.bound_stage, minimised, microbatches))
         for number in range(steps):
             self.before, self.batch = self.after, make_batch(self.policy.vocab_size, seed=number)
             self.after, *_ = self.step(self.before, self.batch)
@@ -56,14 +56,14 @@ class Case:
         """Bind the stage to a model; no step is taken yet."""
         self.policy = policy
         self.terms = update.policy_loss_fn(policy, update.policy_terms(self.objective, BUDGET))
-        self.program = update.stage_program(self.stage, policy, params)
-        self.before = self.after = update.init_state(self.program, params, jax.random.key(0))
+        self.bound_stage = update.bind_stage(self.stage, policy, params)
+        self.before = self.after = update.init_state(self.bound_stage, params, jax.random.key(0))
         self.batch = make_batch(policy.vocab_size)
         self.prober = probe.Prober(policy, probe_set(policy.vocab_size), params)
 
     def ledger(self, **settings):
         """The ledger of the stage."""
-        static = self.policy, self.terms, self.program.optimizer, self.program.trained
+        static = self.policy, self.terms, self.bound_stage.optimizer, self.bound_stage.trained
         return attribution.Ledger(*static, **settings)
 
     def described(self, gradients=None):
@@ -163,7 +163,7 @@ def test_what_is_not_linear_is_shown():
     updates, _ = optimizer.update(grads(case.before.params), state, case.before.params)
     case.before = case.before.replace(opt_state=state)
     case.after = case.after.replace(params=optax.apply_updates(case.before.params, updates))
-    case.program = dataclasses.replace(case.program, optimizer=optimizer)
+    case.bound_stage = dataclasses.replace(case.bound_stage, optimizer=optimizer)
     arrays = case.read(by="group")
     _, pushed = jax.jvp(case.measured, (case.before.params,), (updates,))
     assert_close(first_order(arrays, "log_prob"), pushed[0])
@@ -256,7 +256,7 @@ def test_parts_of_a_batch_change_nothing():
 def test_the_step_hands_out_its_gradients(microbatches):
     """law: a step that returns its gradients, and measured values passed in, change no column."""
     case = Case(optimizer="adamw", weight_decay=0.5)
-    step = jax.jit(update.make_step_with_term_gradients(case.program, case.terms, microbatches))
+    step = jax.jit(update.make_step_with_term_gradients(case.bound_stage, case.terms, microbatches))
     after, metrics, gradients = step(case.before, case.batch)
     plain, expected, _ = case.step(case.before, case.batch)
     assert metrics.keys() == expected.keys() and gradients.keys() == {*NAMES}

@@ -143,12 +143,14 @@ def updating(bench: Bench, rows: int, microbatches: int) -> Iterator[dict[str, A
     )
     objective = update.PRESETS["grpo"]
     stage = update.Stage("all", 1, ((".*", 1e-6),), optimizer="adamw", max_grad_norm=1.0)
-    program = update.stage_program(stage, policy, bench.params)
+    bound_stage = update.bind_stage(stage, policy, bench.params)
     minimised = update.policy_loss_fn(
         policy, lambda read, batch: update.policy_loss(objective, COMPLETION, read, batch)
     )
-    step = jax.jit(update.make_step(program, minimised, microbatches), donate_argnums=0)
-    state = [update.init_state(program, jax.tree.map(jnp.copy, bench.params), jax.random.key(0))]
+    step = jax.jit(update.make_step(bound_stage, minimised, microbatches), donate_argnums=0)
+    state = [
+        update.init_state(bound_stage, jax.tree.map(jnp.copy, bench.params), jax.random.key(0))
+    ]
 
     def once() -> Any:
         state[0], metrics, _ = step(state[0], part)

@@ -80,16 +80,16 @@ def main() -> None:
         objective = dataclasses.replace(objective, kl_place="off", kl_coefficient=0.0)
     policy, params = ntkrl.build("GPTNeoXForCausalLM", CONFIG, jax.random.key(0))
     stage = update.Stage("all", 1, ((".*", 3e-4),), max_grad_norm=1.0)
-    program = update.stage_program(stage, policy, params)
+    bound_stage = update.bind_stage(stage, policy, params)
     minimised = update.policy_loss_fn(
         policy, lambda read, batch: update.policy_loss(objective, LENGTH, read, batch)
     )
     parts = update.policy_loss_fn(policy, update.policy_terms(objective, LENGTH))
-    step = jax.jit(update.make_step(program, minimised))
-    apart = jax.jit(update.make_step_with_term_gradients(program, parts))
+    step = jax.jit(update.make_step(bound_stage, minimised))
+    apart = jax.jit(update.make_step_with_term_gradients(bound_stage, parts))
     generate = draw(policy, params, PROMPTS, GROUP, 0)
     batch = update_batch(generate(), objective.kl_place == "reward")
-    before, *_ = step(update.init_state(program, params, jax.random.key(0)), batch)
+    before, *_ = step(update.init_state(bound_stage, params, jax.random.key(0)), batch)
     after, *_ = step(before, batch)
     chosen = draw(policy, params, PROBE_PROMPTS, PROBE_GROUP, 1)()
     rows = jnp.arange(PROBE_PROMPTS).repeat(PROBE_GROUP)
@@ -98,7 +98,7 @@ def main() -> None:
     probe_set = ProbeSet(**dict(zip(names, arrays, strict=True)))
     prober = probe.Prober(policy, probe_set, params)
     where = prober.contexts, prober.targets
-    static = policy, parts, program.optimizer, program.trained
+    static = policy, parts, bound_stage.optimizer, bound_stage.trained
     _, _, (old, new) = prober.compare(before.params, after.params)
     moved = jax.tree.map(np.subtract, new.statistics, old.statistics)
     actual = np.stack([moved.log_probs, moved.entropy])

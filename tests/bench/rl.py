@@ -38,8 +38,8 @@ def our_steps(
 
     import ntkrl
     from ntkrl import rollout, scoring, update
-    from ntkrl.training.credit import RolloutArrays, token_weights
     from ntkrl.types import PromptBatch, UpdateBatch
+    from ntkrl.update import RolloutArrays, token_weights
 
     policy, params = ntkrl.load(directory)
     reference = params
@@ -54,19 +54,19 @@ def our_steps(
     settings = rollout.SamplerSettings(GROUP, LENGTH, 1.0, eos_id=-1, pad_id=0)
     sample = rollout.Sampler(policy, settings)
     stage = update.Stage("all", 1, ((".*", RATE),), optimizer="adamw", max_grad_norm=1.0)
-    program = update.stage_program(stage, policy, params)
+    bound_stage = update.bind_stage(stage, policy, params)
 
     def loss(read: Any, part: UpdateBatch) -> Any:
         return update.policy_loss(objective, LENGTH, read, part)
 
     minimised = update.policy_loss_fn(policy, loss)
-    step = jax.jit(update.make_step(program, minimised, MICROBATCHES), donate_argnums=0)
+    step = jax.jit(update.make_step(bound_stage, minimised, MICROBATCHES), donate_argnums=0)
     score = jax.jit(
         lambda p, tokens, mask: scoring.score(policy, p, tokens, mask, LENGTH).log_probs
     )
     weigh = jax.jit(lambda arrays, key: token_weights(objective, GROUP, arrays, key))
     copied = jax.tree.map(jnp.copy, params)
-    state = update.init_state(program, copied, jax.random.key(0))
+    state = update.init_state(bound_stage, copied, jax.random.key(0))
     marks: list[tuple[float, ...]] = []
     for number in range(warm_up + steps):
         times = [time.perf_counter()]

@@ -38,7 +38,7 @@ def program_of(
 ) -> tuple[Any, Callable]:
     """Return the train step of a stage."""
     stage = update.Stage("stage", 1, parameters, max_grad_norm=1.0)
-    bound = update.stage_program(stage, policy, params)
+    bound = update.bind_stage(stage, policy, params)
 
     def loss(statistics: Any, batch: UpdateBatch) -> Any:
         return update.policy_loss(RLOO, length, statistics, batch)

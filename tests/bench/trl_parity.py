@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 
 import ntkrl
 from ntkrl import scoring, update
-from ntkrl.training.credit import RolloutArrays, token_weights
 from ntkrl.types import UpdateBatch
+from ntkrl.update import RolloutArrays, token_weights
 from tests.bench import measure
 from tests.toys import torch_neox
 
@@ -102,13 +102,13 @@ def our_step(
         penalties=weights.penalties,
     )
     stage = update.Stage("all", 1, ((".*", RATE),), optimizer="sgd")
-    program = update.stage_program(stage, policy, params)
+    bound_stage = update.bind_stage(stage, policy, params)
 
     def loss(statistics: Any, part: UpdateBatch) -> Any:
         return update.policy_loss(objective, LENGTH, statistics, part)
 
-    step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, loss)))
-    state, *_ = step(update.init_state(program, params, jax.random.key(0)), batch)
+    step = jax.jit(update.make_step(bound_stage, update.policy_loss_fn(policy, loss)))
+    state, *_ = step(update.init_state(bound_stage, params, jax.random.key(0)), batch)
     with tempfile.TemporaryDirectory() as place:
         ntkrl.export(place, policy, state.params)
         return load_file(f"{place}/model.safetensors")

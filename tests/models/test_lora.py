@@ -96,8 +96,8 @@ def test_adapters_are_a_group_of_parameters(tmp_path):
         for module in ("attention/query", "mlp/down", "mlp/gate", "mlp/up")
     ]
     stage = update.Stage("adapters", 1, ((".*/lora_[ab]", 1e-2), (".*", None)))
-    program = update.stage_program(stage, policy, params)
-    assert sum(program.trained) == len(names) == 8
+    bound_stage = update.bind_stage(stage, policy, params)
+    assert sum(bound_stage.trained) == len(names) == 8
     groups = ((".*/lora_[ab]", "adapters"), (".*", "rest"))
     params = jax.tree.map(lambda leaf: leaf + 0.01, params)
     kernel = ntk.kernel(policy, params, ntk.last_positions(tokens), groups=groups)

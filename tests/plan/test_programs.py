@@ -22,7 +22,6 @@ from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup
 from ntkrl.training import BATCH_SOURCES, GENERATION, PROBE, UPDATE, ProbeHook, Program, StepContext
 from ntkrl.training.batch_sources import split
-from ntkrl.training.credit import without_kl_advantages
 from ntkrl.training.probe_hook import make_ledger
 from ntkrl.training.programs import ledgers, updates
 from ntkrl.training.train_state import TrainStates
@@ -129,7 +128,7 @@ def test_shapes_are_those_of_a_run(settings):
     source = BATCH_SOURCES["rl"](setup)
     for stage in run.stages:
         batch, reference = run.minibatch(stage)
-        made = without_kl_advantages(_minibatch(source, setup, stage))
+        made = _minibatch(source, setup, stage).replace(kl_advantages=None)
         expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == expected
         placed = runtime.place_rows(made, run.mesh)
@@ -200,7 +199,7 @@ def test_a_ledger_by_hand(settings):
     (row,) = compiled(run, PROBE, first(ledgers(run))).values()
     assert row.name == "ledger classifier" and row.stages == ("classifier",)
     assert row.runs == 1 / 50 and row.flops > 0
-    batch = bytes_of(run.minibatch(run.stages[0], accounted=True)[0])
+    batch = bytes_of(run.minibatch(run.stages[0], with_ledger=True)[0])
     tokens, gradients, measured = 2 * 2 * 32 * (4 + 1), 2 * moments // 2, 4 * 2 * 96
     other_bytes = (
         row.argument_gib * 2**30 - 2 * param_bytes - moments - batch - gradients - measured
@@ -247,11 +246,12 @@ def test_shapes_are_those_of_a_ledger(settings):
     setup = RunSetup(run.settings, model, None, None, None, None)
     source, stage = BATCH_SOURCES["rl"](setup), run.stages[0]
     # the parts of a ProbeHook but for the held-out prompts
-    hook = types.SimpleNamespace(settings=small.probe, programs=run.stages)
+    hook = types.SimpleNamespace(settings=small.probe, bound_stages=run.stages)
     hook._ledger_fits = lambda *arguments: True
     made = make_ledger(run.settings, model, source.term_losses, stage)
-    state = TrainStates(run.settings, model).first(stage)
-    planned, _ = run.minibatch(run.stages[0], accounted=True)  # see test_shapes_are_those_of_a_run
+    state = TrainStates(run.settings, model).initial_state(stage)
+    # see test_shapes_are_those_of_a_run
+    planned, _ = run.minibatch(run.stages[0], with_ledger=True)
     batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), planned)
     due = small.probe.ledger_every_steps
     before = ProbeHook.snapshot(hook, state, batch, None, 0, due).before

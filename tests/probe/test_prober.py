@@ -47,9 +47,9 @@ def test_prediction_of_a_real_adam_step(x64, rows):
     params = toy_params(policy, dtype=jnp.float64)
     prober = probe.Prober(policy, probe_set(policy.vocab_size), params)
     stage = update.Stage(name="x", steps=1, parameters=rows, max_grad_norm=0.5)
-    program = update.stage_program(stage, policy, params)
-    state = update.init_state(program, params, jax.random.key(0))
-    after, *_ = update.make_step(program, update.policy_loss_fn(policy, rloo))(
+    bound_stage = update.bind_stage(stage, policy, params)
+    state = update.init_state(bound_stage, params, jax.random.key(0))
+    after, *_ = update.make_step(bound_stage, update.policy_loss_fn(policy, rloo))(
         state, make_batch(policy.vocab_size)
     )
     metrics, arrays, _ = prober.compare(params, after.params)

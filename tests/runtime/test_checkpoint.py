@@ -24,8 +24,8 @@ from tests.update.test_train_step import ADAM, HEAD, neox
 def make_state(stage):
     """A sharded TrainState with moments that are not zero."""
     policy, params = neox(vocab_size=24)
-    program = update.stage_program(update.Stage(**stage), policy, params)
-    state = update.init_state(program, params, jax.random.key(7), step=5)
+    bound_stage = update.bind_stage(update.Stage(**stage), policy, params)
+    state = update.init_state(bound_stage, params, jax.random.key(7), step=5)
     noisy = jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), state.opt_state)
     state = state.replace(opt_state=noisy)
     mesh = runtime.make_mesh(2, 2, 2)

@@ -25,10 +25,10 @@ def grpo(statistics, batch):
 
 def stepped(policy, params, batch, stage=SGD, chunk=1024, microbatches=1, loss=grpo, jit=True):
     """Params and metrics after one step."""
-    program = update.stage_program(update.Stage(**stage), policy, params)
+    bound_stage = update.bind_stage(update.Stage(**stage), policy, params)
     objective = update.policy_loss_fn(policy, loss, chunk_tokens=chunk)
-    step = update.make_step(program, objective, microbatches)
-    state = update.init_state(program, params, jax.random.key(0))
+    step = update.make_step(bound_stage, objective, microbatches)
+    state = update.init_state(bound_stage, params, jax.random.key(0))
     return (jax.jit(step) if jit else step)(state, batch)[:2]
 
 
@@ -147,10 +147,10 @@ def test_stage_one_reads_no_body():
     """law: its program holds two products, logits and dW, and works without the body's params."""
     policy, params = neox()
     batch = sampled(policy, params)
-    program = update.stage_program(update.Stage(**HEAD), policy, params)
-    step = update.make_step(program, update.policy_loss_fn(policy, grpo))
-    state = update.init_state(program, params, jax.random.key(0))
-    assert program.head_alone
+    bound_stage = update.bind_stage(update.Stage(**HEAD), policy, params)
+    step = update.make_step(bound_stage, update.policy_loss_fn(policy, grpo))
+    state = update.init_state(bound_stage, params, jax.random.key(0))
+    assert bound_stage.head_alone
     text = str(jax.make_jaxpr(step)(state, batch))
     assert text.count("dot_general") == 2
     lost = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
@@ -173,7 +173,7 @@ def test_which_stages_move_the_head_alone(tied, parameters, alone):
     """law: a norm moves the features, and so does a matrix that is read in and out."""
     policy, params = neox(tie_word_embeddings=tied)
     stage = update.Stage(**HEAD | {"parameters": parameters})
-    assert update.stage_program(stage, policy, params).head_alone == alone
+    assert update.bind_stage(stage, policy, params).head_alone == alone
 
 
 def test_whole_kl_to_a_reference(x64):
@@ -199,9 +199,9 @@ def test_whole_kl_to_a_reference(x64):
         kl = jnp.sum(jnp.exp(policy_statistics) * (policy_statistics - ref), -1)
         return jnp.sum(jnp.where(batch.completion_mask, kl, 0)) / jnp.sum(batch.completion_mask)
 
-    program = update.stage_program(update.Stage(**SGD), policy, params)
-    step = update.make_step(program, update.policy_loss_fn(policy, loss, chunk_tokens=9))
-    state = update.init_state(program, params, jax.random.key(0))
+    bound_stage = update.bind_stage(update.Stage(**SGD), policy, params)
+    step = update.make_step(bound_stage, update.policy_loss_fn(policy, loss, chunk_tokens=9))
+    state = update.init_state(bound_stage, params, jax.random.key(0))
     result, metrics, _ = step(state, batch, head_of(policy, other))
     expected, gradient = jax.value_and_grad(plain)(params)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-12)

@@ -10,8 +10,9 @@ import pytest
 
 from ntkrl import advantage, numerics, update
 from ntkrl.softmax import TokenStatistics
-from ntkrl.training.credit import RolloutArrays, token_weights
 from ntkrl.types import UpdateBatch
+from ntkrl.update import RolloutArrays, token_weights
+from ntkrl.update.credit import covariance_weights
 from tests.update import formulas
 
 PRESETS = update.PRESETS
@@ -242,20 +243,20 @@ def test_covariance_masks(x64):
     count = int(0.05 * mask.sum())
     arrays = [jnp.asarray(array) for array in (old, advantages, mask)]
     kl = update.Objective(covariance="kl", covariance_fraction=0.05, covariance_penalty=0.7)
-    same, penalties = update.covariance_weights(kl, *arrays, jax.random.key(0))
+    same, penalties = covariance_weights(kl, *arrays, jax.random.key(0))
     largest = np.sort(covariance[mask])[-count]
     np.testing.assert_array_equal(penalties, np.where(mask & (covariance >= largest), 0.7, 0.0))
     np.testing.assert_array_equal(same, advantages)
     clip = dataclasses.replace(kl, covariance="clip", covariance_range=(0.2, 1.0))
-    result, none = update.covariance_weights(clip, *arrays, jax.random.key(0))
+    result, none = covariance_weights(clip, *arrays, jax.random.key(0))
     taken = (np.asarray(result) == 0) & (advantages != 0)
     assert none is None and taken.sum() == count
     assert (mask & (covariance > 0.2) & (covariance < 1.0))[taken].all()
-    other, _ = update.covariance_weights(clip, *arrays, jax.random.key(1))
+    other, _ = covariance_weights(clip, *arrays, jax.random.key(1))
     assert not np.array_equal(result, other)
     # a range with too few tokens takes those and no other
     narrow = dataclasses.replace(clip, covariance_range=(largest - 1e-9, largest + 1e-9))
-    result, _ = update.covariance_weights(narrow, *arrays, jax.random.key(0))
+    result, _ = covariance_weights(narrow, *arrays, jax.random.key(0))
     assert ((np.asarray(result) == 0) & (advantages != 0)).sum() == 1
 
 

@@ -38,7 +38,7 @@ def gradient(count, dtype=jnp.float32):
 def program_of(params, network=LAYERED, **fields):
     """A stage of one group, bound."""
     fields = {"name": "x", "steps": 4, "parameters": ((".*", 0.1),), **fields}
-    return update.stage_program(update.Stage(**fields), network, params)
+    return update.bind_stage(update.Stage(**fields), network, params)
 
 
 def follow(optimizer, params, count=3):
@@ -152,13 +152,13 @@ def test_rates_follow_the_schedule():
     params, policy = draw(0), LAYERED
     rows = (("embed/.*", None), (".*norm.*", 0.4), (".*", 0.2))
     stage = update.Stage("x", 3, rows, optimizer="sgd", schedule="linear", warmup_steps=2)
-    program = update.stage_program(stage, policy, params, updates_per_step=2)
-    chosen, _ = trees.partition(params, program.trained)
-    state = program.optimizer.init(chosen)
+    bound_stage = update.bind_stage(stage, policy, params, updates_per_step=2)
+    chosen, _ = trees.partition(params, bound_stage.trained)
+    state = bound_stage.optimizer.init(chosen)
     ones = jax.tree.map(jnp.ones_like, chosen)
-    step = jax.jit(program.optimizer.update)
+    step = jax.jit(bound_stage.optimizer.update)
     for count, factor in enumerate([0.5, 1, 1, 0.75, 0.5, 0.25]):
-        assert program.learning_rate(count) == pytest.approx(0.4 * factor)
+        assert bound_stage.learning_rate(count) == pytest.approx(0.4 * factor)
         updates, state = step(ones, state, chosen)
         np.testing.assert_allclose(updates["layers"]["norm"]["scale"], -0.4 * factor, rtol=1e-6)
         np.testing.assert_allclose(updates["layers"]["mlp"]["kernel"], -0.2 * factor, rtol=1e-6)
@@ -170,9 +170,9 @@ def test_clipping_counts_trained_leaves_only():
     params = {"head": jnp.zeros(2), "embed": jnp.zeros(2)}
     gradients = {"head": jnp.array([3.0, 4.0]), "embed": None}
     stage = update.Stage("x", 1, (("head", 1.0), (".*", None)), optimizer="sgd", max_grad_norm=1.0)
-    program = update.stage_program(stage, toy_policy(), params)
-    chosen, _ = trees.partition(params, program.trained)
-    updates, _ = program.optimizer.update(gradients, program.optimizer.init(chosen), chosen)
+    bound_stage = update.bind_stage(stage, toy_policy(), params)
+    chosen, _ = trees.partition(params, bound_stage.trained)
+    updates, _ = bound_stage.optimizer.update(gradients, bound_stage.optimizer.init(chosen), chosen)
     np.testing.assert_allclose(updates["head"], [-0.6, -0.8], rtol=1e-6)
 
 
@@ -183,12 +183,12 @@ BOTH = (("head", 1e-2), (".*", 1e-30))
 
 def in_stages(policy, params, *stages):
     """Train through stages, three steps each; return the state."""
-    programs = update.stage_programs([update.Stage(**s) for s in stages], policy, params, 1)
-    state, seed = update.init_state(programs[0], params, jax.random.key(0)), 0
-    for number, program in enumerate(programs):
-        state = update.transfer_state(program, state) if number else state
-        step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, rloo)))
-        for _ in range(program.stage.steps):
+    bound_stages = update.bind_stages([update.Stage(**s) for s in stages], policy, params, 1)
+    state, seed = update.init_state(bound_stages[0], params, jax.random.key(0)), 0
+    for number, bound_stage in enumerate(bound_stages):
+        state = update.transfer_state(bound_stage, state) if number else state
+        step = jax.jit(update.make_step(bound_stage, update.policy_loss_fn(policy, rloo)))
+        for _ in range(bound_stage.stage.steps):
             state, *_ = step(state, make_batch(policy.vocab_size, seed=seed))
             seed += 1
     return state

@@ -110,13 +110,13 @@ def test_order_of_stages():
         update.Stage(**keep | {"parameters": (("head", None), (".*", 1e-2))}),
     ]
     with pytest.raises(ValueError, match="'y' keeps .* of stage 'x', which trains none of its"):
-        update.stage_programs(apart, policy, params, 1)
+        update.bind_stages(apart, policy, params, 1)
     wrong = [
         update.Stage(**ROW | {"warmup_steps": 11}),
         update.Stage(**ROW | {"name": "z", "parameters": (("haed", 1e-2), (".*", None))}),
     ]
     with pytest.raises(ValueError) as caught:
-        update.stage_programs(wrong, policy, params, 2)
+        update.bind_stages(wrong, policy, params, 2)
     text = str(caught.value)
     assert "lasts 10 optimizer steps, fewer than its warmup_steps = 11" in text
     assert "stage 'z': 'haed' matches no parameter" in text

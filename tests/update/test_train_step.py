@@ -45,10 +45,10 @@ def make_batch(vocab, rows=8, seed=0):
 
 def run(policy, params, stage, batches, jit=True):
     """Take a step per batch; return the state and the last metrics."""
-    program = update.stage_program(update.Stage(**stage), policy, params)
-    step = update.make_step(program, update.policy_loss_fn(policy, rloo))
+    bound_stage = update.bind_stage(update.Stage(**stage), policy, params)
+    step = update.make_step(bound_stage, update.policy_loss_fn(policy, rloo))
     step = jax.jit(step) if jit else step
-    state = update.init_state(program, params, jax.random.key(0))
+    state = update.init_state(bound_stage, params, jax.random.key(0))
     for batch in batches:
         state, metrics, _ = step(state, batch)
     return state, metrics
@@ -76,9 +76,9 @@ def test_head_stage_has_no_body_gradient_in_its_program():
     policy, params = neox()
 
     def products(stage):
-        program = update.stage_program(update.Stage(**stage), policy, params)
-        state = update.init_state(program, params, jax.random.key(0))
-        step = update.make_step(program, update.policy_loss_fn(policy, rloo))
+        bound_stage = update.bind_stage(update.Stage(**stage), policy, params)
+        state = update.init_state(bound_stage, params, jax.random.key(0))
+        step = update.make_step(bound_stage, update.policy_loss_fn(policy, rloo))
         text = str(jax.make_jaxpr(step)(state, make_batch(policy.vocab_size)))
         return text.count("dot_general")
 
@@ -136,9 +136,9 @@ def test_jit_changes_nothing_and_compiles_once():
     params = toy_params(policy)
     batches = [make_batch(policy.vocab_size, seed=s) for s in range(3)]
     plain, _ = run(policy, params, ADAM, batches, jit=False)
-    program = update.stage_program(update.Stage(**ADAM), policy, params)
-    step = jax.jit(update.make_step(program, update.policy_loss_fn(policy, rloo)))
-    state = update.init_state(program, params, jax.random.key(0))
+    bound_stage = update.bind_stage(update.Stage(**ADAM), policy, params)
+    step = jax.jit(update.make_step(bound_stage, update.policy_loss_fn(policy, rloo)))
+    state = update.init_state(bound_stage, params, jax.random.key(0))
     for batch in batches:
         state, *_ = step(state, batch)
     assert step._cache_size() == 1
@@ -163,11 +163,11 @@ def test_sharded_equals_single_device(stage):
     result = {}
     for count, (data, fsdp, tensor) in {1: (1, 1, 1), 2: (2, 1, 1), 8: (2, 2, 2)}.items():
         mesh = runtime.make_mesh(data, fsdp, tensor, jax.devices()[:count])
-        program = update.stage_program(update.Stage(**stage), policy, params)
-        state = update.init_state(program, params, jax.random.key(0))
+        bound_stage = update.bind_stage(update.Stage(**stage), policy, params)
+        state = update.init_state(bound_stage, params, jax.random.key(0))
         placed = trees.shardings(state, policy.sharding, mesh)
         step = jax.jit(
-            update.make_step(program, update.policy_loss_fn(policy, rloo)),
+            update.make_step(bound_stage, update.policy_loss_fn(policy, rloo)),
             in_shardings=(placed, None),
             out_shardings=update.StepResult(placed, runtime.replicated(mesh)),
             donate_argnums=0,
@@ -196,11 +196,11 @@ def test_tied_head_names_both_ways_out():
     """law: 'train the head' of a tied model is refused with the two choices there are."""
     policy, params = neox(tie_word_embeddings=True)
     with pytest.raises(ValueError) as caught:
-        update.stage_program(update.Stage(**HEAD), policy, params)
+        update.bind_stage(update.Stage(**HEAD), policy, params)
     text = str(caught.value)
     assert "'embed/embedding'" in text and "--config.model.untie=true" in text
     shared = HEAD | {"parameters": (("embed/embedding", 1e-2), (".*", None))}
-    assert sum(update.stage_program(update.Stage(**shared), policy, params).trained) == 1
+    assert sum(update.bind_stage(update.Stage(**shared), policy, params).trained) == 1
 
 
 def test_bad_stages_are_named():
@@ -216,4 +216,4 @@ def test_bad_stages_are_named():
         (((".*", None),), "freezes every parameter"),
     ):
         with pytest.raises(ValueError, match=message):
-            update.stage_program(update.Stage(**ADAM | {"parameters": rows}), policy, params)
+            update.bind_stage(update.Stage(**ADAM | {"parameters": rows}), policy, params)

@@ -139,7 +139,7 @@ def test_a_tied_model_in_float64(model, tmp_path, capsys, monkeypatch):
 def test_every_option_arrives(monkeypatch):
     """by hand: words become settings of their types."""
     calls = []
-    monkeypatch.setattr(kernel_command, "inspect", calls.append)
+    monkeypatch.setattr(kernel_command, "compute_kernels", calls.append)
     words = ["--prompts=p", "--out=o", "--positions=all", "--eigenpairs=3", "--max_contexts=4"]
     words += ["--dtype=bfloat16", "--memory_gib=0.5", "--limit=6", "--layers"]
     assert main(["kernel", "m", *words]) == main(["kernel", "m", "--prompts=p"]) == 0

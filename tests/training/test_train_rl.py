@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from ntkrl.main import main
 from ntkrl.training import BATCH_SOURCES, RolloutSource
 from ntkrl.training import loop as training_loop
-from tests.test_train import ROOT, base, lines, one_device, words
+from tests.training.test_train import ROOT, base, lines, one_device, words
 
 __all__ = ["base", "one_device"]  # fixtures
 REWARDS = ROOT / "tests" / "toy_rewards.py"

@@ -13,7 +13,7 @@ from ntkrl import data, models, trees
 from ntkrl.main import main
 from tests.models.families import torch_model
 from tests.models.test_scorers import torch_scorer
-from tests.test_train import ROOT, lines, one_device, words  # noqa: F401
+from tests.training.test_train import ROOT, lines, one_device, words  # noqa: F401
 
 
 @pytest.fixture(scope="module")

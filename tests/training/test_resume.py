@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from ntkrl.main import main
 from tests.children import Children
-from tests.test_train import ROOT, STAGES, base, lines, words
+from tests.training.test_train import ROOT, STAGES, base, lines, words
 
 __all__ = ["base"]  # a fixture
 

@@ -11,8 +11,8 @@ from ntkrl import data, trees
 from ntkrl.main import main
 from ntkrl.models import ModelOptions
 from ntkrl.training import RolloutSource
-from tests.test_train import base, lines, one_device, words  # noqa: F401
 from tests.toys import torch_neox
+from tests.training.test_train import base, lines, one_device, words  # noqa: F401
 
 PLAIN = ["--config.eval.every_steps=None", "--config.probe.every_steps=None"]
 

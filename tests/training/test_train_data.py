@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ntkrl.main import main
-from tests.test_train import base, lines, one_device, words  # noqa: F401
+from tests.training.test_train import base, lines, one_device, words  # noqa: F401
 
 
 def write(path, rows):

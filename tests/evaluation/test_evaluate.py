@@ -12,7 +12,7 @@ from ntkrl.evaluation import sampling as evaluation
 from ntkrl.main import main
 from ntkrl.report import is_known
 from ntkrl.settings import EvalSettings
-from tests.test_train import alone, base, lines, one_device, words
+from tests.training.test_train import alone, base, lines, one_device, words
 
 __all__ = ["base", "one_device"]  # fixtures
 

@@ -31,7 +31,7 @@ class SampledTokens(NamedTuple):
     kept_log_mass: Array
 
 
-def draw(settings: SamplerSettings, logits: Array, keys: Array) -> SampledTokens:
+def sample_tokens(settings: SamplerSettings, logits: Array, keys: Array) -> SampledTokens:
     """Sample a token per row.
 
     Args:

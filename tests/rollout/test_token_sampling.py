@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.rollout.draw import BLOCK, draw, truncated
 from ntkrl.rollout.settings import SamplerSettings
+from ntkrl.rollout.token_sampling import BLOCK, sample_tokens, truncated
 
 CASES = [
     {"top_k": 1},
@@ -69,9 +69,9 @@ def test_frequencies_and_masses(case):
     rng, count, size = np.random.default_rng(1), 20000, BLOCK + 30
     z = rng.normal(size=size).astype(np.float32) * 2
     options = settings(**case)
-    result = jax.jit(lambda keys: draw(options, jnp.tile(jnp.asarray(z), (count, 1)), keys))(
-        jax.random.split(jax.random.key(0), count)
-    )
+    result = jax.jit(
+        lambda keys: sample_tokens(options, jnp.tile(jnp.asarray(z), (count, 1)), keys)
+    )(jax.random.split(jax.random.key(0), count))
     wide = z.astype(np.float64) / options.temperature
     probs = np.exp(wide - np.logaddexp.reduce(wide))
     truncation = {name: value for name, value in case.items() if name != "temperature"}
@@ -89,5 +89,5 @@ def test_frequencies_and_masses(case):
 def test_excluded_tokens_are_never_drawn():
     """law: a logit of −∞ at either end of a block has no chance, however the sums round."""
     z = jnp.tile(jnp.where(jnp.arange(BLOCK + 4) % 7 == 3, 0.0, -jnp.inf), (4000, 1))
-    result = draw(settings(), z, jax.random.split(jax.random.key(3), 4000))
+    result = sample_tokens(settings(), z, jax.random.split(jax.random.key(3), 4000))
     assert set(np.asarray(result.tokens) % 7) == {3}

@@ -8,9 +8,9 @@ import pytest
 from ntkrl.main import main
 from ntkrl.probe import FAMILIES
 from ntkrl.report import is_known
-from ntkrl.training.credit import kl_shares
 from ntkrl.types import UpdateBatch
-from tests.test_train import STAGES, base, lines, one_device, words  # noqa: F401
+from ntkrl.update import kl_shares
+from tests.training.test_train import STAGES, base, lines, one_device, words  # noqa: F401
 
 LEDGER = ["--config.probe.ledger_every_steps=2", "--config.eval.every_steps=4"]
 
@@ -75,7 +75,7 @@ def test_a_ledger_of_every_stage(base, tmp_path, capsys):  # noqa: F811
     assert {"probe/ches", "probe/head_sum_wrong", "signal/noise", "ledger/kl_share"} <= names
     assert {"probe/linearity", "weights/linearity", "weights/direction_cosine"} <= names
     assert all(map(is_known, names))
-    place = run / "probes" / "set.npz"  # resumed runs read it (tests/test_resume.py)
+    place = run / "probes" / "set.npz"  # resumed runs read it (tests/training/test_resume.py)
     place.write_bytes(place.read_bytes()[:100])
     (run / "finished").unlink()
     assert main(words(base, run, *more, config="cfrl")) == 2

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from ntkrl import update
+from ntkrl.update import credit
 
 
 def test_kl_in_the_reward_by_hand():
     """by hand: β Σ (log π − log π_ref) = 0.05·(0.5 − 0.2) of the first completion's reward."""
     log_probs = [jnp.array([[-1.0, -1.0, -7.0]]), jnp.array([[-1.5, -0.8, 0.0]])]
     mask = jnp.array([[True, True, False]])
-    result = update.reward_penalties(update.PRESETS["rloo"], *log_probs, mask)
+    result = credit.reward_penalties(update.PRESETS["rloo"], *log_probs, mask)
     np.testing.assert_allclose(result, [[0.025, -0.01, 0.0]], rtol=1e-5)
     np.testing.assert_array_equal(
-        update.reward_penalties(update.PRESETS["grpo"], *log_probs, mask), 0.0
+        credit.reward_penalties(update.PRESETS["grpo"], *log_probs, mask), 0.0
     )
 
 
@@ -36,7 +37,7 @@ def test_corrections(level):
         ("off", np.ones_like(weight)),
     ):
         objective = update.Objective(correction=kind, correction_level=level, correction_cap=1.1)
-        result = update.correction_weights(objective, *arrays)
+        result = credit.correction_weights(objective, *arrays)
         np.testing.assert_allclose(result, expected, rtol=1e-5)
     assert (weight > 1.1).any() and (weight < 1).any()
 
@@ -49,7 +50,7 @@ def test_what_does_not_count():
 
     def rows(**axes):
         objective = dataclasses.replace(plain, **axes)
-        result = update.counted_tokens(objective, mask, finished, rewards, 2)
+        result = credit.counted_tokens(objective, mask, finished, rewards, 2)
         return np.asarray(result.all(axis=1)).tolist()
 
     assert rows() == [True] * 4
@@ -63,7 +64,7 @@ def test_one_sign_alone():
     advantages = jnp.array([[1.5, -0.5], [0.0, -2.0]])
 
     def kept(signs):
-        return np.asarray(update.filter_sign(update.Objective(signs=signs), advantages)).tolist()
+        return np.asarray(credit.filter_sign(update.Objective(signs=signs), advantages)).tolist()
 
     assert kept("both") == advantages.tolist()
     assert kept("positive") == [[1.5, 0.0], [0.0, 0.0]]

@@ -17,7 +17,7 @@ from ntkrl.training import RolloutSource
 from tests.report.test_loggers import shown
 from tests.toys import TINY, torch_neox
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--config.data.prompts_per_step=4",
     "--config.data.max_prompt_tokens=8",
