@@ -13,7 +13,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ntkrl", "ntkrl.*"]),
-    package_data={"ntkrl.report": ["metrics.toml", "page.css", "page.html", "page.js"]},
+    package_data={
+        "ntkrl.plan": ["published_models.json"],
+        "ntkrl.report": ["metrics.toml", "page.css", "page.html", "page.js"],
+    },
     install_requires=[
         "absl-py",
         "chex",

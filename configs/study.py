@@ -12,8 +12,8 @@ used for a choice. "rlhf": a reward model is trained on pairs of the base model'
 labelled by the reward of the expressions; RL uses the reward model alone.
 
 Every seed trains a separate base model, so that intervals cover all randomness. All lengths, sizes
-and grids are our choice. Rates are chosen for RL and for CF-RL from grids of equal size on separate
-seeds, by held-out reward on the targets set aside; an arm that belongs to neither uses RL's.
+and grids are our choice. Learning rates of RL and of CF-RL are chosen from grids of equal size, on
+separate seeds, by the reward on the targets set aside; other arms use RL's.
 """
 
 from ml_collections import ConfigDict
@@ -48,14 +48,14 @@ def _plan():
     plan = ConfigDict(
         {
             "run_dir": "runs/study",
-            "jobs": 2,  # runs at a time, each on cores of its own
+            "jobs": 2,  # runs at a time, each on separate cores
             "seeds": (1, 2, 3, 4, 5, 6),  # a sign-flip test of five cannot reach p = 0.05
             "tuning_seeds": (101, 102),
             "steps": STEPS,
             "base_steps": BASE_STEPS,
-            "samples": 64,  # of a test prompt in an evaluation, twice
+            "samples": 64,  # of a test prompt; an evaluation draws them twice
             "tuned": "small",  # where rates are chosen
-            "scales": {"small": 1.0, "medium": 0.5},  # factor on them, as widths are
+            "scales": {"small": 1.0, "medium": 0.5},  # factor on them, inverse to the width
         }
     )
     # arms of each size
@@ -106,7 +106,7 @@ def base_model(size, values):
     width, layers = SIZES[size]
     config.model.new.hidden_size, config.model.new.intermediate_size = width, 4 * width
     config.model.new.num_hidden_layers = layers
-    # larger models learn faster
+    # larger models need fewer steps
     steps = values["base_steps"] if size == "small" else 2 * values["base_steps"] // 3
     config.stages[0].steps = max(steps, 1)
     config.eval.every_steps = max(steps, 1)
@@ -204,12 +204,12 @@ def _whitened(config, values):
 def _learned_reward(config, values):
     learned = config.model.path.replace("/base-", "/reward-")
     config.reward.function = f"{learned},expressions"
-    config.reward.weights = (1.0, 0.0)  # the true one is logged, and hidden from RL
-    config.eval.base = None  # compared by the true reward, in an evaluation of their own
+    config.reward.weights = (1.0, 0.0)  # the true reward is logged, but RL does not see it
+    config.eval.base = None  # separate evaluations compare by the true reward
 
 
 def _supervised(config, values):
-    """Learn right answers of one form alone: other text than the base model saw."""
+    """Train on right answers of a single form, which the base model has not seen."""
     config.method = "sft"
     config.data.path = f"{values['root']}/data/supervised.jsonl"
     config.data.prompts_per_step = 96
@@ -222,7 +222,7 @@ def _supervised_first(config, values):
 
 
 def _one_step(parameters):
-    """Return the change to a single unclipped step of SGD, to see how its error grows."""
+    """Return the change to one unclipped step of SGD; its first-order error grows with the rate."""
 
     def change(config, values):
         rates = tuple((name, values["body"] if moves else None) for name, moves in parameters)

@@ -4,8 +4,8 @@
 # usage: bash launch/local.sh [--dry-run] --config=FILE [--config.section.field=value ...]
 #
 # Arguments are those of `ntkrl train`. PROCESSES=2 trains one run in two processes; each uses one GPU,
-# if there are GPUs, and its output lines are prefixed with its number. If one fails, the others are
-# told to end; SIGTERM, Ctrl-C and a lost terminal are forwarded as SIGTERM, so that the run saves.
+# if there are GPUs, and its output lines are prefixed with its number. If one fails, the others get
+# SIGTERM; SIGTERM, Ctrl-C and a lost terminal are forwarded as SIGTERM, so that the run saves.
 # The exit status is the worst of all. RESTARTS=5 restarts a run that can resume (status 70, 75, or
 # killed). Settings: launch/env.sh.
 set -euo pipefail
@@ -82,11 +82,11 @@ run_processes() {
         pids=(${left[@]+"${left[@]}"})
         [ ${#pids[@]} -gt 0 ] || break
         if [ -z "$stopped_at" ] && { [ -n "$stopping" ] || [ "$worst" != 0 ]; }; then
-            [ -n "$stopping" ] || log "a process ended with status $worst; the others are told to end"
+            [ -n "$stopping" ] || log "a process ended with status $worst; the others get SIGTERM"
             stopped_at="$SECONDS"
             send TERM
         elif [ -n "$stopped_at" ] && [ $((SECONDS - stopped_at)) -ge "$GRACE_SECONDS" ]; then
-            log "still running $GRACE_SECONDS s after being told to end: killed"
+            log "still running $GRACE_SECONDS s after SIGTERM: killed"
             send KILL
         fi
         brief_sleep 0.1

@@ -21,7 +21,7 @@ USAGE = """usage: ntkrl COMMAND ...
   report   --text RUN [RUN ...]                               the report as text
   report   --glossary                                         what every metric means, as Markdown
   export   RUN OUT [--step=N|best]                            a checkpoint as Hugging Face directory
-  presets  [NAME ...]                                         objectives: formula, source and axes
+  presets  [NAME ...]                                         objectives: formula, source, settings
 
 plan also takes --limit=6 (candidates of --search), --json=FILE and, in place of --topology,
 --table=FILE (models × machines). Topologies: v5e-16, v5p:2x2x4, …, cpu:8, gpu. No TPU is needed.

@@ -135,7 +135,7 @@ class PromptBatch:
     tokens: `[P, T]` int32, left-padded.
     mask: `[P, T]` bool, True on real tokens.
     rows: `[P]` int32, row of each prompt in its prompt set.
-    copies: `[P]` int32, how often that row was asked before with this key.
+    copies: `[P]` int32, number of earlier prompts of that row sampled with this key.
     """
 
     tokens: Array
@@ -157,7 +157,7 @@ class Rollout:
     kept_log_mass: `[B, C]` float32, log of the mass that top-k, top-p and min-p left (nats, ≤ 0),
         so that tokens were drawn with sampler_log_probs − kept_log_mass; 0 where masked.
     finished: `[B]` bool, False where the completion was cut by the budget.
-    features: `[B, C, D]` that predicted each token, or None where they were not asked for.
+    features: `[B, C, D]` that predicted each token, or None if they were not requested.
     """
 
     tokens: Array

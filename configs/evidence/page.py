@@ -62,7 +62,7 @@ def metrics(samples: int) -> tuple[str, ...]:
 def markdown(verdicts: Sequence[Verdict], command: str) -> str:
     """Return the verdicts as a Markdown table."""
     rows = [
-        f"Written by `{command}`; what a verdict takes stands in `configs/evidence/claims.py`.",
+        f"Written by `{command}`; criteria of the verdicts: `configs/evidence/claims.py`.",
         "",
         f"| # | claim | tested on | {MEASURED} | verdict |",
         "|---|---|---|---|---|",

@@ -1,4 +1,7 @@
-"""Registry of the supported architectures: a new family is one file and one entry here."""
+"""Registry of the supported architectures.
+
+A new family is a module with its FAMILIES, imported and listed here.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -15,8 +17,16 @@ from jax.sharding import Mesh
 from ntkrl import data, models, ntk, runtime, trees
 from ntkrl.numerics import DTYPES
 from ntkrl.settings import RunSettings
-from ntkrl.setup import is_code
+from ntkrl.setup import is_python_function
 from ntkrl.types import Params, Policy, Scorer
+
+PUBLISHED_MODELS: dict[str, dict[str, Any]] = json.loads(
+    importlib.resources.files("ntkrl.plan").joinpath("published_models.json").read_text("utf-8")
+)
+"""config.json entries of models on the Hugging Face hub, so that planning needs no download.
+
+Entries that affect no shape are left out.
+"""
 
 
 def describe_policy(settings: models.ModelSettings, mesh: Mesh) -> tuple[Policy, Params]:
@@ -45,7 +55,7 @@ def describe_policy(settings: models.ModelSettings, mesh: Mesh) -> tuple[Policy,
     policy, shapes = models.describe(entries["architectures"][0], entries, dtype, mesh, options)
     rows = settings.vocab_size
     if rows is not None and rows != policy.vocab_size:
-        policies = []  # a Policy is not an array: eval_shape cannot return it
+        policies = []  # a Policy is not an array, so eval_shape cannot return it
 
         def resized(params: Params) -> Params:
             other, params = models.resized(policy, params, rows)
@@ -65,7 +75,7 @@ def describe_rewards(settings: RunSettings, mesh: Mesh) -> dict[str, tuple[Score
     """
     scorers = {}
     for spec, _ in settings.reward.functions:
-        if not is_code(spec):
+        if not is_python_function(spec):
             dtype = DTYPES[settings.reward.dtype]
             scorer, shapes = models.describe_scorer(read_entries(spec), dtype, mesh, source=spec)
             scorers[Path(spec).name] = scorer, placed(shapes, scorer.sharding, mesh)
@@ -73,7 +83,7 @@ def describe_rewards(settings: RunSettings, mesh: Mesh) -> dict[str, tuple[Score
 
 
 def read_entries(path: str) -> dict[str, Any]:
-    """Return a model's config.json: from a directory, the local hub cache, or CONFIGS.
+    """Return a model's config.json: from a directory, the local hub cache, or PUBLISHED_MODELS.
 
     Raises:
       ValueError: found in none of them; nothing is downloaded.
@@ -87,11 +97,11 @@ def read_entries(path: str) -> dict[str, Any]:
         cached = huggingface_hub.try_to_load_from_cache(path, "config.json")
         if isinstance(cached, str):
             return models.read_config(Path(cached).parent)
-    if path in CONFIGS:
-        return CONFIGS[path]
+    if path in PUBLISHED_MODELS:
+        return PUBLISHED_MODELS[path]
     raise ValueError(
         f"{path!r} is not a directory here, nor in the hub's cache, and its shape is not known; "
-        f"give a directory with its config.json, or one of {', '.join(CONFIGS)}."
+        f"give a directory with its config.json, or one of {', '.join(PUBLISHED_MODELS)}."
     )
 
 
@@ -132,111 +142,3 @@ def placed(tree: Any, patterns: trees.Patterns, mesh: Mesh) -> Any:
     """Set the sharding of every shape of a tree."""
     shardings = trees.shardings(tree, patterns, mesh)
     return jax.tree.map(lambda leaf, spec: leaf.update(sharding=spec), tree, shardings)
-
-
-# config.json entries of published models, so that planning needs no download; copied from the
-# Hugging Face hub, without entries that affect no shape
-_PYTHIA = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "hidden_act": "gelu",
-    "initializer_range": 0.02,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 2048,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 0.25,
-    "tie_word_embeddings": False,
-    "use_parallel_residual": True,
-    "vocab_size": 50304,
-}
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "vocab_size": 128256,
-}
-_LLAMA_8B = {
-    **_LLAMA,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 8192,
-    "num_hidden_layers": 32,
-    "tie_word_embeddings": False,
-}
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "EleutherAI/pythia-1b": {
-        **_PYTHIA,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_attention_heads": 8,
-        "num_hidden_layers": 16,
-    },
-    "EleutherAI/pythia-2.8b": {
-        **_PYTHIA,
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-    },
-    "meta-llama/Meta-Llama-3-8B": _LLAMA_8B,
-    "meta-llama/Llama-3.2-1B": {
-        **_LLAMA,
-        "head_dim": 64,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "num_hidden_layers": 16,
-        "rope_scaling": {
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen3-8B": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 12288,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 36,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 36,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    },
-    "RLHFlow/ArmoRM-Llama3-8B-v0.1": {
-        **_LLAMA_8B,
-        "architectures": ["LlamaForRewardModelWithGating"],
-        "gating_hidden_dim": 1024,
-        "gating_n_hidden": 3,
-        "gating_temperature": 10,
-        "num_objectives": 19,
-        "pad_token_id": 128256,
-        "vocab_size": 128257,
-    },
-}

@@ -25,7 +25,6 @@ from ntkrl.training import (
     UPDATE,
     AbstractRun,
     Program,
-    Programs,
     run_programs,
 )
 
@@ -39,14 +38,14 @@ class Candidate:
     """Compiled programs of a config on one mesh, with a verdict each.
 
     mesh, remat: settings that a search varies.
-    crowding: see crowding().
+    warning: see repetition_warning().
     programs: costs. verdicts: see verdict().
     stages: names of the stages.
     """
 
     mesh: Mapping[str, int]
     remat: str
-    crowding: str | None
+    warning: str | None
     programs: list[ProgramCost]
     verdicts: list[str]
     stages: tuple[str, ...]
@@ -148,27 +147,22 @@ def compile_candidate(
       probe: include the programs of probes and evaluations, and a product with the kernel.
     """
     run = abstract_run(settings, machine)
-    programs, costs, compiled = candidate_programs(run, probe), [], None
-    while True:
-        try:
-            program = programs.send(compiled)
-        except StopIteration:
-            break
+    costs = []
+    for program in candidate_programs(run, probe):
         if bar is not None:
             bar.set_postfix_str(program.name)
-        cost, compiled = measure(run, program, machine.chip)
-        costs.append(cost)
+        costs.append(measure(run, program, machine.chip))
     return Candidate(
         mesh=dict(run.mesh.shape),
         remat=settings.model.remat,
-        crowding=crowding(run),
+        warning=repetition_warning(run),
         programs=costs,
         verdicts=[verdict(run, cost, machine.chip) for cost in costs],
         stages=run.stage_names,
     )
 
 
-def candidate_programs(run: AbstractRun, probe: bool) -> Programs:
+def candidate_programs(run: AbstractRun, probe: bool) -> Iterator[Program]:
     """Yield the programs of a run; with `probe`, also K c for the last position of a prompt."""
     yield from run_programs(run, probe)
     if probe:
@@ -179,7 +173,7 @@ def candidate_programs(run: AbstractRun, probe: bool) -> Programs:
         yield Program("kernel apply", PROBE, (), apply, arguments, frozenset({"params"}), 0.0)
 
 
-def crowding(run: AbstractRun) -> str | None:
+def repetition_warning(run: AbstractRun) -> str | None:
     """Return a warning if a step has too few rows for the mesh, so that devices repeat them."""
     rows, parts = run.minibatch(run.stages[0])[0].tokens.shape[0], trees.row_parts(run.mesh)
     rows //= run.settings.schedule.microbatches

@@ -140,7 +140,9 @@ def _cpus(count: int) -> list[jax.Device]:
         pass  # the backend is initialised already, perhaps with enough devices
     devices = jax.local_devices(backend="cpu")
     if len(devices) < count:
-        raise ValueError(f"--topology=cpu:{count}: there are {len(devices)} CPU devices by now.")
+        raise ValueError(
+            f"--topology=cpu:{count}: there are {len(devices)} CPU devices, since JAX has started."
+        )
     return devices[:count]
 
 

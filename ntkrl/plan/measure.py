@@ -40,7 +40,7 @@ class ProgramCost:
     flops, passes, traffic, received: see hlo.HloCost.
     collectives: by kind, `(count, bytes)`.
     seconds: roofline times of compute, memory and links; empty if the chip's rates are unknown.
-    failed: why the compiler refused, or None.
+    failed: reason of the compiler for refusing the program, or None.
     """
 
     name: str
@@ -74,10 +74,8 @@ class ProgramCost:
         return chip.memory_gib is None or self.peak_gib <= chip.memory_gib
 
 
-def measure(
-    run: AbstractRun, program: Program, chip: Chip
-) -> tuple[ProgramCost, jax.stages.Compiled | None]:
-    """Compile a program and return its cost.
+def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
+    """Compile a program, set its `compiled`, and return its cost.
 
     Args:
       run: the run of the program.
@@ -85,8 +83,8 @@ def measure(
       chip: the device it is compiled for.
 
     Returns:
-      The cost and the compiled program; None if the compiler refused it, for instance for want of
-      memory: the cost then reports why, and the memory needed where the compiler states it.
+      The cost. If the compiler refused the program, for instance for lack of memory, `compiled`
+      stays None and the cost says why, with the memory needed where the compiler reports it.
     """
     copies = device_bytes(program.extra) / GIB
     cost = ProgramCost(
@@ -104,8 +102,9 @@ def measure(
         compiled = program.function.lower(*program.arguments, **program.keywords).compile()
     except jax.errors.JaxRuntimeError as error:
         cost = dataclasses.replace(cost, compile_seconds=time.perf_counter() - start)
-        return _refused(cost, str(error)), None
+        return _refused(cost, str(error))
     seconds = time.perf_counter() - start
+    program.compiled = compiled
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None  # every backend of XLA reports both
     counts = hlo.count(text, program.loop_trips)
@@ -122,7 +121,7 @@ def measure(
         received=counts.received,
         collectives={kind: (x.runs, x.size) for kind, x in counts.collectives.items()},
         seconds=roofline(counts, chip),
-    ), compiled
+    )
 
 
 def _resident_bytes(run: AbstractRun, program: Program) -> float:
@@ -161,7 +160,7 @@ def _refused(cost: ProgramCost, message: str) -> ProgramCost:
         return dataclasses.replace(cost, failed=f"the compiler refuses it: {reason}")
     needed = needed_gib(message)
     if needed is None:
-        return dataclasses.replace(cost, failed="the compiler runs out of its memory")
+        return dataclasses.replace(cost, failed="the compiler runs out of memory")
     # a message on temporaries counts scratch memory alone
     program = needed if "temporaries" not in message else needed + cost.argument_gib
     peak = program + cost.resident_gib

@@ -20,13 +20,12 @@ TABLE_COLUMNS = (
     *("model", "machine", "mesh", "peak GiB", "of", "largest program"),
     *("s per step", *TIMED, "verdict"),
 )
-TABLE_HEAD = """# What the paper's run takes
+TABLE_HEAD = """# Memory and time of a run
 
-Written by `{}`: every program compiled by the TPU's
-compiler for chips that were not there. Peak is of one chip, with all that the run keeps there but
-for copies that a probe or ledger takes; seconds are of a rollout step of the last stage by
-roofline, which no run goes below. The mesh is the first that a search tries, not the best of it.
-No TPU has measured any of this.
+Written by `{}`: the TPU compiler's figures for every program of
+the run, not measurements on a TPU. Peak: memory of one chip, with all that stays there during the
+run, except copies for probes and ledgers. Seconds: lower bound (roofline) of a rollout step of the
+last stage. Mesh: the first that a search tries, not the best.
 """
 
 
@@ -42,8 +41,8 @@ def format_programs(candidate: Candidate, machine: Machine) -> str:
         "",
     ]
     lines += [f"{stage}: {_times(parts)}" for stage, parts in candidate.seconds.items()]
-    if candidate.crowding is not None:
-        lines.append(candidate.crowding)
+    if candidate.warning is not None:
+        lines.append(candidate.warning)
     verdicts = zip(candidate.programs, candidate.verdicts, strict=True)
     problems = [f"{cost.name}: {verdict}" for cost, verdict in verdicts if verdict != FITS]
     if not problems:
@@ -75,7 +74,7 @@ def table_row(model: str, machine: Machine, candidate: Candidate) -> str:
     """Return a line of the Markdown table."""
     largest, parts = candidate.largest, list(candidate.seconds.values())[-1]
     times = [candidate.total, *parts.values()] if candidate.fits else [math.nan] * 4
-    crowded = "" if candidate.crowding is None else "; more chips than rows to spread"
+    repeated = "" if candidate.warning is None else "; more chips than rows to spread"
     cells = (
         model.rpartition("/")[2],
         machine.name,
@@ -84,7 +83,7 @@ def table_row(model: str, machine: Machine, candidate: Candidate) -> str:
         f"{machine.chip.memory_gib:.4g}",
         "–" if largest is None else largest.name,
         *map(_seconds, times),
-        candidate.verdict + crowded,
+        candidate.verdict + repeated,
     )
     return f"| {' | '.join(cells)} |"
 

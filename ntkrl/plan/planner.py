@@ -94,8 +94,8 @@ def plan(settings: RunSettings, options: PlanSettings) -> list[Candidate]:
 def write_table(path: str, settings: RunSettings, command: str) -> None:
     """Compile a config for every model and machine; rewrite a Markdown table after each.
 
-    The mesh is the first that a search would try: fully sharded, with tensor parts only if the
-    rows of a step do not reach all chips. Seconds are of the last stage.
+    The mesh is the first that a search would try: fully sharded, with tensor parts only if a step
+    has too few rows for all chips. Seconds are of the last stage.
 
     Args:
       path: the file.

@@ -1,4 +1,4 @@
-"""`ntkrl prepare`: convert published examples and preferences to the files of a recipe.
+"""`ntkrl prepare`: convert published instructions and preferences to the files of training runs.
 
 Writes to the run directory:
 
@@ -72,7 +72,7 @@ class PrepareSettings:
 
 
 def prepare(config: ConfigDict) -> Path:
-    """Prepare the data of a recipe and return its directory; does nothing if it is complete.
+    """Prepare data and return its directory; do nothing if it is complete.
 
     Args:
       config: see configs/paper/data.py; reads `prepare`, `model`, `reward`, `mesh`, `run_dir`.

@@ -1,9 +1,9 @@
-"""Rows of AlpacaFarm and UltraFeedback as conversations, and their random splits.
+"""Instructions and preferences as conversations, and random splits of their rows.
 
-AlpacaFarm: instruction, input (may be empty), output. UltraFeedback, and TRL's preferences: prompt,
-chosen, rejected, where a prompt is text or a list of messages, and a response is text, its message,
-or the complete conversation that ends with it. Splits repeat the random choices of
-princeton-pli/what-makes-good-rm.
+Columns of instructions are those of AlpacaFarm: instruction, input (may be empty), output. Columns
+of preferences are those of UltraFeedback and TRL: prompt, chosen, rejected, where a prompt is text
+or a list of messages, and a response is text, its message, or the complete conversation that ends
+with it. Splits are the same random choices as in princeton-pli/what-makes-good-rm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KEPT_COLUMNS = ("prompt_id", "score_chosen", "score_rejected")
 
 
 def examples(table: data.Rows) -> data.PromptSet:
-    """Convert AlpacaFarm's rows to prompts with the column "completion".
+    """Convert instructions to prompts with the column "completion".
 
     Instruction and input are joined by a line break, as in princeton-pli/what-makes-good-rm.
 

@@ -32,7 +32,7 @@ from ntkrl.report.plotting import (
     recorded,
     shown,
 )
-from ntkrl.report.runs import Run, by_name, groups_with
+from ntkrl.report.runs import Run, by_name, groups_with, mean_words
 
 Plot = Callable[[str, Sequence[Run]], Figure | None]
 """Draws runs under a title."""
@@ -83,8 +83,9 @@ def method_panels(words: str, lines: dict[str, Line], levels: Sequence[float] = 
                 marks = {"marker": "o", "markersize": 3.5, "linewidth": 1.8}
                 if curves:
                     draw_mean(axis, curves, color=color, linestyle=style, **marks)
-            mean = f", mean of {len(group)} runs, lowest to highest" if len(group) > 1 else ""
-            axis.set_title(f"{shown(name)}{mean}", fontsize=11, loc="left", pad=16)
+            band = ", lowest to highest" if len(group) > 1 else ""
+            heading = f"{shown(name)}{mean_words(group)}{band}"
+            axis.set_title(heading, fontsize=11, loc="left", pad=16)
             axis.set_ylabel(words, fontsize=12)
             draw_stages([axis], group)
         label_steps(axes[-1])

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ntkrl.report import curves, ledger_figures
 from ntkrl.report.plotting import PALETTE
 from ntkrl.report.runs import Run
+from ntkrl.report.tables import PAIRS
 
 FAMILIES = ("own", "other", "reference", "rejected", "paraphrased", "shuffled")
 FAMILY_LOG_PROBS: dict[str, curves.Line] = {
@@ -94,11 +95,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "their mean cosine for pairs of positions in the same response, in other responses to "
         "the same prompt, and for other prompts. The nearer to 1, the more the classifier's part "
         "of an update at one position pushes the same token up everywhere else.",
-        curves.metric_panels(
-            ("probe/cosine_within_response", "same response"),
-            ("probe/cosine_across_responses", "same prompt"),
-            ("probe/cosine_across_prompts", "other prompts"),
-        ),
+        curves.metric_panels(*((f"probe/cosine_{kind}", words) for kind, words in PAIRS.items())),
     ),
     FigureSpec(
         "head_share",

@@ -16,11 +16,11 @@ from ntkrl.report.plotting import (
     MARKERS,
     PALETTE,
     REFERENCE_GREY,
-    WIDTH_INCHES,
     dress,
     figure_bytes,
     label_bar,
     shown,
+    titled_figure,
 )
 
 Arrays = Mapping[str, np.ndarray]
@@ -42,10 +42,9 @@ def write_kernel(path: Path, arrays: Arrays) -> None:
 
 def draw_kernel(arrays: Arrays) -> Figure:
     """Draw the cosines of features, the largest eigenvalues, and the shares of the parts."""
-    figure = Figure(figsize=(WIDTH_INCHES, 9.4), layout="constrained", facecolor="white")
     count = len(arrays["positions"])
     title = f"Neural tangent kernel of {count} context{'s' if count > 1 else ''}"
-    figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
+    figure = titled_figure(title, 9.4)
     # subfigures: long labels of the map must not narrow the other panels
     top, middle, bottom = np.asarray(figure.subfigures(3, 1, height_ratios=(4.2, 2.6, 2.1)))
     _draw_cosines(_titled(top, "Head kernel R, as cosines of features φ"), arrays)

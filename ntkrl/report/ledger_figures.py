@@ -18,14 +18,14 @@ from matplotlib.ticker import ScalarFormatter
 from ntkrl.report.plotting import (
     PALETTE,
     REFERENCE_GREY,
-    WIDTH_INCHES,
     column,
     dress,
     label_bar,
     shown,
+    titled_figure,
 )
 from ntkrl.report.records import StepLedger
-from ntkrl.report.runs import Run, by_name, ordered
+from ntkrl.report.runs import Run, by_name, groups_with, mean_words
 
 COLORS = {"R": PALETTE[0], "G": PALETTE[1], "momentum": PALETTE[3], "decay": PALETTE[5]}
 COLORS |= {"optimizer": "#999999", "curvature": PALETTE[2], "actual": "#222222"}
@@ -80,8 +80,7 @@ def waterfalls(measure: str, title: str, runs: Sequence[Run]) -> Figure | None:
     for axis, (name, ledgers) in zip(axes, groups.items(), strict=True):
         _waterfall(axis, means[name])
         axis.set_xlabel(f"{QUANTITY[measure]} of the probe tokens (nats)", fontsize=12)
-        seeds = f", mean of {len(ledgers)} runs" if len(ledgers) > 1 else ""
-        words = f"{shown(name)}, step {steps_of(ledgers)}{seeds}"
+        words = f"{shown(name)}, step {steps_of(ledgers)}{mean_words(ledgers)}"
         axis.set_title(words, fontsize=11, loc="left")
     return figure
 
@@ -111,12 +110,12 @@ def _waterfall(axis: Axes, values: dict[str, float]) -> None:
 
 def first_by_sample(runs: Sequence[Run]) -> list[tuple[Run, StepLedger]]:
     """Return each method's first seed with ledgers by sample, and the last of these."""
-    first: dict[str, tuple[Run, StepLedger]] = {}
-    for run in ordered(runs):
+
+    def last(run: Run) -> tuple[Run, StepLedger] | None:
         steps = [step for step, ledger in run.ledgers.items() if ledger.influence is not None]
-        if steps:
-            first.setdefault(run.name, (run, run.ledgers[max(steps)]))
-    return list(first.values())
+        return (run, run.ledgers[max(steps)]) if steps else None
+
+    return [pairs[0] for pairs in groups_with(runs, last).values()]
 
 
 def influence_map(ledger: StepLedger, limit: int = MAX_SAMPLES) -> tuple[list[int], np.ndarray]:
@@ -166,16 +165,16 @@ def influence(title: str, runs: Sequence[Run]) -> Figure | None:
 
 def similarity(title: str, runs: Sequence[Run]) -> Figure | None:
     """Draw the cosines of features between probe completions at the first and last probe."""
-    first: dict[str, dict[int, np.ndarray]] = {}
-    for run in ordered(runs):
-        steps = [step for step, arrays in run.probes.items() if "cosines" in arrays]
-        if steps and len(first) < MAX_PANELS:
-            ends = {step: run.probes[step]["cosines"] for step in (min(steps), max(steps))}
-            first.setdefault(run.name, ends)
+
+    def ends(run: Run) -> dict[int, np.ndarray]:
+        steps = sorted(step for step, arrays in run.probes.items() if "cosines" in arrays)
+        return {step: run.probes[step]["cosines"] for step in (*steps[:1], *steps[-1:])}
+
+    groups = list(groups_with(runs, ends).items())[:MAX_PANELS]
+    first: dict[str, dict[int, np.ndarray]] = {name: values[0] for name, values in groups}
     if not first:
         return None
-    figure = Figure((WIDTH_INCHES, 2.9 * len(first) + 0.9), layout="constrained")
-    figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
+    figure = titled_figure(title, 2.9 * len(first) + 0.9)
     grid = figure.subplots(len(first), 2, squeeze=False)
     drawn = [array for by_step in first.values() for array in by_step.values()]
     low, high = (float(of([of(array) for array in drawn])) for of in (np.nanmin, np.nanmax))

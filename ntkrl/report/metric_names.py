@@ -27,7 +27,7 @@ PATTERNS: dict[str, tuple[str, str]] = {n: (u, m) for n, (u, m) in _TABLES["patt
 """The same for names with a placeholder."""
 TIMINGS: dict[str, tuple[str, str]] = {n: (u, m) for n, (u, m) in _TABLES["timings"].items()}
 NOT_TRAINING = ("probe_seconds", "look_seconds", "eval_seconds")
-"""Timings of activities that are not training."""
+"""Timings of activities that are not training; see `training_timings`."""
 ALIASES: dict[str, dict[str, str]] = _TABLES["aliases"]
 """By library, our name → its name of the same quantity (at its defaults)."""
 FALSE_FRIENDS: dict[str, dict[str, str]] = _TABLES["different"]
@@ -71,8 +71,20 @@ def format_glossary() -> str:
 
 
 def is_known(name: str) -> bool:
-    """Tell whether `name` is in the glossary or matches one of the patterns."""
+    """Return whether `name` is in the glossary or matches one of the patterns."""
     return name in GLOSSARY or any(_match(pattern, name) is not None for pattern in PATTERNS)
+
+
+def training_timings(timings: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds of a line of timings that were spent training, by activity.
+
+    Probes, evaluations and times that are null are left out.
+    """
+    return {
+        name: seconds
+        for name, seconds in timings.items()
+        if name.endswith("_seconds") and name not in NOT_TRAINING and seconds is not None
+    }
 
 
 def aliased(style: str, values: Mapping[str, Any]) -> dict[str, Any]:

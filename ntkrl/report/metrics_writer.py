@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ntkrl.report.loggers import Logger
-from ntkrl.report.metric_names import GLOSSARY, NOT_TRAINING, PATTERNS, is_known
+from ntkrl.report.metric_names import GLOSSARY, PATTERNS, is_known, training_timings
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -92,9 +92,8 @@ class MetricsWriter:
         if rollout_step is not None:
             line["rollout_step"] = int(rollout_step)
         _write_line(self._timings, line | {n: _number(value) for n, value in seconds.items()})
-        training = [value for name, value in seconds.items() if name not in NOT_TRAINING]
         timings = {f"timings/{name}": value for name, value in seconds.items()}
-        self._log(step, timings | {"step_time": sum(training)})
+        self._log(step, timings | {"step_time": sum(training_timings(seconds).values())})
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         for logger in self._loggers:
@@ -163,7 +162,7 @@ def _write_line(file: TextIO, line: Mapping[str, Any]) -> None:
         file.flush()
     except OSError as error:
         raise OSError(
-            f"{file.name} takes no more lines: {error.strerror}; free disk space and run the same "
+            f"{file.name} cannot be written: {error.strerror}; free disk space and run the same "
             "command again: it resumes from the last checkpoint."
         ) from error
 

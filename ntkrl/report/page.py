@@ -30,6 +30,7 @@ from ntkrl.report.tables import (
     NO_VALUE,
     Table,
     best_of_table,
+    by_label,
     number,
     similarity_table,
     spread,
@@ -157,11 +158,7 @@ def _compose(runs: Sequence[Run], images: dict[str, bytes | None], refusal: str,
 
 def _evaluations(runs: Sequence[Run]) -> list[Table]:
     """Return the metrics of `ntkrl evaluate` as a table with a column per evaluation, or none."""
-    columns = [
-        (f"{run.name}, seed {run.seed}: {name}", metrics)
-        for run in runs
-        for name, metrics in run.evaluations.items()
-    ]
+    columns = by_label(runs)
     names = sorted({name for _, metrics in columns for name in metrics})
     rows = [
         (CODE.format(name), *(number(m[name]) if name in m else NO_VALUE for _, m in columns))

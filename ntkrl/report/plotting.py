@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ntkrl.report.metric_names import GLOSSARY
-from ntkrl.report.runs import Run, by_name, series, stage_ends
+from ntkrl.report.runs import Run, by_name, mean_words, series, stage_ends
 
 # Okabe and Ito's palette without yellow (too light on white) and black (kept for references).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -69,23 +69,27 @@ def shown(text: str, limit: int = LABEL_CHARACTERS) -> str:
 
 
 def has(runs: Sequence[Run], name: str) -> bool:
-    """Tell whether any run has a finite value of the metric."""
+    """Return whether any run has a finite value of the metric."""
     return any(np.isfinite(series(run, name)[1]).any() for run in runs)
 
 
 def column(title: str, inches: float, count: int, **layout: Any) -> tuple[Figure, list[Axes]]:
     """Return a titled figure of `count` axes below each other, and the axes."""
-    size = (WIDTH_INCHES, inches)
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    axes = list(figure.subplots(count, 1, squeeze=False, **layout)[:, 0])
+    figure = titled_figure(title, inches)
+    return figure, list(figure.subplots(count, 1, squeeze=False, **layout)[:, 0])
+
+
+def titled_figure(title: str, inches: float) -> Figure:
+    """Return an empty figure of a height, with its title."""
+    figure = Figure(figsize=(WIDTH_INCHES, inches), layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
-    return figure, axes
+    return figure
 
 
-def panels(count: int, title: str, height: float = 2.2) -> tuple[Figure, list[Axes]]:
+def panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
     """Return a figure of `count` panels below each other that share their horizontal axis."""
     # A single panel may be taller; the title and the legend need 0.9 inches.
-    inches = 3.0 if count == 1 else height * count
+    inches = 3.0 if count == 1 else 2.2 * count
     figure, axes = column(title, inches + 0.9, count, sharex=True)
     for axis in axes:
         dress(axis)
@@ -210,9 +214,8 @@ def add_legend(
     """Add the legend of methods, bands over seeds and extra entries below the panels."""
     groups, entries = by_name(runs), list[tuple[Artist, str]]()
     for name, look in looks(runs).items():
-        seeds = f", mean of {len(groups[name])} runs" if len(groups[name]) > 1 else ""
         line = Line2D([], [], color=look.color, marker=look.marker, linewidth=2.2, markersize=5)
-        entries.append((line, shown(f"{name}{seeds}")))
+        entries.append((line, shown(name + mean_words(groups[name]))))
     entries += extra
     if any(len(group) > 1 for group in groups.values()):
         entries.append((Patch(color=REFERENCE_GREY, alpha=0.18), f"band: {band}"))

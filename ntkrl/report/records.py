@@ -276,7 +276,7 @@ def _ledger_problem(
 
 
 def _is_term(key: str) -> bool:
-    """Tell whether MEASURE/COLUMN/GROUP belongs to a term of the loss."""
+    """Return whether MEASURE/COLUMN/GROUP belongs to a term of the loss."""
     parts = key.split("/", 2)
     return len(parts) == 3 and parts[1] not in NOT_TERMS
 

@@ -132,6 +132,11 @@ def by_name(runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:
     return groups
 
 
+def mean_words(averaged: Sequence[Any]) -> str:
+    """Return ", mean of N runs" for several runs, or what is averaged over them, else ""."""
+    return f", mean of {len(averaged)} runs" if len(averaged) > 1 else ""
+
+
 def groups_with(runs: Sequence[Run], value: Callable[[Run], Any]) -> dict[str, list[Any]]:
     """Return each method's truthy values of its runs; methods without any are left out."""
     groups = {

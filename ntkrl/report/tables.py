@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ntkrl.report.metric_names import NOT_TRAINING
+from ntkrl.report.metric_names import training_timings
 from ntkrl.report.runs import Run, by_name, series, stage_ends
 
 MAX_COLUMNS = 100
@@ -25,6 +25,7 @@ PAIRS = {
     "across_responses": "same prompt",
     "across_prompts": "other prompts",
 }
+"""Kinds of pairs of positions whose features are compared, in words."""
 GAP = "diversity/gap_best_of_"
 
 
@@ -175,13 +176,8 @@ def _last_stage_mean(run: Run, name: str) -> float:
 
 
 def _training_seconds(run: Run) -> float:
-    """Sum all timed activities but probes and evaluations; NaN without timings."""
-    spent = [
-        seconds
-        for line in run.timings
-        for name, seconds in line.items()
-        if name.endswith("_seconds") and name not in NOT_TRAINING and seconds is not None
-    ]
+    """Return the seconds spent training in all, NaN without timings."""
+    spent = [seconds for line in run.timings for seconds in training_timings(line).values()]
     return float(sum(spent)) if spent else math.nan
 
 
@@ -277,7 +273,7 @@ def format_table(runs: Sequence[Run]) -> str:
     table = summary_table(summaries(runs))
     heads = [tuple(column.head[line] for column in COLUMNS) for line in (0, 1)]
     widths = [max(map(len, cells)) for cells in zip(*heads, *table.rows, strict=True)]
-    # The label gives way: only its length is the user's choice.
+    # Only the label may be long, since the user chooses it: it is cut.
     widths[0] = min(widths[0], MAX_COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1))
     lines = [_align(cells, widths) for cells in (*heads, *table.rows)]
     lines.insert(2, "-" * min(MAX_COLUMNS, sum(widths) + 2 * (len(widths) - 1)))
@@ -312,14 +308,18 @@ def similarity_table(runs: Sequence[Run]) -> Table | None:
     return Table("How alike features are", ("cosines of features", *heads), cells, (note,))
 
 
-def best_of_table(runs: Sequence[Run]) -> Table | None:
-    """Compare the best of N samples with that of the base policy (eval.base) of an evaluation."""
-    evaluations = [
+def by_label(runs: Sequence[Run]) -> list[tuple[str, dict[str, float]]]:
+    """Return the metrics of every evaluation of `ntkrl evaluate`, with a label."""
+    return [
         (f"{run.name}, seed {run.seed}: {name}", metrics)
         for run in runs
         for name, metrics in run.evaluations.items()
-        if _gap_counts(metrics)
     ]
+
+
+def best_of_table(runs: Sequence[Run]) -> Table | None:
+    """Compare the best of N samples with that of the base policy (eval.base) of an evaluation."""
+    evaluations = [(label, metrics) for label, metrics in by_label(runs) if _gap_counts(metrics)]
     if not evaluations:
         return None
     counts = sorted({count for _, metrics in evaluations for count in _gap_counts(metrics)})

@@ -21,7 +21,7 @@ from ntkrl.report.ledger_figures import (
     steps_of,
 )
 from ntkrl.report.plotting import coinciding, recorded
-from ntkrl.report.runs import Run, by_name, comparable, read_runs
+from ntkrl.report.runs import Run, by_name, comparable, mean_words, read_runs
 from ntkrl.report.tables import format_table, number
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -87,8 +87,7 @@ def _comparisons(runs: Sequence[Run], width: int) -> Iterator[str]:
 def _curves(runs: Sequence[Run], width: int) -> Iterator[str]:
     """Draw each metric of each method as a sparkline, from its lowest to its highest value."""
     for name, group in by_name(runs).items():
-        title = f"{name}, mean of {len(group)} runs" if len(group) > 1 else name
-        yield from ("", cut(title, width))
+        yield from ("", cut(name + mean_words(group), width))
         for metric, words in CURVES.items():
             curves = recorded(group, metric)
             if not curves:

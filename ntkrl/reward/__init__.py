@@ -1,4 +1,4 @@
-"""Rewards: Python functions under TRL's contract, verifiers, reward models, and their weighted sum.
+"""Rewards: Python functions under TRL's contract, built-in ones, reward models, their weighted sum.
 
 Completions are never executed. A function that hangs, dies or returns anything but numbers stops
 the run with a message that names it, its file and the row, or counts as the configured default.
@@ -8,7 +8,8 @@ User functions run in worker processes, which import this room without JAX: `Rew
 
 from typing import Any
 
-from ntkrl.reward.functions import RewardFunction
+from ntkrl.reward.built_in import BUILT_IN, evaluate, expression_score, final_answer
+from ntkrl.reward.contract import RewardFunction
 from ntkrl.reward.loading import load_function, open_function
 from ntkrl.reward.reward_set import (
     RewardResult,
@@ -18,7 +19,6 @@ from ntkrl.reward.reward_set import (
     write_rewards,
 )
 from ntkrl.reward.settings import RewardSettings
-from ntkrl.reward.verifiers import BUILT_IN, evaluate, expression_score, final_answer
 
 _NEEDS_JAX = ("RewardModel", "RewardTexts", "padded_batch_size")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib.util
 import inspect
 import json
 import os
@@ -15,11 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any, cast
 
-from ntkrl.reward.functions import RewardError, RewardFunction, line_in
-from ntkrl.reward.verifiers import BUILT_IN, IN_WORKER, with_options
+from ntkrl import user_files
+from ntkrl.reward.built_in import BUILT_IN, IN_WORKER, with_options
+from ntkrl.reward.contract import RewardError, RewardFunction, line_in
 
 FORMS = f"{', '.join(BUILT_IN)} (built in), 'path/to/file.py:function' or a reward model directory"
 LOADING_SECONDS = 300.0  # a user's imports may take long
@@ -70,7 +68,7 @@ def load_function(spec: str, weight: float = 1.0) -> RewardFunction:
             f"reward function {spec}: {file} does not exist{_near(str(path), siblings)} "
             "Paths are relative to the working directory."
         )
-    members = vars(_execute(path, spec))
+    members = _members(path, spec)
     if name not in members:
         names = [n for n, value in members.items() if callable(value) and not n.startswith("_")]
         raise ValueError(
@@ -80,19 +78,11 @@ def load_function(spec: str, weight: float = 1.0) -> RewardFunction:
     return RewardFunction(name, members[name], weight, source=spec)
 
 
-def _execute(path: Path, spec: str) -> ModuleType:
-    # the name includes the content, so that an edited file is executed again
-    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()
-    name = f"ntkrl_reward_{digest[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module_spec: Any = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module  # dataclasses look up their module while it is executed
+def _members(path: Path, spec: str) -> dict[str, Any]:
+    """Return the names that a file binds; `spec` is for messages."""
     try:
-        module_spec.loader.exec_module(module)
+        return vars(user_files.execute(path))
     except Exception as error:
-        del sys.modules[name]
         missing = isinstance(error, ModuleNotFoundError)
         hint = " Install it, or add its directory to PYTHONPATH." if missing else ""
         text, line = str(error), line_in(path, error)
@@ -102,7 +92,6 @@ def _execute(path: Path, spec: str) -> ModuleType:
             f"reward function {spec}: {path} does not run: {type(error).__name__}: {text} at "
             f"{path}:{line}.{hint}"
         ) from error
-    return module
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ntkrl import data, runtime, trees
 from ntkrl.messages import listed
 from ntkrl.numerics import bucket_length
-from ntkrl.reward.functions import RewardError
+from ntkrl.reward.contract import RewardError
 from ntkrl.types import Params, Scorer
 
 

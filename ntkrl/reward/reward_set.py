@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ntkrl.messages import listed
-from ntkrl.reward.functions import CONTRACT, RewardError, RewardFunction
+from ntkrl.reward.contract import CONTRACT, RewardError, RewardFunction
 
 EPSILON = 1e-8
 FORM = 'expected {"rewards": {"NAME": [numbers]}}, as `ntkrl evaluate` writes it'
@@ -42,8 +42,8 @@ class RewardResult:
 
 
 @dataclasses.dataclass(eq=False)
-class _Call:
-    """Rewards `[B]` of one function's call, the values it logged, and the cause if it failed."""
+class _FunctionResult:
+    """Rewards `[B]` of one function, the values it logged, and the cause if its call failed."""
 
     rewards: np.ndarray
     metrics: dict[str, list[float]]
@@ -132,7 +132,7 @@ class RewardSet:
         part = self.local_slice(len(completions) // group)
         local_rows = slice(part.start * group, part.stop * group)
 
-        def call(function: RewardFunction) -> _Call:
+        def score(function: RewardFunction) -> _FunctionResult:
             rows = slice(None) if function.on_mesh else local_rows
             texts = completions[rows]
             # a copy for each function, so that none can change the arguments of another
@@ -145,38 +145,45 @@ class RewardSet:
                 "completion_ids": [list(ids) for ids in completion_ids[rows]],
                 "trainer_state": None,
             }
-            return _call(function, arguments, texts) if texts else _Call(np.zeros(0), {}, {})
+            if not texts:
+                return _FunctionResult(np.zeros(0), {}, {})
+            return _call_function(function, arguments, texts)
 
-        calls = self._call_all(call)
-        per_function = {name: result.rewards for name, result in calls.items()}
-        metrics = _concatenate(result.metrics for result in calls.values())
+        results = self._score_all(score)
+        per_function = {name: result.rewards for name, result in results.items()}
+        metrics = _concatenate(result.metrics for result in results.values())
         return RewardResult(
             rewards=self.total(per_function, completions),
             per_function=per_function,
             logged={name: sum(values) / len(values) for name, values in metrics.items()},
-            extra=_concatenate(result.extra for result in calls.values()),
-            failures={n: c.failure for n, c in calls.items() if c.failure is not None},
+            extra=_concatenate(result.extra for result in results.values()),
+            failures={n: r.failure for n, r in results.items() if r.failure is not None},
         )
 
-    def _call_all(self, call: Callable[[RewardFunction], _Call]) -> dict[str, _Call]:
-        """Call every function, and gather the results of all processes."""
+    def _score_all(
+        self, score: Callable[[RewardFunction], _FunctionResult]
+    ) -> dict[str, _FunctionResult]:
+        """Score with every function, and gather the results of all processes."""
         # in threads, since most wait for worker processes or for a network
         with ThreadPoolExecutor(len(self.functions)) as pool:
-            pending = {f.name: pool.submit(call, f) for f in self.functions if not f.on_mesh}
+            pending = {f.name: pool.submit(score, f) for f in self.functions if not f.on_mesh}
             # programs of several processes must run in one order
-            results = {f.name: call(f) for f in self.functions if f.on_mesh}
+            results = {f.name: score(f) for f in self.functions if f.on_mesh}
             results |= self._gather({name: future.result() for name, future in pending.items()})
         return {f.name: results[f.name] for f in self.functions}
 
-    def _gather(self, local: dict[str, _Call]) -> dict[str, _Call]:
+    def _gather(self, local: dict[str, _FunctionResult]) -> dict[str, _FunctionResult]:
         """Concatenate the rows of all processes; the same numbers in each of them."""
-        values = {name: {**vars(c), "rewards": c.rewards.tolist()} for name, c in local.items()}
+        values = {
+            name: {**vars(result), "rewards": result.rewards.tolist()}
+            for name, result in local.items()
+        }
         by_process = self.allgather_object("rewards", values)
         results = {}
         for name in local:
             parts = [process[name] for process in by_process]
             failures = [part["failure"] for part in parts if part["failure"] is not None]
-            results[name] = _Call(
+            results[name] = _FunctionResult(
                 np.concatenate([np.asarray(part["rewards"], np.float32) for part in parts]),
                 _concatenate(part["metrics"] for part in parts),
                 _concatenate(part["extra"] for part in parts),
@@ -212,7 +219,10 @@ class RewardSet:
         return (weights_F @ np.where(absent_FB, 0.0, values_FB)).astype(np.float32)
 
 
-def _call(function: RewardFunction, arguments: dict[str, Any], completions: Sequence[str]) -> _Call:
+def _call_function(
+    function: RewardFunction, arguments: dict[str, Any], completions: Sequence[str]
+) -> _FunctionResult:
+    """Call a function; a failure is its default reward in every row, if it has one."""
     metrics: dict[str, list[float]] = {}
     extra: dict[str, list[Any]] = {}
 
@@ -224,12 +234,12 @@ def _call(function: RewardFunction, arguments: dict[str, Any], completions: Sequ
 
     try:
         arguments |= {"log_metric": log_metric, "log_extra": log_extra}
-        return _Call(function.rewards(arguments, completions), metrics, extra)
+        return _FunctionResult(function.rewards(arguments, completions), metrics, extra)
     except RewardError as error:
         if function.on_failure is None:
             raise
         default = np.full(len(completions), function.on_failure, np.float32)
-        return _Call(default, {}, {}, str(error))
+        return _FunctionResult(default, {}, {}, str(error))
 
 
 def _check_sizes(completions: Sequence[Any], **others: Sequence[Any]) -> None:

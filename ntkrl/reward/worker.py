@@ -13,7 +13,7 @@ import signal
 import sys
 from typing import Any
 
-from ntkrl.reward.functions import RewardFunction
+from ntkrl.reward.contract import RewardFunction
 from ntkrl.reward.loading import load_function
 
 PARENT_DEATH = 1  # prctl's PR_SET_PDEATHSIG

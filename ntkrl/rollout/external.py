@@ -16,7 +16,6 @@ with objective.correction.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkrl import user_files
 from ntkrl.numerics import bucket_length
 from ntkrl.rollout.settings import SamplerSettings
 from ntkrl.types import Array, Params, PromptBatch, Rollout
@@ -100,14 +100,12 @@ def load_engine(spec: str, directory: str | None, settings: SamplerSettings) -> 
       ValueError: no such file or function, or an exception in it, quoted in the message.
     """
     file, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location("ntkrl_engine", file)
-    exists = file.endswith(".py") and Path(file).is_file()
-    if not exists or module_spec is None or module_spec.loader is None:
+    if not file.endswith(".py") or not Path(file).is_file():
         raise ValueError(f"rollout.engine {spec!r} is not an existing 'path/to/file.py:function'.")
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-        generate = vars(module)[name](directory, dataclasses.asdict(settings))
+        generate = vars(user_files.execute(Path(file)))[name](
+            directory, dataclasses.asdict(settings)
+        )
     except Exception as error:  # any exception of the user's code
         raise ValueError(f"rollout.engine {spec}: {type(error).__name__}: {error}") from error
     if not callable(generate):

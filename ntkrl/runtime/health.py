@@ -32,7 +32,7 @@ STATUS = re.compile(
     r"|UNKNOWN): "
 )
 RPC_SECONDS = 5.0  # for the messages sent before exiting
-GET_MILLISECONDS = 10**9  # no limit of its own: the monitor detects lost processes
+GET_MILLISECONDS = 10**9  # no limit here: the monitor detects lost processes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Load a run's model, prompts and rewards from its settings, checked before anything is traced."""
 
-from ntkrl.setup.rewards import Samples, is_code, load_rewards
+from ntkrl.setup.rewards import Samples, is_python_function, load_rewards
 from ntkrl.setup.run_setup import Prompts, RunSetup, set_up
 from ntkrl.setup.starting_model import StartingModel, check_vocabulary, load_starting_model

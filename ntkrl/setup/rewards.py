@@ -45,7 +45,7 @@ def load_rewards(settings: reward.RewardSettings, mesh: Mesh) -> reward.RewardSe
     return reward.RewardSet(tuple(functions), runtime.local_slice, runtime.allgather_object)
 
 
-def is_code(spec: str) -> bool:
+def is_python_function(spec: str) -> bool:
     """Return True for a reward function (built in or a user's), False for a reward model."""
     return spec in reward.BUILT_IN or spec.rpartition(":")[0].endswith(".py")
 
@@ -59,10 +59,10 @@ def _load_function(
 ) -> reward.RewardFunction:
     name = spec
     if spec not in reward.BUILT_IN:
-        name = spec.rpartition(":")[2] if is_code(spec) else Path(spec).name
+        name = spec.rpartition(":")[2] if is_python_function(spec) else Path(spec).name
     shift, scale = normalisation[name] if name in normalisation else (0.0, 1.0)
-    directory = Path(spec) if is_code(spec) else models.local_directory(spec)
-    if is_code(spec) or not directory.is_dir():
+    directory = Path(spec) if is_python_function(spec) else models.local_directory(spec)
+    if is_python_function(spec) or not directory.is_dir():
         options = settings.options[spec] if spec in settings.options else {}
         return reward.open_function(
             spec,

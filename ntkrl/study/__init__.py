@@ -1,20 +1,19 @@
 """Studies: many runs from one config file, resumed where they stopped, and a page about them.
 
 Promise: one command runs what has not run yet, every run is a command that is recorded, and the
-page is made from run directories alone. The config file offers the study: which runs there are and
-what its page says about them (see `configs/study.py`).
+page is made from run directories alone. The config file defines the study: its runs, and what the
+page says about them (see `configs/study.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
 from ml_collections import ConfigDict
 
+from ntkrl import user_files
 from ntkrl.study.jobs import Job, run_jobs, started_commands
 from ntkrl.study.overview import ArmGroup, figure_html, group_sections
 from ntkrl.study.results import (
@@ -47,7 +46,7 @@ class Study(Protocol):
     jobs: int
 
     def phases(self) -> Iterable[tuple[str, Sequence[Job]]]:
-        """Yield a title and jobs; a phase is asked for after the ones before have succeeded."""
+        """Yield titles and jobs; a phase is requested after all earlier ones have succeeded."""
 
     def write_page(self, command: str) -> Path:
         """Write the page from the runs that exist, and name the command on it."""
@@ -65,7 +64,7 @@ def run_study(config: ConfigDict, file: str, page_only: bool = False) -> Path:
       The page.
 
     Raises:
-      ValueError: the file offers no study, or a run failed.
+      ValueError: the file defines no study, or a run failed.
     """
     study = load_study(config, file)
     for title, jobs in () if page_only else study.phases():
@@ -74,14 +73,12 @@ def run_study(config: ConfigDict, file: str, page_only: bool = False) -> Path:
 
 
 def load_study(config: ConfigDict, file: str) -> Study:
-    """Return the study that a config file offers.
+    """Return the study that a config file defines.
 
     Raises:
-      ValueError: the file offers none, or the config is refused.
+      ValueError: it defines none, or the config is refused.
     """
-    loader = SourceFileLoader(Path(file).stem, file)
-    module = ModuleType(loader.name)
-    loader.exec_module(module)
+    module = user_files.execute(Path(file))
     if not hasattr(module, "get_study"):
         raise ValueError(
             f"{file} is not the config of a study; expected get_study(config, file) beside its "

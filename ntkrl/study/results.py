@@ -16,15 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from ntkrl import intervals, runtime
-from ntkrl.report import Run, read_run, series
+from ntkrl.report import Run, read_run, series, training_timings
 
 Measure = Callable[[Run], float]
 """A number of one run."""
 Point = dict[str, float]
 """Values of a grid's keys."""
-TRAINING = ("sample", "reward", "score", "update", "data")
-"""Timed activities that count as training; evaluations and probes do not."""
 DIGITS = 6
+LAST_VALUES = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,14 +125,15 @@ def area(metric: str) -> Measure:
 def training_seconds(run: Run, step: float = math.inf) -> float:
     """Return the wall time of training up to an optimizer step (s).
 
-    Each step counts as its stage's median one, which leaves out compilation.
+    Each step counts as its stage's median one, which leaves out compilation. Activities are those
+    of `report.training_timings`.
     """
     stages = {line["step"]: line["stage"] for line in run.metrics if "stage" in line}
     spent: dict[str, list[float]] = {}
     for line in run.timings:
         if line["step"] in stages:
-            seconds = [line[n] for name in TRAINING if (n := f"{name}_seconds") in line]
-            spent.setdefault(stages[line["step"]], []).append(sum(seconds))
+            seconds = sum(training_timings(line).values())
+            spent.setdefault(stages[line["step"]], []).append(seconds)
     counts = {s: sum(stage == s and at <= step for at, stage in stages.items()) for s in spent}
     return float(sum(np.median(spent[stage]) * counts[stage] for stage in spent))
 
@@ -165,21 +165,20 @@ def grid_points(grid: Mapping[str, Sequence[float]]) -> list[Point]:
 
 
 def rank_points(
-    points: Sequence[Point], runs: Sequence[Sequence[Run]], metric: str, window: int = 2
+    points: Sequence[Point], runs: Sequence[Sequence[Run]], metric: str
 ) -> tuple[Point, list[Point]]:
     """Choose the point of the highest metric.
 
     Args:
       points: of a grid.
       runs: of each point, over tuning seeds.
-      metric: a run counts with the mean of its last values.
-      window: how many.
+      metric: a run counts with the mean of its last LAST_VALUES values.
 
     Returns:
       The best point, and every point with its mean over runs as "reward".
     """
     means = [
-        float(np.mean([np.mean(series(run, metric)[1][-window:]) for run in group]))
+        float(np.mean([np.mean(series(run, metric)[1][-LAST_VALUES:]) for run in group]))
         for group in runs
     ]
     rows = [{**point, "reward": mean} for point, mean in zip(points, means, strict=True)]

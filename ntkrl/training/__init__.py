@@ -11,7 +11,6 @@ from ntkrl.training.programs import (
     SCORING,
     UPDATE,
     Program,
-    Programs,
     run_programs,
 )
 from ntkrl.training.rollout_source import RolloutSource

@@ -8,7 +8,7 @@ is the function that the loop itself jits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from ntkrl.types import PromptBatch
 GENERATION, SCORING, UPDATE, PROBE = PARTS = ("generation", "scoring", "update", "probe")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Program:
     """One jitted function of a run and its abstract arguments.
 
@@ -40,6 +40,8 @@ class Program:
     loop_trips: iterations of a loop whose end depends on data.
     rows_per_device: rows that a device reads at a time.
     extra: trees on the devices while it runs, besides its arguments and the resident trees.
+    compiled: set by whoever compiles the program, before taking the next one: programs that read
+        its results take their shardings from here, and are left out while this is None.
     """
 
     name: str
@@ -53,14 +55,11 @@ class Program:
     rows_per_device: int = 1
     keywords: Mapping[str, object] = dataclasses.field(default_factory=dict)
     extra: object = ()
+    compiled: jax.stages.Compiled | None = None
 
 
-Programs = Generator[Program, jax.stages.Compiled | None, None]
-"""Yields programs; the caller sends back what each compiled to, or None if it did not compile."""
-
-
-def run_programs(run: AbstractRun, probes: bool = True) -> Programs:
-    """Yield every program of the run.
+def run_programs(run: AbstractRun, probes: bool = True) -> Iterator[Program]:
+    """Yield every program of the run, those whose results others read first.
 
     Args:
       run: the run.
@@ -82,7 +81,7 @@ def run_programs(run: AbstractRun, probes: bool = True) -> Programs:
         yield from generation(run, sampler, prompts_together(settings, run.mesh), PROBE)
 
 
-def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> Programs:
+def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> Iterator[Program]:
     """Yield a sampler's programs, with a cache that has grown to its full length.
 
     Args:
@@ -97,9 +96,7 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> Pr
     stages, label = (run.stage_names, "") if part == GENERATION else ((), "evaluation ")
     prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)))
     chunk, budget = sampler.settings.chunk_steps, run.budget
-    columns = [run.width + min(chunk << n, budget - 1) for n in range(budget.bit_length())]
-    columns = sorted({*columns, sampler.cache_columns(run.width, 1 + chunk)})
-    columns = [c for c in columns if c <= run.width + max(budget - 1, chunk)]
+    columns = _cache_columns(run, sampler)
     params, gather = run.model.params, sampler.gather_program(run.model.params)
 
     def program(name: str, key: str, arguments: tuple[Any, ...], runs: float, rows: int) -> Program:
@@ -121,29 +118,32 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> Pr
         )
 
     if sampler.settings.gather_params:
-        compiled = yield program("gathering", "gather", (params,), 1, 1)
-        if compiled is None:
+        gathering = program("gathering", "gather", (params,), 1, 1)
+        yield gathering
+        if gathering.compiled is None:
             return
-        params = _results(gather, compiled, (params,))
+        params = _results(gathering)
     before = columns[-2] if len(columns) > 1 else columns[-1]
     arguments: tuple[Any, ...] = (before, params, prompts, run.key)
-    compiled = yield program("prefill", "prefill", arguments, 1, run.per_device(count))
-    if compiled is None or budget == 1:
+    prefill = program("prefill", "prefill", arguments, 1, run.per_device(count))
+    yield prefill
+    if prefill.compiled is None or budget == 1:
         return
     rows = run.per_device(count * sampler.settings.completions_per_prompt)
-    live, written = _results(sampler.programs.prefill, compiled, arguments)[:2]
+    live, written = _results(prefill)[:2]
     if len(columns) > 1:
         arguments = (columns[-1], live)
-        compiled = yield program("cache growth", "grow_cache", arguments, len(columns) - 1, rows)
-        if compiled is None:
+        growth = program("cache growth", "grow_cache", arguments, len(columns) - 1, rows)
+        yield growth
+        if growth.compiled is None:
             return
-        live = _results(sampler.programs.grow_cache, compiled, arguments)
+        live = _results(growth)
     start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32))
     chunks = -(-(budget - 1) // chunk)
     yield program("decoding", "decode_chunk", (params, live, written, start), chunks, rows)
 
 
-def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Programs:
+def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Iterator[Program]:
     """Yield the readings of sampled tokens under other params before a step."""
     params = run.model.params
     drawn, length = run.rollout(keep_features=True), {"length": run.budget}
@@ -177,7 +177,7 @@ def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Program
         )
 
 
-def reward_models(run: AbstractRun) -> Programs:
+def reward_models(run: AbstractRun) -> Iterator[Program]:
     """Yield the scoring of full-length texts by each reward model, in its batches."""
     settings = run.settings
     texts = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
@@ -199,7 +199,7 @@ def reward_models(run: AbstractRun) -> Programs:
         )
 
 
-def updates(run: AbstractRun, probes: bool) -> Programs:
+def updates(run: AbstractRun, probes: bool) -> Iterator[Program]:
     """Yield each stage's train step; with `probes`, beside the copies of a probed one."""
     schedule = run.settings.schedule
     for stage in run.stages:
@@ -220,7 +220,7 @@ def updates(run: AbstractRun, probes: bool) -> Programs:
         )
 
 
-def ledgers(run: AbstractRun) -> Programs:
+def ledgers(run: AbstractRun) -> Iterator[Program]:
     """Yield each stage's ledger, if the run has any; the params after the step are the policy's."""
     every_steps = run.settings.probe.ledger_every_steps
     if every_steps is None:
@@ -289,13 +289,22 @@ def probe_block(run: AbstractRun) -> tuple[ntk.Contexts, Any, int]:
     return contexts, jnp.zeros(count * run.budget, jnp.int32), -(-total // count)
 
 
+def _cache_columns(run: AbstractRun, sampler: rollout.Sampler) -> list[int]:
+    """Return the columns of a sampler's cache before and after each growth, rising."""
+    chunk, budget = sampler.settings.chunk_steps, run.budget
+    columns = {run.width + min(chunk << n, budget - 1) for n in range(budget.bit_length())}
+    columns |= {sampler.cache_columns(run.width, 1 + chunk)}
+    return sorted(c for c in columns if c <= run.width + max(budget - 1, chunk))
+
+
 def _prompt_batch(count: int, width: int) -> PromptBatch:
     return data.prompt_batch([[0] * width], [0] * count, 0, width)
 
 
-def _results(function: Any, compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> Any:
-    """Return a program's results as shapes, with the shardings of its compiled form."""
-    shapes = function.eval_shape(*arguments)
-    return jax.tree.map(
-        lambda leaf, where: leaf.update(sharding=where), shapes, compiled.output_shardings
-    )
+def _results(program: Program) -> Any:
+    """Return a compiled program's results as shapes with their shardings."""
+    assert program.compiled is not None
+    function: Any = program.function  # jax.stages.Wrapped does not declare eval_shape
+    shapes = function.eval_shape(*program.arguments)
+    shardings = program.compiled.output_shardings
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)

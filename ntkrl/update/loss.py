@@ -49,7 +49,7 @@ def policy_loss(
     then the objective's aggregation. At ρ = 1 the gradient of each is that of A log π.
 
     Args:
-      objective: the axes.
+      objective: its settings.
       budget: completion tokens allowed, the constant L of aggregation "constant".
       statistics: `[B, C]` arrays under the current params, with `kl` for a full KL.
       batch: UpdateBatch.

@@ -1,4 +1,4 @@
-"""The RL objective as independent axes.
+"""The RL objective as independent settings.
 
 advantage × ratio × clip × aggregation × KL estimator and place × entropy × rollout correction ×
 overlong completions × groups without signal. Formulas are in loss.py (per token), credit.py
@@ -41,7 +41,7 @@ UNGROUPED = ("none", "batch_mean", "reward_to_go")
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """One point on the axes.
+    """One combination of the settings.
 
     advantage: estimator in ntkrl.advantage.
     pass_k: k of advantage "pass_at_k".
@@ -180,11 +180,11 @@ class Objective:
 
 
 def describe(objective: Objective) -> str:
-    """Return a line of the main axes, and of all others that differ from the defaults."""
+    """Return a line of the main settings, and of all others that differ from the defaults."""
     main = ("advantage", "ratio_level", "clip", "aggregation", "kl_place")
     defaults = dataclasses.asdict(Objective())
     return " · ".join(
-        f"{axis} {value}"
-        for axis, value in dataclasses.asdict(objective).items()
-        if axis in main or value != defaults[axis]
+        f"{name} {value}"
+        for name, value in dataclasses.asdict(objective).items()
+        if name in main or value != defaults[name]
     )

@@ -1,4 +1,4 @@
-"""Named algorithms as points on the axes of an Objective; each docstring states the formula.
+"""Named algorithms as settings of an Objective; each docstring states the formula.
 
 Throughout: completions i of B, tokens t of |o_i|, Σ over counted tokens; ρ_it = π/π_old of a
 token; k1 = log π − log π_ref and k3 = e^(−k1) − 1 + k1; [·] clips to [1 − ε_low, 1 + ε_high].

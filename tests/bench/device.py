@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import models, ntk, rollout, scoring, update
-from ntkrl.plan.abstract_models import CONFIGS
+from ntkrl.plan.abstract_models import PUBLISHED_MODELS
 from ntkrl.types import Params, Policy, PromptBatch, UpdateBatch
 from tests.bench import measure
 
 TINY = {
-    **CONFIGS["EleutherAI/pythia-1b"],
+    **PUBLISHED_MODELS["EleutherAI/pythia-1b"],
     "hidden_size": 64,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--only", default="decode,update,kernel")
     options = parser.parse_args()
     tiny, rows = options.model == "tiny", []
-    bench = make(TINY if tiny else CONFIGS[options.model], 512 if tiny else 8192)
+    bench = make(TINY if tiny else PUBLISHED_MODELS[options.model], 512 if tiny else 8192)
     layers, head = f"{bench.body / 1e6:.0f} M", f"{bench.head / 1e6:.0f} M"
     sizes = f"{options.model}: layers {layers}, head {head} parameters"
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}; {sizes}")

@@ -27,7 +27,7 @@ from ntkrl import models, ntk, runtime
 from ntkrl.jaxpr import flops, trace
 from ntkrl.numerics import GIB
 from ntkrl.plan import abstract_models, hardware, hlo
-from ntkrl.plan.abstract_models import CONFIGS
+from ntkrl.plan.abstract_models import PUBLISHED_MODELS
 from ntkrl.plan.hardware import Machine
 from ntkrl.plan.measure import roofline
 from tests.bench.measure import OUT_OF_MEMORY, table, write_json
@@ -44,7 +44,7 @@ Call = tuple[Any, tuple[Any, ...]]
 
 def calls(mesh: Mesh, layers: int, length: int, compute_dtype: Any) -> Iterator[tuple[Any, Call]]:
     """Yield programs of Pythia-2.8B, float32 params sharded over the mesh, by name."""
-    config = {**CONFIGS["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
+    config = {**PUBLISHED_MODELS["EleutherAI/pythia-2.8b"], "num_hidden_layers": layers}
     policy, shapes = models.describe(
         "GPTNeoXForCausalLM", config, options=models.ModelOptions(compute_dtype)
     )

@@ -79,7 +79,7 @@ def test_one_process_ends_the_others(desk, statuses, status):
     assert {line[:11] for line in lines} >= {"[0] started", "[1] started"}
     if "stays" in statuses:
         waits = statuses.split(",").index("stays")
-        assert f"[{waits}] told to end" in lines and "the others are told to end" in error
+        assert f"[{waits}] told to end" in lines and "the others get SIGTERM" in error
 
 
 def test_a_process_that_does_not_end_is_killed(desk):

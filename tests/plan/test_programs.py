@@ -14,7 +14,7 @@ import pytest
 from ntkrl import attribution, data, models, probe, reward, runtime, update
 from ntkrl.generate import RewardedRollout
 from ntkrl.plan import abstract_models, hardware
-from ntkrl.plan.abstract_models import CONFIGS, device_bytes
+from ntkrl.plan.abstract_models import PUBLISHED_MODELS, device_bytes
 from ntkrl.plan.candidate import abstract_run, candidate_programs
 from ntkrl.plan.hardware import Chip
 from ntkrl.plan.measure import measure
@@ -67,21 +67,13 @@ def run_of(settings, count=8):
 
 def compiled(run, part, steps=None):
     """Return the costs of a part's programs by name; others are not compiled."""
-    costs, result = {}, None
     steps = candidate_programs(run, probe=False) if steps is None else steps
-    while True:
-        try:
-            program = steps.send(result)
-        except StopIteration:
-            return costs
-        result = None
-        if program.part == part:
-            costs[program.name], result = measure(run, program, Chip())
+    return {step.name: measure(run, step, Chip()) for step in steps if step.part == part}
 
 
 def first(steps):
-    """Return the first of some programs."""
-    return (step for step in itertools.islice(steps, 1))
+    """Return an iterator over the first of some programs."""
+    return itertools.islice(steps, 1)
 
 
 def bytes_of(params):
@@ -292,7 +284,7 @@ def test_shapes_are_those_of_a_ledger(settings):
         assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "ArmoRM" not in name])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED_MODELS if "ArmoRM" not in name])
 def test_published_shapes(name):
     """by hand: parameters as published, to a thousandth."""
     billions = {
@@ -331,8 +323,8 @@ def test_a_program_that_does_not_fit_a_tpu(settings, v5e):
     array = run.replicated(jax.ShapeDtypeStruct((40, 1 << 28), np.float32))
     call = jax.jit(lambda x: 2 * x + x[::-1])
     big = Program("big", UPDATE, ("all",), call, (array,), frozenset())
-    row, compiled = measure(run, big, v5e.chip)
-    assert compiled is None and not row.fits(v5e.chip)
+    row = measure(run, big, v5e.chip)
+    assert big.compiled is None and not row.fits(v5e.chip)
     assert row.failed.startswith("does not fit: needs ") and row.peak_gib > 80
 
 
@@ -341,13 +333,9 @@ def test_a_tpu_compiles_it(settings, v5e):
     """story: a tiny run for 16 chips of v5e, by the TPU's compiler: all programs fit."""
     machine = v5e
     run = abstract_run(settings(), machine)
-    steps, result, names = candidate_programs(run, probe=True), None, []
-    while True:
-        try:
-            program = steps.send(result)
-        except StopIteration:
-            break
-        row, result = measure(run, program, machine.chip)
+    names = []
+    for program in candidate_programs(run, probe=True):
+        row = measure(run, program, machine.chip)
         names.append(row.name)
         assert row.fits(machine.chip), row
         assert row.roofline > 0

@@ -101,6 +101,6 @@ def test_full_disk(tmp_path):
     """By hand: a line that finds no room names the file and the way out, and closing is quiet."""
     with MetricsWriter(tmp_path) as writer:
         writer._metrics = open("/dev/full", "a")
-        with pytest.raises(OSError, match="/dev/full takes no more lines: No space left") as caught:
+        with pytest.raises(OSError, match="/dev/full cannot be written: No space left") as caught:
             writer.write(1, {"reward": 1.0})
         assert "run the same command again" in str(caught.value)

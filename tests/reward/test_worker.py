@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ntkrl.reward import RewardFunction, RewardSet, load_function, open_function
-from ntkrl.reward.functions import RewardError
+from ntkrl.reward.contract import RewardError
 from ntkrl.reward.loading import WorkerFunction
 
 CODE = """

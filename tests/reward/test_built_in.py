@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from ntkrl.reward import RewardSet, evaluate, expression_score, open_function, verifiers
+from ntkrl.reward import RewardSet, built_in, evaluate, expression_score, open_function
 
 
 @pytest.mark.parametrize(
@@ -24,14 +24,14 @@ from ntkrl.reward import RewardSet, evaluate, expression_score, open_function, v
     ],
 )
 def test_final_answer(text, answer):
-    assert verifiers.final_answer(text) == answer
+    assert built_in.final_answer(text) == answer
 
 
 def test_exact_match_in_both_forms():
     texts = ["#### 7", r"\boxed{8}", "nine"]
     messages = [[{"role": "assistant", "content": text}] for text in texts]
     for completions in (texts, messages):
-        assert verifiers.exact_match(completions, ["7", 7, "Nine"]) == [1.0, 0.0, 0.0]
+        assert built_in.exact_match(completions, ["7", 7, "Nine"]) == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -45,29 +45,29 @@ def test_exact_match_in_both_forms():
     ],
 )
 def test_think_format(text, reward):
-    assert verifiers.think_format([text]) == [reward]
+    assert built_in.think_format([text]) == [reward]
 
 
 def test_soft_overlong():
     # budget 10, soft from 6 on: 6 is free, 8 costs half, 10 and more cost 1
     ids = [[0] * n for n in (1, 6, 8, 10, 12)]
-    assert verifiers.soft_overlong(ids, 10, 4) == [0.0, 0.0, -0.5, -1.0, -1.0]
+    assert built_in.soft_overlong(ids, 10, 4) == [0.0, 0.0, -0.5, -1.0, -1.0]
 
 
 def test_cosine_length():
-    result = verifiers.CosineLength()(["7", "7" + " " * 999, "8", "8" * 1000], ["7", "7", "7", "7"])
+    result = built_in.CosineLength()(["7", "7" + " " * 999, "8", "8" * 1000], ["7", "7", "7", "7"])
     assert result == pytest.approx(
         [0.5 + 0.25 * (1 + math.cos(math.pi / 1000)), 0.5, -1.0, -0.5], abs=1e-5
     )
     # half way, half way between
-    assert verifiers.CosineLength(max_len=10)(["7" * 5], ["7" * 5]) == pytest.approx([0.75])
+    assert built_in.CosineLength(max_len=10)(["7" * 5], ["7" * 5]) == pytest.approx([0.75])
 
 
 def test_repetition():
     texts = ["a b c d", "a b c a b c", "a b", "A a a a"]
     # trigrams: 2 of 2; abc bca cab abc: 3 of 4; none; aaa aaa: 1 of 2
-    assert verifiers.repetition(texts) == pytest.approx([0.0, -0.25, 0.0, -0.5])
-    assert verifiers.repetition(texts, 1, -2.0)[1] == pytest.approx(-1.0)
+    assert built_in.repetition(texts) == pytest.approx([0.0, -0.25, 0.0, -0.5])
+    assert built_in.repetition(texts, 1, -2.0)[1] == pytest.approx(-1.0)
 
 
 def test_options_of_a_config():
