@@ -1,4 +1,4 @@
-"""Totals, padded lengths and scans over microbatches,."""
+"""Totals, padded lengths and scans over microbatches."""
 
 from __future__ import annotations
 

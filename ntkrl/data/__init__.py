@@ -1,8 +1,7 @@
 """Data: prompt files, tokenizers, batches, their order, and a built-in task.
 
 Every invalid row of a file is reported before training starts; nothing is truncated, added or
-downloaded silently; the batch at a position is a pure function of the position. Imports only
-`ntkrl.types`.
+downloaded silently; the batch at a position is a pure function of the position.
 """
 
 from ntkrl.data.arithmetic_task import (

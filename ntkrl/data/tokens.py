@@ -20,7 +20,8 @@ from ntkrl.data.chat import (
     template_options,
     turn_end_id,
 )
-from ntkrl.data.prompts import PromptSet, listed
+from ntkrl.data.prompts import PromptSet
+from ntkrl.messages import listed
 from ntkrl.types import Array
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

@@ -121,20 +121,19 @@ def describe_scorer(
     raw: dict[str, Any],
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
-    compute_dtype: Any = None,
     source: str | Path = "config.json",
 ) -> tuple[Scorer, Params]:
     """Return the results of `load_scorer`, with shapes (jax.ShapeDtypeStruct) for arrays.
 
     Args:
       raw: config.json entries.
-      dtype, mesh, compute_dtype: as in `load_scorer`.
+      dtype, mesh: as in `load_scorer`.
       source: of the entries, for messages.
 
     Raises:
       ValueError: an unknown architecture or impossible entries.
     """
-    return _assemble(_spec(raw, dtype, source), dtype, mesh, compute_dtype, str(source))
+    return _assemble(_spec(raw, dtype, source), dtype, mesh, None, str(source))
 
 
 def check_scorer(path: str | Path) -> int:

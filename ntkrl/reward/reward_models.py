@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkrl import data, runtime, trees
+from ntkrl.messages import listed
 from ntkrl.numerics import bucket_length
-from ntkrl.reward.contract import RewardError, listed
+from ntkrl.reward.contract import RewardError
 from ntkrl.types import Params, Scorer
 
 

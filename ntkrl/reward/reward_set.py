@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ntkrl.reward.contract import CONTRACT, RewardError, RewardFunction, listed
+from ntkrl.messages import listed
+from ntkrl.reward.contract import CONTRACT, RewardError, RewardFunction
 
 EPSILON = 1e-8
 FORM = 'expected {"rewards": {"NAME": [numbers]}}, as `ntkrl evaluate` writes it'

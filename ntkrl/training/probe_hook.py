@@ -223,7 +223,7 @@ class ProbeHook:
             metrics |= jax.tree.map(float, measured)
             if update.is_due(self.settings.kernel_every_steps, rollout_step):
                 metrics |= self._alignment(before.params, batch)
-        moved, _ = probe.update_sparsity(self.model.params, after.params)
+        moved = probe.update_sparsity(self.model.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
         if step.start.with_ledger:
             entropy = np.asarray(new.statistics.entropy - old.statistics.entropy)
@@ -320,7 +320,7 @@ class ProbeHook:
 
         arrays = self.prober.map_blocks(account, actual)
         if step.start.kl_shares is not None:
-            arrays = attribution.split_term(arrays, "policy", "kl", step.start.kl_shares)
+            arrays = attribution.split_kl(arrays, step.start.kl_shares)
         counts_B = np.maximum(np.sum(batch.completion_mask, axis=1), 1)
         advantages_BC = np.where(batch.completion_mask, batch.advantages, 0)
         advantages_B = np.sum(advantages_BC, axis=1) / counts_B

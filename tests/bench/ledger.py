@@ -109,7 +109,7 @@ def main() -> None:
         for by, rows in seen.items()
     }
     ledgers = {"group": attribution.Ledger(*static, by="group")}
-    ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("jvp", "vjp")}
+    ledgers |= {name: attribution.Ledger(*static, algorithm=name) for name in ("jvp", "vjp")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
     calls |= {f"apart, {by}": lambda part=part: apart(before, part) for by, part in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)
