@@ -311,8 +311,8 @@ def _completions(prompt_set: PromptSet) -> list[Any]:
 def _render_completions(
     tokenizer: Any, prompt_set: PromptSet, starts: Sequence[str], completions: Sequence[Any]
 ) -> list[str]:
-    pairs = zip(prompt_set.prompts, completions, strict=True)
-    conversations = [[*prompt, *completion] for prompt, completion in pairs]
+    turns = zip(prompt_set.prompts, completions, strict=True)
+    conversations = [[*prompt, *completion] for prompt, completion in turns]
     texts = _render(tokenizer, prompt_set, render_conversation, conversations)
     pairs = list(zip(texts, starts, strict=True))
     problems = [

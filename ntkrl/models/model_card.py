@@ -62,7 +62,6 @@ def write_card(
 def _base_card(directory: str | None) -> tuple[dict[str, Any], str]:
     """Return metadata and text of a model's README.md; empty without one."""
     import huggingface_hub
-    import yaml  # of huggingface_hub
 
     path = None if directory is None else Path(directory) / CARD
     if path is None or not path.is_file():
@@ -70,6 +69,6 @@ def _base_card(directory: str | None) -> tuple[dict[str, Any], str]:
     content = path.read_text(encoding="utf-8", errors="replace")
     try:
         card = huggingface_hub.ModelCard(content, ignore_metadata_errors=True)
-    except (ValueError, TypeError, yaml.YAMLError):  # a damaged card is text
+    except Exception:  # of several libraries: a damaged card is text
         return {}, content
     return card.data.to_dict(), card.text

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkrl import __version__, data, models, runtime, trees, update
+import ntkrl
+from ntkrl import data, models, runtime, trees, update
 from ntkrl.numerics import DTYPES, at_least_float32, einsum
 from ntkrl.scoring import completion_features
 from ntkrl.settings import RunSettings
@@ -72,7 +73,7 @@ class StartingModel:
 
 def training_facts(settings: RunSettings, rollout_steps: int) -> models.Training:
     """Return the facts of a run for the card of the model after so many rollout steps."""
-    packages = [f"ntkrl {__version__}"]
+    packages = [f"ntkrl {ntkrl.__version__}"]
     packages += [f"{name} {version(name)}" for name in ("jax", "flax", "transformers")]
     facts = {
         "Method": settings.method.name,
