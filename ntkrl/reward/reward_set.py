@@ -7,7 +7,6 @@ rewards of a file that `ntkrl evaluate` wrote, as in the recipe of princeton-pli
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkrl.messages import listed
+from ntkrl.messages import did_you_mean, listed
 from ntkrl.reward.contract import CONTRACT, RewardError, RewardFunction
 
 EPSILON = 1e-8
@@ -92,8 +91,7 @@ class RewardSet:
         ]
         for function in self.functions:
             for name in function.missing(columns):
-                near = difflib.get_close_matches(name, (*columns, *CONTRACT), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, (*columns, *CONTRACT))
                 problems.append(f"{function.label} requires {name!r}, which is not a column{hint}")
         if problems:
             raise ValueError(
