@@ -1,7 +1,5 @@
 """Text of error messages. Imports no JAX, as reward workers start without it."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 

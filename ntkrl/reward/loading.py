@@ -1,7 +1,5 @@
 """Loading of reward functions by name or file, in this process or in a worker process."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

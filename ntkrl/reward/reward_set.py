@@ -4,8 +4,6 @@ Normalised rewards are (reward − mean) / √(variance + 1e-8), with the unbias
 rewards of a file that `ntkrl evaluate` wrote, as in the recipe of princeton-pli/what-makes-good-rm.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
