@@ -3,8 +3,6 @@
 Every function takes rewards `[B]`, B = P·N, and N, and returns `[B]`; `ESTIMATORS` names them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax.numpy as jnp

@@ -4,8 +4,6 @@ The rows of the values are resampled: pass a row per independent unit (a prompt,
 completion.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,8 +1,7 @@
 """Text of error messages. Imports no JAX, as reward workers start without it."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 MAX_PROBLEMS = 10
 
@@ -13,3 +12,9 @@ def listed(problems: Sequence[str]) -> str:
     if len(problems) > MAX_PROBLEMS:
         lines.append(f"\n  and {len(problems) - MAX_PROBLEMS} more")
     return "".join(lines)
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return "; did you mean …?" with the known name most similar to a wrong one, or ""."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,7 +1,5 @@
 """Totals, padded lengths and scans over microbatches."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

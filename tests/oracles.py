@@ -1,7 +1,5 @@
 """Slow, obvious versions of the library's computations, for comparison in float64."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -12,8 +12,6 @@ sample. f, J and r are counted in the traced programs, matrix products alone; me
 bound.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 

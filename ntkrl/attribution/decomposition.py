@@ -5,8 +5,6 @@ linearized update of the step, and mapped to the probe tokens by one of the two 
 ntkrl.attribution.linear_maps.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -12,8 +12,6 @@ Each column is split by group of parameters: "head", the head's role, and groups
 role (a tied matrix counts in both, as in `ntk.predict`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any, NamedTuple

@@ -30,8 +30,6 @@ Array suffixes of this room, beside those of ntkrl.types:
     T  terms of the loss; positions in `_TD`
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ Two forms, as in TRL: *standard* (`{"prompt": "text"}`) and *conversational*
 one prompt per line and no columns.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands `evaluate` and `export`: score a model or a checkpoint, or write one out."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

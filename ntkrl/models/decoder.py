@@ -5,8 +5,6 @@ Gemma RMSNorm, grouped queries and a gated MLP. A family file reads its config.j
 and lists its stored tensors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Low-rank adapters (Hu et al. 2106.09685) and their directories, in the format of `peft`."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -3,8 +3,6 @@
 Each process reads the blocks of its own devices from the files, and no more.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -11,8 +11,6 @@ T removes the effect of verbosity from each attribute. Source: Wang et al. 2406.
 RLHFlow/ArmoRM-Llama3-8B-v0.1.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ The features are replayed forward once and their intermediate values saved; goin
 activations x and cotangents δ of every tapped operation are returned as GradientFactors.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

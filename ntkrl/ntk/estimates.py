@@ -14,8 +14,6 @@ FLOPs are those of matrix products; memory agrees with the compiler's count with
 three (tested).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable

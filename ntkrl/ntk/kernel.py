@@ -18,8 +18,6 @@ A product with K is one VJP and one JVP of the features; M needs D cotangents pe
 layerwise
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ they are contracted. VJPs alone are needed, the gradient of a matrix is never fo
 does not grow with the number of layers.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

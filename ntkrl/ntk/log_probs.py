@@ -4,8 +4,6 @@
 any partition of the parameters; u may be a gradient step or the update of any optimizer.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

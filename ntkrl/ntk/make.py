@@ -1,7 +1,5 @@
 """Construction of kernels from checked arguments, and of their programs from abstract ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The checked inputs of a kernel, its parts as arrays, and Γ by the chosen algorithm."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A config on a mesh: its compiled programs, verdicts with advice, and settings to search."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Measures of a training batch: its learning signal, and one optimizer step on its own tokens."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Sums over the vocabulary that need log π of all V tokens are computed at one po
 vocabulary rows at a time, in two passes over the head: one for log Σ exp z, one for the sums.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

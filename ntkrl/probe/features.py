@@ -4,8 +4,6 @@ The sums are of the head part R alone: with one step on log π(y') of weight A',
 A' ⟨g, g'⟩ ⟨φ, φ'⟩ + (body part), g = e_y − π.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

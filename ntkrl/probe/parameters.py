@@ -1,7 +1,5 @@
 """Geometry of parameter changes: sparsity, rank, the head's matrix, paths over checkpoints."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The probe set under changing params, and one real step against its first-order prediction."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping

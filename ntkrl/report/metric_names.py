@@ -4,8 +4,6 @@
 refused. Dashboards also get `TIMINGS` and other libraries' names of the same quantities.
 """
 
-from __future__ import annotations
-
 import importlib.resources
 import re
 import tomllib

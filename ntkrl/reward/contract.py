@@ -6,8 +6,6 @@ a list; it receives those it names, or all if it has `**kwargs`. It returns one 
 completion, or None where it does not apply.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import functools

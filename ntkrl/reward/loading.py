@@ -1,8 +1,5 @@
 """Loading of reward functions by name or file, in this process or in a worker process."""
 
-from __future__ import annotations
-
-import difflib
 import inspect
 import json
 import os
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ntkrl import user_files
+from ntkrl.messages import did_you_mean
 from ntkrl.reward.built_in import BUILT_IN, IN_WORKER, with_options
 from ntkrl.reward.contract import RewardError, RewardFunction, line_in
 
@@ -95,8 +93,7 @@ def _members(path: Path, spec: str) -> dict[str, Any]:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
+    return did_you_mean(name, known) or "."
 
 
 class WorkerFunction:

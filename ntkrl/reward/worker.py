@@ -4,8 +4,6 @@ Requests and answers are lines of JSON on standard input and output; output of t
 standard error. The worker starts without JAX and is killed with the process that started it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -8,8 +8,6 @@ On a mesh, rows are sharded in equal blocks (`trees.blocks`). Compaction and wri
 block, so that no cache moves between devices.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import replace
 from typing import Any

@@ -13,8 +13,6 @@ The file runs with the user's rights. Its log-probs differ from this package's b
 with objective.correction.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence

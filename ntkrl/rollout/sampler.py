@@ -4,8 +4,6 @@ One prefill per prompt, then chunks of decode steps. Between chunks the host com
 half of its rows are done, doubles the KV cache when it is full, and checks for stop strings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Sampling settings, validated on construction."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The model that a run starts from: checkpoint or new, tokenizer, and where it is exported."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from importlib.metadata import version

@@ -4,8 +4,6 @@ Completions (sft) and preferences (a reward model) are sources of given data; `r
 that of RL, which samples.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Protocol, TypeVar

@@ -5,8 +5,6 @@ stage, and every so often reads the probe set, evaluates and saves a checkpoint.
 fetched one rollout step late, so that the devices never wait for the host.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Probes during training: readings of the probe set, and ledgers of single optimizer steps."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -6,8 +6,6 @@ prompts: "reference" (column completion or chosen), "rejected", "paraphrased" (c
 name). It is drawn once and kept in the run directory, so that a resumed run reads the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

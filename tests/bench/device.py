@@ -9,8 +9,6 @@ the full cache for every token, the update does 6 N T FLOPs and attention, a ker
 estimate. `of floor` is floor / seconds, at best 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable, Iterator

@@ -8,8 +8,6 @@ the additional time of an update that returns its gradients. Medians of interlea
 before timing. FLOPs of the samples' contributions are those of `Ledger.estimates`.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
