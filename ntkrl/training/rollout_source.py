@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import probe, runtime, update
+from ntkrl import advantage, probe, runtime, update
 from ntkrl.generate import RewardedRollout, SampleRequest, collect, joined, make_sampler
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.settings import RunSettings
@@ -337,7 +337,7 @@ def rollout_metrics(rewarded: RewardedRollout, group: int) -> dict[str, float]:
 
 
 def _equal_groups(rewarded: RewardedRollout, group: int) -> np.ndarray:
-    return np.asarray(update.equal_groups(jnp.asarray(rewarded.result.rewards), group))
+    return np.asarray(advantage.equal_groups(jnp.asarray(rewarded.result.rewards), group))
 
 
 def _mean_kl(arrays: update.RolloutArrays) -> float:

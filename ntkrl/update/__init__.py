@@ -4,7 +4,6 @@ from ntkrl.update.credit import (
     RolloutArrays,
     TokenWeights,
     advantages,
-    equal_groups,
     kl_shares,
     token_weights,
 )
