@@ -258,6 +258,10 @@ def _check_metric(name: str | None) -> None:
 def _read_reward(config: ConfigDict) -> reward.RewardSettings:
     section = config.reward.to_dict()
     section["functions"] = _weighted_functions(section.pop("function"), section.pop("weights"))
+    names = [name for name, _ in section["functions"]]
+    budget = config.rollout.max_completion_tokens
+    if budget is not None:  # else the section rollout is refused
+        section["options"] = reward.fit_budget(section["options"], names, budget)
     settings = runtime.parse_section(reward.RewardSettings, section, "reward")
     if settings.dtype not in DTYPES:  # the reward room is imported without JAX
         raise ValueError(
