@@ -173,7 +173,8 @@ def get_config():
     config.schedule.inner_epochs = 1
     config.schedule.chunk_tokens = 1024  # positions per device whose logits are in memory at a time
     config.schedule.offload_optimizer = False  # keep moments in host memory between steps
-    config.schedule.log_ratio_tolerance = 1e-3  # nats, largest difference of sampler and trainer
+    # nats, largest difference of sampler and trainer; None: by the dtypes of network and cache
+    config.schedule.log_ratio_tolerance = placeholder(float)
     config.schedule.resample_rounds = 3  # if group_filter is "resample"
     config.schedule.on_no_signal = "skip"  # or "stop": for a step without any training signal
     # interval in rollout steps of reference ← α policy + (1 − α) reference; 0.6 is TRL's α.

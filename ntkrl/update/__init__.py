@@ -21,6 +21,7 @@ from ntkrl.update.objective import CHOICES, Objective, describe
 from ntkrl.update.optimizers import steps_taken
 from ntkrl.update.presets import FORMULAS, PRESETS
 from ntkrl.update.settings import (
+    LOG_RATIO_TOLERANCES,
     PreferenceSettings,
     Progress,
     ScheduleSettings,
