@@ -99,7 +99,7 @@ def get_config():
     config.rollout.top_k = placeholder(int)
     config.rollout.top_p = placeholder(float)
     config.rollout.min_p = placeholder(float)
-    config.rollout.stop = ()  # strings that end a completion
+    config.rollout.stop = ()  # strings that end a completion; special tokens may be among them
     config.rollout.cache_dtype = placeholder(str)  # of keys and values; None: the network's
     # sample from a copy of the params in compute_dtype, gathered over fsdp once per rollout, if it
     # fits in memory; it stays sharded over tensor

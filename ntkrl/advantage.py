@@ -5,13 +5,16 @@ Where the rewards that an estimator compares are all equal, the advantage is exa
 a rounding error of a mean, divided by a deviation or by Adam, would become a full step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from ntkrl.types import Array
+
+EPSILON = 1e-4
+"""ε that estimators add to a standard deviation; TRL's value."""
+VARIANCE_EPSILON = 1e-8
+"""ε that `reward_to_go` adds to a variance; as in verl's whitening."""
 
 
 def no_baseline(rewards: Array, group_size: int) -> Array:
@@ -80,7 +83,7 @@ def group_mean(rewards: Array, group_size: int) -> Array:
     return _zero_where_equal(centered_PN, rewards_PN)
 
 
-def group_normalised(rewards: Array, group_size: int, epsilon: float = 1e-4) -> Array:
+def group_normalised(rewards: Array, group_size: int) -> Array:
     """Subtract the group's mean and divide by its standard deviation.
 
     A_i = (r_i − mean) / (std + ε), std unbiased (ddof = 1).
@@ -88,7 +91,6 @@ def group_normalised(rewards: Array, group_size: int, epsilon: float = 1e-4) -> 
     Args:
       rewards: `[B]`, groups consecutive.
       group_size: N ≥ 2.
-      epsilon: ε; TRL's value.
 
     Raises:
       ValueError: N < 2, or B not a multiple of N.
@@ -98,10 +100,10 @@ def group_normalised(rewards: Array, group_size: int, epsilon: float = 1e-4) -> 
     rewards_PN = _groups(rewards, group_size, "group_normalised")
     spread_P1 = jnp.std(rewards_PN, axis=1, keepdims=True, ddof=1)
     centered_PN = rewards_PN - jnp.mean(rewards_PN, axis=1, keepdims=True)
-    return _zero_where_equal(centered_PN / (spread_P1 + epsilon), rewards_PN)
+    return _zero_where_equal(centered_PN / (spread_P1 + EPSILON), rewards_PN)
 
 
-def batch_scaled(rewards: Array, group_size: int, epsilon: float = 1e-4) -> Array:
+def batch_scaled(rewards: Array, group_size: int) -> Array:
     """Subtract the group's mean and divide by the batch's standard deviation of rewards.
 
     A_i = (r_i − mean of the group) / (std of the batch + ε), std unbiased.
@@ -109,7 +111,6 @@ def batch_scaled(rewards: Array, group_size: int, epsilon: float = 1e-4) -> Arra
     Args:
       rewards: `[B]`, groups consecutive.
       group_size: N ≥ 2.
-      epsilon: ε; TRL's value.
 
     Raises:
       ValueError: N < 2, or B not a multiple of N.
@@ -117,7 +118,7 @@ def batch_scaled(rewards: Array, group_size: int, epsilon: float = 1e-4) -> Arra
     Source: Hu et al. 2508.08221 (Lite PPO); TRL's scale_rewards="batch".
     """
     centered = group_mean(rewards, group_size)
-    return centered / (jnp.std(rewards, ddof=1) + epsilon)
+    return centered / (jnp.std(rewards, ddof=1) + EPSILON)
 
 
 def max_likelihood(rewards: Array, group_size: int) -> Array:
@@ -141,7 +142,7 @@ def max_likelihood(rewards: Array, group_size: int) -> Array:
     return _zero_where_equal(relative_PN, rewards_PN)
 
 
-def pass_at_k(rewards: Array, group_size: int, k: int, epsilon: float = 1e-4) -> Array:
+def pass_at_k(rewards: Array, group_size: int, k: int) -> Array:
     """Weight completions by their effect on pass@k, over all subgroups of k.
 
     With S_i the mean over subsets of k that contain i of "one of them succeeds" and R̄ the mean over
@@ -152,7 +153,6 @@ def pass_at_k(rewards: Array, group_size: int, k: int, epsilon: float = 1e-4) ->
       rewards: `[B]`, a success where > 0, groups consecutive.
       group_size: N ≥ 2.
       k: 1 to N − 1; k = N would give every completion the same weight.
-      epsilon: ε; ours, as in `group_normalised`.
 
     Raises:
       ValueError: N < 2, B not a multiple of N, or k out of range.
@@ -170,7 +170,7 @@ def pass_at_k(rewards: Array, group_size: int, k: int, epsilon: float = 1e-4) ->
     with_wrong_P1 = 1 - _all_drawn_from(wrong_P1 - 1, k - 1, group_size - 1)
     deviation_P1 = jnp.sqrt(mean_P1 * (1 - mean_P1))
     subset_PN = jnp.where(solved_PN, 1.0, with_wrong_P1)
-    return _zero_where_equal((subset_PN - mean_P1) / (deviation_P1 + epsilon), rewards_PN)
+    return _zero_where_equal((subset_PN - mean_P1) / (deviation_P1 + EPSILON), rewards_PN)
 
 
 def _all_drawn_from(part: Array, k: int, total: int) -> Array:
@@ -181,9 +181,7 @@ def _all_drawn_from(part: Array, k: int, total: int) -> Array:
     return share
 
 
-def reward_to_go(
-    rewards: Array, token_penalties: Array, mask: Array, epsilon: float = 1e-8
-) -> Array:
+def reward_to_go(rewards: Array, token_penalties: Array, mask: Array) -> Array:
     """Normalise rewards to go over the tokens of the batch (REINFORCE++).
 
     G_it = r_i − Σ_{s ≥ t} p_is with p the KL penalty of each token (β k1; 0 for none);
@@ -193,7 +191,6 @@ def reward_to_go(
       rewards: `[B]`.
       token_penalties: `[B, C]`.
       mask: `[B, C]` completion mask.
-      epsilon: ε; as in verl's whitening.
 
     Returns:
       `[B, C]`, 0 where masked.
@@ -210,7 +207,7 @@ def reward_to_go(
     low = jnp.min(jnp.where(mask, returns_BC, jnp.inf))
     high = jnp.max(jnp.where(mask, returns_BC, -jnp.inf))
     differ_BC = mask & (low < high)
-    return jnp.where(differ_BC, (returns_BC - mean) / jnp.sqrt(variance + epsilon), 0.0)
+    return jnp.where(differ_BC, (returns_BC - mean) / jnp.sqrt(variance + VARIANCE_EPSILON), 0.0)
 
 
 def equal_groups(rewards: Array, group_size: int) -> Array:

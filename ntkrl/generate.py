@@ -119,7 +119,7 @@ def make_sampler(
         completions_per_prompt=completions_per_prompt,
         max_completion_tokens=sampling.max_completion_tokens,
         temperature=temperature,
-        eos_id=model.tokenizer.eos_token_id,
+        end_ids=model.end_ids,
         pad_id=model.tokenizer.pad_token_id,
         top_k=None if greedy else sampling.top_k,
         top_p=None if greedy else sampling.top_p,
@@ -178,7 +178,7 @@ def collect(
         clock("sample")
     tokenizer, prompts = setup.model.tokenizer, request.prompts
     texts, ids = data.decode_completions(
-        tokenizer, drawn.tokens, drawn.completion_mask, tokenizer.eos_token_id
+        tokenizer, drawn.tokens, drawn.completion_mask, setup.model.end_ids
     )
     group = len(texts) // len(request.rows)
     repeated = np.repeat(np.asarray(request.rows), group)

@@ -4,8 +4,6 @@ The rows of the values are resampled: pass a row per independent unit (a prompt,
 completion.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,13 +99,7 @@ def _percentiles(value: float, samples: np.ndarray, level: float) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def paired_difference(
-    first: np.ndarray,
-    second: np.ndarray,
-    level: float = 0.95,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> Paired:
+def paired_difference(first: np.ndarray, second: np.ndarray, draws: int = 10_000) -> Paired:
     """Test whether the means of a and b differ, by flipping signs of paired differences.
 
     All 2ⁿ sign patterns are evaluated where these are at most `draws` (n ≤ 13 at 10 000): then the
@@ -116,10 +108,10 @@ def paired_difference(
 
     Args:
       first, second: a and b `[n]`, pair by pair (the same seed or prompt), n ≥ 1.
-      level, draws, seed: as in `bootstrap`.
+      draws: as in `bootstrap`.
 
     Returns:
-      Paired.
+      Paired, with a 95 % interval.
 
     Raises:
       ValueError: different numbers of values, or none.
@@ -130,12 +122,12 @@ def paired_difference(
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise ValueError(f"pairs need two lists of equal length, not {a.shape} and {b.shape}.")
     gaps = b - a
-    value, low, high = mean_interval(gaps, level=level, draws=draws, seed=seed)
+    value, low, high = mean_interval(gaps, draws=draws)
     exact = 2 ** len(gaps) <= draws
     if exact:
         bits = np.arange(2 ** len(gaps))[:, None] >> np.arange(len(gaps))[None] & 1
     else:
-        bits = np.random.default_rng(seed).integers(2, size=(draws, len(gaps)))
+        bits = np.random.default_rng(0).integers(2, size=(draws, len(gaps)))
     means = (1 - 2 * bits) @ gaps / len(gaps)
     # sums in another order differ from the observed one in the last bits
     hits = np.sum(np.abs(means) >= abs(value) - 1e-12 * np.abs(gaps).max())

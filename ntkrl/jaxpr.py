@@ -4,8 +4,6 @@ Calls (`jit`, `remat`, …) are inlined and every value is numbered, so that a t
 analysed, replayed with perturbations, and its FLOPs and intermediate values counted.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

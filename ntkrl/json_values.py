@@ -6,8 +6,6 @@ anything; an object with a key "$type" of its own is tagged too. `readable` is f
 and other tools read.
 """
 
-from __future__ import annotations
-
 import base64
 import datetime
 import decimal

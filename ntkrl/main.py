@@ -1,7 +1,5 @@
 """The command line: `ntkrl COMMAND …`, the same as `python -m ntkrl COMMAND …`."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

@@ -1,6 +1,4 @@
-"""Totals, padded lengths and scans over microbatches,."""
-
-from __future__ import annotations
+"""Totals, padded lengths and scans over microbatches."""
 
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Statistics of completions under a policy: log-probs, entropy, arg-max mass; logits in chunks."""
 
-from __future__ import annotations
-
 from ntkrl import trees
 from ntkrl.softmax import (
     DEFAULT_OPTIONS,

@@ -3,8 +3,6 @@
 Each room owns the dataclass of its section; checks that need two sections are made here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Iterator

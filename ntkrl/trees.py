@@ -6,8 +6,6 @@ Freezing, learning rates, weight decay, sharding and kernel groups are all order
 the first match wins, every name must be covered and every pattern must match some name.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

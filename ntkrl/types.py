@@ -1,6 +1,7 @@
 """Data types shared by all subpackages; no logic.
 
-Dimension key of array suffixes, shape checks and einsum strings (`ntk/` adds letters):
+Dimension key of array suffixes, shape checks and einsum strings (`ntk/` and `attribution/` add
+letters of their own: ntk/jacobian_gram.py, attribution/linear_maps.py):
 
     P  prompts in the batch              D     model (feature) width
     N  completions per prompt            H, K  query heads, key/value heads

@@ -1,7 +1,5 @@
 """Runs in child processes that tests kill, forked from a server that has imported everything."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

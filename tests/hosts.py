@@ -1,7 +1,5 @@
 """Runs of several processes on this machine, connected over loopback."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

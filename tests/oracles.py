@@ -1,7 +1,5 @@
 """Slow, obvious versions of the library's computations, for comparison in float64."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +73,43 @@ def part_kernel(part, observed, updated, weight, bias=None, keep=None, precondit
                 scale = 1.0 if precondition is None else precondition[name].ravel()
                 total += np.einsum("ovp,uwp->ouvw", jacobian * scale, updated[there][name])
     return total
+
+
+def kernel_by_gradients(kernel, part="full"):
+    """A part or group of an `ntk.Kernel` by stacked gradients of all logits: `[O, U, V, V]`."""
+    from ntkrl import ntk, trees
+
+    problem = kernel.problem
+    network, params = problem.network, problem.params
+
+    def jacobians(contexts):
+        """Per leaf the gradients `[O, V, P]` in the head's and in the features' role."""
+
+        def logits(head_role, features_role):
+            return network.logits(head_role, ntk.features_at(network, features_role, contexts))
+
+        roles = jax.jit(jax.jacrev(logits, argnums=(0, 1)))(params, params)
+        return [
+            [a.reshape(*a.shape[:2], -1) for a in pair]
+            for pair in zip(*map(jax.tree.leaves, roles), strict=True)
+        ]
+
+    observed, updated = jacobians(problem.observed), jacobians(problem.updated)
+    roles, weights = problem.part(part)
+    head_roles = {network.head.weight: roles.output, network.head.bias: roles.bias}
+    total = 0.0
+    for index, (name, leaf) in enumerate(trees.named_leaves(params).items()):
+        (head_o, features_o), (head_u, features_u) = observed[index], updated[index]
+        weight = 1.0 if weights is None else jnp.broadcast_to(weights[index], leaf.shape).ravel()
+        for a, b, included in (
+            (head_o, head_u, head_roles[name] if name in head_roles else False),
+            (features_o, features_u, roles.body),
+            (head_o, features_u, roles.output_input),
+            (features_o, head_u, roles.input_output),
+        ):
+            if included:
+                total += jnp.einsum("ovp,uwp->ouvw", a * weight, b, precision="highest")
+    return np.asarray(total)
 
 
 def log_softmax(logits):

@@ -75,7 +75,7 @@ def test_the_sampler_equals_the_trainer():
     policy, params = model("gpu")
     ids = jnp.asarray(tokens(4, 8))
     batch = PromptBatch(tokens=ids, mask=ids > 0, rows=jnp.arange(4), copies=jnp.zeros(4, int))
-    settings = rollout.SamplerSettings(4, 24, 1.0, eos_id=-1, pad_id=0)
+    settings = rollout.SamplerSettings(4, 24, 1.0, end_ids=(), pad_id=0)
     drawn = rollout.Sampler(policy, settings)(params, batch, jax.random.key(1))
     again = scoring.score(policy, params, drawn.tokens, drawn.mask, 24).log_probs
     assert jnp.abs(again - drawn.sampler_log_probs).max() <= 2e-5

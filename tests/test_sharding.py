@@ -28,7 +28,7 @@ SETTINGS = rollout.SamplerSettings(
     completions_per_prompt=COUNT,
     max_completion_tokens=BUDGET,
     temperature=1.0,
-    eos_id=0,
+    end_ids=(0,),
     pad_id=1,
     chunk_steps=5,
 )

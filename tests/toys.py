@@ -1,7 +1,5 @@
 """Small helpers that tests share: a toy policy, tiny GPT-NeoX configs, torch checkpoints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jax

@@ -1,5 +1,5 @@
 """The step ledger: per-sample, momentum and decay contributions to one optimizer step."""
 
 from ntkrl.attribution.decomposition import COLUMNS, AttributionInputs, OptimizerStep, Terms
-from ntkrl.attribution.ledger import Account, Ledger, ledger_measures, split_term
+from ntkrl.attribution.ledger import Account, Ledger, ledger_measures, split_kl
 from ntkrl.attribution.linear_maps import MEASURES

@@ -1,4 +1,4 @@
-"""Estimated cost of each form of the samples' contributions.
+"""Estimated cost of each algorithm of the samples' contributions.
 
 With f the FLOPs of a sample's gradients and changes, J those of one JVP over the probe set, r those
 of the gradients of one probe sequence's P tokens, θ the trained parameters in the features' role, B
@@ -12,8 +12,6 @@ sample. f, J and r are counted in the traced programs, matrix products alone; me
 bound.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ from ntkrl.jaxpr import flops, trace, value_counts
 from ntkrl.numerics import GIB
 from ntkrl.types import Array, Params
 
-FORMS = ("jvp", "vjp")
+ALGORITHMS = ("jvp", "vjp")
 MAX_CHUNK = {"jvp": 8, "vjp": 32}
 """Samples at a time: more are no faster, and fill caches (measured on two CPU cores)."""
 TOKEN_GRADIENT_SLOWDOWN = 6
@@ -34,8 +32,8 @@ TOKEN_GRADIENT_SLOWDOWN = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class FormEstimate(ntk.Estimate):
-    """The cost of a form ("jvp" or "vjp") as `algorithm`, for `chunk` samples at a time.
+class LedgerEstimate(ntk.Estimate):
+    """The cost of "jvp" or "vjp", for `chunk` samples at a time.
 
     block: probe sequences whose gradients are written out at a time (vjp).
     token_flops: FLOPs of single tokens' gradients.
@@ -69,8 +67,8 @@ class _Counts(NamedTuple):
 
 def estimates(
     spec: AttributionSpec, inputs: AttributionInputs, memory_gib: float
-) -> dict[str, FormEstimate]:
-    """Return the estimate of each form; "vjp" only where features move at all."""
+) -> dict[str, LedgerEstimate]:
+    """Return the estimate of each algorithm; "vjp" only where features move at all."""
     params = inputs.step.before.params
     trained, _ = trees.partition(params, spec.trained)
     body, _ = trees.partition(trained, spec.groups.body)
@@ -87,17 +85,17 @@ def estimates(
     def fitting(budget: float, each: int, most: int) -> int:
         return int(max(1, min(most, budget // each)))
 
-    def estimate(form: str, chunk: int, block: int, work: int, memory: int) -> FormEstimate:
-        token_flops = float(count * n.tokens) if form == "vjp" else 0.0
-        return FormEstimate(
-            *(form, chunk, work + token_flops, int(item * memory), item * output),
+    def estimate(algorithm: str, chunk: int, block: int, work: int, memory: int) -> LedgerEstimate:
+        token_flops = float(count * n.tokens) if algorithm == "vjp" else 0.0
+        return LedgerEstimate(
+            *(algorithm, chunk, work + token_flops, int(item * memory), item * output),
             *(block, token_flops),
         )
 
     fixed, each = output + count * n.values, n.sample_values + terms * (change + count * n.layer)
     chunk = fitting(numbers - fixed, each, min(rows, MAX_CHUNK["jvp"]))
     work = rows * (n.sample + terms * n.head + terms * len(spec.groups.moving) * n.jvp)
-    by_form = {"jvp": estimate("jvp", chunk, count, work, fixed + chunk * each)}
+    by_algorithm = {"jvp": estimate("jvp", chunk, count, work, fixed + chunk * each)}
     if body_size:
         sequence, each = 2 * width * body_size, n.sample_values + terms * change
         fixed = output + n.values + 2 * width * n.layer
@@ -107,8 +105,8 @@ def estimates(
         slots = tokens if blocks == 1 else blocks * block * width
         work = rows * (blocks * n.sample + terms * n.head) + 4 * slots * body_size * rows * terms
         memory = fixed + block * sequence + chunk * each
-        by_form["vjp"] = estimate("vjp", chunk, block, work, memory)
-    return by_form
+        by_algorithm["vjp"] = estimate("vjp", chunk, block, work, memory)
+    return by_algorithm
 
 
 def _counts(spec: AttributionSpec, inputs: AttributionInputs, has_body: bool) -> _Counts:

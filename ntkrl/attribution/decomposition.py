@@ -1,11 +1,9 @@
 """The compiled program of the step ledger: from the terms' gradients to their contributions.
 
 Gradients of samples are computed `chunk` at a time, mapped to changes of the params by the
-linearized update of the step, and mapped to the probe tokens by one of the two forms of
+linearized update of the step, and mapped to the probe tokens by one of the two algorithms of
 ntkrl.attribution.linear_maps.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -37,7 +35,7 @@ class AttributionSpec:
     groups: of the trained leaves.
     names: of the terms.
     by: "group" or "sample".
-    form: "jvp" or "vjp".
+    algorithm: "jvp" or "vjp".
     chunk: samples at a time.
     block: probe sequences whose gradients are written out at a time.
     columns: changes other than the samples' whose contributions are computed at a time.
@@ -52,7 +50,7 @@ class AttributionSpec:
     groups: ParameterGroups
     names: tuple[str, ...]
     by: str
-    form: str = "jvp"
+    algorithm: str = "jvp"
     chunk: int = 1
     block: int = 1
     columns: int = 1
@@ -135,7 +133,7 @@ def attribute(spec: AttributionSpec, inputs: AttributionInputs) -> AttributionRe
         actual = measured.values - linear.cotangents.values
     samples, noise = None, None
     if spec.by == "sample":
-        samples, squares_B = linear.by_jvp() if spec.form == "jvp" else linear.by_vjp()
+        samples, squares_B = linear.by_jvp() if spec.algorithm == "jvp" else linear.by_vjp()
         rows = squares_B.shape[0]  # the mean of B g_i is the gradient
         total = _squared_norm(jax.tree.map(_sum_terms, linear.gradients_T))
         noise = noise_from_squares(rows**2 * squares_B, total)
@@ -157,7 +155,7 @@ def term_gradients(spec: AttributionSpec, step: OptimizerStep, rows: Any) -> tup
 
 
 class _LinearizedStep:
-    """The linear maps of a step, traced once and shared by the forms."""
+    """The linear maps of a step, traced once and shared by the algorithms."""
 
     def __init__(self, spec: AttributionSpec, inputs: AttributionInputs):
         self.spec, self.inputs = spec, inputs

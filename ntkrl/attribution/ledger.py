@@ -12,8 +12,6 @@ Each column is split by group of parameters: "head", the head's role, and groups
 role (a tied matrix counts in both, as in `ntk.predict`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -24,7 +22,7 @@ import optax
 from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
-from ntkrl.attribution.costs import FORMS, FormEstimate, estimates
+from ntkrl.attribution.costs import ALGORITHMS, LedgerEstimate, estimates
 from ntkrl.attribution.decomposition import (
     COLUMNS,
     AttributionInputs,
@@ -63,9 +61,9 @@ class Ledger:
     trained: one bool per leaf of the params, in leaf order.
     groups: `(pattern, name)` tuples over the parameters in the features' role, as in `ntk.kernel`.
     by: "group" for the samples of a batch together, "sample" for each of them.
-    form: of the samples' contributions: "jvp", one JVP over the probe set for each, "vjp", inner
-        products with the gradients of all probe tokens, or "auto" for the fastest that fits in
-        `memory_gib` by estimate.
+    algorithm: of the samples' contributions: "jvp", one JVP over the probe set for each, "vjp",
+        inner products with the gradients of all probe tokens, or "auto" for the fastest that fits
+        in `memory_gib` by estimate.
     memory_gib: what the samples' contributions may use beyond params and state (GiB).
     microbatches: equal parts of the rows that the batch's gradient is accumulated over.
     mesh: over which params and batch are sharded, or None.
@@ -77,7 +75,7 @@ class Ledger:
     trained: tuple[bool, ...]
     groups: trees.Patterns = ntk.BODY_GROUP
     by: str = "sample"
-    form: str = "auto"
+    algorithm: str = "auto"
     memory_gib: float = 2.0
     microbatches: int = 1
     mesh: Mesh | None = None
@@ -86,8 +84,10 @@ class Ledger:
         problems = []
         if self.by not in LEDGER_BY:
             problems.append(f"by must be one of {', '.join(LEDGER_BY)}, not {self.by!r}")
-        if self.form not in (*FORMS, "auto"):
-            problems.append(f"form must be one of {', '.join(FORMS)}, auto, not {self.form!r}")
+        if self.algorithm not in (*ALGORITHMS, "auto"):
+            problems.append(
+                f"algorithm must be one of {', '.join(ALGORITHMS)}, auto, not {self.algorithm!r}"
+            )
         if not self.memory_gib > 0:
             problems.append(f"memory_gib must be > 0, not {self.memory_gib}")
         if problems:
@@ -159,8 +159,8 @@ class Ledger:
 
     def estimates(
         self, step: OptimizerStep, contexts: ntk.Contexts, targets: Array
-    ) -> dict[str, FormEstimate]:
-        """Return the cost of each form of the samples' contributions; arguments as for `read`."""
+    ) -> dict[str, LedgerEstimate]:
+        """Return the cost of each algorithm for the samples; arguments as for `read`."""
         _, (spec, inputs) = self.bind(step, contexts, targets)
         return estimates(spec, inputs, self.memory_gib)
 
@@ -185,8 +185,8 @@ def _spec(ledger: Ledger, treedef: Any, *shapes: Any) -> AttributionSpec:
     spec = dataclasses.replace(spec, columns=costs["jvp"].chunk * len(names))
     if ledger.by == "group":
         return spec
-    best = costs.get(ledger.form) or ntk.cheapest(costs.values(), ledger.memory_gib * GIB)
-    return dataclasses.replace(spec, form=best.algorithm, chunk=best.chunk, block=best.block)
+    best = costs.get(ledger.algorithm) or ntk.cheapest(costs.values(), ledger.memory_gib * GIB)
+    return dataclasses.replace(spec, algorithm=best.algorithm, chunk=best.chunk, block=best.block)
 
 
 def _named_arrays(spec: AttributionSpec, result: AttributionResult) -> dict[str, np.ndarray]:
@@ -213,16 +213,14 @@ def _sum_samples(values: np.ndarray) -> np.ndarray:
     return values if values.ndim == 1 else values.sum(axis=1, dtype=np.float64)
 
 
-def split_term(
-    arrays: dict[str, np.ndarray], term: str, part: str, shares: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Split a part, of `[B]` shares in each sample's contribution, off the columns of a term."""
+def split_kl(arrays: dict[str, np.ndarray], shares: np.ndarray) -> dict[str, np.ndarray]:
+    """Split the columns "kl", of `[B]` shares in each sample's contribution, off "policy"."""
     split: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
         measure, column, *group = name.split("/", 2)
-        if column == term:
-            moved = value * shares
-            split |= {f"{measure}/{part}/{group[0]}": moved, name: value - moved}
+        if column == "policy":
+            kl = value * shares
+            split |= {f"{measure}/kl/{group[0]}": kl, name: value - kl}
         else:
             split[name] = value
     return split

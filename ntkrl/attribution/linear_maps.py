@@ -17,13 +17,18 @@ way (signs) is all remainder.
 **Network.** With c the cotangents of a token's logits, e_y − π for log π(y) and −π (log π + H) for
 H, and c' those before the head's cap, changes dW, db of the head's role and dθ of the features'
 role change them by  c'ᵀ (dW φ + db) + (Wᵀc')ᵀ J_φ dθ  to first order. The second part has two
-forms:
+algorithms:
 
     jvp    J_φ dθ by one JVP over the probe set per change and group
     vjp    ⟨J_φᵀ Wᵀc', dθ⟩ with the gradients of all probe tokens written out, groups by leaf
-"""
 
-from __future__ import annotations
+Array suffixes of this room, beside those of ntkrl.types:
+
+    A  the two MEASURES                  S  probe sequences
+    G  groups of parameters              P  probe tokens of a sequence
+    K  changes of the params             R  gradients: (S, P, A) flattened
+    T  terms of the loss; positions in `_TD`
+"""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,8 +1,7 @@
 """Data: prompt files, tokenizers, batches, their order, and a built-in task.
 
 Every invalid row of a file is reported before training starts; nothing is truncated, added or
-downloaded silently; the batch at a position is a pure function of the position. Imports only
-`ntkrl.types`.
+downloaded silently; the batch at a position is a pure function of the position.
 """
 
 from ntkrl.data.arithmetic_task import (
@@ -20,16 +19,25 @@ from ntkrl.data.batches import (
     supervised_batch,
     widened,
 )
+from ntkrl.data.chat import (
+    apply_template,
+    end_ids,
+    read_template,
+    render_conversation,
+    render_prompt,
+    template_errors,
+    template_options,
+    turn_end_id,
+)
 from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
 from ntkrl.data.prompts import PromptSet, join, read_prompts, read_set, validate_rows
 from ntkrl.data.published import Rows, files_of, import_pyarrow, read_rows
 from ntkrl.data.settings import DataSettings, split_names
 from ntkrl.data.tokens import (
-    apply_template,
     decode_completions,
     encode_completions,
     encode_prompts,
+    encode_texts,
     load_tokenizer,
-    read_template,
     stop_finder,
 )

@@ -5,8 +5,6 @@ the diversity of a policy can be measured. Expressions consist of non-negative i
 parentheses.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

@@ -5,8 +5,6 @@ the same column. A packed row concatenates examples, prompt then completion, wit
 on each (see types.Policy); to the loss it is a completion of all columns but the first.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence

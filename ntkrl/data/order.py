@@ -3,8 +3,6 @@
 A run resumes from one integer; there is no iterator state to save. Also selections of rows.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import heapq

@@ -5,31 +5,21 @@ Two forms, as in TRL: *standard* (`{"prompt": "text"}`) and *conversational*
 one prompt per line and no columns.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ntkrl.data.published import Rows, read_bytes, read_rows
+from ntkrl.messages import listed
 
 Message = dict[str, Any]
 
-MAX_LISTED = 10
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EXAMPLES = (
     '{"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}, '
     "one object per line or row, other keys become columns"
 )
-
-
-def listed(problems: Sequence[str]) -> str:
-    """Return the first ten problems as indented lines, and the number of others."""
-    lines = [f"\n  {problem}" for problem in problems[:MAX_LISTED]]
-    if len(problems) > MAX_LISTED:
-        lines.append(f"\n  and {len(problems) - MAX_LISTED} more")
-    return "".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)

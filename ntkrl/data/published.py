@@ -12,8 +12,6 @@
 the shards `DIR/data/NAME-00000-of-00002.parquet` and `DIR/data/NAME-00001-of-00002.parquet`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Settings of prompts and their batches: the config's data section."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,73 +1,30 @@
-"""Tokenizers: loading, chat templates, encoding and decoding.
+"""Tokenizers: loading, encoding and decoding.
 
-Only the text and the chat template determine the tokens, but for the end token of a supervised
-completion. Nothing is truncated silently.
+Ids are those that the model was trained to expect, as TRL's: a text starts with the tokenizer's
+own start token (a BOS) where it writes one, a conversation with what the chat template writes.
+Nothing is truncated silently.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ntkrl.data.prompts import PromptSet, listed
+from ntkrl.data.chat import (
+    render_conversation,
+    render_prompt,
+    template_errors,
+    template_options,
+    turn_end_id,
+)
+from ntkrl.data.prompts import PromptSet
+from ntkrl.messages import listed
 from ntkrl.types import Array
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """A chat template.
-
-    text: jinja2, as in transformers' `chat_template`.
-    tokens: special tokens to add to the tokenizer, in this order.
-    """
-
-    text: str
-    tokens: tuple[str, ...] = ()
-
-
-# The format of princeton-pli/what-makes-good-rm for Pythia, without line breaks and without a
-# start token. It writes a system message as an assistant's; this one rejects it.
-PYTHIA = Template(
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['user', 'assistant'] %}"
-    "{{ raise_exception('roles are user and assistant, not ' + message['role']) }}"
-    "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
-    ("<|user|>", "<|assistant|>"),
-)
-TEMPLATES = {"pythia": PYTHIA}
-
-
-def read_template(name: str) -> Template:
-    """Return a template by name ("pythia"), or from a path that ends in `.jinja`.
-
-    Raises:
-      ValueError: an unknown name, or a file that cannot be read.
-    """
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if not name.endswith(".jinja"):
-        raise ValueError(
-            f"model.template {name!r} is unknown; give {', '.join(TEMPLATES)} or a .jinja file."
-        )
-    try:
-        return Template(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"model.template {name} cannot be read: {error}.") from error
-
-
-def apply_template(tokenizer: Any, template: Template) -> int:
-    """Set a tokenizer's chat template and add its special tokens; return how many were new."""
-    tokenizer.chat_template = template.text
-    return tokenizer.add_special_tokens({"additional_special_tokens": list(template.tokens)})
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -119,8 +76,8 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Return the token ids of each prompt, unpadded.
 
-    Text prompts are encoded without special tokens, conversations by the tokenizer's chat
-    template with the generation prompt.
+    A text gets the special tokens that the tokenizer writes before one (BOS), if it does not start
+    with them. A conversation is what the chat template writes, up to the assistant's answer.
 
     Args:
       tokenizer: from `load_tokenizer`.
@@ -131,11 +88,11 @@ def encode_prompts(
       ValueError: a missing chat template, or prompts that cannot be encoded, are empty or too
         long; the message lists all such rows.
     """
+    source = prompt_set.source
     if prompt_set.conversational:
-        texts = _render(tokenizer, prompt_set, prompt_set.prompts, generation_prompt=True)
+        encoded = _encode(tokenizer, _render_prompts(tokenizer, prompt_set), source, "prompt")
     else:
-        texts = [str(prompt) for prompt in prompt_set.prompts]
-    encoded = _encode(tokenizer, texts, prompt_set.source, "prompt")
+        encoded = encode_texts(tokenizer, [str(text) for text in prompt_set.prompts], source)
     problems = [f"row {row}: no tokens" for row, ids in enumerate(encoded) if not ids]
     if problems:
         raise ValueError(
@@ -146,13 +103,40 @@ def encode_prompts(
     return encoded
 
 
+def encode_texts(tokenizer: Any, texts: Sequence[str], source: str = "text") -> list[list[int]]:
+    """Return the token ids of texts, after the special tokens that the tokenizer puts first.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      texts: not rendered by a chat template, which writes special tokens itself.
+      source: of the texts, for messages.
+
+    Raises:
+      ValueError: texts that cannot be encoded, all of them in one message.
+    """
+    encoded = _encode(tokenizer, texts, source, "prompt")
+    row = next((row for row, ids in enumerate(encoded) if ids), None)
+    if row is None:
+        return encoded
+    ids, complete = encoded[row], tokenizer(texts[row], verbose=False)["input_ids"]
+    places = range(len(complete) - len(ids) + 1)
+    start = next((at for at in places if complete[at : at + len(ids)] == ids), 0)
+    first = list(complete[:start])
+    return [ids if not ids or ids[:start] == first else first + ids for ids in encoded]
+
+
 def encode_completions(
     tokenizer: Any, prompt_set: PromptSet, max_completion_tokens: int
 ) -> list[list[int]]:
-    """Return the token ids of the column "completion" for SFT, unpadded, the end token last.
+    """Return the token ids of the column "completion" for SFT, unpadded, an end token last.
 
-    A conversational completion is what the chat template writes after the generation prompt. If
-    it has the end token, only white space that follows it is dropped, as a sampler stops there.
+    A completion is encoded after its prompt: `encode_prompts` and these ids join to the ids of the
+    text of both. Where tokens would merge across the seam, the prompt keeps its own, as when it is
+    sampled from.
+
+    A conversational completion is what the chat template writes after the generation prompt. It
+    ends with the template's end of turn or the end token, and white space after that is dropped:
+    a sampler stops there.
 
     Args:
       tokenizer: from `load_tokenizer`.
@@ -163,19 +147,37 @@ def encode_completions(
       ValueError: a missing column, value or chat template, or completions that cannot be encoded
         or are too long; the message lists all such rows.
     """
-    completions = _completions(prompt_set)
+    completions, source = _completions(prompt_set), prompt_set.source
+    ends = {tokenizer.eos_token_id}
     if prompt_set.conversational:
-        completions = _render_completions(tokenizer, prompt_set, completions)
-    encoded = [
-        _end_sequence(tokenizer, ids)
-        for ids in _encode(tokenizer, completions, prompt_set.source, "completion")
-    ]
-    _check_lengths(encoded, max_completion_tokens, prompt_set.source, "completion")
+        ends |= {turn_end_id(tokenizer)} - {None}
+        starts = _render_prompts(tokenizer, prompt_set)
+        completions = _render_completions(tokenizer, prompt_set, starts, completions)
+    else:
+        starts = [str(prompt) for prompt in prompt_set.prompts]
+    pairs = list(zip(starts, completions, strict=True))
+    start_ids = _encode(tokenizer, starts, source, "prompt")
+    joined = [start + completion for start, completion in pairs]
+    joined_ids = _encode(tokenizer, joined, source, "completion")
+    encoded, problems = [], []
+    for row, (first, both) in enumerate(zip(start_ids, joined_ids, strict=True)):
+        ids = _continuation(tokenizer, first, both, completions[row])
+        if ids is None:
+            problems.append(f"row {row}: {starts[row]!r:.60} + {completions[row]!r:.60}")
+        else:
+            encoded.append(_end_sequence(tokenizer, ids, ends))
+    if problems:
+        raise ValueError(
+            f"{source}: {len(problems)} completions cannot be encoded after their prompts, since "
+            f"tokens merge across the seam{listed(problems)}\nMove white space between a prompt "
+            "and its completion to the completion."
+        )
+    _check_lengths(encoded, max_completion_tokens, source, "completion")
     return encoded
 
 
 def decode_completions(
-    tokenizer: Any, tokens: Array, completion_mask: Array, eos_id: int
+    tokenizer: Any, tokens: Array, completion_mask: Array, end_ids: Collection[int]
 ) -> tuple[list[str], list[list[int]]]:
     """Return the completions of a rollout as texts without special tokens, and as all token ids.
 
@@ -183,7 +185,7 @@ def decode_completions(
       tokenizer: from `load_tokenizer`.
       tokens: `[B, T]` or `[B, C]`; the completions are the last C columns.
       completion_mask: `[B, C]` bool.
-      eos_id: end-of-sequence token, never part of the text.
+      end_ids: tokens that end a completion, never part of the text.
 
     Raises:
       ValueError: the mask is wider than the tokens or has another number of rows.
@@ -198,7 +200,7 @@ def decode_completions(
     ids = [row[mask].tolist() for row, mask in zip(tokens_BC, mask_BC, strict=True)]
     texts = [
         tokenizer.decode(
-            [token for token in row if token != eos_id],
+            [token for token in row if token not in end_ids],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # it would rewrite " ." and change the text
         )
@@ -216,7 +218,8 @@ def stop_finder(tokenizer: Any, stops: Sequence[str]) -> Callable[[np.ndarray], 
     """
 
     def contains_stop(ids: np.ndarray) -> bool:
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # a stop string may be, or include, a special token
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return any(stop in text for stop in stops)
 
     def find(ids: np.ndarray) -> int | None:
@@ -231,25 +234,28 @@ def stop_finder(tokenizer: Any, stops: Sequence[str]) -> Callable[[np.ndarray], 
     return find
 
 
-def _render(
-    tokenizer: Any, prompt_set: PromptSet, conversations: Sequence[Any], generation_prompt: bool
-) -> list[str]:
+def _render_prompts(tokenizer: Any, prompt_set: PromptSet) -> list[str]:
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{prompt_set.source}: prompts are lists of messages, but the tokenizer has no chat "
             "template. Put chat_template.jinja into the tokenizer's directory (or set "
             '"chat_template" in tokenizer_config.json), or use {"prompt": "text"} rows.'
         )
-    # jinja2 comes with transformers' chat templates, its only use
-    from jinja2 import TemplateError
+    return _render(tokenizer, prompt_set, render_prompt, prompt_set.prompts)
 
-    def write(messages: Any) -> str:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generation_prompt, tokenize=False
-        )
+
+def _render(
+    tokenizer: Any,
+    prompt_set: PromptSet,
+    render: Callable[[Any, Sequence[Any], dict[str, Any]], str],
+    conversations: Sequence[Any],
+) -> list[str]:
+    def write(row: int) -> str:
+        options = template_options(prompt_set.columns, row)
+        return render(tokenizer, conversations[row], options)
 
     message = f"{prompt_set.source}: the chat template rejects"
-    return _map_rows(write, conversations, TemplateError, message)
+    return _map_rows(write, conversations, template_errors(), message)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], source: str, kind: str) -> list[list[int]]:
@@ -261,18 +267,21 @@ def _encode(tokenizer: Any, texts: Sequence[str], source: str, kind: str) -> lis
         return ids(list(texts))
     except Exception:  # tokenizers raises bare Exception; encode by row to name the rows
         message = f"{source}: the tokenizer cannot encode the {kind} of"
-        return _map_rows(ids, texts, Exception, message)
+        return _map_rows(lambda row: ids(texts[row]), texts, (Exception,), message)
 
 
 def _map_rows(
-    call: Callable[[Any], Any], items: Sequence[Any], kind: type[Exception], message: str
+    call: Callable[[int], Any],
+    items: Sequence[Any],
+    kinds: tuple[type[Exception], ...],
+    message: str,
 ) -> list[Any]:
-    """Apply a function to every row; one ValueError lists all rows that raise `kind`."""
+    """Call a function for every row; one ValueError lists all rows that raise one of `kinds`."""
     results, problems = [], []
     for row, item in enumerate(items):
         try:
-            results.append(call(item))
-        except kind as error:
+            results.append(call(row))
+        except kinds as error:
             problems.append(f"row {row}, {item!r:.60}: {error}")
     if problems:
         raise ValueError(f"{message} {len(problems)} rows{listed(problems)}")
@@ -300,12 +309,11 @@ def _completions(prompt_set: PromptSet) -> list[Any]:
 
 
 def _render_completions(
-    tokenizer: Any, prompt_set: PromptSet, completions: Sequence[Any]
+    tokenizer: Any, prompt_set: PromptSet, starts: Sequence[str], completions: Sequence[Any]
 ) -> list[str]:
-    prompts = prompt_set.prompts
-    starts = _render(tokenizer, prompt_set, prompts, generation_prompt=True)
-    conversations = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    texts = _render(tokenizer, prompt_set, conversations, generation_prompt=False)
+    turns = zip(prompt_set.prompts, completions, strict=True)
+    conversations = [[*prompt, *completion] for prompt, completion in turns]
+    texts = _render(tokenizer, prompt_set, render_conversation, conversations)
     pairs = list(zip(texts, starts, strict=True))
     problems = [
         f"row {row}: {start!r:.60} is not a prefix of {text!r:.60}"
@@ -321,14 +329,37 @@ def _render_completions(
     return [text[len(start) :] for text, start in pairs]
 
 
-def _end_sequence(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Return the ids with the end token last; a template may have written it already."""
-    eos_id = tokenizer.eos_token_id
-    if eos_id in ids:
-        end = len(ids) - ids[::-1].index(eos_id)
-        if not tokenizer.decode(ids[end:]).strip():
-            return ids[:end]
-    return [*ids, eos_id]
+def _continuation(
+    tokenizer: Any, start: list[int], joined: list[int], completion: str
+) -> list[int] | None:
+    """Return ids that continue `start` to the text of `joined`, or None if none are found.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      start: ids of a prompt.
+      joined: ids of the prompt and the completion as one text.
+      completion: its text.
+    """
+    if joined[: len(start)] == start:
+        return joined[len(start) :]
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    # the second avoids the space that sentencepiece writes before a text
+    candidates = (ids(completion), ids("\n" + completion)[len(ids("\n")) :])
+    return next((each for each in candidates if text(start + each) == text(joined)), None)
+
+
+def _end_sequence(tokenizer: Any, ids: list[int], ends: Collection[int]) -> list[int]:
+    """Return the ids with an end token last; a template may have written it already."""
+    last = max((at for at, token in enumerate(ids) if token in ends), default=None)
+    if last is not None and not tokenizer.decode(ids[last + 1 :]).strip():
+        return ids[: last + 1]
+    return [*ids, tokenizer.eos_token_id]
 
 
 def _check_lengths(encoded: list[list[int]], limit: int, source: str, kind: str) -> None:

@@ -1,7 +1,5 @@
 """The commands `evaluate` and `export`: score a model or a checkpoint, or write one out."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -18,7 +16,7 @@ from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
 from ntkrl.json_values import readable
 from ntkrl.settings import RunSettings, read_settings
-from ntkrl.setup import RunSetup, load_starting_model, set_up
+from ntkrl.setup import RunSetup, load_starting_model, set_up, training_facts
 from ntkrl.types import Params
 
 EVALUATE_STREAM = 3
@@ -95,7 +93,8 @@ def export(run: str, out: str, step: int | str | None = None) -> None:
     settings = read_settings(config_of(run))
     checkpoint = SavedParams(run, settings, step)
     model = load_starting_model(settings, Path(run))
-    model.export(Path(out), checkpoint.restore(model.params))
+    facts = training_facts(settings, checkpoint.step)
+    model.export(Path(out), checkpoint.restore(model.params), facts)
     tqdm.write(f"step {checkpoint.step} of {run} written to {out}")
 
 

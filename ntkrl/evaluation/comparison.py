@@ -3,8 +3,6 @@
 Samples are compared prompt by prompt, so that no second model is needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

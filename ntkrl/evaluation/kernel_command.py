@@ -8,8 +8,6 @@
 and the arrays of `probe.kernel_measures`: head, cosines, traces, shares, norms and eigenvalues.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys

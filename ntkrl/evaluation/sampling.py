@@ -3,8 +3,6 @@
 Every measure is a number per prompt; metrics are their means over prompts and repeats.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -5,8 +5,6 @@ Gemma RMSNorm, grouped queries and a gated MLP. A family file reads its config.j
 and lists its stored tensors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +58,7 @@ class Config:
     parallel_residual: the MLP reads the layer's input, not the sum after attention.
     learned_positions: embeddings of positions are added to those of tokens.
     embedding_scale: factor on token embeddings.
+    name: of the checkpoint as the user gave it, for export: a directory or a hub name.
     extra: config.json as read, for export.
     """
 
@@ -94,6 +93,7 @@ class Config:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     adapters: nn.Adapters | None = None
+    name: str | None = dataclasses.field(default=None, compare=False)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 

@@ -3,8 +3,6 @@
 A new family is a module with its FAMILIES, imported and listed here.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Description of a model family, and the reader of its config.json."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ base in local layers. Source: 2408.00118, 2503.19786; tensor names and arithmeti
 transformers' Gemma2ForCausalLM and Gemma3ForCausalLM.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ GPT-2 has learned positions and a tied head; GPT-NeoX rotary positions and, as a
 residual. Tensor names and arithmetic as in transformers' GPT2LMHeadModel and GPTNeoXForCausalLM.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

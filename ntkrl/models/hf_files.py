@@ -1,7 +1,6 @@
-"""Hugging Face directories: config.json and safetensors, read and written; hub names fetched.
+"""Reading of Hugging Face directories: config.json and safetensors; hub names fetched.
 
-Nothing executable is read. Reading collects every missing, misshapen or unknown tensor into one
-error; writing goes to a temporary directory that then replaces the target.
+Nothing executable is read. Every missing, misshapen or unknown tensor is in one error.
 """
 
 from __future__ import annotations
@@ -10,19 +9,15 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from ntkrl import trees
-from ntkrl.models.family import Family, Table
+from ntkrl.models.family import Family
 
 STEM = "model"  # of file names of tensors
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -32,19 +27,27 @@ FLOAT_DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# files copied with a model besides config.json and the tensors
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+# files of a model besides config.json and its tensors
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece*.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
+    "chat_template*.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
+MODEL_FILES = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+CARD = "README.md"  # the model card
 LAYER = "{i}"  # placeholder of the layer's number in names of stacked tensors
 ALIGNMENT = 64  # bytes, for XLA to adopt host memory without a copy
+ROWS_COMPARED = 4096  # at a time, of two tables
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -63,7 +66,14 @@ def local_directory(path: str | Path) -> Path:
         return directory
     import huggingface_hub  # slow to import, and seldom needed
 
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+    patterns = [
+        "config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        CARD,
+        *TOKENIZER_FILES,
+        *MODEL_FILES,
+    ]
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
     except (OSError, ValueError, RuntimeError) as error:
@@ -109,6 +119,27 @@ def read_config(directory: Path) -> dict[str, Any]:
     return raw
 
 
+def generation_end_ids(directory: str | Path) -> tuple[int, ...]:
+    """Return the tokens that end a text in transformers' `generate`.
+
+    Args:
+      directory: of a model: its generation_config.json, or without one its config.json.
+
+    Raises:
+      ValueError: entries that are not token ids.
+    """
+    path = Path(directory) / "generation_config.json"
+    raw = read_json(path) if path.is_file() else read_config(Path(directory))
+    value = raw.get("eos_token_id") if isinstance(raw, dict) else raw
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in ids):
+        raise ValueError(
+            f"{path if path.is_file() else path.with_name('config.json')}: eos_token_id must be a "
+            f"token id or a list of them, not {value!r:.60}."
+        )
+    return tuple(ids)
+
+
 def tensor_files(directory: Path, stem: str = STEM) -> dict[str, Path]:
     """Map each stored tensor's name to its file, from one file or from the index.
 
@@ -120,14 +151,14 @@ def tensor_files(directory: Path, stem: str = STEM) -> dict[str, Path]:
       ValueError: no safetensors (pickle-only directories are refused), missing shards, or
         tensors that are in the index and in no file.
     """
-    index, single = _index_path(directory, stem), directory / f"{stem}.safetensors"
+    index, single = index_path(directory, stem), directory / f"{stem}.safetensors"
+    if single.is_file():  # as transformers does, whatever an index beside it says
+        return {name: single for name in stored_names(single)}
     if index.is_file():
         raw = read_json(index)
         if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
             raise ValueError(f"{index} has no weight_map object; write the model again.")
         return _indexed_files(index, raw["weight_map"])
-    if single.is_file():
-        return {name: single for name in stored_names(single)}
     pickles = sorted(e.name for e in directory.iterdir() if e.suffix in PICKLES)
     if pickles:
         raise ValueError(
@@ -138,7 +169,8 @@ def tensor_files(directory: Path, stem: str = STEM) -> dict[str, Path]:
     raise ValueError(f"{directory} holds neither {single.name} nor {index.name}.")
 
 
-def _index_path(directory: Path, stem: str) -> Path:
+def index_path(directory: Path, stem: str) -> Path:
+    """Return the path of the index of a model in several files."""
     return directory / f"{stem}.safetensors.index.json"
 
 
@@ -198,6 +230,35 @@ def check_tensors(
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{directory} does not hold the model of its config.json: {first}{more}.")
     return TensorMap(located, rows, groups)
+
+
+def resolve_tied_head(directory: Path, family: Family, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json with `tie_word_embeddings` false if the stored head differs.
+
+    A merge, or a save of a model whose head was trained, may leave a head of other numbers beside a
+    config that ties it; transformers keeps that head, too.
+
+    Args:
+      directory, family: of the model.
+      raw: config.json.
+
+    Raises:
+      ValueError: as `tensor_files`.
+    """
+    located = _with_prefix(tensor_files(directory), family)
+    names = family.weights[0][1], family.head_name
+    if not family.parse(raw).tie_word_embeddings or not located.keys() >= set(names):
+        return raw
+    slices = []
+    for path, key in (located[name] for name in names):
+        slices.append(safe_open(path, framework="numpy").get_slice(key))
+    shapes = [tuple(view.get_shape()) for view in slices]
+    rows, starts = shapes[0][0], range(0, shapes[0][0], ROWS_COMPARED)
+    same = shapes[0] == shapes[1] and all(
+        np.array_equal(*(view[start : min(start + ROWS_COMPARED, rows)] for view in slices))
+        for start in starts
+    )
+    return raw if same else {**raw, "tie_word_embeddings": False}
 
 
 def _mismatches(name: str, view: Any, shape: tuple[int, ...], flip: bool) -> list[str]:
@@ -265,83 +326,6 @@ def _with_prefix(located: Mapping[str, Path], family: Family) -> dict[str, tuple
         family.prefix + name if bare and name.startswith(trunk) else name: (path, name)
         for name, path in located.items()
     }
-
-
-def gather_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Gather a model's leaves to the host under their stored names, layer by layer.
-
-    All processes must call it; process 0 alone gets tensors, the others an empty dict.
-    """
-    tensors: dict[str, np.ndarray] = {}
-    for ours, stored, transpose in table:
-        if ours not in leaves:
-            continue
-        array = trees.gather_to_host(leaves[ours])
-        if jax.process_index() != 0:
-            continue
-        for i, layer in enumerate(array) if LAYER in stored else [(0, array)]:
-            tensors[stored.replace(LAYER, str(i))] = layer.T if transpose else layer
-    return tensors
-
-
-def write_model(
-    directory: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    source: str | None,
-    shard_bytes: int = 5 * 2**30,
-    files: tuple[str, str] = ("config.json", STEM),
-) -> None:
-    """Write a model directory atomically, in process 0.
-
-    Args:
-      directory: target; an existing model there is replaced.
-      config: entries of config.json.
-      tensors: stored name → array.
-      source: directory of tokenizer and generation files to copy, or None.
-      shard_bytes: largest shard; several shards get an index.
-      files: names of the config, and of the file of tensors without its ending.
-    """
-    if jax.process_index() != 0:
-        return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    config_file, stem = files
-    fresh = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    for name in COMPANIONS:
-        if source is not None and (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, fresh / name)
-    (fresh / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _write_tensors(fresh, tensors, shard_bytes, stem)
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    fresh.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_tensors(
-    directory: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int, stem: str
-) -> None:
-    shards: list[dict[str, np.ndarray]] = [{}]
-    for name, array in tensors.items():
-        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = np.ascontiguousarray(array)
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        save_file(shards[0], directory / f"{stem}.safetensors", metadata)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file, metadata)
-        weight_map.update(dict.fromkeys(shard, file))
-    size = sum(array.nbytes for array in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    _index_path(directory, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> dict[str, Path]:

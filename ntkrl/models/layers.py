@@ -5,8 +5,6 @@ softmax to float32 (float64 kernels need float64 throughout) and its fused forms
 forward-mode derivative, which the kernels need.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Source: Touvron et al. 2307.09288, Grattafiori et al. 2407.21783; tensor names a
 transformers' LlamaForCausalLM.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Low-rank adapters (Hu et al. 2106.09685) and their directories, in the format of `peft`."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -15,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkrl import trees
-from ntkrl.models import hf_files
+from ntkrl.models import hf_export, hf_files
 from ntkrl.models.family import ConfigReader, Family
 from ntkrl.models.layers import Adapters
 from ntkrl.numerics import einsum
@@ -26,16 +24,43 @@ STEM = "adapter_model"
 PEFT_PREFIX = "base_model.model."
 LEAVES = ("lora_a", "lora_b")
 
-# entries of unsupported features, with the value that disables them
-DISABLED: dict[str, Any] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
+# entries of adapter_config.json that change the adapters' arithmetic, with the values under which
+# they change nothing. Some initialisations (PiSSA, OLoRA, CorDA, LoftQ) change the base's weights
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "use_dora": (False,),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None,),
 }
+# entries that are read, or that do not change the output of trained adapters. `target_modules`
+# repeats the tensors' names; A is stored [r, in] and B [out, r] whatever `fan_in_fan_out` says
+WITHOUT_EFFECT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+)
+EMPTY: tuple[Any, ...] = (None, False, {}, [])
+"""Values of an entry of any other name that turn it off."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,15 +163,19 @@ def read_config(directory: Path) -> tuple[dict[str, Any], str | None]:
     """Read adapter_config.json: the entries, and the base model's directory or name.
 
     Raises:
-      ValueError: unsupported features, all of them in one message.
+      ValueError: not a JSON object, or features that are unsupported or unknown, all of them in
+        one message.
     """
     raw = hf_files.read_json(directory / CONFIG_FILE)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{directory / CONFIG_FILE} must hold a JSON object.")
     reader = ConfigReader(raw)
-    for name, disabled in DISABLED.items():
-        if disabled is None and name in raw and raw[name] not in (None, []):
-            reader.problems.append(f"{name} {raw[name]!r} is not supported")
-        elif disabled is not None:
-            reader.fixed(name, disabled)
+    for name in sorted(set(raw) - set(WITHOUT_EFFECT)):
+        allowed = PLAIN[name] if name in PLAIN else EMPTY
+        # 1 == True in Python, and 0 == False
+        if not any(raw[name] == value and type(raw[name]) is type(value) for value in allowed):
+            options = ", ".join(repr(value) for value in allowed)
+            reader.problems.append(f"{name} {raw[name]!r} is not supported, only {options}")
     reader.finish("LoRA adapter (adapter_config.json)")
     return raw, raw["base_model_name_or_path"] if "base_model_name_or_path" in raw else None
 
@@ -185,10 +214,11 @@ def adapter_files(
       base: directory or name of the base model.
     """
     rows = adapter_family(family, adapters).weights
-    tensors = hf_files.gather_tensors(rows, trees.named_leaves(params))
+    tensors = hf_export.gather_tensors(rows, trees.named_leaves(params))
     known = modules(family)
     config = {
-        **DISABLED,
+        "peft_type": "LORA",
+        "bias": "none",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": adapters.rank,

@@ -1,7 +1,5 @@
 """Policies of known architectures: built with new params, described by shapes, and changed."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

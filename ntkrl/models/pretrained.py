@@ -3,8 +3,6 @@
 Each process reads the blocks of its own devices from the files, and no more.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkrl import trees
-from ntkrl.models import hf_files
+from ntkrl.models import hf_export, hf_files
 from ntkrl.models import lora as lora_files
 from ntkrl.models.families import FAMILIES, family_of
 from ntkrl.models.family import Family
 from ntkrl.models.layers import Adapters
+from ntkrl.models.model_card import Training, write_card
 from ntkrl.models.policy import DEFAULTS, ModelOptions, make_policy, untied, unwhitened
 from ntkrl.types import Array, Params, Policy
 
@@ -48,9 +47,11 @@ def load(
     Raises:
       ValueError: anything missing, misshapen or unknown, all of it in one message.
     """
-    directory, adapter_directory = _directories(path, base)
+    name, adapter_directory = _base_name(path, base)
+    directory = hf_files.local_directory(name)
     raw = hf_files.read_config(directory)
     family = family_of(raw, directory)
+    raw = hf_files.resolve_tied_head(directory, family, raw)
     adapters: Adapters | None = None
     if adapter_directory is not None:
         if options.lora is not None:
@@ -60,7 +61,7 @@ def load(
         adapters = lora_files.stored_adapters(adapter_directory, family)
     elif options.lora is not None:
         adapters = options.lora.adapters(family)
-    config = dataclasses.replace(family.parse(raw), adapters=adapters)
+    config = dataclasses.replace(family.parse(raw), adapters=adapters, name=str(name))
     policy, shapes = make_policy(family, config, dtype, options, mesh, str(directory))
     leaves = trees.named_leaves(shapes)
     added = {name: leaf for name, leaf in leaves.items() if lora_files.is_adapter(name)}
@@ -85,7 +86,8 @@ def check(path: str | Path) -> int:
       ValueError: no directory, no or bad config.json, unknown architecture, tensors that are
         missing, misshapen or of other dtypes.
     """
-    directory, adapter_directory = _directories(path, None)
+    name, adapter_directory = _base_name(path, None)
+    directory = hf_files.local_directory(name)
     raw = hf_files.read_config(directory)
     family = family_of(raw, directory)
     policy, shapes = make_policy(family, family.parse(raw), jnp.float32)
@@ -98,24 +100,25 @@ def check(path: str | Path) -> int:
 
 def tokenizer_directory(path: str | Path) -> str:
     """Return the directory of a model's tokenizer: the adapter's if it has one, or its base's."""
-    directory, adapter_directory = _directories(path, None)
+    name, adapter_directory = _base_name(path, None)
+    directory = hf_files.local_directory(name)
     if adapter_directory is None or not (adapter_directory / "tokenizer_config.json").is_file():
         return str(directory)
     return str(adapter_directory)
 
 
-def _directories(path: str | Path, base: str | Path | None) -> tuple[Path, Path | None]:
-    """Return the model's directory and the adapter's, if the path is one."""
+def _base_name(path: str | Path, base: str | Path | None) -> tuple[str | Path, Path | None]:
+    """Return the model's directory or hub name as given, and the adapter's directory or None."""
     directory = hf_files.local_directory(path)
     if not (directory / lora_files.CONFIG_FILE).is_file():
         if base is not None:
             raise ValueError(f"base is for adapter directories; {path} has no adapter_config.json.")
-        return directory, None
+        return path, None
     if base is None:
         base = lora_files.read_config(directory)[1]
     if base is None:
         raise ValueError(f"{directory} names no base model; give it as base.")
-    return hf_files.local_directory(base), directory
+    return base, directory
 
 
 def read_params(
@@ -155,7 +158,13 @@ def read_params(
     return {name: read_leaf(name, leaf) for name, leaf in shapes.items()}
 
 
-def export(path: str | Path, policy: Policy, params: Params, source: str | None = None) -> None:
+def export(
+    path: str | Path,
+    policy: Policy,
+    params: Params,
+    source: str | None = None,
+    training: Training | None = None,
+) -> None:
     """Write a full Hugging Face directory that transformers loads; adapters are merged.
 
     Args:
@@ -163,10 +172,14 @@ def export(path: str | Path, policy: Policy, params: Params, source: str | None 
       policy: as returned by `load` or `build`.
       params: the params tree, stored in its own dtype.
       source: directory of tokenizer files to copy; None for `policy.source`.
+      training: facts for the model card.
     """
     tensors = stored_tensors(policy, params)
     raw = _family_of(policy).config_json(policy.config, jax.tree.leaves(params)[0].dtype)
-    hf_files.write_model(Path(path), raw, tensors, policy.source if source is None else source)
+    card = write_card(policy.config.name, policy.source, training)
+    source = policy.source if source is None else source
+    companions = hf_export.Companions(source, policy.source, card)
+    hf_export.write_model(Path(path), raw, tensors, companions)
 
 
 def stored_tensors(policy: Policy, params: Params) -> dict[str, np.ndarray]:
@@ -175,36 +188,37 @@ def stored_tensors(policy: Policy, params: Params) -> dict[str, np.ndarray]:
     adapters: Adapters | None = policy.config.adapters
     if adapters is not None:
         params = lora_files.merged(params, adapters)
-    return hf_files.gather_tensors(family.weights, trees.named_leaves(params))
+    return hf_export.gather_tensors(family.weights, trees.named_leaves(params))
 
 
 def export_adapter(
     path: str | Path,
     policy: Policy,
     params: Params,
-    base: str | None = None,
     source: str | None = None,
+    training: Training | None = None,
 ) -> None:
-    """Write the adapters alone as a PEFT directory.
+    """Write the adapters alone as a PEFT directory, which names the base as it was given to `load`.
 
     Args:
       path: directory, written atomically.
       policy, params: of a model loaded with new adapters or from an adapter directory.
-      base: directory or hub name of the base model to record; None for `policy.source`.
       source: directory of tokenizer files to copy; None for none.
+      training: facts for the model card.
 
     Raises:
       ValueError: a model without adapters.
     """
-    family = _family_of(policy)
-    if policy.config.adapters is None:
+    family, config = _family_of(policy), policy.config
+    if config.adapters is None:
         raise ValueError(
             "the model has no adapters; load it with models.ModelOptions(lora=models.Lora(…))."
         )
-    base = policy.source if base is None else base
-    tensors, raw = lora_files.adapter_files(family, policy.config.adapters, params, base)
+    tensors, raw = lora_files.adapter_files(family, config.adapters, params, config.name)
     files = (lora_files.CONFIG_FILE, lora_files.STEM)
-    hf_files.write_model(Path(path), raw, tensors, source, files=files)
+    card = write_card(config.name, policy.source, training, library="peft")
+    companions = hf_export.Companions(source, card=card)
+    hf_export.write_model(Path(path), raw, tensors, companions, files=files)
 
 
 def _family_of(policy: Policy) -> Family:

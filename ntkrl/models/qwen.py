@@ -4,8 +4,6 @@ Source: Yang et al. 2407.10671, 2505.09388; tensor names and arithmetic as in tr
 Qwen2ForCausalLM and Qwen3ForCausalLM.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

@@ -11,8 +11,6 @@ T removes the effect of verbosity from each attribute. Source: Wang et al. 2406.
 RLHFlow/ArmoRM-Llama3-8B-v0.1.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +21,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkrl import trees
-from ntkrl.models import hf_files
+from ntkrl.models import hf_export, hf_files
 from ntkrl.models.decoder import Config
 from ntkrl.models.families import FAMILIES, SCORERS, architecture_of
 from ntkrl.models.family import ConfigReader, Family
+from ntkrl.models.model_card import Training, write_card
 from ntkrl.models.policy import ModelOptions, init_params, make_policy
 from ntkrl.models.pretrained import read_params
 from ntkrl.numerics import einsum
@@ -120,20 +119,19 @@ def describe_scorer(
     raw: dict[str, Any],
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
-    compute_dtype: Any = None,
     source: str | Path = "config.json",
 ) -> tuple[Scorer, Params]:
     """Return the results of `load_scorer`, with shapes (jax.ShapeDtypeStruct) for arrays.
 
     Args:
       raw: config.json entries.
-      dtype, mesh, compute_dtype: as in `load_scorer`.
+      dtype, mesh: as in `load_scorer`.
       source: of the entries, for messages.
 
     Raises:
       ValueError: an unknown architecture or impossible entries.
     """
-    return _assemble(_spec(raw, dtype, source), dtype, mesh, compute_dtype, str(source))
+    return _assemble(_spec(raw, dtype, source), dtype, mesh, None, str(source))
 
 
 def check_scorer(path: str | Path) -> int:
@@ -154,16 +152,23 @@ def check_scorer(path: str | Path) -> int:
     return known[name].parse(raw).vocab_size
 
 
-def export_scorer(path: str | Path, scorer: Scorer, params: Params, source: str | None) -> None:
+def export_scorer(
+    path: str | Path,
+    scorer: Scorer,
+    params: Params,
+    source: str | None,
+    training: Training | None = None,
+) -> None:
     """Write a reward model as a sequence-classification directory that transformers loads.
 
     Args:
       path: directory, written atomically.
       scorer, params: as returned by `load_scorer` (of a classifier, not of ArmoRM).
       source: directory of tokenizer files to copy; None for none.
+      training: facts for the model card.
     """
     family = FAMILIES[scorer.config.architecture]
-    tensors = hf_files.gather_tensors(_with_heads(family).weights, trees.named_leaves(params))
+    tensors = hf_export.gather_tensors(_with_heads(family).weights, trees.named_leaves(params))
     raw = {
         **family.config_json(scorer.config, jax.tree.leaves(params)[0].dtype),
         "architectures": [family.scorer],
@@ -172,7 +177,10 @@ def export_scorer(path: str | Path, scorer: Scorer, params: Params, source: str 
         "pad_token_id": scorer.pad_id,
         "tie_word_embeddings": False,
     }
-    hf_files.write_model(Path(path), raw, tensors, source)
+    card = write_card(scorer.source, scorer.source, training)
+    hf_export.write_model(
+        Path(path), raw, tensors, hf_export.Companions(source, scorer.source, card)
+    )
 
 
 def write_new_scorer(path: str | Path, raw: dict[str, Any], key: Array, source: str | Path) -> None:
@@ -195,8 +203,8 @@ def write_new_scorer(path: str | Path, raw: dict[str, Any], key: Array, source: 
     for number, (name, leaf) in enumerate(trees.named_leaves(spec.heads).items()):
         draw = jax.random.normal(jax.random.fold_in(head_key, number), leaf.shape, leaf.dtype)
         leaves[name] = spec.config.initializer_range * draw
-    tensors = hf_files.gather_tensors(spec.family.weights, leaves)
-    hf_files.write_model(Path(path), raw, tensors, str(source))
+    tensors = hf_export.gather_tensors(spec.family.weights, leaves)
+    hf_export.write_model(Path(path), raw, tensors, hf_export.Companions(str(source)))
 
 
 def _spec(raw: dict[str, Any], dtype: Any, source: str | Path) -> RewardSpec:

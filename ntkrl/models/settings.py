@@ -1,7 +1,5 @@
 """The starting model of a run: the config's model section."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Contexts of a kernel: positions of sequences, checked, and grouped by sequence."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 

@@ -1,10 +1,8 @@
-"""Cotangents of a block of directions, taken backward through the features segment by segment.
+"""Cotangents of a block, taken backward through the features segment by segment.
 
 The features are replayed forward once and their intermediate values saved; going backward, the
 activations x and cotangents δ of every tapped operation are returned as GradientFactors.
 """
-
-from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl.jaxpr import Constant, is_inexact, scan_counts
-from ntkrl.ntk.gram import Block, cotangent
+from ntkrl.ntk.jacobian_gram import Block, cotangent
 from ntkrl.ntk.network import FeatureFunction
 from ntkrl.ntk.taps import ScanPlan, TapPlan, is_among
 from ntkrl.types import Array, Params
@@ -22,7 +20,7 @@ Values = dict[int, Array]
 
 
 class GradientFactors(NamedTuple):
-    """Gradients of a leaf for A directions of each of S sequences.
+    """Gradients of a leaf for A cotangents of each of S sequences.
 
     activations: x `[S, t, i]`, ids `[S, t]`, or None for gradients that are not factored.
     deltas: δ `[S, A, t, f]`, or the gradients `[S, A, *leaf]`.
@@ -32,7 +30,7 @@ class GradientFactors(NamedTuple):
     deltas: Array
 
 
-class ProbeCotangents:
+class BlockCotangents:
     """Values saved in the forward pass of a block, and cotangents in the backward pass."""
 
     def __init__(self, plan: TapPlan, features: FeatureFunction, params: Params, block: Block):
@@ -55,13 +53,13 @@ class ProbeCotangents:
         (output,) = self.traced.output_slots
         phi = state[output]
 
-        def start(positions: Array, vectors: Array | None) -> Array:
+        def start(positions: Array, cotangents: Array | None) -> Array:
             indices, length = block.first + jnp.arange(block.size), phi.shape[2]
-            c_ATD = jax.vmap(lambda a: cotangent(positions, vectors, a, side, length))(indices)
+            c_ATD = jax.vmap(lambda a: cotangent(positions, cotangents, a, side, length))(indices)
             return c_ATD.astype(phi.dtype).reshape(block.size, *phi.shape[1:])
 
-        starts = jax.vmap(start)(side.positions, side.vectors)
-        self.cotangents = {output: features.shard_directions(starts)}
+        starts = jax.vmap(start)(side.positions, side.cotangents)
+        self.cotangents = {output: features.shard_cotangents(starts)}
 
     def is_scan(self, number: int) -> bool:
         """Test whether a segment is a scan over layers."""
@@ -173,7 +171,7 @@ class ProbeCotangents:
 class ScanCotangents:
     """The backward pass of a block through a scan over layers; keys are operand numbers."""
 
-    def __init__(self, block: ProbeCotangents, number: int):
+    def __init__(self, block: BlockCotangents, number: int):
         self.block, self.plan = block, block.scan(number)
         self.operation = block.traced.operations[block.segments[number][0]]
         self.first_carry, carried = scan_counts(self.operation)

@@ -1,7 +1,7 @@
 """Cost estimates of the algorithms for Γ, and the choice between them.
 
 With F the FLOPs of one forward pass over a sequence, P the parameters that features depend on, A
-and B directions of the two sides, S their sequences, t and f a tapped product's positions and
+and B cotangents of the two sides, S their sequences, t and f a tapped product's positions and
 outputs:
 
     jvp_vjp     B (2 F + 2 F S_o)                        chunk (P + S_o layer)
@@ -14,15 +14,13 @@ FLOPs are those of matrix products; memory agrees with the compiler's count with
 three (tested).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 from ntkrl.jaxpr import flops, value_counts
-from ntkrl.ntk.gram import GramInputs
+from ntkrl.ntk.jacobian_gram import GramInputs
 from ntkrl.ntk.network import FeatureFunction, Leaves
 from ntkrl.ntk.parts import Weights
 from ntkrl.ntk.taps import TapPlan, plan_taps
@@ -36,7 +34,7 @@ class Estimate:
     """Predicted cost of a computation by one algorithm.
 
     algorithm: its name.
-    chunk: directions or samples computed at a time.
+    chunk: cotangents or samples computed at a time.
     flops: FLOPs of matrix products.
     bytes: working memory beyond the params, results included, of all devices together.
     output_bytes: memory of the result.
@@ -55,7 +53,7 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"{self.algorithm}, {self.chunk} directions at a time: {self.flops:.2e} FLOPs, "
+            f"{self.algorithm}, {self.chunk} cotangents at a time: {self.flops:.2e} FLOPs, "
             f"{self.bytes / GIB:.3g} GiB ({self.output_bytes / GIB:.3g} GiB of it the result)"
         )
 
@@ -92,7 +90,7 @@ class _NetworkCounts(NamedTuple):
 
     @property
     def tapped(self) -> int:
-        """Numbers in memory per direction: all δ, and the one that is being contracted."""
+        """Numbers in memory per cotangent: all δ, and the one that is being contracted."""
         sizes = [t * f for t, f, _ in self.taps]
         return sum(sizes) + max(sizes, default=0)
 
@@ -131,7 +129,7 @@ def estimate_algorithms(
       features: the features as a function of the used leaves.
       inputs: the Γ to compute.
       budget: bytes that the working memory should stay below.
-      chunk: directions at a time; None for as many as the budget allows.
+      chunk: cotangents at a time; None for as many as the budget allows.
     """
     leaves, symmetric = features.leaves(inputs.params), inputs.updated is None
     observed, updated, weights = inputs.observed, inputs.columns, inputs.weights
@@ -144,7 +142,7 @@ def estimate_algorithms(
     a, b = (side.sequences * side.per_sequence for side in (observed, updated))
     item = max(leaf.dtype.itemsize for leaf in leaves)
     output = a * b * max(item, 4)
-    per_direction = {
+    per_cotangent = {
         "jvp_vjp": counts.params + observed.sequences * counts.layer,
         "jacobian": counts.params + counts.layer,
         "layerwise": counts.tapped + counts.direct,
@@ -161,9 +159,9 @@ def estimate_algorithms(
         if name == "layerwise" and not layerwise:
             continue
         available = (budget - output - item * fixed[name]) // item
-        single_block = symmetric and a * per_direction[name] <= available
+        single_block = symmetric and a * per_cotangent[name] <= available
         sides = 1 if single_block or name == "jvp_vjp" else 2
-        largest = max(1, min(max(a, b), available // max(1, sides * per_direction[name])))
+        largest = max(1, min(max(a, b), available // max(1, sides * per_cotangent[name])))
         size = largest if chunk is None else min(chunk, max(a, b))
         if size < a and name != "jvp_vjp":
             sides = 2
@@ -174,7 +172,7 @@ def estimate_algorithms(
             "layerwise": (a * -(-b // size) + b * blocks) * counts.forward + mixing + inner,
         }[name]
         halved = work / 2 if symmetric and name != "jvp_vjp" else work
-        memory = output + item * (fixed[name] + size * sides * per_direction[name])
+        memory = output + item * (fixed[name] + size * sides * per_cotangent[name])
         estimates[name] = Estimate(name, int(size), float(halved), int(memory), int(output))
     return estimates
 

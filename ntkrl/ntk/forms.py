@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ntkrl import trees
 from ntkrl.ntk.contexts import Contexts, features_at
-from ntkrl.ntk.gram import add_axis
+from ntkrl.ntk.jacobian_gram import add_axis
 from ntkrl.ntk.network import FeatureFunction, Network
 from ntkrl.ntk.parts import Roles, Weights, scale_leaves, used_weights
 from ntkrl.numerics import at_least_float32, einsum
@@ -191,9 +191,9 @@ def body_apply(
     directions = []
     if roles.body or roles.output_input:
         phi_NTD, pull = features.vjp_fn(params, updated.tokens, updated.mask)
-        vectors_UD = feature_cotangents(features.network, params, right, cotangents)
-        vectors_UD = vectors_UD.astype(phi_NTD.dtype)
-        placed_NTD = jnp.zeros_like(phi_NTD).at[updated.rows, updated.positions].add(vectors_UD)
+        cotangents_UD = feature_cotangents(features.network, params, right, cotangents)
+        cotangents_UD = cotangents_UD.astype(phi_NTD.dtype)
+        placed_NTD = jnp.zeros_like(phi_NTD).at[updated.rows, updated.positions].add(cotangents_UD)
         gradient = scale_leaves(pull(placed_NTD), used_weights(weights, features.used))
         if roles.body:
             directions.append(gradient)
@@ -228,7 +228,7 @@ def body_dense(
 ) -> Array:
     """Write out D_o W M Wᵀ D_u at rows and columns from Γ `[O, A, U, B]`.
 
-    The directions of a side are the D unit vectors, or the rows of W where those are fewer.
+    The cotangents of a side are the D unit vectors, or the rows of W where those are fewer.
     """
     weight_VD = at_least_float32(network.weight(operands.params))
     width = weight_VD.shape[1]
@@ -272,13 +272,13 @@ def cross_bilinear(
     tied: FeatureFunction, operands: Operands, left_OV: Array, right_UV: Array
 ) -> Array:
     """Return left_oᵀ J_out(o) J_in(u)ᵀ right_u `[O, U]`; `tied` has the tied matrix alone."""
-    vectors_UD = feature_cotangents(tied.network, operands.params, operands.right, right_UV)
+    cotangents_UD = feature_cotangents(tied.network, operands.params, operands.right, right_UV)
     scaled_OV = left_OV * operands.left.slopes
 
     def reduce(moved_VO: Array, index: Array) -> Array:
         return einsum("ov,vo->o", scaled_OV, moved_VO)
 
-    return _map_output_changes(tied, operands, vectors_UD[:, None], reduce)[:, 0].T
+    return _map_output_changes(tied, operands, cotangents_UD[:, None], reduce)[:, 0].T
 
 
 @functools.partial(jax.jit, static_argnames=("tied",))
@@ -287,8 +287,10 @@ def cross_dense(tied: FeatureFunction, operands: Operands, rows: Array, columns:
     weight_CD = at_least_float32(tied.network.weight(operands.params))[columns]
     few = columns.shape[0] < weight_CD.shape[1]
     count = operands.updated.positions.shape[0]
-    vectors = jnp.broadcast_to(weight_CD[None], (count, *weight_CD.shape)) if few else None
-    changes = _map_output_changes(tied, operands, vectors, lambda moved_VO, index: moved_VO[rows])
+    cotangents = jnp.broadcast_to(weight_CD[None], (count, *weight_CD.shape)) if few else None
+    changes = _map_output_changes(
+        tied, operands, cotangents, lambda moved_VO, index: moved_VO[rows]
+    )
     if not few:
         changes = einsum("uero,ce->ucro", changes, weight_CD)
     return _between_slopes(operands, jnp.transpose(changes, (3, 0, 2, 1)), rows, columns)
@@ -310,19 +312,19 @@ def cross_diagonal(tied: FeatureFunction, operands: Operands) -> Array:
 def _map_output_changes(
     tied: FeatureFunction,
     operands: Operands,
-    vectors: Array | None,
+    cotangents: Array | None,
     reduce: Callable[[Array, Array], Array],
     summed: bool = False,
 ) -> Array:
-    """Map directions of updated features to the tied matrix, and on to the observed logits.
+    """Map cotangents of updated features to the tied matrix, and on to the observed logits.
 
     Args:
       tied: the features as a function of the tied matrix alone.
       operands: the two sides.
-      vectors: `[U, B, D]`; None for the D unit vectors.
+      cotangents: `[U, B, D]`; None for the D unit vectors.
       reduce: applied to `[V, O]`, the change of the logits at every observed context before
-        slopes, and the index of the direction.
-      summed: sum the results over the B directions.
+        slopes, and the index of the cotangent.
+      summed: sum the results over the B cotangents.
 
     Returns:
       `[U, B, …]`, or `[U, …]` when summed.
@@ -331,26 +333,26 @@ def _map_output_changes(
     weight, width = operands.head.weight, phi_OD.shape[1]
 
     def context(arrays: tuple[Any, Array, Array, Array | None]) -> Array:
-        tokens, mask, position, vectors_BD = arrays
+        tokens, mask, position, cotangents_BD = arrays
         phi, pull = tied.vjp_fn(params, add_axis(tokens), mask[None])
 
-        def direction(index: Array) -> Array:
-            vector_D = (
-                jnp.zeros(width).at[index].set(1) if vectors_BD is None else vectors_BD[index]
+        def change(index: Array) -> Array:
+            cotangent_D = (
+                jnp.zeros(width).at[index].set(1) if cotangents_BD is None else cotangents_BD[index]
             )
-            leaves = pull(jnp.zeros_like(phi).at[0, position].set(vector_D.astype(phi.dtype)))
+            leaves = pull(jnp.zeros_like(phi).at[0, position].set(cotangent_D.astype(phi.dtype)))
             moved_VD = at_least_float32(tied.head_matrix(leaves))
             moved_VD = moved_VD if weight is None else moved_VD * weight
             return reduce(einsum("vd,od->vo", moved_VD, phi_OD), index)
 
-        count = width if vectors_BD is None else vectors_BD.shape[0]
+        count = width if cotangents_BD is None else cotangents_BD.shape[0]
         if not summed:
-            return jax.lax.map(direction, jnp.arange(count))
-        shape = jax.eval_shape(direction, jnp.zeros((), int))
+            return jax.lax.map(change, jnp.arange(count))
+        shape = jax.eval_shape(change, jnp.zeros((), int))
         return jax.lax.fori_loop(
-            0, count, lambda i, total: total + direction(i), jnp.zeros(shape.shape, shape.dtype)
+            0, count, lambda i, total: total + change(i), jnp.zeros(shape.shape, shape.dtype)
         )
 
     data = (updated.tokens, updated.mask)
     tokens, mask = jax.tree.map(lambda leaf: leaf[updated.rows], data)
-    return jax.lax.map(context, (tokens, mask, updated.positions, vectors))
+    return jax.lax.map(context, (tokens, mask, updated.positions, cotangents))

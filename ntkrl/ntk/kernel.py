@@ -7,7 +7,7 @@ Additive over any partition of θ (see parts.py). With φ the features, W the he
     cross  the products of a tied head's two roles
     full   their sum
 
-A product with K is one VJP and one JVP of the features; M needs D directions per context, not V.
+A product with K is one VJP and one JVP of the features; M needs D cotangents per context, not V.
 
 >>> kernel = ntk.kernel(policy, params, ntk.last_positions(tokens))
 >>> kernel.trace("head").shape  # [O, U]
@@ -17,8 +17,6 @@ A product with K is one VJP and one JVP of the features; M needs D directions pe
 >>> print(kernel.estimate().algorithm)  # of body(), before it runs
 layerwise
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
@@ -77,7 +75,7 @@ class Kernel:
 
         Args:
           part: "body", "input" or a group (its parameters in the features' role).
-          chunk: directions computed at a time; None for as many as memory allows.
+          chunk: cotangents computed at a time; None for as many as memory allows.
 
         Returns:
           `[O, U, D, D]`.
@@ -87,7 +85,7 @@ class Kernel:
         """
         shape = self._shape(self.problem.feature_size, self.problem.feature_size)
         self.problem.check_size(shape, "body()", "bilinear(), apply() or fewer contexts")
-        gram = self.problem.gram(self.problem.gram_inputs(part), chunk)
+        gram = self.problem.jacobian_gram(self.problem.gram_inputs(part), chunk)
         return jnp.swapaxes(gram, 1, 2)
 
     def dense(
@@ -111,8 +109,8 @@ class Kernel:
             memory budget.
         """
         problem = self.problem
-        rows_R = vocabulary_indices(rows, problem.vocab_size, "rows")
-        columns_C = vocabulary_indices(columns, problem.vocab_size, "columns")
+        rows_R = _vocabulary_indices(rows, problem.vocab_size, "rows")
+        columns_C = _vocabulary_indices(columns, problem.vocab_size, "columns")
         shape = self._shape(rows_R.shape[0], columns_C.shape[0])
         problem.check_size(shape, "dense()", "dense(rows=…, columns=…), ntk.factored() or apply()")
         roles, operands = problem.operands(part)
@@ -124,7 +122,7 @@ class Kernel:
         if roles.body:
             left = self._head_rows(rows_R, problem.observed.count)
             right = self._head_rows(columns_C, problem.updated.count)
-            gram = problem.gram(problem.gram_inputs(part, left, right), None)
+            gram = problem.jacobian_gram(problem.gram_inputs(part, left, right), None)
             blocks.append(forms.body_dense(problem.network, operands, gram, rows_R, columns_C))
         if roles.output_input:
             tied = problem.features.of_head()
@@ -175,11 +173,11 @@ class Kernel:
           right: `[U, V]`.
           part: a part or group.
           by: "context", or "sequence" for Σ over the contexts of each pair of sequences, at one
-            direction per sequence.
-          chunk: directions computed at a time; None for as many as memory allows.
+            cotangent per sequence.
+          chunk: cotangents computed at a time; None for as many as memory allows.
 
         Returns:
-          `[O, U]`, or `[N_o, N_u]` for the sequences that have contexts, in the order of rows.
+          `[O, U]`, or `[S_o, S_u]` for the sequences that have contexts, in the order of rows.
 
         Raises:
           ValueError: unknown part or `by`, or wrong shapes.
@@ -212,7 +210,7 @@ class Kernel:
                     :, None
                 ]
             inputs = problem.gram_inputs(part, left_OBD, right_UBD, summed)
-            gram = problem.gram(inputs, chunk)
+            gram = problem.jacobian_gram(inputs, chunk)
             products.append(gram if summed else gram[:, 0, :, 0])
         if products:
             return functools.reduce(jnp.add, products)
@@ -275,7 +273,7 @@ class Kernel:
         return functools.reduce(jnp.add, arrays) if arrays else jnp.zeros(shape, self.problem.dtype)
 
     def _head_rows(self, chosen: Array, count: int) -> Array | None:
-        """Return rows of W as directions of every context; None where unit vectors are fewer."""
+        """Return rows of W as cotangents of every context; None where unit vectors are fewer."""
         weight_VD = at_least_float32(self.problem.network.weight(self.problem.params))
         width = weight_VD.shape[1]
         if chosen.shape[0] >= width:
@@ -283,7 +281,7 @@ class Kernel:
         return jnp.broadcast_to(weight_VD[chosen], (count, *chosen.shape, width))
 
 
-def vocabulary_indices(chosen: Sequence[int] | Array | None, vocab: int, name: str) -> Array:
+def _vocabulary_indices(chosen: Sequence[int] | Array | None, vocab: int, name: str) -> Array:
     """Return token ids as an array; None for all.
 
     Raises:

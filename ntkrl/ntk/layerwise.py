@@ -6,8 +6,6 @@ they are contracted. VJPs alone are needed, the gradient of a matrix is never fo
 does not grow with the number of layers.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.ntk.cotangents import GradientFactors, ProbeCotangents, ScanCotangents
-from ntkrl.ntk.gram import Block, GramInputs, by_blocks, fill_symmetric
+from ntkrl.ntk.cotangents import BlockCotangents, GradientFactors, ScanCotangents
+from ntkrl.ntk.jacobian_gram import Block, GramInputs, by_blocks, fill_symmetric
 from ntkrl.ntk.network import FeatureFunction
 from ntkrl.ntk.taps import plan_taps
 from ntkrl.numerics import HIGHEST, einsum
@@ -29,7 +27,7 @@ Pairs = tuple[np.ndarray, np.ndarray]
 
 @functools.partial(jax.jit, static_argnames=("features", "chunk"))
 def layerwise(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Array:
-    """Compute Γ layer by layer, `chunk` directions of each side at a time.
+    """Compute Γ layer by layer, `chunk` cotangents of each side at a time.
 
     Weights of tapped leaves must be one number per leaf, or per layer of a stacked leaf.
 
@@ -44,9 +42,9 @@ def layerwise(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Arra
     by_leaf = {} if weights is None else dict(enumerate(weights))
 
     def pair(left: Block, right: Block | None) -> Array:
-        sides = [ProbeCotangents(plan_o, features, params, left)]
+        sides = [BlockCotangents(plan_o, features, params, left)]
         if right is not None:
-            sides.append(ProbeCotangents(plan_u, features, params, right))
+            sides.append(BlockCotangents(plan_u, features, params, right))
         observed, updated = left.side.sequences, None if right is None else right.side.sequences
         pairs = _sequence_pairs(observed, updated)
         terms = []
@@ -64,7 +62,7 @@ def layerwise(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Arra
 
 
 def _backward_scan(
-    sides: list[ProbeCotangents], number: int, pairs: Pairs, weights: dict[int, Array]
+    sides: list[BlockCotangents], number: int, pairs: Pairs, weights: dict[int, Array]
 ) -> Array:
     """Go back through a scan over layers on both sides, contracting layer by layer."""
     scans = [ScanCotangents(side, number) for side in sides]
@@ -169,6 +167,7 @@ def _concatenate(
 def _tapped_product(
     activations: tuple[Array, Array], deltas: tuple[Array, Array], i: Array, j: Array
 ) -> Array:
+    """Return `[A, B]`: A gradients of sequence i, T positions, by B of sequence j, S positions."""
     x_TI, x_SI = activations[0][i], activations[1][j]
     left_ATF, right_BSF = deltas[0][i], deltas[1][j]
     wide = jnp.promote_types(left_ATF.dtype, jnp.float32)
@@ -176,7 +175,7 @@ def _tapped_product(
         gram_ST = (x_SI[:, None] == x_TI[None, :]).astype(wide)
     else:
         gram_ST = einsum("si,ti->st", x_SI, x_TI, preferred_element_type=wide)
-    # a small product per direction: for a single large one, its operands would be transposed
+    # a small product per cotangent: for a single large one, its operands would be transposed
     gram_AST = jnp.broadcast_to(gram_ST[None], (left_ATF.shape[0], *gram_ST.shape))
     mixed_ASF = jnp.matmul(gram_AST, left_ATF.astype(wide), precision=HIGHEST)
     right_BSF = right_BSF.astype(wide)

@@ -4,8 +4,6 @@
 any partition of the parameters; u may be a gradient step or the update of any optimizer.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -133,7 +131,7 @@ def score_gram(
       **options: `part` and `chunk` of `Kernel.bilinear`; those of `ntk.kernel`.
 
     Returns:
-      `[O, O]`, or `[N', N']` for the N' rows that have contexts, in their order.
+      `[O, O]`, or `[S, S]` for the S sequences that have contexts, in the order of rows.
 
     Raises:
       ValueError: targets or weights that do not fit, and the errors of `ntk.kernel`.

@@ -172,8 +172,8 @@ class FeatureFunction:
         pairs = zip(leaves, self.shardings, strict=True)
         return [jax.lax.with_sharding_constraint(leaf, sharding) for leaf, sharding in pairs]
 
-    def shard_directions(self, cotangents: Array) -> Array:
-        """Shard directions `[S, A, …]` over all devices of the params' mesh."""
+    def shard_cotangents(self, cotangents: Array) -> Array:
+        """Shard `[S, A, …]` over all devices of the params' mesh."""
         if self.shardings is None:
             return cotangents
         mesh = self.shardings[0].mesh
@@ -340,7 +340,7 @@ def _finite(leaves: tuple[Array, ...]) -> list[Array]:
     return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
-def shorten(values: Sequence[Any] | np.ndarray, limit: int = 8) -> str:
+def shorten(values: Sequence[Any] | np.ndarray) -> str:
     """Format the first values of a list, and how many more there are."""
-    text = ", ".join(map(str, values[:limit]))
-    return text if len(values) <= limit else f"{text} and {len(values) - limit} more"
+    text = ", ".join(map(str, values[:8]))
+    return text if len(values) <= 8 else f"{text} and {len(values) - 8} more"

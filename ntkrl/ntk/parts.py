@@ -12,8 +12,6 @@ be tied to the embedding (J_out its output role, J_in its input role):
 A named group is a set of parameters in all their roles, so the groups of a list add up to full.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

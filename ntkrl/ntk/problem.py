@@ -1,7 +1,5 @@
 """The checked inputs of a kernel, its parts as arrays, and Γ by the chosen algorithm."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -14,7 +12,7 @@ from ntkrl.ntk import parts
 from ntkrl.ntk.contexts import Contexts, GroupedContexts, group_by_sequence
 from ntkrl.ntk.estimates import ALGORITHMS, Estimate, choose, estimate_algorithms
 from ntkrl.ntk.forms import HeadInputs, Operands, head_inputs, head_weights
-from ntkrl.ntk.gram import GramInputs, arrange, jacobian, jvp_vjp
+from ntkrl.ntk.jacobian_gram import GramInputs, arrange, jacobian, jvp_vjp
 from ntkrl.ntk.layerwise import layerwise
 from ntkrl.ntk.network import FeatureFunction, Network
 from ntkrl.numerics import GIB
@@ -30,8 +28,7 @@ class KernelOptions:
         layer (`layers/3/mlp/up/kernel`) or for all layers at once (`layers/mlp/up/kernel`).
     precondition: tree like params, the diagonal P of J P Jᵀ (for Adam 1 / (√ν + ε)).
     algorithm: contraction of the feature Jacobians: "jvp_vjp", "jacobian" or "layerwise"; "auto"
-        for the cheapest of them by their estimates; "dense" for the brute-force oracle, V
-        Jacobian rows per context.
+        for the cheapest of them by their estimates.
     forward_mode: False for networks without forward-mode derivatives (fused attention): every JVP
         becomes a VJP of a VJP.
     memory_gib: memory a call may use beyond the params (GiB, all devices together); chunks are
@@ -45,8 +42,8 @@ class KernelOptions:
     memory_gib: float = 8.0
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ("auto", *ALGORITHMS, "dense"):
-            known = ", ".join(("auto", *ALGORITHMS, "dense"))
+        if self.algorithm not in ("auto", *ALGORITHMS):
+            known = ", ".join(("auto", *ALGORITHMS))
             raise ValueError(f"algorithm {self.algorithm!r} is unknown; known are {known}.")
         if not self.memory_gib > 0:
             raise ValueError(f"memory_gib must be positive, not {self.memory_gib}.")
@@ -143,11 +140,11 @@ class Problem:
     def gram_inputs(
         self, part: str, left: Array | None = None, right: Array | None = None, summed: bool = False
     ) -> GramInputs:
-        """Return the inputs of Γ for directions `[O, B, D]` and `[U, B, D]`.
+        """Return the inputs of Γ for feature cotangents `[O, B, D]` and `[U, B, D]`.
 
         Args:
           part: a part or group.
-          left, right: directions; None for unit vectors, the same object for a symmetric Γ.
+          left, right: cotangents; None for unit vectors, the same object for a symmetric Γ.
           summed: sum over the contexts of each sequence.
         """
         observed = arrange(self._grouped[0], left, self.feature_size, summed)
@@ -171,8 +168,8 @@ class Problem:
         """Return the Estimate of the chosen algorithm."""
         return choose(self.estimates(inputs, chunk), self.options.algorithm, self.budget)
 
-    def gram(self, inputs: GramInputs, chunk: int | None) -> Array:
-        """Return Γ: `[O, B_o, U, B_u]`, or `[N_o, N_u]` of summed directions."""
+    def jacobian_gram(self, inputs: GramInputs, chunk: int | None) -> Array:
+        """Return Γ: `[O, B_o, U, B_u]`, or `[S_o, S_u]` of summed cotangents."""
         estimate = self.estimate(inputs, chunk)
         if estimate.algorithm == "jvp_vjp":
             flat = jvp_vjp(self.features, inputs, estimate.chunk, self.options.forward_mode)

@@ -5,8 +5,6 @@ of W the matrix is H ⊗ I, so each eigenvalue of H has multiplicity V − D the
 problem of O·D numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

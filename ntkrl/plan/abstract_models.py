@@ -1,7 +1,5 @@
 """Networks as placed shapes: policies, reward models and a kernel, with no array allocated."""
 
-from __future__ import annotations
-
 import importlib.resources
 import json
 import math

@@ -1,7 +1,5 @@
 """A config on a mesh: its compiled programs, verdicts with advice, and settings to search."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -117,7 +115,6 @@ class Candidate:
 class SpecialTokens(NamedTuple):
     """The part of a tokenizer that a sampler uses."""
 
-    eos_token_id: int = 0
     pad_token_id: int = 0
 
 
@@ -132,7 +129,9 @@ def abstract_run(settings: RunSettings, machine: Machine) -> AbstractRun:
     mesh = settings.make_mesh(machine.devices)
     policy, params = abstract_models.describe_policy(settings.model, mesh)
     scorers = abstract_models.describe_rewards(settings, mesh)
-    return AbstractRun(settings, StartingModel(policy, params, SpecialTokens(), "", mesh), scorers)
+    return AbstractRun(
+        settings, StartingModel(policy, params, SpecialTokens(), "", (0,), mesh), scorers
+    )
 
 
 def compile_candidate(

@@ -4,8 +4,6 @@ A TPU that is not attached is described to its own compiler (libtpu, extra `tpu-
 virtual devices, and `gpu` are those of this machine.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """Compile a program for a machine and read its memory and cost off the result."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import time

@@ -1,7 +1,5 @@
 """Text of `ntkrl plan`: programs and stages, candidates of a search, and the Markdown table."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """`ntkrl plan`: compile a config for a machine, search meshes, or write the checked-in table."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -10,8 +10,6 @@ Writes to the run directory:
     summary.json          numbers of rows read, left out, swapped and written; written last
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -6,8 +6,6 @@ or a list of messages, and a response is text, its message, or the complete conv
 with it. Splits are the same random choices as in princeton-pli/what-makes-good-rm.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -2,7 +2,7 @@
 
 Other rooms use these names. The modules hold more, for your own analysis:
 
-    distributions, squeezing  next-token distributions: entropy, divergence, probability mass
+    distributions             next-token distributions: entropy, divergence, probability mass
     features, parameters      geometry of features, of weight updates and of the head's matrix
     exact_kernels             traces, norms, eigenvalues of the kernel of some contexts; drift
     batch_measures            reward variance, gradient noise, one step on its own batch
@@ -30,7 +30,6 @@ from ntkrl.probe.parameters import (
     SingularTriple,
     direction_cosine,
     extend_line,
-    extrapolate,
     line_fit,
     sample_entries,
     start_line,

@@ -1,7 +1,5 @@
 """Measures of a training batch: its learning signal, and one optimizer step on its own tokens."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl.numerics import at_least_float32, masked_total, mean
-from ntkrl.probe.distributions import advantage_covariance, top_fraction
+from ntkrl.probe.distributions import advantage_covariance, token_masses, top_fraction
 from ntkrl.probe.features import ches, head_sums
-from ntkrl.probe.squeezing import token_masses
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.softmax import OutputHead, SoftmaxOptions, token_statistics
 from ntkrl.types import Array, Params, Policy, UpdateBatch
@@ -63,26 +60,19 @@ class GradientNoise(NamedTuple):
     noise_scale: Array
 
 
-@jax.jit
-def gradient_noise(gram: Array) -> GradientNoise:
+def noise_from_squares(squares: Array, mean_square: Array) -> GradientNoise:
     """Return the signal-to-noise ratio and the simple noise scale of per-sample gradients.
 
     Args:
-      gram: `[B, B]` ⟨g_i, g_j⟩, B ≥ 2, for instance `ntk.score_gram(…, by="sequence")` with the
-        advantages as weights. Samples are taken as independent; baselines within a group make them
-        weakly dependent.
+      squares: `[B]` ‖g_i‖², B ≥ 2. Samples are taken as independent; baselines within a group make
+        them weakly dependent.
+      mean_square: ‖ḡ‖².
 
     Returns:
       GradientNoise of scalars; the unbiased mean square is that of noise_scale's denominator.
 
     Source: McCandlish et al. 1812.06162, section 2.2 and appendix A.1.
     """
-    gram = at_least_float32(gram)
-    return noise_from_squares(jnp.diagonal(gram), jnp.mean(gram))
-
-
-def noise_from_squares(squares: Array, mean_square: Array) -> GradientNoise:
-    """Return `gradient_noise` from the `[B]` ‖g_i‖² and ‖ḡ‖²."""
     size = squares.shape[0]
     noise = (jnp.sum(squares) - size * mean_square) / (size - 1)
     return GradientNoise(

@@ -1,20 +1,17 @@
-"""Measures of next-token distributions: confidence, entropy and its changes, divergence.
+"""Measures of next-token distributions: confidence, entropy, divergence, probability mass.
 
 Sums over the vocabulary that need log π of all V tokens are computed at one position, a tile of
 vocabulary rows at a time, in two passes over the head: one for log Σ exp z, one for the sums.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ntkrl.numerics import at_least_float32, einsum, masked_total, mean
+from ntkrl.numerics import at_least_float32, masked_total, mean
 from ntkrl.softmax import (
     DEFAULT_OPTIONS,
     OutputHead,
@@ -24,7 +21,6 @@ from ntkrl.softmax import (
     slice_tile,
     tile_count,
     tile_logits,
-    uncapped_logits,
 )
 from ntkrl.types import Array
 
@@ -91,81 +87,6 @@ def confidence_measures(statistics: TokenStatistics, mask: Array) -> dict[str, A
     return {name: mean(masked_total(value, mask)) for name, value in values.items()}
 
 
-@jax.jit
-def entropy_changes(logits: Array, changes: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the first-order change of H(π) by each part of a logit change.
-
-    ΔH(o) = −Cov_{a∼π}(log π(a), Δz(a)) = −Σ_a π(a) (log π(a) + H) Δz(a). Linear in Δz: the changes
-    of parts add up to that of their sum, whether parts are of the kernel (head, body, cross), of
-    the batch (samples, A > 0 and A < 0) or of the contexts (o = u and others).
-
-    Args:
-      logits: `[O, V]`.
-      changes: Δz `[O, V]` by part, for instance of `ntk.Kernel.apply(…, part)`.
-
-    Returns:
-      `[O]` by part (nats).
-
-    Source: Cui et al. 2505.22617, lemma 1, with any Δz in place of the tabular one.
-    """
-    log_pi_OV = jax.nn.log_softmax(at_least_float32(logits))
-    pi_OV = jnp.exp(log_pi_OV)
-    # where: 0 · log 0 is 0
-    weights_OV = jnp.where(pi_OV > 0, pi_OV * log_pi_OV, 0)
-    weights_OV -= pi_OV * jnp.sum(weights_OV, axis=1, keepdims=True)
-    return {part: -jnp.sum(weights_OV * dz_OV, axis=1) for part, dz_OV in changes.items()}
-
-
-@functools.partial(jax.jit, static_argnames=("options",))
-def entropy_changes_by_tile(
-    head: OutputHead,
-    features: Array,
-    parts: Mapping[str, tuple[Array, Array]],
-    options: SoftmaxOptions = DEFAULT_OPTIONS,
-) -> dict[str, Array]:
-    """Compute `entropy_changes` of logit changes of the form matrix times features, by tiles.
-
-    A step Δθ that moves W by ΔW, b by Δb and the features by Δφ has the parts (ΔW, φ), (W, Δφ) and
-    (Δb, 1); scale, soft-cap and temperature of the head are applied to them as to its logits.
-
-    Args:
-      head, features: the head's arrays and φ `[O, D]`, before the step.
-      parts: by name a matrix `[V, D']` and vectors `[O, D']`, of any D'.
-      options: temperature and chunk sizes.
-
-    Returns:
-      `[O]` by part (nats).
-
-    Source: ours.
-    """
-    matrices = {part: matrix for part, (matrix, _) in parts.items()}
-    vectors_O = {part: vectors for part, (_, vectors) in parts.items()}
-
-    def position(operands: tuple[Array, Mapping[str, Array]]) -> dict[str, Array]:
-        phi_D, vectors = operands
-        log_probs = tile_log_probs(head, phi_D, options)
-
-        def term(number: Array) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-            tile, log_pi_R = log_probs(number)
-            pi_R = jnp.exp(log_pi_R)
-            weight_R = jnp.where(pi_R > 0, pi_R * log_pi_R, 0)
-            sums = {}
-            for part, matrix in matrices.items():
-                rows = jax.lax.dynamic_slice_in_dim(matrix, tile.start, pi_R.shape[0])
-                dz_R = einsum("rd,d->r", at_least_float32(rows), vectors[part])
-                dz_R *= head.scale / options.temperature
-                if head.soft_cap is not None:
-                    raw_R = uncapped_logits(phi_D, tile.weight, tile.bias, head.scale)
-                    dz_R *= 1 - jnp.tanh(raw_R / head.soft_cap) ** 2
-                sums[part] = (weight_R @ dz_R, pi_R @ dz_R)
-            return jnp.sum(weight_R), sums
-
-        moment, sums = sum_over_tiles(term, head, options.chunk_vocabulary)
-        return {part: moment * at_pi - at_log for part, (at_log, at_pi) in sums.items()}
-
-    return jax.lax.map(position, (features, vectors_O), batch_size=options.chunk_tokens)
-
-
 class Covariance(NamedTuple):
     """Covariance of log π and advantage over tokens.
 
@@ -207,40 +128,6 @@ def advantage_covariance(
 def top_fraction(size: int, count: Array, fraction: float) -> Array:
     """Return `[size]` bool, True on the first `fraction` of `count` entries, at least on one."""
     return jnp.arange(size) < jnp.clip(jnp.round(fraction * count), 1, count)
-
-
-class EntropyFit(NamedTuple):
-    """R̄ ≈ −a e^H + b over the steps of a run.
-
-    a, b: coefficients (reward).
-    ceiling: b − a, the reward predicted at H = 0.
-    residual: root mean square residual of the fit (reward).
-    """
-
-    a: float
-    b: float
-    ceiling: float
-    residual: float
-
-
-def fit_entropy_reward(entropy: np.ndarray, reward: np.ndarray) -> EntropyFit:
-    """Fit R̄ = −a e^H + b by least squares.
-
-    Args:
-      entropy, reward: `[n]` mean entropy of a policy (nats) and mean reward at n steps.
-
-    Raises:
-      ValueError: fewer than two different entropies.
-
-    Source: Cui et al. 2505.22617 (R = −a exp H + b).
-    """
-    entropy_n, reward_n = np.asarray(entropy, float), np.asarray(reward, float)
-    if len(np.unique(entropy_n)) < 2:
-        raise ValueError("a fit of reward on entropy needs two different entropies or more.")
-    design_n2 = np.stack([-np.exp(entropy_n), np.ones_like(entropy_n)], axis=1)
-    (a, b), *_ = np.linalg.lstsq(design_n2, reward_n)
-    residual_n = reward_n - design_n2 @ (a, b)
-    return EntropyFit(float(a), float(b), float(b - a), float(np.sqrt(np.mean(residual_n**2))))
 
 
 class Divergences(NamedTuple):
@@ -307,3 +194,52 @@ def _divergences(
 def _expectation(probs_R: Array, values_R: Array) -> Array:
     # where: a token of probability 0 adds 0, even at an infinite value
     return jnp.sum(jnp.where(probs_R > 0, probs_R * values_R, 0))
+
+
+class Masses(NamedTuple):
+    """Log-probability by token at each position; all `[O]` (nats).
+
+    sampled: log π of the sampled token.
+    greedy: log π of the token that was likeliest before the update.
+    others: log of the mass of all other tokens.
+    """
+
+    sampled: Array
+    greedy: Array
+    others: Array
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
+def token_masses(
+    head: OutputHead,
+    features: Array,
+    sampled: Array,
+    greedy: Array,
+    options: SoftmaxOptions = DEFAULT_OPTIONS,
+) -> Masses:
+    """Compute the three masses, by tiles; `others` is a sum and not 1 less the other two.
+
+    Args:
+      head, features: the head's arrays, and `[O, D]`.
+      sampled, greedy: `[O]` int tokens y, and y* that were likeliest before the update.
+      options: temperature and chunk sizes.
+    """
+
+    def position(operands: tuple[Array, Array, Array]) -> Masses:
+        phi_D, y, best = operands
+        log_probs = tile_log_probs(head, phi_D, options)
+
+        def term(number: Array) -> Masses:
+            tile, log_pi_R = log_probs(number)
+            ids_R = tile.start + jnp.arange(log_pi_R.shape[0])
+            is_y_R, is_best_R = tile.fresh & (ids_R == y), tile.fresh & (ids_R == best)
+            return Masses(
+                jnp.sum(jnp.where(is_y_R, log_pi_R, 0)),
+                jnp.sum(jnp.where(is_best_R, log_pi_R, 0)),
+                jnp.sum(jnp.where(is_y_R | is_best_R, 0, jnp.exp(log_pi_R))),
+            )
+
+        masses = sum_over_tiles(term, head, options.chunk_vocabulary)
+        return masses._replace(others=jnp.log(masses.others))
+
+    return jax.lax.map(position, (features, sampled, greedy), batch_size=options.chunk_tokens)

@@ -20,8 +20,6 @@ traces over the vocabulary: rotations within V×V blocks do not show (`ntk.align
 show them).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping

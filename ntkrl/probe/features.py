@@ -4,8 +4,6 @@ The sums are of the head part R alone: with one step on log π(y') of weight A',
 A' ⟨g, g'⟩ ⟨φ, φ'⟩ + (body part), g = e_y − π.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 
@@ -177,44 +175,6 @@ def ches(
     return score(plus_BD, minus_BD), score(*means)
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_vocabulary",))
-def head_influence(
-    head: OutputHead,
-    observed: tuple[Array, Array],
-    updated: tuple[Array, Array],
-    chunk_vocabulary: int | None = None,
-) -> Array:
-    """Return the change of log π of each observed token per unit of weight on each updated one.
-
-    I(o, u) = g_oᵀ R(o, u) g_u = s² (⟨φ_o, φ_u⟩ [+ 1 with a bias]) ⟨g_o, g_u⟩ for a plain head;
-    slopes of a soft-cap multiply g. It is `ntk.score_gram(…, part="head")` between two sets and
-    without `[O, V]` in memory.
-
-    Args:
-      head: the head's arrays.
-      observed, updated: features `[O, D]` and int tokens `[O]`; `[U, D]` and `[U]`.
-      chunk_vocabulary: vocabulary rows whose logits exist at a time, ≥ 1; None for all.
-
-    Returns:
-      `[O, U]` (nats per unit of learning rate times advantage).
-
-    Source: α ⟨φ, φ'⟩ of Deng et al. 2505.18830.
-    """
-    options = SoftmaxOptions(chunk_vocabulary=chunk_vocabulary)
-    rows, _ = tile_count(head, chunk_vocabulary)
-    observed_scores, updated_scores = (
-        _tile_scores(head, features, tokens, options) for features, tokens in (observed, updated)
-    )
-
-    def term(number: Array) -> Array:
-        tile = slice_tile(head, rows, number)
-        return einsum("or,ur->ou", observed_scores(tile), updated_scores(tile))
-
-    scores_OU = sum_over_tiles(term, head, chunk_vocabulary)
-    inner_OU = einsum("od,ud->ou", at_least_float32(observed[0]), at_least_float32(updated[0]))
-    return head.scale**2 * scores_OU * (inner_OU + (head.bias is not None))
-
-
 def head_sums(
     head: OutputHead,
     features: Array,
@@ -224,8 +184,9 @@ def head_sums(
 ) -> Array:
     """Return Σ_u w_u I(o, u) over all tokens u of a set at each of them, for K weightings.
 
-    I is `head_influence`; linear in its second token, so the sums need no pairs: they are the
-    effect of a step of the head along Σ_u w_u g_u φ_uᵀ.
+    I(o, u) = g_oᵀ R(o, u) g_u = s² (⟨φ_o, φ_u⟩ [+ 1 with a bias]) ⟨g_o, g_u⟩ is the change of
+    log π of token o per unit of weight on token u through the head; slopes of a soft-cap multiply
+    g. The sums need no pairs: they are the effect of a step of the head along Σ_u w_u g_u φ_uᵀ.
 
     Args:
       head: the head's arrays.
@@ -235,6 +196,8 @@ def head_sums(
 
     Returns:
       `[O, K]` (nats per unit of learning rate times weight).
+
+    Source: α ⟨φ, φ'⟩ of Deng et al. 2505.18830, whose sums leave the body part out as these do.
     """
     rows, _ = tile_count(head, options.chunk_vocabulary)
     phi_OD, weights_OK = at_least_float32(features), at_least_float32(weights)
@@ -269,31 +232,3 @@ def _tile_scores(
         return jnp.where(tile.fresh[None], g_OR * slopes_OR, 0)
 
     return scores
-
-
-@jax.jit
-def token_sums(
-    influence: Array, advantages: Array, observed_groups: Array, updated_groups: Array
-) -> dict[str, Array]:
-    """Sum the influence of updated tokens of the same prompt on each observed token, by sign of A.
-
-    Over the tokens of a prompt's correct completions, −(positive + negative) adds up to its GWHES:
-    where it is large, log π of those completions cannot rise. With wrong completions observed and
-    correct ones updated at A = 1, `positive` is the token's NTHR.
-
-    Args:
-      influence: `[O, U]` from `head_influence`.
-      advantages: `[U]`.
-      observed_groups, updated_groups: `[O]` and `[U]`, prompt each token belongs to.
-
-    Returns:
-      `[O]` arrays `positive` and `negative`: Σ_u A_u I(o, u) over A_u > 0 and over A_u < 0.
-
-    Source: Deng et al. 2505.18830, whose sums leave the body part out as these do.
-    """
-    same_OU = observed_groups[:, None] == updated_groups[None]
-    changes_OU = jnp.where(same_OU, influence * advantages[None], 0)
-    return {
-        "positive": jnp.sum(jnp.where(advantages[None] > 0, changes_OU, 0), axis=1),
-        "negative": jnp.sum(jnp.where(advantages[None] < 0, changes_OU, 0), axis=1),
-    }

@@ -1,7 +1,5 @@
 """Geometry of parameter changes: sparsity, rank, the head's matrix, paths over checkpoints."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 
@@ -16,12 +14,12 @@ from ntkrl.types import Array, Params
 
 ENTRIES = 4096
 """Parameters that are recorded through a run."""
+ITERATIONS = 500
+"""Steps of the power iteration, at most."""
 
 
 @jax.jit
-def update_sparsity(
-    before: Params, after: Params, tolerance: float = 1e-5
-) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
+def update_sparsity(before: Params, after: Params, tolerance: float = 1e-5) -> dict[str, Array]:
     """Return the shares of entries that an update changed in bfloat16, and left unchanged.
 
     Args:
@@ -29,8 +27,7 @@ def update_sparsity(
       tolerance: an entry is unchanged where |θ_after − θ_before| ≤ tolerance; ≥ 0.
 
     Returns:
-      `(over all entries, by name of the leaf)`: `bf16_visible`, the share whose bfloat16 rounding
-      differs, and `unchanged`; both scalars in [0, 1].
+      `bf16_visible`, the share whose bfloat16 rounding differs, and `unchanged`; both in [0, 1].
 
     Source: Zhu et al. 2511.08567 (visible in bfloat16); Mukherjee et al. 2505.11711 (update
     sparsity at 1e-5).
@@ -38,11 +35,10 @@ def update_sparsity(
     first, second = trees.named_leaves(before), trees.named_leaves(after)
     by_leaf = {name: _sparsity(first[name], second[name], tolerance) for name in first}
     size = sum(leaf.size for leaf in first.values())
-    overall = {
+    return {
         kind: sum(by_leaf[name][kind] * (leaf.size / size) for name, leaf in first.items())
         for kind in ("bf16_visible", "unchanged")
     }
-    return overall, by_leaf
 
 
 def _sparsity(before: Array, after: Array, tolerance: float) -> dict[str, Array]:
@@ -78,10 +74,10 @@ class SingularTriple(NamedTuple):
 
 
 @jax.jit
-def leading_direction(matrix: Array, iterations: int = 500) -> SingularTriple:
+def leading_direction(matrix: Array) -> SingularTriple:
     """Return the leading singular triple of `[M, N]` by power iteration from a fixed start.
 
-    At most `iterations` ≥ 1, fewer once v moves by less than √ε. The error of σ is the square of
+    At most ITERATIONS, fewer once v moves by less than √ε. The error of σ is the square of
     the vectors'; where σ₁ and σ₂ nearly agree the vectors mix both pairs. σ = 0 and any unit v for
     a matrix of zeros.
     """
@@ -98,7 +94,7 @@ def leading_direction(matrix: Array, iterations: int = 500) -> SingularTriple:
         return new_N, jnp.linalg.norm(new_N - right_N), count + 1
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
-        return (state[1] > tolerance) & (state[2] < iterations)
+        return (state[1] > tolerance) & (state[2] < ITERATIONS)
 
     start_N = unit(jax.random.normal(jax.random.key(0), matrix.shape[1:], matrix.dtype))
     far = jnp.full((), jnp.inf, matrix.dtype)
@@ -172,7 +168,7 @@ def direction_cosine(first: SingularTriple, second: SingularTriple) -> Array:
 @functools.partial(jax.jit, static_argnums=(2,))
 def classifier_measures(
     weight: Array, start: Array, chunk_vocabulary: int = 4096
-) -> tuple[dict[str, Array], Array]:
+) -> dict[str, Array]:
     """Measure W and W − W_0; beside a block of rows, only two D×D Gram matrices exist.
 
     Args:
@@ -181,7 +177,7 @@ def classifier_measures(
       chunk_vocabulary: rows at a time, ≥ 1.
 
     Returns:
-      `(scalars, row norms [V])`. Scalars: `head_norm` ‖W‖_F, `head_distance` ‖W − W_0‖_F,
+      Scalars: `head_norm` ‖W‖_F, `head_distance` ‖W − W_0‖_F,
       `head_row_norm` and `head_row_norm_max` mean and largest row norm, `head_stable_rank`
       ‖W‖_F²/‖W‖_2² and `head_distance_stable_rank` the same of W − W_0 (in [1, min(V, D)]; NaN
       where W has not moved).
@@ -214,7 +210,7 @@ def classifier_measures(
         "head_row_norm_max": jnp.max(norms_V),
         "head_stable_rank": square / leading_direction(gram_DD).value,
         "head_distance_stable_rank": moved_square / leading_direction(moved_DD).value,
-    }, norms_V
+    }
 
 
 class LineSums(NamedTuple):
@@ -297,28 +293,3 @@ def line_fit(sums: LineSums) -> tuple[Params, dict[str, Array]]:
 
 def _sum(tree: Params) -> Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, tree))
-
-
-def extrapolate(
-    first: Params, second: Params, first_step: float, second_step: float, step: float
-) -> Params:
-    """Return θ_a + (t − a)/(b − a) (θ_b − θ_a), the line through two checkpoints at step t.
-
-    Args:
-      first, second: θ_a and θ_b; the result has the dtypes of θ_a.
-      first_step, second_step, step: a ≠ b and t (steps).
-
-    Raises:
-      ValueError: a = b.
-
-    Source: 2601.04537.
-    """
-    if first_step == second_step:
-        raise ValueError(f"a line needs checkpoints of two steps, not of {first_step} twice.")
-    share = (step - first_step) / (second_step - first_step)
-
-    def line(a: Array, b: Array) -> Array:
-        wide = at_least_float32(a)
-        return (wide + share * (at_least_float32(b) - wide)).astype(a.dtype)
-
-    return jax.tree.map(line, first, second)

@@ -1,7 +1,5 @@
 """The probe set under changing params, and one real step against its first-order prediction."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -109,7 +107,7 @@ class Prober:
         head, start = head_of(self.policy, params), (self.start_head, self.start_features)
         chosen = jnp.asarray(self.first_family)
         metrics = _measures((head, reading), start, chosen, self.rows, self.groups)
-        metrics |= classifier_measures(head.weight, self.start_head.weight)[0]
+        metrics |= classifier_measures(head.weight, self.start_head.weight)
         if len(self.families) > 1:
             for family, mask in self.families.items():
                 measures = confidence_measures(reading.statistics, jnp.asarray(mask))

@@ -1,7 +1,5 @@
 """Statistics over sampled completions: diversity, pass@k, best-of-N, support."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence

@@ -1,7 +1,5 @@
 """Settings of the probe set and of its measurements: the config's probe section."""
 
-from __future__ import annotations
-
 import dataclasses
 
 FAMILY_COLUMNS = {

@@ -1,7 +1,5 @@
 """Paired comparisons of methods over seeds: differences, intervals and sign-flip tests."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

@@ -3,8 +3,6 @@
 A plot takes a title and runs, and returns a Figure, or None where no run has data for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Captions are for a person who knows reinforcement learning and not neural tangent kernels.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Figure and table of the kernels in a `kernel.npz`, as `ntkrl kernel` writes it."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Mapping

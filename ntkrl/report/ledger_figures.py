@@ -5,8 +5,6 @@ change. A cell of the influence map is Σ over the tokens of a probe completion 
 sample's terms; the similarity map shows cosines of the features of probe completions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """TensorBoard and Weights & Biases loggers; their packages are imported on first use."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import json

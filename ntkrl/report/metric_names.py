@@ -1,10 +1,8 @@
 """The metric glossary of `metrics.toml`: unit and meaning of every metric, and its other names.
 
-`GLOSSARY` and `FAMILIES` map every name in `metrics.jsonl` to its unit and meaning; other names are
+`GLOSSARY` and `PATTERNS` map every name in `metrics.jsonl` to its unit and meaning; other names are
 refused. Dashboards also get `TIMINGS` and other libraries' names of the same quantities.
 """
-
-from __future__ import annotations
 
 import importlib.resources
 import re
@@ -23,7 +21,7 @@ for _part, _meaning in _TABLES["ledger"].items():
     GLOSSARY[f"ledger/{_part}_share"] = ("share", f"⟨Δ_part, Δ⟩/⟨Δ, Δ⟩, Δ measured; {_meaning}")
     GLOSSARY[f"ledger/{_part}_entropy"] = ("nats", f"mean ΔH of probe tokens; {_meaning}")
 GLOSSARY |= {name: (unit, text) for name, (unit, text) in _TABLES["ledger_metrics"].items()}
-FAMILIES: dict[str, tuple[str, str]] = {n: (u, m) for n, (u, m) in _TABLES["families"].items()}
+PATTERNS: dict[str, tuple[str, str]] = {n: (u, m) for n, (u, m) in _TABLES["patterns"].items()}
 """The same for names with a placeholder."""
 TIMINGS: dict[str, tuple[str, str]] = {n: (u, m) for n, (u, m) in _TABLES["timings"].items()}
 NOT_TRAINING = ("probe_seconds", "look_seconds", "eval_seconds")
@@ -45,7 +43,7 @@ class GlossaryEntry(NamedTuple):
 
 
 def entries() -> list[GlossaryEntry]:
-    """Return every metric; families and timings last."""
+    """Return every metric; patterns and timings last."""
     return [
         GlossaryEntry(
             name,
@@ -53,7 +51,7 @@ def entries() -> list[GlossaryEntry]:
             meaning,
             tuple((style, table[name]) for style, table in ALIASES.items() if name in table),
         )
-        for name, (unit, meaning) in (GLOSSARY | FAMILIES | TIMINGS).items()
+        for name, (unit, meaning) in (GLOSSARY | PATTERNS | TIMINGS).items()
     ]
 
 
@@ -71,8 +69,8 @@ def format_glossary() -> str:
 
 
 def is_known(name: str) -> bool:
-    """Return whether `name` is in the glossary or in one of the families."""
-    return name in GLOSSARY or any(_match(family, name) is not None for family in FAMILIES)
+    """Return whether `name` is in the glossary or matches one of the patterns."""
+    return name in GLOSSARY or any(_match(pattern, name) is not None for pattern in PATTERNS)
 
 
 def training_timings(timings: Mapping[str, Any]) -> dict[str, float]:

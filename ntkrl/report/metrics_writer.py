@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ntkrl.report.loggers import Logger
-from ntkrl.report.metric_names import FAMILIES, GLOSSARY, is_known, training_timings
+from ntkrl.report.metric_names import GLOSSARY, PATTERNS, is_known, training_timings
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -59,7 +59,7 @@ class MetricsWriter:
 
         Args:
           step: optimizer steps taken, all stages together.
-          values: a number per name of the glossary or its families, a text for "stage"; NaN and
+          values: a number per name of the glossary or its patterns, a text for "stage"; NaN and
             infinities become null.
 
         Raises:
@@ -146,7 +146,7 @@ def _check_names(names: Iterable[str]) -> None:
         raise ValueError(
             f"unknown metric {', '.join(problems)}: add it to "
             "ntkrl/report/metrics.toml with its unit and meaning, or use one of "
-            f"the families {', '.join(FAMILIES)}"
+            f"the patterns {', '.join(PATTERNS)}"
         )
 
 

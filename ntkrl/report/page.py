@@ -5,8 +5,6 @@ passed to the script `page.js` as JSON, which it inserts as text. Equal run dire
 bytes.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import html

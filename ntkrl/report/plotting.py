@@ -4,8 +4,6 @@ Everything is set on Figure and Axes objects; no pyplot, hence no state between 
 are chosen for a phone: 5.2 inches drawn on 350 pixels leave 11 points at about 10 pixels.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ file that cannot be used is left out and named in a note. Runs whose sets have d
 were probed on different tokens (see `runs.comparable`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -4,8 +4,6 @@ Imports numpy, the standard library and this room only, so that a report can be 
 machine. Missing parts are named in notes and never filled in.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

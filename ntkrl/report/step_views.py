@@ -1,7 +1,5 @@
 """Data of the page's views of single steps: ledgers and texts as compact JSON for `page.js`."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

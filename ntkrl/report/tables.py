@@ -3,8 +3,6 @@
 Means and standard deviations (n − 1 in the denominator) are over the runs of one name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

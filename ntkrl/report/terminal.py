@@ -1,7 +1,5 @@
 """A report for a terminal: the table, sparklines of curves, the last ledger, and notes."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import textwrap

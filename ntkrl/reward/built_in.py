@@ -19,8 +19,6 @@ parsed by recursive descent, never by `eval`, with caps on the work per completi
     factor     := integer | '(' expression ')'
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging

@@ -6,8 +6,6 @@ a list; it receives those it names, or all if it has `**kwargs`. It returns one 
 completion, or None where it does not apply.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import decimal
@@ -23,22 +21,14 @@ from typing import Any
 import numpy as np
 
 from ntkrl.json_values import to_json
+from ntkrl.messages import listed
 
 CONTRACT = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 ALLOWED = "a list of one finite number (or None) per completion"
-MAX_LISTED = 10
 
 
 class RewardError(ValueError):
     """A reward function failed; the message names it, the place and the fix."""
-
-
-def listed(problems: Sequence[str]) -> str:
-    """Return the first ten problems as indented lines, and the number of others."""
-    lines = [f"\n  {problem}" for problem in problems[:MAX_LISTED]]
-    if len(problems) > MAX_LISTED:
-        lines.append(f"\n  and {len(problems) - MAX_LISTED} more")
-    return "".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)

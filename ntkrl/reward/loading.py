@@ -1,8 +1,5 @@
 """Loading of reward functions by name or file, in this process or in a worker process."""
 
-from __future__ import annotations
-
-import difflib
 import inspect
 import json
 import os
@@ -17,6 +14,7 @@ from typing import IO, Any, cast
 
 from ntkrl import user_files
 from ntkrl.json_values import from_json, to_json
+from ntkrl.messages import did_you_mean
 from ntkrl.reward.built_in import BUILT_IN, IN_WORKER
 from ntkrl.reward.contract import RewardError, RewardFunction, line_in
 from ntkrl.reward.options import with_options
@@ -104,8 +102,7 @@ def _members(path: Path, spec: str) -> dict[str, Any]:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
+    return did_you_mean(name, known) or "."
 
 
 class WorkerFunction:

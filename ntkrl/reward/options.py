@@ -1,7 +1,5 @@
 """Options of built-in reward functions: replaced defaults, and lengths that follow the budget."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

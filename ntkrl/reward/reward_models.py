@@ -6,7 +6,7 @@ for a model that reads turns (a gate), become a user's and an assistant's turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkrl import data, runtime, trees
+from ntkrl.messages import listed
 from ntkrl.numerics import bucket_length
-from ntkrl.reward.contract import RewardError, listed
+from ntkrl.reward.contract import RewardError
 from ntkrl.types import Params, Scorer
 
 
@@ -42,16 +43,31 @@ class RewardTexts:
         self.scorer, self.tokenizer = scorer, tokenizer
 
     def encode(
-        self, prompts: Sequence[Any], completions: Sequence[Any]
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> tuple[list[list[int]], list[int]]:
         """Return the token ids of each prompt with its completion, and its gate position.
 
+        Args:
+          prompts, completions: texts, or lists of messages.
+          columns: of the rows, of which a chat template reads some (see data.template_options).
+
         Raises:
-          RewardError: texts that are too long for the model, or without an assistant's turn.
+          RewardError: texts that are too long for the model, that its chat template rejects, or
+            without an assistant's turn.
         """
         pairs = zip(prompts, completions, strict=True)
-        texts = [self._texts(prompt, completion) for prompt, completion in pairs]
-        return self._ids([text for _, text in texts]), self._gates([start for start, _ in texts])
+        if self.scorer.gate or not all(isinstance(prompt, str) for prompt in prompts):
+            rendered = self._conversations(list(pairs), columns or {})
+            texts = [text for _, text in rendered]
+            ids, gates = self._ids(texts), self._gates([start for start, _ in rendered])
+        else:
+            texts = [prompt + completion for prompt, completion in pairs]
+            ids, gates = data.encode_texts(self.tokenizer, texts), [0] * len(texts)
+        self._check_lengths(texts, ids)
+        return ids, gates
 
     def pad(self, ids: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and mask `[rows, T]`, right-padded to a bucket length."""
@@ -61,27 +77,38 @@ class RewardTexts:
         mask[len(ids) :, 0] = True  # rows that fill the batch need a token; they are discarded
         return tokens, mask
 
-    def _texts(self, prompt: Any, completion: Any) -> tuple[str, str]:
-        """Return the text up to the completion, and with it."""
-        if isinstance(prompt, str):
-            if not self.scorer.gate:
-                return prompt, prompt + completion
-            prompt = [{"role": "user", "content": prompt}]
-            completion = [{"role": "assistant", "content": completion}]
-        elif self.tokenizer.chat_template is None:
+    def _conversations(
+        self, pairs: Sequence[tuple[Any, Any]], columns: Mapping[str, Sequence[Any]]
+    ) -> list[tuple[str, str]]:
+        """Return each conversation up to the completion, and with it."""
+        if self.tokenizer.chat_template is None:
             raise RewardError(
                 f"reward model {self.scorer.source}: prompts are lists of messages, but its "
                 "tokenizer has no chat template; put chat_template.jinja into the directory."
             )
-        render = self.tokenizer.apply_chat_template
-        start = render(prompt, add_generation_prompt=True, tokenize=False)
-        return start, render([*prompt, *completion], tokenize=False)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        texts, wrong = [], []
+        for row, (prompt, completion) in enumerate(pairs):
+            before, after = _messages(prompt, "user"), _messages(completion, "assistant")
+            try:
+                options = data.template_options(columns, row)
+                start = data.render_prompt(self.tokenizer, before, options)
+                text = data.render_conversation(self.tokenizer, [*before, *after], options)
+            except data.template_errors() as error:
+                wrong.append(f"row {row}, {prompt!r:.60}: {error}")
+            else:
+                texts.append((start, text))
+        if wrong:
+            raise RewardError(
+                f"reward model {self.scorer.source}: its chat template rejects {len(wrong)} rows"
+                f"{listed(wrong)}"
+            )
+        return texts
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        ids = self._encode(texts)
+        # a template writes special tokens itself
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _check_lengths(self, texts: list[str], ids: list[list[int]]) -> None:
         limit = self.scorer.max_tokens
         wrong = [
             f"row {row} has {len(row_ids)} tokens, {texts[row]!r:.60}"
@@ -93,7 +120,6 @@ class RewardTexts:
                 f"reward model {self.scorer.source} reads texts of 1 to {limit} tokens"
                 f"{listed(wrong)}\nLower data.max_prompt_tokens or rollout.max_completion_tokens."
             )
-        return ids
 
     def _gates(self, starts: list[str]) -> list[int]:
         """Return the gate positions, searched before the completion, which cannot move them."""
@@ -101,7 +127,7 @@ class RewardTexts:
         if not gate:
             return [0] * len(starts)
         positions = []
-        for ids in self._encode(starts):
+        for ids in self._ids(starts):
             matches = [i for i in range(len(ids)) if ids[i : i + len(gate)] == gate]
             positions.append(matches[-1] if matches else -1)
         missing = [f"row {row}, {starts[row]!r:.60}" for row, at in enumerate(positions) if at < 0]
@@ -112,6 +138,10 @@ class RewardTexts:
                 "trained with."
             )
         return positions
+
+
+def _messages(turn: Any, role: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": turn}] if isinstance(turn, str) else turn
 
 
 def padded_batch_size(batch_size: int, mesh: Mesh) -> int:

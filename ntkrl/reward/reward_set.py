@@ -4,10 +4,7 @@ Normalised rewards are (reward − mean) / √(variance + 1e-8), with the unbias
 rewards of a file that `ntkrl evaluate` wrote, as in the recipe of princeton-pli/what-makes-good-rm.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ntkrl.json_values import from_json, to_json
-from ntkrl.reward.contract import CONTRACT, CallLog, RewardError, RewardFunction, listed
+from ntkrl.messages import did_you_mean, listed
+from ntkrl.reward.contract import CONTRACT, CallLog, RewardError, RewardFunction
 
 EPSILON = 1e-8
 FORM = 'expected {"rewards": {"NAME": [numbers]}}, as `ntkrl evaluate` writes it'
@@ -92,8 +90,7 @@ class RewardSet:
         ]
         for function in self.functions:
             for name in function.missing(columns):
-                near = difflib.get_close_matches(name, (*columns, *CONTRACT), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, (*columns, *CONTRACT))
                 problems.append(f"{function.label} requires {name!r}, which is not a column{hint}")
         if problems:
             raise ValueError(

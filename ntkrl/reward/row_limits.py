@@ -5,8 +5,6 @@ over its limit; another one continues with the next row. Signals would not do: t
 neither a product of integers of a billion digits nor a parser that has used up its stack.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import resource
@@ -29,7 +27,8 @@ class RowScores:
     """The rewards of rows, within a limit per row and one for all of them.
 
     First every row gets an equal part of half the time, so that slow rows cannot take the time of
-    quick ones; the rest is divided equally among the rows that need more.
+    quick ones; the rest is divided equally among the rows that need more. To be used where the
+    process has few threads, as in a worker process.
 
     values: row to reward, None where it does not apply; for rows that were scored.
     slow, failed: rows over their limit, and rows whose scoring raised or ended its process.
@@ -48,23 +47,22 @@ class RowScores:
         self.values: dict[int, float | None] = {}
         self.slow: list[int] = []
         self.failed: list[int] = []
-        self.row_seconds, self.deadline = row_seconds, time.monotonic() + call_seconds
-        first = min(row_seconds, call_seconds / (2 * max(rows, 1)))
-        self._pass(range(rows), lambda left: first)
-        if first < row_seconds:
-            again, self.slow = self.slow, []
-            self._pass(again, self._equal_part)
+        self.row_seconds, start = row_seconds, time.monotonic()
+        self._pass(range(rows), start + call_seconds / 2)
+        again, self.slow = self.slow, []
+        self._pass(again, start + call_seconds)
 
-    def _equal_part(self, rows_left: int) -> float:
-        return min(self.row_seconds, max(self.deadline - time.monotonic(), 0) / rows_left)
-
-    def _pass(self, rows: Sequence[int], limit: Callable[[int], float]) -> None:
-        """Score rows, each within `limit(rows left)` seconds."""
+    def _pass(self, rows: Sequence[int], deadline: float) -> None:
+        """Score rows, each in an equal part of the time that is left."""
         done = 0
         while done < len(rows):
+            if time.monotonic() >= deadline:
+                self.slow += rows[done:]
+                return
             child = _Child(self.score, rows[done:])
             while done < len(rows):
-                answer = child.answer(limit(len(rows) - done))
+                part = max(deadline - time.monotonic(), 0) / (len(rows) - done)
+                answer = child.answer(min(part, self.row_seconds))
                 row, done = rows[done], done + 1
                 if answer is None:
                     (self.failed if child.ended else self.slow).append(row)

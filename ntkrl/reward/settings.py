@@ -1,7 +1,5 @@
 """The reward functions of a run: the config's reward section."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

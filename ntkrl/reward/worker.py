@@ -5,8 +5,6 @@ hold in the tagged form of `ntkrl.json_values`; output of the function goes to s
 worker starts without JAX and is killed with the process that started it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

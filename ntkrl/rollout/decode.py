@@ -8,8 +8,6 @@ On a mesh, rows are sharded in equal blocks (`trees.blocks`). Compaction and wri
 block, so that no cache moves between devices.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import replace
 from typing import Any
@@ -255,8 +253,10 @@ class Decoder:
         drawn = sample_tokens(self.settings, logits(head_of(self.policy, params), phi_RD), keys_R)
         real_R = ~active.done
         tokens_R = jnp.where(real_R, drawn.tokens, self.settings.pad_id)
-        # pad_id may equal eos_id: a row that is done stays done either way
-        done_R = active.done | (tokens_R == self.settings.eos_id)
+        # pad_id may be one of end_ids: a row that is done stays done either way
+        done_R = active.done
+        for end_id in self.settings.end_ids:
+            done_R |= tokens_R == end_id
         sampled = Columns(
             tokens=tokens_R,
             log_probs=jnp.where(real_R, drawn.log_probs, 0.0),

@@ -13,8 +13,6 @@ The file runs with the user's rights. Its log-probs differ from this package's b
 with objective.correction.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +74,7 @@ class ExternalSampler:
             completions_BC[row, : lengths_B[row]] = answer["tokens"]
             log_probs_BC[row, : lengths_B[row]] = answer["log_probs"]
         real_BC = np.arange(length)[None] < lengths_B[:, None]
-        ended_B = np.array([answer["tokens"][-1] == self.settings.eos_id for answer in answers])
+        ended_B = np.array([answer["tokens"][-1] in self.settings.end_ids for answer in answers])
         return Rollout(
             tokens=jnp.asarray(np.concatenate([tokens_BT, completions_BC], axis=1)),
             mask=jnp.asarray(np.concatenate([mask_BT, real_BC], axis=1)),

@@ -4,10 +4,8 @@ One prefill per prompt, then chunks of decode steps. Between chunks the host com
 half of its rows are done, doubles the KV cache when it is full, and checks for stop strings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,11 +105,6 @@ class Sampler:
         # 4. output: prompt and completion side by side
         longest = int(self.programs.longest(output))
         return self.programs.rollout(bucket_length(longest, budget), prompts, output)
-
-    def compilations(self) -> int:
-        """Return how many programs were compiled so far."""
-        programs = [*self.programs, *([] if self._gather is None else [self._gather])]
-        return sum(cast(Any, program)._cache_size() for program in programs)
 
     def gather_program(self, params: Params) -> jax.stages.Wrapped:
         """Return the program that casts params for decoding and gathers them over fsdp."""

@@ -1,7 +1,5 @@
 """Sampling settings, validated on construction."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -15,7 +13,7 @@ class SamplerSettings:
     completions_per_prompt: N ≥ 1.
     max_completion_tokens: C ≥ 1; longer completions are truncated.
     temperature: divides the logits; 0 for greedy decoding.
-    eos_id: token that ends a completion, as its last token.
+    end_ids: tokens that end a completion, as its last token; none for completions of full length.
     pad_id: token written after the end.
     top_k: sample from the k likeliest tokens (and ties with the last), ≥ 1; None for all.
     top_p: then from the fewest of them with this share of their mass, in (0, 1]; None for all.
@@ -33,7 +31,7 @@ class SamplerSettings:
     completions_per_prompt: int
     max_completion_tokens: int
     temperature: float
-    eos_id: int
+    end_ids: tuple[int, ...]
     pad_id: int
     top_k: int | None = None
     top_p: float | None = None
@@ -116,7 +114,7 @@ class RolloutSettings:
         checked = dataclasses.asdict(self)
         del checked["stop"], checked["cache_dtype"], checked["engine"]
         try:
-            SamplerSettings(eos_id=0, pad_id=0, **checked)
+            SamplerSettings(end_ids=(), pad_id=0, **checked)
         except ValueError as error:
             problems.append(str(error).rstrip("."))
         if problems:

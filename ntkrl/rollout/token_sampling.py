@@ -6,8 +6,6 @@ sorting V numbers. The draw selects a block of the vocabulary, then a token in i
 numbers: V of them, as for Gumbel noise, would cost more than the product with the head.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

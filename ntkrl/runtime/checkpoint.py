@@ -5,8 +5,6 @@ and renames it, so that a kill leaves complete checkpoints only. Its files have 
 data: a sum of bits per array, saved beside them, detects later corruption.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -6,7 +6,6 @@ Rooms below `setup` see frozen dataclasses, one per section, never a ConfigDict.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 from ml_collections.config_flags import config_path
+
+from ntkrl.messages import did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -130,8 +131,7 @@ def parse_section(kind: type[Settings], section: ConfigDict, name: str) -> Setti
     problems = []
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(fields)}"
+            hint = did_you_mean(key, fields) or f"; known: {', '.join(fields)}"
             problems.append(f"{name}.{key} does not exist{hint}")
     for key, field in fields.items():
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2

@@ -4,8 +4,6 @@ Every use of JAX's private modules (cluster detection, the coordination service'
 file. A single process starts neither a service nor threads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

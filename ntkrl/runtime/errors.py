@@ -1,7 +1,5 @@
 """One message for the errors of several independent checks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TypeVar

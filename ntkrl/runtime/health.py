@@ -5,8 +5,6 @@ coordination service and reads those of the others; a second one checks them. Bo
 main thread hangs in a collective that a lost process will never join, and then end this process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import dataclasses

@@ -1,7 +1,5 @@
 """Device mesh over (data, fsdp, tensor); transfers of arrays to and from it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """config.json of a run directory, and atomic writes of its other files."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Checkpoints of a run: the config's checkpoint section."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from ntkrl.runtime.checkpoint import Best

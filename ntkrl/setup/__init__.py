@@ -2,4 +2,9 @@
 
 from ntkrl.setup.rewards import Samples, is_python_function, load_rewards
 from ntkrl.setup.run_setup import Prompts, RunSetup, set_up
-from ntkrl.setup.starting_model import StartingModel, check_vocabulary, load_starting_model
+from ntkrl.setup.starting_model import (
+    StartingModel,
+    check_vocabulary,
+    load_starting_model,
+    training_facts,
+)

@@ -1,7 +1,5 @@
 """Reward functions and models of a run, and the rewarded samples of a base policy."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The parts of a run, loaded and checked before anything is traced."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,9 +1,8 @@
 """The model that a run starts from: checkpoint or new, tokenizer, and where it is exported."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkrl import data, models, runtime, trees
+import ntkrl
+from ntkrl import data, models, runtime, trees, update
 from ntkrl.numerics import DTYPES, at_least_float32, einsum
 from ntkrl.scoring import completion_features
 from ntkrl.settings import RunSettings
@@ -29,6 +29,7 @@ class StartingModel:
     network: the trained network; a reward model is a Scorer, whose params hold its head.
     params: on the mesh; shapes with shardings where a run is only planned.
     tokenizer: transformers'. tokenizer_dir: directory whose tokenizer files export copies.
+    end_ids: tokens that end a completion.
     mesh: mesh of all devices.
     """
 
@@ -36,6 +37,7 @@ class StartingModel:
     params: Params
     tokenizer: Any
     tokenizer_dir: str
+    end_ids: tuple[int, ...]
     mesh: Mesh
 
     @property
@@ -55,16 +57,34 @@ class StartingModel:
         """Sharding rules for params and param-like trees."""
         return self.network.sharding
 
-    def export(self, path: Path, params: Params) -> None:
+    def export(self, path: Path, params: Params, training: models.Training) -> None:
         """Write a Hugging Face directory, and one of the adapters beside it if there are any."""
         if isinstance(self.network, Scorer):
-            models.export_scorer(path, self.network, params, self.tokenizer_dir)
+            models.export_scorer(path, self.network, params, self.tokenizer_dir, training)
             return
-        models.export(path, self.policy, params, self.tokenizer_dir)
+        models.export(path, self.policy, params, self.tokenizer_dir, training)
         if self.policy.config.adapters is not None:
             name = "adapter" if path.name == "export" else f"{path.name}-adapter"
             adapter = path.with_name(name)
-            models.export_adapter(adapter, self.policy, params, source=self.tokenizer_dir)
+            models.export_adapter(adapter, self.policy, params, self.tokenizer_dir, training)
+
+
+def training_facts(settings: RunSettings, rollout_steps: int) -> models.Training:
+    """Return the facts of a run for the card of the model after so many rollout steps."""
+    packages = [f"ntkrl {ntkrl.__version__}"]
+    packages += [f"{name} {version(name)}" for name in ("jax", "flax", "transformers")]
+    facts = {
+        "Method": settings.method.name,
+        "Data": "the built-in task" if settings.data.path is None else f"`{settings.data.path}`",
+        "Stages": ", ".join(stage.name for stage in settings.stages),
+        "Rollout steps": rollout_steps,
+        "Seed": settings.seed,
+        "Versions": ", ".join(packages),
+    }
+    if settings.method.samples:
+        facts["Objective"] = update.describe(settings.objective)
+        facts["Rewards"] = ", ".join(f"`{name}`" for name, _ in settings.reward.functions)
+    return models.Training(facts, (settings.method.name,))
 
 
 def load_starting_model(settings: RunSettings, run_dir: Path) -> StartingModel:
@@ -132,7 +152,7 @@ def load_network(
     """
     if settings.method.reward_model:
         scorer, params = _load_scorer(settings, tokenizer, mesh)
-        return StartingModel(scorer, params, tokenizer, tokenizer_dir, mesh)
+        return StartingModel(scorer, params, tokenizer, tokenizer_dir, (), mesh)
     policy, params = _load_policy(settings, tokenizer, mesh)
     rows = vocabulary_rows(settings, tokenizer, policy.vocab_size)
     if rows != policy.vocab_size:
@@ -140,7 +160,9 @@ def load_network(
     check_vocabulary(tokenizer, rows, tokenizer_dir)
     if settings.model.whiten is not None:
         policy, params = _whiten(settings, settings.model.whiten, policy, params, tokenizer, mesh)
-    return StartingModel(policy, params, tokenizer, tokenizer_dir, mesh)
+    generation_ids = () if policy.source is None else models.generation_end_ids(policy.source)
+    end_ids = data.end_ids(tokenizer, generation_ids, settings.rollout.stop)
+    return StartingModel(policy, params, tokenizer, tokenizer_dir, end_ids, mesh)
 
 
 def _load_scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, Params]:

@@ -12,7 +12,6 @@ from ntkrl.softmax.tiling import (
     slice_tile,
     tile_count,
     tile_logits,
-    uncapped_logits,
 )
 from ntkrl.softmax.token_statistics import (
     DEFAULT_OPTIONS,

@@ -1,7 +1,5 @@
 """Sums over vocabulary tiles, the statistics they give, and the cotangent of a tile's logits."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """The output head, and its logits for a tile of vocabulary rows."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import NamedTuple

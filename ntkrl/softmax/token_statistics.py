@@ -11,8 +11,6 @@ Everything is float32 or better whatever the model's dtype. Source: the online s
 Gimelshein 1805.02867; the moments ours.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

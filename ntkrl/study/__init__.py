@@ -5,8 +5,6 @@ page is made from run directories alone. The config file defines the study: its 
 page says about them (see `configs/study.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Commands of a study: several at a time, each on its own cores, none repeated after success."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Sections of a study's page: figures and paired comparisons of groups of arms."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from typing import NamedTuple

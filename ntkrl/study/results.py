@@ -4,8 +4,6 @@ A run of an arm and seed is in `ROOT/GROUP/ARM-SEED`; groups hold what shares a 
 task.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

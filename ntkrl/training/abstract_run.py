@@ -1,7 +1,5 @@
 """A run described by shapes: what is on its devices, and the arguments of its programs."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

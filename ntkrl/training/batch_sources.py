@@ -4,8 +4,6 @@ Completions (sft) and preferences (a reward model) are sources of given data; `r
 that of RL, which samples.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
@@ -218,7 +216,8 @@ class PreferenceSource(BatchSource):
         """Return token ids and gates of the chosen and of the rejected texts."""
         texts = prompts.prompt_set
         return [
-            self.texts.encode(texts.prompts, texts.columns[name]) for name in ("chosen", "rejected")
+            self.texts.encode(texts.prompts, texts.columns[name], texts.columns)
+            for name in ("chosen", "rejected")
         ]
 
     def _batch(

@@ -1,7 +1,5 @@
 """Statistics over past probe readings, read back from `probes/` when a run resumes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

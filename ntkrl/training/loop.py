@@ -5,8 +5,6 @@ stage, and every so often reads the probe set, evaluates and saves a checkpoint.
 fetched one rollout step late, so that the devices never wait for the host.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -24,7 +22,7 @@ from ntkrl.evaluation import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import Clock, SampleFn
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import read_settings
-from ntkrl.setup import RunSetup, set_up
+from ntkrl.setup import RunSetup, set_up, training_facts
 from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import Batch, StepContext
 from ntkrl.training.checkpointing import RunCheckpointer
@@ -45,8 +43,7 @@ def train(config: ConfigDict) -> Path:
       config: see configs/base.py.
 
     Raises:
-      ValueError: a mistake in the config or the files it names, a changed config on resume, a
-        reward function's fault, or a loss that is not finite.
+      ValueError: a mistake in the config or its files, a reward that fails, or a loss not finite.
       OSError: the disk is full.
       PreemptedError: SIGTERM was received; the run was saved after the current rollout step.
     """
@@ -73,10 +70,10 @@ def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
     runtime.check_shared(directory)
     if settings.method.samples:
         runtime.log(f"objective: {update.describe(settings.objective)}")
-    loop.run()
-    setup.model.export(directory / "export", loop.state.params)
+    facts = training_facts(settings, loop.run())
+    setup.model.export(directory / "export", loop.state.params, facts)
     if loop.reference is not None:
-        setup.model.export(directory / "export_reference", loop.reference)
+        setup.model.export(directory / "export_reference", loop.reference, facts)
     if runtime.is_writer():
         report.mark_finished(directory)
     return directory
@@ -149,8 +146,8 @@ class Loop:
                 self.probe_hook = ProbeHook(setup, term_losses, self.bound_stages, directory, key)
         self.clock = Clock()
 
-    def run(self) -> None:
-        """Train from the newest checkpoint, or from the start, to the end of the last stage."""
+    def run(self) -> int:
+        """Train from the newest checkpoint to the end of all stages; return the rollout steps."""
         start = rollout_step = self._resume()
         previous: RolloutStep | None = None
         total, name, quiet = start + self._steps_left(), self.settings.name, not runtime.is_writer()
@@ -187,6 +184,7 @@ class Loop:
                 self._save(rollout_step, {} if previous is None else previous.metrics)
         if left:
             raise runtime.PreemptedError(self.checkpointer.preemption_message(rollout_step))
+        return rollout_step
 
     def _advance(self, rollout_step: int) -> RolloutStep:
         """Dispatch one rollout step: make its batches and take an optimizer step on each."""

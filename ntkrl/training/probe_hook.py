@@ -1,7 +1,5 @@
 """Probes during training: readings of the probe set, and ledgers of single optimizer steps."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -223,7 +221,7 @@ class ProbeHook:
             metrics |= jax.tree.map(float, measured)
             if update.is_due(self.settings.kernel_every_steps, rollout_step):
                 metrics |= self._alignment(before.params, batch)
-        moved, _ = probe.update_sparsity(self.model.params, after.params)
+        moved = probe.update_sparsity(self.model.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
         if step.start.with_ledger:
             entropy = np.asarray(new.statistics.entropy - old.statistics.entropy)
@@ -320,7 +318,7 @@ class ProbeHook:
 
         arrays = self.prober.map_blocks(account, actual)
         if step.start.kl_shares is not None:
-            arrays = attribution.split_term(arrays, "policy", "kl", step.start.kl_shares)
+            arrays = attribution.split_kl(arrays, step.start.kl_shares)
         counts_B = np.maximum(np.sum(batch.completion_mask, axis=1), 1)
         advantages_BC = np.where(batch.completion_mask, batch.advantages, 0)
         advantages_B = np.sum(advantages_BC, axis=1) / counts_B
@@ -365,8 +363,8 @@ class ProbeHook:
         self, batch: UpdateBatch, advantages: np.ndarray, stage: str
     ) -> dict[str, Any]:
         tokenizer, length = self.model.tokenizer, batch.completion_mask.shape[1]
-        end = tokenizer.eos_token_id
-        texts, _ = data.decode_completions(tokenizer, batch.tokens, batch.completion_mask, end)
+        ends = self.model.end_ids
+        texts, _ = data.decode_completions(tokenizer, batch.tokens, batch.completion_mask, ends)
         prompts = prompt_texts(tokenizer, batch.tokens, batch.mask, length)
         return {
             "format": FORMAT,

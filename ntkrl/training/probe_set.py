@@ -6,8 +6,6 @@ prompts: "reference" (column completion or chosen), "rejected", "paraphrased" (c
 name). It is drawn once and kept in the run directory, so that a resumed run reads the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -158,7 +156,7 @@ def _described(setup: RunSetup, arrays: ProbeSet, families: tuple[str, ...]) -> 
         sha.update(f"{name} {value.shape}".encode() + np.asarray(value).tobytes())
     digest = sha.hexdigest()[:16]
     texts, ids = data.decode_completions(
-        tokenizer, arrays.tokens, arrays.completion_mask, tokenizer.eos_token_id
+        tokenizer, arrays.tokens, arrays.completion_mask, setup.model.end_ids
     )
     groups = np.asarray(arrays.groups)
     prompts = prompt_texts(tokenizer, arrays.tokens, arrays.mask, arrays.completion_mask.shape[1])

@@ -5,8 +5,6 @@ policy, reward models) and the update; a probe adds ledgers and evaluation sampl
 is the function that the loop itself jits.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The batch source of RL: prompts → rollout → rewards → token weights → minibatches."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Train states on the mesh: initialised sharded, never replicated; and the step jitted on them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol

@@ -5,8 +5,6 @@ corrections) are computed once before any step, so that minibatches and microbat
 weights.
 """
 
-from __future__ import annotations
-
 import chex
 import jax
 import jax.numpy as jnp

@@ -4,8 +4,6 @@ The mean is taken once, by the step, so that chunks of rows, microbatches and pa
 nothing but rounding.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar

@@ -5,8 +5,6 @@ overlong completions × groups without signal. Formulas are in loss.py (per toke
 (factors of tokens), ntkrl/advantage.py and, for named algorithms, presets.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -5,8 +5,6 @@ at rate 1 (decay included) and n counts the stage's optimizer steps. Each parame
 and count, which a stage may transfer to the next for the parameters that both train.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Throughout: completions i of B, tokens t of |o_i|, Σ over counted tokens; ρ_it
 token; k1 = log π − log π_ref and k3 = e^(−k1) − 1 + k1; [·] clips to [1 − ε_low, 1 + ε_high].
 """
 
-from __future__ import annotations
-
 from ntkrl.update.objective import Objective
 
 

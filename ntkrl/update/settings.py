@@ -1,7 +1,5 @@
 """Settings of the schedule and its stages, and progress through the stages."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ each chunk of completions runs forward and backward before the next: a loss is a
 completions, so the gradient of each chunk is known up to the cotangent of the sum.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

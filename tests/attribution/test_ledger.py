@@ -11,7 +11,7 @@ import pytest
 import ntkrl
 from ntkrl import attribution, ntk, numerics, probe, update
 from ntkrl.attribution import MEASURES
-from ntkrl.probe.batch_measures import gradient_noise
+from ntkrl.probe import noise_from_squares
 from ntkrl.scoring import score
 from tests.probe.test_prober import probe_set
 from tests.toys import TINY, toy_params, toy_policy
@@ -203,7 +203,8 @@ def test_samples_by_hand():
         )
 
     rows = 8 * jnp.stack([flat(row) for row in range(8)])
-    for result, expected in zip(case.noise, gradient_noise(rows @ rows.T), strict=True):
+    noise = noise_from_squares(jnp.sum(rows**2, axis=1), jnp.sum(jnp.mean(rows, axis=0) ** 2))
+    for result, expected in zip(case.noise, noise, strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-9)
     push = jax.jit(lambda change: jax.jvp(case.measured, (before,), (change,))[1])
     for term in NAMES:
@@ -225,8 +226,8 @@ def test_forms_and_chunks_agree():
     objective = dataclasses.replace(OBJECTIVE, entropy_coefficient=0)
     case = Case("layers", steps=2, objective=objective, parameters=rows)
     groups = ntk.by_layer(case.policy, case.before.params)
-    by_jvp = case.read(form="jvp", groups=groups)
-    small = {"form": "vjp", "groups": groups, "memory_gib": 1e-9}
+    by_jvp = case.read(algorithm="jvp", groups=groups)
+    small = {"algorithm": "vjp", "groups": groups, "memory_gib": 1e-9}
     estimate = case.ledger(**small).estimates(*case.described())["vjp"]
     assert (estimate.chunk, estimate.block) == (1, 1)
     by_vjp = case.read(**small)
@@ -309,7 +310,7 @@ def test_the_kl_in_the_reward_is_a_column():
             assert np.abs(kl["some"]).max() > 0.1 * np.abs(expected).max()
     shares = np.random.default_rng(6).normal(size=8)
     case.batch = case.batch.replace(kl_advantages=advantages * shares[:, None])
-    result, split = case.read(), attribution.split_term(reference, "policy", "kl", shares)
+    result, split = case.read(), attribution.split_kl(reference, shares)
     assert result.keys() == split.keys()
     for name, value in result.items():
         scale = np.abs(first_order(reference, name.split("/")[0])).max()
@@ -357,8 +358,8 @@ def test_estimates_count_what_is_compiled():
     single = single.replace(completion_mask=jnp.ones((1, 3), bool), mask=jnp.ones((1, 7), bool))
     case.prober = probe.Prober(policy, single, params)
     without = compiled(case.ledger(by="group"), case.described()).cost_analysis()["flops"]
-    for form, estimate in case.ledger().estimates(*case.described()).items():
-        result = compiled(case.ledger(form=form), case.described())
+    for algorithm, estimate in case.ledger().estimates(*case.described()).items():
+        result = compiled(case.ledger(algorithm=algorithm), case.described())
         flops = result.cost_analysis()["flops"] - without
         assert 0.8 < estimate.flops / flops < 1.0
         memory = result.memory_analysis().temp_size_in_bytes
@@ -368,8 +369,10 @@ def test_estimates_count_what_is_compiled():
 def test_mistakes_are_named():
     """law: invalid requests are refused before anything is computed."""
     case = Case(steps=1)
-    with pytest.raises(ValueError, match=r"by must be .*token.*; form must .*; memory_gib must be"):
-        case.ledger(by="token", form="dense", memory_gib=0)
+    with pytest.raises(
+        ValueError, match=r"by must be .*token.*; algorithm must .*; memory_gib must be"
+    ):
+        case.ledger(by="token", algorithm="dense", memory_gib=0)
     with pytest.raises(ValueError, match="8 rows cannot be cut in 3 equal parts"):
         case.read(microbatches=3)
     with pytest.raises(ValueError, match='groups: "head" names the head'):

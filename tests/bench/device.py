@@ -9,8 +9,6 @@ the full cache for every token, the update does 6 N T FLOPs and attention, a ker
 estimate. `of floor` is floor / seconds, at best 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable, Iterator
@@ -100,7 +98,7 @@ def decoding(bench: Bench, prompts: int) -> Iterator[dict[str, Any]]:
                 "params_dtype": jnp.bfloat16 if gathered else None,
             }
             # no token ends a completion: all have the full length
-            settings = rollout.SamplerSettings(GROUP, length, 1.0, eos_id=-1, pad_id=0, **options)
+            settings = rollout.SamplerSettings(GROUP, length, 1.0, end_ids=(), pad_id=0, **options)
             sample = rollout.Sampler(policy, settings)
             draw = functools.partial(sample, bench.params, batch, jax.random.key(1))
             seconds.append(timed(draw))

@@ -8,8 +8,6 @@ the additional time of an update that returns its gradients. Medians of interlea
 before timing. FLOPs of the samples' contributions are those of `Ledger.estimates`.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
@@ -109,7 +107,7 @@ def main() -> None:
         for by, rows in seen.items()
     }
     ledgers = {"group": attribution.Ledger(*static, by="group")}
-    ledgers |= {form: attribution.Ledger(*static, form=form) for form in ("jvp", "vjp")}
+    ledgers |= {name: attribution.Ledger(*static, algorithm=name) for name in ("jvp", "vjp")}
     calls = {"generation": generate, "update": lambda: step(before, batch)}
     calls |= {f"apart, {by}": lambda part=part: apart(before, part) for by, part in seen.items()}
     calls["prediction"] = lambda: prober.compare(before.params, after.params)

@@ -4,8 +4,6 @@
 as JSON on its standard input.
 """
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import gc

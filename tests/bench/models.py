@@ -5,8 +5,6 @@ largest difference of logits (over all shapes of a family), of PEFT's adapted lo
 models' scores (at one shape).
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

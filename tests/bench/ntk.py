@@ -12,8 +12,6 @@ before timing; memory is the growth of the process during a call, result include
 `--only=small,scores` selects, `--json=FILE` writes the rows, `--algorithms` times each on small.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from typing import Any

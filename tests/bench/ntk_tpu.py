@@ -10,8 +10,6 @@ out: `share` is a chip's part of the work, 1 / chips if it is spread evenly. `ro
 published rates in ntkrl/plan/hardware.py. Needs jax[tpu].
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import sys

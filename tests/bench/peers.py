@@ -14,8 +14,6 @@ extrapolate. `score_gram` stacks vmap(grad) of every token's log π(y_t | c_t) a
 `python -m tests.bench.peers` checks all of them against the float64 oracle on a tiny model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import tempfile

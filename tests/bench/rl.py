@@ -51,7 +51,7 @@ def our_steps(
     )
     objective = update.PRESETS[kind]
     # no token ends a completion: all have the full length, as on the other side
-    settings = rollout.SamplerSettings(GROUP, LENGTH, 1.0, eos_id=-1, pad_id=0)
+    settings = rollout.SamplerSettings(GROUP, LENGTH, 1.0, end_ids=(), pad_id=0)
     sample = rollout.Sampler(policy, settings)
     stage = update.Stage("all", 1, ((".*", RATE),), optimizer="adamw", max_grad_norm=1.0)
     bound_stage = update.bind_stage(stage, policy, params)

@@ -10,8 +10,6 @@ analysis gives the FLOPs of stage 1 (compiled as one chunk, since it counts a lo
 therefore not those of stage 2's layers), and its memory analysis the memory of the programs.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from typing import Any

@@ -6,8 +6,6 @@ Off policy, so that every clip is active; completions of different lengths after
 row has the largest change of a weight by the step and the largest difference of a weight after it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from typing import Any

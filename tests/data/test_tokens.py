@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from ntkrl.data import save_tokenizer
+from ntkrl.data import save_tokenizer, turn_end_id
+from ntkrl.data.arithmetic_task import END, PADDING
 from ntkrl.data.prompts import PromptSet
 from ntkrl.data.tokens import (
     decode_completions,
@@ -63,26 +66,138 @@ def test_encode_standard_prompts(tokenizer):
     ]
 
 
-def test_no_special_tokens_are_added(directory, tmp_path):
+def _with_start_token(directory, tmp_path, end=False):
+    """A copy whose tokenizer writes token 1 before every text, as Llama's writes its BOS."""
     path = _changed(directory, tmp_path)
     content = json.loads((path / "tokenizer.json").read_text())
-    # A post-processor such as Llama's, which writes a first token before every text.
+    first, last = ({"SpecialToken": {"id": name, "type_id": 0}} for name in (PADDING, END))
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    names = {
+        name: {"id": name, "ids": [i], "tokens": [name]} for i, name in enumerate((END, PADDING))
+    }
     content["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {
-            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
-        },
+        "single": [first, text, *([last] if end else [])],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": names,
     }
     (path / "tokenizer.json").write_text(json.dumps(content))
-    tokenizer = load_tokenizer(path)
-    assert tokenizer("24=")["input_ids"] == [0, 4, 6, 17]
-    assert encode_prompts(tokenizer, _set("24="), 10) == [[4, 6, 17]]
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_texts_begin_with_the_tokenizers_start_token_once(directory, tmp_path, end):
+    tokenizer = _with_start_token(directory, tmp_path, end)
+    assert tokenizer("24=")["input_ids"] == [1, 4, 6, 17, *([0] if end else [])]
+    # an end token that the tokenizer appends would end the prompt before its completion
+    assert encode_prompts(tokenizer, _set("24=", f"{PADDING}1"), 10) == [[1, 4, 6, 17], [1, 3]]
     assert encode_completions(tokenizer, _set("24=", completion=["3"]), 10) == [[5, 0]]
+    tokenizer.chat_template = PADDING + TEMPLATE  # writes the start token itself
+    assert encode_prompts(tokenizer, _set(_user("24=")), 10) == [[1, 13, 4, 6, 17, 0, 12]]
+    rows = _set(_user("24="), completion=[_assistant("3")])
+    assert encode_completions(tokenizer, rows, 4) == [[5, 0]]
+
+
+@pytest.fixture
+def sentencepiece(tmp_path):
+    """A tokenizer that writes a space before a text and merges it with the next character."""
+    vocabulary = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        "▁": 3,
+        "a": 4,
+        "b": 5,
+        ":": 6,
+        "▁b": 7,
+        "<0x0A>": 8,
+    }
+    backend = Tokenizer(models.BPE(vocabulary, [("▁", "b")], byte_fallback=True, unk_token="<unk>"))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+def test_completions_are_encoded_after_their_prompts(sentencepiece):
+    rows = _set("a:", "a: ", "a:", completion=["b", "b", " b"])
+    # TRL trains on "a:" + "▁b" of the second row, and samples from "a:▁": here both see "a:▁"
+    prompts = [[1, 3, 4, 6], [1, 3, 4, 6, 3], [1, 3, 4, 6]]
+    completions = [[5, 2], [5, 2], [7, 2]]
+    assert encode_prompts(sentencepiece, rows, 9) == prompts
+    assert encode_completions(sentencepiece, rows, 9) == completions
+    texts = [
+        sentencepiece.decode(p + c, skip_special_tokens=True)
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    assert texts == ["a:b", "a: b", "a: b"]
+    assert sentencepiece("b", add_special_tokens=False)["input_ids"] == [7]  # encoded apart
+
+
+def test_completion_that_does_not_join_is_refused(sentencepiece):
+    sentencepiece.backend_tokenizer.normalizer = normalizers.Replace("a:b", "b")
+    with pytest.raises(ValueError, match=r"(?s)tokens merge across the seam\s*row 0: 'a:' \+ 'b'"):
+        encode_completions(sentencepiece, _set("a:", completion=["b"]), 9)
+
+
+def test_a_turn_that_ends_with_a_token_of_its_own(directory, tmp_path):
+    # as Gemma's <end_of_turn>: the tokenizer's end token is another
+    tokenizer = load_tokenizer(_changed(directory, tmp_path))
+    tokenizer.chat_template = TEMPLATE.replace("eos_token", repr(PADDING))
+    assert turn_end_id(tokenizer) == 1
+    rows = _set(_user("24="), completion=[_assistant("3")])
+    assert encode_completions(tokenizer, rows, 4) == [[5, 1]]
+    tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", "=")
+    assert turn_end_id(tokenizer) is None
+    assert encode_completions(tokenizer, rows, 4) == [[5, 17, 0]]
+
+
+def test_a_last_turn_of_the_assistant_is_continued(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    assert encode_prompts(tokenizer, _set([*_user("24="), *_assistant("3")]), 10) == [
+        [13, 4, 6, 17, 0, 12, 5]
+    ]
+
+
+def test_templates_read_the_columns_of_the_row(tokenizer):
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{% if add",
+        "{% if tools %}({{ tools[0]['number'] }}){% endif %}{% if end %}={% endif %}{% if add",
+    )
+    tools = [[{"number": 7}], '[{"number": 8}]', [], None]
+    variables = [None, {"end": True}, {"end": False}, {}]
+    rows = _set(*[_user("1")] * 4, tools=tools, chat_template_kwargs=variables)
+    start = [13, 3, 0]
+    assert encode_prompts(tokenizer, rows, 10) == [
+        [*start, 15, 9, 16, 12],
+        [*start, 15, 10, 16, 17, 12],
+        [*start, 12],
+        [*start, 12],
+    ]
+    wrong = _set(
+        *[_user("1")] * 3, tools=["[", 3, None], chat_template_kwargs=[{}, {}, {"tokenize": 1}]
+    )
+    with pytest.raises(
+        ValueError,
+        match="(?s)rejects 3 rows.*'tools' is not JSON.*'tools' is int.*row "
+        "2.*'chat_template_kwargs' sets tokenize; expected variables",
+    ):
+        encode_prompts(tokenizer, wrong, 10)
 
 
 def test_encode_conversational_prompts(tokenizer):
@@ -169,11 +284,11 @@ def test_bad_completions(tokenizer):
 def test_decode_returns_masked_tokens(tokenizer):
     tokens = np.asarray([[1, 4, 17, 5, 14, 10, 0], [4, 6, 17, 3, 1, 1, 1]])
     mask = np.asarray([[1, 1, 1, 1], [1, 0, 0, 0]], bool)
-    texts, ids = decode_completions(tokenizer, tokens, mask, eos_id=0)
+    texts, ids = decode_completions(tokenizer, tokens, mask, end_ids=[0])
     assert texts == ["3*8", "1"]
     assert ids == [[5, 14, 10, 0], [3]]
     # An end token the tokenizer does not call special is left out of the text all the same.
-    assert decode_completions(tokenizer, tokens, mask, eos_id=10)[0] == ["3*", "1"]
+    assert decode_completions(tokenizer, tokens, mask, end_ids=[10])[0] == ["3*", "1"]
 
 
 def test_decode_checks_shapes(tokenizer):

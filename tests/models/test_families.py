@@ -1,6 +1,7 @@
 """Every family against transformers' torch models, in and out of Hugging Face directories."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,20 @@ import transformers
 
 import ntkrl
 from ntkrl import models
+from ntkrl.models.families import FAMILIES
 from tests.models.families import CASES, EACH, tokens_and_mask, torch_logits, torch_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_family_is_seen():
+    """law: the registry, the cases and the table of configs/README.md list the same families."""
+    assert {CASES[case][1] for case in EACH} == set(FAMILIES)
+    document = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    _, table = document.split("\n| family |")
+    rows = table.split("\n\n")[0].splitlines()[2:]
+    labels = [row.split("|")[1].split(" (and")[0].strip() for row in rows]
+    assert sorted(labels) == sorted(family.label for family in FAMILIES.values())
 
 
 def equal_trees(a, b):

@@ -86,11 +86,13 @@ def test_stored_dtypes_and_shards(tmp_path, dtype):
 
 def test_export_in_shards(tmp_path):
     """law: a sharded export with its index equals the single file."""
-    from ntkrl.models import hf_files
+    from ntkrl.models import hf_export, hf_files
 
     rng = np.random.default_rng(0)
     tensors = {f"t{i}": rng.normal(size=(8, 4)).astype(np.float32) for i in range(5)}
-    hf_files.write_model(tmp_path / "m", {"a": 1}, tensors, None, shard_bytes=300)
+    hf_export.write_model(
+        tmp_path / "m", {"a": 1}, tensors, hf_export.Companions(), shard_bytes=300
+    )
     located = hf_files.tensor_files(tmp_path / "m")
     assert set(located) == set(tensors)
     assert len(set(located.values())) == 3  # 128 bytes each, two to a shard

@@ -26,9 +26,8 @@ def with_adapters(case, directory, **settings):
     """A PEFT model of a case with random adapters, saved with its base."""
     base = torch_model(case, directory / "base")
     targets = TARGETS[case] if case in TARGETS else ["q_proj", "v_proj", "down_proj"]
-    config = peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=targets, task_type="CAUSAL_LM", **settings
-    )
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": targets, **settings}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT corrects fan_in_fan_out for GPT-2 by itself
         model = peft.get_peft_model(base, config).eval()
@@ -78,6 +77,75 @@ def test_rank_stabilised_scaling(tmp_path):
     features = jax.jit(policy.features)(params, jnp.asarray(tokens), jnp.asarray(mask))
     expected = torch_logits(model, tokens, mask)[1]
     np.testing.assert_allclose(np.asarray(features)[mask], expected[mask], atol=1e-4)
+
+
+# settings of PEFT that change nothing for us, or that are read
+EQUAL: list[dict] = [
+    {"use_rslora": True},
+    {"init_lora_weights": False},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"},
+    {"exclude_modules": ["v_proj"]},
+    {"lora_dropout": 0.5},
+]
+REFUSED: list[dict] = [
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_2"},
+    {"init_lora_weights": "olora"},
+    {"alora_invocation_tokens": [7, 8]},
+    {"bias": "lora_only"},
+    {"bias": "all"},
+    {"lora_bias": True},
+    {"use_dora": True},
+    {"rank_pattern": {"q_proj": 2}},
+    {"alpha_pattern": {"q_proj": 2}},
+    {"modules_to_save": ["lm_head"]},
+    {"layers_to_transform": [0]},
+    {"trainable_token_indices": [1, 2]},
+    {"target_parameters": ["mlp.gate_proj.weight"]},
+    {"layer_replication": [[0, 2], [1, 2]]},
+]
+
+
+@pytest.mark.parametrize("settings", EQUAL, ids=str)
+def test_settings_of_peft_that_are_supported(tmp_path, settings):
+    """oracle: the logits of PEFT's model, loaded from the same directories."""
+    with_adapters("qwen3", tmp_path, **{"r": 4, **settings})
+    policy, params = ntkrl.load(tmp_path / "adapter")
+    tokens, mask = tokens_and_mask(policy.vocab_size)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager"
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    expected = torch_logits(theirs, tokens, mask)[0]
+    features = jax.jit(policy.features)(params, jnp.asarray(tokens), jnp.asarray(mask))
+    ours = np.asarray(policy.head(params, features))
+    np.testing.assert_allclose(ours[mask], expected[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", REFUSED, ids=str)
+def test_settings_of_peft_that_are_refused(tmp_path, settings):
+    """law: an adapter that computes something else is refused by the setting's name."""
+    with_adapters("qwen3", tmp_path, **settings)
+    (name,) = settings
+    with pytest.raises(ValueError, match=rf"adapter_config.json.*{name} .* is not supported, only"):
+        ntkrl.load(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=name):
+        models.check(tmp_path / "adapter")
+
+
+def test_settings_that_peft_may_add(tmp_path):
+    """law: an unknown setting is refused unless it is off."""
+    with_adapters("qwen3", tmp_path)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({**raw, "use_new": 1, "new_config": {}, "other": None}))
+    with pytest.raises(ValueError, match="use_new 1 is not supported, only None, False") as caught:
+        ntkrl.load(tmp_path / "adapter")
+    assert "new_config" not in str(caught.value) and "other" not in str(caught.value)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        ntkrl.load(tmp_path / "adapter")
 
 
 def test_adapters_are_a_group_of_parameters(tmp_path):

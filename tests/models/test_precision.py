@@ -37,7 +37,7 @@ def test_reading_and_drawing(architecture, config):
         return policy.head(params, policy.features(params, tokens, tokens > 0))
 
     def draw(params, tokens):
-        settings = rollout.SamplerSettings(2, 4, 1.0, eos_id=0, pad_id=1)
+        settings = rollout.SamplerSettings(2, 4, 1.0, end_ids=(0,), pad_id=1)
         rows = jnp.arange(2)
         batch = PromptBatch(tokens=tokens, mask=tokens > 0, rows=rows, copies=rows)
         key = jax.random.key(0)

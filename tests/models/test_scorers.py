@@ -13,28 +13,19 @@ from safetensors.numpy import save_file
 
 import ntkrl
 from ntkrl import models, runtime
+from ntkrl.models.families import FAMILIES
 from ntkrl.models.scorers import ATTRIBUTES, GATE
-from tests.models.families import CASES
-
-CLASSES = {
-    "llama 3": "LlamaForSequenceClassification",
-    "qwen2 tied, local": "Qwen2ForSequenceClassification",
-    "qwen3": "Qwen3ForSequenceClassification",
-    "gemma 2": "Gemma2ForSequenceClassification",
-    "gemma 3": "Gemma3TextForSequenceClassification",
-    "gpt2": "GPT2ForSequenceClassification",
-    "gpt-neox": "GPTNeoXForSequenceClassification",
-}
+from tests.models.families import CASES, EACH
 
 
 def torch_scorer(case, directory, labels=1, **overrides):
     """Make and save a random sequence classifier of a case's shape."""
-    config_class, _, settings = CASES[case]
+    config_class, architecture, settings = CASES[case]
     fields = {"num_labels": labels, "pad_token_id": 1, **overrides}
     config = getattr(transformers, config_class)(**{**settings, **fields})
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model = getattr(transformers, CLASSES[case])(config).eval()
+    model = getattr(transformers, FAMILIES[architecture].scorer)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -49,7 +40,7 @@ def right_padded(vocab, lengths=(9, 5, 1), columns=9, pad=1):
     return np.where(mask, tokens, pad), mask
 
 
-@pytest.mark.parametrize("case", CLASSES)
+@pytest.mark.parametrize("case", EACH)
 def test_scores_equal_torch(tmp_path, case):
     """oracle: transformers' classifier, rows of different lengths; trunk in two dtypes."""
     model = torch_scorer(case, tmp_path)

@@ -11,6 +11,7 @@ import ntkrl
 from ntkrl import jaxpr, ntk
 from ntkrl.ntk import network as feature_functions
 from tests.ntk.networks import TOKENS, VOCAB, close, contexts, layered
+from tests.oracles import kernel_by_gradients
 from tests.toys import TINY, toy_policy
 
 SMALL = {**TINY, "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12}
@@ -37,10 +38,9 @@ def model(kind, dtype=jnp.float64):
 
 @functools.cache
 def brute(kind, part, padded):
-    """The oracle algorithm, in float64."""
+    """The oracle, in float64."""
     groups = () if kind == "toy" else GROUPS
-    kernel = ntk.kernel(*model(kind), *contexts(padded), groups=groups, algorithm="dense")
-    return np.asarray(kernel.dense(part))
+    return kernel_by_gradients(ntk.kernel(*model(kind), *contexts(padded), groups=groups), part)
 
 
 @pytest.mark.usefixtures("x64")
@@ -102,7 +102,7 @@ def test_chunks_change_nothing(algorithm):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("algorithm", ["dense", *ntk.ALGORITHMS])
+@pytest.mark.parametrize("algorithm", ntk.ALGORITHMS)
 def test_algorithms_under_jit(algorithm):
     """law: with params traced, and with contexts traced too, the same numbers come out."""
     network, params = model("tied")
@@ -151,11 +151,9 @@ def test_layers_that_share_a_leaf():
         return x
 
     network = ntk.Network(features, ntk.Head("head"), stacked=("layers",))
-    kernels = [
-        ntk.kernel(network, params, ntk.last_positions(jnp.asarray(TOKENS)), algorithm=algorithm)
-        for algorithm in ("layerwise", "dense")
-    ]
-    close(kernels[0].dense("body"), np.asarray(kernels[1].dense("body")))
+    at = ntk.last_positions(jnp.asarray(TOKENS))
+    kernel = ntk.kernel(network, params, at, algorithm="layerwise")
+    close(kernel.dense("body"), kernel_by_gradients(kernel, "body"))
 
 
 @pytest.mark.usefixtures("x64")

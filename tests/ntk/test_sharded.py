@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import ntkrl
 from ntkrl import ntk, runtime, trees
-from ntkrl.ntk import gram
+from ntkrl.ntk import jacobian_gram
 from tests.ntk.networks import close
 from tests.toys import TINY
 
@@ -71,9 +71,9 @@ def test_gradients_stay_sharded(algorithm):
         kernel = ntk.kernel(policy, tree, contexts)
         features, inputs = kernel.problem.features, kernel.problem.gram_inputs("body")
         if algorithm == "jvp_vjp":
-            lowered = gram.jvp_vjp.lower(features, inputs, 16, True)
+            lowered = jacobian_gram.jvp_vjp.lower(features, inputs, 16, True)
         else:
-            lowered = gram.jacobian.lower(features, inputs, 16)
+            lowered = jacobian_gram.jacobian.lower(features, inputs, 16)
         compiled = lowered.compile()
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert temporary[1] < temporary[0] / 3

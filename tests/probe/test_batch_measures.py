@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.probe.batch_measures import entropy_share, gradient_noise, group_measures, reward_signal
-from ntkrl.probe.features import (
-    ches,
-    head_influence,
-    token_sums,
+from ntkrl.probe.batch_measures import (
+    entropy_share,
+    group_measures,
+    noise_from_squares,
+    reward_signal,
 )
+from ntkrl.probe.features import ches
 from ntkrl.softmax import OutputHead
 
 
@@ -24,10 +25,17 @@ def test_reward_signal_by_hand():
     assert float(near["frac_reward_zero_std"]) == 0.5
 
 
+def gradient_noise(gradients):
+    """The noise of `[B, …]` gradients."""
+    return noise_from_squares(
+        *map(jnp.asarray, (np.sum(gradients**2, 1), np.sum(gradients.mean(0) ** 2)))
+    )
+
+
 def test_gradient_noise_by_gradients(x64):
     """oracle: the mean and covariance of twelve gradients of five entries."""
     gradients = np.random.default_rng(0).normal(size=(12, 5)) + 0.5
-    result = gradient_noise(jnp.asarray(gradients @ gradients.T))
+    result = gradient_noise(gradients)
     mean = gradients.mean(axis=0)
     noise = np.trace(np.cov(gradients.T))
     np.testing.assert_allclose(result.mean_square, mean @ mean, rtol=1e-12)
@@ -42,7 +50,7 @@ def test_noise_scale_is_unbiased_in_its_parts(x64):
     batches = rng.normal(size=(400, 2, 3)) + np.array([0.5, 0.0, 0.0])
     squares = []
     for batch in batches:
-        result = gradient_noise(jnp.asarray(batch @ batch.T))
+        result = gradient_noise(batch)
         squares.append(float(result.noise / result.noise_scale))
     # ‖E g‖² = 0.25; ‖ḡ‖² alone would give 0.25 + 3/2; 400 batches leave an error of 0.07
     assert abs(np.mean(squares) - 0.25) < 0.2
@@ -72,11 +80,12 @@ def test_group_measures_by_pairs(x64):
     assert float(result["probe/ches"]) == pytest.approx(float(plain[0]))
     assert float(result["probe/ches_normalised"]) == pytest.approx(float(scaled[0]))
     rows, columns = np.nonzero(mask)
-    row_arrays = jnp.asarray(phi[rows, columns]), jnp.asarray(y[rows, columns])
-    influence, a = head_influence(head, row_arrays, row_arrays), jnp.asarray(each[rows])
-    sums = token_sums(influence, a, rows // 3, rows // 3)
-    for sign in ("positive", "negative"):
-        expected = float(jnp.mean(sums[sign][a > 0]))
+    features, a = phi[rows, columns], each[rows]
+    logits = features @ np.asarray(head.weight).T
+    g = np.eye(5)[y[rows, columns]] - np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    influence = (features @ features.T) * (g @ g.T) * (rows[:, None] // 3 == rows // 3)
+    for sign, weights in (("positive", np.maximum(a, 0)), ("negative", np.minimum(a, 0))):
+        expected = np.mean((influence @ weights)[a > 0])
         assert float(result[f"probe/head_sum_{sign}"]) == pytest.approx(expected)
-    spill = token_sums(influence, jnp.sign(a), rows // 3, rows // 3)["positive"][a < 0]
-    assert float(result["probe/head_sum_wrong"]) == pytest.approx(float(jnp.mean(spill)))
+    spill = (influence @ (a > 0))[a < 0]
+    assert float(result["probe/head_sum_wrong"]) == pytest.approx(np.mean(spill))

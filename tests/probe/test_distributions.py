@@ -1,4 +1,4 @@
-"""Entropy, its changes and divergences, against derivatives and full logits in float64."""
+"""Entropy, divergences and probability masses, against full logits in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,7 @@ from ntkrl.probe.distributions import (
     advantage_covariance,
     confidence_measures,
     divergences,
-    entropy_changes,
-    entropy_changes_by_tile,
-    fit_entropy_reward,
+    token_masses,
 )
 from ntkrl.softmax import OutputHead, SoftmaxOptions, logit_statistics, logits
 from tests.oracles import log_softmax
@@ -42,59 +40,6 @@ def test_confidence_by_hand():
         np.testing.assert_allclose(result[name], value, rtol=1e-5)
 
 
-def test_entropy_change_is_a_derivative(x64):
-    """oracle: central differences of H along each part; the parts sum to the total."""
-    rng = np.random.default_rng(1)
-    z, parts = 2 * rng.normal(size=(N, V)), {p: rng.normal(size=(N, V)) for p in ("head", "body")}
-    parts["full"] = parts["head"] + parts["body"]
-    result = entropy_changes(jnp.asarray(z), jax.tree.map(jnp.asarray, parts))
-    for part, dz in parts.items():
-        slope = (entropy(z + 1e-5 * dz) - entropy(z - 1e-5 * dz)) / 2e-5
-        np.testing.assert_allclose(result[part], slope, rtol=1e-7)
-    np.testing.assert_allclose(result["head"] + result["body"], result["full"], rtol=1e-12)
-
-
-def test_entropy_change_of_a_certain_token():
-    """by hand: a token of no mass has log π = −∞ and adds nothing; equal log π's give 0."""
-    z = jnp.array([[0.0, 0.0, -jnp.inf]])
-    result = entropy_changes(z, {"a": jnp.array([[1.0, -2.0, 3.0]])})
-    np.testing.assert_allclose(result["a"], 0.0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "settings,temperature,chunks",
-    [({}, 1.0, (1024, None)), ({"scale": 0.6, "soft_cap": 1.5}, 0.7, (3, 4))],
-    ids=["plain", "capped"],
-)
-def test_entropy_change_by_tiles(x64, settings, temperature, chunks):
-    """oracle: the change of logits by jvp of the head at once; tiles of 4 rows overlap."""
-    rng = np.random.default_rng(2)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
-    head, phi = OutputHead(draw(V, D), draw(V), **settings), draw(N, D)
-    d_weight, d_bias, d_phi = draw(V, D), draw(V), draw(N, D)
-
-    def z(weight, bias, phi):
-        return logits(OutputHead(weight, bias, **settings), phi) / temperature
-
-    at, still = (head.weight, head.bias, phi), jax.tree.map(jnp.zeros_like, (d_weight, d_bias, phi))
-    steps = {
-        "head": (d_weight, still[1], still[2]),
-        "body": (still[0], still[1], d_phi),
-        "bias": (still[0], d_bias, still[2]),
-    }
-    changes = {part: jax.jvp(z, at, step)[1] for part, step in steps.items()}
-    expected = entropy_changes(z(*at), changes)
-    options = {
-        "head": (d_weight, phi),
-        "body": (head.weight, d_phi),
-        "bias": (d_bias[:, None], jnp.ones((N, 1))),
-    }
-    result = entropy_changes_by_tile(head, phi, options, SoftmaxOptions(temperature, *chunks))
-    for part in steps:
-        assert float(jnp.abs(expected[part]).min()) > 1e-3
-        np.testing.assert_allclose(result[part], expected[part], rtol=1e-10)
-
-
 def test_advantage_covariance(x64):
     """oracle: over the unmasked of 12 tokens; the top quarter of 10 tokens rounds to 2."""
     rng = np.random.default_rng(4)
@@ -108,17 +53,6 @@ def test_advantage_covariance(x64):
     assert not np.asarray(result.tokens)[~mask].any()
     np.testing.assert_allclose(result.mean, np.cov(x, y, bias=True)[0, 1], rtol=1e-12)
     np.testing.assert_allclose(result.top, np.sort(products)[-2:].mean(), rtol=1e-12)
-
-
-def test_fit_of_reward_on_entropy():
-    """by hand: R = −0.3 e^H + 0.9 has the ceiling 0.6; ±0.1 off it leaves a residual of 0.1."""
-    h = np.array([0.1, 0.1, 0.5, 0.5, 1.2, 1.2])
-    r = -0.3 * np.exp(h) + 0.9
-    np.testing.assert_allclose(fit_entropy_reward(h, r), (0.3, 0.9, 0.6, 0.0), atol=1e-12)
-    noisy = fit_entropy_reward(h, r + np.array([0.1, -0.1] * 3))
-    np.testing.assert_allclose(noisy, (0.3, 0.9, 0.6, 0.1), rtol=1e-9)
-    with pytest.raises(ValueError, match="two different entropies"):
-        fit_entropy_reward(h[:2], r[:2])
 
 
 def draws(capped):
@@ -182,3 +116,33 @@ def test_vocabularies_must_agree():
     (head, features), _ = draws(False)
     with pytest.raises(ValueError, match=r"\(V, O\) is \(7, 5\) and \(6, 5\)"):
         divergences((head, features), (OutputHead(head.weight[:6]), features))
+
+
+@pytest.mark.parametrize("chunks", [(1024, None), (3, 4)])
+def test_masses(x64, chunks):
+    """oracle: sums of full softmaxes; where y = y* the others are all but one token."""
+    rng = np.random.default_rng(6)
+    head, phi = (
+        OutputHead(jnp.asarray(rng.normal(size=(V, D)))),
+        jnp.asarray(rng.normal(size=(N, D))),
+    )
+    log_pi = log_softmax(np.asarray(logits(head, phi)) / 0.8)
+    best = log_pi.argmax(-1)
+    y = np.array([best[0], *((best[1:] + 2) % V)])
+    options = SoftmaxOptions(0.8, *chunks)
+    result = token_masses(head, phi, jnp.asarray(y), jnp.asarray(best), options)
+    for o in range(N):
+        rest = [np.exp(log_pi[o, v]) for v in range(V) if v not in (y[o], best[o])]
+        expected = (log_pi[o, y[o]], log_pi[o, best[o]], np.log(sum(rest)))
+        np.testing.assert_allclose([part[o] for part in result], expected, rtol=1e-12)
+
+
+def test_a_negative_gradient_squeezes(x64):
+    """law: gradient descent on an unlikely token's log π feeds the arg max alone."""
+    z = jnp.array([[3.0, 0.0, 0.0, -4.0]])
+    eye, y, best = OutputHead(jnp.eye(4)), jnp.array([3]), jnp.array([0])
+    step = -0.5 * (jnp.eye(4)[3] - jax.nn.softmax(z[0]))
+    # the head's own kernel on feature z = φ is the identity, and W moves by step φᵀ/‖φ‖²
+    before, after = (token_masses(eye, z + move, y, best) for move in (0.0, step[None]))
+    moved = [float(change[0]) for change in jax.tree.map(jnp.subtract, after, before)]
+    assert moved[0] < -0.1 and moved[1] > 0 > moved[2]

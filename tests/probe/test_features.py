@@ -7,14 +7,7 @@ import numpy as np
 import pytest
 
 from ntkrl import ntk, probe
-from ntkrl.probe.features import (
-    ches,
-    cosine_variances,
-    feature_drift,
-    head_influence,
-    head_sums,
-    token_sums,
-)
+from ntkrl.probe.features import ches, cosine_variances, feature_drift, head_sums
 from ntkrl.softmax import OutputHead, SoftmaxOptions
 from tests.ntk.networks import HEADS, VOCAB, contexts, network
 
@@ -108,48 +101,23 @@ def test_ches_by_hand():
 
 
 @pytest.mark.parametrize("kind,chunk", [("plain", None), ("all", 4)])
-def test_head_influence_is_the_head_kernel(x64, kind, chunk):
-    """oracle: g_oᵀ R g_u with R and logits written out; tiles of 4 of 9 rows overlap."""
+def test_head_sums_are_sums_of_pairs(x64, kind, chunk):
+    """oracle: Σ_u w_u g_oᵀ R g_u, R and logits written out; law: a temperature scales logits."""
     described, params = network(kind, False)
     kernel = ntk.kernel(described, params, HERE)
     phi = kernel.problem.head_inputs[0].features
-    y = jnp.array([1, 5, 8])
-    logits = described.logits(params, phi)
-    g = np.eye(VOCAB)[y] - np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    options = HEADS[kind]
-    bias = params["head_bias"] if "bias" in options else None
-    settings = {name: options[name] for name in options if name != "bias"}
-    head = OutputHead(params["head"], bias, **settings)
-    result = head_influence(head, (phi, y), (phi[:2], y[:2]), chunk)
-    expected = np.einsum("ov,ouvw,uw->ou", g, kernel.dense("head"), g)[:, :2]
-    np.testing.assert_allclose(result, expected, rtol=1e-10)
-
-
-@pytest.mark.parametrize("kind,chunk", [("plain", None), ("all", 4)])
-def test_head_sums_are_sums_of_pairs(x64, kind, chunk):
-    """law: sums without pairs are the pairs' sums; a temperature is a scale of the logits."""
-    described, params = network(kind, False)
-    phi = ntk.kernel(described, params, HERE).problem.head_inputs[0].features
     options = HEADS[kind]
     bias = params["head_bias"] if "bias" in options else None
     head = OutputHead(
         params["head"], bias, **{name: options[name] for name in options if name != "bias"}
     )
     y, weights = jnp.array([1, 5, 8]), jnp.array([[1.0, 0.0], [-2.0, 0.0], [0.5, 3.0]])
-    pairs = head_influence(head, (phi, y), (phi, y))
+    logits = described.logits(params, phi)
+    g = np.eye(VOCAB)[y] - np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    pairs = np.einsum("ov,ouvw,uw->ou", g, kernel.dense("head"), g)
     result = head_sums(head, phi, y, weights, SoftmaxOptions(1.0, chunk_vocabulary=chunk))
     np.testing.assert_allclose(result, pairs @ weights, rtol=1e-10)
     if head.soft_cap is None:
         warm = dataclasses.replace(head, scale=head.scale / 2.0)
         result = head_sums(head, phi, y, weights, SoftmaxOptions(2.0, chunk_vocabulary=chunk))
         np.testing.assert_allclose(result, head_sums(warm, phi, y, weights), rtol=1e-10)
-
-
-def test_token_sums_by_hand():
-    """by hand: of three updated tokens the last is of another prompt, the first has A > 0."""
-    influence = jnp.array([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
-    result = token_sums(
-        influence, jnp.array([2.0, -3.0, 1.0]), jnp.array([0, 1]), jnp.array([0, 0, 1])
-    )
-    assert result["positive"].tolist() == [2.0, 4.0]
-    assert result["negative"].tolist() == [-6.0, 0.0]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkrl import probe
-from ntkrl.probe import batch_measures, distributions, features, parameters, squeezing
+from ntkrl.probe import batch_measures, distributions, features, parameters
 from ntkrl.report import is_known
 from ntkrl.softmax import OutputHead, logit_statistics
 
@@ -15,20 +15,17 @@ def test_results_are_in_the_glossary():
     lead = parameters.leading_direction(eye)
     line = probe.extend_line(probe.start_line(eye, 0), 2 * eye, 1)
     kernels = dict.fromkeys(("head", "trace_head", "trace_body"), np.eye(2))
-    masses = squeezing.Masses(*[jnp.zeros(2)] * 3)
-    squeezed = squeezing.squeezing(masses, masses, -jnp.ones(2))
-    squeezed.pop("tokens")
     pair = OutputHead(eye), jnp.ones((2, 1, 2))
     result = {
         "probe/": [
             *distributions.confidence_measures(logit_statistics(eye, two), mask),
             *features.cosine_variances(eye, two, two),
             *features.feature_drift(eye, eye),
-            *parameters.classifier_measures(eye, eye)[0],
+            *parameters.classifier_measures(eye, eye),
             *probe.kernel_drift(kernels, kernels),
         ],
-        "probe/squeeze_": squeezed,
-        "weights/": [*probe.update_sparsity(eye, eye)[0], *probe.line_fit(line)[1]],
+        "probe/squeeze_": distributions.Masses._fields,
+        "weights/": [*probe.update_sparsity(eye, eye), *probe.line_fit(line)[1]],
         "probe": [f"/{name}" for name in probe.line_fit(line)[1]],
         "weights/body/mix/": parameters.update_rank(eye, lead),
         "signal/": probe.GradientNoise._fields,

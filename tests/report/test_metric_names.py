@@ -8,8 +8,8 @@ from ntkrl.report import format_glossary
 from ntkrl.report.metric_names import (
     ALIASES,
     FALSE_FRIENDS,
-    FAMILIES,
     GLOSSARY,
+    PATTERNS,
     TIMINGS,
     aliased,
     is_known,
@@ -58,7 +58,7 @@ def test_known_names_by_hand():
 @pytest.mark.parametrize("style", ALIASES)
 def test_aliases_are_of_known_names(style):
     """Law: every alias is of a name we write, and no name is both the same and another thing."""
-    assert set(ALIASES[style]) <= {*GLOSSARY, *FAMILIES, *TIMINGS}
+    assert set(ALIASES[style]) <= {*GLOSSARY, *PATTERNS, *TIMINGS}
     assert set(FALSE_FRIENDS) <= set(ALIASES)
     different = FALSE_FRIENDS[style] if style in FALSE_FRIENDS else {}
     assert not set(ALIASES[style].values()) & set(different)
@@ -68,7 +68,7 @@ def test_glossary_is_markdown():
     """Law: every name has one line; bars inside cells are escaped, so columns stay columns."""
     same, _, different = format_glossary().partition("\n\n")
     lines = same.splitlines()
-    assert len(lines) == 2 + len(GLOSSARY) + len(FAMILIES) + len(TIMINGS)
+    assert len(lines) == 2 + len(GLOSSARY) + len(PATTERNS) + len(TIMINGS)
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {5}
     expected = "| `reward` | reward | mean reward of the step's completions, before any KL term | "
     expected += "trl `train/reward`, trl012 `train/objective/scores`, verl `critic/score/mean` |"

@@ -18,7 +18,7 @@ def test_line_by_hand(tmp_path):
 
 
 def test_names(tmp_path):
-    """Law: names outside the glossary and its families are refused, all in one message."""
+    """Law: names outside the glossary and its patterns are refused, all in one message."""
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"rewards/length/mean": 1.0, "rewards/a/b/std": 1.0, "logged/x": 2.0})
         with pytest.raises(ValueError, match=r"'entropi' \(did you mean 'entropy'\?\), 'foo'"):

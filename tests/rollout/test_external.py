@@ -69,7 +69,7 @@ def test_loading_an_engine(tmp_path):
     path = tmp_path / "engine.py"
     path.write_text(
         "def make(directory, settings):\n"
-        "    assert settings['eos_id'] == 0 and directory == 'model'\n"
+        "    assert settings['end_ids'] == (0,) and directory == 'model'\n"
         "    return lambda weights, prompts, seed: seed\n"
         "def broken(directory, settings):\n"
         "    raise OSError('no GPU')\n"

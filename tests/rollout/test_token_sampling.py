@@ -25,7 +25,7 @@ def settings(temperature=1.0, **truncation):
         completions_per_prompt=1,
         max_completion_tokens=1,
         temperature=temperature,
-        eos_id=0,
+        end_ids=(0,),
         pad_id=0,
         **truncation,
     )

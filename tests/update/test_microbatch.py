@@ -112,7 +112,7 @@ def sampled(policy, params):
         rows=jnp.arange(4),
         copies=jnp.zeros(4, int),
     )
-    settings = rollout.SamplerSettings(2, 5, 1.0, eos_id=0, pad_id=1, keep_features=True)
+    settings = rollout.SamplerSettings(2, 5, 1.0, end_ids=(0,), pad_id=1, keep_features=True)
     drawn = rollout.Sampler(policy, settings)(params, prompts, jax.random.key(1))
     batch = make_batch(policy.vocab_size)
     length = drawn.completion_mask.shape[1]

@@ -1,12 +1,18 @@
-"""Gram matrices of feature Jacobians: directions, blocks, and the two algorithms on gradients.
+"""Gram matrices of feature Jacobians: cotangents, blocks, and the two algorithms on gradients.
 
-Every body form is Γ[a, b] = c_aᵀ J_φ P J_φ'ᵀ c_b for directions c at positions of sequences: unit
-vectors give M, rows of W entries of G, W^T g score functions, a sum over positions sequence
+Every body form is Γ[a, b] = c_aᵀ J_φ P J_φ'ᵀ c_b for cotangents c at positions of sequences: unit
+vectors give M, rows of W entries of G, Wᵀg score functions, a sum over positions sequence
 aggregates. Γ is computed by
 
-    jvp_vjp    one VJP of an updated direction and one JVP to all observed ones, per column
+    jvp_vjp    one VJP of an updated cotangent and one JVP to all observed ones, per column
     jacobian   gradients of both sides, contracted over the parameters; VJPs alone
     layerwise  see layerwise.py
+
+Array suffixes of this room, beside those of ntkrl.types:
+
+    S  sequences of a side               A  cotangents of a sequence: P·B, or B where summed
+    P  positions of a sequence           R  rows of the vocabulary (observed side)
+    B  cotangents of a position          C  columns of the vocabulary (updated side)
 """
 
 from __future__ import annotations
@@ -29,21 +35,21 @@ from ntkrl.types import Array, Params
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Directions:
-    """A directions at each of S sequences: A = P·B, or A = B where positions are summed.
+class SequenceCotangents:
+    """A cotangents of the features of each of S sequences: P·B, or B where positions are summed.
 
     tokens: inputs, S in front.
     mask: `[S, T]`.
     positions: `[S, P]`.
-    vectors: `[S, P, B, D]`; None for the D unit vectors at each position (B = D).
+    cotangents: `[S, P, B, D]`; None for the D unit vectors at each position (B = D).
     width: D.
-    summed: True where a direction acts at all P positions at once.
+    summed: True where a cotangent acts at all P positions at once.
     """
 
     tokens: Any
     mask: Array
     positions: Array
-    vectors: Array | None
+    cotangents: Array | None
     width: int = dataclasses.field(metadata={"static": True})
     summed: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -55,7 +61,7 @@ class Directions:
     @property
     def per_position(self) -> int:
         """B."""
-        return self.width if self.vectors is None else self.vectors.shape[2]
+        return self.width if self.cotangents is None else self.cotangents.shape[2]
 
     @property
     def per_sequence(self) -> int:
@@ -64,78 +70,82 @@ class Directions:
 
     @property
     def arrays(self) -> tuple[Any, Array, Array, Array | None]:
-        """Tokens, mask, positions and vectors, S in front of all."""
-        return self.tokens, self.mask, self.positions, self.vectors
+        """Tokens, mask, positions and cotangents, S in front of all."""
+        return self.tokens, self.mask, self.positions, self.cotangents
 
-    def map(self, function: Callable[[Array], Array]) -> Directions:
+    def map(self, function: Callable[[Array], Array]) -> SequenceCotangents:
         """Apply a function of the leading axis to all arrays."""
-        tokens, mask, positions, vectors = jax.tree.map(function, self.arrays)
-        return Directions(tokens, mask, positions, vectors, self.width, self.summed)
+        tokens, mask, positions, cotangents = jax.tree.map(function, self.arrays)
+        return SequenceCotangents(tokens, mask, positions, cotangents, self.width, self.summed)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GramInputs:
-    """Arrays of Γ: params, the two sides' Directions, and the weights of the used leaves.
+    """Arrays of Γ: params, the two sides' cotangents, and the weights of the used leaves.
 
     updated is None for a symmetric Γ.
     """
 
     params: Params
-    observed: Directions
-    updated: Directions | None
+    observed: SequenceCotangents
+    updated: SequenceCotangents | None
     weights: Weights
 
     @property
-    def columns(self) -> Directions:
+    def columns(self) -> SequenceCotangents:
         """The updated side, the observed one where Γ is symmetric."""
         return self.observed if self.updated is None else self.updated
 
 
 def arrange(
-    contexts: GroupedContexts, vectors: Array | None, width: int, summed: bool
-) -> Directions:
-    """Return the Directions of `[O, B, D]` vectors of contexts (None: unit vectors)."""
+    contexts: GroupedContexts, cotangents: Array | None, width: int, summed: bool
+) -> SequenceCotangents:
+    """Arrange `[O, B, D]` cotangents of contexts (None: unit vectors) by sequence."""
     arranged = None
-    if vectors is not None:
+    if cotangents is not None:
         sequences, positions = contexts.positions.shape
-        empty = jnp.zeros((sequences * positions, *vectors.shape[1:]), vectors.dtype)
-        arranged = empty.at[contexts.slots].set(vectors)
-        arranged = arranged.reshape(sequences, positions, *vectors.shape[1:])
-    return Directions(*contexts[:3], arranged, width, summed)
+        empty = jnp.zeros((sequences * positions, *cotangents.shape[1:]), cotangents.dtype)
+        arranged = empty.at[contexts.slots].set(cotangents)
+        arranged = arranged.reshape(sequences, positions, *cotangents.shape[1:])
+    return SequenceCotangents(*contexts[:3], arranged, width, summed)
 
 
 def cotangent(
-    positions_P: Array, vectors_PBD: Array | None, index: Array, side: Directions, length: int
+    positions_P: Array,
+    cotangents_PBD: Array | None,
+    index: Array,
+    side: SequenceCotangents,
+    length: int,
 ) -> Array:
-    """Return direction `index` of one sequence as a cotangent of its features, `[T, D]`."""
-    if vectors_PBD is None:
+    """Return cotangent `index` of one sequence, `[T, D]`."""
+    if cotangents_PBD is None:
         position, unit = index // side.width, index % side.width
         return jnp.zeros((length, side.width)).at[positions_P[position], unit].set(1)
     if side.summed:
-        chosen_PD = vectors_PBD[:, index]
+        chosen_PD = cotangents_PBD[:, index]
         return jnp.zeros((length, side.width), chosen_PD.dtype).at[positions_P].add(chosen_PD)
     position, number = index // side.per_position, index % side.per_position
-    vector_D = vectors_PBD[position, number]
-    return jnp.zeros((length, side.width), vector_D.dtype).at[positions_P[position]].set(vector_D)
+    chosen_D = cotangents_PBD[position, number]
+    return jnp.zeros((length, side.width), chosen_D.dtype).at[positions_P[position]].set(chosen_D)
 
 
-def contract_features(changes: Array, side: Directions) -> Array:
+def contract_features(changes: Array, side: SequenceCotangents) -> Array:
     """Return c_a · Δφ for changes `[S, T, D]` of the features: `[S, A]`."""
 
-    def sequence(change_TD: Array, positions_P: Array, vectors_PBD: Array | None) -> Array:
+    def sequence(change_TD: Array, positions_P: Array, cotangents_PBD: Array | None) -> Array:
         change_PD = change_TD[positions_P]
-        if vectors_PBD is None:
+        if cotangents_PBD is None:
             return change_PD.reshape(-1)
-        product_PB = einsum("pd,pbd->pb", change_PD, vectors_PBD.astype(change_PD.dtype))
+        product_PB = einsum("pd,pbd->pb", change_PD, cotangents_PBD.astype(change_PD.dtype))
         return jnp.sum(product_PB, axis=0) if side.summed else product_PB.reshape(-1)
 
-    return jax.vmap(sequence)(changes, side.positions, side.vectors)
+    return jax.vmap(sequence)(changes, side.positions, side.cotangents)
 
 
 @functools.partial(jax.jit, static_argnames=("features", "chunk", "forward_mode"))
 def jvp_vjp(features: FeatureFunction, inputs: GramInputs, chunk: int, forward_mode: bool) -> Array:
-    """Compute Γ by one VJP and one JVP per updated direction, `chunk` of them at a time.
+    """Compute Γ by one VJP and one JVP per updated cotangent, `chunk` of them at a time.
 
     Without forward mode the JVP is a VJP of a VJP.
 
@@ -146,11 +156,11 @@ def jvp_vjp(features: FeatureFunction, inputs: GramInputs, chunk: int, forward_m
     push = features.jvp_fn(params, observed.tokens, observed.mask, forward_mode)
 
     def sequence(arrays: tuple[Any, Array, Array, Array | None]) -> Array:
-        tokens, mask, positions, vectors = arrays
+        tokens, mask, positions, cotangents = arrays
         phi, pull = features.vjp_fn(params, add_axis(tokens), mask[None])
 
         def column(index: Array) -> Array:
-            c_TD = cotangent(positions, vectors, index, updated, phi.shape[1])
+            c_TD = cotangent(positions, cotangents, index, updated, phi.shape[1])
             changes = push(features.constrain(scale_leaves(pull(c_TD[None]), inputs.weights)))
             return contract_features(at_least_float32(changes), observed)
 
@@ -163,7 +173,7 @@ def jvp_vjp(features: FeatureFunction, inputs: GramInputs, chunk: int, forward_m
 
 @functools.partial(jax.jit, static_argnames=("features", "chunk"))
 def jacobian(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Array:
-    """Compute Γ from the gradients of `chunk` directions of each side, by VJPs alone.
+    """Compute Γ from the gradients of `chunk` cotangents of each side, by VJPs alone.
 
     Returns:
       `[S_o·A_o, S_u·A_u]`.
@@ -175,13 +185,15 @@ def jacobian(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Array
     def gradients(block: Block) -> Leaves:
         side = block.side
 
-        def sequence(tokens: Any, mask: Array, positions: Array, vectors: Array | None) -> Leaves:
+        def sequence(
+            tokens: Any, mask: Array, positions: Array, cotangents: Array | None
+        ) -> Leaves:
             phi, pull = features.vjp_fn(inputs.params, add_axis(tokens), mask[None])
 
-            def direction(index: Array) -> Leaves:
-                return pull(cotangent(positions, vectors, index, side, phi.shape[1])[None])
+            def gradient(index: Array) -> Leaves:
+                return pull(cotangent(positions, cotangents, index, side, phi.shape[1])[None])
 
-            return jax.vmap(direction)(block.first + jnp.arange(block.size))
+            return jax.vmap(gradient)(block.first + jnp.arange(block.size))
 
         return jax.vmap(sequence)(*side.arrays)
 
@@ -210,9 +222,9 @@ def add_axis(tree: Any) -> Any:
 
 
 class Block(NamedTuple):
-    """Directions `first` to `first + size` of every sequence of `side`."""
+    """Cotangents `first` to `first + size` of every sequence of `side`."""
 
-    side: Directions
+    side: SequenceCotangents
     first: Array | int
     size: int
 
@@ -220,13 +232,13 @@ class Block(NamedTuple):
 def by_blocks(
     pair: Callable[[Block, Block | None], Array], inputs: GramInputs, chunk: int
 ) -> Array:
-    """Compute Γ block by block, so that few directions exist at a time.
+    """Compute Γ block by block, so that few cotangents exist at a time.
 
     Args:
       pair: computes one block `[S_o, A_o, S_u, A_u]`; its second argument is None where both are
         the same.
       inputs: with two sides; of a symmetric Γ half is computed.
-      chunk: directions of a side that exist at a time, ≥ 1.
+      chunk: cotangents of a side that exist at a time, ≥ 1.
 
     Returns:
       `[S_o·A_o, S_u·A_u]`.
@@ -263,7 +275,7 @@ def fill_symmetric(upper: Array, mirrored: Array, count: int) -> Array:
 class _Blocks:
     """A side divided into equal blocks; padding at the end is dropped when joining."""
 
-    def __init__(self, side: Directions, chunk: int):
+    def __init__(self, side: SequenceCotangents, chunk: int):
         sequences, each = side.sequences, side.per_sequence
         if chunk >= each:
             groups = -(-sequences // (chunk // each))
@@ -272,28 +284,28 @@ class _Blocks:
             self.rows, self.each = 1, -(-each // -(-each // chunk))
         self.side = side
         self.row_blocks = -(-sequences // self.rows)
-        self.direction_blocks = -(-each // self.each)
-        self.count = self.row_blocks * self.direction_blocks
+        self.cotangent_blocks = -(-each // self.each)
+        self.count = self.row_blocks * self.cotangent_blocks
         extra = self.row_blocks * self.rows - sequences
         self.padded = side if not extra else side.map(lambda leaf: _repeat_last(leaf, extra))
 
     def block(self, index: Array | int) -> Block:
-        """Return block `index`, direction blocks fastest."""
-        row = index // self.direction_blocks
-        first = (index % self.direction_blocks) * self.each
+        """Return block `index`, cotangent blocks fastest."""
+        row = index // self.cotangent_blocks
+        first = (index % self.cotangent_blocks) * self.each
         start = row * self.rows
         side = self.padded.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, self.rows))
         return Block(side, first, self.each)
 
     def join(self, other: _Blocks, blocks: Array) -> Array:
         """Join `[blocks_o, blocks_u, S, A, S', A']` as `[S_o·A_o, S_u·A_u]`."""
-        shape = (self.row_blocks, self.direction_blocks, other.row_blocks, other.direction_blocks)
+        shape = (self.row_blocks, self.cotangent_blocks, other.row_blocks, other.cotangent_blocks)
         ordered = jnp.transpose(blocks.reshape(*shape, *blocks.shape[2:]), (0, 4, 1, 5, 2, 6, 3, 7))
         joined = ordered.reshape(
             self.row_blocks * self.rows,
-            self.direction_blocks * self.each,
+            self.cotangent_blocks * self.each,
             other.row_blocks * other.rows,
-            other.direction_blocks * other.each,
+            other.cotangent_blocks * other.each,
         )
         (s_o, a_o), (s_u, a_u) = ((b.side.sequences, b.side.per_sequence) for b in (self, other))
         return joined[:s_o, :a_o, :s_u, :a_u].reshape(s_o * a_o, s_u * a_u)

@@ -1,0 +1,20 @@
+"""Text of error messages. Imports no JAX, as reward workers start without it."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+MAX_PROBLEMS = 10
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return the first MAX_PROBLEMS problems as indented lines, and the number of others."""
+    lines = [f"\n  {problem}" for problem in problems[:MAX_PROBLEMS]]
+    if len(problems) > MAX_PROBLEMS:
+        lines.append(f"\n  and {len(problems) - MAX_PROBLEMS} more")
+    return "".join(lines)
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return "; did you mean …?" with the known name most similar to a wrong one, or ""."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""
