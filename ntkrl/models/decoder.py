@@ -11,8 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from ntkrl.models import layers as nn
+from ntkrl.models.experts import Mixture, Routing
 from ntkrl.types import Array, Cache
 
 Sharding = tuple[tuple[str, tuple[str | None, ...]], ...]
@@ -54,6 +56,7 @@ class Config:
     attention_bias: biases on queries, keys and values; output_bias: on the product after them.
     query_key_norm: RMSNorm over E on queries and keys, before rotation.
     gated_mlp: down(act(gate x) ⊙ up x) in place of down(act(up x)).
+    routing: of a mixture of gated experts in place of the MLP, or None.
     four_norms: norms after attention and MLP too, before the residual sum.
     parallel_residual: the MLP reads the layer's input, not the sum after attention.
     learned_positions: embeddings of positions are added to those of tokens.
@@ -86,6 +89,7 @@ class Config:
     query_key_norm: bool = False
     gated_mlp: bool = True
     mlp_bias: bool = False
+    routing: Routing | None = None
     four_norms: bool = False
     parallel_residual: bool = False
     learned_positions: bool = False
@@ -160,7 +164,7 @@ class MLP(nnx.Module):
         self.up = linear("mlp/up", width, inner, bias)
         self.down = linear("mlp/down", inner, width, bias)
 
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, mesh: Mesh | None = None) -> Array:
         activation = nn.ACTIVATIONS[self.activation]
         if self.gated:
             return self.down(activation(self.gate(x_BTD)) * self.up(x_BTD))
@@ -178,14 +182,18 @@ class DecoderLayer(nnx.Module):
             self.attention_out_norm = _norm(config, rngs, dtype)
             self.mlp_out_norm = _norm(config, rngs, dtype)
         self.attention = Attention(config, rngs, dtype)
-        self.mlp = MLP(config, rngs, dtype)
+        self.mlp = (MLP if config.routing is None else Mixture)(config, rngs, dtype)
 
     def __call__(
-        self, x_BTD: Array, inputs: nn.AttentionInputs, update_cache: nn.UpdateCache
+        self,
+        x_BTD: Array,
+        inputs: nn.AttentionInputs,
+        update_cache: nn.UpdateCache,
+        mesh: Mesh | None = None,
     ) -> Array:
         attended = self.attention(self.input_norm(x_BTD), inputs, update_cache)
         y_BTD = x_BTD + (self.attention_out_norm(attended) if self.four_norms else attended)
-        transformed = self.mlp(self.mlp_norm(x_BTD if self.parallel else y_BTD))
+        transformed = self.mlp(self.mlp_norm(x_BTD if self.parallel else y_BTD), mesh)
         return y_BTD + (self.mlp_out_norm(transformed) if self.four_norms else transformed)
 
 
