@@ -48,6 +48,11 @@ def read_rope(reader: ConfigReader, width: int, rules: RopeRules | None = None) 
     """
     rules = RopeRules() if rules is None else rules
     section = reader.section("rope_scaling") or reader.section("rope_parameters") or {}
+    nested = [name for name, value in section.items() if isinstance(value, Mapping)]
+    if nested:
+        reader.problems.append(
+            f"rope_parameters has sections {', '.join(nested)}; this family has one for all layers"
+        )
     length = reader.integer("max_position_embeddings")
     # a top-level entry has precedence, as the class's default in families that have the field
     original = reader.optional_integer(ORIGINAL, rules.original)
@@ -102,7 +107,7 @@ class _Section:
         kind = entries.get("rope_type", entries.get("type", "default"))
         if kind not in rules.scalings:
             allowed = ", ".join(rules.scalings)
-            problems.append(f"rotary scaling {kind!r} is not supported, only {allowed}")
+            problems.append(f"rope_type {kind!r} is not supported, only {allowed}")
             kind = "default"
         scaling = rules.scalings[kind]
         base = self._number("rope_theta", self.reader.number(*rules.theta))
@@ -115,6 +120,8 @@ class _Section:
         if scaling == "llama3":
             low, high = self._number("low_freq_factor"), self._number("high_freq_factor")
             return Rope(size, base, scaling, self._number("factor"), low, high, original)
+        if scaling == "yarn" and "factor" not in entries:
+            problems.append(f"rotary factor is missing; {kind} needs it, or null")
         factor = self._number("factor", self.length / max(original, 1))
         attention = self._attention_factor(scaling, factor, original)
         if scaling == "longrope":

@@ -1,5 +1,7 @@
 """Tiny random transformers models of every family, in odd shapes that expose mistakes."""
 
+import copy
+
 import numpy as np
 import torch
 import transformers
@@ -236,7 +238,7 @@ def torch_model(case, directory=None, seed=0, **overrides):
     """Build a case's model, all parameters moved off their initial values; optionally save it."""
     config_class, model_class, settings = CASES[case]
     config = getattr(transformers, config_class)(
-        **{**settings, **overrides}, bos_token_id=0, eos_token_id=0, pad_token_id=1
+        **copy.deepcopy({**settings, **overrides}), bos_token_id=0, eos_token_id=0, pad_token_id=1
     )
     torch.manual_seed(seed)
     # eager attention: capped scores have no fused form

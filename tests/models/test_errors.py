@@ -137,7 +137,7 @@ def test_impossible_shapes(model_dir):
     edit_config(model_dir, rope_scaling={"type": "dynamic", "factor": 2.0})
     fails(
         model_dir,
-        "rotary scaling 'dynamic' is not supported, only default, linear, llama3, yarn, longrope",
+        "rope_type 'dynamic' is not supported, only default, linear, llama3, yarn, longrope",
     )
     edit_config(model_dir, rope_scaling={"type": "llama3", "factor": "x"})
     fails(
