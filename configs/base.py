@@ -115,17 +115,25 @@ def get_config():
     config.reward.normalisation = placeholder(str)  # a file of rewards written by `ntkrl evaluate`
     config.reward.dtype = "float32"  # of reward models; their heads are always float32
     config.reward.batch_size = 16  # texts per forward pass of a reward model
-    # TRL's and open-r1's defaults, except for lengths, which follow max_completion_tokens
+    # TRL's and open-r1's defaults, except for lengths that are None, which follow
+    # rollout.max_completion_tokens
     config.reward.options = ConfigDict(
         {
-            "soft_overlong": {"max_completion_len": 512, "soft_punish_cache": 128},
+            "soft_overlong": {
+                "max_completion_len": placeholder(int),  # tokens; None: the budget
+                # its last tokens; None: 128, or half of a budget below 256
+                "soft_punish_cache": placeholder(int),
+            },
             "cosine_length": {
                 "min_value_wrong": -1.0,
                 "max_value_wrong": -0.5,
                 "min_value_correct": 0.5,
                 "max_value_correct": 1.0,
-                "max_len": 1000,
+                "max_tokens": placeholder(int),  # None: the budget, unless max_len is set
+                "max_len": placeholder(int),  # characters, instead of tokens; open-r1: 1000
             },
+            # limit of a row, and the reward of rows that exceed it or fail
+            "math_verify": {"row_seconds": 5.0, "default": 0.0},
             "repetition": {"ngram_size": 3, "max_penalty": -1.0},
         }
     )
@@ -165,7 +173,8 @@ def get_config():
     config.schedule.inner_epochs = 1
     config.schedule.chunk_tokens = 1024  # positions per device whose logits are in memory at a time
     config.schedule.offload_optimizer = False  # keep moments in host memory between steps
-    config.schedule.log_ratio_tolerance = 1e-3  # nats, largest difference of sampler and trainer
+    # nats, largest difference of sampler and trainer; None: by the dtypes of network and cache
+    config.schedule.log_ratio_tolerance = placeholder(float)
     config.schedule.resample_rounds = 3  # if group_filter is "resample"
     config.schedule.on_no_signal = "skip"  # or "stop": for a step without any training signal
     # interval in rollout steps of reference ← α policy + (1 − α) reference; 0.6 is TRL's α.

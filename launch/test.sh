@@ -4,4 +4,4 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 prepare test
-exec .venv/bin/python -m pytest tests -n 2 --dist loadgroup "$@"
+exec .venv/bin/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -1,6 +1,8 @@
 """Advantages from rewards: one pure function per estimator; groups are N consecutive rows.
 
 Every function takes rewards `[B]`, B = P·N, and N, and returns `[B]`; `ESTIMATORS` names them.
+Where the rewards that an estimator compares are all equal, the advantage is exactly 0 in any dtype:
+a rounding error of a mean, divided by a deviation or by Adam, would become a full step.
 """
 
 from collections.abc import Callable
@@ -38,7 +40,8 @@ def batch_mean(rewards: Array, group_size: int) -> Array:
 
     Source: Williams 1992, with the batch mean as the reinforcement baseline.
     """
-    return rewards - jnp.mean(rewards)
+    equal = jnp.all(rewards == rewards[:1])
+    return jnp.where(equal, 0, rewards - jnp.mean(rewards))
 
 
 def leave_one_out(rewards: Array, group_size: int) -> Array:
@@ -58,7 +61,7 @@ def leave_one_out(rewards: Array, group_size: int) -> Array:
     rewards_PN = _groups(rewards, group_size, "leave_one_out")
     total_P1 = jnp.sum(rewards_PN, axis=1, keepdims=True)
     others_PN = (total_P1 - rewards_PN) / (group_size - 1)
-    return (rewards_PN - others_PN).reshape(-1)
+    return _zero_where_equal(rewards_PN - others_PN, rewards_PN)
 
 
 def group_mean(rewards: Array, group_size: int) -> Array:
@@ -76,7 +79,8 @@ def group_mean(rewards: Array, group_size: int) -> Array:
     Source: Liu et al. 2503.20783 (Dr. GRPO).
     """
     rewards_PN = _groups(rewards, group_size, "group_mean")
-    return (rewards_PN - jnp.mean(rewards_PN, axis=1, keepdims=True)).reshape(-1)
+    centered_PN = rewards_PN - jnp.mean(rewards_PN, axis=1, keepdims=True)
+    return _zero_where_equal(centered_PN, rewards_PN)
 
 
 def group_normalised(rewards: Array, group_size: int) -> Array:
@@ -96,7 +100,7 @@ def group_normalised(rewards: Array, group_size: int) -> Array:
     rewards_PN = _groups(rewards, group_size, "group_normalised")
     spread_P1 = jnp.std(rewards_PN, axis=1, keepdims=True, ddof=1)
     centered_PN = rewards_PN - jnp.mean(rewards_PN, axis=1, keepdims=True)
-    return (centered_PN / (spread_P1 + EPSILON)).reshape(-1)
+    return _zero_where_equal(centered_PN / (spread_P1 + EPSILON), rewards_PN)
 
 
 def batch_scaled(rewards: Array, group_size: int) -> Array:
@@ -134,7 +138,8 @@ def max_likelihood(rewards: Array, group_size: int) -> Array:
     rewards_PN = _groups(rewards, group_size, "max_likelihood")
     mean_P1 = jnp.mean(rewards_PN, axis=1, keepdims=True)
     safe_P1 = jnp.where(mean_P1 > 0, mean_P1, 1.0)
-    return jnp.where(mean_P1 > 0, (rewards_PN - mean_P1) / safe_P1, 0.0).reshape(-1)
+    relative_PN = jnp.where(mean_P1 > 0, (rewards_PN - mean_P1) / safe_P1, 0.0)
+    return _zero_where_equal(relative_PN, rewards_PN)
 
 
 def pass_at_k(rewards: Array, group_size: int, k: int) -> Array:
@@ -154,7 +159,8 @@ def pass_at_k(rewards: Array, group_size: int, k: int) -> Array:
 
     Source: Chen et al. 2508.10751, section 2.3 (analytical derivation).
     """
-    solved_PN = _groups(rewards, group_size, "pass_at_k") > 0
+    rewards_PN = _groups(rewards, group_size, "pass_at_k")
+    solved_PN = rewards_PN > 0
     if not 1 <= k < group_size:
         raise ValueError(
             f"pass_at_k needs 1 ≤ k < completions per prompt = {group_size}, not k = {k}."
@@ -164,7 +170,7 @@ def pass_at_k(rewards: Array, group_size: int, k: int) -> Array:
     with_wrong_P1 = 1 - _all_drawn_from(wrong_P1 - 1, k - 1, group_size - 1)
     deviation_P1 = jnp.sqrt(mean_P1 * (1 - mean_P1))
     subset_PN = jnp.where(solved_PN, 1.0, with_wrong_P1)
-    return ((subset_PN - mean_P1) / (deviation_P1 + EPSILON)).reshape(-1)
+    return _zero_where_equal((subset_PN - mean_P1) / (deviation_P1 + EPSILON), rewards_PN)
 
 
 def _all_drawn_from(part: Array, k: int, total: int) -> Array:
@@ -198,7 +204,24 @@ def reward_to_go(rewards: Array, token_penalties: Array, mask: Array) -> Array:
     mean = jnp.sum(jnp.where(mask, returns_BC, 0.0)) / jnp.maximum(count, 1)
     squares_BC = jnp.where(mask, jnp.square(returns_BC - mean), 0.0)
     variance = jnp.sum(squares_BC) / jnp.maximum(count - 1, 1)
-    return jnp.where(mask, (returns_BC - mean) / jnp.sqrt(variance + VARIANCE_EPSILON), 0.0)
+    low = jnp.min(jnp.where(mask, returns_BC, jnp.inf))
+    high = jnp.max(jnp.where(mask, returns_BC, -jnp.inf))
+    differ_BC = mask & (low < high)
+    return jnp.where(differ_BC, (returns_BC - mean) / jnp.sqrt(variance + VARIANCE_EPSILON), 0.0)
+
+
+def equal_groups(rewards: Array, group_size: int) -> Array:
+    """Return which groups `[P]` have equal rewards, so that their advantages are all zero."""
+    return _are_equal(rewards.reshape(-1, group_size))
+
+
+def _are_equal(rewards: Array) -> Array:
+    return jnp.all(rewards == rewards[:, :1], axis=1)
+
+
+def _zero_where_equal(advantages: Array, rewards: Array) -> Array:
+    """Flatten `[P, N]` advantages, with 0 in groups of equal rewards."""
+    return jnp.where(_are_equal(rewards)[:, None], 0, advantages).reshape(-1)
 
 
 def _groups(rewards: Array, group_size: int, name: str) -> Array:

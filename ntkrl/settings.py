@@ -119,6 +119,19 @@ class RunSettings:
         return self.data.prompts_per_step // self.schedule.minibatches * group
 
     @property
+    def network_dtypes(self) -> tuple[str, str]:
+        """Dtypes of the network and of the sampler's cache."""
+        compute = self.model.compute_dtype or self.model.dtype
+        return compute, self.rollout.cache_dtype or compute
+
+    @property
+    def log_ratio_tolerance(self) -> float:
+        """Largest difference of the sampler's and the trainer's log-probs (nats)."""
+        if self.schedule.log_ratio_tolerance is not None:
+            return self.schedule.log_ratio_tolerance
+        return max(update.LOG_RATIO_TOLERANCES[dtype] for dtype in self.network_dtypes)
+
+    @property
     def evaluates(self) -> bool:
         """True if held-out prompts are evaluated during the run."""
         scored = self.method.reward_model or bool(self.reward.functions)
@@ -256,6 +269,10 @@ def _check_metric(name: str | None) -> None:
 def _read_reward(config: ConfigDict) -> reward.RewardSettings:
     section = config.reward.to_dict()
     section["functions"] = _weighted_functions(section.pop("function"), section.pop("weights"))
+    names = [name for name, _ in section["functions"]]
+    budget = config.rollout.max_completion_tokens
+    if budget is not None:  # else the section rollout is refused
+        section["options"] = reward.fit_budget(section["options"], names, budget)
     settings = runtime.parse_section(reward.RewardSettings, section, "reward")
     if settings.dtype not in DTYPES:  # the reward room is imported without JAX
         raise ValueError(

@@ -20,6 +20,21 @@ if OWNS_CACHE:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="ntkrl-tests-")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
+# started first, so that no worker waits long for the other at the end
+LONGEST = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "training/test_resume",
+        "test_processes",
+        "test_paper",
+        "attribution/test_ledger",
+        "ntk/test_optimised",
+        "ntk/test_sharded",
+        "ntk/test_algorithms",
+        "plan/test_programs",
+    )
+)
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -37,7 +52,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip the extra suites unless selected by -m."""
+    """Distribute tests by file, the longest files first; skip the extra suites unless selected.
+
+    The tests of a file share fixtures, traces and compiled programs, so one worker runs them all.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    files = {file: rank for rank, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: files.get(item.nodeid.partition("::")[0], len(files)))
     if config.option.markexpr:
         return
     for item in items:

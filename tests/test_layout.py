@@ -12,7 +12,7 @@ PACKAGE = ROOT / "ntkrl"
 
 FLOORS = [
     {"types"},
-    {"numerics", "trees", "intervals", "jaxpr", "messages", "user_files"},
+    {"numerics", "trees", "intervals", "jaxpr", "messages", "user_files", "json_values"},
     {"softmax"},
     {"models", "scoring", "ntk", "runtime"},
     # one pipeline, in order: a room may import those before it

@@ -227,18 +227,54 @@ def _parquet(path: Path) -> list[Any]:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(path).read().to_pylist()
+        return _python_rows(parquet.ParquetFile(path).read(), path)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is not a complete Parquet file ({error}); copy it again."
         ) from error
 
 
+def _python_rows(table: Any, path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an Arrow table as Python values."""
+    arrow = import_pyarrow(path)
+    no_python_type = (ValueError, OverflowError, NotImplementedError, arrow.ArrowException)
+    try:
+        return table.to_pylist()
+    except no_python_type:
+        pass
+
+    def values(name: str) -> list[Any]:
+        column = table[name]
+        for convert in (
+            column.to_pylist,
+            lambda: _numpy_values(column),  # nanoseconds, years > 9999
+            lambda: column.cast("binary").to_pylist(),  # text that is not UTF-8
+            lambda: column.cast("int64").to_pylist(),  # nanoseconds of a day
+        ):
+            try:
+                return convert()
+            except no_python_type:
+                continue
+        raise ValueError(
+            f"{path}: the column {name!r} ({column.type}) has values without a Python type; "
+            "install pandas, which has one for nanoseconds, or leave the column out."
+        )
+
+    columns = {name: values(name) for name in table.column_names}
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _numpy_values(column: Any) -> list[Any]:
+    values = zip(column.to_numpy(zero_copy_only=False), column.is_valid().to_pylist(), strict=True)
+    return [value if is_valid else None for value, is_valid in values]
+
+
 def _stream(path: Path) -> list[Any]:
     arrow = import_pyarrow(path)
     try:
         with arrow.memory_map(str(path)) as source, arrow.ipc.open_stream(source) as reader:
-            return reader.read_all().to_pylist()
+            return _python_rows(reader.read_all(), path)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is not a complete Arrow file ({error}); copy it again."

@@ -14,6 +14,7 @@ from ntkrl import reward, runtime
 from ntkrl.evaluation.comparison import mean_interval
 from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
+from ntkrl.json_values import readable
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import RunSetup, load_starting_model, set_up, training_facts
 from ntkrl.types import Params
@@ -164,7 +165,7 @@ def _write(
     with samples_path.open("w", encoding="utf-8") as file:
         for number, repeat in enumerate(repeats):
             for row in _sample_rows(setup, repeat, number):
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(readable(row), allow_nan=False) + "\n")
     by_function = {
         name: np.concatenate([repeat.result.per_function[name] for repeat in repeats])
         for name in repeats[0].result.per_function

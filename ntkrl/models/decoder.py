@@ -11,8 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from ntkrl.models import layers as nn
+from ntkrl.models.experts import Mixture, Routing
 from ntkrl.models.rope import Rope, rotary_tables, rotate
 from ntkrl.types import Array, Cache
 
@@ -60,6 +62,7 @@ class Config:
       all heads at once instead.
     gated_mlp: down(act(gate x) ⊙ up x) in place of down(act(up x)); fused_mlp: one product for
       gate and up, in this order.
+    routing: of a mixture of gated experts in place of the MLP, or None.
     pre_norms: norms before attention and MLP; post_norms: after them, before the residual sum.
     parallel_residual: the MLP reads the layer's input, not the sum after attention.
     learned_positions: embeddings of positions are added to those of tokens.
@@ -94,6 +97,7 @@ class Config:
     gated_mlp: bool = True
     fused_mlp: bool = False
     mlp_bias: bool = False
+    routing: Routing | None = None
     pre_norms: bool = True
     post_norms: bool = False
     parallel_residual: bool = False
@@ -185,7 +189,7 @@ class MLP(nnx.Module):
             self.up = linear("mlp/up", width, inner, bias)
         self.down = linear("mlp/down", inner, width, bias)
 
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, mesh: Mesh | None = None) -> Array:
         activation = nn.ACTIVATIONS[self.activation]
         if self.fused:
             gate, up = jnp.split(self.gate_up(x_BTD), 2, axis=-1)
@@ -208,17 +212,21 @@ class DecoderLayer(nnx.Module):
             self.attention_out_norm = _norm(config, rngs, dtype)
             self.mlp_out_norm = _norm(config, rngs, dtype)
         self.attention = Attention(config, rngs, dtype)
-        self.mlp = MLP(config, rngs, dtype)
+        self.mlp = (MLP if config.routing is None else Mixture)(config, rngs, dtype)
 
     def __call__(
-        self, x_BTD: Array, inputs: nn.AttentionInputs, update_cache: nn.UpdateCache
+        self,
+        x_BTD: Array,
+        inputs: nn.AttentionInputs,
+        update_cache: nn.UpdateCache,
+        mesh: Mesh | None = None,
     ) -> Array:
         attended = self.attention(
             self.input_norm(x_BTD) if self.pre else x_BTD, inputs, update_cache
         )
         y_BTD = x_BTD + (self.attention_out_norm(attended) if self.post else attended)
         z_BTD = x_BTD if self.parallel else y_BTD
-        transformed = self.mlp(self.mlp_norm(z_BTD) if self.pre else z_BTD)
+        transformed = self.mlp(self.mlp_norm(z_BTD) if self.pre else z_BTD, mesh)
         return y_BTD + (self.mlp_out_norm(transformed) if self.post else transformed)
 
 

@@ -12,7 +12,8 @@ from ntkrl import trees
 from ntkrl.models.decoder import SHARDING, Config, Sharding, Transformer
 
 Table = tuple[tuple[str, str, bool], ...]
-"""Rows: our name · stored name, `{i}` for the layer of a stacked leaf · transposed or not.
+"""Rows: our name · stored name, `{i}` and `{e}` for the layer and the expert of a stacked leaf ·
+transposed or not.
 
 Kernels are [in, out] here."""
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ntkrl import trees
+from ntkrl.models.grouped import is_grouped
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Cache
 
@@ -205,7 +206,7 @@ def scan_layers(
     """Run stacked layers in order, writing keys and values into the cache in place.
 
     Args:
-      layers: a module of `stack_layers`, called as `layer(x, inputs, update_cache)`.
+      layers: a module of `stack_layers`, called as `layer(x, inputs, update_cache, mesh)`.
       x_BTD: input of the first layer.
       inputs: one AttentionInputs per kind of layer.
       kinds: index into `inputs` per layer.
@@ -232,14 +233,18 @@ def scan_layers(
             values = jax.lax.dynamic_update_slice(values, new_values[None].astype(values.dtype), at)
             return keys[index].astype(x_BTD.dtype), values[index].astype(x_BTD.dtype)
 
-        x_BTD = trees.spread_rows(module(x_BTD, selected, update_cache), execution.mesh)
+        x_BTD = module(x_BTD, selected, update_cache, execution.mesh)
+        x_BTD = trees.spread_rows(x_BTD, execution.mesh)
         return (x_BTD, keys, values), None
 
     if execution.remat != "none":
         # recomputing all but the products costs less than writing and reading it
         policies = jax.checkpoint_policies
         products = execution.remat == "products"
-        save = policies.dots_with_no_batch_dims_saveable if products else policies.nothing_saveable
+        save = policies.nothing_saveable
+        if products:
+            dots = policies.dots_with_no_batch_dims_saveable
+            save = policies.save_from_both_policies(dots, is_grouped)
         body = jax.checkpoint(body, policy=save, prevent_cse=False)
     stored = (None, None) if cache is None else (cache.keys, cache.values)
     count = jax.tree.leaves(state)[0].shape[0]

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ntkrl import data, models, reward, runtime
+from ntkrl.json_values import readable
 from ntkrl.prepare import schemas
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import load_rewards
@@ -320,8 +321,8 @@ def _write(options: PrepareSettings, inputs: dict[str, InputSet], directory: Pat
 def _write_rows(path: Path, rows: data.PromptSet) -> None:
     names = list(rows.columns)
     columns = zip(*rows.columns.values(), strict=True)
-    lines = [
-        json.dumps({"prompt": prompt, **dict(zip(names, values, strict=True))}, ensure_ascii=False)
-        for prompt, values in zip(rows.prompts, columns, strict=True)
-    ]
+    lines = []
+    for prompt, values in zip(rows.prompts, columns, strict=True):
+        row = readable({"prompt": prompt, **dict(zip(names, values, strict=True))})
+        lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
     runtime.save_text(path, "\n".join(lines) + "\n")

@@ -8,9 +8,15 @@ User functions run in worker processes, which import this room without JAX: `Rew
 
 from typing import Any
 
-from ntkrl.reward.built_in import BUILT_IN, evaluate, expression_score, final_answer
+from ntkrl.reward.built_in import (
+    BUILT_IN,
+    evaluate,
+    expression_score,
+    final_answer,
+)
 from ntkrl.reward.contract import RewardFunction
 from ntkrl.reward.loading import load_function, open_function
+from ntkrl.reward.options import fit_budget
 from ntkrl.reward.reward_set import (
     RewardResult,
     RewardSet,
@@ -31,6 +37,7 @@ __all__ = [
     "evaluate",
     "expression_score",
     "final_answer",
+    "fit_budget",
     "load_function",
     "open_function",
     "read_normalisation",

@@ -3,7 +3,8 @@
     expressions    1 if the completion is an arithmetic expression equal to the column `target`
     exact_match    1 if the final answer equals the column `answer`
     math_verify    1 if math-verify finds the answer equal to the column `solution`; None if it
-                   cannot parse the solution (TRL's accuracy_reward; needs the extra `math`)
+                   cannot parse the solution (TRL's accuracy_reward; needs the extra `math`), with
+                   a time limit per row
     think_format   1 if the text is one <think>…</think> block and an answer (TRL)
     soft_overlong  0 to −1 over the last tokens of the budget (DAPO 2503.14476; TRL)
     cosine_length  correct answers score higher when short, wrong ones when long (Yeo et al.
@@ -20,11 +21,13 @@ parsed by recursive descent, never by `eval`, with caps on the work per completi
 
 import dataclasses
 import functools
-import inspect
+import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from ntkrl.reward.row_limits import RowScores
 
 THINK = re.compile(r"^<think>(?!.*<think>)(.*?)</think>.*$", re.DOTALL)
 IN_WORKER = ("math_verify",)
@@ -65,30 +68,81 @@ def exact_match(completions: Sequence[Any], answer: Sequence[Any]) -> list[float
     return [float(final_answer(text_of(c)) == final_answer(str(a))) for c, a in pairs]
 
 
-def math_verify(completions: Sequence[Any], solution: Sequence[Any]) -> list[float | None]:
-    """Compare mathematical answers by math-verify, as TRL's accuracy_reward does."""
+@dataclasses.dataclass(frozen=True)
+class MathVerify:
+    """Compare mathematical answers by math-verify, as TRL's accuracy_reward does.
+
+    A row that takes too long or fails gets `default`, and is counted in the metrics
+    `math_verify/slow_rows` and `math_verify/failed_rows`.
+
+    row_seconds: limit of a row, the limit of a comparison in math-verify.
+    call_seconds: limit of all rows of a call; a part of reward.timeout, unless it is set.
+    default: reward of those rows; TRL's is 0.
+    """
+
+    row_seconds: float = 5.0
+    call_seconds: float = 45.0
+    default: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.row_seconds > 0 and self.call_seconds > 0 and math.isfinite(self.default)):
+            raise ValueError(
+                "math_verify: row_seconds and call_seconds must be positive and default a number, "
+                f"not {self.row_seconds}, {self.call_seconds} and {self.default}."
+            )
+
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        solution: Sequence[Any],
+        log_metric: Callable[[str, float], None] = lambda name, value: None,
+    ) -> list[float | None]:
+        """Return 1, 0 or None (a solution that math-verify cannot parse) per completion."""
+        compare = _math_comparison()
+
+        def score(row: int) -> float | None:
+            return compare(text_of(completions[row]), str(solution[row]))
+
+        count = len(completions)
+        scores = RowScores(score, count, self.row_seconds, self.call_seconds)
+        log_metric("math_verify/slow_rows", len(scores.slow))
+        log_metric("math_verify/failed_rows", len(scores.failed))
+        return [scores.values.get(row, self.default) for row in range(count)]
+
+
+@functools.cache
+def _math_comparison() -> Callable[[str, str], float | None]:
+    """Return a function of a completion and its solution, without a time limit."""
     try:
         from latex2sympy2_extended import NormalizationConfig
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError as error:
         raise ValueError("math_verify needs the extra `math`: pip install 'ntkrl[math]'") from error
-    normal = NormalizationConfig(units=True)
+    for module in ("parser", "grader"):  # they warn that their own time limits are off
+        logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
     extraction = LatexExtractionConfig(
         boxed_match_priority=0,
-        normalization_config=normal,
+        normalization_config=NormalizationConfig(units=True),
         try_extract_without_anchor=False,
     )
-    rewards: list[float | None] = []
-    for completion, reference in zip(completions, solution, strict=True):
-        gold = parse(str(reference))
+
+    def compare(completion: str, solution: str) -> float | None:
+        gold = parse(solution, parsing_timeout=None)
         if not gold:
-            rewards.append(None)
-            continue
+            return None
         answer = parse(
-            text_of(completion), extraction_config=[extraction], extraction_mode="first_match"
+            completion,
+            extraction_config=[extraction],
+            extraction_mode="first_match",
+            parsing_timeout=None,
         )
-        rewards.append(float(verify(gold, answer)))
-    return rewards
+        # verify compares all pairs in order, and equal texts would wait for slow expressions
+        texts, formulas = ([a for a in answer if isinstance(a, str) == kind] for kind in (1, 0))
+        return float(any(verify(gold, part, timeout_seconds=None) for part in (texts, formulas)))
+
+    for number in ("0.5", "x^2 + 1"):  # fills caches that every child process starts with
+        compare(rf"\boxed{{{number}}}", f"${number}$")
+    return compare
 
 
 def think_format(completions: Sequence[Any]) -> list[float]:
@@ -105,7 +159,8 @@ def soft_overlong(
 
     Args:
       completion_ids: token ids of each completion.
-      max_completion_len: tokens at which the penalty reaches 1.
+      max_completion_len: tokens at which the penalty reaches 1; in a config, the run's budget
+        unless it is set.
       soft_punish_cache: tokens over which it grows from 0.
     """
     over = [len(ids) - (max_completion_len - soft_punish_cache) for ids in completion_ids]
@@ -117,7 +172,9 @@ class CosineLength:
     """Score correct and wrong answers (by `exact_match`) along a half cosine of their length.
 
     Correct answers fall from `max_value_correct` to `min_value_correct`, wrong ones rise from
-    `min_value_wrong` to `max_value_wrong`, over `max_len` characters, and stay constant beyond.
+    `min_value_wrong` to `max_value_wrong`, over `max_tokens` tokens (Yeo et al., TRL) or, where
+    that is None, `max_len` characters (open-r1), and stay constant beyond. In a config with
+    neither, `max_tokens` is the run's budget.
     """
 
     min_value_wrong: float = -1.0
@@ -125,16 +182,26 @@ class CosineLength:
     min_value_correct: float = 0.5
     max_value_correct: float = 1.0
     max_len: int = 1000
+    max_tokens: int | None = None
 
-    def __call__(self, completions: Sequence[Any], answer: Sequence[Any]) -> list[float]:
-        """Return one reward per completion."""
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        answer: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] = (),
+    ) -> list[float]:
+        """Return one reward per completion; lengths in tokens need `completion_ids`."""
+        if self.max_tokens is None:
+            progress = [len(text_of(completion)) / self.max_len for completion in completions]
+        else:
+            progress = [len(ids) / self.max_tokens for ids in completion_ids]
         rewards = []
-        for completion, correct in zip(completions, exact_match(completions, answer), strict=True):
+        for share, correct in zip(progress, exact_match(completions, answer), strict=True):
             start, end = self.min_value_wrong, self.max_value_wrong
             if correct:
                 start, end = self.max_value_correct, self.min_value_correct
-            progress = min(len(text_of(completion)) / self.max_len, 1.0)
-            rewards.append(end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress)))
+            cosine = math.cos(math.pi * min(share, 1.0))
+            rewards.append(end + 0.5 * (start - end) * (1 + cosine))
         return rewards
 
 
@@ -242,26 +309,9 @@ def _factor(text: str, at: int, nesting: int) -> tuple[int, int] | None:
 BUILT_IN: dict[str, Callable[..., Any]] = {
     "expressions": expression_score,
     "exact_match": exact_match,
-    "math_verify": math_verify,
+    "math_verify": MathVerify(),
     "think_format": think_format,
     "soft_overlong": soft_overlong,
     "cosine_length": CosineLength(),
     "repetition": repetition,
 }
-
-
-def with_options(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a built-in function with some of its defaults replaced.
-
-    Raises:
-      ValueError: options that the function does not have.
-    """
-    function: Any = BUILT_IN[name]
-    configurable = dataclasses.is_dataclass(function)
-    known = vars(function) if configurable else inspect.signature(function).parameters
-    unknown = sorted(options.keys() - known.keys())
-    if unknown:
-        raise ValueError(f"reward.options.{name} has no {', '.join(unknown)}.")
-    if configurable:
-        return dataclasses.replace(function, **options)
-    return functools.partial(function, **options) if options else function

@@ -8,6 +8,7 @@ completion, or None where it does not apply.
 
 import asyncio
 import dataclasses
+import decimal
 import functools
 import inspect
 import math
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkrl.json_values import to_json
 from ntkrl.messages import listed
 
 CONTRACT = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -122,6 +124,54 @@ class RewardFunction:
         return _checked(returned, completions, self.label)
 
 
+class CallLog:
+    """The values that one call of a reward function logs, in order, by name.
+
+    Numbers and arrays of NumPy, torch and JAX become Python's.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, list[float]] = {}
+        self.extra: dict[str, list[Any]] = {}
+
+    def log_metric(self, name: str, value: Any) -> None:
+        """Log one number; raise TypeError for anything else."""
+        try:
+            number = float(_item(value))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"log_metric({name!r}, …) takes one number, not {type(value).__name__} "
+                f"({value!r:.60}); log its mean"
+            ) from error
+        self.metrics.setdefault(name, []).append(number)
+
+    def log_extra(self, column: str, values: Any) -> None:
+        """Log a list or array of values, one per completion; text where JSON has no form."""
+        self.extra.setdefault(column, []).extend(map(_loggable, _python(values)))
+
+
+def _item(value: Any) -> Any:
+    """Return the number in an array of one element, of any library; other values as they are."""
+    try:
+        return value.item() if callable(getattr(value, "item", None)) else value
+    except (TypeError, ValueError, RuntimeError):  # several elements
+        return value
+
+
+def _python(value: Any) -> Any:
+    """Return an array or scalar of any library as Python values."""
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value
+
+
+def _loggable(value: Any) -> Any:
+    value = _python(value)
+    try:
+        to_json(value)
+    except TypeError:
+        return str(value)
+    return value
+
+
 async def _wait(result: Any) -> Any:
     return await result
 
@@ -144,16 +194,12 @@ def _place(error: Exception, label: str) -> str:
 
 
 def _checked(returned: Any, completions: Sequence[str], label: str) -> np.ndarray:
-    if isinstance(returned, list | tuple):
-        values = list(returned)
-    else:
-        array = np.asarray(returned)
-        if array.ndim != 1:
-            raise RewardError(
-                f"reward function {label} returned {type(returned).__name__} ({returned!r:.60}); "
-                f"allowed is {ALLOWED}."
-            )
-        values = array.tolist()
+    values = returned if isinstance(returned, list | tuple) else _python(returned)
+    if getattr(returned, "ndim", 1) != 1 or not isinstance(values, list | tuple):
+        raise RewardError(
+            f"reward function {label} returned {type(returned).__name__} ({returned!r:.60}); "
+            f"allowed is {ALLOWED}."
+        )
     if len(values) != len(completions):
         raise RewardError(
             f"reward function {label} returned {len(values)} rewards for {len(completions)} "
@@ -179,14 +225,11 @@ def _checked(returned: Any, completions: Sequence[str], label: str) -> np.ndarra
 
 def _number(value: Any) -> np.float32 | None:
     """Return the value in float32, the dtype of rewards; None if it is not a number."""
-    if isinstance(value, numbers.Real | np.bool_):
-        try:
-            with np.errstate(over="ignore"):  # infinity is reported with its row
-                return np.float32(value)
-        except OverflowError:  # an integer beyond float64
-            return np.float32(np.inf)
-    array = None if isinstance(value, str | bytes) else np.asarray(value)
-    # reductions of JAX and torch return arrays of rank 0
-    if array is not None and array.ndim == 0 and array.dtype.kind in "biuf":
-        return np.float32(array)
-    return None
+    value = _item(value)  # reductions of NumPy, JAX and torch return arrays
+    if not isinstance(value, numbers.Real | np.bool_ | decimal.Decimal):
+        return None
+    try:
+        with np.errstate(over="ignore"):  # infinity is reported with its row
+            return np.float32(value)
+    except OverflowError:  # an integer beyond float64
+        return np.float32(np.inf)

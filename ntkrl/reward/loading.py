@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ntkrl import user_files
+from ntkrl.json_values import from_json, to_json
 from ntkrl.messages import did_you_mean
-from ntkrl.reward.built_in import BUILT_IN, IN_WORKER, with_options
+from ntkrl.reward.built_in import BUILT_IN, IN_WORKER
 from ntkrl.reward.contract import RewardError, RewardFunction, line_in
+from ntkrl.reward.options import with_options
 
 FORMS = f"{', '.join(BUILT_IN)} (built in), 'path/to/file.py:function' or a reward model directory"
 LOADING_SECONDS = 300.0  # a user's imports may take long
+CALL_SHARE = 0.75
+"""Share of a call's time limit in which a function with time limits of its own answers."""
 
 
 def open_function(
@@ -37,23 +41,28 @@ def open_function(
     """
     if spec in BUILT_IN and spec not in IN_WORKER:
         return RewardFunction(spec, with_options(spec, options), **fields)
-    if options:
+    if spec in IN_WORKER:
+        options = {"call_seconds": CALL_SHARE * seconds, **options}
+    elif options:
         raise ValueError(f"reward.options: {spec!r} takes none.")
-    worker = WorkerFunction(spec, seconds)
+    worker = WorkerFunction(spec, seconds, options)
     return RewardFunction(worker.name, worker, source=spec, **fields)
 
 
-def load_function(spec: str, weight: float = 1.0) -> RewardFunction:
+def load_function(
+    spec: str, weight: float = 1.0, options: Mapping[str, Any] | None = None
+) -> RewardFunction:
     """Load a built-in function or "path/to/file.py:function" into this process.
 
     A file is executed once, with the user's rights, however many of its functions are loaded.
+    `options` replace defaults of a built-in function.
 
     Raises:
       ValueError: another spec, no such file, a file that fails to run, no such function in it, an
         object that cannot be called, or parameters that do not fit the contract.
     """
     if spec in BUILT_IN:
-        return RewardFunction(spec, BUILT_IN[spec], weight)
+        return RewardFunction(spec, with_options(spec, options or {}), weight)
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name:
         raise ValueError(
@@ -103,31 +112,35 @@ class WorkerFunction:
     call starts another.
     """
 
-    def __init__(self, spec: str, seconds: float):
+    def __init__(self, spec: str, seconds: float, options: Mapping[str, Any] | None = None):
         """Start the process and read the function's signature.
 
         Args:
-          spec: as for `load_function`.
+          spec, options: as for `load_function`.
           seconds: time limit of a call.
 
         Raises:
           ValueError: the file or function cannot be loaded.
         """
         self.spec, self.seconds = spec, seconds
+        self.options = json.dumps({} if options is None else dict(options))
         self.process: subprocess.Popen[bytes] | None = None
         self.buffer = b""
         description = self._start()
         self.name = description["name"]
-        self.__signature__ = inspect.Signature(
-            [
-                inspect.Parameter(
-                    name,
-                    inspect._ParameterKind(kind),
-                    default=inspect.Parameter.empty if required else None,
-                )
-                for name, kind, required in description["parameters"]
-            ]
-        )
+        parameters = [
+            inspect.Parameter(
+                name,
+                inspect._ParameterKind(kind),
+                default=inspect.Parameter.empty if required else None,
+            )
+            for name, kind, required in description["parameters"]
+        ]
+        kinds = {parameter.name: parameter.kind for parameter in parameters}
+        if "completions" not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds.values():
+            # the process names completions in messages about other arguments too
+            parameters.append(inspect.Parameter("completions", inspect.Parameter.KEYWORD_ONLY))
+        self.__signature__ = inspect.Signature(parameters)
 
     def __call__(
         self,
@@ -139,14 +152,30 @@ class WorkerFunction:
         if self.process is None:
             self._start()
         arguments.pop("trainer_state", None)
-        answer = self._request(json.dumps(arguments).encode() + b"\n", self.seconds)
+        request = json.dumps(self._encoded(arguments)).encode() + b"\n"
+        answer = self._request(request, self.seconds)
         if "error" in answer:
             raise RewardError(answer["error"])
-        for name, value in answer["metrics"]:
-            log_metric(name, value)
-        for column, values in answer["extra"]:
+        for name, numbers in answer["metrics"].items():
+            for number in numbers:
+                log_metric(name, number)
+        for column, values in from_json(answer["extra"]).items():
             log_extra(column, values)
         return answer["values"]
+
+    def _encoded(self, arguments: Mapping[str, Any]) -> Any:
+        """Return the arguments in JSON types; raise RewardError for a type without a form."""
+        encoded = {}
+        for name, values in arguments.items():
+            try:
+                encoded[name] = to_json(values)
+            except (TypeError, RecursionError) as error:
+                raise RewardError(
+                    f"the column {name!r} cannot be sent to the process of reward function "
+                    f"{self.spec}: {error}. Convert it to numbers, text, lists or dates, or leave "
+                    "it out of the prompt set."
+                ) from error
+        return encoded
 
     def close(self) -> None:
         """Kill the process."""
@@ -169,7 +198,7 @@ class WorkerFunction:
         # workers never use the accelerator
         environment = {"JAX_PLATFORMS": "cpu", **os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ntkrl.reward.worker", self.spec],
+            [sys.executable, "-m", "ntkrl.reward.worker", self.spec, self.options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ntkrl.json_values import from_json, to_json
 from ntkrl.messages import did_you_mean, listed
-from ntkrl.reward.contract import CONTRACT, RewardError, RewardFunction
+from ntkrl.reward.contract import CONTRACT, CallLog, RewardError, RewardFunction
 
 EPSILON = 1e-8
 FORM = 'expected {"rewards": {"NAME": [numbers]}}, as `ntkrl evaluate` writes it'
@@ -171,7 +172,11 @@ class RewardSet:
     def _gather(self, local: dict[str, _FunctionResult]) -> dict[str, _FunctionResult]:
         """Concatenate the rows of all processes; the same numbers in each of them."""
         values = {
-            name: {**vars(result), "rewards": result.rewards.tolist()}
+            name: {
+                **vars(result),
+                "rewards": result.rewards.tolist(),
+                "extra": to_json(result.extra),
+            }
             for name, result in local.items()
         }
         by_process = self.allgather_object("rewards", values)
@@ -182,7 +187,7 @@ class RewardSet:
             results[name] = _FunctionResult(
                 np.concatenate([np.asarray(part["rewards"], np.float32) for part in parts]),
                 _concatenate(part["metrics"] for part in parts),
-                _concatenate(part["extra"] for part in parts),
+                _concatenate(from_json(part["extra"]) for part in parts),
                 failures[0] if failures else None,
             )
         return results
@@ -212,25 +217,19 @@ class RewardSet:
         weights_F = np.asarray([f.weight for f in self.functions])
         values_FB -= np.asarray([f.shift for f in self.functions])[:, None]
         values_FB /= np.asarray([f.scale for f in self.functions])[:, None]
-        return (weights_F @ np.where(absent_FB, 0.0, values_FB)).astype(np.float32)
+        weighted_FB = weights_F[:, None] * np.where(absent_FB, 0.0, values_FB)
+        # function by function: equal rows stay equal, as columns of a BLAS product need not
+        return np.sum(weighted_FB, axis=0).astype(np.float32)
 
 
 def _call_function(
     function: RewardFunction, arguments: dict[str, Any], completions: Sequence[str]
 ) -> _FunctionResult:
     """Call a function; a failure is its default reward in every row, if it has one."""
-    metrics: dict[str, list[float]] = {}
-    extra: dict[str, list[Any]] = {}
-
-    def log_metric(name: str, value: float) -> None:
-        metrics.setdefault(name, []).append(float(value))
-
-    def log_extra(column: str, values: Iterable[Any]) -> None:
-        extra.setdefault(column, []).extend(values)
-
+    log = CallLog()
     try:
-        arguments |= {"log_metric": log_metric, "log_extra": log_extra}
-        return _FunctionResult(function.rewards(arguments, completions), metrics, extra)
+        arguments |= {"log_metric": log.log_metric, "log_extra": log.log_extra}
+        return _FunctionResult(function.rewards(arguments, completions), log.metrics, log.extra)
     except RewardError as error:
         if function.on_failure is None:
             raise

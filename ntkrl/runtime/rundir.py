@@ -18,13 +18,14 @@ ALLOWED = {
     "logging": "loggers only, not the computation",
     "mesh": "same numbers up to rounding",
     "run_dir": "path of the run",
+    "schedule.log_ratio_tolerance": "a check only, not the computation",
 }
-"""Config sections that a resumed run may change, and why: the run computes what it would have
-computed. Any other difference would mix two runs, and is refused."""
+"""Sections and fields of a config that a resumed run may change, and why: the run computes what it
+would have computed. Any other difference would mix two runs, and is refused."""
 
 
 def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject: str) -> list[str]:
-    """Return the differences within ALLOWED sections between two configs, with the reason.
+    """Return the differences that are ALLOWED between two configs, with the reason.
 
     Args:
       saved, config: as JSON values.
@@ -34,11 +35,10 @@ def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject:
       ValueError: any other difference; the message lists all of both kinds.
     """
     refused = differences(config_identity(saved), config_identity(config))
-    sections = [name for name in ALLOWED if name in saved and name in config]
     allowed = [
-        f"{change} ({ALLOWED[name]})"
-        for name in sections
-        for change in differences({name: saved[name]}, {name: config[name]})
+        f"{change} ({reason})"
+        for name, reason in ALLOWED.items()
+        for change in differences(_part(saved, name), _part(config, name))
     ]
     if not refused:
         return allowed
@@ -50,8 +50,22 @@ def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject:
 
 
 def config_identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections of a config that must not change within a run: all but ALLOWED."""
-    return {name: value for name, value in values.items() if name not in ALLOWED}
+    """Return the part of a config that must not change within a run: all but ALLOWED."""
+    identity = {name: value for name, value in values.items() if name not in ALLOWED}
+    for name in ALLOWED:
+        section, _, field = name.partition(".")
+        if field and section in identity:
+            fields = identity[section].items()
+            identity[section] = {key: value for key, value in fields if key != field}
+    return identity
+
+
+def _part(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a section, or a field of one, by its name; empty if the config does not have it."""
+    section, _, field = name.partition(".")
+    if section not in values or not field:
+        return {name: values[section]} if section in values else {}
+    return {name: values[section][field]} if field in values[section] else {}
 
 
 def check_run_dir(directory: Path, config: Mapping[str, Any]) -> list[str] | None:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkrl import data, models, reward, runtime
+from ntkrl.json_values import readable
 from ntkrl.numerics import DTYPES
 from ntkrl.settings import EvalSettings
 
@@ -189,4 +190,4 @@ def _check_counts(place: str, rows: int, raw: dict[str, np.ndarray]) -> None:
 
 
 def _key(prompt: Any) -> str:
-    return json.dumps(prompt, sort_keys=True)
+    return json.dumps(readable(prompt), sort_keys=True)

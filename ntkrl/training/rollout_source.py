@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import probe, runtime, update
+from ntkrl import advantage, probe, runtime, update
 from ntkrl.generate import RewardedRollout, SampleRequest, collect, joined, make_sampler
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.settings import RunSettings
@@ -171,13 +171,16 @@ class RolloutSource(BatchSource):
         return metrics
 
     def _check_log_ratio(self, gap: float, rollout_step: int) -> None:
-        tolerance = self.setup.settings.schedule.log_ratio_tolerance
+        settings = self.setup.settings
+        tolerance, (compute, cache) = settings.log_ratio_tolerance, settings.network_dtypes
         if gap > tolerance:
             raise ValueError(
-                f"the sampler's log-probs and the trainer's differ by {gap:.3g} "
-                f"nats at rollout step {rollout_step}, more than schedule.log_ratio_tolerance = "
-                f"{tolerance}: the importance ratio before the first update must be 1. Raise the "
-                "tolerance only for a compute_dtype below float32, or set objective.correction."
+                f"the sampler's log-probs and the trainer's differ by {gap:.3g} nats at rollout "
+                f"step {rollout_step}, more than schedule.log_ratio_tolerance = {tolerance:g} (the "
+                f"network computes in {compute}, its cache is {cache}): the importance ratio "
+                "before the first update must be 1. If rounding explains the difference, run the "
+                "same command with schedule.log_ratio_tolerance above it; or compute and cache in "
+                "float32, or set objective.correction, in another run_dir."
             )
 
     def _reference_head(self, context: StepContext) -> OutputHead | None:
@@ -335,7 +338,7 @@ def rollout_metrics(rewarded: RewardedRollout, group: int) -> dict[str, float]:
 
 
 def _equal_groups(rewarded: RewardedRollout, group: int) -> np.ndarray:
-    return np.asarray(update.equal_groups(jnp.asarray(rewarded.result.rewards), group))
+    return np.asarray(advantage.equal_groups(jnp.asarray(rewarded.result.rewards), group))
 
 
 def _mean_kl(arrays: update.RolloutArrays) -> float:

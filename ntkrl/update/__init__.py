@@ -4,7 +4,6 @@ from ntkrl.update.credit import (
     RolloutArrays,
     TokenWeights,
     advantages,
-    equal_groups,
     kl_shares,
     token_weights,
 )
@@ -22,6 +21,7 @@ from ntkrl.update.objective import CHOICES, Objective, describe
 from ntkrl.update.optimizers import steps_taken
 from ntkrl.update.presets import FORMULAS, PRESETS
 from ntkrl.update.settings import (
+    LOG_RATIO_TOLERANCES,
     PreferenceSettings,
     Progress,
     ScheduleSettings,

@@ -167,14 +167,8 @@ def counted_tokens(
     if objective.overlong == "mask":
         mask = mask & finished[:, None]
     if objective.group_filter != "off":
-        mask = mask & jnp.repeat(~equal_groups(rewards, group_size), group_size)[:, None]
+        mask = mask & jnp.repeat(~advantage.equal_groups(rewards, group_size), group_size)[:, None]
     return mask
-
-
-def equal_groups(rewards: Array, group_size: int) -> Array:
-    """Return which groups `[P]` have equal rewards, so that their advantages are all zero."""
-    rewards_PN = rewards.reshape(-1, group_size)
-    return jnp.all(rewards_PN == rewards_PN[:, :1], axis=1)
 
 
 def filter_sign(objective: Objective, advantages: Array) -> Array:

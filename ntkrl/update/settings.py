@@ -7,6 +7,9 @@ from typing import Any
 from ntkrl import runtime
 from ntkrl.update.stages import Stage, check_stages
 
+LOG_RATIO_TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
+"""Nats by dtype of the network or the cache, whichever is larger; measured in configs/README.md."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleSettings:
@@ -16,7 +19,8 @@ class ScheduleSettings:
     microbatches: equal parts of a minibatch for gradient accumulation; divides its completions
       (examples).
     inner_epochs: passes over a rollout.
-    log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats).
+    log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats); None
+      for that of the dtypes in LOG_RATIO_TOLERANCES.
     resample_rounds: further batches of prompts that may replace groups of equal rewards.
     """
 
@@ -25,7 +29,7 @@ class ScheduleSettings:
     inner_epochs: int
     chunk_tokens: int
     offload_optimizer: bool
-    log_ratio_tolerance: float
+    log_ratio_tolerance: float | None
     resample_rounds: int
     on_no_signal: str
     reference_sync_steps: int | None
@@ -40,6 +44,10 @@ class ScheduleSettings:
         ]
         if self.on_no_signal not in ("skip", "stop"):
             problems.append(f"schedule.on_no_signal {self.on_no_signal!r} is not among skip, stop")
+        if self.log_ratio_tolerance is not None and not self.log_ratio_tolerance > 0:
+            problems.append(
+                f"schedule.log_ratio_tolerance must be > 0 or None, not {self.log_ratio_tolerance}"
+            )
         if self.reference_sync_steps is not None and self.reference_sync_steps < 1:
             problems.append(
                 "schedule.reference_sync_steps must be ≥ 1 or None, not "

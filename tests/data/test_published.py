@@ -1,7 +1,11 @@
 """Formats in which data sets are published: the files and rows read, and errors."""
 
+import decimal
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -168,3 +172,65 @@ def test_tables_need_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install 'ntkrl\[data\]'"):
         read_rows(path)
+
+
+class WithoutPandas:
+    """An import hook that hides pandas."""
+
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "pandas":
+            raise ImportError(name)
+
+
+def test_values_without_a_python_type(tmp_path):
+    """law: nanoseconds, far dates and text that is not UTF-8 disturb no other column.
+
+    In a process of its own, since pyarrow looks for pandas once.
+    """
+    invalid = pa.array([b"\xff", b"a", None], pa.binary()).cast(pa.string(), safe=False)
+    parquet.write_table(
+        pa.table(
+            {
+                "prompt": ["a", "b", "c"],
+                "nanoseconds": pa.array([1, None, 3], pa.timestamp("ns")),
+                "years": pa.array([10**17, None, 0], pa.timestamp("ms")),
+                "duration": pa.array([1, None, 0], pa.duration("ns")),
+                "day": pa.array([1, None, 0], pa.time64("ns")),
+                "price": pa.array([decimal.Decimal("1.50"), None, decimal.Decimal("0.1")]),
+            }
+        ),
+        tmp_path / "rows.parquet",
+    )
+    parquet.write_table(pa.table({"prompt": invalid}), tmp_path / "text.parquet")
+    code = (
+        "import sys\n"
+        "from tests.data.test_published import WithoutPandas\n"
+        "sys.modules.pop('pandas', None)\n"
+        "sys.meta_path.insert(0, WithoutPandas())\n"
+        "from ntkrl.data import read_set\n"
+        "columns = read_set('rows.parquet').columns\n"
+        "for name, values in columns.items():\n"
+        "    print(name, [str(value) for value in values])\n"
+        "try:\n"
+        "    read_set('text.parquet')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[:5] == [
+        "nanoseconds ['1970-01-01T00:00:00.000000001', 'None', '1970-01-01T00:00:00.000000003']",
+        "years ['3170843-11-07T09:46:40.000', 'None', '1970-01-01T00:00:00.000']",
+        "duration ['1 nanoseconds', 'None', '0 nanoseconds']",
+        "day ['1', 'None', '0']",
+        "price ['1.50', 'None', '0.10']",
+    ]
+    assert "'prompt' is bytes; expected text" in run.stdout

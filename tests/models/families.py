@@ -17,6 +17,14 @@ SIZES = {
     "initializer_range": 0.3,
 }
 GEMMA = {**SIZES, "head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": 4}
+EXPERTS = {
+    **SIZES,
+    "head_dim": 10,
+    "moe_intermediate_size": 12,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": False,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -79,6 +87,27 @@ CASES = {
         "Qwen3Config",
         "Qwen3ForCausalLM",
         {**SIZES, "head_dim": 6, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "qwen3 moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, "num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ),
+    "qwen3 moe raw weights": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, "num_hidden_layers": 3, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "qwen3 moe local": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **EXPERTS,
+            "num_experts": 3,
+            "num_experts_per_tok": 1,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+        },
     ),
     "gemma 2": ("Gemma2Config", "Gemma2ForCausalLM", {**GEMMA, "num_hidden_layers": 3}),
     "gemma 2 uncapped, untied": (
@@ -229,8 +258,8 @@ CASES |= {
 }
 # one of each family, for what need not be seen at every shape
 EACH = (
-    *("llama 3", "qwen2 tied, local", "qwen3", "gemma 2", "gemma 3", "gpt2", "gpt-neox"),
-    *("mistral", "olmo 2", "olmo 3", "smollm3", "phi 3"),
+    *("llama 3", "qwen2 tied, local", "qwen3", "qwen3 moe", "gemma 2", "gemma 3", "gpt2"),
+    *("gpt-neox", "mistral", "olmo 2", "olmo 3", "smollm3", "phi 3"),
 )
 
 
@@ -241,8 +270,8 @@ def torch_model(case, directory=None, seed=0, **overrides):
         **copy.deepcopy({**settings, **overrides}), bos_token_id=0, eos_token_id=0, pad_token_id=1
     )
     torch.manual_seed(seed)
-    # eager attention: capped scores have no fused form
-    config._attn_implementation = "eager"
+    # eager attention and experts: capped scores and odd strides have no fused form
+    config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, model_class)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -24,7 +24,7 @@ def torch_scorer(case, directory, labels=1, **overrides):
     config_class, architecture, settings = CASES[case]
     fields = {"num_labels": labels, "pad_token_id": 1, **overrides}
     config = getattr(transformers, config_class)(**copy.deepcopy({**settings, **fields}))
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, FAMILIES[architecture].scorer)(config).eval()
     with torch.no_grad():

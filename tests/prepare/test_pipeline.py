@@ -1,7 +1,10 @@
 """`ntkrl prepare` on made-up inputs: files, counts, order of pairs, running again, mistakes."""
 
+import datetime
 import json
+import math
 import shutil
+import uuid
 
 import datasets
 import jax
@@ -235,3 +238,18 @@ def test_scores_of_other_inputs_are_refused(tmp_path):
     score_pairs(PAIRS, counting()[0], path, "d", 4)
     with pytest.raises(ValueError, match="scores of other pairs: the inputs have changed"):
         score_pairs(PAIRS, counting()[0], path, "e", 4)
+
+
+def test_values_that_json_cannot_hold(tmp_path):
+    """by hand: dates, bytes and NaN in messages or columns are written in their readable form."""
+    message = {"role": "user", "content": "hi", "time": datetime.datetime(2024, 1, 2)}
+    columns = {"prompt_id": [uuid.UUID(int=1)], "score_chosen": [math.nan], "raw": [b"ab"]}
+    pipeline._write_rows(tmp_path / "rows.jsonl", PromptSet(([message],), columns, "rows"))
+    assert rows(tmp_path / "rows.jsonl") == [
+        {
+            "prompt": [{"role": "user", "content": "hi", "time": "2024-01-02T00:00:00"}],
+            "prompt_id": "00000000-0000-0000-0000-000000000001",
+            "score_chosen": None,
+            "raw": "YWI=",
+        }
+    ]

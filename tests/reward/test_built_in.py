@@ -5,11 +5,19 @@ import importlib.util
 import math
 import operator
 import random
+import time
 
 import numpy as np
 import pytest
 
-from ntkrl.reward import RewardSet, built_in, evaluate, expression_score, open_function
+from ntkrl.reward import (
+    RewardSet,
+    built_in,
+    evaluate,
+    expression_score,
+    fit_budget,
+    open_function,
+)
 
 
 @pytest.mark.parametrize(
@@ -81,17 +89,115 @@ def test_options_of_a_config():
         open_function("x.py:y", 1.0, {"n": 1})
 
 
+def math_rewards(texts, solutions, **options):
+    """Reward completions by math_verify."""
+    pytest.importorskip("math_verify")
+    function = open_function("math_verify", 60.0, options)
+    count = len(texts)
+    result = RewardSet((function,))(["p"] * count, texts, [[1]] * count, {"solution": solutions})
+    function.call.close()
+    return result
+
+
 def test_math_verify_in_a_process():
     """oracle: known equalities; without the extra, the message names it."""
-    function = open_function("math_verify", 60.0, {})
-    made = RewardSet((function,))
     texts = [r"so \boxed{\frac{2}{4}}", r"\boxed{3}", r"\boxed{x}"]
-    columns = {"solution": ["$0.5$", "$4$", "$x$"]}
+    solutions = ["$0.5$", "$4$", "$x$"]
     if importlib.util.find_spec("math_verify") is None:
+        function = open_function("math_verify", 60.0, {})
         with pytest.raises(ValueError, match="needs the extra `math`"):
-            made(["p"] * 3, texts, [[1]] * 3, columns)
+            RewardSet((function,))(["p"] * 3, texts, [[1]] * 3, {"solution": solutions})
         return
-    np.testing.assert_array_equal(made(["p"] * 3, texts, [[1]] * 3, columns).rewards, [1, 0, 1])
+    result = math_rewards(texts, solutions)
+    np.testing.assert_array_equal(result.rewards, [1, 0, 1])
+    assert result.logged == {"math_verify/slow_rows": 0, "math_verify/failed_rows": 0}
+
+
+def test_slow_rows_of_math_verify():
+    """law: rows that take forever get the default and are counted; the others their reward."""
+    tower = r"9^{9^{9^{9}}}"
+    texts = [rf"\boxed{{{tower}}}", r"\boxed{1}", rf"\boxed{{{tower}}}", r"\boxed{2}"]
+    result = math_rewards(texts, ["$1$"] * 4, row_seconds=1.0, default=-0.5)
+    np.testing.assert_array_equal(result.rewards, [-0.5, 1, -0.5, 0])
+    assert result.logged == {"math_verify/slow_rows": 2, "math_verify/failed_rows": 0}
+
+
+ODD_TEXTS = {
+    "empty": "",
+    "null bytes": "\x00" * 50,
+    "lone surrogates": "\ud800\udfff",
+    "right-to-left marks": "\u202e#### 1\u202c",
+    "huge exponent": r"\boxed{10^{10^{10^{10}}}}",
+    "huge factorial": r"\boxed{(10^{9})!}",
+    "digits": "9" * 100_000,
+    "nested braces": r"\boxed" + "{" * 5_000 + "1" + "}" * 5_000,
+    "nested fractions": r"\boxed{" + r"\frac{1}{" * 500 + "2" + "}" * 501,
+    "nested parentheses": r"$" + "(" * 3_000 + "1" + ")" * 3_000 + "$",
+    "open": r"\boxed{" * 2_000,
+    "thoughts": "<think>" * 100_000,
+    "megabyte": "a b " * 250_000,
+    "megabyte of a word": "x" * 1_000_000,
+    "new lines": "\n" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["exact_match", "think_format", "cosine_length", "repetition", "expressions"]
+)
+def test_odd_texts(name):
+    """law: every text gets a finite number, in time that grows as its length."""
+    texts = list(ODD_TEXTS.values())
+    columns = {"answer": ["1"] * len(texts), "target": [1] * len(texts)}
+    made = RewardSet((open_function(name, 60.0, {}),))
+    began = time.monotonic()
+    result = made(["p"] * len(texts), texts, [[1]] * len(texts), columns)
+    assert np.isfinite(result.rewards).all() and time.monotonic() - began < 10
+
+
+def test_odd_texts_of_math_verify():
+    """law: every text gets 0, and a row after them its reward."""
+    texts = [*ODD_TEXTS.values(), r"\boxed{3}"]
+    result = math_rewards(texts, ["$3$"] * len(texts), row_seconds=1.0)
+    np.testing.assert_array_equal(result.rewards, [0.0] * len(ODD_TEXTS) + [1.0])
+
+
+@pytest.mark.parametrize("budget", [1, 8, 256, 512, 2048])
+def test_lengths_follow_the_budget(budget):
+    """by hand: the penalty is 0 before its slope and −1 at the budget; the cosine ends there."""
+    options = fit_budget(
+        {"soft_overlong": {"max_completion_len": None, "soft_punish_cache": None}},
+        ["soft_overlong", "cosine_length"],
+        budget,
+    )
+    slope = min(128, max(budget // 2, 1))
+    assert options["soft_overlong"] == {"max_completion_len": budget, "soft_punish_cache": slope}
+    overlong = open_function("soft_overlong", 1.0, options["soft_overlong"]).call
+    assert overlong(completion_ids=[[0] * (budget - slope), [0] * budget]) == [0.0, -1.0]
+    cosine = open_function("cosine_length", 1.0, options["cosine_length"]).call
+    rewards = cosine(["7", "8"], ["7", "7"], [[0] * budget, [0] * budget])
+    assert rewards == pytest.approx([0.5, -0.5])
+    assert cosine(["7"], ["7"], [[]]) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("soft_overlong", {"max_completion_len": 513}, "must be 1 to rollout.max_completion_tok"),
+        ("soft_overlong", {"max_completion_len": 0}, "must be 1 to .* = 512, not 0"),
+        ("soft_overlong", {"soft_punish_cache": 513}, "must be 1 to max_completion_len = 512"),
+        ("soft_overlong", {"soft_punish_cache": 0}, "not 0; None is 128, or half of a shorter"),
+        ("cosine_length", {"max_tokens": 513}, "max_tokens must be 1 to .* not 513"),
+        ("cosine_length", {"max_tokens": 5, "max_len": 5}, "or max_tokens, not both"),
+        ("cosine_length", {"max_len": 0}, "max_len must be ≥ 1, not 0"),
+    ],
+)
+def test_lengths_that_contradict_the_budget(name, options, message):
+    """law: they are refused if the function is in use; lengths within the budget stay."""
+    with pytest.raises(ValueError, match=message):
+        fit_budget({name: options}, [name], 512)
+    assert fit_budget({name: options}, ["repetition"], 512) == {name: options}
+    kept = fit_budget({"soft_overlong": {"max_completion_len": 100}}, ["soft_overlong"], 512)
+    assert kept["soft_overlong"] == {"max_completion_len": 100, "soft_punish_cache": 50}
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}

@@ -1,11 +1,15 @@
 """Story: users' functions in separate processes, which hang, die and print."""
 
+import datetime
+import decimal
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import uuid
 
 import numpy as np
 import pytest
@@ -47,6 +51,32 @@ CODE = """
 
     def failing(completions):
         return [1 / 0]
+
+    def stamped(completions, stamp):
+        import datetime
+        assert stamp == [datetime.datetime(2024, 1, 1, 12, tzinfo=datetime.timezone.utc)] * 2
+        return [float(time.hour) for time in stamp]
+
+    def all_columns(completions, log_extra, **columns):
+        log_extra("type", [type(columns["column"][0]).__name__])
+        log_extra("values", [columns["column"]])
+        return [1.0] * len(completions)
+
+    def ids_alone(completion_ids):
+        return [float(len(ids)) for ids in completion_ids]
+
+    def numbers(completions, log_metric, log_extra):
+        import torch
+        for value in (np.float32(1), np.ones(()), np.full(1, 4.0), torch.tensor(2.0)):
+            log_metric("numpy and torch", value)
+        log_metric("bfloat16", torch.tensor([1.5], dtype=torch.bfloat16, requires_grad=True))
+        log_extra("rows", torch.arange(2))
+        log_extra("rows", [np.float64(0.5), torch.ones(2), np.arange(2), None, object, b"x"])
+        return torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)
+
+    def array_metric(completions, log_metric):
+        log_metric("length", np.arange(3))
+        return [0.0, 0.0]
 
     def light(completions):
         return [float(name in sys.modules) for name in ("jax", "numpy")]
@@ -179,3 +209,63 @@ def test_close_ends_the_process(rewards):
     function.close()
     assert process.poll() is not None
     assert function(prompts=[], completions=["a"]) == [0.0]
+
+
+COLUMNS = {
+    "datetime": datetime.datetime(2024, 1, 1, 12, tzinfo=datetime.UTC),
+    "date": datetime.date(2024, 1, 1),
+    "time": datetime.time(1, 2, 3, 4),
+    "timedelta": datetime.timedelta(days=1),
+    "bytes": b"\x00\xff",
+    "Decimal": decimal.Decimal("1.50"),
+    "set": {1, 2},
+    "tuple": (1, "a"),
+    "int": 10**6000,
+    "float": -math.inf,
+    "float32": np.float32(0.1),
+    "datetime64": np.datetime64("2024-01-01T00:00:00.000000001"),
+    "dict": {"$type": "datetime", "value": "a text of the row's"},
+    "UUID": uuid.UUID(int=3),
+}
+
+
+def test_columns_that_json_cannot_hold(rewards):
+    """law: a function that names one gets the value, one with **kwargs all, others need none."""
+    stamps = {"stamp": [COLUMNS["datetime"]] * 2}
+    np.testing.assert_array_equal(call([rewards("stamped")], **stamps).rewards, [12.0, 12.0])
+    np.testing.assert_array_equal(call([rewards("later")], **stamps).rewards, [0.0, 1.0])
+    function = rewards("all_columns")
+    for name, value in COLUMNS.items():
+        extra = call([function], column=[value, value]).extra
+        assert extra["type"] == [name] and extra["values"] == [[value, value]]
+    call([rewards("later")], column=[object()] * 2)  # stays in this process
+    message = "the column 'column' cannot be sent to .*: builtins.object has no JSON form. Convert"
+    with pytest.raises(RewardError, match=message):
+        call([function], column=[object()] * 2)
+
+
+def test_arrays_of_values(rewards):
+    """law: NumPy arrays arrive as arrays, with dtype and shape."""
+    function = rewards("all_columns")
+    extra = call([function], column=[np.eye(2, dtype=np.float16), None]).extra
+    assert extra["type"] == ["ndarray"] and extra["values"][0][0].dtype == np.float16
+    np.testing.assert_array_equal(extra["values"][0][0], np.eye(2))
+
+
+def test_a_function_of_token_ids_alone(rewards):
+    """law: a function need not name the completions."""
+    np.testing.assert_array_equal(call([rewards("ids_alone")]).rewards, [1.0, 1.0])
+
+
+def test_numbers_of_numpy_and_torch(rewards):
+    """law: log_metric, log_extra and rewards take numbers and arrays of NumPy and torch."""
+    pytest.importorskip("torch")
+    for function in (rewards("numbers"), load_function("mine.py:numbers")):
+        result = call([function])
+        np.testing.assert_array_equal(result.rewards, [1.0, 2.0])
+        assert result.logged == {"numpy and torch": 2.0, "bfloat16": 1.5}
+        rows = [0, 1, 0.5, [1.0, 1.0], [0, 1], None, "<class 'object'>", b"x"]
+        assert result.extra == {"rows": rows}
+    message = r"raised TypeError: log_metric\('length', …\) takes one number, not ndarray"
+    with pytest.raises(RewardError, match=message):
+        call([rewards("array_metric")])

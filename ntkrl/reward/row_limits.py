@@ -1,0 +1,126 @@
+"""Time limits per row: a row that takes too long, or ends its process, costs the others nothing.
+
+Rows are scored in a child process, forked with everything imported, which is killed when a row is
+over its limit; another one continues with the next row. Signals would not do: they interrupt
+neither a product of integers of a billion digits nor a parser that has used up its stack.
+"""
+
+import ctypes
+import os
+import resource
+import select
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+ANSWER = struct.Struct("=?d")
+"""Of one row: whether it was scored, and its reward; NaN where it does not apply."""
+MEMORY = 2 << 30
+"""Bytes that rows may allocate beyond what their process starts with."""
+PARENT_DEATH = 1  # prctl's PR_SET_PDEATHSIG
+Score = Callable[[int], float | None]
+
+
+class RowScores:
+    """The rewards of rows, within a limit per row and one for all of them.
+
+    First every row gets an equal part of half the time, so that slow rows cannot take the time of
+    quick ones; the rest is divided equally among the rows that need more. To be used where the
+    process has few threads, as in a worker process.
+
+    values: row to reward, None where it does not apply; for rows that were scored.
+    slow, failed: rows over their limit, and rows whose scoring raised or ended its process.
+    """
+
+    def __init__(self, score: Score, rows: int, row_seconds: float, call_seconds: float):
+        """Score rows 0 to `rows` − 1, one after another.
+
+        Args:
+          score: from a row's number to its reward.
+          rows: number of rows.
+          row_seconds: limit of a row.
+          call_seconds: limit of all rows.
+        """
+        self.score = score
+        self.values: dict[int, float | None] = {}
+        self.slow: list[int] = []
+        self.failed: list[int] = []
+        self.row_seconds, start = row_seconds, time.monotonic()
+        self._pass(range(rows), start + call_seconds / 2)
+        again, self.slow = self.slow, []
+        self._pass(again, start + call_seconds)
+
+    def _pass(self, rows: Sequence[int], deadline: float) -> None:
+        """Score rows, each in an equal part of the time that is left."""
+        done = 0
+        while done < len(rows):
+            if time.monotonic() >= deadline:
+                self.slow += rows[done:]
+                return
+            child = _Child(self.score, rows[done:])
+            while done < len(rows):
+                part = max(deadline - time.monotonic(), 0) / (len(rows) - done)
+                answer = child.answer(min(part, self.row_seconds))
+                row, done = rows[done], done + 1
+                if answer is None:
+                    (self.failed if child.ended else self.slow).append(row)
+                    break
+                scored, reward = answer
+                if scored:
+                    self.values[row] = None if reward != reward else reward
+                else:
+                    self.failed.append(row)
+            child.close()
+
+
+class _Child:
+    """A process that scores rows in order and writes an ANSWER for each."""
+
+    def __init__(self, score: Score, rows: Sequence[int]):
+        self.ended = False
+        self.reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _serve(score, rows, writer)
+            finally:
+                os._exit(0)  # without the exit handlers of the parent
+        os.close(writer)
+
+    def answer(self, seconds: float) -> tuple[bool, float] | None:
+        """Return the answer of the next row; None if it took too long or the process ended."""
+        if not select.select([self.reader], [], [], seconds)[0]:
+            return None
+        written = os.read(self.reader, ANSWER.size)  # written at once
+        self.ended = len(written) < ANSWER.size
+        return None if self.ended else ANSWER.unpack(written)
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.reader)
+
+
+def _serve(score: Score, rows: Sequence[int], writer: int) -> None:
+    end_with_parent()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
+    for row in rows:
+        try:
+            reward = score(row)
+            answer = ANSWER.pack(True, float("nan") if reward is None else reward)
+        except Exception:
+            answer = ANSWER.pack(False, 0.0)
+        os.write(writer, answer)
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when its parent ends, even if it never returns."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
