@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ntkrl.models import experts, llama
-from ntkrl.models.decoder import Config, LayerKind
+from ntkrl.models.decoder import Config
 from ntkrl.models.family import ConfigReader, Family, Table
-from ntkrl.models.layers import ACTIVATIONS
+from ntkrl.models.rope_config import read_rope
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 
@@ -53,7 +53,7 @@ def read_routing(reader: ConfigReader) -> experts.Routing:
 def parse(raw: Mapping[str, Any]) -> Config:
     """Read config.json."""
     reader = ConfigReader({"intermediate_size": 1, **raw})  # of plain MLPs, of which there are none
-    sizes = llama.read_sizes(reader)
+    sizes = llama.read_sizes(reader, key_value_heads=4)
     window = None
     if reader.boolean("use_sliding_window", False):  # in every layer
         window = reader.optional_integer("sliding_window", 4096)
@@ -61,11 +61,8 @@ def parse(raw: Mapping[str, Any]) -> Config:
     config = Config(
         architecture=ARCHITECTURE,
         **sizes,
-        hidden_act=reader.choice("hidden_act", "silu", ACTIVATIONS),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", False),
-        kinds=(LayerKind(reader.rope(sizes["head_dim"]), window),),
-        layer_kinds=(0,) * sizes["num_hidden_layers"],
-        query_scale=sizes["head_dim"] ** -0.5,
+        **llama.uniform_kinds(sizes, read_rope(reader, sizes["head_dim"]), window),
         attention_bias=bias,
         output_bias=bias,
         query_key_norm=True,

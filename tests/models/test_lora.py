@@ -19,6 +19,7 @@ from tests.models.test_families import equal_trees
 TARGETS = {
     "gpt2": ["c_attn", "c_fc"],
     "gpt-neox": ["query_key_value", "dense_4h_to_h"],
+    "phi 3": ["qkv_proj", "gate_up_proj", "down_proj"],
     "qwen3 moe": ["q_proj", "v_proj", "o_proj"],
 }
 
