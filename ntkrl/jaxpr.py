@@ -142,8 +142,14 @@ def flops(traced: TracedFunction) -> int:
             shape = operation.operand_shape(0)
             inner = math.prod(shape[axis] for axis in contracted)
             total += 2 * inner * traced.avals[operation.outputs[0]].size
+        elif operation.name in ("grouped_product", "grouped_outer"):  # ntkrl.models.grouped
+            (rows, width), other = operation.operand_shape(0), operation.operand_shape(1)
+            total += 2 * rows * width * other[-1]
         elif operation.name == "scan":
             total += params["length"] * flops(flatten(params["jaxpr"]))
+        elif operation.name == "shard_map":
+            inner = flatten(ClosedJaxpr(params["jaxpr"], ()))
+            total += params["mesh"].size * flops(inner)
     return total
 
 

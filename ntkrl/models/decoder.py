@@ -1,7 +1,7 @@
 """The decoder of every supported family, by its Config: norms, attention and MLP in two forms each.
 
-GPT-2 and GPT-NeoX have LayerNorm, fused query-key-value products and a plain MLP; Llama, Qwen and
-Gemma RMSNorm, grouped queries and a gated MLP. A family file reads its config.json into `Config`
+GPT-2 and GPT-NeoX have LayerNorm, fused query-key-value products and a plain MLP; the others
+RMSNorm, grouped queries and a gated MLP. A family file reads its config.json into `Config`
 and lists its stored tensors.
 """
 
@@ -11,8 +11,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from ntkrl.models import layers as nn
+from ntkrl.models.experts import Mixture, Routing
+from ntkrl.models.rope import Rope, rotary_tables, rotate
 from ntkrl.types import Array, Cache
 
 Sharding = tuple[tuple[str, tuple[str | None, ...]], ...]
@@ -21,9 +24,12 @@ Sharding = tuple[tuple[str, tuple[str | None, ...]], ...]
 SHARDING: Sharding = (
     (r"embed/embedding|head/weight", ("tensor", "fsdp")),
     (r"positions/embedding", (None, "fsdp")),
-    (r"layers/(attention/(query|key|value|qkv)|mlp/(gate|up))/kernel", (None, "fsdp", "tensor")),
+    (
+        r"layers/(attention/(query|key|value|qkv)|mlp/(gate|up|gate_up))/kernel",
+        (None, "fsdp", "tensor"),
+    ),
     (r"layers/(attention/out|mlp/down)/kernel", (None, "tensor", "fsdp")),
-    (r"layers/(attention/(query|key|value|qkv)|mlp/(gate|up))/bias", (None, "tensor")),
+    (r"layers/(attention/(query|key|value|qkv)|mlp/(gate|up|gate_up))/bias", (None, "tensor")),
     (r".*", ()),
 )
 
@@ -36,7 +42,7 @@ class LayerKind:
     window: visible tokens per query, itself included; None for all before it.
     """
 
-    rope: nn.Rope | None
+    rope: Rope | None
     window: int | None = None
 
 
@@ -52,9 +58,12 @@ class Config:
     fused_qkv: None for three products; for one, the order of its output: "qkv", all queries, then
       keys, then values; "head", query, key and value of each head in turn.
     attention_bias: biases on queries, keys and values; output_bias: on the product after them.
-    query_key_norm: RMSNorm over E on queries and keys, before rotation.
-    gated_mlp: down(act(gate x) ⊙ up x) in place of down(act(up x)).
-    four_norms: norms after attention and MLP too, before the residual sum.
+    query_key_norm: RMSNorm over E on queries and keys, before rotation; wide_query_key_norm: over
+      all heads at once instead.
+    gated_mlp: down(act(gate x) ⊙ up x) in place of down(act(up x)); fused_mlp: one product for
+      gate and up, in this order.
+    routing: of a mixture of gated experts in place of the MLP, or None.
+    pre_norms: norms before attention and MLP; post_norms: after them, before the residual sum.
     parallel_residual: the MLP reads the layer's input, not the sum after attention.
     learned_positions: embeddings of positions are added to those of tokens.
     embedding_scale: factor on token embeddings.
@@ -84,9 +93,13 @@ class Config:
     attention_bias: bool = False
     output_bias: bool = False
     query_key_norm: bool = False
+    wide_query_key_norm: bool = False
     gated_mlp: bool = True
+    fused_mlp: bool = False
     mlp_bias: bool = False
-    four_norms: bool = False
+    routing: Routing | None = None
+    pre_norms: bool = True
+    post_norms: bool = False
     parallel_residual: bool = False
     learned_positions: bool = False
     embedding_scale: float = 1.0
@@ -95,6 +108,13 @@ class Config:
     adapters: nn.Adapters | None = None
     name: str | None = dataclasses.field(default=None, compare=False)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def decode_limit(self) -> int:
+        """Longest sequence that can be decoded: a LongRoPE model must not change its factors."""
+        limits = (kind.rope.decode_limit for kind in self.kinds if kind.rope is not None)
+        known = [limit for limit in limits if limit is not None]
+        return min([*known, self.max_position_embeddings])
 
 
 class Attention(nnx.Module):
@@ -109,26 +129,27 @@ class Attention(nnx.Module):
             for count in (config.num_attention_heads, config.num_key_value_heads)
         )
         if config.fused_qkv is not None:
-            self.qkv = linear("attention/qkv", width, 3 * heads, bias)
+            self.qkv = linear("attention/qkv", width, heads + 2 * shared, bias)
         else:
             self.query = linear("attention/query", width, heads, bias)
             self.key = linear("attention/key", width, shared, bias)
             self.value = linear("attention/value", width, shared, bias)
         self.out = linear("attention/out", heads, width, config.output_bias)
         if config.query_key_norm:
-            self.query_norm = nn.RMSNorm(
-                config.head_dim, config.norm_eps, dtype, config.norm_offset
+            wide = config.wide_query_key_norm
+            sizes = (heads, shared) if wide else (config.head_dim, config.head_dim)
+            self.query_norm, self.key_norm = (
+                nn.RMSNorm(size, config.norm_eps, dtype, config.norm_offset) for size in sizes
             )
-            self.key_norm = nn.RMSNorm(config.head_dim, config.norm_eps, dtype, config.norm_offset)
 
     def __call__(
         self, x_BTD: Array, inputs: nn.AttentionInputs, update_cache: nn.UpdateCache
     ) -> Array:
         queries, keys, values = self._project(x_BTD)
-        if self.config.query_key_norm:
+        if self.config.query_key_norm and not self.config.wide_query_key_norm:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         if inputs.rotary is not None:
-            queries, keys = nn.rotate(queries, inputs.rotary), nn.rotate(keys, inputs.rotary)
+            queries, keys = rotate(queries, inputs.rotary), rotate(keys, inputs.rotary)
         keys, values = update_cache(keys, values)
         scaling = (self.config.query_scale, self.config.attn_logit_softcapping)
         mixed = nn.attention(queries, keys, values, inputs.allowed, *scaling)
@@ -141,11 +162,15 @@ class Attention(nnx.Module):
             fused = self.qkv(x_BTD).reshape(*rows, -1, 3, width)
             return fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
         if self.config.fused_qkv == "qkv":
-            parts = jnp.split(self.qkv(x_BTD), 3, axis=-1)
+            heads = self.config.num_attention_heads * width
+            ends = (heads, heads + self.config.num_key_value_heads * width)
+            queries, keys, values = jnp.split(self.qkv(x_BTD), ends, axis=-1)
         else:
-            parts = [product(x_BTD) for product in (self.query, self.key, self.value)]
-        queries, keys, values = (part.reshape(*rows, -1, width) for part in parts)
-        return queries, keys, values
+            queries, keys, values = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.config.wide_query_key_norm:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        shape = (*rows, -1, width)
+        return queries.reshape(shape), keys.reshape(shape), values.reshape(shape)
 
 
 class MLP(nnx.Module):
@@ -154,14 +179,21 @@ class MLP(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
         linear = nn.linear(config, rngs, dtype)
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.activation, self.gated = config.hidden_act, config.gated_mlp
-        if self.gated:
-            self.gate = linear("mlp/gate", width, inner, bias)
-        self.up = linear("mlp/up", width, inner, bias)
+        self.activation = config.hidden_act
+        self.gated, self.fused = config.gated_mlp, config.fused_mlp
+        if self.fused:
+            self.gate_up = linear("mlp/gate_up", width, 2 * inner, bias)
+        else:
+            if self.gated:
+                self.gate = linear("mlp/gate", width, inner, bias)
+            self.up = linear("mlp/up", width, inner, bias)
         self.down = linear("mlp/down", inner, width, bias)
 
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, mesh: Mesh | None = None) -> Array:
         activation = nn.ACTIVATIONS[self.activation]
+        if self.fused:
+            gate, up = jnp.split(self.gate_up(x_BTD), 2, axis=-1)
+            return self.down(activation(gate) * up)
         if self.gated:
             return self.down(activation(self.gate(x_BTD)) * self.up(x_BTD))
         return self.down(activation(self.up(x_BTD)))
@@ -171,22 +203,31 @@ class DecoderLayer(nnx.Module):
     """One decoder layer."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: Any):
-        self.four_norms, self.parallel = config.four_norms, config.parallel_residual
-        self.input_norm = _norm(config, rngs, dtype)
-        self.mlp_norm = _norm(config, rngs, dtype)
-        if config.four_norms:
+        self.pre, self.post = config.pre_norms, config.post_norms
+        self.parallel = config.parallel_residual
+        if self.pre:
+            self.input_norm = _norm(config, rngs, dtype)
+            self.mlp_norm = _norm(config, rngs, dtype)
+        if self.post:
             self.attention_out_norm = _norm(config, rngs, dtype)
             self.mlp_out_norm = _norm(config, rngs, dtype)
         self.attention = Attention(config, rngs, dtype)
-        self.mlp = MLP(config, rngs, dtype)
+        self.mlp = (MLP if config.routing is None else Mixture)(config, rngs, dtype)
 
     def __call__(
-        self, x_BTD: Array, inputs: nn.AttentionInputs, update_cache: nn.UpdateCache
+        self,
+        x_BTD: Array,
+        inputs: nn.AttentionInputs,
+        update_cache: nn.UpdateCache,
+        mesh: Mesh | None = None,
     ) -> Array:
-        attended = self.attention(self.input_norm(x_BTD), inputs, update_cache)
-        y_BTD = x_BTD + (self.attention_out_norm(attended) if self.four_norms else attended)
-        transformed = self.mlp(self.mlp_norm(x_BTD if self.parallel else y_BTD))
-        return y_BTD + (self.mlp_out_norm(transformed) if self.four_norms else transformed)
+        attended = self.attention(
+            self.input_norm(x_BTD) if self.pre else x_BTD, inputs, update_cache
+        )
+        y_BTD = x_BTD + (self.attention_out_norm(attended) if self.post else attended)
+        z_BTD = x_BTD if self.parallel else y_BTD
+        transformed = self.mlp(self.mlp_norm(z_BTD) if self.pre else z_BTD, mesh)
+        return y_BTD + (self.mlp_out_norm(transformed) if self.post else transformed)
 
 
 class Transformer(nnx.Module):
@@ -212,7 +253,9 @@ class Transformer(nnx.Module):
         positions, cache = nn.token_positions(mask_BT, cache)
         inputs = [
             nn.AttentionInputs(
-                None if kind.rope is None else nn.rotary_tables(positions.position, kind.rope),
+                None
+                if kind.rope is None
+                else rotary_tables(positions.position, positions.length, kind.rope),
                 positions.within(kind.window),
             )
             for kind in config.kinds

@@ -6,12 +6,12 @@ A new family is a module with its FAMILIES, imported and listed here.
 from pathlib import Path
 from typing import Any
 
-from ntkrl.models import gemma, gpt, llama, qwen
+from ntkrl.models import gemma, gpt, llama, mistral, olmo, phi, qwen, qwen_moe, smollm
 from ntkrl.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (gpt, llama, qwen, gemma)
+    for module in (gpt, llama, qwen, qwen_moe, gemma, mistral, olmo, smollm, phi)
     for family in module.FAMILIES
 }
 SCORERS: dict[str, Family] = {family.scorer: family for family in FAMILIES.values()}

@@ -10,10 +10,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from ntkrl import trees
 from ntkrl.models.decoder import SHARDING, Config, Sharding, Transformer
-from ntkrl.models.layers import SCALINGS, Rope
 
 Table = tuple[tuple[str, str, bool], ...]
-"""Rows: our name · stored name, `{i}` for the layer of a stacked leaf · transposed or not.
+"""Rows: our name · stored name, `{i}` and `{e}` for the layer and the expert of a stacked leaf ·
+transposed or not.
 
 Kernels are [in, out] here."""
 
@@ -103,7 +103,7 @@ class ConfigReader:
 
     def number(self, name: str, default: float) -> float:
         """Return a number."""
-        return self._number(name, self._value(name), default)
+        return self.as_number(name, self._value(name), default)
 
     def optional_number(self, name: str, default: float | None) -> float | None:
         """Return a number, or None for null."""
@@ -137,6 +137,17 @@ class ConfigReader:
             return list(default)
         return value
 
+    def flags(self, name: str, default: Sequence[bool]) -> list[bool]:
+        """Return a list of 0 and 1 as booleans; entries past the default's length are unused."""
+        value = self._value(name, list(default))
+        valid = isinstance(value, list) and all(flag in (0, 1) for flag in value)
+        if not valid or len(value) < len(default):
+            self.problems.append(
+                f"{name} must be a list of at least {len(default)} zeros and ones, not {value!r}"
+            )
+            return list(default)
+        return [bool(flag) for flag in value[: len(default)]]
+
     def fixed(self, name: str, only: Any) -> None:
         """Refuse any value but the supported one."""
         value = self._value(name)
@@ -148,73 +159,32 @@ class ConfigReader:
         if total % part:
             self.problems.append(f"{total_name} {total} is not a multiple of {part_name} {part}")
 
-    def section(self, *names: str) -> Mapping[str, Any] | None:
-        """Return the first of the named sub-objects that is present."""
-        for name in names:
-            value = self._value(name)
-            if isinstance(value, Mapping):
-                return value
-            if value is not None:
-                self.problems.append(f"{name} must be an object, not {value!r}")
-        return None
+    def section(self, name: str) -> Mapping[str, Any] | None:
+        """Return a sub-object, or None for null."""
+        value = self._value(name)
+        if value is not None and not isinstance(value, Mapping):
+            self.problems.append(f"{name} must be an object, not {value!r}")
+            return None
+        return value
 
-    def rope(
-        self,
-        width: int,
-        theta: tuple[str, float] = ("rope_theta", 10000.0),
-        share: tuple[str, float] = ("partial_rotary_factor", 1.0),
-        section: Mapping[str, Any] | None = None,
-    ) -> Rope:
-        """Read rotary settings from their section or from older top-level entries.
-
-        Args:
-          width: of a head.
-          theta: older name of the base, and its default.
-          share: older name of the rotated share of a head, and its default.
-          section: None for `rope_parameters` or the older `rope_scaling`; empty for none.
-        """
-        if section is None:
-            section = self.section("rope_parameters", "rope_scaling") or {}
-        base = self._entry(section, "rope_theta", self.number(*theta))
-        part = self._entry(section, "partial_rotary_factor", self.number(*share))
-        size = int(width * part)
-        if size % 2 or not 0 < part <= 1:
-            self.problems.append(
-                f"{share[0]} {part} of a head of {width} gives {size} rotated dimensions; it must "
-                "be even and the share in (0, 1]"
-            )
-            size = 2
-        kind = next((section[k] for k in ("rope_type", "type") if k in section), "default")
-        if kind not in SCALINGS:
-            self.problems.append(
-                f"rotary scaling {kind!r} is not supported, only {', '.join(SCALINGS)}"
-            )
-            kind = "default"
-        if kind == "default":
-            return Rope(size, base)
-        names = ["factor"]
-        if kind == "llama3":
-            names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-        factor, *bands = (self._entry(section, name, None) for name in names)
-        if kind == "linear":
-            return Rope(size, base, kind, factor)
-        low, high, original = bands
-        return Rope(size, base, kind, factor, low, high, int(original))
+    def refuse_variants(self) -> None:
+        """Refuse entries by which transformers changes the arithmetic of any decoder."""
+        self.fixed("is_causal", True)
+        for name in ("quantization_config", "per_layer_config"):
+            self.fixed(name, None)
 
     def finish(self, family: str) -> None:
         """Raise one ValueError with all problems, if there are any."""
         if self.problems:
-            raise ValueError(f"config.json of a {family} model: " + "; ".join(self.problems) + ".")
+            raise ValueError(
+                f"config.json of a {family} model: " + "; ".join(dict.fromkeys(self.problems)) + "."
+            )
 
     def _value(self, name: str, default: Any = None) -> Any:
         value = self.raw[name] if name in self.raw else None
         return default if value is None else value
 
-    def _entry(self, section: Mapping[str, Any], name: str, default: float | None) -> float:
-        value = section[name] if name in section else None
-        return self._number(f"rotary {name}", value, default)
-
-    def _number(self, name: str, value: Any, default: float | None) -> float:
+    def as_number(self, name: str, value: Any, default: float | None) -> float:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.problems.append(f"{name} must be a number, not {value!r}")

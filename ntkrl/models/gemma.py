@@ -12,19 +12,28 @@ from typing import Any
 from ntkrl.models import llama
 from ntkrl.models.decoder import Config
 from ntkrl.models.family import ConfigReader
-from ntkrl.models.layers import ACTIVATIONS, Rope
+from ntkrl.models.layers import ACTIVATIONS
+from ntkrl.models.rope_config import read_layer_ropes, read_rope
+
+THETAS = {llama.FULL: ("rope_theta", 1e6), llama.SLIDING: ("rope_local_base_freq", 1e4)}
 
 
 def parse(generation: int, raw: Mapping[str, Any]) -> Config:
     """Read the config.json of generation 2 or 3."""
     reader = ConfigReader(raw)
-    sizes = llama.read_sizes(reader, 256)
+    sizes = llama.read_sizes(reader, 256, 4)
+    sizes["hidden_act"] = reader.choice("hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS)
+    sizes["query_scale"] = reader.number("query_pre_attn_scalar", 256.0) ** -0.5
     every = 2 if generation == 2 else reader.integer("sliding_window_pattern", 6)
     default = [
         llama.SLIDING if (i + 1) % every else llama.FULL for i in range(sizes["num_hidden_layers"])
     ]
     window = reader.optional_integer("sliding_window", 4096)
-    ropes = _ropes(generation, reader, sizes["head_dim"])
+    if generation == 2:
+        rope = read_rope(reader, sizes["head_dim"])
+        ropes = dict.fromkeys((llama.FULL, llama.SLIDING), rope)
+    else:
+        ropes = read_layer_ropes(reader, sizes["head_dim"], THETAS)
     reader.fixed("use_bidirectional_attention", False)
     bias = reader.boolean("attention_bias", False)
     score_cap, logit_cap = (50.0, 30.0) if generation == 2 else (None, None)
@@ -33,13 +42,11 @@ def parse(generation: int, raw: Mapping[str, Any]) -> Config:
         architecture=f"Gemma{generation}ForCausalLM",
         **sizes,
         **llama.read_kinds(reader, default, window, ropes),
-        hidden_act=reader.choice("hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", True),
-        query_scale=reader.number("query_pre_attn_scalar", 256.0) ** -0.5,
         attention_bias=bias,
         output_bias=bias,
         query_key_norm=generation == 3,
-        four_norms=True,
+        post_norms=True,
         norm_offset=1.0,
         embedding_scale=sizes["hidden_size"] ** 0.5,
         # the reference ignores it in Gemma 3
@@ -51,30 +58,13 @@ def parse(generation: int, raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def _ropes(generation: int, reader: ConfigReader, width: int) -> dict[str, Rope]:
-    """Return the rotary positions of global and local layers."""
-    if generation == 2:
-        return dict.fromkeys((llama.FULL, llama.SLIDING), reader.rope(width))
-    nested = reader.section("rope_parameters")
-
-    def rope(kind: str, theta: tuple[str, float]) -> Rope:
-        if nested is None:  # older files scale the global layers alone
-            return reader.rope(width, theta, section=None if kind == llama.FULL else {})
-        return reader.rope(width, theta, section=nested.get(kind) or {})
-
-    return {
-        llama.FULL: rope(llama.FULL, ("rope_theta", 1e6)),
-        llama.SLIDING: rope(llama.SLIDING, ("rope_local_base_freq", 1e4)),
-    }
-
-
 FAMILIES = tuple(
     llama.family(
         f"Gemma{n}ForCausalLM",
         label,
         functools.partial(parse, n),
         f"{scorer}ForSequenceClassification",
-        four_norms=True,
+        norms="both",
     )
     for n, label, scorer in ((2, "Gemma 2", "Gemma2"), (3, "Gemma 3 (text)", "Gemma3Text"))
 )

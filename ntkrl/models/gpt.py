@@ -10,9 +10,11 @@ from typing import Any
 from ntkrl.models.decoder import Config, LayerKind
 from ntkrl.models.family import ConfigReader, Family, Table
 from ntkrl.models.layers import ACTIVATIONS
+from ntkrl.models.rope_config import RopeRules, read_rope
 
 GPT2 = "GPT2LMHeadModel"
 NEOX = "GPTNeoXForCausalLM"
+ROPE = RopeRules(theta=("rotary_emb_base", 10000.0), share=("rotary_pct", 0.25))
 BLOCK: dict[str, Any] = {"norm": "layer", "gated_mlp": False, "mlp_bias": True}
 
 # names within a layer: ours · GPT-2's · GPT-NeoX's
@@ -63,6 +65,7 @@ def parse_gpt2(raw: Mapping[str, Any]) -> Config:
     width, heads = reader.integer("n_embd"), reader.integer("n_head")
     reader.divides("n_embd", width, "n_head", heads)
     head_dim = max(width // heads, 1)
+    reader.refuse_variants()
     reader.fixed("add_cross_attention", False)
     reader.fixed("scale_attn_by_inverse_layer_idx", False)
     scaled, count = reader.boolean("scale_attn_weights", True), reader.integer("n_layer")
@@ -100,7 +103,9 @@ def parse_neox(raw: Mapping[str, Any]) -> Config:
     width, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     reader.divides("hidden_size", width, "num_attention_heads", heads)
     head_dim = max(width // heads, 1)
-    rope = reader.rope(head_dim, ("rotary_emb_base", 10000.0), ("rotary_pct", 0.25))
+    reader.refuse_variants()
+    reader.fixed("head_dim", head_dim)
+    rope = read_rope(reader, head_dim, ROPE)
     count, bias = reader.integer("num_hidden_layers"), reader.boolean("attention_bias", True)
     config = Config(
         architecture=NEOX,

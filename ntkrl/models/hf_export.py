@@ -18,11 +18,18 @@ from safetensors.numpy import save_file
 
 from ntkrl import trees
 from ntkrl.models.family import Table
-from ntkrl.models.hf_files import CARD, LAYER, MODEL_FILES, STEM, TOKENIZER_FILES, index_path
+from ntkrl.models.hf_files import (
+    CARD,
+    MODEL_FILES,
+    STEM,
+    TOKENIZER_FILES,
+    index_path,
+    tensor_names,
+)
 
 
 def gather_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Gather a model's leaves to the host under their stored names, layer by layer.
+    """Gather a model's leaves to the host under their stored names, tensor by tensor.
 
     All processes must call it; process 0 alone gets tensors, the others an empty dict.
     """
@@ -33,8 +40,8 @@ def gather_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndar
         array = trees.gather_to_host(leaves[ours])
         if jax.process_index() != 0:
             continue
-        for i, layer in enumerate(array) if LAYER in stored else [(0, array)]:
-            tensors[stored.replace(LAYER, str(i))] = layer.T if transpose else layer
+        for numbers, name in np.ndenumerate(tensor_names(stored, array.shape)):
+            tensors[name] = array[numbers].T if transpose else array[numbers]
     return tensors
 
 

@@ -45,7 +45,7 @@ TOKENIZER_FILES = (
 )
 MODEL_FILES = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 CARD = "README.md"  # the model card
-LAYER = "{i}"  # placeholder of the layer's number in names of stacked tensors
+LAYER, EXPERT = "{i}", "{e}"  # placeholders of numbers in names of stacked tensors
 ALIGNMENT = 64  # bytes, for XLA to adopt host memory without a copy
 ROWS_COMPARED = 4096  # at a time, of two tables
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -206,11 +206,8 @@ def check_tensors(
     """
     located = _with_prefix(tensor_files(directory, stem), family)
     rows = {ours: (name, flip) for ours, name, flip in family.weights if ours in shapes}
-    groups = {
-        ours: [name.replace(LAYER, str(i)) for i in range(shapes[ours][0] if LAYER in name else 1)]
-        for ours, (name, _) in rows.items()
-    }
-    known = {name for group in groups.values() for name in group}
+    groups = {ours: tensor_names(name, shapes[ours]) for ours, (name, _) in rows.items()}
+    known = {name for group in groups.values() for name in group.flat}
     problems = [f"{name} is missing" for name in sorted(known - set(located))]
     ignored = [*family.ignored, *([re.escape(family.head_name)] if tied else [])]
     patterns = [re.compile(pattern) for pattern in ignored]
@@ -219,9 +216,9 @@ def check_tensors(
             problems.append(f"{name} is not part of this architecture")
     paths = {path for path, _ in located.values()}
     headers = {path: safe_open(path, framework="numpy") for path in paths}
-    for ours, (name, flip) in rows.items():
-        shape = shapes[ours][1:] if LAYER in name else shapes[ours]
-        for stored in groups[ours]:
+    for ours, (_, flip) in rows.items():
+        shape = shapes[ours][groups[ours].ndim :]
+        for stored in groups[ours].flat:
             if stored in located:
                 path, key = located[stored]
                 problems += _mismatches(stored, headers[path].get_slice(key), shape, flip)
@@ -261,6 +258,23 @@ def resolve_tied_head(directory: Path, family: Family, raw: dict[str, Any]) -> d
     return raw if same else {**raw, "tie_word_embeddings": False}
 
 
+def tensor_names(name: str, shape: Sequence[int]) -> np.ndarray:
+    """Return the stored names of a leaf, by layer and expert where it is stacked.
+
+    Args:
+      name: stored name with its placeholders.
+      shape: of the leaf, stack axes first.
+    """
+    marks = [mark for mark in (LAYER, EXPERT) if mark in name]
+    names = np.empty(shape[: len(marks)], object)
+    for numbers in np.ndindex(names.shape):
+        filled = name
+        for mark, number in zip(marks, numbers, strict=True):
+            filled = filled.replace(mark, str(number))
+        names[numbers] = filled
+    return names
+
+
 def _mismatches(name: str, view: Any, shape: tuple[int, ...], flip: bool) -> list[str]:
     """Return the problems of a stored tensor's shape and dtype."""
     problems = []
@@ -277,16 +291,16 @@ class TensorMap:
     """Locations of the params of a model.
 
     located: stored name → file and the name in it.
-    rows: our name → stored name (`{i}` for the layer), and if it is transposed.
-    groups: our name → stored names, one per layer.
+    rows: our name → stored name with placeholders, and if it is transposed.
+    groups: our name → stored names, by layer and expert (`tensor_names`).
     """
 
     located: Mapping[str, tuple[Path, str]]
     rows: Mapping[str, tuple[str, bool]]
-    groups: Mapping[str, Sequence[str]]
+    groups: Mapping[str, np.ndarray]
 
     def read(self, ours: str, ends: Sequence[tuple[int, int]], dtype: Any) -> np.ndarray:
-        """Read one block of a leaf, layer by layer.
+        """Read one block of a leaf, tensor by tensor.
 
         Args:
           ours: name of the leaf.
@@ -297,12 +311,11 @@ class TensorMap:
           The block, aligned so that a CPU device adopts it without a copy.
         """
         block = _aligned(tuple(last - first for first, last in ends), dtype)
-        name, flip = self.rows[ours]
-        stacked, index = LAYER in name, tuple(slice(*pair) for pair in ends)
-        inner = index[1:] if stacked else index
-        layers = self.groups[ours][index[0]] if stacked else self.groups[ours]
-        for stored, part in zip(layers, block if stacked else [block], strict=True):
-            path, key = self.located[stored]
+        flip, depth = self.rows[ours][1], self.groups[ours].ndim
+        index: list[Any] = [slice(*pair) for pair in ends]
+        inner = tuple(index[depth:])
+        for numbers, stored in np.ndenumerate(self.groups[ours][(*index[:depth], ...)]):
+            part, (path, key) = block[numbers], self.located[stored]
             # opened per tensor: mapped pages of an open file count as resident memory
             with safe_open(path, framework="numpy") as file:
                 view = file.get_slice(key)

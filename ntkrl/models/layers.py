@@ -6,17 +6,16 @@ forward-mode derivative, which the kernels need.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from ntkrl import trees
+from ntkrl.models.grouped import is_grouped
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Cache
 
@@ -33,9 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 REMAT = ("none", "products", "all")
 """Rematerialisation in the backward pass: nothing; all but products with weights; whole layers."""
-
-SCALINGS = ("default", "linear", "llama3")
-"""Supported `rope_type` values."""
 
 
 class Execution(NamedTuple):
@@ -103,64 +99,6 @@ def attention(
     mixed_BKRE = jnp.einsum("bkrs,bkse->bkre", probs_BKRS, values)
     mixed_BKGTE = mixed_BKRE.reshape(batch, shared, group, length, width)
     return jnp.transpose(mixed_BKGTE, (0, 3, 1, 2, 4)).reshape(batch, length, heads, width)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary positions (Su et al. 2104.09864), half-rotation form.
-
-    size: rotated dimensions of a head, even.
-    theta: base of the geometric frequencies θ^(−2i/size).
-    scaling: "default", "linear" (all frequencies divided by `factor`) or "llama3" (low ones
-      divided, high ones unchanged, a linear ramp between; Llama 3.1).
-    factor: extension of the context length.
-    low_frequency, high_frequency: waves per original context below which a frequency is divided,
-      and above which it is unchanged ("llama3").
-    original_length: tokens of the original context ("llama3").
-    """
-
-    size: int
-    theta: float
-    scaling: str = "default"
-    factor: float = 1.0
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
-    original_length: int = 8192
-
-    def frequencies(self) -> np.ndarray:
-        """Return radians per position `[size / 2]`, float64."""
-        plain = self.theta ** (-np.arange(0, self.size, 2) / self.size)
-        if self.scaling == "default":
-            return plain
-        if self.scaling == "linear":
-            return plain / self.factor
-        waves = self.original_length * plain / (2 * math.pi)
-        span = self.high_frequency - self.low_frequency
-        share = np.clip((waves - self.low_frequency) / span, 0.0, 1.0)
-        return plain * (share + (1 - share) / self.factor)
-
-
-def rotary_tables(positions: Array, rope: Rope) -> tuple[Array, Array]:
-    """Return cos and sin `[B, T, size]` at integer positions `[B, T]`."""
-    frequencies = jnp.asarray(rope.frequencies(), float)  # float64 under x64, else float32
-    angles_BTF = jnp.einsum("bt,f->btf", positions.astype(frequencies.dtype), frequencies)
-    angles_BTE = jnp.concatenate([angles_BTF, angles_BTF], axis=-1)
-    return jnp.cos(angles_BTE), jnp.sin(angles_BTE)
-
-
-def rotate(heads: Array, tables: tuple[Array, Array]) -> Array:
-    """Rotate the first R dimensions of each head and leave the others unchanged.
-
-    Args:
-      heads: `[B, T, H, E]`.
-      tables: cos and sin, each `[B, T, R]`, R ≤ E.
-    """
-    cos, sin = (table[:, :, None, :] for table in tables)
-    size = cos.shape[-1]
-    first, others = heads[..., :size], heads[..., size:]
-    low, high = jnp.split(first, 2, axis=-1)
-    rotated = first * cos + jnp.concatenate([-high, low], axis=-1) * sin
-    return jnp.concatenate([rotated.astype(heads.dtype), others], axis=-1)
 
 
 class RMSNorm(nnx.Module):
@@ -268,7 +206,7 @@ def scan_layers(
     """Run stacked layers in order, writing keys and values into the cache in place.
 
     Args:
-      layers: a module of `stack_layers`, called as `layer(x, inputs, update_cache)`.
+      layers: a module of `stack_layers`, called as `layer(x, inputs, update_cache, mesh)`.
       x_BTD: input of the first layer.
       inputs: one AttentionInputs per kind of layer.
       kinds: index into `inputs` per layer.
@@ -295,14 +233,18 @@ def scan_layers(
             values = jax.lax.dynamic_update_slice(values, new_values[None].astype(values.dtype), at)
             return keys[index].astype(x_BTD.dtype), values[index].astype(x_BTD.dtype)
 
-        x_BTD = trees.spread_rows(module(x_BTD, selected, update_cache), execution.mesh)
+        x_BTD = module(x_BTD, selected, update_cache, execution.mesh)
+        x_BTD = trees.spread_rows(x_BTD, execution.mesh)
         return (x_BTD, keys, values), None
 
     if execution.remat != "none":
         # recomputing all but the products costs less than writing and reading it
         policies = jax.checkpoint_policies
         products = execution.remat == "products"
-        save = policies.dots_with_no_batch_dims_saveable if products else policies.nothing_saveable
+        save = policies.nothing_saveable
+        if products:
+            dots = policies.dots_with_no_batch_dims_saveable
+            save = policies.save_from_both_policies(dots, is_grouped)
         body = jax.checkpoint(body, policy=save, prevent_cse=False)
     stored = (None, None) if cache is None else (cache.keys, cache.values)
     count = jax.tree.leaves(state)[0].shape[0]
@@ -315,11 +257,13 @@ class Positions(NamedTuple):
     """Positions of the new tokens among all tokens so far.
 
     position: `[B, T]`, counted over the real tokens of a segment.
+    length: `[B, T]` or `[B, 1]`, real tokens of each token's segment so far.
     allowed: `[B, T, S]` real keys no later than each query, of its segment.
     distance: `[T, S]` columns from key to query.
     """
 
     position: Array
+    length: Array
     allowed: Array
     distance: Array
 
@@ -355,8 +299,10 @@ def token_positions(mask_BT: Array, cache: Cache | None) -> tuple[Positions, Cac
     distance_TS = columns_T[:, None] - columns_S[None, :]
     allowed_BTS = (distance_TS >= 0)[None] & mask_BS.astype(bool)[:, None, :]
     if packed:
-        allowed_BTS &= mask_BT[:, :, None] == mask_BS[:, None, :]
-        counted_BT = jnp.sum(allowed_BTS, axis=2)
+        same_BTS = mask_BT[:, :, None] == mask_BS[:, None, :]
+        allowed_BTS &= same_BTS
+        counted_BT, length = jnp.sum(allowed_BTS, axis=2), jnp.sum(same_BTS, axis=2)
     else:
         counted_BT = before_B1 + jnp.cumsum(mask_BT, axis=1)
-    return Positions(jnp.maximum(counted_BT - 1, 0), allowed_BTS, distance_TS), cache
+        length = counted_BT[:, -1:]
+    return Positions(jnp.maximum(counted_BT - 1, 0), length, allowed_BTS, distance_TS), cache

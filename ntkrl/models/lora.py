@@ -99,18 +99,32 @@ class Lora:
         )
         if not chosen:
             raise ValueError(
-                f"lora.modules {self.modules!r} matches no module; a layer has {', '.join(known)}."
+                f"lora.modules {self.modules!r} matches no module; a layer has "
+                f"{', '.join(known)}{_bare_modules(family)}."
             )
         return Adapters(chosen, self.rank, self.alpha / self.rank)
 
 
 def modules(family: Family) -> dict[str, str]:
-    """Return `{our name within a layer: stored name with {i}}` of every matrix product."""
+    """Return `{our name within a layer: stored name with {i}}` of every matrix product.
+
+    Routers and experts are left out: PEFT adapts modules, and these are bare parameters of
+    transformers' models.
+    """
     return {
         ours.removeprefix("layers/").removesuffix("/kernel"): stored.removesuffix(".weight")
         for ours, stored, _ in family.weights
-        if ours.startswith("layers/") and ours.endswith("/kernel")
+        if ours.startswith("layers/") and ours.endswith("/kernel") and not _is_bare(ours)
     }
+
+
+def _is_bare(name: str) -> bool:
+    return name.startswith(("layers/mlp/router/", "layers/mlp/experts/"))
+
+
+def _bare_modules(family: Family) -> str:
+    bare = any(_is_bare(ours) for ours, _, _ in family.weights)
+    return " (routers and experts take no adapters: train them in full)" if bare else ""
 
 
 def is_adapter(name: str) -> bool:
@@ -198,7 +212,8 @@ def stored_adapters(directory: Path, family: Family) -> Adapters:
     unknown = sorted(set(names) - set(by_stored))
     if unknown:
         raise ValueError(
-            f"{directory} adapts {', '.join(unknown)}; supported are {', '.join(by_stored)}."
+            f"{directory} adapts {', '.join(unknown)}; supported are {', '.join(by_stored)}"
+            f"{_bare_modules(family)}."
         )
     chosen = tuple(ours for stored, ours in by_stored.items() if stored in names)
     return Adapters(chosen, rank, alpha / root)

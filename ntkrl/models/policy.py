@@ -155,6 +155,7 @@ def make_policy(
         vocab_size=config.vocab_size,
         feature_size=config.hidden_size,
         max_tokens=config.max_position_embeddings,
+        max_decoded_tokens=config.decode_limit,
         sharding=family.sharding,
         config=config,
         source=source,

@@ -1,5 +1,7 @@
 """Tiny random transformers models of every family, in odd shapes that expose mistakes."""
 
+import copy
+
 import numpy as np
 import torch
 import transformers
@@ -15,6 +17,14 @@ SIZES = {
     "initializer_range": 0.3,
 }
 GEMMA = {**SIZES, "head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": 4}
+EXPERTS = {
+    **SIZES,
+    "head_dim": 10,
+    "moe_intermediate_size": 12,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": False,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -22,6 +32,20 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "beta_fast": 3.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.2, 2.0, 4.0],
 }
 # name: (config class, model class, settings)
 CASES = {
@@ -63,6 +87,27 @@ CASES = {
         "Qwen3Config",
         "Qwen3ForCausalLM",
         {**SIZES, "head_dim": 6, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "qwen3 moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, "num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ),
+    "qwen3 moe raw weights": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, "num_hidden_layers": 3, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "qwen3 moe local": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **EXPERTS,
+            "num_experts": 3,
+            "num_experts_per_tok": 1,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+        },
     ),
     "gemma 2": ("Gemma2Config", "Gemma2ForCausalLM", {**GEMMA, "num_hidden_layers": 3}),
     "gemma 2 uncapped, untied": (
@@ -141,19 +186,92 @@ CASES = {
         },
     ),
 }
+CASES |= {
+    "llama yarn": ("LlamaConfig", "LlamaForCausalLM", {**SIZES, "rope_parameters": YARN}),
+    "llama longrope": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {**SIZES, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 6}},
+    ),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**SIZES, "sliding_window": 3}),
+    "mistral full, tied": (
+        "MistralConfig",
+        "MistralForCausalLM",
+        {**SIZES, "sliding_window": None, "head_dim": 10, "tie_word_embeddings": True},
+    ),
+    "olmo 2": ("Olmo2Config", "Olmo2ForCausalLM", SIZES),
+    "olmo 2 tied, biased": (
+        "Olmo2Config",
+        "Olmo2ForCausalLM",
+        {**SIZES, "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": None},
+    ),
+    "olmo 3": (
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {**SIZES, "num_hidden_layers": 4, "sliding_window": 3, "rope_scaling": YARN},
+    ),
+    "olmo 3 full": (
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {
+            **SIZES,
+            "layer_types": ["full_attention", "full_attention"],
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+        },
+    ),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**SIZES, "no_rope_layers": [1, 0]}),
+    "smollm3 local, untied": (
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {
+            **SIZES,
+            "num_hidden_layers": 5,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": YARN,
+        },
+    ),
+    "phi 3": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {**SIZES, "rope_parameters": LONGROPE, "original_max_position_embeddings": 100},
+    ),
+    "phi 4 mini": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            **SIZES,
+            "hidden_size": 40,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "sliding_window": 4,
+            "original_max_position_embeddings": 5,
+            "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75},
+        },
+    ),
+}
 # one of each family, for what need not be seen at every shape
-EACH = ("llama 3", "qwen2 tied, local", "qwen3", "gemma 2", "gemma 3", "gpt2", "gpt-neox")
+EACH = (
+    *("llama 3", "qwen2 tied, local", "qwen3", "qwen3 moe", "gemma 2", "gemma 3", "gpt2"),
+    *("gpt-neox", "mistral", "olmo 2", "olmo 3", "smollm3", "phi 3"),
+)
 
 
 def torch_model(case, directory=None, seed=0, **overrides):
     """Build a case's model, all parameters moved off their initial values; optionally save it."""
     config_class, model_class, settings = CASES[case]
     config = getattr(transformers, config_class)(
-        **{**settings, **overrides}, bos_token_id=0, eos_token_id=0, pad_token_id=1
+        **copy.deepcopy({**settings, **overrides}), bos_token_id=0, eos_token_id=0, pad_token_id=1
     )
     torch.manual_seed(seed)
-    # eager attention: capped scores have no fused form
-    config._attn_implementation = "eager"
+    # eager attention and experts: capped scores and odd strides have no fused form
+    config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, model_class)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -173,13 +291,19 @@ def tokens_and_mask(vocab, seed=0):
 
 
 def torch_logits(model, tokens, mask):
-    """Logits and head inputs of the reference, positions counted over real tokens."""
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    with torch.no_grad():
-        out = model(
-            input_ids=torch.tensor(tokens),
-            attention_mask=torch.tensor(mask.astype(np.int64)),
-            position_ids=torch.tensor(positions),
-            output_hidden_states=True,
-        )
-    return out.logits.float().numpy(), out.hidden_states[-1].float().numpy()
+    """Logits and head inputs of the reference, positions counted over real tokens.
+
+    Rows are read alone: LongRoPE chooses its factors by the longest row of a batch.
+    """
+    positions, logits, features = np.maximum(np.cumsum(mask, axis=1) - 1, 0), [], []
+    for row in range(len(tokens)):
+        with torch.no_grad():
+            out = model(
+                input_ids=torch.tensor(tokens[row : row + 1]),
+                attention_mask=torch.tensor(mask[row : row + 1].astype(np.int64)),
+                position_ids=torch.tensor(positions[row : row + 1]),
+                output_hidden_states=True,
+            )
+        logits.append(out.logits.float().numpy())
+        features.append(out.hidden_states[-1].float().numpy())
+    return np.concatenate(logits), np.concatenate(features)

@@ -134,14 +134,16 @@ def test_impossible_shapes(model_dir):
     fails(model_dir, "hidden_size 16 is not a multiple of num_attention_heads 3")
     edit_config(model_dir, num_attention_heads=2, rope_parameters=None, rotary_pct=0.4)
     fails(model_dir, "gives 3 rotated dimensions; it must be even")
-    edit_config(model_dir, rope_scaling={"type": "yarn", "factor": 2.0})
-    fails(model_dir, "rotary scaling 'yarn' is not supported, only default, linear, llama3")
+    edit_config(model_dir, rope_scaling={"type": "dynamic", "factor": 2.0})
+    fails(
+        model_dir,
+        "rope_type 'dynamic' is not supported, only default, linear, llama3, yarn, longrope",
+    )
     edit_config(model_dir, rope_scaling={"type": "llama3", "factor": "x"})
     fails(
         model_dir,
         "rotary factor must be a number, not 'x'",
         "rotary low_freq_factor must be a number, not None",
-        "rotary original_max_position_embeddings must be a number",
     )
 
 

@@ -19,6 +19,8 @@ from tests.models.test_families import equal_trees
 TARGETS = {
     "gpt2": ["c_attn", "c_fc"],
     "gpt-neox": ["query_key_value", "dense_4h_to_h"],
+    "phi 3": ["qkv_proj", "gate_up_proj", "down_proj"],
+    "qwen3 moe": ["q_proj", "v_proj", "o_proj"],
 }
 
 
@@ -172,6 +174,21 @@ def test_adapters_are_a_group_of_parameters(tmp_path):
     parts = [np.asarray(kernel.trace(part)) for part in ("adapters", "rest", "full")]
     np.testing.assert_allclose(parts[0] + parts[1], parts[2], rtol=1e-3)
     assert np.abs(parts[0]).min() > 0
+
+
+def test_routers_and_experts_take_no_adapters(tmp_path):
+    """law: new adapters skip them or name them; PEFT's, of parameters, are refused by name."""
+    with_adapters("qwen3 moe", tmp_path, target_modules=["q_proj", "down_proj"])
+    everywhere = models.ModelOptions(lora=models.Lora(modules=".*"))
+    adapted = ntkrl.load(tmp_path / "base", options=everywhere)[0].config.adapters.modules
+    assert adapted == tuple(f"attention/{name}" for name in ("query", "key", "value", "out"))
+    for modules in ("mlp/experts/up", "mlp/router"):
+        with pytest.raises(ValueError, match="routers and experts take no adapters"):
+            ntkrl.load(
+                tmp_path / "base", options=models.ModelOptions(lora=models.Lora(modules=modules))
+            )
+    with pytest.raises(ValueError, match=r"target_parameters \['down_proj'\] is not supported"):
+        ntkrl.load(tmp_path / "adapter")
 
 
 def test_what_adapters_cannot_do(tmp_path):

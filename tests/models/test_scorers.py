@@ -1,5 +1,6 @@
 """Reward models against transformers, and ArmoRM against an oracle written out from its paper."""
 
+import copy
 import json
 import shutil
 
@@ -22,8 +23,8 @@ def torch_scorer(case, directory, labels=1, **overrides):
     """Make and save a random sequence classifier of a case's shape."""
     config_class, architecture, settings = CASES[case]
     fields = {"num_labels": labels, "pad_token_id": 1, **overrides}
-    config = getattr(transformers, config_class)(**{**settings, **fields})
-    config._attn_implementation = "eager"
+    config = getattr(transformers, config_class)(**copy.deepcopy({**settings, **fields}))
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, FAMILIES[architecture].scorer)(config).eval()
     with torch.no_grad():
