@@ -76,6 +76,12 @@ class Experts(nnx.Module):
             return self._mix(*tokens, *kernels)[0]
         # rows stay on their devices; a device sorts its tokens, and sees all experts
         inner = "tensor" if kernels[0].shape[2] % mesh.shape["tensor"] == 0 else None
+        # kernels gathered and gradients scattered layer by layer, not for the stack
+        axes = ((None, inner), (None, inner), (inner, None))
+        gate, up, down = (
+            trees.constrain(kernel, mesh, "fsdp", *inward)
+            for kernel, inward in zip(kernels, axes, strict=True)
+        )
         rows = P(trees.ROWS)
         local = jax.shard_map(
             self._mix,
@@ -84,7 +90,7 @@ class Experts(nnx.Module):
             out_specs=P(inner, trees.ROWS),
             check_vma=False,  # replicated inputs and no collective inside
         )
-        return jnp.sum(local(*tokens, *kernels), axis=0)
+        return jnp.sum(local(*tokens, gate, up, down), axis=0)
 
     def _parts(self) -> tuple[ExpertKernels, ...]:
         return self.gate, self.up, self.down

@@ -95,7 +95,8 @@ def _product(rows: Array, kernels: Array, groups: Array) -> Array:
     def multiply(carry: None, block: tuple[Array, Array]) -> tuple[None, Array]:
         source, group = block
         part = jnp.take(rows, source, axis=0, mode="fill", fill_value=0)
-        return carry, jnp.matmul(part, kernels[group], precision=HIGHEST)
+        kernel = jax.lax.dynamic_index_in_dim(kernels, group, keepdims=False)
+        return carry, jnp.matmul(part, kernel, precision=HIGHEST)
 
     _, results = jax.lax.scan(multiply, None, (blocks.source, blocks.group))
     return results.reshape(-1, kernels.shape[2])[blocks.place]
@@ -111,7 +112,8 @@ def _outer(rows: Array, columns: Array, groups: Array, *, count: int) -> Array:
             jnp.take(x, source, axis=0, mode="fill", fill_value=0) for x in (rows, columns)
         )
         part = jnp.matmul(left.T, right, precision=HIGHEST, preferred_element_type=wide)
-        return total.at[group].add(part), None
+        part += jax.lax.dynamic_index_in_dim(total, group, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(total, part, group, 0), None
 
     start = jnp.zeros((count, rows.shape[1], columns.shape[1]), wide)
     total, _ = jax.lax.scan(add, start, (blocks.source, blocks.group))

@@ -12,6 +12,7 @@ import ntkrl
 from ntkrl import jaxpr, models, ntk, runtime
 from ntkrl.models.grouped import grouped_product
 from ntkrl.plan import hlo
+from ntkrl.plan.abstract_models import read_entries
 from tests.models.families import CASES, tokens_and_mask, torch_model
 from tests.models.test_families import equal_trees
 
@@ -67,6 +68,19 @@ def test_only_active_experts_are_multiplied():
 
     traced = jaxpr.trace(jax.grad(total, (0, 1)), rows, kernels, groups)
     assert jaxpr.flops(traced) == 3 * 2 * 64 * WIDTH * INNER
+
+
+def test_a_published_mixture_counts_its_active_experts():
+    """by hand: Qwen3-30B-A3B's products by layer; all 128 experts would be 12 times as much."""
+    raw = read_entries("Qwen/Qwen3-30B-A3B")
+    policy, shapes = models.describe(raw["architectures"][0], raw)
+    length = 64
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    heads, mixture = 32 * 128, 2048 * 128 + 8 * 3 * 2048 * 768
+    per_token = 2 * 2048 * heads + 2 * 2048 * 512 + mixture + 2 * heads * length
+    traced = jaxpr.trace(policy.features, shapes, tokens)
+    angles = 2 * length * 64
+    assert jaxpr.flops(traced) == 2 * 48 * length * per_token + angles
 
 
 def test_kernels_of_routers_and_experts(tmp_path, x64):

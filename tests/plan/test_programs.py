@@ -293,6 +293,7 @@ def test_published_shapes(name):
         "meta-llama/Meta-Llama-3-8B": 8.030261248,
         "meta-llama/Llama-3.2-1B": 1.235814400,
         "Qwen/Qwen3-8B": 8.190735360,
+        "Qwen/Qwen3-30B-A3B": 30.532122624,
     }
     raw = abstract_models.read_entries(name)
     _, shapes = models.describe(raw["architectures"][0], raw)
