@@ -150,7 +150,8 @@ def read_kinds(
     types = reader.words("layer_types", default, (FULL, SLIDING))
     if SLIDING in types and window is None:
         reader.problems.append(
-            f"layers of {SLIDING} need a sliding_window, which is null or unused"
+            f"layer_types has {SLIDING}, which needs a sliding_window (and use_sliding_window, "
+            "where the family has it)"
         )
     by_type = {name: LayerKind(ropes[name], window if name == SLIDING else None) for name in types}
     kinds = tuple(dict.fromkeys(by_type.values()))

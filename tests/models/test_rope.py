@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 
+import ntkrl
 from ntkrl.models.families import family_of
 from ntkrl.models.rope import rotary_tables
-from tests.models.families import CASES, EACH, LLAMA3, LONGROPE, YARN
+from ntkrl.rollout import check_length
+from tests.models.families import CASES, EACH, LLAMA3, LONGROPE, YARN, torch_model
 
 ABSENT = object()
 OLDER = {"rope_parameters": ABSENT}
@@ -152,3 +154,21 @@ def test_every_spelling(case):
                 problems.append(f"{changes}, {length} tokens: {gap:.2g}")
     assert not problems, "\n".join(problems)
     assert read > 15
+
+
+def test_longrope_by_rows_and_segments(tmp_path):
+    """law: a sequence alone, beside others and packed gets the factors of its own length."""
+    torch_model("llama longrope", tmp_path)  # an original context of 6 tokens
+    policy, params = ntkrl.load(tmp_path)
+    tokens = np.random.default_rng(0).integers(2, 29, (1, 14))
+    packed = jnp.asarray([[1] * 4 + [2] * 8 + [0] * 2])
+    together = policy.features(params, jnp.asarray(tokens), packed)[0]
+    for start, end in ((0, 4), (4, 12)):
+        alone = policy.features(params, jnp.asarray(tokens[:, start:end]))[0]
+        np.testing.assert_allclose(together[start:end], alone, atol=1e-5)
+    long = policy.features(params, jnp.asarray(tokens[:, :12]))[0, :4]
+    assert np.abs(long - together[:4]).max() > 1e-2
+    check_length(policy, 4, 2)
+    # a cache holds keys rotated by the short factors
+    with pytest.raises(ValueError, match="exceed the 6 tokens of original_max_position_embeddings"):
+        check_length(policy, 4, 3)
