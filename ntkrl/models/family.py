@@ -174,11 +174,13 @@ class ConfigReader:
             self.fixed(name, None)
 
     def finish(self, family: str) -> None:
-        """Raise one ValueError with all problems, if there are any."""
+        """Raise one ValueError with all problems of a model's file, if there are any."""
+        self.finish_file(f"config.json of a {family} model")
+
+    def finish_file(self, label: str) -> None:
+        """Raise one ValueError with all problems of a file, if there are any."""
         if self.problems:
-            raise ValueError(
-                f"config.json of a {family} model: " + "; ".join(dict.fromkeys(self.problems)) + "."
-            )
+            raise ValueError(f"{label}: " + "; ".join(dict.fromkeys(self.problems)) + ".")
 
     def _value(self, name: str, default: Any = None) -> Any:
         value = self.raw[name] if name in self.raw else None

@@ -190,7 +190,7 @@ def read_config(directory: Path) -> tuple[dict[str, Any], str | None]:
         if not any(raw[name] == value and type(raw[name]) is type(value) for value in allowed):
             options = ", ".join(repr(value) for value in allowed)
             reader.problems.append(f"{name} {raw[name]!r} is not supported, only {options}")
-    reader.finish("LoRA adapter (adapter_config.json)")
+    reader.finish_file(CONFIG_FILE)
     return raw, raw["base_model_name_or_path"] if "base_model_name_or_path" in raw else None
 
 
@@ -203,7 +203,7 @@ def stored_adapters(directory: Path, family: Family) -> Adapters:
     reader = ConfigReader(read_config(directory)[0])
     rank, alpha = reader.integer("r"), reader.number("lora_alpha", 8.0)
     root = math.sqrt(rank) if reader.boolean("use_rslora", False) else rank
-    reader.finish("LoRA adapter (adapter_config.json)")
+    reader.finish_file(CONFIG_FILE)
     names = [
         re.sub(r"\.\d+\.", ".{i}.", name).rpartition(".lora_")[0].removeprefix(PEFT_PREFIX)
         for name in hf_files.tensor_files(directory, STEM)
