@@ -100,7 +100,8 @@ def kernel_by_gradients(kernel, part="full"):
     total = 0.0
     for index, (name, leaf) in enumerate(trees.named_leaves(params).items()):
         (head_o, features_o), (head_u, features_u) = observed[index], updated[index]
-        weight = 1.0 if weights is None else jnp.broadcast_to(weights[index], leaf.shape).ravel()
+        weight = jnp.ones((), leaf.dtype) if weights is None else weights[index]
+        weight_P = jnp.broadcast_to(weight, leaf.shape).ravel()
         for a, b, included in (
             (head_o, head_u, head_roles[name] if name in head_roles else False),
             (features_o, features_u, roles.body),
@@ -108,7 +109,7 @@ def kernel_by_gradients(kernel, part="full"):
             (features_o, head_u, roles.input_output),
         ):
             if included:
-                total += jnp.einsum("ovp,uwp->ouvw", a * weight, b, precision="highest")
+                total += jnp.einsum("ovp,p,uwp->ouvw", a, weight_P, b, precision="highest")
     return np.asarray(total)
 
 
