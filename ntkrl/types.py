@@ -75,7 +75,8 @@ class Policy:
     tied: True when the head's matrix is also the input embedding.
     stacked: prefixes of parameter paths whose leaves carry a leading layer axis.
     vocab_size, feature_size, max_tokens: V, D and the longest sequence allowed (tokens).
-    max_decoded_tokens: longest sequence that `decode` continues as `features` reads it.
+    max_decoded_tokens: longest sequence that `decode` continues as `features` reads it; None for
+      max_tokens.
     sharding: ordered `(pattern, axes per dimension)` list over parameter paths.
     config: the family's frozen configuration (what export writes).
     source: directory the weights came from, or None.
@@ -91,7 +92,6 @@ class Policy:
     vocab_size: int
     feature_size: int
     max_tokens: int
-    max_decoded_tokens: int
     sharding: tuple[tuple[str, tuple[str | None, ...]], ...] = ((r".*", ()),)
     config: Any = None
     source: str | None = None
@@ -100,6 +100,7 @@ class Policy:
     head_soft_cap: float | None = None
     stacked: tuple[str, ...] = ()
     rebuild: Callable[[Any], Policy] | None = None
+    max_decoded_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

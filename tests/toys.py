@@ -66,7 +66,6 @@ def toy_policy(vocab: int = 7, width: int = 5) -> Policy:
         vocab_size=vocab,
         feature_size=width,
         max_tokens=64,
-        max_decoded_tokens=64,
     )
 
 

@@ -110,11 +110,11 @@ class Config:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
-    def decode_limit(self) -> int:
-        """Longest sequence that can be decoded: a LongRoPE model must not change its factors."""
+    def decode_limit(self) -> int | None:
+        """Longest sequence to decode; None without LongRoPE, whose factors must not change."""
         limits = (kind.rope.decode_limit for kind in self.kinds if kind.rope is not None)
         known = [limit for limit in limits if limit is not None]
-        return min([*known, self.max_position_embeddings])
+        return min(known, default=None)
 
 
 class Attention(nnx.Module):

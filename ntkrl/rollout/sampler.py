@@ -179,10 +179,11 @@ def check_length(policy: Policy, prompt_length: int, budget: int) -> None:
             f"context of {policy.max_tokens}; lower data.max_prompt_tokens or "
             "rollout.max_completion_tokens."
         )
-    if prompt_length + budget > policy.max_decoded_tokens:
+    limit = policy.max_decoded_tokens
+    if limit is not None and prompt_length + budget > limit:
         raise ValueError(
             f"prompts of {prompt_length} tokens and completions of {budget} exceed the "
-            f"{policy.max_decoded_tokens} tokens of original_max_position_embeddings, past which "
+            f"{limit} tokens of original_max_position_embeddings, past which "
             "LongRoPE rotates all earlier tokens by other factors, which a cache of keys cannot "
             "follow; lower data.max_prompt_tokens or rollout.max_completion_tokens."
         )
