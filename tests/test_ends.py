@@ -118,7 +118,7 @@ def test_end_of_a_turn(tmp_path):
 def test_stop_strings_with_special_tokens(tmp_path, stop, text, count):
     """by hand: a stop string may be a special token, hold one, or hold none."""
     write_model(tmp_path / "m", "34", PADDING, 0)
-    result = sampled(tmp_path / "m", tmp_path, "1=", (stop,))
+    result = sampled(tmp_path / "m", tmp_path, "1=", stop)
     assert (result[0], len(result[1]), result[2]) == (text, count, True)
 
 
