@@ -39,5 +39,6 @@ from ntkrl.data.tokens import (
     encode_prompts,
     encode_texts,
     load_tokenizer,
+    map_rows,
     stop_finder,
 )

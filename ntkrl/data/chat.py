@@ -4,8 +4,6 @@ A row may have TRL's columns `tools` (a list of JSON schemas, or its JSON text) 
 `chat_template_kwargs` (variables of the template, such as Qwen 3's `enable_thinking`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
@@ -165,6 +163,8 @@ def end_ids(tokenizer: Any, generation: Collection[int], stops: Sequence[str]) -
 
 
 def _check_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
+    if not options:
+        return
     reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools"}
     wrong = sorted(reserved & set(options))
     if wrong:

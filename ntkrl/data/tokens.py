@@ -5,8 +5,6 @@ own start token (a BOS) where it writes one, a conversation with what the chat t
 Nothing is truncated silently.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -255,7 +253,7 @@ def _render(
         return render(tokenizer, conversations[row], options)
 
     message = f"{prompt_set.source}: the chat template rejects"
-    return _map_rows(write, conversations, template_errors(), message)
+    return map_rows(write, conversations, template_errors(), message)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], source: str, kind: str) -> list[list[int]]:
@@ -267,16 +265,20 @@ def _encode(tokenizer: Any, texts: Sequence[str], source: str, kind: str) -> lis
         return ids(list(texts))
     except Exception:  # tokenizers raises bare Exception; encode by row to name the rows
         message = f"{source}: the tokenizer cannot encode the {kind} of"
-        return _map_rows(lambda row: ids(texts[row]), texts, (Exception,), message)
+        return map_rows(lambda row: ids(texts[row]), texts, (Exception,), message)
 
 
-def _map_rows(
+def map_rows(
     call: Callable[[int], Any],
     items: Sequence[Any],
     kinds: tuple[type[Exception], ...],
     message: str,
 ) -> list[Any]:
-    """Call a function for every row; one ValueError lists all rows that raise one of `kinds`."""
+    """Call a function with every row's number and return the results.
+
+    Raises:
+      ValueError: `message`, and all rows whose call raises one of `kinds`.
+    """
     results, problems = [], []
     for row, item in enumerate(items):
         try:

@@ -3,8 +3,6 @@
 Writing goes to a temporary directory that then replaces the target.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Model cards of exported directories: what was trained, then the card of the base model."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path

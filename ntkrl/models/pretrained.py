@@ -47,8 +47,7 @@ def load(
     Raises:
       ValueError: anything missing, misshapen or unknown, all of it in one message.
     """
-    name, adapter_directory = _base_name(path, base)
-    directory = hf_files.local_directory(name)
+    name, directory, adapter_directory = _locate(path, base)
     raw = hf_files.read_config(directory)
     family = family_of(raw, directory)
     raw = hf_files.resolve_tied_head(directory, family, raw)
@@ -86,8 +85,7 @@ def check(path: str | Path) -> int:
       ValueError: no directory, no or bad config.json, unknown architecture, tensors that are
         missing, misshapen or of other dtypes.
     """
-    name, adapter_directory = _base_name(path, None)
-    directory = hf_files.local_directory(name)
+    _, directory, adapter_directory = _locate(path)
     raw = hf_files.read_config(directory)
     family = family_of(raw, directory)
     policy, shapes = make_policy(family, family.parse(raw), jnp.float32)
@@ -100,25 +98,26 @@ def check(path: str | Path) -> int:
 
 def tokenizer_directory(path: str | Path) -> str:
     """Return the directory of a model's tokenizer: the adapter's if it has one, or its base's."""
-    name, adapter_directory = _base_name(path, None)
-    directory = hf_files.local_directory(name)
+    _, directory, adapter_directory = _locate(path)
     if adapter_directory is None or not (adapter_directory / "tokenizer_config.json").is_file():
         return str(directory)
     return str(adapter_directory)
 
 
-def _base_name(path: str | Path, base: str | Path | None) -> tuple[str | Path, Path | None]:
-    """Return the model's directory or hub name as given, and the adapter's directory or None."""
+def _locate(
+    path: str | Path, base: str | Path | None = None
+) -> tuple[str | Path, Path, Path | None]:
+    """Return the model's name as given, its directory, and the adapter's directory or None."""
     directory = hf_files.local_directory(path)
     if not (directory / lora_files.CONFIG_FILE).is_file():
         if base is not None:
             raise ValueError(f"base is for adapter directories; {path} has no adapter_config.json.")
-        return path, None
+        return path, directory, None
     if base is None:
         base = lora_files.read_config(directory)[1]
     if base is None:
         raise ValueError(f"{directory} names no base model; give it as base.")
-    return base, directory
+    return base, hf_files.local_directory(base), directory
 
 
 def read_params(

@@ -4,8 +4,6 @@ Conversations go through the chat template; a text prompt and its completion are
 for a model that reads turns (a gate), become a user's and an assistant's turn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,23 +84,20 @@ class RewardTexts:
                 f"reward model {self.scorer.source}: prompts are lists of messages, but its "
                 "tokenizer has no chat template; put chat_template.jinja into the directory."
             )
-        texts, wrong = [], []
-        for row, (prompt, completion) in enumerate(pairs):
+
+        def render(row: int) -> tuple[str, str]:
+            prompt, completion = pairs[row]
             before, after = _messages(prompt, "user"), _messages(completion, "assistant")
-            try:
-                options = data.template_options(columns, row)
-                start = data.render_prompt(self.tokenizer, before, options)
-                text = data.render_conversation(self.tokenizer, [*before, *after], options)
-            except data.template_errors() as error:
-                wrong.append(f"row {row}, {prompt!r:.60}: {error}")
-            else:
-                texts.append((start, text))
-        if wrong:
-            raise RewardError(
-                f"reward model {self.scorer.source}: its chat template rejects {len(wrong)} rows"
-                f"{listed(wrong)}"
-            )
-        return texts
+            options = data.template_options(columns, row)
+            start = data.render_prompt(self.tokenizer, before, options)
+            return start, data.render_conversation(self.tokenizer, [*before, *after], options)
+
+        message = f"reward model {self.scorer.source}: its chat template rejects"
+        prompts = [prompt for prompt, _ in pairs]
+        try:
+            return data.map_rows(render, prompts, data.template_errors(), message)
+        except ValueError as error:
+            raise RewardError(str(error)) from error
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # a template writes special tokens itself
