@@ -95,7 +95,7 @@ def completion_cosines(features: Array, rows: Array, completions: int) -> Array:
     same_SS = jnp.eye(completions, dtype=unit_OD.dtype)
     pairs_SS = counts_S[:, None] * counts_S[None] - same_SS * counts_S[None]
     totals_SS = einsum("sd,td->st", sums_SD, sums_SD) - same_SS * squares_S[None]
-    return totals_SS / jnp.maximum(pairs_SS, 1)
+    return jnp.where(pairs_SS > 0, totals_SS / jnp.maximum(pairs_SS, 1), 0)
 
 
 @jax.jit

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from ntkrl import ntk, probe
-from ntkrl.probe.features import ches, cosine_variances, feature_drift, head_sums
+from ntkrl.probe.features import (
+    ches,
+    completion_cosines,
+    cosine_variances,
+    feature_drift,
+    head_sums,
+)
 from ntkrl.softmax import OutputHead, SoftmaxOptions
 from tests.ntk.networks import HEADS, VOCAB, contexts, network
 
@@ -53,6 +59,26 @@ def test_equal_features_have_cosine_one_and_rank_one():
     for name in ("cosine_within_response", "cosine_across_prompts", "effective_rank"):
         np.testing.assert_allclose(result[name], 1.0, rtol=1e-5)
     assert float(result["feature_distortion"]) == 0.0
+
+
+def test_completion_cosines_by_loops(x64):
+    """oracle: double loop over pairs; exactly 0 for a completion of one token, and of none."""
+    rows, completions = np.array([0, 0, *range(1, 20), 20, 20, 20]), 22
+    phi = np.random.default_rng(0).normal(size=(rows.size, 40))
+    unit = phi / np.linalg.norm(phi, axis=1, keepdims=True)
+    expected = np.zeros((completions, completions))
+    for s in range(completions):
+        for t in range(completions):
+            pairs = [
+                unit[i] @ unit[j]
+                for i in np.flatnonzero(rows == s)
+                for j in np.flatnonzero(rows == t)
+                if i != j
+            ]
+            expected[s, t] = np.mean(pairs) if pairs else 0.0
+    result = np.asarray(completion_cosines(jnp.asarray(phi), jnp.asarray(rows), completions))
+    np.testing.assert_allclose(result, expected, rtol=1e-10)
+    assert (result[expected == 0] == 0).all()
 
 
 def test_cosine_variances_by_loops(x64):
