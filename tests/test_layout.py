@@ -12,7 +12,10 @@ PACKAGE = ROOT / "ntkrl"
 
 FLOORS = [
     {"types"},
-    {"numerics", "trees", "intervals", "jaxpr", "messages", "user_files", "json_values"},
+    {
+        *("numerics", "trees", "intervals", "jaxpr"),
+        *("messages", "user_files", "json_values", "durable_files"),
+    },
     {"softmax"},
     {"models", "scoring", "ntk", "runtime"},
     # one pipeline, in order: a room may import those before it

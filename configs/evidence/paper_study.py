@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.evidence import page, prompts, similarity
 from configs.evidence.claims import verdicts
-from ntkrl import runtime
+from ntkrl import durable_files
 from ntkrl.report import read_run
 from ntkrl.study import (
     Job,
@@ -130,8 +130,8 @@ class PaperStudy:
         settings = self.settings
         listed = verdicts(self.results, settings)
         text = json.dumps([verdict._asdict() for verdict in listed], indent=2)
-        runtime.save_text(self.root / "verdicts.json", text + "\n")
-        runtime.save_text(self.root / "verdicts.md", page.markdown(listed, command))
+        durable_files.save_text(self.root / "verdicts.json", text + "\n")
+        durable_files.save_text(self.root / "verdicts.md", page.markdown(listed, command))
         commands = self.commands()
         runs = [
             (str(run.path.relative_to(self.root)), commands.get(run.path), run)
@@ -168,7 +168,7 @@ class PaperStudy:
             rates[arm], rows = rank_points(points, runs, "eval/reward")
             table[arm] = {"chosen": rates[arm], "tried": rows}
         path = self.root / self.settings.tuned / "rates.json"
-        runtime.save_text(path, json.dumps(table, indent=2) + "\n")
+        durable_files.save_text(path, json.dumps(table, indent=2) + "\n")
         return rates
 
     def runs(self) -> Iterator[Job]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkrl import data, runtime
+from ntkrl import data, durable_files
 
 SET_ASIDE = 6
 """Number of training targets that choose rates."""
@@ -76,4 +76,4 @@ def _prompt(target: int) -> dict[str, Any]:
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        runtime.save_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        durable_files.save_text(path, "".join(json.dumps(row) + "\n" for row in rows))

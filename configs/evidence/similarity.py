@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ntkrl import data, models, probe, runtime
+from ntkrl import data, durable_files, models, probe
 from ntkrl.study import Results
 from ntkrl.types import Params, Policy
 
@@ -63,7 +63,7 @@ def write_similarities(export: Path, samples: Path, out: Path) -> None:
         measures = probe.feature_measures(phi_OD, phi_OD, *places)
         for kind in KINDS:
             cosines[kind].append(float(measures[f"cosine_{kind}"]))
-    runtime.save_text(out, json.dumps(cosines) + "\n")
+    durable_files.save_text(out, json.dumps(cosines) + "\n")
 
 
 def read_similarities(results: Results, size: str, arm: str) -> list[dict[str, list[float]]]:

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import reward, runtime
+from ntkrl import durable_files, reward, runtime
 from ntkrl.evaluation.comparison import mean_interval
 from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
@@ -174,7 +174,7 @@ def _write(
     # JSON has neither NaN nor infinity
     values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     # last and atomically: an evaluation that exists is complete
-    runtime.save_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    durable_files.save_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
     settings = setup.settings.evaluation
     print(_table(metrics))
     drawn = settings.samples_per_prompt * settings.repeats

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ntkrl import data, models, ntk, probe, report, runtime
+from ntkrl import data, durable_files, models, ntk, probe, report
 from ntkrl.setup import check_vocabulary
 from ntkrl.types import Params, Policy
 
@@ -137,7 +137,7 @@ def compute_kernels(settings: KernelSettings) -> dict[str, np.ndarray]:
         "positions": contexts.positions,
     }
     arrays = {name: np.asarray(array) for name, array in places.items()} | texts | measures
-    runtime.save_arrays(out / "kernel.npz", arrays)
+    durable_files.save_arrays(out / "kernel.npz", arrays)
     report.write_kernel(out / "kernel.png", arrays)
     print(f"\n{report.format_kernel(arrays)}\n")
     print(f"arrays: {out / 'kernel.npz'}\nfigure: {out / 'kernel.png'}")

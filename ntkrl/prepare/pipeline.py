@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import data, models, reward, runtime
+from ntkrl import data, durable_files, models, reward, runtime
 from ntkrl.json_values import readable
 from ntkrl.prepare import schemas
 from ntkrl.settings import RunSettings, read_settings
@@ -274,7 +274,7 @@ def _read_scores(path: Path, digest: str) -> list[list[float]]:
     header = json.dumps({"digest": digest}) + "\n"
     if not path.exists():
         if runtime.is_writer():
-            runtime.save_text(path, header)
+            durable_files.save_text(path, header)
         return []
     complete, _, partial = path.read_bytes().rpartition(b"\n")
     lines = complete.decode("utf-8").split("\n")
@@ -284,7 +284,7 @@ def _read_scores(path: Path, digest: str) -> list[list[float]]:
             "directory to score again."
         )
     if partial and runtime.is_writer():
-        runtime.save_text(path, complete.decode("utf-8") + "\n")
+        durable_files.save_text(path, complete.decode("utf-8") + "\n")
     return [json.loads(line) for line in lines[1:]]
 
 
@@ -311,7 +311,9 @@ def _write(options: PrepareSettings, inputs: dict[str, InputSet], directory: Pat
         "inputs": {name: part.counts for name, part in inputs.items()},
         "written": {f"{name}.jsonl": len(rows.prompts) for name, rows in sets.items()},
     }
-    runtime.save_text(directory / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    durable_files.save_text(
+        directory / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    )
     for name, counts in summary["inputs"].items():
         numbers = [f"{key} {value}" for key, value in counts.items() if isinstance(value, int)]
         print(f"{name}: {', '.join(numbers)} ({counts['path']})")
@@ -325,4 +327,4 @@ def _write_rows(path: Path, rows: data.PromptSet) -> None:
     for prompt, values in zip(rows.prompts, columns, strict=True):
         row = readable({"prompt": prompt, **dict(zip(names, values, strict=True))})
         lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
-    runtime.save_text(path, "\n".join(lines) + "\n")
+    durable_files.save_text(path, "\n".join(lines) + "\n")

@@ -41,7 +41,5 @@ from ntkrl.runtime.rundir import (
     claim_run_dir,
     config_changes,
     config_identity,
-    save_arrays,
-    save_text,
 )
 from ntkrl.runtime.settings import CheckpointSettings

@@ -1,4 +1,4 @@
-"""config.json of a run directory, and atomic writes of its other files."""
+"""config.json of a run directory, and changes of it that a resumed run may have."""
 
 import json
 import time
@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ntkrl.durable_files import save_text
 from ntkrl.runtime.config import differences
 from ntkrl.runtime.distributed import allgather_object
 
@@ -92,23 +91,6 @@ def claim_run_dir(directory: Path, config: Mapping[str, Any]) -> None:
     if check_run_dir(directory, config) != []:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         save_text(directory / "config.json", text)
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an .npz file of numeric arrays atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
 
 
 def check_shared(directory: Path) -> None:

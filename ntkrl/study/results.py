@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ntkrl import intervals, runtime
+from ntkrl import durable_files, intervals
 from ntkrl.report import Run, read_run, series, training_timings
 
 Measure = Callable[[Run], float]
@@ -206,7 +206,7 @@ def write_run_metrics(
             if values.size:
                 row[metric] = [_rounded(v) for v in (values[0], values[-1], values.mean())]
         rows.append(json.dumps(row) + "\n")
-    runtime.save_text(path, "".join(rows))
+    durable_files.save_text(path, "".join(rows))
 
 
 def _value(run: Run, metric: str, index: int) -> float:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import attribution, data, ntk, probe, runtime, trees, update
+from ntkrl import attribution, data, durable_files, ntk, probe, runtime, trees, update
 from ntkrl.numerics import GIB
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, StartingModel
@@ -197,7 +197,7 @@ class ProbeHook:
         arrays["weights"] = trees.gather_to_host(probe.sample_entries(before.params))
         if runtime.is_writer():
             metrics |= self.history.linearity(number, arrays)
-            runtime.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
+            durable_files.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
         batch = step.start.batch
         if not settings.data.packing:
             # the longest prompts and completions there can be: one shape, compiled once
@@ -325,8 +325,8 @@ class ProbeHook:
         if runtime.is_writer():
             stage = self.bound_stages[step.start.stage].stage.name
             texts = self._ledger_texts(batch, advantages_B, stage)
-            runtime.save_text(self.directory / "ledger" / f"{name}.json", json.dumps(texts))
-            runtime.save_arrays(self.directory / "ledger" / f"{name}.npz", arrays)
+            durable_files.save_text(self.directory / "ledger" / f"{name}.json", json.dumps(texts))
+            durable_files.save_arrays(self.directory / "ledger" / f"{name}.npz", arrays)
         if self.settings.ledger_by != "sample":
             return attribution.ledger_measures(arrays)
         metrics = attribution.ledger_measures(arrays, advantages_B, self._same_prompt(batch))

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import data, runtime
+from ntkrl import data, durable_files, runtime
 from ntkrl.generate import SampleRequest, make_sampler, prompt_batch
 from ntkrl.numerics import bucket_length
 from ntkrl.probe import FAMILIES, FAMILY_COLUMNS, SAMPLED_FAMILIES
@@ -92,8 +92,8 @@ def save_probes(probes: Probes, directory: Path) -> None:
     """Write `probes/set.npz` and, for people and the report, `probes/set.json`."""
     arrays = {name: np.asarray(value) for name, value in vars(probes.arrays).items()}
     arrays["families"] = np.asarray([FAMILIES.index(family) for family in probes.families])
-    runtime.save_text(directory / "probes" / "set.json", json.dumps(probes.texts))
-    runtime.save_arrays(directory / "probes" / "set.npz", arrays)
+    durable_files.save_text(directory / "probes" / "set.json", json.dumps(probes.texts))
+    durable_files.save_arrays(directory / "probes" / "set.npz", arrays)
 
 
 def _read(setup: RunSetup, path: Path) -> Probes:

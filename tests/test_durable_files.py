@@ -1,0 +1,77 @@
+"""Files that replace others: complete or as before, and synced before they are visible."""
+
+import os
+
+import numpy as np
+import pytest
+
+from ntkrl import durable_files
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Record fsync, and renames with whether the renamed file was synced before."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        events.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def record_replace(source, target):
+        events.append(("rename", os.path.basename(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    return events
+
+
+def test_a_file_is_synced_before_its_name_and_the_directory_after_it(tmp_path, calls):
+    """law: content, rename, directory, in this order; the new directory is synced above it."""
+    durable_files.save_text(tmp_path / "new" / "a.json", "{}")
+    (above, content, rename, below) = calls
+    assert above == ("sync", tmp_path.name) and below == ("sync", "new")
+    assert content[0] == "sync" and rename == ("rename", content[1])
+    assert (tmp_path / "new" / "a.json").read_text() == "{}"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+
+
+def test_a_failed_write_leaves_the_former_file_alone(tmp_path):
+    """law: an error while writing changes nothing, and leaves no file behind."""
+    path = tmp_path / "a.npz"
+    durable_files.save_arrays(path, {"x": np.arange(3)})
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError), durable_files.replacing(path) as file:
+        file.write(b"half")
+        raise RuntimeError("killed")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_directory_is_replaced_with_all_its_content(tmp_path, monkeypatch, exchange):
+    """law: with and without an atomic exchange; neighbours of similar names stay."""
+    if not exchange:
+        monkeypatch.setattr(durable_files, "EXCHANGE", 1 << 30)  # no such flag: the call fails
+    target = tmp_path / "out"
+    for name in ("out", "out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "former").write_text(name)
+    with durable_files.replacing_directory(target) as fresh:
+        (fresh / "new").write_text("new")
+        assert (target / "former").exists()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.old", "out.partial"}
+    assert (tmp_path / "out.old" / "former").read_text() == "out.old"
+
+
+def test_a_failed_directory_leaves_the_former_one(tmp_path):
+    """law: an error inside changes nothing, and leaves nothing behind."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "former").write_text("former")
+    with pytest.raises(RuntimeError), durable_files.replacing_directory(target) as fresh:
+        (fresh / "new").write_text("new")
+        raise RuntimeError("killed")
+    assert [path.name for path in target.iterdir()] == ["former"]
+    assert list(tmp_path.iterdir()) == [target]
