@@ -2,7 +2,7 @@
 
 Orbax copies the arrays to the host, writes them to a temporary directory while training continues
 and renames it, so that a kill leaves complete checkpoints only. Its files have no checksum of their
-data: a sum of bits per array, saved beside them, detects later corruption.
+data: one per array, saved beside them, detects later corruption.
 """
 
 import asyncio
@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from ntkrl import trees
-from ntkrl.runtime.mesh import fetch
-from ntkrl.types import Array, Params, TrainState
+from ntkrl.runtime.checksums import checksums
+from ntkrl.types import Params, TrainState
 
 # errors are also raised as exceptions, which callers report in one sentence
 logging.getLogger("absl").addFilter(lambda record: record.levelno > logging.ERROR)
@@ -36,8 +34,6 @@ WRITER_SECONDS = 60.0  # limit for threads that still write after a failed save
 POLLS, POLL_SECONDS = 5, 0.1  # consecutive polls without new files that count as finished
 
 _default_hook = sys.unraisablehook
-
-UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 def _is_late_write(event: Any) -> bool:
@@ -168,7 +164,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(arrays),
                     position=ocp.args.JsonSave(dict(position)),
                     sums=ocp.args.JsonSave(
-                        {"position": _digest(position), "arrays": bit_sums(arrays)}
+                        {"position": _digest(position), "arrays": checksums(arrays)}
                     ),
                 ),
                 metrics=self._rank(metrics),
@@ -247,7 +243,7 @@ class Checkpoints:
 
     def _read_arrays(self, step: int, arrays: Any) -> dict[str, Any]:
         items = self._read(step, state=arrays, sums=ocp.args.JsonRestore())
-        saved, current = items.sums["arrays"], bit_sums(items.state)
+        saved, current = items.sums["arrays"], checksums(items.state)
         changed = [name for name in current if name not in saved or saved[name] != current[name]]
         if changed:
             names = ", ".join(changed)
@@ -284,26 +280,6 @@ class Checkpoints:
             self.finish_saving()
         finally:
             self.manager.close()
-
-
-def bit_sums(tree: Any) -> dict[str, int]:
-    """Return a checksum by array: the sum of its words as unsigned integers, modulo 2³².
-
-    It does not depend on the sharding, and detects any single changed bit.
-    """
-    leaves = jax.tree.leaves(tree)
-    return dict(zip(trees.names(tree), map(int, fetch(_bit_sums(leaves))), strict=True))
-
-
-@jax.jit
-def _bit_sums(leaves: list[Array]) -> list[Array]:
-    return [jnp.sum(_bits(leaf), dtype=jnp.uint32) for leaf in leaves]
-
-
-def _bits(leaf: Array) -> Array:
-    if leaf.dtype == bool:
-        return leaf
-    return jax.lax.bitcast_convert_type(leaf, UNSIGNED[leaf.dtype.itemsize])
 
 
 def _digest(position: Mapping[str, Any]) -> str:

@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import serialization
 
 from ntkrl import runtime, trees, update
 from ntkrl.runtime import checkpoint
-from ntkrl.runtime.checkpoint import bit_sums
 from ntkrl.types import TrainState
 from tests.update.test_train_step import ADAM, HEAD, neox
 
@@ -228,23 +226,6 @@ def test_broken_metrics_rank_nothing(tmp_path):
     again = runtime.Checkpoints(tmp_path, 3, best)
     assert (again.steps(), again.best_step(), again.position(2)) == ([1, 2], 1, {})
     again.close()
-
-
-def test_bit_sums():
-    """by hand: 1.0 is 0x3f800000, −0.0 is 0x80000000, bfloat16 1.0 is 0x3f80; any sharding."""
-    tree = {
-        "one": jnp.array([1.0, -0.0, 1.0]),
-        "short": jnp.ones(2, jnp.bfloat16),
-        "whole": jnp.array([-1, 2], jnp.int32),
-        "flags": jnp.array([True, False, True]),
-    }
-    wrapped = (2 * 0x3F800000 + 0x80000000) % 2**32
-    expected = {"flags": 2, "one": wrapped, "short": 2 * 0x3F80, "whole": 1}
-    assert bit_sums(tree) == expected
-    long = jax.random.normal(jax.random.key(0), (64, 8))
-    alone = int(np.sum(np.asarray(long).view(np.uint32), dtype=np.uint32))
-    spread = NamedSharding(runtime.make_mesh(2, 2, 2), PartitionSpec("data", "tensor"))
-    assert bit_sums([long]) == bit_sums([jax.device_put(long, spread)]) == {"0": alone}
 
 
 @pytest.fixture
