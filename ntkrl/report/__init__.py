@@ -3,13 +3,23 @@
 Promise: a report is built from run directories alone, without an accelerator, during the run or
 after a crash; missing parts are named in words; equal directories give equal bytes.
 
-May import numpy, matplotlib, jinja2, the loggers' packages, the standard library and
-`ntkrl.intervals`: never jax.
+May import numpy, matplotlib, jinja2, the loggers' packages, the standard library,
+`ntkrl.intervals` and `ntkrl.durable_files`: never jax.
 """
 
 from ntkrl.report.comparisons import comparison_table
 from ntkrl.report.figures import FIGURES
 from ntkrl.report.kernel_figure import format_kernel, write_kernel
+from ntkrl.report.line_record import (
+    FINISHED_FILE,
+    LineRecord,
+    changed_files,
+    count_objects,
+    file_sizes,
+    finished_problems,
+    mark_finished,
+    restore_lines,
+)
 from ntkrl.report.loggers import LoggingSettings, check_loggers, open_loggers
 from ntkrl.report.metric_names import (
     ALIASES,
@@ -18,7 +28,7 @@ from ntkrl.report.metric_names import (
     is_known,
     training_timings,
 )
-from ntkrl.report.metrics_writer import MetricsWriter, NoWriter, mark_finished
+from ntkrl.report.metrics_writer import MetricsWriter, NoWriter
 from ntkrl.report.page import (
     document,
     figure_section,

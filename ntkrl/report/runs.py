@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ntkrl.report.line_record import METRICS_FILE, TIMINGS_FILE, finished_problems
 from ntkrl.report.metric_names import is_known
-from ntkrl.report.metrics_writer import FINISHED_FILE, METRICS_FILE, TIMINGS_FILE
 from ntkrl.report.records import ProbeTexts, StepLedger, read_ledgers, read_probes, read_texts
 
 PROBE_METRICS = ("probe/", "predict/", "ledger/")
@@ -74,10 +74,13 @@ def read_run(path: str | os.PathLike) -> Run:
     probes, probe_notes = read_probes(path, texts)
     ledgers, ledger_notes = read_ledgers(path, texts)
     evaluations, evaluation_notes = _read_evaluations(path / "evaluations")
-    finished = (path / FINISHED_FILE).exists()
+    problems = finished_problems(path, exports=False)
     notes = [*metric_notes, *_content_notes(metrics), *timing_notes, *text_notes]
     notes += [*probe_notes, *ledger_notes, *evaluation_notes]
-    if not finished:
+    if problems:
+        damages = f"marked as finished, but {'; '.join(problems)}; run its command again to mend it"
+        notes.insert(0, damages)
+    elif problems is None:
         last = max((line["step"] for line in metrics), default=0)
         notes.insert(0, f"not finished: still running or stopped; last step seen is {last}")
     return Run(
@@ -91,7 +94,7 @@ def read_run(path: str | os.PathLike) -> Run:
         probes=probes,
         ledgers=ledgers,
         evaluations=evaluations,
-        finished=finished,
+        finished=problems == [],
         notes=tuple(notes),
     )
 

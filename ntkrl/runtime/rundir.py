@@ -74,12 +74,19 @@ def check_run_dir(directory: Path, config: Mapping[str, Any]) -> list[str] | Non
       The allowed differences, see `config_changes`; None if it has no config.json yet.
 
     Raises:
-      ValueError: it was begun with another config.
+      ValueError: it was begun with another config, or its config.json is damaged.
     """
     path = directory / "config.json"
     if not path.exists():
         return None
-    return config_changes(json.loads(path.read_text(encoding="utf-8")), config, str(directory))
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Remove it and run the same command again: checkpoints "
+            "hold the config too, and refuse another one."
+        ) from error
+    return config_changes(saved, config, str(directory))
 
 
 def claim_run_dir(directory: Path, config: Mapping[str, Any]) -> None:

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from ntkrl import durable_files
+from ntkrl.report import FINISHED_FILE, finished_problems
+
 COMMANDS_FILE = "commands.txt"
 TAIL_LINES = 5
 """Lines of a failed command's log in its error message."""
@@ -41,7 +44,7 @@ def run_jobs(title: str, jobs: Sequence[Job], parallel: int, root: Path) -> None
     Raises:
       ValueError: a command failed; the others are terminated.
     """
-    pending = [job for job in jobs if not job.done.exists()]
+    pending = [job for job in jobs if not _is_done(job)]
     cores = _core_shares(parallel)
     running: dict[int, tuple[Job, subprocess.Popen]] = {}
     finished = len(jobs) - len(pending)
@@ -85,9 +88,10 @@ def started_commands(root: Path) -> list[str]:
 
 def _start(job: Job, root: Path, cores: Sequence[int], parallel: int) -> subprocess.Popen:
     log = _log(job, root)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    durable_files.make_directory(log.parent)
     with (root / COMMANDS_FILE).open("a", encoding="utf-8") as file:
         file.write(" ".join(["ntkrl", *job.words]) + "\n")
+        durable_files.sync_file(file)
     command = [sys.executable, "-m", "ntkrl", *job.words]
     with log.open("w", encoding="utf-8") as file:
         variables = environment(root, parallel)
@@ -95,6 +99,13 @@ def _start(job: Job, root: Path, cores: Sequence[int], parallel: int) -> subproc
     if cores:
         os.sched_setaffinity(process.pid, cores)
     return process
+
+
+def _is_done(job: Job) -> bool:
+    """Return whether a command has succeeded: of a training run, with all its metrics."""
+    if job.done.name == FINISHED_FILE:
+        return finished_problems(job.done.parent, exports=False) == []
+    return job.done.exists()
 
 
 def _check(job: Job, status: int, root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -11,11 +12,11 @@ from typing import Any
 
 import jax
 
-from ntkrl import data, runtime
+from ntkrl import data, report, runtime
 from ntkrl.settings import RunSettings
 from ntkrl.types import TrainState
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -26,7 +27,7 @@ class RunCheckpointer:
     construction. Beside the TrainState (params, optimizer, reference, PRNG key, step) they hold the
     position: the stage with its running statistics, the place in the order of the prompts, the
     tokens counted, the config with its hash, hashes of the files that rewards and prompts come
-    from, and versions.
+    from, versions, and the record of the lines and files that the run has written.
     """
 
     def __init__(self, settings: RunSettings, config: Mapping[str, Any], directory: Path):
@@ -37,7 +38,8 @@ class RunCheckpointer:
           config: as JSON values.
           directory: the run directory.
         """
-        self.settings, self.config = settings.checkpoint, config
+        self.settings, self.config, self.directory = settings.checkpoint, config, directory
+        self.begun = (directory / "config.json").exists()
         self.failures = 0
         ranking = self.settings.ranking(settings.method.headline)
         self.checkpoints = runtime.Checkpoints(
@@ -70,6 +72,8 @@ class RunCheckpointer:
     ) -> tuple[int, dict[str, Any], TrainState] | None:
         """Restore the newest intact checkpoint; corrupt ones after it are reported and quarantined.
 
+        Lines of `metrics.jsonl` that were lost since are restored too, and reported.
+
         Args:
           template: returns a state with the structure and shardings to restore, given the position.
 
@@ -95,6 +99,7 @@ class RunCheckpointer:
                     f"{place}; going back to step {step}"
                 )
             self._log_changes(step, position)
+            self._restore_files(step, position)
             return step, position, state
         if damaged:
             listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
@@ -102,6 +107,10 @@ class RunCheckpointer:
                 f"no checkpoint in {self.checkpoints.directory} can be read ({listed}). Put intact "
                 "ones there, or remove the run directory to start over."
             )
+        if self.begun:
+            lines = report.count_objects(self.directory / "metrics.jsonl")
+            replaced = f"; {lines} lines of metrics.jsonl are replaced" if lines else ""
+            runtime.log(f"{self.directory} has no checkpoint yet: starting over{replaced}")
         return None
 
     def _check(self, step: int, position: Mapping[str, Any]) -> None:
@@ -123,12 +132,26 @@ class RunCheckpointer:
                     change = f": {before[name]} -> {now[name]}" if kind == "versions" else ""
                     runtime.log(f"{name} has changed since step {step} was saved{change}")
 
+    def _restore_files(self, step: int, position: Mapping[str, Any]) -> None:
+        """Restore lost lines of metrics; report what else the run directory has lost."""
+        if not runtime.is_writer():
+            return
+        record = report.LineRecord(**position["lines"])
+        for message in report.restore_lines(self.directory, record):
+            runtime.log(message)
+        for name in report.changed_files(self.directory, position["readings"]):
+            runtime.log(
+                f"{self.directory / name} is missing or has changed since step {step} was saved; "
+                "the report and statistics over past readings lack it"
+            )
+
     def save(
         self,
         step: int,
         state: TrainState,
         position: Mapping[str, Any],
         metrics: Mapping[str, Any] | None,
+        lines: report.LineRecord | None,
     ) -> None:
         """Start to save a checkpoint while training goes on; a save that fails is logged.
 
@@ -137,13 +160,18 @@ class RunCheckpointer:
           state: may be donated after the call.
           position: JSON values besides those that the RunCheckpointer adds.
           metrics: metrics of the step.
+          lines: record of the lines written so far, synced; None in processes that write none.
 
         Raises:
           OSError: as `wait_for_save`.
         """
         self.wait_for_save()
+        values = {**self.provenance, **position}
+        if lines is not None:  # in process 0, which writes the position
+            values["lines"] = dataclasses.asdict(lines)
+            values["readings"] = report.file_sizes(self.directory)
         try:
-            self.checkpoints.save(step, state, {**self.provenance, **position}, metrics)
+            self.checkpoints.save(step, state, values, metrics)
         except runtime.CheckpointWriteError as error:
             self._failed(error)
 
@@ -192,6 +220,34 @@ class RunCheckpointer:
             saved = f"step {step} could not be saved, the last good checkpoint is "
             saved += self.last_good()
         return f"stopped by SIGTERM; {saved}; run the same command again."
+
+
+def is_finished(directory: Path, has_config: bool) -> bool:
+    """Return whether the run is finished and intact; report damage that running it again mends.
+
+    Args:
+      directory: the run directory.
+      has_config: whether it has a config.json, which the caller has compared.
+
+    Raises:
+      ValueError: it is damaged, and has no checkpoint to mend it from.
+    """
+    problems = None
+    if runtime.is_writer():
+        problems = report.finished_problems(directory)
+    problems = runtime.allgather_object("whether it is finished", problems)[0]
+    if problems is not None and not has_config:
+        problems.append("config.json is missing")
+    if not problems:
+        return problems is not None
+    listed = f"{directory} is marked as finished, but {'; '.join(problems)}"
+    if not any(path.name.isdigit() for path in (directory / "checkpoints").glob("*")):
+        raise ValueError(
+            f"{listed}, and it has no checkpoint to mend it from: put the files back, set another "
+            "--config.run_dir, or remove the directory to start over."
+        )
+    runtime.log(f"{listed}: resuming from the last checkpoint")
+    return False
 
 
 def _files(settings: RunSettings) -> list[str]:

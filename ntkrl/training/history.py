@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import probe
+from ntkrl import probe, runtime
 from ntkrl.report import read_arrays, step_files
 
 DIRECTION = "direction"
@@ -44,6 +44,8 @@ class History:
         if not self.sums:
             for earlier_step, path in self._before(step):
                 earlier = read_arrays(path)
+                if earlier is None:
+                    runtime.log(f"{path} is damaged; statistics over past readings leave it out")
                 self._extend(earlier_step, {} if earlier is None else earlier)
         self._extend(step, arrays)
         metrics: dict[str, float] = {}

@@ -25,15 +25,18 @@ from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup, set_up, training_facts
 from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import Batch, StepContext
-from ntkrl.training.checkpointing import RunCheckpointer
+from ntkrl.training.checkpointing import RunCheckpointer, is_finished
 from ntkrl.training.probe_hook import CompletedStep, ProbeHook
 from ntkrl.training.rollout_source import BATCH_SOURCES
+from ntkrl.training.rollout_step import RolloutStep
 from ntkrl.training.train_state import JittedStep, TrainStates
 from ntkrl.types import Array, Params, TrainState, UpdateBatch
 from ntkrl.update import is_due
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
 EVAL_STREAM, PROBE_STREAM = 1, 2
+EXPORTS = ("export", "adapter", "export_reference", "export_reference-adapter")
+"""Directories of exported models, as far as a run has them."""
 
 
 def train(config: ConfigDict) -> Path:
@@ -57,7 +60,7 @@ def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
     values = runtime.to_json(config)
     runtime.check_consistent("config", values)
     changes = runtime.check_run_dir(directory, values)
-    if runtime.allgather_object("whether it is finished", (directory / "finished").exists())[0]:
+    if is_finished(directory, changes is not None):
         runtime.log(f"{directory} is finished; remove it to run again.")
         return directory
     for change in changes or ():
@@ -70,33 +73,14 @@ def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
     runtime.check_shared(directory)
     if settings.method.samples:
         runtime.log(f"objective: {update.describe(settings.objective)}")
-    facts = training_facts(settings, loop.run())
+    rollout_steps = loop.run()
+    facts = training_facts(settings, rollout_steps)
     setup.model.export(directory / "export", loop.state.params, facts)
     if loop.reference is not None:
         setup.model.export(directory / "export_reference", loop.reference, facts)
-    if runtime.is_writer():
-        report.mark_finished(directory)
+    if loop.lines is not None:
+        report.mark_finished(directory, rollout_steps, loop.lines, EXPORTS)
     return directory
-
-
-@dataclasses.dataclass
-class RolloutStep:
-    """A rollout step whose work has been dispatched to the devices.
-
-    rollout_step: from 1. optimizer_steps: steps taken by its end, in all stages. stage: its name.
-    metrics: values known on the host.
-    pending: metrics of its optimizer steps, on the devices until they are fetched, then None.
-    counters: logged after those metrics.
-    completed: its last optimizer step, where the probe hook analyses that.
-    """
-
-    rollout_step: int
-    optimizer_steps: int
-    stage: str
-    metrics: dict[str, Any]
-    pending: list[dict[str, Array]] | None
-    counters: dict[str, Any] = dataclasses.field(default_factory=dict)
-    completed: CompletedStep | None = None
 
 
 class Loop:
@@ -106,6 +90,7 @@ class Loop:
     progress: in the current stage. tokens_seen: in all batches so far.
     step_count, stage_updates: optimizer steps in all stages, and of the current optimizer.
     writer, bar: metrics file and progress bar, while `run` trains.
+    lines: record of the lines written, after `run`; None in processes that write none.
     """
 
     state: TrainState
@@ -116,6 +101,7 @@ class Loop:
     stage_updates: int
     writer: report.MetricsWriter | report.NoWriter
     bar: tqdm
+    lines: report.LineRecord | None
 
     def __init__(
         self, setup: RunSetup, directory: Path, config: dict[str, Any], notice: PreemptionNotice
@@ -182,6 +168,7 @@ class Loop:
             left = self._steps_left() > 0
             if left and rollout_step > 0:
                 self._save(rollout_step, {} if previous is None else previous.metrics)
+            self.lines = writer.sync(runtime.log)
         if left:
             raise runtime.PreemptedError(self.checkpointer.preemption_message(rollout_step))
         return rollout_step
@@ -390,7 +377,8 @@ class Loop:
             "prompt_batches": self.source.position,
         }
         state = dataclasses.replace(self.state, reference=self.reference)
-        self.checkpointer.save(rollout_step, state, position, metrics)
+        lines = self.writer.sync(runtime.log)
+        self.checkpointer.save(rollout_step, state, position, metrics, lines)
         self.clock("checkpoint")
 
 

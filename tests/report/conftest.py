@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ntkrl.report import MetricsWriter, mark_finished
+
 STEPS = 20
 STAGE_END = 8
 FAMILIES = ("own", "own", "other", "own", "shuffled")
@@ -68,8 +70,15 @@ def write_run(path: Path, name: str, seed: int, staged: bool = False, offset: fl
     write_probe_set(path)
     (path / "evaluations").mkdir()
     (path / "evaluations" / "best.json").write_text('{"eval/reward": 0.5, "diversity/pass@2": 1}')
-    (path / "finished").touch()
+    mark(path)
     return path
+
+
+def mark(path: Path) -> None:
+    """Mark a run directory as finished."""
+    with MetricsWriter(path) as writer:
+        record = writer.sync(print)
+    mark_finished(path, STEPS, record, [])
 
 
 def write_probe_set(path: Path, digest: str = "d1ge57") -> None:

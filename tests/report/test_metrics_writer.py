@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 
 import pytest
 
-from ntkrl.report import MetricsWriter, mark_finished
+from ntkrl.report import MetricsWriter
 
 
 def test_line_by_hand(tmp_path):
@@ -43,12 +44,15 @@ def test_timings(tmp_path):
 
 
 def test_resume_bytes(tmp_path):
-    """By hand: resuming at step 2 keeps exactly the bytes up to it, odd spacing included."""
+    """By hand: resuming at step 2 keeps exactly the bytes up to it, odd spacing included.
+
+    Damaged lines of timings, which no result depends on, do not stop it.
+    """
     kept = b'{"step":0,  "reward": 1}\n{"step": 2, "reward": 1e-3}\n'
     later = b'{"step": 3, "reward": 2.0}\n{"step": 4, "rew'
     (tmp_path / "metrics.jsonl").write_bytes(kept + later)
-    (tmp_path / "timings.jsonl").write_bytes(b'{"step": 2}\n{"step": 3}\n')
-    mark_finished(tmp_path)
+    (tmp_path / "timings.jsonl").write_bytes(b'{"step": 2}\n\0\0\n{"st\n{"step": 3}\n')
+    (tmp_path / "finished").touch()
     with MetricsWriter(tmp_path, resume_step=2) as writer:
         assert (tmp_path / "metrics.jsonl").read_bytes() == kept
         assert (tmp_path / "timings.jsonl").read_bytes() == b'{"step": 2}\n'
@@ -95,6 +99,60 @@ def test_uninterrupted_equals_resumed(tmp_path):
     )
     assert uninterrupted == killed
     assert [json.loads(line)["step"] for line in uninterrupted.splitlines()] == list(range(6))
+
+
+def test_starting_over_replaces_damaged_lines(tmp_path):
+    """By hand: a negative step keeps nothing, and reads nothing that a power cut damaged."""
+    (tmp_path / "metrics.jsonl").write_bytes(b"\0\0\0\n" + b'{"step": 0}\n')
+    MetricsWriter(tmp_path, resume_step=-1).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+CHANGES = {
+    "removed": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b""),
+    "a line cut off": lambda path: path.write_bytes(path.read_bytes()[:30]),
+    "a line of another writer": lambda path: path.write_bytes(path.read_bytes() + b'{"step": 9}\n'),
+    "replaced by a copy": lambda path: (
+        (path.parent / "copy").write_bytes(path.read_bytes()),
+        (path.parent / "copy").replace(path),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_lines_lost_while_writing(tmp_path, change):
+    """Law: at the next checkpoint the file has every line again, and later ones; it is reported."""
+    messages, path = [], tmp_path / "metrics.jsonl"
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(3):
+            writer.write(step, {"reward": step / 7})
+        assert writer.sync(messages.append).lines == 3 and messages == []
+        before = path.read_bytes()
+        CHANGES[change](path)
+        writer.sync(messages.append)
+        assert path.read_bytes() == before and len(messages) == 1
+        assert "by something else while the run wrote it; its 3 lines are" in messages[0]
+        writer.write(3, {"reward": 1.0})
+        writer.sync(messages.append)
+    assert path.read_bytes() == before + b'{"step": 3, "reward": 1.0}\n' and len(messages) == 1
+
+
+def test_lines_are_synced_at_checkpoints_only(tmp_path, monkeypatch):
+    """Law: writing a line syncs nothing; `sync` does both files, as a checkpoint stands on them."""
+    synced, fsync = [], os.fsync
+
+    def record(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    with MetricsWriter(tmp_path) as writer:
+        monkeypatch.setattr(os, "fsync", record)
+        writer.write(1, {"reward": 1.0})
+        writer.write_timings(1, {"nap_seconds": 1.0})
+        assert synced == []
+        writer.sync(print)
+        assert synced == ["metrics.jsonl", "timings.jsonl"]
 
 
 def test_full_disk(tmp_path):

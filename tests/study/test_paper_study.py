@@ -13,6 +13,7 @@ from configs.evidence import claims, prompts
 from configs.evidence.paper_study import PaperStudy, StudySettings
 from ntkrl import main, reward, runtime, study
 from ntkrl.settings import read_settings
+from tests.report.conftest import mark
 
 FILE = "configs/study.py"
 TASKS = ("small, expressions", "small, supervised")
@@ -57,7 +58,7 @@ def fabricate(paper, size, arm, seed, name=None, change=None):
     (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     timings = [{"step": step, "sample_seconds": 1.0, "update_seconds": 0.5} for step in range(1, 9)]
     (place / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timings))
-    (place / "finished").touch()
+    mark(place)
     (place / "ledger").mkdir()
     arrays = {"entropy/policy/head": np.full((5, 3), -0.1), "entropy/momentum/body": np.zeros(5)}
     arrays |= {"entropy/policy/body": np.full((5, 3), -0.3), "log_prob/policy/head": np.ones(5)}

@@ -7,6 +7,7 @@ import pytest
 from ntkrl import main
 from ntkrl.study import Job
 from ntkrl.study.jobs import environment, run_jobs
+from tests.report.conftest import write_run
 
 STUDY = """
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_commands_run_once_and_say_what_failed(tmp_path, capsys):
     silent = Job("silent", ("help",), tmp_path / "never")
     with pytest.raises(ValueError, match="silent ended with status 0"):
         run_jobs("runs", [silent], 1, tmp_path)
+
+
+def test_a_run_without_its_metrics_is_not_done(tmp_path):
+    """law: a training run counts as done only while its mark holds."""
+    run = write_run(tmp_path / "run", "rl", 0)
+    job = Job("run", ("report",), run / "finished")
+    run_jobs("runs", [job], 1, tmp_path)  # done: not started
+    (run / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match="run ended with status 2"):
+        run_jobs("runs", [job], 1, tmp_path)
 
 
 def test_runs_at_a_time_share_a_gpu(tmp_path, monkeypatch):

@@ -205,7 +205,10 @@ def damage(checkpoint):
 
 
 def test_damaged_checkpoints(base, children, uninterrupted, tmp_path):
-    """story: a damaged checkpoint is reported and moved aside, and the one before is restored."""
+    """story: a damaged checkpoint is reported and moved aside, and the one before is restored.
+
+    So are the lines that it stands on, of which none was left.
+    """
     run, other = tmp_path / "run", tmp_path / "other"
     kept = "--config.checkpoint.keep=3"
     step = stopped(children, arguments(base, run, kept), run, 20)
@@ -213,8 +216,11 @@ def test_damaged_checkpoints(base, children, uninterrupted, tmp_path):
     shutil.rmtree(run / "checkpoints" / str(step - 1))
     (run / "checkpoints" / str(step - 1)).mkdir()
     shutil.copytree(run, other)
+    (run / "metrics.jsonl").unlink()
     status, output = children.run(arguments(base, run, kept))
     assert status == 0, output
+    restored = f"metrics.jsonl is missing; all {step - 1} are restored from the copy in the"
+    assert restored in output  # up to step - 2, and the line before the first step
     assert f"the checkpoint of step {step} is damaged (" in output, output
     assert f"the checkpoint of step {step - 1} is damaged (KeyError: " in output
     assert f"going back to step {step - 2}" in output
@@ -232,6 +238,37 @@ def test_damaged_checkpoints(base, children, uninterrupted, tmp_path):
     assert status == 2 and "can be read (step" in output and "remove the run directory" in output
     assert (other / "metrics.jsonl").read_bytes() == before
     assert (other / "checkpoints" / str(step)).is_dir()
+
+
+def test_a_finished_run_is_checked(base, children, uninterrupted, tmp_path):
+    """story: run again, a finished run that has lost files is mended, or refused, not believed."""
+    run, probe = tmp_path / "run", "probes/step_000004.npz"
+    shutil.copytree(uninterrupted, run)
+    content = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(content[: len(content) // 2])
+    shutil.rmtree(run / "export")
+    (run / probe).unlink()
+    status, output = children.run(arguments(base, run))
+    assert status == 0, output
+    half = content[: len(content) // 2].count(b"\n")
+    assert f"is marked as finished, but metrics.jsonl has {half} of 11 lines; export/" in output
+    assert "resuming from the last checkpoint" in output and "after rollout step 10" in output
+    assert f"{run / probe} is missing or has changed since step 10 was saved" in output
+    shutil.copy(uninterrupted / probe, run / probe)
+    assert_same(uninterrupted, run)
+    status, output = children.run(arguments(base, run))
+    assert status == 0 and "is finished; remove it to run again" in output
+    shutil.rmtree(run / "export")
+    shutil.rmtree(run / "checkpoints")
+    status, output = children.run(arguments(base, run))
+    assert status == 2 and "model.safetensors is missing" in output
+    assert "has no checkpoint to mend it from: put the files back" in output
+    assert (run / "metrics.jsonl").read_bytes() == content
+    (run / "finished").unlink()
+    status, output = children.run(arguments(base, run))
+    assert status == 0, output
+    assert f"{run} has no checkpoint yet: starting over; 11 lines of metrics.jsonl are" in output
+    assert_same(uninterrupted, run)
 
 
 def test_another_number_of_devices(base, children, tmp_path):
