@@ -28,18 +28,20 @@ class Children:
         )
         self.output = directory / "output"
 
-    def start(self, arguments, devices=1, dies_in_save=None) -> int:
+    def start(self, arguments, devices=1, dies_in_save=None, saves=None) -> int:
         """Start a command; return its process id.
 
         Args:
           arguments: after the program's name; or several lists of them, for one process.
           devices: virtual devices.
           dies_in_save: kills itself when this many checkpoints are written but for their renaming.
+          saves: file that gets a line with the step of every checkpoint known to be saved.
         """
         self.output.unlink(missing_ok=True)
         flags = " ".join([*(flag for flag in FLAGS if DEVICES not in flag), f"{DEVICES}{devices}"])
         request = {"arguments": arguments, "flags": flags, "dies_in_save": dies_in_save}
-        self.server.stdin.write(json.dumps(request | {"output": str(self.output)}) + "\n")
+        request |= {"output": str(self.output), "saves": None if saves is None else str(saves)}
+        self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
@@ -74,6 +76,22 @@ def die_in_save(number: int) -> None:
     atomicity.on_commit_callback = rename_or_die
 
 
+def list_saves(path: str) -> None:
+    """Append the step of every finished checkpoint to a file."""
+    from ntkrl.runtime import Checkpoints
+
+    finish = Checkpoints.finish_saving
+
+    def finish_and_list(self, wait=True):
+        pending = self.pending
+        finish(self, wait)
+        if self.pending != pending:
+            with open(path, "a") as file:
+                file.write(f"{pending}\n")
+
+    Checkpoints.finish_saving = finish_and_list
+
+
 def serve() -> None:
     """Fork a child for every request; answer its process id, then its exit status."""
     from transformers import AutoTokenizer  # noqa: F401
@@ -91,6 +109,8 @@ def serve() -> None:
             os.environ["XLA_FLAGS"] = request["flags"]  # read when the first device is asked for
             if request["dies_in_save"] is not None:
                 die_in_save(request["dies_in_save"])
+            if request["saves"] is not None:
+                list_saves(request["saves"])
             arguments = request["arguments"]
             several = arguments if isinstance(arguments[0], list) else [arguments]
             sys.exit(next((status for words in several if (status := main(words))), 0))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from ntkrl import durable_files
 from ntkrl.data.prompts import PromptSet
 
 FIRST_TARGET, LAST_TARGET = 10, 49
@@ -118,9 +119,9 @@ def save_tokenizer(directory: str | Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    durable_files.save_text(directory / "tokenizer.json", backend.to_str(pretty=True))
+    text = json.dumps(settings, indent=2) + "\n"
+    durable_files.save_text(directory / "tokenizer_config.json", text)
 
 
 @functools.cache

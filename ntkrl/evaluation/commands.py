@@ -160,12 +160,11 @@ def _write(
     setup: RunSetup, path: Path, metrics: dict[str, float], repeats: list[RewardedRollout]
 ) -> None:
     """Write the files of an evaluation, and print its metrics."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     samples_path, rewards_path = path.with_suffix(".jsonl"), path.with_suffix(".rewards.json")
-    with samples_path.open("w", encoding="utf-8") as file:
+    with durable_files.replacing(samples_path) as file:
         for number, repeat in enumerate(repeats):
             for row in _sample_rows(setup, repeat, number):
-                file.write(json.dumps(readable(row), allow_nan=False) + "\n")
+                file.write((json.dumps(readable(row), allow_nan=False) + "\n").encode())
     by_function = {
         name: np.concatenate([repeat.result.per_function[name] for repeat in repeats])
         for name in repeats[0].result.per_function

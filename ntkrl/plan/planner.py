@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from ntkrl import durable_files
 from ntkrl.plan import hardware, output
 from ntkrl.plan.candidate import Candidate, abstract_run, candidates, compile_candidate
 from ntkrl.settings import RunSettings
@@ -85,7 +86,7 @@ def plan(settings: RunSettings, options: PlanSettings) -> list[Candidate]:
     print(output.format_programs(results[0], machine))
     if options.json is not None:
         values = [candidate.as_json(machine.name) for candidate in results]
-        Path(options.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        durable_files.save_text(Path(options.json), json.dumps(values, indent=1) + "\n")
     return results
 
 
@@ -115,4 +116,4 @@ def write_table(path: str, settings: RunSettings, command: str) -> None:
             candidate = compile_candidate(dataclasses.replace(first, model=model), machine)
             rows.append(output.table_row(path_or_name, machine, candidate))
             jax.clear_caches()
-            Path(path).write_text(output.format_table(rows, command, len(pairs)), encoding="utf-8")
+            durable_files.save_text(Path(path), output.format_table(rows, command, len(pairs)))

@@ -242,6 +242,7 @@ def score_pairs(
             if runtime.is_writer():
                 with path.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(pair) + "\n" for pair in new)
+                    durable_files.sync_file(file)
             bar.update(len(new))
     scores_P2 = np.empty((count, 2))
     scores_P2[order] = scores
@@ -270,22 +271,34 @@ def _score_batch(
 
 
 def _read_scores(path: Path, digest: str) -> list[list[float]]:
-    """Return the scores on disk; remove an incomplete last line, or create the file."""
+    """Return the scores on disk up to the first damaged line, which is removed; or create the file.
+
+    A crash leaves an incomplete last line; a power cut, on some file systems, zeros.
+    """
     header = json.dumps({"digest": digest}) + "\n"
     if not path.exists():
         if runtime.is_writer():
             durable_files.save_text(path, header)
         return []
-    complete, _, partial = path.read_bytes().rpartition(b"\n")
-    lines = complete.decode("utf-8").split("\n")
-    if lines[0] + "\n" != header:
+    content = path.read_bytes()
+    first, *lines = content.split(b"\n")
+    if first + b"\n" != header.encode():
         raise ValueError(
             f"{path} has scores of other pairs: the inputs have changed since. Remove its "
             "directory to score again."
         )
-    if partial and runtime.is_writer():
-        durable_files.save_text(path, complete.decode("utf-8") + "\n")
-    return [json.loads(line) for line in lines[1:]]
+    scores: list[list[float]] = []
+    for line in lines[:-1]:
+        try:
+            chosen, rejected = json.loads(line)
+        except (ValueError, TypeError):
+            runtime.log(f"{path} is damaged; pairs from {len(scores) + 1} on are scored again")
+            break
+        scores.append([float(chosen), float(rejected)])
+    intact = b"\n".join([first, *lines[: len(scores)], b""])
+    if intact != content and runtime.is_writer():
+        durable_files.save_text(path, intact.decode("utf-8"))
+    return scores
 
 
 def _write(options: PrepareSettings, inputs: dict[str, InputSet], directory: Path) -> None:

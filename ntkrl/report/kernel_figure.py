@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from ntkrl import durable_files
 from ntkrl.report.plotting import (
     MARKERS,
     PALETTE,
@@ -35,7 +36,8 @@ ANNOTATED_CONTEXTS = 8
 
 def write_kernel(path: Path, arrays: Arrays) -> None:
     """Draw the arrays of a kernel.npz into a PNG."""
-    path.write_bytes(figure_bytes(draw_kernel(arrays), "png"))
+    with durable_files.replacing(path) as file:
+        file.write(figure_bytes(draw_kernel(arrays), "png"))
 
 
 def draw_kernel(arrays: Arrays) -> Figure:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ntkrl import durable_files
 from ntkrl.report.metric_names import ALIASES, aliased
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -201,5 +202,5 @@ def _run_id(path: Path) -> str:
     and W&B never accepts the id of a deleted run again.
     """
     if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        durable_files.save_text(path, secrets.token_hex(4) + "\n")
     return path.read_text(encoding="utf-8").strip()

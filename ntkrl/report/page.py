@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ntkrl import durable_files
 from ntkrl.report import metric_names
 from ntkrl.report.comparisons import comparison_table
 from ntkrl.report.figures import FIGURES
@@ -61,7 +62,7 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
     all_runs = read_runs(run_paths)
     runs, refusal = comparable(all_runs)
     out = Path(out_directory)
-    out.mkdir(parents=True, exist_ok=True)
+    durable_files.make_directory(out)
     images = {}
     for spec in FIGURES:
         figure = spec.draw(runs)
@@ -70,14 +71,15 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
             if figure is None:
                 target.unlink(missing_ok=True)  # of an earlier report in the same directory
                 continue
-            target.write_bytes(figure_bytes(figure, suffix))
+            with durable_files.replacing(target) as file:
+                file.write(figure_bytes(figure, suffix))
             figure.set_layout_engine("none")  # further formats keep the first one's layout
         images[spec.stem] = None if figure is None else (out / f"{spec.stem}.png").read_bytes()
     # base64 writes three bytes as four
     image_bytes = sum(len(image) * 4 // 3 for image in images.values() if image is not None)
     steps = step_section(all_runs, max(PAGE_BYTES - image_bytes, LEAST_STEP_BYTES))
     page = out / "index.html"
-    page.write_text(_compose(runs, images, refusal, steps), encoding="utf-8")
+    durable_files.save_text(page, _compose(runs, images, refusal, steps))
     return page
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkrl import durable_files
 from ntkrl.json_values import from_json, to_json
 from ntkrl.messages import did_you_mean, listed
 from ntkrl.reward.contract import CONTRACT, CallLog, RewardError, RewardFunction
@@ -267,7 +268,7 @@ def write_rewards(path: Path, per_function: Mapping[str, Sequence[float] | np.nd
         name: [None if value != value else float(value) for value in values]
         for name, values in per_function.items()
     }
-    path.write_text(json.dumps({"rewards": values_of}) + "\n", encoding="utf-8")
+    durable_files.save_text(path, json.dumps({"rewards": values_of}) + "\n")
 
 
 def read_normalisation(path: str | Path) -> dict[str, tuple[float, float]]:

@@ -1,8 +1,9 @@
 """Atomic, asynchronous checkpoints by Orbax with checksums: one directory per step.
 
 Orbax copies the arrays to the host, writes them to a temporary directory while training continues
-and renames it, so that a kill leaves complete checkpoints only. Its files have no checksum of their
-data: one per array, saved beside them, detects later corruption.
+and renames it, so that a kill leaves complete checkpoints only. Its files are synced before that
+name appears, and the name before an older checkpoint is removed, so that a power cut does the same.
+They have no checksum of their data: one per array, saved beside them, detects later corruption.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from ntkrl import durable_files
 from ntkrl.runtime.checksums import checksums
 from ntkrl.types import Params, TrainState
 
@@ -48,6 +50,21 @@ def _is_late_write(event: Any) -> bool:
 
 
 sys.unraisablehook = lambda event: None if _is_late_write(event) else _default_hook(event)
+
+
+class SyncedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint that is on the disk before it has its name, and its name before Orbax goes on.
+
+    Orbax removes older checkpoints afterwards. Of its files, only those of arrays are synced
+    without this.
+    """
+
+    async def finalize(self) -> None:
+        """Rename the directory."""
+        await asyncio.to_thread(durable_files.sync_tree, Path(self.get()))
+        await super().finalize()  # writes two files more, which restoring does not need
+        await asyncio.to_thread(durable_files.sync_tree, Path(self.get_final()))
+        await asyncio.to_thread(durable_files.sync_directory, Path(self.get_final()).parent)
 
 
 class CorruptCheckpointError(Exception):
@@ -116,9 +133,11 @@ class Checkpoints:
             cleanup_tmp_directories=not self.reading,
             create=not self.reading,
             read_only=self.reading,
+            temporary_path_class=SyncedDirectory,
             **ranked,
         )
         if not self.reading and jax.process_index() == 0:
+            durable_files.make_directory(self.directory)
             _quarantine_metrics(self.directory)
         multihost_utils.sync_global_devices("checkpoints open")
         return ocp.CheckpointManager(self.directory, options=options)
@@ -266,6 +285,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(path, ignore_errors=True)
             (self.directory / str(step)).rename(path)
+            durable_files.sync_directory(self.directory)
         multihost_utils.sync_global_devices(f"checkpoint {step} quarantined")
         self.manager.reload()
         return path

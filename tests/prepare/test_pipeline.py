@@ -112,7 +112,7 @@ def test_order_as_published_and_chosen_responses(inputs, tmp_path):
 
 
 def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
-    """story: resumes with the stored scores; a changed input is reported."""
+    """story: resumes with the stored scores that are intact; a changed input is reported."""
     out, calls = tmp_path / "data", []
     scored = pipeline._score_batch
 
@@ -127,7 +127,10 @@ def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
         patch.setattr(pipeline, "_score_batch", dies)
         assert prepare(inputs, out, *more) == 130
     assert not (out / "rl.jsonl").exists()
-    assert len(rows(out / "scores" / "preferences.jsonl")) == 1 + 16
+    scores = out / "scores" / "preferences.jsonl"
+    assert len(rows(scores)) == 1 + 16
+    with scores.open("ab") as file:
+        file.write(b"\0\0\0\n[0.5, 0.5]\n[0.")  # as after a power cut
     shard = inputs / "ultrafeedback_binarized/data/train_prefs-00000-of-00002.parquet"
     shutil.copy(shard, tmp_path / "kept")
     parquet.write_table(parquet.ParquetFile(shard).read().slice(1), shard)
@@ -135,6 +138,7 @@ def test_killed_while_labelling(inputs, tmp_path, monkeypatch, capsys):
     assert "scores of other pairs: the inputs have changed" in capsys.readouterr().err
     shutil.move(tmp_path / "kept", shard)
     assert prepare(inputs, out, *more) == 0
+    assert f"{scores} is damaged; pairs from 17 on are scored again" in capsys.readouterr().out
     uninterrupted = tmp_path / "whole"
     assert prepare(inputs, uninterrupted) == 0
     assert rows(out / "rl.jsonl") == rows(uninterrupted / "rl.jsonl")

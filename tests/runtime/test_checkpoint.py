@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 import threading
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +75,14 @@ def test_a_moving_reference_is_kept(tmp_path):
 
 
 def test_claim(tmp_path):
-    """law: a run directory belongs to one config; every difference is named."""
+    """law: a run directory belongs to one config; every difference is named, and so is damage."""
     runtime.claim_run_dir(tmp_path / "run", {"seed": 1, "model": {"path": "a"}})
     runtime.claim_run_dir(tmp_path / "run", {"seed": 1, "model": {"path": "a"}})
     with pytest.raises(ValueError, match="model.path: 'a' -> 'b'; seed: 1 -> 2"):
         runtime.claim_run_dir(tmp_path / "run", {"seed": 2, "model": {"path": "b"}})
+    (tmp_path / "run" / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config.json is damaged .*Remove it and run the same"):
+        runtime.check_run_dir(tmp_path / "run", {"seed": 1, "model": {"path": "a"}})
 
 
 def test_allowed_changes(tmp_path):
@@ -213,6 +218,46 @@ def test_damage_is_noticed(tmp_path, name):
     again.save(2, state, {"num_tokens": 5})  # the step is free again
     again.close()
     assert again.steps() == [1, 2] and again.position(2) == {"num_tokens": 5}
+
+
+def test_synced_before_an_older_one_goes(tmp_path, monkeypatch):
+    """law: every file of a checkpoint is synced before its name appears, its name before removals.
+
+    Without this a power cut leaves empty JSON files in the newest checkpoint, and no older ones.
+    """
+    events, (fsync, rename, rmtree) = [], (os.fsync, os.rename, shutil.rmtree)
+
+    def record_fsync(descriptor):
+        fsync(descriptor)
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    def record_rename(source, target, **options):
+        events.append(("rename", Path(source), Path(target)))
+        rename(source, target, **options)
+
+    def record_rmtree(path, *arguments, **options):
+        events.append(("remove", Path(path)))
+        rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    monkeypatch.setattr(shutil, "rmtree", record_rmtree)
+    checkpoints = runtime.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, make_state(HEAD), {})
+    checkpoints.save(2, make_state(HEAD), {})
+    checkpoints.close()
+    named = next(i for i, event in enumerate(events) if event[-1] == tmp_path / "2")
+    removed = next(i for i, e in enumerate(events) if e[0] == "remove" and e[1] == tmp_path / "1")
+    assert events[named][0] == "rename" and named < removed
+    temporary = events[named][1]
+    synced = {
+        event[1].relative_to(temporary) for event in events[:named] if temporary in event[1].parents
+    }
+    files = {path.relative_to(tmp_path / "2") for path in (tmp_path / "2").rglob("*")}
+    late = {Path("commit_success.txt"), Path("_CHECKPOINT_METADATA")}
+    assert files - synced <= late and {Path("position/metadata"), Path("state/d")} <= synced
+    assert ("sync", tmp_path) in events[named:removed]
+    assert all(("sync", tmp_path / "2" / name) in events[named:removed] for name in late & files)
 
 
 def test_broken_metrics_rank_nothing(tmp_path):
