@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkrl.durable_files import save_text
+from ntkrl.json_files import read_object
 from ntkrl.runtime.config import differences
 from ntkrl.runtime.distributed import allgather_object
 
@@ -79,7 +80,7 @@ def check_run_dir(directory: Path, config: Mapping[str, Any]) -> list[str] | Non
     path = directory / "config.json"
     if not path.exists():
         return None
-    return config_changes(json.loads(path.read_text(encoding="utf-8")), config, str(directory))
+    return config_changes(read_object(path, finite=False), config, str(directory))
 
 
 def claim_run_dir(directory: Path, config: Mapping[str, Any]) -> None:
