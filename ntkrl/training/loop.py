@@ -64,6 +64,7 @@ def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
         runtime.log(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
     setup = set_up(settings, directory)
+    setup.model.check_exports(directory / "export", directory / "export_reference")
     loop = Loop(setup, directory, values, notice)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
