@@ -44,8 +44,8 @@ def evaluate(
       The `eval/…` and `diversity/…` metrics, with `_low` and `_high` ends of intervals.
 
     Raises:
-      ValueError: a mistake in the config or the files it names, nothing to evaluate on, or what
-        `export` raises.
+      ValueError: a mistake in the config or the files it names, nothing to evaluate on, another
+        evaluation of the same name in progress, or what `export` raises.
     """
     settings = read_settings(config) if run is None else _saved_settings(run, config)
     if settings.method.reward_model:
@@ -58,6 +58,16 @@ def evaluate(
         label = _label(settings.model.path)
     else:
         raise ValueError("evaluate needs --config.model.path=DIR or --run=RUN, the model to score.")
+    if settings.evaluation.name is not None:
+        label = settings.evaluation.name
+    _check_replaceable(directory / "evaluations" / f"{label}.json")
+    with runtime.locked(directory / "evaluations", "evaluate", name=label):
+        return _evaluate(settings, directory, label, checkpoint)
+
+
+def _evaluate(
+    settings: RunSettings, directory: Path, label: str, checkpoint: "SavedParams | None"
+) -> dict[str, float]:
     setup = set_up(settings, directory)
     if setup.held_out is None:
         raise ValueError(
@@ -74,11 +84,31 @@ def evaluate(
     for name, values in samples.by_prompt.items():
         metrics |= mean_interval(name, values)
     if runtime.is_writer():
-        if settings.evaluation.name is not None:
-            label = settings.evaluation.name
         path = directory / "evaluations" / f"{label}.json"
         _write(setup, path, metrics, samples.repeats)
     return metrics
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace files of an evaluation that are not those of an earlier one."""
+
+    def is_metrics(text: bytes) -> bool:
+        return any(str(name).startswith("eval/") for name in json.loads(text))
+
+    def is_rewards(text: bytes) -> bool:
+        return set(json.loads(text)) == {"rewards"}
+
+    def is_samples(text: bytes) -> bool:
+        first = text.partition(b"\n")[0]
+        return not first or {"prompt", "completion", "reward"} <= set(json.loads(first))
+
+    for suffix, is_ours in (
+        (".json", is_metrics),
+        (".rewards.json", is_rewards),
+        (".jsonl", is_samples),
+    ):
+        kind = "of an earlier evaluation (eval.name)"
+        durable_files.check_replaceable(path.with_suffix(suffix), is_ours, kind)
 
 
 def export(run: str, out: str, step: int | str | None = None) -> None:

@@ -29,6 +29,10 @@ from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import load_rewards
 
 SUMMARY = "summary.json"
+FILES = (
+    *("sft.jsonl", "reward.jsonl", "rl.jsonl", "test.jsonl"),
+    *("rl_selected.jsonl", "test_selected.jsonl", "scores"),
+)
 ENCODE_ROWS = 1024  # per update of the progress bar
 
 
@@ -79,19 +83,28 @@ def prepare(config: ConfigDict) -> Path:
 
     Raises:
       ValueError: a mistake in the config or its files, a config or inputs that differ from those
-        that the directory was begun with, or an error of a reward function.
+        that the directory was begun with, another process that writes there, or an error of a
+        reward function.
     """
     if "prepare" not in config:
         raise ValueError("this config has no section prepare; see configs/paper/data.py.")
     directory = Path(config.run_dir)
     options = runtime.parse_section(PrepareSettings, config.prepare, "prepare")
     settings = read_settings(config)
+    with runtime.locked(directory, "prepare", SUMMARY):
+        _prepare(config, options, settings, directory)
+    return directory
+
+
+def _prepare(
+    config: ConfigDict, options: PrepareSettings, settings: RunSettings, directory: Path
+) -> None:
     values = runtime.to_json(config)
     runtime.check_consistent("config", values)
-    runtime.check_run_dir(directory, values)
+    runtime.check_run_dir(directory, values, FILES)
     if runtime.allgather_object("prepared data", (directory / SUMMARY).exists())[0]:
         runtime.log(f"{directory} is prepared; remove it to prepare again.")
-        return directory
+        return
     inputs = _read(options, settings)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
@@ -101,7 +114,6 @@ def prepare(config: ConfigDict) -> Path:
     if runtime.is_writer():
         _write(options, inputs, directory)
     runtime.allgather_object("the end of prepare")
-    return directory
 
 
 @dataclasses.dataclass(eq=False)

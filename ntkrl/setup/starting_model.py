@@ -75,8 +75,16 @@ class StartingModel:
         for target in [target for path in paths for target in self.export_paths(path)]:
             models.check_target(target, (self.tokenizer_dir, self.network.source))
 
-    def export(self, path: Path, params: Params, training: models.Training) -> None:
-        """Write a Hugging Face directory, and one of the adapters beside it if there are any."""
+    def export(self, path: Path, params: Params | None, training: models.Training) -> None:
+        """Write a Hugging Face directory, and one of the adapters beside it if there are any.
+
+        Args:
+          path: directory.
+          params: to write; None, as of a reference that did not move, for nothing.
+          training: facts for the model card.
+        """
+        if params is None:
+            return
         if runtime.is_writer():
             self.check_exports(path)
         if isinstance(self.network, Scorer):
