@@ -58,10 +58,10 @@ def write(directory: Path) -> None:
     if directory.exists():
         return
     data.import_pyarrow(directory)  # fail before any work is done
-    with durable_files.replacing_directory(directory) as partial:
-        _write_models(partial)
-        _write_examples(partial / "alpaca_farm" / "alpaca_instructions")
-        _write_preferences(partial / "ultrafeedback_binarized")
+    with durable_files.replacing_directory(directory) as fresh:
+        _write_models(fresh)
+        _write_examples(fresh / "alpaca_farm" / "alpaca_instructions")
+        _write_preferences(fresh / "ultrafeedback_binarized")
 
 
 def _write_models(directory: Path) -> None:

@@ -3,8 +3,8 @@
 Promise: a report is built from run directories alone, without an accelerator, during the run or
 after a crash; missing parts are named in words; equal directories give equal bytes.
 
-May import numpy, matplotlib, jinja2, the loggers' packages, the standard library,
-`ntkrl.intervals` and `ntkrl.durable_files`: never jax.
+May import numpy, matplotlib, jinja2, the loggers' packages, the standard library, and
+`ntkrl.intervals`, `ntkrl.durable_files` and `ntkrl.json_files`: never jax.
 """
 
 from ntkrl.report.comparisons import comparison_table
@@ -35,6 +35,7 @@ from ntkrl.report.page import (
     folded_text,
     group_section,
     heading,
+    save_page,
     section,
     table_section,
     write_report,

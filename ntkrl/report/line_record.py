@@ -8,14 +8,15 @@ checksum.
 import base64
 import dataclasses
 import hashlib
+import itertools
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ntkrl import durable_files
+from ntkrl.json_files import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -68,8 +69,8 @@ class LineRecorder:
 def restore_lines(directory: Path, record: LineRecord) -> list[str]:
     """Reduce `metrics.jsonl` to the recorded lines, restoring them where they are not intact.
 
-    A file that differs from them is renamed to `metrics.jsonl.damaged` first. Lost timings cannot
-    be restored; they affect no result.
+    A file that differs from them is first renamed to `metrics.jsonl.damaged`, or `.damaged.2` and so
+    on. Lost timings cannot be restored; they affect no result.
 
     Returns:
       Sentences for the log: what was lost, and what was restored.
@@ -80,8 +81,10 @@ def restore_lines(directory: Path, record: LineRecord) -> list[str]:
     if problem is not None:
         place = ""
         if path.exists():
-            damaged = path.with_name(f"{METRICS_FILE}.damaged")
-            os.replace(path, damaged)
+            names = itertools.chain(["damaged"], (f"damaged.{n}" for n in itertools.count(2)))
+            places = (path.with_name(f"{METRICS_FILE}.{name}") for name in names)
+            damaged = next(place for place in places if not place.exists())
+            path.rename(damaged)
             place = f", and the file as it was is called {damaged.name}"
         messages.append(
             f"{directory}: {problem}; all {record.lines} are restored from the copy in the "
@@ -147,7 +150,7 @@ def finished_problems(directory: Path, exports: bool = True) -> list[str] | None
     if not path.exists():
         return None
     try:
-        mark = json.loads(path.read_bytes())
+        mark = parse_json(path.read_text(encoding="utf-8"))
         lines, sha256 = int(mark["metrics"]["lines"]), str(mark["metrics"]["sha256"])
         files: Mapping[str, Any] = dict(mark["files"]) if exports else {}
     except (ValueError, LookupError, TypeError):
@@ -172,7 +175,7 @@ def is_object(line: bytes) -> bool:
     """Return whether a line is a complete JSON object."""
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
