@@ -69,8 +69,8 @@ class LineRecorder:
 def restore_lines(directory: Path, record: LineRecord) -> list[str]:
     """Reduce `metrics.jsonl` to the recorded lines, restoring them where they are not intact.
 
-    A file that differs from them is first renamed to `metrics.jsonl.damaged`, or `.damaged.2` and so
-    on. Lost timings cannot be restored; they affect no result.
+    A file that differs from them is first renamed to `metrics.jsonl.damaged`, or `.damaged.2` and
+    so on. Lost timings cannot be restored; they affect no result.
 
     Returns:
       Sentences for the log: what was lost, and what was restored.
