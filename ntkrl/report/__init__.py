@@ -4,7 +4,7 @@ Promise: a report is built from run directories alone, without an accelerator, d
 after a crash; missing parts are named in words; equal directories give equal bytes.
 
 May import numpy, matplotlib, jinja2, the loggers' packages, the standard library, and
-`ntkrl.intervals`, `ntkrl.durable_files` and `ntkrl.json_files`: never jax.
+`ntkrl.intervals`, `ntkrl.durable_files`, `ntkrl.json_files` and `ntkrl.messages`: never jax.
 """
 
 from ntkrl.report.comparisons import comparison_table
