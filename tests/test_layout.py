@@ -14,10 +14,10 @@ FLOORS = [
     {"types"},
     {
         *("numerics", "trees", "intervals", "jaxpr"),
-        *("messages", "user_files", "json_values", "durable_files"),
+        *("messages", "user_files", "json_values", "durable_files", "workers"),
     },
     {"softmax"},
-    {"models", "scoring", "ntk", "runtime"},
+    {"models", "scoring", "ntk", "runtime", "chat_templates"},
     # one pipeline, in order: a room may import those before it
     {"data"},
     {"rollout", "reward", "advantage", "report"},
@@ -45,7 +45,7 @@ OWNERS = {
         *("runtime", "settings", "training", "evaluation", "prepare", "study"),
     },
     "pyarrow": {"data", "prepare"},
-    "transformers": {"data"},
+    "transformers": {"data", "chat_templates"},
     "safetensors": {"models"},
     "tensorboardX": {"report"},
     "wandb": {"report"},
