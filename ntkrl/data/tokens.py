@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from ntkrl.data.chat import (
-    render_conversation,
-    render_prompt,
-    template_errors,
-    template_options,
+    rejected_rows,
+    render_conversations,
+    render_prompts,
     turn_end_id,
 )
 from ntkrl.data.prompts import PromptSet
@@ -239,21 +238,7 @@ def _render_prompts(tokenizer: Any, prompt_set: PromptSet) -> list[str]:
             "template. Put chat_template.jinja into the tokenizer's directory (or set "
             '"chat_template" in tokenizer_config.json), or use {"prompt": "text"} rows.'
         )
-    return _render(tokenizer, prompt_set, render_prompt, prompt_set.prompts)
-
-
-def _render(
-    tokenizer: Any,
-    prompt_set: PromptSet,
-    render: Callable[[Any, Sequence[Any], dict[str, Any]], str],
-    conversations: Sequence[Any],
-) -> list[str]:
-    def write(row: int) -> str:
-        options = template_options(prompt_set.columns, row)
-        return render(tokenizer, conversations[row], options)
-
-    message = f"{prompt_set.source}: the chat template rejects"
-    return map_rows(write, conversations, template_errors(), message)
+    return render_prompts(tokenizer, prompt_set.prompts, prompt_set.columns, prompt_set.source)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], source: str, kind: str) -> list[list[int]]:
@@ -264,30 +249,17 @@ def _encode(tokenizer: Any, texts: Sequence[str], source: str, kind: str) -> lis
     try:
         return ids(list(texts))
     except Exception:  # tokenizers raises bare Exception; encode by row to name the rows
-        message = f"{source}: the tokenizer cannot encode the {kind} of"
-        return map_rows(lambda row: ids(texts[row]), texts, (Exception,), message)
-
-
-def map_rows(
-    call: Callable[[int], Any],
-    items: Sequence[Any],
-    kinds: tuple[type[Exception], ...],
-    message: str,
-) -> list[Any]:
-    """Call a function with every row's number and return the results.
-
-    Raises:
-      ValueError: `message`, and all rows whose call raises one of `kinds`.
-    """
-    results, problems = [], []
-    for row, item in enumerate(items):
-        try:
-            results.append(call(row))
-        except kinds as error:
-            problems.append(f"row {row}, {item!r:.60}: {error}")
-    if problems:
-        raise ValueError(f"{message} {len(problems)} rows{listed(problems)}")
-    return results
+        encoded: list[list[int]] = []
+        problems: dict[int, Exception] = {}
+        for row, text in enumerate(texts):
+            try:
+                encoded.append(ids(text))
+            except Exception as error:
+                problems[row] = error
+        if problems:
+            message = f"{source}: the tokenizer cannot encode the {kind} of"
+            raise ValueError(rejected_rows(message, texts, problems)) from None
+        return encoded
 
 
 def _completions(prompt_set: PromptSet) -> list[Any]:
@@ -315,7 +287,7 @@ def _render_completions(
 ) -> list[str]:
     turns = zip(prompt_set.prompts, completions, strict=True)
     conversations = [[*prompt, *completion] for prompt, completion in turns]
-    texts = _render(tokenizer, prompt_set, render_conversation, conversations)
+    texts = render_conversations(tokenizer, conversations, prompt_set.columns, prompt_set.source)
     pairs = list(zip(texts, starts, strict=True))
     problems = [
         f"row {row}: {start!r:.60} is not a prefix of {text!r:.60}"
