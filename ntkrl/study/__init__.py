@@ -12,6 +12,7 @@ from typing import Protocol
 from ml_collections import ConfigDict
 
 from ntkrl import user_files
+from ntkrl.messages import printable
 from ntkrl.study.jobs import Job, run_jobs, started_commands
 from ntkrl.study.overview import ArmGroup, figure_html, group_sections
 from ntkrl.study.results import (
@@ -67,7 +68,7 @@ def run_study(config: ConfigDict, file: str, page_only: bool = False) -> Path:
     study = load_study(config, file)
     for title, jobs in () if page_only else study.phases():
         run_jobs(title, jobs, study.jobs, study.root)
-    return study.write_page(f"ntkrl study --config={file}")
+    return study.write_page(printable(f"ntkrl study --config={file}"))
 
 
 def load_study(config: ConfigDict, file: str) -> Study:
