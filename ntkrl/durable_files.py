@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,9 @@ EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
 WORKING_DIRECTORY = -100  # AT_FDCWD
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES}
 """Errors of file systems that cannot sync a directory."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
+"""A full disk, in the words of libraries that do not raise OSError."""
 
 
 def save_text(path: Path, text: str) -> None:
@@ -45,10 +48,33 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)  # writing names no file, and the temporary one is gone
         raise
     sync_directory(path.parent)
+
+
+def check_replaceable(path: Path, is_ours: Callable[[bytes], bool], kind: str) -> None:
+    """Refuse to replace a file that this package has not written.
+
+    Args:
+      path: of the file to write; nothing is checked if it does not exist.
+      is_ours: whether content is that of an earlier such file; it may raise ValueError for no.
+      kind: of such files, in words.
+
+    Raises:
+      ValueError: it is another file, or no file.
+    """
+    if not os.path.lexists(path):
+        return
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        if path.is_file() and is_ours(path.read_bytes()):
+            return
+    raise ValueError(
+        f"{path} exists and is not {kind}, so it is not replaced; move it, or write elsewhere."
+    )
 
 
 def temporary_path(path: Path) -> Path:
@@ -75,18 +101,39 @@ def replacing_directory(directory: Path) -> Iterator[Path]:
     caller decides beforehand whether the former content may be lost.
     """
     make_directory(directory.parent)
-    fresh = temporary_path(directory)
+    fresh, replaces = temporary_path(directory), directory.exists()
     fresh.mkdir()
     try:
         yield fresh
         sync_tree(fresh)
-        if directory.exists():
+        if replaces:
             _exchange(fresh, directory)
         else:
-            fresh.rename(directory)
+            fresh.rename(directory)  # fails if another process has filled it meanwhile
         sync_directory(directory.parent)
     finally:  # after the exchange, the former content
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Return a sentence if an exception comes from a full disk, else None.
+
+    Libraries raise errors of their own after the system's, or in its place. An OSError without a
+    number is a sentence already.
+    """
+    if isinstance(error, OSError) and error.errno is None:
+        return None
+    chain, name = [error], None
+    while (after := chain[-1].__cause__ or chain[-1].__context__) and after not in chain:
+        chain.append(after)
+    for cause in chain:
+        full = any(text in str(cause) for text in FULL_TEXTS)
+        if isinstance(cause, OSError):
+            full, name = full or cause.errno in FULL, name or cause.filename
+        if full:
+            place = "" if name is None else f" for {name}"
+            return f"no space left on the device{place}; make room, and run the same command again."
+    return None
 
 
 def sync_file(file: IO[Any]) -> None:

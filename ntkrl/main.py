@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 
+from ntkrl import durable_files, signals
 from ntkrl.messages import printable
 
 USAGE = """usage: ntkrl COMMAND ...
@@ -31,18 +32,22 @@ kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=
 Configs live in configs/; every field has its meaning in configs/base.py.
 Set NTKRL_TRACEBACK=1 to see where an error came from.
 Exit statuses: 0 done, 2 a mistake of the user's, 70 another process of the run failed or was lost,
-75 saved and stopped after SIGTERM, 130 interrupted."""
+75 a run saved and stopped after SIGTERM, SIGHUP or SIGINT (Ctrl-C), 130 interrupted: by a second
+Ctrl-C, or another command by the first. 129 and 143: another command ended by SIGHUP or SIGTERM."""
 
 PREEMPTED = 75
-"""Exit status of a run that SIGTERM ended: EX_TEMPFAIL, try again."""
+"""Exit status of a run that a signal ended, and of a study whose runs it ended: EX_TEMPFAIL, try
+again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status.
 
-    0: done. 2: a user's mistake, or a full disk. 75: saved and stopped after SIGTERM. 130:
-    interrupted. After the last two the same command resumes. If one of several processes fails, it
-    ends at once and the others exit with 70 (see runtime.distributed_session).
+    0: done. 2: a user's mistake, or a full disk. 75: a run saved and stopped after SIGTERM, SIGHUP
+    or SIGINT; a study stopped, and its runs so. 130: interrupted, by SIGINT or, in a run, by a
+    second one. 129, 143: another command ended by SIGHUP or SIGTERM. After all but 2 the same
+    command resumes. If one of several processes fails, it ends at once and the others exit with 70
+    (see runtime.distributed_session).
 
     Args:
       argv: words after the program's name; None for the process's own.
@@ -66,15 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ntkrl: unknown command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        status = commands[words[0]](words[1:])
-    except (ValueError, OSError) as error:
-        if "NTKRL_TRACEBACK" in os.environ:
-            raise
-        print(printable(f"ntkrl {words[0]}: {error}"), file=sys.stderr)
-        return 2
+        with signals.command_signals():
+            status = commands[words[0]](words[1:])
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
+        print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
+        return signals.INTERRUPTED
+    except signals.StopRequest as request:
+        print(f"\nntkrl {words[0]}: stopped by {request.signal.name}", file=sys.stderr)
+        return PREEMPTED if words[0] == "study" else 128 + request.signal
+    except Exception as error:
+        full = durable_files.full_disk(error)
+        if "NTKRL_TRACEBACK" in os.environ or (
+            full is None and not isinstance(error, ValueError | OSError)
+        ):
+            raise
+        message = f"ntkrl {words[0]}: {error if full is None else full}"
+        print(printable(message), file=sys.stderr)
+        return 2
     return 0 if status is None else status
 
 
@@ -83,7 +96,7 @@ def _train(words: Sequence[str]) -> int | None:
     from ntkrl.training import train
 
     config = runtime.read_config(words)
-    with runtime.distributed_session():
+    with runtime.distributed_session(f"train {config.run_dir}"):
         try:
             train(config)
         except runtime.PreemptedError as error:
@@ -105,7 +118,7 @@ def _evaluate(words: Sequence[str]) -> None:
     run = options["run"] if "run" in options else None
     saved = None if run is None else commands.config_of(run)
     config = runtime.read_config([word for word in words if word not in chosen], saved)
-    with runtime.distributed_session():
+    with runtime.distributed_session(f"evaluate {config.run_dir}"), signals.restored():
         commands.evaluate(config, run, _step(options), "trust" in options)
 
 
@@ -113,7 +126,7 @@ def _prepare(words: Sequence[str]) -> None:
     from ntkrl import prepare, runtime
 
     config = runtime.read_config(words)
-    with runtime.distributed_session():
+    with runtime.distributed_session(f"prepare {config.run_dir}"), signals.restored():
         prepare.prepare(config)
 
 

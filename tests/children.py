@@ -85,6 +85,9 @@ def serve() -> None:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
+            # under nohup the server ignores them
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             file = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, 1)
             os.dup2(file, 2)

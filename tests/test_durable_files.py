@@ -1,5 +1,6 @@
 """Files that replace others: complete or as before, and synced before they are visible."""
 
+import errno
 import os
 
 import numpy as np
@@ -75,3 +76,34 @@ def test_a_failed_directory_leaves_the_former_one(tmp_path):
         raise RuntimeError("killed")
     assert [path.name for path in target.iterdir()] == ["former"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_directory_that_another_filled_meanwhile(tmp_path):
+    """law: a new directory does not replace one that came into being while it was written."""
+    target = tmp_path / "out"
+    with pytest.raises(OSError), durable_files.replacing_directory(target) as fresh:
+        (fresh / "new").write_text("new")
+        target.mkdir()
+        (target / "mine").write_text("mine")
+    assert [path.name for path in target.iterdir()] == ["mine"] and list(tmp_path.iterdir()) == [
+        target
+    ]
+
+
+def test_a_full_disk_is_recognised(tmp_path):
+    """law: by number, by a library's words, behind another error; a sentence stays as it is."""
+    full = OSError(errno.ENOSPC, "No space left on device", "a/b")
+    sentence = "no space left on the device for a/b; make room, and run the same command again."
+    assert durable_files.full_disk(full) == sentence
+    assert durable_files.full_disk(OSError(errno.EDQUOT, "Disk quota exceeded")) is not None
+    assert durable_files.full_disk(RuntimeError("I/O error: os error 28")) is not None
+    try:
+        try:
+            raise full
+        finally:
+            raise ValueError("Can't close the ZIP file")
+    except ValueError as error:
+        assert durable_files.full_disk(error) == sentence
+        assert durable_files.full_disk(OSError("x cannot be written; make room.")) is None
+    assert durable_files.full_disk(ValueError("no room")) is None
+    assert durable_files.full_disk(OSError(errno.EACCES, "Permission denied", "a")) is None

@@ -11,12 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ntkrl"
 
 FLOORS = [
-    {"types"},
+    {"types", "lease"},
     {
         *("numerics", "trees", "intervals", "jaxpr"),
         *("messages", "user_files", "json_values", "durable_files", "workers"),
+        "run_lock",
     },
-    {"softmax"},
+    {"signals"},
+    {"softmax", "json_files"},
     {"models", "scoring", "ntk", "runtime", "chat_templates"},
     # one pipeline, in order: a room may import those before it
     {"data"},

@@ -194,12 +194,14 @@ def test_killed_and_resumed_in_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_process_asked_to_leave(tmp_path):
-    """story: a SIGTERM of one is heard by both, which save the same step and end with 75."""
+@pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_one_process_asked_to_leave(tmp_path, blow):
+    """story: a signal to one is heard by both, which save the same step, name it, end with 75."""
     run = tmp_path / "run"
     processes = start(2, ["-m", "ntkrl", *sft(run, 400)])
-    result = struck_after(processes, run, 10, victim=1, blow=signal.SIGTERM)
+    result = struck_after(processes, run, 10, victim=1, blow=blow)
     assert [status for status, _ in result] == [75, 75], result
+    assert all(f"stopped by {blow.name}" in text for _, text in result)
     saved = {text.split("saved step ")[1].split(";")[0] for _, text in result}
     assert len(saved) == 1 and (run / "checkpoints" / saved.pop()).is_dir()
 

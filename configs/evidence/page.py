@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from configs.evidence.claims import Plan, head_share
 from configs.evidence.similarity import KINDS, read_similarities
 from configs.evidence.verdict import FAILS, HOLDS, PARTLY, UNKNOWN, Verdict
-from ntkrl import durable_files, report, study
+from ntkrl import report, study
 from ntkrl.evaluation import powers
 from ntkrl.study import ArmGroup, Results
 
@@ -103,7 +103,7 @@ def write_page(results: Results, plan: Plan, verdicts: Sequence[Verdict], comman
     if commands:
         parts.append(report.folded_text("Every command", "\n".join(commands)))
     page = results.root / "index.html"
-    durable_files.save_text(page, report.document(TITLE, parts))
+    report.save_page(page, report.document(TITLE, parts))
     return page
 
 

@@ -10,7 +10,9 @@ and the arrays of `probe.kernel_measures`: head, cosines, traces, shares, norms 
 
 import contextlib
 import dataclasses
+import io
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,9 @@ def compute_kernels(settings: KernelSettings) -> dict[str, np.ndarray]:
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file; name a directory.")
+    durable_files.check_replaceable(out / "kernel.npz", _is_kernel, "of an earlier kernel")
+    if not (out / "kernel.npz").exists():
+        durable_files.check_replaceable(out / "kernel.png", lambda _: False, "of an earlier kernel")
     with jax.enable_x64(True) if settings.dtype == "float64" else contextlib.nullcontext():
         policy, params, contexts, texts = _load(settings)
         plan = probe.plan_kernel(policy, params, contexts, settings.layers, settings.memory_gib)
@@ -142,6 +147,13 @@ def compute_kernels(settings: KernelSettings) -> dict[str, np.ndarray]:
     print(f"\n{report.format_kernel(arrays)}\n")
     print(f"arrays: {out / 'kernel.npz'}\nfigure: {out / 'kernel.png'}")
     return arrays
+
+
+def _is_kernel(content: bytes) -> bool:
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return False
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        return {"tokens.npy", "rows.npy", "positions.npy"} <= set(file.namelist())
 
 
 def _load(

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from ntkrl import durable_files
 from ntkrl.plan import hardware, output
 from ntkrl.plan.candidate import Candidate, abstract_run, candidates, compile_candidate
 from ntkrl.settings import RunSettings
@@ -66,10 +67,12 @@ def plan(settings: RunSettings, options: PlanSettings) -> list[Candidate]:
       The candidates, the best first.
 
     Raises:
-      ValueError: an unknown machine, no compiler for it, an unknown model, or a mesh that does not
-        fit.
+      ValueError: an unknown machine, no compiler for it, an unknown model, a mesh that does not
+        fit, or a file for the results that is not an earlier plan.
     """
     machine, configs = hardware.machine(options.topology), [settings]
+    if options.json is not None:
+        durable_files.check_replaceable(Path(options.json), _is_plan, "a plan as JSON")
     if options.search:
         run = abstract_run(dataclasses.replace(settings, mesh=ALL_FSDP), machine)
         configs = list(itertools.islice(candidates(settings, run), options.limit))
@@ -85,8 +88,12 @@ def plan(settings: RunSettings, options: PlanSettings) -> list[Candidate]:
     print(output.format_programs(results[0], machine))
     if options.json is not None:
         values = [candidate.as_json(machine.name) for candidate in results]
-        Path(options.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        durable_files.save_text(Path(options.json), json.dumps(values, indent=1) + "\n")
     return results
+
+
+def _is_plan(text: bytes) -> bool:
+    return all("programs" in row and "topology" in row for row in json.loads(text))
 
 
 def write_table(path: str, settings: RunSettings, command: str) -> None:
@@ -101,8 +108,12 @@ def write_table(path: str, settings: RunSettings, command: str) -> None:
       command: quoted in the head of the file.
 
     Raises:
-      ValueError: the TPU compiler is not installed.
+      ValueError: the TPU compiler is not installed, or the file is not an earlier table.
     """
+    head = output.format_table((), command, 0).partition("`")[0].encode()
+    durable_files.check_replaceable(
+        Path(path), lambda text: text.startswith(head), "a plan's table"
+    )
     pairs = list(itertools.product(TABLE_MODELS, TABLE_MACHINES))
     rows: list[str] = []
     with tqdm(pairs, desc="plan", file=sys.stderr) as bar:
@@ -115,4 +126,4 @@ def write_table(path: str, settings: RunSettings, command: str) -> None:
             candidate = compile_candidate(dataclasses.replace(first, model=model), machine)
             rows.append(output.table_row(path_or_name, machine, candidate))
             jax.clear_caches()
-            Path(path).write_text(output.format_table(rows, command, len(pairs)), encoding="utf-8")
+            durable_files.save_text(Path(path), output.format_table(rows, command, len(pairs)))

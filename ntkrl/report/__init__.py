@@ -25,6 +25,7 @@ from ntkrl.report.page import (
     folded_text,
     group_section,
     heading,
+    save_page,
     section,
     table_section,
     write_report,

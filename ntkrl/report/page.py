@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ntkrl import durable_files
 from ntkrl.report import metric_names
 from ntkrl.report.comparisons import comparison_table
 from ntkrl.report.figures import FIGURES
@@ -41,6 +42,8 @@ PAGE_BYTES = 2_800_000
 """Size that figures and step views may have together, …"""
 LEAST_STEP_BYTES = 400_000
 """… of which step views get at least this much."""
+GENERATOR = b'<meta name="generator" content="ntkrl">'
+"""Mark of this program's pages."""
 CODE = Markup("<code>{}</code>")
 
 
@@ -56,29 +59,58 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
       The path of `index.html`.
 
     Raises:
-      ValueError: no run, a repeated run, or a path that is not a run directory.
+      ValueError: no run, a repeated run, a path that is not a run directory, or an output directory
+        with files of these names that no report wrote.
     """
     all_runs = read_runs(run_paths)
     runs, refusal = comparable(all_runs)
-    out = Path(out_directory)
-    out.mkdir(parents=True, exist_ok=True)
+    page = Path(out_directory) / "index.html"
+    files = [page.with_name(f"{spec.stem}.{suffix}") for spec in FIGURES for suffix in FORMATS]
+    _check_replaceable(page, files)
+    contents: dict[Path, bytes] = {}
     images = {}
     for spec in FIGURES:
         figure = spec.draw(runs)
-        for suffix in FORMATS:
-            target = out / f"{spec.stem}.{suffix}"
-            if figure is None:
-                target.unlink(missing_ok=True)  # of an earlier report in the same directory
-                continue
-            target.write_bytes(figure_bytes(figure, suffix))
-            figure.set_layout_engine("none")  # further formats keep the first one's layout
-        images[spec.stem] = None if figure is None else (out / f"{spec.stem}.png").read_bytes()
+        if figure is not None:
+            for suffix in FORMATS:
+                target = page.with_name(f"{spec.stem}.{suffix}")
+                contents[target] = figure_bytes(figure, suffix)
+                figure.set_layout_engine("none")  # further formats keep the first one's layout
+        images[spec.stem] = contents.get(page.with_name(f"{spec.stem}.png"))
     # base64 writes three bytes as four
     image_bytes = sum(len(image) * 4 // 3 for image in images.values() if image is not None)
     steps = step_section(all_runs, max(PAGE_BYTES - image_bytes, LEAST_STEP_BYTES))
-    page = out / "index.html"
-    page.write_text(_compose(runs, images, refusal, steps), encoding="utf-8")
+    save_page(page, _compose(runs, images, refusal, steps))
+    # after the page, which shows that the figures beside it are a report's
+    for target in files:
+        if target in contents:
+            with durable_files.replacing(target) as file:
+                file.write(contents[target])
+        else:
+            target.unlink(missing_ok=True)  # of an earlier report in the same directory
     return page
+
+
+def save_page(page: Path, text: str) -> None:
+    """Write a page of `document`.
+
+    Raises:
+      ValueError: there is a file that is not such a page.
+    """
+    durable_files.check_replaceable(page, _is_page, "a page of this program")
+    durable_files.save_text(page, text)
+
+
+def _check_replaceable(page: Path, figures: Sequence[Path]) -> None:
+    """Refuse a directory whose page or figures are not those of an earlier report."""
+    durable_files.check_replaceable(page, _is_page, "a page of this program")
+    if not page.exists():
+        for figure in figures:
+            durable_files.check_replaceable(figure, lambda _: False, "of a report with a page")
+
+
+def _is_page(text: bytes) -> bool:
+    return GENERATOR in text[:1000]
 
 
 def document(title: str, parts: Sequence[str]) -> str:

@@ -41,5 +41,6 @@ from ntkrl.runtime.rundir import (
     claim_run_dir,
     config_changes,
     config_identity,
+    locked,
 )
 from ntkrl.runtime.settings import CheckpointSettings

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -34,6 +35,9 @@ logging.getLogger("absl").addFilter(lambda record: record.levelno > logging.ERRO
 
 WRITER_SECONDS = 60.0  # limit for threads that still write after a failed save
 POLLS, POLL_SECONDS = 5, 0.1  # consecutive polls without new files that count as finished
+
+CONTENT = {"state", "position", "sums", "metrics", "_CHECKPOINT_METADATA", "commit_success.txt"}
+"""Names in the directory of a checkpoint."""
 
 _default_hook = sys.unraisablehook
 
@@ -95,6 +99,9 @@ class Checkpoints:
           keep: number of newest checkpoints to retain, ≥ 1.
           best: retention of others, or None.
           reading: create and remove nothing, since a run may be writing there.
+
+        Raises:
+          ValueError: numbered directories there that are not checkpoints.
         """
         self.directory = Path(directory).absolute()
         self.keep, self.best, self.reading = keep, best, reading
@@ -123,6 +130,7 @@ class Checkpoints:
             **ranked,
         )
         if not self.reading and jax.process_index() == 0:
+            _check_foreign(self.directory)
             _quarantine_metrics(self.directory)
         multihost_utils.sync_global_devices("checkpoints open")
         return ocp.CheckpointManager(self.directory, options=options)
@@ -265,10 +273,14 @@ class Checkpoints:
         return items
 
     def quarantine(self, step: int) -> Path:
-        """Rename a corrupt checkpoint to STEP.damaged, so that its step can be saved again."""
-        path = self.directory / f"{step}.damaged"
+        """Rename a corrupt checkpoint to STEP.damaged, so that its step can be saved again.
+
+        Beside an earlier one it is STEP.damaged.2, and so on.
+        """
+        names = itertools.chain(["damaged"], (f"damaged.{n}" for n in itertools.count(2)))
+        paths = (self.directory / f"{step}.{name}" for name in names)
+        path = next(path for path in paths if not path.exists())
         if jax.process_index() == 0:
-            shutil.rmtree(path, ignore_errors=True)
             (self.directory / str(step)).rename(path)
         multihost_utils.sync_global_devices(f"checkpoint {step} quarantined")
         self.manager.reload()
@@ -326,6 +338,17 @@ def _remove_partial(directory: Path) -> None:
         for path in partial:
             shutil.rmtree(path, ignore_errors=True)
         time.sleep(POLL_SECONDS)
+
+
+def _check_foreign(directory: Path) -> None:
+    """Refuse numbered directories of other content: they would be removed as old checkpoints."""
+    steps = [path for path in directory.glob("*") if path.name.isdigit() and path.is_dir()]
+    foreign = [str(path) for step in steps for path in step.iterdir() if path.name not in CONTENT]
+    if foreign:
+        raise ValueError(
+            f"{', '.join(sorted(foreign)[:5])}: not of a checkpoint, but in a numbered directory, "
+            f"as checkpoints are; move {'them' if len(foreign) > 1 else 'it'} out of {directory}."
+        )
 
 
 def _quarantine_metrics(directory: Path) -> None:

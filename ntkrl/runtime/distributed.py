@@ -1,4 +1,4 @@
-"""Multi-process runs: rendezvous, exchange of values, and detecting and aborting on lost processes.
+"""Multi-process runs: start, exchange of values, and detecting and aborting on lost processes.
 
 Every use of JAX's private modules (cluster detection, the coordination service's client) is in this
 file. A single process starts neither a service nor threads.
@@ -6,29 +6,25 @@ file. A single process starts neither a service nor threads.
 
 import contextlib
 import importlib.util
-import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import clusters, distributed
 from tqdm import tqdm
 
+from ntkrl import signals
 from ntkrl.runtime.config import differences
 from ntkrl.runtime.health import OTHERS_FAILED, HealthMonitor, Limits, read_limits
+from ntkrl.runtime.rendezvous import Hello, StartupTimeoutError, rendezvous
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-REPLY_SECONDS = 5.0
+RUN_ID_VARIABLES = ("NTKRL_RUN_ID", "SLURM_JOB_ID")
 
 _monitors: list[HealthMonitor] = []  # at most one, since JAX's distributed state is global too
-
-
-class StartupTimeoutError(RuntimeError):
-    """Some processes did not connect in time; the message lists them."""
 
 
 def is_distributed() -> bool:
@@ -49,11 +45,15 @@ def is_distributed() -> bool:
 
 
 @contextlib.contextmanager
-def distributed_session() -> Iterator[None]:
+def distributed_session(run: str = "") -> Iterator[None]:
     """Connect to the other processes for the duration of a block.
 
     A process that fails in the block reports its error to the others and exits with its own
     status; they exit with OTHERS_FAILED and that error. For a single process nothing is done.
+
+    Args:
+      run: command and run directory, by which the processes of a run know each other; the first of
+        RUN_ID_VARIABLES that is set is added.
 
     Raises:
       ValueError: an inconsistent description of the processes, or a port in use.
@@ -62,7 +62,7 @@ def distributed_session() -> Iterator[None]:
         yield
         return
     try:
-        monitor = _start(read_limits())
+        monitor = _start(read_limits(), run)
     except StartupTimeoutError as error:
         print(f"ntkrl: {error}", file=sys.stderr, flush=True)
         os._exit(OTHERS_FAILED)
@@ -74,6 +74,13 @@ def distributed_session() -> Iterator[None]:
         jax.distributed.shutdown()
     except BaseException as error:
         monitor.fail(error)
+
+
+def interrupt() -> NoReturn:
+    """End this process after a second SIGINT, from any thread, and report it to the others."""
+    for monitor in _monitors:
+        monitor.fail(KeyboardInterrupt())
+    signals.end_at_once()
 
 
 def is_writer() -> bool:
@@ -141,19 +148,22 @@ def check_consistent(name: str, values: Mapping[str, Any]) -> None:
         raise ValueError(f"processes differ from process 0 in their {name}. {' '.join(problems)}.")
 
 
-def _start(limits: Limits) -> HealthMonitor:
+def _start(limits: Limits, run: str) -> HealthMonitor:
     address, count, index = _describe_run(limits)
-    hosts = rendezvous(address, count, index, limits.start)
+    run_ids = [os.environ[name] for name in RUN_ID_VARIABLES if name in os.environ]
+    hello = Hello(index, count, socket.gethostname(), " ".join([run, *run_ids[:1]]))
+    meeting = rendezvous(address, hello, limits.start)
     jax.distributed.initialize(
-        address,
+        meeting.address,
         count,
         index,
         initialization_timeout=int(limits.start) + 1,
         # longer than the monitor's limit, since JAX's check aborts without a message
         heartbeat_timeout_seconds=int(10 * limits.silence) + 60,
         shutdown_timeout_seconds=int(limits.silence) + 1,
+        coordinator_bind_address=meeting.bind_address,
     )
-    monitor = HealthMonitor(distributed.global_state.client, index, hosts, limits)
+    monitor = HealthMonitor(distributed.global_state.client, index, meeting, limits)
     _monitors.append(monitor)
     return monitor
 
@@ -173,108 +183,3 @@ def _describe_run(limits: Limits) -> tuple[str, int, int]:
         f"{listed}: all three must be set, as HOST:PORT of process 0, the number of "
         "processes, and the index of this process from 0."
     )
-
-
-def rendezvous(address: str, count: int, index: int, seconds: float) -> list[str]:
-    """Wait for every process at a port of process 0, which JAX uses afterwards; return host names.
-
-    `jax.distributed.initialize` alone aborts on a timeout without naming the missing processes.
-
-    Args:
-      address: "host:port" of process 0, the same in every process.
-      count: number of processes.
-      index: of this process, in [0, count).
-      seconds: time limit.
-
-    Raises:
-      StartupTimeoutError: some processes did not connect; reported to every process.
-      ValueError: a port in use, duplicate indices, or different counts.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT.")
-    if index == 0:
-        answer = _serve(int(port), address, count, seconds)
-    else:
-        answer = _connect((host, int(port)), count, index, seconds)
-    if "missing" in answer:
-        listed = ", ".join(map(str, answer["missing"]))
-        raise StartupTimeoutError(
-            f"process {listed} of {count} did not connect to {address} within {seconds:g} s (not "
-            "started, or the address is unreachable); restart all of them, or allow more time "
-            "with NTKRL_START_TIMEOUT=SECONDS."
-        )
-    if "problem" in answer:
-        raise ValueError(answer["problem"])
-    return answer["hosts"]
-
-
-def _serve(port: int, address: str, count: int, seconds: float) -> dict[str, Any]:
-    """Accept the other processes at process 0 and send the outcome to each."""
-    hosts, connections = {0: socket.gethostname()}, []
-    problem, deadline = None, time.monotonic() + seconds
-    with _listen(port, address) as server:
-        while len(hosts) < count and problem is None:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                break
-            server.settimeout(remaining)
-            try:
-                connection, _ = server.accept()
-                connection.settimeout(REPLY_SECONDS)
-                hello = json.loads(connection.makefile("r").readline())
-                other, its_count, host = hello["process"], hello["count"], hello["host"]
-            except (OSError, ValueError, TypeError, KeyError):
-                continue  # a timeout, or a connection that is not from this run
-            connections.append(connection)
-            if its_count != count:
-                problem = f"process {other} ({host}) expects {its_count} processes, process 0 "
-                problem += f"expects {count}"
-            elif other in hosts:
-                problem = f"two processes have the index {other}, on {hosts[other]} and {host}"
-            hosts[other] = host
-    missing = sorted(set(range(count)) - set(hosts))
-    answer: dict[str, Any] = {"hosts": [hosts[other] for other in sorted(hosts)]}
-    if problem is not None:
-        answer = {"problem": f"{problem}; see JAX_NUM_PROCESSES and JAX_PROCESS_ID."}
-    elif missing:
-        answer = {"missing": missing}
-    for connection in connections:
-        with contextlib.suppress(OSError):  # lost since; the health monitor will report it
-            connection.sendall(json.dumps(answer).encode() + b"\n")
-            connection.close()
-    return answer
-
-
-def _listen(port: int, address: str) -> socket.socket:
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True
-            )
-        return socket.create_server(("", port), backlog=1024)
-    except OSError as error:
-        raise ValueError(
-            f"process 0 ({socket.gethostname()}) cannot use the port of {address} ({error}); stop "
-            "the program that uses it, or set another JAX_COORDINATOR_ADDRESS in all processes."
-        ) from error
-
-
-def _connect(address: tuple[str, int], count: int, index: int, seconds: float) -> dict[str, Any]:
-    """Connect to process 0, with retries, and return its answer."""
-    hello = {"process": index, "count": count, "host": socket.gethostname()}
-    deadline = time.monotonic() + seconds
-    while (remaining := deadline - time.monotonic()) > 0:
-        timeout = min(remaining, REPLY_SECONDS)
-        try:
-            with socket.create_connection(address, timeout=timeout) as connection:
-                connection.sendall(json.dumps(hello).encode() + b"\n")
-                # process 0 may have started later, and waits just as long
-                connection.settimeout(seconds + REPLY_SECONDS)
-                answer = json.loads(connection.makefile("r").readline())
-                if isinstance(answer, dict):
-                    return answer
-        except (OSError, ValueError):
-            pass  # not listening yet, or another program's port
-        time.sleep(min(max(remaining, 0), 0.2))
-    return {"missing": [0]}

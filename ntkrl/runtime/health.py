@@ -22,6 +22,9 @@ from typing import Any, NoReturn
 
 import jax
 
+from ntkrl import durable_files, run_lock, signals
+from ntkrl.runtime.rendezvous import Meeting
+
 MISTAKE, FAILED, OTHERS_FAILED, INTERRUPTED = 2, 1, 70, 130
 """Exit statuses; see `ntkrl.main`."""
 
@@ -100,9 +103,10 @@ class HealthMonitor:
     resume_step: rollout step after which the run resumes, 0 for none; None if it cannot resume.
     """
 
-    def __init__(self, client: Any, index: int, hosts: list[str], limits: Limits):
-        """Start both threads; `client` is of JAX's coordination service, `hosts` all host names."""
-        self.client, self.index, self.hosts, self.limits = client, index, hosts, limits
+    def __init__(self, client: Any, index: int, meeting: Meeting, limits: Limits):
+        """Start both threads; `client` is of JAX's coordination service."""
+        self.client, self.index, self.limits = client, index, limits
+        self.hosts, self.keys = meeting.hosts, f"ntkrl/{meeting.session}"
         self.progress: tuple[int, str] = (0, ProgressRecord.activity)
         self.resume_step: int | None = None
         self.verdict: str | None = None
@@ -110,7 +114,7 @@ class HealthMonitor:
         self.ending, self.stopped = threading.Lock(), threading.Event()
         now = time.monotonic()
         self.service_time = now
-        self.records = {number: ProgressRecord(now, now) for number in range(len(hosts))}
+        self.records = {number: ProgressRecord(now, now) for number in range(len(self.hosts))}
         # JAX's client aborts the process, without a message, as soon as the coordinator is gone
         self.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._on_abort)
         ctypes.CDLL(None).signal(signal.SIGABRT, self.handler)
@@ -125,7 +129,7 @@ class HealthMonitor:
         """Implement `runtime.allgather_object`."""
         self.progress = (self.progress[0] + 1, f"exchange of {name}")
         number = next(self.exchanges)
-        key = f"ntkrl/exchange/{number}"
+        key = f"{self.keys}/exchange/{number}"
         self.client.key_value_set(f"{key}/{self.index}", json.dumps([name, value]))
         values = []
         for other in range(len(self.hosts)):
@@ -138,7 +142,7 @@ class HealthMonitor:
                 )
             values.append(other_value)
         if number > 0:  # all processes have read the previous exchange before joining this one
-            self.client.key_value_delete(f"ntkrl/exchange/{number - 1}/{self.index}")
+            self.client.key_value_delete(f"{self.keys}/exchange/{number - 1}/{self.index}")
         return values
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -150,6 +154,10 @@ class HealthMonitor:
             time.sleep(self.limits.silence + 5 * self.limits.period + self.limits.grace)
         if isinstance(error, KeyboardInterrupt):
             status, message = INTERRUPTED, "interrupted"
+        elif isinstance(error, signals.StopRequest):
+            status, message = 128 + error.signal, f"stopped by {error.signal.name}"
+        elif (full := durable_files.full_disk(error)) is not None:
+            status, message = MISTAKE, full
         elif isinstance(error, ValueError | OSError) and not from_jax:
             status, message = MISTAKE, str(error)
         if status == FAILED or "NTKRL_TRACEBACK" in os.environ:
@@ -170,6 +178,7 @@ class HealthMonitor:
         publisher = threading.Thread(target=self._publish_exit, args=(verdict,), daemon=True)
         publisher.start()
         publisher.join(RPC_SECONDS + self.limits.grace + 2 * self.limits.period)
+        run_lock.release_all()
         os._exit(status)
 
     def _advice(self) -> str:
@@ -182,17 +191,18 @@ class HealthMonitor:
     def _publish_exit(self, verdict: str | None) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # already set, or no service
             if verdict is not None:
-                self.client.key_value_set("ntkrl/verdict/0", verdict)
+                self.client.key_value_set(f"{self.keys}/verdict/0", verdict)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self.client.key_value_set(f"ntkrl/exited/{self.index}", "")
+            self.client.key_value_set(f"{self.keys}/exited/{self.index}", "")
             # the service ends with process 0, which must exit last
             oldest = time.monotonic() - 5 * self.limits.period
             alive = {n for n, record in self.records.items() if record.beat_time > oldest}
-            while self.index == 0 and not alive <= self._indices("ntkrl/exited/"):
+            while self.index == 0 and not alive <= self._indices(f"{self.keys}/exited/"):
                 time.sleep(self.limits.period / 4)
 
     def _indices(self, directory: str) -> set[int]:
-        return {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(directory)}
+        names = [key.rpartition("/")[2] for key, _ in self.client.key_value_dir_get(directory)]
+        return {int(name) for name in names if name.isdecimal()}
 
     def _publish(self) -> None:
         """Publish and read heartbeats, in a thread that an unresponsive service may block."""
@@ -201,16 +211,21 @@ class HealthMonitor:
                 return
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 message = json.dumps([beat, *self.progress])
-                self.client.key_value_set(f"ntkrl/beat/{self.index}", message, allow_overwrite=True)
-                beats = self.client.key_value_dir_get("ntkrl/beat/")
-                verdicts = self.client.key_value_dir_get("ntkrl/verdict/")
+                self.client.key_value_set(
+                    f"{self.keys}/beat/{self.index}", message, allow_overwrite=True
+                )
+                beats = self.client.key_value_dir_get(f"{self.keys}/beat/")
+                verdicts = self.client.key_value_dir_get(f"{self.keys}/verdict/")
                 self._update(beats, verdicts)
 
     def _update(self, beats: list[tuple[str, str]], verdicts: list[tuple[str, str]]) -> None:
         now = self.service_time = time.monotonic()
         for key, message in beats:
-            record = self.records[int(key.rpartition("/")[2])]
-            beat, passed, activity = json.loads(message)
+            try:
+                record = self.records[int(key.rpartition("/")[2])]
+                beat, passed, activity = json.loads(message)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # of no process of this run
             if beat != record.beat:
                 record.beat, record.beat_time = beat, now
             if passed != record.passed:

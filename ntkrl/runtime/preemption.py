@@ -1,18 +1,23 @@
-"""Preemption: SIGTERM, and JAX's preemption sync point for runs of several processes."""
+"""Preemption: signals to end, and JAX's preemption sync point for runs of several processes."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
-from typing import Any
+from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from ntkrl import signals
+from ntkrl.runtime.distributed import allgather_object, interrupt
 
 DUPLICATE_SECONDS = 5.0
-"""A second SIGTERM within this time is treated as a copy of the first."""
+"""A second signal within this time is treated as a copy of the first; SIGINT never is."""
 
 
 class PreemptedError(Exception):
@@ -20,34 +25,58 @@ class PreemptedError(Exception):
 
 
 class PreemptionNotice:
-    """Context manager that records a request to stop.
+    """Context manager that records a request to stop: SIGTERM, SIGHUP or SIGINT.
 
-    A single process handles SIGTERM. With several processes JAX handles the signal: a SIGTERM to
-    any of them is broadcast with a common step after which all stop, so that all save the same
-    one. A later SIGTERM ends the process at once; within DUPLICATE_SECONDS it counts as the same
-    request, since a scheduler and a launcher may both send one.
+    With several processes JAX handles SIGTERM: one to any process is broadcast with a common step
+    after which all stop, so that all save the same one; the other signals are passed on as SIGTERM.
+    A later signal ends the process at once; within DUPLICATE_SECONDS it counts as the same request,
+    since a scheduler and a launcher may both send one. SIGINT from the keyboard is never a copy.
+
+    received: the signal, None before.
     """
 
-    def __init__(self):
-        self.received, self.received_at = False, 0.0
-        self.previous_handler: Any = None
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.first: signal.Signals | None = None
+        self.first_time = 0.0
+        self.several = jax.process_count() > 1
+        numbers = [n for n in signals.ENDING if not (self.several and n == signal.SIGTERM)]
+        self.listener = signals.SignalListener(numbers, self._report, self._handle)
 
     def __enter__(self) -> PreemptionNotice:
-        # Python allows handlers in the main thread only; elsewhere SIGTERM keeps its default
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self.previous_handler = signal.signal(signal.SIGTERM, self._handle)
+        self.listener.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.previous_handler is not None:
-            signal.signal(signal.SIGTERM, self.previous_handler)
+        self.listener.__exit__()
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Record the first signal, in the main thread."""
+        if not self.several and self.received is None:
+            self.received = signal.Signals(number)
+
+    def _report(self, number: signal.Signals) -> None:
+        """Report the first signal and end the process at a later one, in the listener's thread."""
         now = time.monotonic()
-        if self.received and now - self.received_at > DUPLICATE_SECONDS:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        self.received, self.received_at = True, self.received_at if self.received else now
+        if self.first is not None:
+            if number == signal.SIGINT:
+                interrupt()
+            if now - self.first_time > DUPLICATE_SECONDS:
+                signals.end_by(number)
+            return
+        self.first, self.first_time = number, now
+        tqdm.write(
+            f"{number.name}: finishing the current rollout step, to save and stop; "
+            f"{signals.AGAIN}, without saving",
+            file=sys.stderr,
+        )
+        if self.several and self.received is None:
+            os.kill(os.getpid(), signal.SIGTERM)  # to JAX's handler
+
+    def signal_name(self) -> str:
+        """Return the name of the signal that was received."""
+        assert self.received is not None
+        return self.received.name
 
     def reached(self, step: int) -> bool:
         """Return whether to save and stop after a step.
@@ -55,8 +84,11 @@ class PreemptionNotice:
         Args:
           step: rollout steps finished; every process must call this after every step.
         """
-        if jax.process_count() > 1 and not self.received:
-            self.received = multihost_utils.reached_preemption_sync_point(step)
-            if self.received and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return self.received
+        if self.several and self.received is None:
+            if multihost_utils.reached_preemption_sync_point(step):
+                name = None if self.first is None else self.first.name
+                names = [name for name in allgather_object("signals", name) if name is not None]
+                self.received = signal.Signals[names[0] if names else "SIGTERM"]
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return self.received is not None

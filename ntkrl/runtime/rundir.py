@@ -1,17 +1,25 @@
 """config.json of a run directory, and changes of it that a resumed run may have."""
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ntkrl.durable_files import save_text
+from ntkrl.json_files import read_object
+from ntkrl.run_lock import DirectoryLock
 from ntkrl.runtime.config import differences
-from ntkrl.runtime.distributed import allgather_object
+from ntkrl.runtime.distributed import allgather_object, is_writer
 
 SHARED_SECONDS = 60.0
 """Time until a new file is visible on every host."""
+TRAINING_FILES = (
+    *("metrics.jsonl", "timings.jsonl", "finished", "checkpoints"),
+    *("probes", "ledger", "export", "export_reference"),
+)
+"""Files and directories that a run replaces or shortens."""
 ALLOWED = {
     "checkpoint": "schedule and retention only, not the computation",
     "logging": "loggers only, not the computation",
@@ -21,6 +29,23 @@ ALLOWED = {
 }
 """Sections and fields of a config that a resumed run may change, and why: the run computes what it
 would have computed. Any other difference would mix two runs, and is refused."""
+
+
+def locked(
+    directory: Path, command: str, done: str | None = None, name: str = "run"
+) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which process 0 has the lock of a directory, see `run_lock`.
+
+    Args:
+      directory: that the command writes into.
+      command: in words.
+      done: name of a file there that means that nothing will be written; no lock is taken then.
+      name: of the lock.
+    """
+    finished = done is not None and (directory / done).exists()
+    if finished or not is_writer():
+        return contextlib.nullcontext()
+    return DirectoryLock(directory, f"ntkrl {command}", name)
 
 
 def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject: str) -> list[str]:
@@ -67,19 +92,37 @@ def _part(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {name: values[section][field]} if field in values[section] else {}
 
 
-def check_run_dir(directory: Path, config: Mapping[str, Any]) -> list[str] | None:
-    """Check that a run directory belongs to the same config (JSON values).
+def check_run_dir(
+    directory: Path, config: Mapping[str, Any], files: Sequence[str] = TRAINING_FILES
+) -> list[str] | None:
+    """Check that a run directory belongs to the same config.
+
+    Args:
+      directory: the run directory.
+      config: as JSON values.
+      files: that will be replaced there.
 
     Returns:
       The allowed differences, see `config_changes`; None if it has no config.json yet.
 
     Raises:
-      ValueError: it was begun with another config.
+      ValueError: it was begun with another config, or has files that no run of a config wrote.
     """
     path = directory / "config.json"
     if not path.exists():
+        foreign = [name for name in files if _has_content(directory / name)]
+        if foreign:
+            raise ValueError(
+                f"{directory} has no config.json, so its {', '.join(foreign)} may not be this "
+                "program's and would be replaced; move them, or set another --config.run_dir."
+            )
         return None
-    return config_changes(json.loads(path.read_text(encoding="utf-8")), config, str(directory))
+    return config_changes(read_object(path, finite=False), config, str(directory))
+
+
+def _has_content(path: Path) -> bool:
+    """Return whether there is a file, or a directory that is not empty."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def claim_run_dir(directory: Path, config: Mapping[str, Any]) -> None:
@@ -88,7 +131,7 @@ def claim_run_dir(directory: Path, config: Mapping[str, Any]) -> None:
     Raises:
       ValueError: as `check_run_dir`.
     """
-    if check_run_dir(directory, config) != []:
+    if check_run_dir(directory, config, ()) != []:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         save_text(directory / "config.json", text)
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ntkrl import user_files
 from ntkrl.messages import printable
+from ntkrl.run_lock import DirectoryLock
 from ntkrl.study.jobs import Job, run_jobs, started_commands
 from ntkrl.study.overview import ArmGroup, figure_html, group_sections
 from ntkrl.study.results import (
@@ -63,12 +64,15 @@ def run_study(config: ConfigDict, file: str, page_only: bool = False) -> Path:
       The page.
 
     Raises:
-      ValueError: the file defines no study, or a run failed.
+      ValueError: the file defines no study, another process runs it, or a run failed.
     """
-    study = load_study(config, file)
-    for title, jobs in () if page_only else study.phases():
-        run_jobs(title, jobs, study.jobs, study.root)
-    return study.write_page(printable(f"ntkrl study --config={file}"))
+    study, command = load_study(config, file), printable(f"ntkrl study --config={file}")
+    if page_only:
+        return study.write_page(command)
+    with DirectoryLock(study.root, "ntkrl study", "study"):
+        for title, jobs in study.phases():
+            run_jobs(title, jobs, study.jobs, study.root)
+        return study.write_page(command)
 
 
 def load_study(config: ConfigDict, file: str) -> Study:

@@ -85,6 +85,11 @@ def started_commands(root: Path) -> list[str]:
 
 def _start(job: Job, root: Path, cores: Sequence[int], parallel: int) -> subprocess.Popen:
     log = _log(job, root)
+    if log.exists() and not (root / COMMANDS_FILE).exists():
+        raise ValueError(
+            f"{log} exists, but no study has run in {root}; move it, or set another "
+            "--config.run_dir."
+        )
     log.parent.mkdir(parents=True, exist_ok=True)
     with (root / COMMANDS_FILE).open("a", encoding="utf-8") as file:
         file.write(" ".join(["ntkrl", *job.words]) + "\n")

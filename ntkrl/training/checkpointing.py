@@ -183,15 +183,15 @@ class RunCheckpointer:
         step = self.checkpoints.latest()
         return "none yet" if step is None else f"step {step} in {self.checkpoints.directory}"
 
-    def preemption_message(self, step: int) -> str:
-        """Return what was saved of a run that SIGTERM ended after a rollout step."""
+    def preemption_message(self, step: int, signal: str) -> str:
+        """Return what was saved of a run that a signal, by its name, ended after a rollout step."""
         if step == 0:
-            return "stopped by SIGTERM before the first rollout step; run the same command again."
+            return f"stopped by {signal} before the first rollout step; run the same command again."
         saved = f"saved step {step}"
         if self.checkpoints.latest() != step:
             saved = f"step {step} could not be saved, the last good checkpoint is "
             saved += self.last_good()
-        return f"stopped by SIGTERM; {saved}; run the same command again."
+        return f"stopped by {signal}; {saved}; run the same command again."
 
 
 def _files(settings: RunSettings) -> list[str]:

@@ -21,7 +21,7 @@ from ntkrl import report, runtime, update
 from ntkrl.evaluation import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import Clock, SampleFn
 from ntkrl.runtime import PreemptionNotice
-from ntkrl.settings import read_settings
+from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import RunSetup, set_up, training_facts
 from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import Batch, StepContext
@@ -43,17 +43,18 @@ def train(config: ConfigDict) -> Path:
       config: see configs/base.py.
 
     Raises:
-      ValueError: a mistake in the config or its files, a reward that fails, or a loss not finite.
+      ValueError: a mistake in the config or its files, a reward that fails, a loss not finite, or
+        another process that writes into the directory.
       OSError: the disk is full.
-      PreemptedError: SIGTERM was received; the run was saved after the current rollout step.
+      PreemptedError: a signal was received; the run was saved after the current rollout step.
     """
-    with PreemptionNotice() as notice:
-        return _train(config, notice)
-
-
-def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
-    directory = Path(config.run_dir)
     settings = read_settings(config)
+    with PreemptionNotice() as notice, runtime.locked(Path(config.run_dir), "train", "finished"):
+        return _train(config, settings, notice)
+
+
+def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) -> Path:
+    directory = Path(config.run_dir)
     values = runtime.to_json(config)
     runtime.check_consistent("config", values)
     changes = runtime.check_run_dir(directory, values)
@@ -64,6 +65,7 @@ def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
         runtime.log(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
     setup = set_up(settings, directory)
+    setup.model.check_exports(directory / "export", directory / "export_reference")
     loop = Loop(setup, directory, values, notice)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
@@ -72,8 +74,7 @@ def _train(config: ConfigDict, notice: PreemptionNotice) -> Path:
         runtime.log(f"objective: {update.describe(settings.objective)}")
     facts = training_facts(settings, loop.run())
     setup.model.export(directory / "export", loop.state.params, facts)
-    if loop.reference is not None:
-        setup.model.export(directory / "export_reference", loop.reference, facts)
+    setup.model.export(directory / "export_reference", loop.reference, facts)
     if runtime.is_writer():
         report.mark_finished(directory)
     return directory
@@ -156,7 +157,7 @@ class Loop:
             self.writer, self.bar = writer, bar
             if self.probe_hook is not None:
                 self.probe_hook.write_set()
-            if start == 0:
+            if start == 0 and self.notice.received is None:
                 self._write_start()
             while self._steps_left() > 0 and not self.notice.reached(rollout_step):
                 rollout_step += 1
@@ -183,7 +184,8 @@ class Loop:
             if left and rollout_step > 0:
                 self._save(rollout_step, {} if previous is None else previous.metrics)
         if left:
-            raise runtime.PreemptedError(self.checkpointer.preemption_message(rollout_step))
+            signal = self.notice.signal_name()
+            raise runtime.PreemptedError(self.checkpointer.preemption_message(rollout_step, signal))
         return rollout_step
 
     def _advance(self, rollout_step: int) -> RolloutStep:

@@ -294,6 +294,12 @@ def test_published_shapes(name):
         "meta-llama/Llama-3.2-1B": 1.235814400,
         "Qwen/Qwen3-8B": 8.190735360,
         "Qwen/Qwen3-30B-A3B": 30.532122624,
+        "mistralai/Mistral-7B-v0.3": 7.248023552,
+        "allenai/OLMo-2-1124-7B": 7.298617344,
+        "allenai/Olmo-3-1025-7B": 7.298011136,
+        "HuggingFaceTB/SmolLM3-3B": 3.075098624,
+        "microsoft/Phi-3-mini-4k-instruct": 3.821079552,
+        "microsoft/Phi-4-mini-instruct": 3.836021760,
     }
     raw = abstract_models.read_entries(name)
     _, shapes = models.describe(raw["architectures"][0], raw)

@@ -15,6 +15,7 @@ import pytest
 from ntkrl.report import format_table, format_text, read_run, write_report
 from ntkrl.report.figures import FIGURES
 from ntkrl.report.metric_names import GLOSSARY
+from ntkrl.report.page import GENERATOR
 from tests.report.conftest import write_probe_set
 
 PACKAGE = Path(__file__).parents[2] / "ntkrl"
@@ -169,7 +170,10 @@ def test_missing_things_are_said(run_paths, tmp_path):
     (path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
     out.mkdir()
     (out / "head_share.png").write_bytes(b"of an earlier report")
+    (out / "index.html").write_bytes(GENERATOR + b" of an earlier report")
+    (out / "notes.txt").touch()
     text = write_report([path], out).read_text(encoding="utf-8")
+    assert (out / "notes.txt").exists() and GENERATOR.decode() in text
     assert "no probe files" in text and "is cut short and was left out" in text
     assert "no held-out evaluation after the start" in text
     assert text.count("missing, no run has data for it") == len(FIGURES) - 1
@@ -210,4 +214,4 @@ def test_imports():
     assert result.returncode == 0, result.stderr
     assert "ntkrl.report.page" in result.stdout
     rooms = {name.split(".")[1] for name in ast.literal_eval(result.stdout)}
-    assert rooms == {"intervals", "messages", "report"}
+    assert rooms == {"durable_files", "intervals", "messages", "report"}

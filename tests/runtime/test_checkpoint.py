@@ -278,3 +278,29 @@ def test_others_are_told(unraisable):
         fields = {"exc_type": type(error), "exc_value": error, "exc_traceback": trace}
         sys.unraisablehook(types.SimpleNamespace(**fields, err_msg=None, object=None))
     assert [str(report.exc_value) for report in unraisable] == ["Event loop is closed", "x"]
+
+
+def test_numbered_directories_of_others(tmp_path):
+    """law: they are refused by name: as old checkpoints they would be removed."""
+    state = make_state(HEAD)
+    checkpoints = runtime.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"1/notes.txt: not of a checkpoint.*move it out of"):
+        runtime.Checkpoints(tmp_path, keep=1)
+    assert (tmp_path / "1" / "notes.txt").read_text() == "mine"
+    (tmp_path / "1").rename(tmp_path / "notes")
+    runtime.Checkpoints(tmp_path, keep=1).close()
+
+
+def test_a_second_damaged_checkpoint_of_a_step(tmp_path):
+    """law: it is kept beside the first."""
+    checkpoints = runtime.Checkpoints(tmp_path, keep=1)
+    for name in ("3.damaged", "3.damaged.2"):
+        checkpoints.save(3, make_state(HEAD), {})
+        checkpoints.finish_saving()
+        assert checkpoints.quarantine(3) == tmp_path / name
+    assert {path.name for path in tmp_path.iterdir()} == {"3.damaged", "3.damaged.2"}
+    checkpoints.close()

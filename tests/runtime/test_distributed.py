@@ -3,14 +3,12 @@
 import signal
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from ntkrl import runtime
 from ntkrl.runtime import health
-from ntkrl.runtime.distributed import StartupTimeoutError, rendezvous
-from tests.hosts import ends, free_port, start
+from tests.hosts import ends, start
 
 # each step meets the others twice: on the devices, and in an agreement
 CHILD = """
@@ -35,6 +33,17 @@ def run():
         assert found == [[number * step] for number in range(jax.process_count())], found
         runtime.record_resume_step(step)
     runtime.log("well done")
+    print("listens on", *sorted(listening()))
+
+def listening():
+    # addresses of this process's listening sockets, as the kernel writes them
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    mine = {os.readlink(link)[8:-1] for link in links if os.path.exists(link)}
+    for table in ("tcp", "tcp6"):
+        for line in open(f"/proc/self/net/{table}").read().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in mine:
+                yield fields[1].partition(":")[0]
 
 def act():
     if deed == "kill":
@@ -73,6 +82,12 @@ def test_three_processes_agree_and_end():
     result, _ = run("nothing", 0)
     assert [status for status, _ in result] == [0, 0, 0], result
     assert ["well done" in text for _, text in result] == [True, False, False]
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
+    for number, (_, text) in enumerate(result):
+        (line,) = [line for line in text.splitlines() if line.startswith("listens on")]
+        addresses = line.split()[2:]
+        assert set(addresses) <= loopback, line  # 0s: every interface
+        assert addresses or number > 0
 
 
 WAITED = "made no progress after rollout step 2 for 4 s"
@@ -207,59 +222,32 @@ def test_one_process_has_neither_service_nor_threads():
         assert threading.active_count() == before
 
 
-def meetings(numbers, counts, seconds=20.0, before=None):
-    """Run a rendezvous in threads; return each one's result or error."""
-    address = f"127.0.0.1:{free_port()}"
+class Service:
+    """The part of JAX's client that a monitor reads."""
 
-    def one(number, count):
-        try:
-            return rendezvous(address, count, number, seconds)
-        except (StartupTimeoutError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
+    def __init__(self, entries):
+        self.entries = entries
 
-    with ThreadPoolExecutor(len(numbers) + 1) as pool:
-        if before is not None:
-            pool.submit(before, address)
-        return list(pool.map(one, numbers, counts))
+    def key_value_dir_get(self, directory):
+        return [entry for entry in self.entries.items() if entry[0].startswith(directory)]
 
 
-def test_all_come():
-    """law: every process hears every host's name."""
-    assert meetings([2, 1, 0], [3, 3, 3]) == [[socket.gethostname()] * 3] * 3
-
-
-def test_a_stranger_comes_too():
-    """law: a foreign connection is not counted, and blocks nobody."""
-
-    def stranger(address):
-        host, port = address.split(":")
-        for _ in range(100):
-            try:
-                with socket.create_connection((host, int(port)), timeout=5) as connection:
-                    connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-                return
-            except ConnectionRefusedError:
-                pass
-
-    assert meetings([0, 1], [2, 2], before=stranger) == [[socket.gethostname()] * 2] * 2
-
-
-MISMATCHES = {
-    "counts": (
-        [0, 1],
-        [2, 3],
-        "ValueError: process 1 (%s) expects 3 processes, process 0 expects 2",
-    ),
-    "numbers": ([0, 1, 1], [3, 3, 3], "ValueError: two processes have the index 1, on %s and"),
-    "missing": ([0, 2], [3, 3], "StartupTimeoutError: process 1 of 3 did not connect to"),
-    "no first": ([1, 2], [3, 3], "StartupTimeoutError: process 0 of 3 did not connect to"),
-}
-
-
-@pytest.mark.parametrize("case", MISMATCHES.values(), ids=MISMATCHES.keys())
-def test_what_does_not_fit_is_told_to_all(case):
-    """law: the same sentence everywhere, with numbers and hosts."""
-    numbers, counts, message = case
-    message = message.replace("%s", socket.gethostname())
-    for answer in meetings(numbers, counts, seconds=2.0):
-        assert answer.startswith(message), answer
+def test_strange_messages_are_ignored():
+    """law: malformed heartbeats, of unknown processes or of another session change nothing."""
+    monitor = health.HealthMonitor.__new__(health.HealthMonitor)
+    monitor.keys, monitor.verdict = "ntkrl/a", None
+    monitor.records = {number: health.ProgressRecord(0.0, 0.0) for number in range(2)}
+    texts = ["", "{", "7", "[1, 2]", '{"a": 1}', "[" * 5000, "[null, null, null, null]"]
+    entries = {f"ntkrl/a/beat/{number}": text for number, text in enumerate(texts, start=5)}
+    entries |= {f"ntkrl/a/beat/0{'/x' * n}": text for n, text in enumerate(texts, start=1)}
+    entries |= {"ntkrl/a/beat/": "[1, 1, 1]", "ntkrl/a/beat/1": '[3, 2, "a"]'}
+    entries |= {"ntkrl/b/beat/0": '[9, 9, "b"]', "ntkrl/b/verdict/0": "stop"}
+    entries |= {"ntkrl/a/exited/1": "", "ntkrl/a/exited/": "", "ntkrl/a/exited/x": ""}
+    monitor.client = Service(entries)
+    for text in texts:
+        monitor._update([("ntkrl/a/beat/0", text)], [])
+    read = monitor.client.key_value_dir_get
+    monitor._update(read("ntkrl/a/beat/"), read("ntkrl/a/verdict/"))
+    assert monitor.verdict is None and monitor.records[0].beat == -1
+    assert (monitor.records[1].beat, monitor.records[1].activity) == (3, "a")
+    assert monitor._indices("ntkrl/a/exited/") == {1}

@@ -1,12 +1,15 @@
-"""Preemption: two processes save and stop together; one process stops by SIGTERM alone."""
+"""Preemption: signals are noted at once; two processes save and stop together."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
-from ntkrl import runtime
+import pytest
+
+from ntkrl import runtime, signals
 
 TOGETHER = """
 import os, signal, sys, time, jax
@@ -14,12 +17,12 @@ from ntkrl import runtime
 with runtime.distributed_session(), runtime.PreemptionNotice() as notice:
     for step in range(1, 400):
         if step == 3 and jax.process_index() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), int(sys.argv[1]))
         if notice.reached(step):
             break
         time.sleep(0.02 * (1 + jax.process_index()))
 left = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-print("left after", step, left, flush=True)
+print("left after", step, left, notice.signal_name(), flush=True)
 """
 
 
@@ -62,31 +65,58 @@ with runtime.distributed_session():
 
 
 LEAVING = """
-import os, signal
+import os, signal, sys, time
 from ntkrl import runtime
 from ntkrl.runtime import preemption
 
+first, later = int(sys.argv[1]), int(sys.argv[2])
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with runtime.PreemptionNotice() as notice:
+    os.kill(os.getpid(), first)
     os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
-    print(notice.reached(1), flush=True)
-    notice.received_at -= preemption.DUPLICATE_SECONDS
-    os.kill(os.getpid(), signal.SIGTERM)
+    print(notice.reached(1), notice.signal_name(), flush=True)
+    time.sleep(0.5)
+    if later != signal.SIGINT:
+        notice.first_time -= preemption.DUPLICATE_SECONDS
+    os.kill(os.getpid(), later)
+    time.sleep(20)
     print("still here")
 """
+LATER = [
+    (signal.SIGTERM, signal.SIGTERM, -signal.SIGTERM),
+    (signal.SIGINT, signal.SIGINT, 130),
+]
 
 
-def test_sigterm_sent_twice_is_one_request():
-    """law: a SIGTERM is noted, its copy ignored, and a later one ends; afterwards as before."""
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("sent", signals.ENDING)
+def test_a_signal_is_noted(sent, capfd):
+    """law: SIGTERM, SIGHUP and SIGINT alike, by name and in words; afterwards as before."""
+    before = signal.signal(sent, signal.default_int_handler)  # a suite under nohup ignores one
     with runtime.PreemptionNotice() as notice:
-        assert not notice.reached(0)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert notice.reached(1) and notice.reached(2)
-    assert signal.getsignal(signal.SIGTERM) == before
-    command = [sys.executable, "-c", LEAVING]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (child.stdout, child.returncode) == ("True\n", -signal.SIGTERM)
+        assert not notice.reached(0) and notice.received is None
+        os.kill(os.getpid(), sent)
+        assert notice.reached(1) and notice.reached(2) and notice.signal_name() == sent.name
+        text, deadline = "", time.monotonic() + 10
+        while "press Ctrl-C again" not in text and time.monotonic() < deadline:
+            time.sleep(0.01)
+            text += capfd.readouterr().err
+    assert signal.getsignal(sent) == signal.default_int_handler
+    signal.signal(sent, before)
+    assert text.startswith(f"{sent.name}: finishing the current rollout step"), text
+
+
+def test_a_later_signal_ends():
+    """law: a copy within seconds is ignored, a later one ends, and a second SIGINT at any time."""
+    commands = [[sys.executable, "-c", LEAVING, *map(str, map(int, case[:2]))] for case in LATER]
+    children = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    for child, (first, _, status) in zip(children, LATER, strict=True):
+        output, error = child.communicate(timeout=120)
+        assert (output, child.returncode) == (f"True {first.name}\n", status), error
+        assert error.count("finishing the current rollout step") == 1
 
 
 def two(program, *arguments):
@@ -114,10 +144,14 @@ def two(program, *arguments):
     return [child.communicate(timeout=120)[0].strip().splitlines() for child in children]
 
 
-def test_two_processes_leave_after_the_same_step():
-    """law: a SIGTERM of one of two processes makes both leave, after one step they agree on."""
-    steps = [printed[-1] for printed in two(TOGETHER)]
-    assert steps[0] == steps[1] and steps[0].endswith("True"), steps
+# SIGINT is passed on as SIGTERM
+@pytest.mark.parametrize(
+    "sent", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
+def test_two_processes_leave_after_the_same_step(sent):
+    """law: a signal to one of two processes makes both leave, after one step they agree on."""
+    steps = [printed[-1] for printed in two(TOGETHER, int(sent))]
+    assert steps[0] == steps[1] and steps[0].endswith(f"True {sent.name}"), steps
     assert 3 < int(steps[0].split()[2]) < 399
 
 

@@ -148,15 +148,16 @@ def test_killed_at_many_moments(base, children, uninterrupted, tmp_path, capsys)
     assert in_save > 5
 
 
-def stopped(children, command, run, changes, **settings):
-    """Start a command, send SIGTERM after some changes of its run directory; return its step."""
+def stopped(children, command, run, changes, sent=signal.SIGTERM, **settings):
+    """Start a command, send a signal after some changes of its run directory; return its step."""
     child = children.start(command, **settings)
     await_changes(run, changes)
-    os.kill(child, signal.SIGTERM)
+    os.kill(child, sent)
     status, output = children.wait()
     assert status == 75, output
     step = int(lines(run)[-1]["rollout_step"])
-    assert f"stopped by SIGTERM; saved step {step}; run the same command again" in output
+    assert f"stopped by {sent.name}; saved step {step}; run the same command again" in output
+    assert f"{sent.name}: finishing the current rollout step, to save and stop; press" in output
     assert "Traceback" not in output and not half_written(run)
     assert (run / "checkpoints" / str(step)).exists()
     return step
@@ -208,7 +209,7 @@ def test_damaged_checkpoints(base, children, uninterrupted, tmp_path):
     """story: a damaged checkpoint is reported and moved aside, and the one before is restored."""
     run, other = tmp_path / "run", tmp_path / "other"
     kept = "--config.checkpoint.keep=3"
-    step = stopped(children, arguments(base, run, kept), run, 20)
+    step = stopped(children, arguments(base, run, kept), run, 20, signal.SIGINT)
     damage(run / "checkpoints" / str(step))
     shutil.rmtree(run / "checkpoints" / str(step - 1))
     (run / "checkpoints" / str(step - 1)).mkdir()
