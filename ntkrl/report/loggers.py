@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import secrets
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,6 +101,24 @@ def open_loggers(
     return [Aliased(logger, settings.aliases) for logger in loggers]
 
 
+QUEUE_SIZE = 2**20
+"""Values that wait to be written: a full queue would block for ever once its thread has failed."""
+
+_thread_errors: dict[threading.Thread | None, BaseException | None] = {}
+_default_hook = threading.excepthook
+
+
+def _record_error(event: threading.ExceptHookArgs) -> None:
+    """Keep the error of a thread that writes event files for the main thread, which reports it."""
+    if event.thread in _thread_errors and isinstance(event.exc_value, OSError):
+        _thread_errors[event.thread] = event.exc_value
+    else:
+        _default_hook(event)
+
+
+threading.excepthook = _record_error
+
+
 class TensorBoard:
     """Event files; a resumed run hides the steps that it repeats.
 
@@ -111,17 +130,25 @@ class TensorBoard:
         import tensorboardX
 
         # numbered: files begun within one second would overwrite each other
-        number = len(list(directory.glob("events.*")))
+        number, others = len(list(directory.glob("events.*"))), set(threading.enumerate())
         self._writer = tensorboardX.SummaryWriter(
             str(directory),
             purge_step=resume_step + 1,
             flush_secs=1,
             filename_suffix=f".{number:03d}",
+            max_queue=QUEUE_SIZE,
         )
-        self._texts: dict[str, str] = {}
+        self._directory, self._texts = directory, dict[str, str]()
+        self._threads = [thread for thread in threading.enumerate() if thread not in others]
+        _thread_errors.update(dict.fromkeys(self._threads))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write numbers as scalars, and a text where it has changed."""
+        """Write numbers as scalars, and a text where it has changed.
+
+        Raises:
+          OSError: the thread that writes the file has failed.
+        """
+        self._check()
         for name, value in values.items():
             if not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
@@ -130,8 +157,26 @@ class TensorBoard:
                 self._writer.add_text(name, value, step)
 
     def close(self, failed: bool) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        """Flush and close the event file; an error is not raised if another is under way."""
+        try:
+            self._check()
+            self._writer.close()
+            self._check()
+        except OSError:
+            if not failed:
+                raise
+        finally:
+            for thread in self._threads:
+                _thread_errors.pop(thread, None)
+
+    def _check(self) -> None:
+        for thread in self._threads:
+            error = _thread_errors.get(thread)
+            if error is not None:
+                raise OSError(
+                    f"the event file in {self._directory} cannot be written: {error}; free disk "
+                    "space and run the same command again."
+                ) from error
 
 
 class WeightsAndBiases:

@@ -16,20 +16,28 @@ from tests.hosts import free_port
 HOST = socket.gethostname()
 
 
+def meet(*arguments):
+    """Return the meeting of a rendezvous; close its links."""
+    meeting, links = rendezvous(*arguments)
+    for link in links.values():
+        link.close()
+    return meeting
+
+
 def meetings(numbers, counts, seconds=20.0, before=None, runs=None, host="127.0.0.1"):
     """Run a rendezvous in threads; return each one's result or error."""
     port = free_port()
     runs = ["train runs/rl"] * len(numbers) if runs is None else runs
 
-    def meet(number, count, run):
+    def attempt(number, count, run):
         try:
-            return rendezvous(f"{host}:{port}", Hello(number, count, HOST, run), seconds)
+            return meet(f"{host}:{port}", Hello(number, count, HOST, run), seconds)
         except (StartupTimeoutError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 
     with ThreadPoolExecutor(len(numbers) + 1) as pool:
         stranger = None if before is None else pool.submit(before, port)
-        results = list(pool.map(meet, numbers, counts, runs))
+        results = list(pool.map(attempt, numbers, counts, runs))
         if stranger is not None:
             stranger.result()
         return results
@@ -89,7 +97,7 @@ def test_strangers_come_first():
     port, visitors = free_port(), []
     address, run = f"127.0.0.1:{port}", "train runs/rl"
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(rendezvous, address, Hello(0, 2, HOST, run), 20.0)
+        first = pool.submit(meet, address, Hello(0, 2, HOST, run), 20.0)
         visitors += [connection(port) for _ in range(400)]
         for text in SENT.values():
             visitors.append(connection(port))
@@ -97,7 +105,7 @@ def test_strangers_come_first():
                 visitors[-1].sendall(text)
         visitors[0].close()
         begun = time.monotonic()
-        second = pool.submit(rendezvous, address, Hello(1, 2, HOST, run), 20.0)
+        second = pool.submit(meet, address, Hello(1, 2, HOST, run), 20.0)
         assert first.result() == second.result() and first.result().hosts == [HOST] * 2
     assert time.monotonic() - begun < 3
     for visitor in visitors:
@@ -180,7 +188,7 @@ def test_addresses_that_process_0_cannot_listen_on(case):
     """law: they are refused with the way out; nothing listens on all interfaces instead."""
     host, message = case
     with pytest.raises(ValueError, match=message):
-        rendezvous(f"{host}:{free_port()}", Hello(0, 2, HOST, ""), 1.0)
+        meet(f"{host}:{free_port()}", Hello(0, 2, HOST, ""), 1.0)
 
 
 def test_an_address_behind_another(monkeypatch):
@@ -188,6 +196,6 @@ def test_an_address_behind_another(monkeypatch):
     monkeypatch.setenv(module.BIND_VARIABLE, "127.0.0.1")
     monkeypatch.setattr(module, "_connect", None)
     address = f"198.51.100.1:{free_port()}"
-    meeting = rendezvous(address, Hello(0, 1, HOST, ""), 1.0)
+    meeting = meet(address, Hello(0, 1, HOST, ""), 1.0)
     assert meeting.address == address and meeting.bind_address.startswith("127.0.0.1:")
     assert os.environ[module.BIND_VARIABLE] == "127.0.0.1"
