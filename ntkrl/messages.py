@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 MAX_PROBLEMS = 10
 
@@ -18,3 +19,16 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return "; did you mean …?" with the known name most similar to a wrong one, or ""."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def quoted(value: Any, width: int = 80) -> str:
+    """Return a value as Python writes it, cut to a width; a file's value may be megabytes."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def joined(problems: Iterable[str], separator: str = "; ", most: int = 20) -> str:
+    """Return the distinct problems in one line, at most so many and the number of others."""
+    distinct = list(dict.fromkeys(problems))
+    text = separator.join(distinct[:most])
+    return text + (f"{separator}and {len(distinct) - most} more" if len(distinct) > most else "")

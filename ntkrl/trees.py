@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -33,6 +34,12 @@ def names(tree: Params) -> list[str]:
 def named_leaves(tree: Params) -> dict[str, Any]:
     """Return `{name: leaf}` in leaf order."""
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def not_finite(tree: Params) -> list[str]:
+    """Return the names of the leaves that hold NaN or infinity."""
+    finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))(tree)
+    return [name for name, each in named_leaves(finite).items() if not each]
 
 
 def same_structure(first: Params, second: Params) -> bool:

@@ -18,7 +18,7 @@ FLOORS = [
         "run_lock",
     },
     {"signals"},
-    {"softmax"},
+    {"softmax", "json_files"},
     {"models", "scoring", "ntk", "runtime"},
     # one pipeline, in order: a room may import those before it
     {"data"},

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from ntkrl import data
+from ntkrl import data, durable_files
 from ntkrl.models import build, export, write_new_scorer
 
 QUESTIONS = ("{}+{}=", "Add {} and {}.", "What is {} plus {}?", "Sum of {}, {}?")
@@ -58,12 +58,10 @@ def write(directory: Path) -> None:
     if directory.exists():
         return
     data.import_pyarrow(directory)  # fail before any work is done
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    _write_models(partial)
-    _write_examples(partial / "alpaca_farm" / "alpaca_instructions")
-    _write_preferences(partial / "ultrafeedback_binarized")
-    partial.rename(directory)
+    with durable_files.replacing_directory(directory) as fresh:
+        _write_models(fresh)
+        _write_examples(fresh / "alpaca_farm" / "alpaca_instructions")
+        _write_preferences(fresh / "ultrafeedback_binarized")
 
 
 def _write_models(directory: Path) -> None:

@@ -33,9 +33,11 @@ from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted
 from ntkrl.data.prompts import PromptSet, join, read_prompts, read_set, validate_rows
 from ntkrl.data.published import Rows, files_of, import_pyarrow, read_rows
 from ntkrl.data.settings import DataSettings, split_names
+from ntkrl.data.tokenizer_files import needed_rows
 from ntkrl.data.tokens import (
     decode_completions,
     encode_completions,
+    encode_plain,
     encode_prompts,
     encode_texts,
     load_tokenizer,

@@ -12,11 +12,12 @@
 the shards `DIR/data/NAME-00000-of-00002.parquet` and `DIR/data/NAME-00001-of-00002.parquet`.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ntkrl.json_files import parse_json
 
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 ENDINGS = (".jsonl", ".json", ".parquet")
@@ -195,8 +196,8 @@ def read_bytes(path: Path) -> bytes:
 def _read_json(path: Path) -> Any:
     content = read_bytes(path)
     try:
-        return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(content.decode("utf-8"), finite=False)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}).") from error
 
 
@@ -290,10 +291,10 @@ def _json_lines(path: Path) -> Rows:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw.decode("utf-8"))
+            row = parse_json(raw.decode("utf-8"), finite=False)
         except UnicodeDecodeError as error:
             problems.append((line, f"not UTF-8 (byte {error.start}); save the file as UTF-8"))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             problems.append((line, f"malformed JSON: {error}"))
         else:
             if isinstance(row, dict):

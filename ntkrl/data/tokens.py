@@ -5,6 +5,7 @@ own start token (a BOS) where it writes one, a conversation with what the chat t
 Nothing is truncated silently.
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from ntkrl.data.chat import (
     turn_end_id,
 )
 from ntkrl.data.prompts import PromptSet
+from ntkrl.data.tokenizer_files import (
+    VOCABULARIES,
+    check_tokenizer_files,
+    open_tokenizer,
+    token_ids,
+)
 from ntkrl.messages import listed
 from ntkrl.types import Array
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -36,29 +41,19 @@ def load_tokenizer(path: str | Path) -> Any:
         `tokenizer_config.json`.
 
     Raises:
-      ValueError: no such directory, no tokenizer files, files that do not load (such as those
-        that need remote code), or no end-of-sequence token.
+      ValueError: no such directory, no tokenizer files, files that are too large or do not load
+        (such as those that need remote code), or no end-of-sequence token.
     """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give the directory of tokenizer.json.")
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
+    if not any((path / name).exists() for name in VOCABULARIES):
         raise ValueError(
             f"{path} has no tokenizer; expected tokenizer.json and tokenizer_config.json (or a "
-            f"vocabulary: {', '.join(TOKENIZER_FILES[1:])}). Copy them from the model's source."
+            f"vocabulary: {', '.join(VOCABULARIES[1:])}). Copy them from the model's source."
         )
-    # a local import, since transformers takes seconds to import
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers raises bare Exception for malformed files
-        raise ValueError(
-            f"{path}: the tokenizer does not load ({type(error).__name__}: {error}). "
-            "Remote code is never run; tokenizer.json must be complete."
-        ) from error
+    check_tokenizer_files(path)
+    tokenizer = open_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{path}: the tokenizer has no end-of-sequence token, so no completion could end; "
@@ -88,7 +83,7 @@ def encode_prompts(
     """
     source = prompt_set.source
     if prompt_set.conversational:
-        encoded = _encode(tokenizer, _render_prompts(tokenizer, prompt_set), source, "prompt")
+        encoded = encode_plain(tokenizer, _render_prompts(tokenizer, prompt_set), source, "prompt")
     else:
         encoded = encode_texts(tokenizer, [str(text) for text in prompt_set.prompts], source)
     problems = [f"row {row}: no tokens" for row, ids in enumerate(encoded) if not ids]
@@ -112,11 +107,11 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], source: str = "text") -> 
     Raises:
       ValueError: texts that cannot be encoded, all of them in one message.
     """
-    encoded = _encode(tokenizer, texts, source, "prompt")
+    encoded = encode_plain(tokenizer, texts, source, "prompt")
     row = next((row for row, ids in enumerate(encoded) if ids), None)
     if row is None:
         return encoded
-    ids, complete = encoded[row], tokenizer(texts[row], verbose=False)["input_ids"]
+    ids, complete = encoded[row], token_ids(tokenizer, texts[row], special=True)
     places = range(len(complete) - len(ids) + 1)
     start = next((at for at in places if complete[at : at + len(ids)] == ids), 0)
     first = list(complete[:start])
@@ -154,9 +149,9 @@ def encode_completions(
     else:
         starts = [str(prompt) for prompt in prompt_set.prompts]
     pairs = list(zip(starts, completions, strict=True))
-    start_ids = _encode(tokenizer, starts, source, "prompt")
+    start_ids = encode_plain(tokenizer, starts, source, "prompt")
     joined = [start + completion for start, completion in pairs]
-    joined_ids = _encode(tokenizer, joined, source, "completion")
+    joined_ids = encode_plain(tokenizer, joined, source, "completion")
     encoded, problems = [], []
     for row, (first, both) in enumerate(zip(start_ids, joined_ids, strict=True)):
         ids = _continuation(tokenizer, first, both, completions[row])
@@ -256,16 +251,24 @@ def _render(
     return map_rows(write, conversations, template_errors(), message)
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], source: str, kind: str) -> list[list[int]]:
-    def ids(text: str | list[str]) -> Any:
-        # templates write special tokens themselves; the caller checks lengths
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def encode_plain(
+    tokenizer: Any, texts: Sequence[str], source: str, kind: str = "text"
+) -> list[list[int]]:
+    """Return the token ids of texts without special tokens, of any length.
 
+    Args:
+      tokenizer: from `load_tokenizer`.
+      texts: may hold special tokens, as those of a chat template do.
+      source, kind: of the texts, for messages.
+
+    Raises:
+      ValueError: texts that cannot be encoded, all of them in one message.
+    """
     try:
-        return ids(list(texts))
-    except Exception:  # tokenizers raises bare Exception; encode by row to name the rows
+        return token_ids(tokenizer, list(texts))
+    except ValueError:  # encode by row to name the rows
         message = f"{source}: the tokenizer cannot encode the {kind} of"
-        return map_rows(lambda row: ids(texts[row]), texts, (Exception,), message)
+        return map_rows(lambda row: token_ids(tokenizer, texts[row]), texts, (ValueError,), message)
 
 
 def map_rows(
@@ -346,7 +349,9 @@ def _continuation(
         return joined[len(start) :]
 
     def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        with contextlib.suppress(ValueError):  # a line break may have no token
+            return token_ids(tokenizer, text)
+        return []
 
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, clean_up_tokenization_spaces=False)

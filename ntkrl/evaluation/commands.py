@@ -10,11 +10,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import durable_files, reward, runtime
+from ntkrl import durable_files, models, reward, runtime, trees
 from ntkrl.evaluation.comparison import mean_interval
 from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
+from ntkrl.json_files import read_object
 from ntkrl.json_values import readable
+from ntkrl.messages import joined
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import RunSetup, load_starting_model, set_up, training_facts
 from ntkrl.types import Params
@@ -45,7 +47,7 @@ def evaluate(
       ValueError: a mistake in the config or the files it names, nothing to evaluate on, another
         evaluation of the same name in progress, or what `export` raises.
     """
-    settings = read_settings(config)
+    settings = read_settings(config) if run is None else _saved_settings(run, config)
     if settings.method.reward_model:
         raise ValueError("evaluate samples completions; a reward model's accuracy is in its run.")
     directory, checkpoint = Path(config.run_dir), None
@@ -118,9 +120,12 @@ def export(run: str, out: str, step: int | str | None = None) -> None:
       step: rollout step of a checkpoint that was kept, "best", or None for the newest.
 
     Raises:
-      ValueError: no run there, no such checkpoint, or a damaged one.
+      ValueError: no run there, no such checkpoint, a damaged one, or an output directory whose
+        files would be lost.
     """
-    settings = read_settings(config_of(run))
+    _check_outside_runs(Path(out))
+    settings = _saved_settings(run, config_of(run))
+    models.check_target(Path(out), (settings.model.path,))
     checkpoint = SavedParams(run, settings, step)
     model = load_starting_model(settings, Path(run))
     facts = training_facts(settings, checkpoint.step)
@@ -128,19 +133,49 @@ def export(run: str, out: str, step: int | str | None = None) -> None:
     tqdm.write(f"step {checkpoint.step} of {run} written to {out}")
 
 
+def _check_outside_runs(out: Path) -> None:
+    """Refuse to export into a run directory, whose files belong to that run."""
+    target = out.resolve()
+    for directory in (target, *target.parents):
+        if (directory / "config.json").is_file() and (directory / "checkpoints").is_dir():
+            raise ValueError(
+                f"export: {out} is in the run directory {directory}; give a directory outside of "
+                "it."
+            )
+
+
 def config_of(run: str) -> ConfigDict:
     """Return the config of a run, for all devices here, which need not be those of the run.
 
     Raises:
-      ValueError: no run there.
+      ValueError: no run there, or a config.json that is not an object.
     """
     path = Path(run) / "config.json"
     if not path.is_file():
         raise ValueError(f"{run} is not a run directory: it has no config.json.")
-    config = runtime.from_json(json.loads(path.read_text(encoding="utf-8")))
-    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
-    config.run_dir = run
+    try:
+        config = runtime.from_json(read_object(path, finite=False))
+        config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+        config.run_dir = run
+    except (AttributeError, KeyError, TypeError) as error:  # of ConfigDict
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not the config of a run ({reason}).") from error
     return config
+
+
+def _saved_settings(run: str, config: ConfigDict) -> RunSettings:
+    """Read the settings of a config.json, which may be edited or of another version.
+
+    Raises:
+      ValueError: anything wrong with it.
+    """
+    try:
+        return read_settings(config)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{Path(run) / 'config.json'} is not the config of a run of this version "
+            f"({type(error).__name__}: {error}); train the run again."
+        ) from error
 
 
 class SavedParams:
@@ -177,13 +212,20 @@ class SavedParams:
           template: arrays or shapes with the structure, dtypes and shardings to restore.
         """
         try:
-            return self.checkpoints.restore_params(self.step, template)
+            params = self.checkpoints.restore_params(self.step, template)
         except runtime.CorruptCheckpointError as error:
             raise ValueError(
                 f"step {self.step} of {self.run} is damaged ({error}); {self.available}"
             ) from error
         finally:
             self.checkpoints.close()
+        wrong = trees.not_finite(params)
+        if wrong:
+            raise ValueError(
+                f"step {self.step} of {self.run} holds NaN or infinity in "
+                f"{joined(wrong, ', ', most=10)}; {self.available}"
+            )
+        return params
 
 
 def _write(

@@ -4,6 +4,7 @@ A family file reads its config.json into `decoder.Config` and lists its tensor n
 the modules into pure functions. Other rooms see nested dicts of arrays.
 """
 
+from ntkrl.models.hf_export import check_target
 from ntkrl.models.hf_files import HUB_NAME, generation_end_ids, local_directory, read_config
 from ntkrl.models.layers import REMAT
 from ntkrl.models.lora import CONFIG_FILE as ADAPTER_CONFIG

@@ -6,6 +6,7 @@ A new family is a module with its FAMILIES, imported and listed here.
 from pathlib import Path
 from typing import Any
 
+from ntkrl.messages import quoted
 from ntkrl.models import gemma, gpt, llama, mistral, olmo, phi, qwen, qwen_moe, smollm
 from ntkrl.models.family import Family
 
@@ -36,5 +37,6 @@ def family_of(raw: dict[str, Any], source: str | Path) -> Family:
         return FAMILIES[name]
     names = raw["architectures"] if "architectures" in raw else None
     raise ValueError(
-        f"{source}: architecture {names!r} is unknown; known are {', '.join(sorted(FAMILIES))}."
+        f"{source}: architecture {quoted(names)} is unknown; known are "
+        f"{', '.join(sorted(FAMILIES))}."
     )

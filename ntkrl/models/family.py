@@ -1,7 +1,7 @@
 """Description of a model family, and the reader of its config.json."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from ntkrl import trees
+from ntkrl.messages import joined, quoted
 from ntkrl.models.decoder import SHARDING, Config, Sharding, Transformer
 
 Table = tuple[tuple[str, str, bool], ...]
@@ -16,6 +17,11 @@ Table = tuple[tuple[str, str, bool], ...]
 transposed or not.
 
 Kernels are [in, out] here."""
+MOST_LAYERS, MOST_COLUMNS, MOST = 10_000, 2**20, 2**31 - 1
+"""Largest numbers of layers, of columns of a matrix, and of anything else that a config.json may
+declare. Lists of layers and shapes are made before the tensors are compared."""
+SMALLEST, LARGEST = 1e-38, 3e38
+"""Smallest positive number and largest number of float32, about."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +64,13 @@ class Family:
         """The head's stored name."""
         return self.weights[-1][1]
 
+    def read(self, raw: Mapping[str, Any], source: Any) -> Config:
+        """Parse config.json; errors name its directory, `source`."""
+        try:
+            return self.parse(raw)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
     def config_json(self, config: Config, dtype: Any) -> dict[str, Any]:
         """Return the config.json of a model: the entries it was read from, with what changed."""
         raw = {
@@ -82,12 +95,20 @@ class ConfigReader:
         self.problems: list[str] = []
 
     def integer(
-        self, name: str, default: int | None = None, least: int = 1, kind: str = "positive integer"
+        self,
+        name: str,
+        default: int | None = None,
+        least: int = 1,
+        kind: str = "positive integer",
+        most: int = MOST,
     ) -> int:
-        """Return an integer of at least `least`, required without a default."""
+        """Return an integer from `least` to `most`, required without a default."""
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self.problems.append(f"{name} must be a {kind}, not {value!r}")
+            self.problems.append(f"{name} must be a {kind}, not {quoted(value)}")
+            return least
+        if value > most:
+            self.problems.append(f"{name} must be at most {most}, not {quoted(value)}")
             return least
         return value
 
@@ -101,39 +122,46 @@ class ConfigReader:
             return None if self.raw[name] is None else self.integer(name)
         return default
 
-    def number(self, name: str, default: float) -> float:
-        """Return a number."""
-        return self.as_number(name, self._value(name), default)
+    def number(self, name: str, default: float, least: float | None = None) -> float:
+        """Return a number, at least `least`."""
+        return self.as_number(name, self._value(name), default, least)
 
-    def optional_number(self, name: str, default: float | None) -> float | None:
-        """Return a number, or None for null."""
+    def positive(self, name: str, default: float) -> float:
+        """Return a positive number."""
+        return self.as_number(name, self._value(name), default, SMALLEST)
+
+    def optional_positive(self, name: str, default: float | None) -> float | None:
+        """Return a positive number, or None for null."""
         if name in self.raw:
-            return None if self.raw[name] is None else self.number(name, 1.0)
+            return None if self.raw[name] is None else self.positive(name, 1.0)
         return default
 
     def boolean(self, name: str, default: bool) -> bool:
         """Return true or false."""
         value = self._value(name, default)
         if not isinstance(value, bool):
-            self.problems.append(f"{name} must be true or false, not {value!r}")
+            self.problems.append(f"{name} must be true or false, not {quoted(value)}")
             return default
         return value
 
-    def choice(self, name: str, default: str, allowed: Iterable[str]) -> str:
+    def choice(self, name: str, default: str, allowed: Collection[str]) -> str:
         """Return one of the allowed words."""
         value = self._value(name, default)
-        if value not in set(allowed):
-            self.problems.append(f"{name} {value!r} is not among {', '.join(sorted(allowed))}")
+        if not isinstance(value, str) or value not in allowed:
+            options = ", ".join(sorted(allowed))
+            self.problems.append(f"{name} {quoted(value)} is not among {options}")
             return default
         return value
 
-    def words(self, name: str, default: Sequence[str], allowed: Iterable[str]) -> list[str]:
+    def words(self, name: str, default: Sequence[str], allowed: Collection[str]) -> list[str]:
         """Return a list of allowed words of the length of the default."""
         value = self._value(name, list(default))
-        allowed, count = set(allowed), len(default)
-        if not isinstance(value, list) or len(value) != count or not allowed.issuperset(value):
+        count, valid = len(default), isinstance(value, list) and len(value) == len(default)
+        if not valid or not all(isinstance(word, str) and word in allowed for word in value):
             options = ", ".join(sorted(allowed))
-            self.problems.append(f"{name} must be a list of {count} among {options}, not {value!r}")
+            self.problems.append(
+                f"{name} must be a list of {count} among {options}, not {quoted(value)}"
+            )
             return list(default)
         return value
 
@@ -143,7 +171,8 @@ class ConfigReader:
         valid = isinstance(value, list) and all(flag in (0, 1) for flag in value)
         if not valid or len(value) < len(default):
             self.problems.append(
-                f"{name} must be a list of at least {len(default)} zeros and ones, not {value!r}"
+                f"{name} must be a list of at least {len(default)} zeros and ones, not "
+                f"{quoted(value)}"
             )
             return list(default)
         return [bool(flag) for flag in value[: len(default)]]
@@ -152,7 +181,7 @@ class ConfigReader:
         """Refuse any value but the supported one."""
         value = self._value(name)
         if value is not None and value != only:
-            self.problems.append(f"{name} {value!r} is not supported, only {only!r}")
+            self.problems.append(f"{name} {quoted(value)} is not supported, only {only!r}")
 
     def divides(self, total_name: str, total: int, part_name: str, part: int) -> None:
         """Refuse a total that is not a multiple of a part."""
@@ -163,7 +192,7 @@ class ConfigReader:
         """Return a sub-object, or None for null."""
         value = self._value(name)
         if value is not None and not isinstance(value, Mapping):
-            self.problems.append(f"{name} must be an object, not {value!r}")
+            self.problems.append(f"{name} must be an object, not {quoted(value)}")
             return None
         return value
 
@@ -180,15 +209,25 @@ class ConfigReader:
     def finish_file(self, label: str) -> None:
         """Raise one ValueError with all problems of a file, if there are any."""
         if self.problems:
-            raise ValueError(f"{label}: " + "; ".join(dict.fromkeys(self.problems)) + ".")
+            raise ValueError(f"{label}: {joined(self.problems)}.")
 
     def _value(self, name: str, default: Any = None) -> Any:
         value = self.raw[name] if name in self.raw else None
         return default if value is None else value
 
-    def as_number(self, name: str, value: Any, default: float | None) -> float:
-        value = default if value is None else value
+    def as_number(
+        self, name: str, value: Any, default: float | None, least: float | None = None
+    ) -> float:
+        """Return a number that float32 holds, of at least `least`; 1 or the default for others."""
+        value, fallback = default if value is None else value, 1.0 if default is None else default
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.problems.append(f"{name} must be a number, not {value!r}")
-            return 1.0 if default is None else default
+            self.problems.append(f"{name} must be a number, not {quoted(value)}")
+            return fallback
+        if not abs(value) <= LARGEST:
+            self.problems.append(f"{name} must be a finite number, not {quoted(value)}")
+            return fallback
+        if least is not None and value < least:
+            bound = "positive" if least == SMALLEST else f"at least {least}"
+            self.problems.append(f"{name} must be {bound}, not {quoted(value)}")
+            return fallback
         return float(value)

@@ -23,7 +23,7 @@ def parse(generation: int, raw: Mapping[str, Any]) -> Config:
     reader = ConfigReader(raw)
     sizes = llama.read_sizes(reader, 256, 4)
     sizes["hidden_act"] = reader.choice("hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS)
-    sizes["query_scale"] = reader.number("query_pre_attn_scalar", 256.0) ** -0.5
+    sizes["query_scale"] = reader.positive("query_pre_attn_scalar", 256.0) ** -0.5
     every = 2 if generation == 2 else reader.integer("sliding_window_pattern", 6)
     default = [
         llama.SLIDING if (i + 1) % every else llama.FULL for i in range(sizes["num_hidden_layers"])
@@ -37,7 +37,7 @@ def parse(generation: int, raw: Mapping[str, Any]) -> Config:
     reader.fixed("use_bidirectional_attention", False)
     bias = reader.boolean("attention_bias", False)
     score_cap, logit_cap = (50.0, 30.0) if generation == 2 else (None, None)
-    score_cap = reader.optional_number("attn_logit_softcapping", score_cap)
+    score_cap = reader.optional_positive("attn_logit_softcapping", score_cap)
     config = Config(
         architecture=f"Gemma{generation}ForCausalLM",
         **sizes,
@@ -51,7 +51,7 @@ def parse(generation: int, raw: Mapping[str, Any]) -> Config:
         embedding_scale=sizes["hidden_size"] ** 0.5,
         # the reference ignores it in Gemma 3
         attn_logit_softcapping=score_cap if generation == 2 else None,
-        final_logit_softcapping=reader.optional_number("final_logit_softcapping", logit_cap),
+        final_logit_softcapping=reader.optional_positive("final_logit_softcapping", logit_cap),
         extra={"model_type": "gemma2" if generation == 2 else "gemma3_text", **raw},
     )
     reader.finish(f"Gemma {generation}")

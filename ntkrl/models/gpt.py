@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ntkrl.models.decoder import Config, LayerKind
-from ntkrl.models.family import ConfigReader, Family, Table
+from ntkrl.models.family import MOST_COLUMNS, MOST_LAYERS, ConfigReader, Family, Table
 from ntkrl.models.layers import ACTIVATIONS
 from ntkrl.models.rope_config import RopeRules, read_rope
 
@@ -62,13 +62,15 @@ NEOX_IGNORED = (
 def parse_gpt2(raw: Mapping[str, Any]) -> Config:
     """Read the config.json of GPT-2."""
     reader = ConfigReader(raw)
-    width, heads = reader.integer("n_embd"), reader.integer("n_head")
+    width = reader.integer("n_embd", most=MOST_COLUMNS)
+    heads = reader.integer("n_head", most=MOST_COLUMNS)
     reader.divides("n_embd", width, "n_head", heads)
     head_dim = max(width // heads, 1)
     reader.refuse_variants()
     reader.fixed("add_cross_attention", False)
     reader.fixed("scale_attn_by_inverse_layer_idx", False)
-    scaled, count = reader.boolean("scale_attn_weights", True), reader.integer("n_layer")
+    scaled = reader.boolean("scale_attn_weights", True)
+    count = reader.integer("n_layer", most=MOST_LAYERS)
     config = Config(
         architecture=GPT2,
         vocab_size=reader.integer("vocab_size"),
@@ -77,10 +79,10 @@ def parse_gpt2(raw: Mapping[str, Any]) -> Config:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=head_dim,
-        intermediate_size=reader.integer("n_inner", 4 * width),
+        intermediate_size=reader.integer("n_inner", 4 * width, most=4 * MOST_COLUMNS),
         max_position_embeddings=reader.integer("n_positions"),
         hidden_act=reader.choice("activation_function", "gelu_new", ACTIVATIONS),
-        norm_eps=reader.number("layer_norm_epsilon", 1e-5),
+        norm_eps=reader.number("layer_norm_epsilon", 1e-5, least=0.0),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", True),
         initializer_range=reader.number("initializer_range", 0.02),
         kinds=(LayerKind(None),),
@@ -100,13 +102,15 @@ def parse_gpt2(raw: Mapping[str, Any]) -> Config:
 def parse_neox(raw: Mapping[str, Any]) -> Config:
     """Read the config.json of GPT-NeoX, in either spelling of the rotary settings."""
     reader = ConfigReader(raw)
-    width, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    width = reader.integer("hidden_size", most=MOST_COLUMNS)
+    heads = reader.integer("num_attention_heads", most=MOST_COLUMNS)
     reader.divides("hidden_size", width, "num_attention_heads", heads)
     head_dim = max(width // heads, 1)
     reader.refuse_variants()
     reader.fixed("head_dim", head_dim)
     rope = read_rope(reader, head_dim, ROPE)
-    count, bias = reader.integer("num_hidden_layers"), reader.boolean("attention_bias", True)
+    count = reader.integer("num_hidden_layers", most=MOST_LAYERS)
+    bias = reader.boolean("attention_bias", True)
     config = Config(
         architecture=NEOX,
         vocab_size=reader.integer("vocab_size"),
@@ -115,10 +119,10 @@ def parse_neox(raw: Mapping[str, Any]) -> Config:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=head_dim,
-        intermediate_size=reader.integer("intermediate_size"),
+        intermediate_size=reader.integer("intermediate_size", most=MOST_COLUMNS),
         max_position_embeddings=reader.integer("max_position_embeddings"),
         hidden_act=reader.choice("hidden_act", "gelu", ACTIVATIONS),
-        norm_eps=reader.number("layer_norm_eps", 1e-5),
+        norm_eps=reader.number("layer_norm_eps", 1e-5, least=0.0),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", False),
         initializer_range=reader.number("initializer_range", 0.02),
         kinds=(LayerKind(rope),),

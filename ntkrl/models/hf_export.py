@@ -1,12 +1,18 @@
 """Writing of Hugging Face directories: config.json, safetensors, and the files beside them.
 
-Writing goes to a temporary directory that then replaces the target.
+A directory is written beside its place and then exchanged for what is there. Only a directory that
+is empty, or that holds an earlier export and nothing else, is replaced: an export lists its files
+with their checksums, and so any other file or later change is seen.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +21,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ntkrl import trees
+from ntkrl.durable_files import replacing_directory
+from ntkrl.json_files import read_object
+from ntkrl.messages import MAX_PROBLEMS
 from ntkrl.models.family import Table
-from ntkrl.models.hf_files import (
-    CARD,
-    MODEL_FILES,
-    STEM,
-    TOKENIZER_FILES,
-    index_path,
-    tensor_names,
-)
+from ntkrl.models.hf_files import CARD, MODEL_FILES, STEM, TOKENIZER_FILES, index_path
+from ntkrl.models.tensor_map import tensor_names
+
+MANIFEST = ".ntkrl-export.json"
+"""File of every export: file name → SHA-256."""
 
 
 def gather_tensors(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -62,12 +68,52 @@ class Companions:
         for source, patterns in ((self.model, MODEL_FILES), (self.tokenizer, TOKENIZER_FILES)):
             if source is None:
                 continue
-            for path in [path for pattern in patterns for path in Path(source).glob(pattern)]:
+            paths = [path for pattern in patterns for path in Path(source).glob(pattern)]
+            for path in paths:
+                if not path.is_file():  # neither a pipe nor a folder is copied
+                    continue
                 target = directory / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
         if self.card is not None:
             (directory / CARD).write_text(self.card, encoding="utf-8")
+
+
+def check_target(directory: Path, sources: Sequence[str | Path | None]) -> None:
+    """Refuse to export to a directory whose files would be lost.
+
+    Args:
+      directory: to be written.
+      sources: directories that the export is made from; None for none.
+
+    Raises:
+      ValueError: a symbolic link, or a file; a directory with other files than those of an earlier
+        export, or with such files that were changed; one of the sources, or around or inside one.
+    """
+    fix = "give a directory that does not exist, that is empty, or that holds an earlier export"
+    if directory.is_symlink():
+        raise ValueError(f"export: {directory} is a symbolic link; {fix}.")
+    target = directory.resolve()
+    for source in sources:
+        base = None if source is None else Path(source).resolve()
+        if base is not None and (
+            target == base or target in base.parents or base in target.parents
+        ):
+            raise ValueError(
+                f"export: {directory} is, holds or is inside {source}, which the model was read "
+                f"from; {fix}."
+            )
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ValueError(f"export: {directory} is not a directory; {fix}.")
+    strangers = list(itertools.islice(_strangers(directory), MAX_PROBLEMS + 1))
+    if strangers:
+        more = ", …" if len(strangers) > MAX_PROBLEMS else ""
+        raise ValueError(
+            f"export: {directory} holds files that no export wrote, or that were changed since: "
+            f"{', '.join(strangers[:MAX_PROBLEMS])}{more}; move them, or {fix}."
+        )
 
 
 def write_model(
@@ -81,29 +127,26 @@ def write_model(
     """Write a model directory atomically, in process 0.
 
     Args:
-      directory: target; an existing model there is replaced.
+      directory: target; an earlier export there is replaced.
       config: entries of config.json.
       tensors: stored name → array.
       companions: files to write beside them.
       shard_bytes: largest shard; several shards get an index.
       files: names of the config, and of the file of tensors without its ending.
+
+    Raises:
+      ValueError: as `check_target`.
     """
     if jax.process_index() != 0:
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    check_target(directory, (companions.tokenizer, companions.model))
     config_file, stem = files
-    fresh = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    companions.write(fresh)
-    (fresh / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _write_tensors(fresh, tensors, shard_bytes, stem)
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    fresh.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_directory(directory) as fresh:
+        companions.write(fresh)
+        (fresh / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _write_tensors(fresh, tensors, shard_bytes, stem)
+        digests = {name: _digest(fresh / name) for name in _names(fresh)}
+        (fresh / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n")
 
 
 def _write_tensors(
@@ -126,3 +169,33 @@ def _write_tensors(
     size = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     index_path(directory, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _strangers(directory: Path) -> Iterator[str]:
+    """Yield the files and folders of a directory that are not those of an export to the byte."""
+    digests: dict[str, Any] = {}
+    if (directory / MANIFEST).is_file():
+        with contextlib.suppress(ValueError):  # then all files are strangers
+            digests = read_object(directory / MANIFEST)
+    for name in _names(directory):
+        path = directory / name
+        if path.is_symlink() or not path.is_file():
+            yield name
+        elif not (digests and name == MANIFEST) and digests.get(name) != _digest(path):
+            yield name
+
+
+def _names(directory: Path) -> Iterator[str]:
+    """Yield the names of all files, links and empty folders below a directory, sorted."""
+    for parent, folders, files in os.walk(directory):
+        folders.sort()
+        path = Path(parent).relative_to(directory)
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        if not files and not folders and path != Path("."):
+            yield path.as_posix()
+        yield from ((path / name).as_posix() for name in sorted([*files, *links]))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

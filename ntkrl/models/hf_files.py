@@ -5,11 +5,8 @@ Nothing executable is read. Every missing, misshapen or unknown tensor is in one
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ntkrl.models.family import Family
+from ntkrl.json_files import read_object
+from ntkrl.messages import joined, quoted
+from ntkrl.models.family import MOST, Family
+from ntkrl.models.tensor_map import LAYER, TensorMap, count_names, tensor_names
 
 STEM = "model"  # of file names of tensors
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -45,9 +45,8 @@ TOKENIZER_FILES = (
 )
 MODEL_FILES = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 CARD = "README.md"  # the model card
-LAYER, EXPERT = "{i}", "{e}"  # placeholders of numbers in names of stacked tensors
-ALIGNMENT = 64  # bytes, for XLA to adopt host memory without a copy
 ROWS_COMPARED = 4096  # at a time, of two tables
+LONGEST_NAME = 200  # of a file, in characters
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -86,18 +85,6 @@ def local_directory(path: str | Path) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-      ValueError: invalid JSON; the message names the file and the position.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); write the model again.") from error
-
-
 def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json of a model directory.
 
@@ -111,12 +98,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     path = directory / "config.json"
     if not path.is_file():
-        names = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
+        entries = sorted(entry.name for entry in directory.iterdir())
+        names = joined(entries, ", ") or "nothing"
         raise ValueError(f"{directory} has no config.json; it holds {names}.")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(raw).__name__}.")
-    return raw
+    return read_object(path)
 
 
 def generation_end_ids(directory: str | Path) -> tuple[int, ...]:
@@ -129,13 +114,13 @@ def generation_end_ids(directory: str | Path) -> tuple[int, ...]:
       ValueError: entries that are not token ids.
     """
     path = Path(directory) / "generation_config.json"
-    raw = read_json(path) if path.is_file() else read_config(Path(directory))
-    value = raw.get("eos_token_id") if isinstance(raw, dict) else raw
+    raw = read_object(path) if path.is_file() else read_config(Path(directory))
+    value = raw["eos_token_id"] if "eos_token_id" in raw else None
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in ids):
+    if not all(type(each) is int and 0 <= each <= MOST for each in ids):
         raise ValueError(
             f"{path if path.is_file() else path.with_name('config.json')}: eos_token_id must be a "
-            f"token id or a list of them, not {value!r:.60}."
+            f"token id or a list of them, not {quoted(value)}."
         )
     return tuple(ids)
 
@@ -155,15 +140,22 @@ def tensor_files(directory: Path, stem: str = STEM) -> dict[str, Path]:
     if single.is_file():  # as transformers does, whatever an index beside it says
         return {name: single for name in stored_names(single)}
     if index.is_file():
-        raw = read_json(index)
-        if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
+        raw = read_object(index)
+        weight_map = raw["weight_map"] if "weight_map" in raw else None
+        if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map object; write the model again.")
-        return _indexed_files(index, raw["weight_map"])
+        wrong = [value for value in weight_map.values() if not isinstance(value, str)]
+        if wrong:
+            raise ValueError(
+                f"{index}: weight_map must give a file name for every tensor, not "
+                f"{quoted(wrong[0])}; write the model again."
+            )
+        return _indexed_files(index, weight_map)
     pickles = sorted(e.name for e in directory.iterdir() if e.suffix in PICKLES)
     if pickles:
         raise ValueError(
-            f"{directory} holds only pickle checkpoints ({', '.join(pickles)}), which can run code "
-            "when read and are refused. Save it with transformers' "
+            f"{directory} holds only pickle checkpoints ({joined(pickles, ', ')}), which can run "
+            "code when read and are refused. Save it with transformers' "
             "model.save_pretrained(path, safe_serialization=True)."
         )
     raise ValueError(f"{directory} holds neither {single.name} nor {index.name}.")
@@ -206,6 +198,13 @@ def check_tensors(
     """
     located = _with_prefix(tensor_files(directory, stem), family)
     rows = {ours: (name, flip) for ours, name, flip in family.weights if ours in shapes}
+    for ours, (name, _) in rows.items():
+        count = count_names(name, shapes[ours])
+        if count > len(located):  # names of so many tensors might not fit into memory
+            raise ValueError(
+                f"{directory}: its config.json declares {count} tensors {name}, but the files hold "
+                f"{len(located)} tensors in all; copy the files of one model."
+            )
     groups = {ours: tensor_names(name, shapes[ours]) for ours, (name, _) in rows.items()}
     known = {name for group in groups.values() for name in group.flat}
     problems = [f"{name} is missing" for name in sorted(known - set(located))]
@@ -223,9 +222,9 @@ def check_tensors(
                 path, key = located[stored]
                 problems += _mismatches(stored, headers[path].get_slice(key), shape, flip)
     if problems:
-        first = "; ".join(problems[:20])
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{directory} does not hold the model of its config.json: {first}{more}.")
+        raise ValueError(
+            f"{directory} does not hold the model of its config.json: {joined(problems)}."
+        )
     return TensorMap(located, rows, groups)
 
 
@@ -244,35 +243,21 @@ def resolve_tied_head(directory: Path, family: Family, raw: dict[str, Any]) -> d
     """
     located = _with_prefix(tensor_files(directory), family)
     names = family.weights[0][1], family.head_name
-    if not family.parse(raw).tie_word_embeddings or not located.keys() >= set(names):
+    if not family.read(raw, directory).tie_word_embeddings or not located.keys() >= set(names):
         return raw
     slices = []
     for path, key in (located[name] for name in names):
         slices.append(safe_open(path, framework="numpy").get_slice(key))
     shapes = [tuple(view.get_shape()) for view in slices]
+    dtypes = [view.get_dtype() for view in slices]
+    if len(shapes[0]) != 2 or 0 in shapes[0] or not set(dtypes) <= set(FLOAT_DTYPES):
+        return raw  # `check_tensors` names what is wrong
     rows, starts = shapes[0][0], range(0, shapes[0][0], ROWS_COMPARED)
     same = shapes[0] == shapes[1] and all(
         np.array_equal(*(view[start : min(start + ROWS_COMPARED, rows)] for view in slices))
         for start in starts
     )
     return raw if same else {**raw, "tie_word_embeddings": False}
-
-
-def tensor_names(name: str, shape: Sequence[int]) -> np.ndarray:
-    """Return the stored names of a leaf, by layer and expert where it is stacked.
-
-    Args:
-      name: stored name with its placeholders.
-      shape: of the leaf, stack axes first.
-    """
-    marks = [mark for mark in (LAYER, EXPERT) if mark in name]
-    names = np.empty(shape[: len(marks)], object)
-    for numbers in np.ndindex(names.shape):
-        filled = name
-        for mark, number in zip(marks, numbers, strict=True):
-            filled = filled.replace(mark, str(number))
-        names[numbers] = filled
-    return names
 
 
 def _mismatches(name: str, view: Any, shape: tuple[int, ...], flip: bool) -> list[str]:
@@ -284,50 +269,6 @@ def _mismatches(name: str, view: Any, shape: tuple[int, ...], flip: bool) -> lis
     if view.get_dtype() not in FLOAT_DTYPES:
         problems.append(f"{name} has dtype {view.get_dtype()}, expected {', '.join(FLOAT_DTYPES)}")
     return problems
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorMap:
-    """Locations of the params of a model.
-
-    located: stored name → file and the name in it.
-    rows: our name → stored name with placeholders, and if it is transposed.
-    groups: our name → stored names, by layer and expert (`tensor_names`).
-    """
-
-    located: Mapping[str, tuple[Path, str]]
-    rows: Mapping[str, tuple[str, bool]]
-    groups: Mapping[str, np.ndarray]
-
-    def read(self, ours: str, ends: Sequence[tuple[int, int]], dtype: Any) -> np.ndarray:
-        """Read one block of a leaf, tensor by tensor.
-
-        Args:
-          ours: name of the leaf.
-          ends: first and one past the last index of each dimension, stack axis included.
-          dtype: of the result.
-
-        Returns:
-          The block, aligned so that a CPU device adopts it without a copy.
-        """
-        block = _aligned(tuple(last - first for first, last in ends), dtype)
-        flip, depth = self.rows[ours][1], self.groups[ours].ndim
-        index: list[Any] = [slice(*pair) for pair in ends]
-        inner = tuple(index[depth:])
-        for numbers, stored in np.ndenumerate(self.groups[ours][(*index[:depth], ...)]):
-            part, (path, key) = block[numbers], self.located[stored]
-            # opened per tensor: mapped pages of an open file count as resident memory
-            with safe_open(path, framework="numpy") as file:
-                view = file.get_slice(key)
-                part[...] = view[inner[::-1]].T if flip else view[inner]
-        return block
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _with_prefix(located: Mapping[str, Path], family: Family) -> dict[str, tuple[Path, str]]:
@@ -344,18 +285,19 @@ def _with_prefix(located: Mapping[str, Path], family: Family) -> dict[str, tuple
 def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> dict[str, Path]:
     directory = index.parent
     shards = sorted(set(weight_map.values()))
-    outside = [shard for shard in shards if Path(shard).name != shard]
+    # a plain name: not a path, not the directory itself or the one above it
+    outside = [s for s in shards if Path(s).name != s or "\0" in s or len(s) > LONGEST_NAME]
     missing = [s for s in shards if s not in outside and not (directory / s).is_file()]
     if outside or missing:
         raise ValueError(
             f"{index} names shards that are not in {directory}: "
-            f"{', '.join(outside + missing)}; copy them there."
+            f"{joined(map(quoted, outside + missing), ', ')}; copy them there."
         )
     names = {shard: set(stored_names(directory / shard)) for shard in shards}
     absent = sorted(name for name, shard in weight_map.items() if name not in names[shard])
     if absent:
         raise ValueError(
             f"{index} places tensors in shards that do not hold them: "
-            f"{', '.join(absent[:20])}; write the model again."
+            f"{joined(absent, ', ')}; write the model again."
         )
     return {name: directory / shard for name, shard in weight_map.items()}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ntkrl.models.decoder import Config, LayerKind
-from ntkrl.models.family import ConfigReader, Family, Table
+from ntkrl.models.family import MOST_COLUMNS, MOST_LAYERS, ConfigReader, Family, Table
 from ntkrl.models.layers import ACTIVATIONS
 from ntkrl.models.rope import Rope
 from ntkrl.models.rope_config import read_rope
@@ -108,7 +108,8 @@ def read_sizes(
       Arguments of `Config`.
     """
     reader.refuse_variants()
-    width, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    width = reader.integer("hidden_size", most=MOST_COLUMNS)
+    heads = reader.integer("num_attention_heads", most=MOST_COLUMNS)
     shared = reader.optional_integer("num_key_value_heads", key_value_heads) or heads
     reader.divides("num_attention_heads", heads, "num_key_value_heads", shared)
     head_dim = reader.optional_integer("head_dim", head_dim)
@@ -117,17 +118,22 @@ def read_sizes(
         head_dim = max(width // heads, 1)
     if head_dim % 2:
         reader.problems.append(f"head_dim {head_dim} must be even")
+    if heads * head_dim > MOST_COLUMNS:
+        reader.problems.append(
+            f"{heads} heads of head_dim {head_dim} have more than {MOST_COLUMNS} columns"
+        )
+        head_dim = 2
     return {
         "vocab_size": reader.integer("vocab_size"),
         "hidden_size": width,
-        "num_hidden_layers": reader.integer("num_hidden_layers"),
+        "num_hidden_layers": reader.integer("num_hidden_layers", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": shared,
         "head_dim": head_dim,
-        "intermediate_size": reader.integer("intermediate_size"),
+        "intermediate_size": reader.integer("intermediate_size", most=MOST_COLUMNS),
         "max_position_embeddings": reader.integer("max_position_embeddings"),
         "hidden_act": reader.choice("hidden_act", "silu", ACTIVATIONS),
-        "norm_eps": reader.number("rms_norm_eps", norm_eps),
+        "norm_eps": reader.number("rms_norm_eps", norm_eps, least=0.0),
         "initializer_range": reader.number("initializer_range", 0.02),
         "query_scale": head_dim**-0.5,
     }

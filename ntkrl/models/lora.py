@@ -13,9 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkrl import trees
+from ntkrl.json_files import read_object
+from ntkrl.messages import joined, quoted
 from ntkrl.models import hf_export, hf_files
-from ntkrl.models.family import ConfigReader, Family
+from ntkrl.models.family import MOST_COLUMNS, ConfigReader, Family
 from ntkrl.models.layers import Adapters
+from ntkrl.models.tensor_map import LAYER
 from ntkrl.numerics import einsum
 from ntkrl.types import Array, Params
 
@@ -180,18 +183,20 @@ def read_config(directory: Path) -> tuple[dict[str, Any], str | None]:
       ValueError: not a JSON object, or features that are unsupported or unknown, all of them in
         one message.
     """
-    raw = hf_files.read_json(directory / CONFIG_FILE)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{directory / CONFIG_FILE} must hold a JSON object.")
+    raw = read_object(directory / CONFIG_FILE)
     reader = ConfigReader(raw)
     for name in sorted(set(raw) - set(WITHOUT_EFFECT)):
         allowed = PLAIN[name] if name in PLAIN else EMPTY
         # 1 == True in Python, and 0 == False
         if not any(raw[name] == value and type(raw[name]) is type(value) for value in allowed):
             options = ", ".join(repr(value) for value in allowed)
-            reader.problems.append(f"{name} {raw[name]!r} is not supported, only {options}")
-    reader.finish_file(CONFIG_FILE)
-    return raw, raw["base_model_name_or_path"] if "base_model_name_or_path" in raw else None
+            label, value = quoted(name).strip("'"), quoted(raw[name])
+            reader.problems.append(f"{label} {value} is not supported, only {options}")
+    base = raw["base_model_name_or_path"] if "base_model_name_or_path" in raw else None
+    if not isinstance(base, str | None):
+        reader.problems.append(f"base_model_name_or_path must be a name, not {quoted(base)}")
+    reader.finish_file(f"{directory / CONFIG_FILE}")
+    return raw, base
 
 
 def stored_adapters(directory: Path, family: Family) -> Adapters:
@@ -201,9 +206,9 @@ def stored_adapters(directory: Path, family: Family) -> Adapters:
       ValueError: unsupported or impossible entries, or tensors of unknown modules.
     """
     reader = ConfigReader(read_config(directory)[0])
-    rank, alpha = reader.integer("r"), reader.number("lora_alpha", 8.0)
+    rank, alpha = reader.integer("r", most=MOST_COLUMNS), reader.number("lora_alpha", 8.0)
     root = math.sqrt(rank) if reader.boolean("use_rslora", False) else rank
-    reader.finish_file(CONFIG_FILE)
+    reader.finish_file(f"{directory / CONFIG_FILE}")
     names = [
         re.sub(r"\.\d+\.", ".{i}.", name).rpartition(".lora_")[0].removeprefix(PEFT_PREFIX)
         for name in hf_files.tensor_files(directory, STEM)
@@ -212,7 +217,7 @@ def stored_adapters(directory: Path, family: Family) -> Adapters:
     unknown = sorted(set(names) - set(by_stored))
     if unknown:
         raise ValueError(
-            f"{directory} adapts {', '.join(unknown)}; supported are {', '.join(by_stored)}"
+            f"{directory} adapts {joined(unknown, ', ')}; supported are {', '.join(by_stored)}"
             f"{_bare_modules(family)}."
         )
     chosen = tuple(ours for stored, ours in by_stored.items() if stored in names)
@@ -239,9 +244,7 @@ def adapter_files(
         "r": adapters.rank,
         "lora_alpha": adapters.scaling * adapters.rank,
         "lora_dropout": 0.0,
-        "target_modules": [
-            known[module].rpartition(f"{hf_files.LAYER}.")[2] for module in adapters.modules
-        ],
+        "target_modules": [known[module].rpartition(f"{LAYER}.")[2] for module in adapters.modules],
         # kernels stored [in, out], as GPT-2's
         "fan_in_fan_out": not any(transposed for _, _, transposed in family.weights),
         "inference_mode": True,

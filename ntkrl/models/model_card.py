@@ -9,6 +9,8 @@ from ntkrl.models.hf_files import CARD, HUB_NAME
 
 INHERITED = ("license", "license_name", "license_link", "language")
 """Metadata of the base's card that hold for a model trained from it."""
+MOST_BYTES = 2**20
+"""Of a base's card; what follows is left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ def write_card(
     import huggingface_hub  # slow to import
 
     metadata, card = _base_card(directory)
-    kept = {name: metadata[name] for name in INHERITED if name in metadata}
+    kept = {name: metadata[name] for name in INHERITED if _is_text(metadata.get(name))}
     if base is not None and HUB_NAME.fullmatch(base) and not Path(base).exists():
         kept["base_model"] = base
     training = Training({}) if training is None else training
@@ -57,6 +59,12 @@ def write_card(
     return text
 
 
+def _is_text(value: Any) -> bool:
+    """Return whether a value of a card's metadata is text or a list of texts."""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(each, str) for each in values)
+
+
 def _base_card(directory: str | None) -> tuple[dict[str, Any], str]:
     """Return metadata and text of a model's README.md; empty without one."""
     import huggingface_hub
@@ -64,9 +72,11 @@ def _base_card(directory: str | None) -> tuple[dict[str, Any], str]:
     path = None if directory is None else Path(directory) / CARD
     if path is None or not path.is_file():
         return {}, ""
-    content = path.read_text(encoding="utf-8", errors="replace")
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES).decode("utf-8", errors="replace")
     try:
         card = huggingface_hub.ModelCard(content, ignore_metadata_errors=True)
+        metadata = card.data.to_dict()
     except Exception:  # of several libraries: a damaged card is text
         return {}, content
-    return card.data.to_dict(), card.text
+    return metadata, card.text

@@ -60,7 +60,7 @@ def load(
         adapters = lora_files.stored_adapters(adapter_directory, family)
     elif options.lora is not None:
         adapters = options.lora.adapters(family)
-    config = dataclasses.replace(family.parse(raw), adapters=adapters, name=str(name))
+    config = dataclasses.replace(family.read(raw, directory), adapters=adapters, name=str(name))
     policy, shapes = make_policy(family, config, dtype, options, mesh, str(directory))
     leaves = trees.named_leaves(shapes)
     added = {name: leaf for name, leaf in leaves.items() if lora_files.is_adapter(name)}
@@ -88,7 +88,7 @@ def check(path: str | Path) -> int:
     _, directory, adapter_directory = _locate(path)
     raw = hf_files.read_config(directory)
     family = family_of(raw, directory)
-    policy, shapes = make_policy(family, family.parse(raw), jnp.float32)
+    policy, shapes = make_policy(family, family.read(raw, directory), jnp.float32)
     sizes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
     hf_files.check_tensors(directory, family, sizes, policy.tied)
     if adapter_directory is not None:
@@ -139,7 +139,7 @@ def read_params(
       stem: file name of tensors without its ending.
 
     Raises:
-      ValueError: tensors that do not fit, all of them in one message.
+      ValueError: tensors that do not fit, or that hold NaN or infinity, all of them in one message.
     """
     sizes = {name: leaf.shape for name, leaf in shapes.items()}
     tensors = hf_files.check_tensors(directory, family, sizes, tied, stem)
@@ -154,7 +154,9 @@ def read_params(
         # called once per distinct block, whatever the number of devices that hold it
         return jax.make_array_from_callback(leaf.shape, shardings[name], block)
 
-    return {name: read_leaf(name, leaf) for name, leaf in shapes.items()}
+    arrays = {name: read_leaf(name, leaf) for name, leaf in shapes.items()}
+    tensors.check_finite()
+    return arrays
 
 
 def export(

@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ntkrl.messages import quoted
 from ntkrl.models import experts, llama
 from ntkrl.models.decoder import Config
-from ntkrl.models.family import ConfigReader, Family, Table
+from ntkrl.models.family import MOST_COLUMNS, MOST_LAYERS, ConfigReader, Family, Table
 from ntkrl.models.rope_config import read_rope
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
@@ -35,19 +36,19 @@ def read_routing(reader: ConfigReader) -> experts.Routing:
     step, dense = reader.integer("decoder_sparse_step", 1), reader.raw.get("mlp_only_layers")
     if step != 1 or dense:
         reader.problems.append(
-            f"decoder_sparse_step {step} and mlp_only_layers {dense!r} give some layers a plain "
-            "MLP, which is not supported: all layers must be mixtures (1 and [])"
+            f"decoder_sparse_step {step} and mlp_only_layers {quoted(dense)} give some layers a "
+            "plain MLP, which is not supported: all layers must be mixtures (1 and [])"
         )
     # transformers 5 writes the second name; published files have the first
     names = [name for name in ("num_experts", "num_local_experts") if name in reader.raw]
-    counts = [reader.integer(name) for name in names or ["num_experts"]]
+    counts = [reader.integer(name, most=MOST_LAYERS) for name in names or ["num_experts"]]
     if len(set(counts)) > 1:
         reader.problems.append(f"num_experts {counts[0]} is not num_local_experts {counts[1]}")
     per_token = reader.integer("num_experts_per_tok")
     if per_token > counts[0]:
         reader.problems.append(f"num_experts_per_tok {per_token} exceeds num_experts {counts[0]}")
-    width, normalised = reader.integer("moe_intermediate_size"), "norm_topk_prob"
-    return experts.Routing(counts[0], per_token, width, reader.boolean(normalised, False))
+    width = reader.integer("moe_intermediate_size", most=MOST_COLUMNS)
+    return experts.Routing(counts[0], per_token, width, reader.boolean("norm_topk_prob", False))
 
 
 def parse(raw: Mapping[str, Any]) -> Config:

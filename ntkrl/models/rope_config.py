@@ -9,7 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ntkrl.models.family import ConfigReader
+import numpy as np
+
+from ntkrl.messages import joined, quoted
+from ntkrl.models.family import SMALLEST, ConfigReader
 from ntkrl.models.rope import SCALINGS, Rope
 
 Entry = tuple[str, float]
@@ -51,7 +54,8 @@ def read_rope(reader: ConfigReader, width: int, rules: RopeRules | None = None) 
     nested = [name for name, value in section.items() if isinstance(value, Mapping)]
     if nested:
         reader.problems.append(
-            f"rope_parameters has sections {', '.join(nested)}; this family has one for all layers"
+            f"rope_parameters has sections {joined(nested, ', ')}; this family has one for all "
+            "layers"
         )
     length = reader.integer("max_position_embeddings")
     # a top-level entry has precedence, as the class's default in families that have the field
@@ -79,7 +83,9 @@ def read_layer_ropes(
     for name, theta in thetas.items():
         section = sections[name] if name in sections and sections[name] else plain
         if not isinstance(section, Mapping):
-            reader.problems.append(f"rope_parameters.{name} must be an object, not {section!r}")
+            reader.problems.append(
+                f"rope_parameters.{name} must be an object, not {quoted(section)}"
+            )
             section = plain
         section = {**section, **scaling}
         ropes[name] = _Section(reader, section, sections, length).rope(width, RopeRules(theta))
@@ -102,27 +108,36 @@ class _Section:
     length: int
 
     def rope(self, width: int, rules: RopeRules) -> Rope:
-        """Return the rotary positions of heads of a width."""
+        """Return the rotary positions of heads of a width, whose frequencies are finite."""
+        rope = self._rope(width, rules)
+        if not self.reader.problems and not _is_finite(rope):
+            self.reader.problems.append(
+                f"the rotary settings {quoted(dict(self.entries))} give frequencies that are not "
+                "finite"
+            )
+        return rope
+
+    def _rope(self, width: int, rules: RopeRules) -> Rope:
         entries, problems = self.entries, self.reader.problems
         kind = entries.get("rope_type", entries.get("type", "default"))
-        if kind not in rules.scalings:
+        if not isinstance(kind, str) or kind not in rules.scalings:
             allowed = ", ".join(rules.scalings)
-            problems.append(f"rope_type {kind!r} is not supported, only {allowed}")
+            problems.append(f"rope_type {quoted(kind)} is not supported, only {allowed}")
             kind = "default"
         scaling = rules.scalings[kind]
-        base = self._number("rope_theta", self.reader.number(*rules.theta))
+        base = self._positive("rope_theta", self.reader.positive(*rules.theta))
         size = self._rotated(width, scaling, rules.share)
         if scaling == "default":
             return Rope(size, base)
         if scaling == "linear":
-            return Rope(size, base, scaling, self._number("factor"))
-        original = int(self._number(ORIGINAL, self.length))
+            return Rope(size, base, scaling, self._positive("factor"))
+        original = int(self._positive(ORIGINAL, self.length))
         if scaling == "llama3":
             low, high = self._number("low_freq_factor"), self._number("high_freq_factor")
-            return Rope(size, base, scaling, self._number("factor"), low, high, original)
+            return Rope(size, base, scaling, self._positive("factor"), low, high, original)
         if scaling == "yarn" and "factor" not in entries:
             problems.append(f"rotary factor is missing; {kind} needs it, or null")
-        factor = self._number("factor", self.length / max(original, 1))
+        factor = self._positive("factor", self.length / max(original, 1))
         attention = self._attention_factor(scaling, factor, original)
         if scaling == "longrope":
             short, long = (self._factors(name, size // 2) for name in ("short", "long"))
@@ -155,7 +170,7 @@ class _Section:
     def _attention_factor(self, scaling: str, factor: float, original: int) -> float:
         """Return the factor on cos and sin, from the extension where it is not stored."""
         if self.entries.get("attention_factor") is not None:
-            return self._number("attention_factor")
+            return self._positive("attention_factor")
         if factor <= 1:
             return 1.0
         if scaling == "longrope":
@@ -164,19 +179,34 @@ class _Section:
         if not numerator or not denominator:
             numerator, denominator = 1.0, 0.0
         over, under = (0.1 * scale * math.log(factor) + 1.0 for scale in (numerator, denominator))
-        return over / under
+        return over / under if under else 1.0
 
     def _factors(self, name: str, count: int) -> tuple[float, ...]:
         """Return the divisors of the frequencies."""
         name = f"{name}_factor"
         values = self.entries.get(name)
         values = values if isinstance(values, list) else [values]
-        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-        if len(numbers) != len(values) or len(values) != count:
-            self.reader.problems.append(f"rotary {name} must be {count} numbers, not {values!r}")
+        if len(values) != count:
+            self.reader.problems.append(
+                f"rotary {name} must be {count} numbers, not {quoted(values)}"
+            )
             return (1.0,) * count
-        return tuple(float(value) for value in numbers)
+        name = f"a number of rotary {name}"
+        return tuple(self.reader.as_number(name, value, None, SMALLEST) for value in values)
 
     def _number(self, name: str, default: float | None = None) -> float:
         value = self.entries.get(name)
         return self.reader.as_number(f"rotary {name}", value, default)
+
+    def _positive(self, name: str, default: float | None = None) -> float:
+        return self.reader.as_number(f"rotary {name}", self.entries.get(name), default, SMALLEST)
+
+
+def _is_finite(rope: Rope) -> bool:
+    """Return whether the settings give finite frequencies; some make logarithms of 0 or 1."""
+    try:
+        with np.errstate(all="ignore"):
+            tables = [rope.frequencies()] + [rope.frequencies(long=True)] * bool(rope.long_factors)
+    except (ArithmeticError, ValueError):  # of math.log and of Python's floats
+        return False
+    return math.isfinite(rope.attention_factor) and all(np.isfinite(t).all() for t in tables)

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkrl import trees
+from ntkrl.messages import quoted
 from ntkrl.models import hf_export, hf_files
 from ntkrl.models.decoder import Config
 from ntkrl.models.families import FAMILIES, SCORERS, architecture_of
-from ntkrl.models.family import ConfigReader, Family
+from ntkrl.models.family import MOST_COLUMNS, MOST_LAYERS, ConfigReader, Family
 from ntkrl.models.model_card import Training, write_card
 from ntkrl.models.policy import ModelOptions, init_params, make_policy
 from ntkrl.models.pretrained import read_params
@@ -119,7 +120,7 @@ def describe_scorer(
     raw: dict[str, Any],
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
-    source: str | Path = "config.json",
+    source: str | Path = "config",
 ) -> tuple[Scorer, Params]:
     """Return the results of `load_scorer`, with shapes (jax.ShapeDtypeStruct) for arrays.
 
@@ -145,11 +146,11 @@ def check_scorer(path: str | Path) -> int:
     name, known = architecture_of(raw), {**FAMILIES, **SCORERS}
     if name not in known:
         raise ValueError(
-            f"{directory}: a reward model cannot be made of architecture {name!r}; known are "
+            f"{directory}: a reward model cannot be made of architecture {quoted(name)}; known are "
             f"{', '.join(sorted(known))}."
         )
     hf_files.tensor_files(directory)
-    return known[name].parse(raw).vocab_size
+    return known[name].read(raw, directory).vocab_size
 
 
 def export_scorer(
@@ -211,13 +212,16 @@ def _spec(raw: dict[str, Any], dtype: Any, source: str | Path) -> RewardSpec:
     name, known = architecture_of(raw), (*SCORERS, ARMORM)
     if name not in known:
         raise ValueError(
-            f"{source}: architecture {name!r} is not a known reward model; known are "
+            f"{source}: architecture {quoted(name)} is not a known reward model; known are "
             f"{', '.join(sorted(known))}."
         )
     head_dtype = jnp.promote_types(dtype, jnp.float32)
-    if name == ARMORM:
-        return _armorm(raw, FAMILIES["LlamaForCausalLM"], head_dtype)
-    return _classifier(raw, SCORERS[name], head_dtype)
+    try:
+        if name == ARMORM:
+            return _armorm(raw, FAMILIES["LlamaForCausalLM"], head_dtype)
+        return _classifier(raw, SCORERS[name], head_dtype)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _assemble(
@@ -290,9 +294,10 @@ def _armorm(raw: dict[str, Any], llama: Family, dtype: Any) -> RewardSpec:
     """Return the spec of ArmoRM."""
     config = llama.parse(raw)
     reader = ConfigReader(raw)
-    count = reader.integer("num_objectives", len(ATTRIBUTES))
-    inner, hidden = reader.integer("gating_hidden_dim", 1024), reader.integer("gating_n_hidden", 3)
-    temperature = reader.number("gating_temperature", 10.0)
+    count = reader.integer("num_objectives", len(ATTRIBUTES), most=MOST_LAYERS)
+    inner = reader.integer("gating_hidden_dim", 1024, most=MOST_COLUMNS)
+    hidden = reader.integer("gating_n_hidden", 3, most=MOST_LAYERS)
+    temperature = reader.positive("gating_temperature", 10.0)
     pad_id = reader.token("pad_token_id")
     if config.vocab_size <= max(GATE):
         reader.problems.append(

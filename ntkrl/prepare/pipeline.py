@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ntkrl import data, durable_files, models, reward, runtime
+from ntkrl.json_files import parse_json
 from ntkrl.json_values import readable
 from ntkrl.prepare import schemas
 from ntkrl.settings import RunSettings, read_settings
@@ -171,7 +172,9 @@ def _drop_long(name: str, part: InputSet, tokenizer: Any, max_tokens: int) -> No
     total, quiet = size * len(texts), not runtime.is_writer()
     with tqdm(desc=f"tokens of {name}", total=total, mininterval=0.5, disable=quiet) as bar:
         for column, conversations in texts.items():
-            lengths = _token_counts(conversations, tokenizer, bar)
+            lengths = _token_counts(
+                conversations, tokenizer, f"{part.counts['path']}, {column}", bar
+            )
             fits &= lengths <= max_tokens
             part.counts[f"{column}_too_long"] = int(np.sum(lengths > max_tokens))
     part.rows = data.take(part.rows, np.flatnonzero(fits))
@@ -180,13 +183,15 @@ def _drop_long(name: str, part: InputSet, tokenizer: Any, max_tokens: int) -> No
         raise ValueError(f"{part.counts['path']}: no row has at most {max_tokens} tokens per text.")
 
 
-def _token_counts(conversations: Sequence[Any], tokenizer: Any, bar: tqdm) -> np.ndarray:
+def _token_counts(
+    conversations: Sequence[Any], tokenizer: Any, source: str, bar: tqdm
+) -> np.ndarray:
     """Return the tokens of each conversation's messages, without a template's."""
     totals = []
     for first in range(0, len(conversations), ENCODE_ROWS):
         chunk = conversations[first : first + ENCODE_ROWS]
         texts = [message["content"] for messages in chunk for message in messages]
-        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = data.encode_plain(tokenizer, texts, source)
         counts = iter(map(len, ids))
         totals += [sum(next(counts) for _ in messages) for messages in chunk]
         bar.update(len(chunk))
@@ -297,7 +302,12 @@ def _read_scores(path: Path, digest: str) -> list[list[float]]:
         )
     if partial and runtime.is_writer():
         durable_files.save_text(path, complete.decode("utf-8") + "\n")
-    return [json.loads(line) for line in lines[1:]]
+    try:
+        return [parse_json(line) for line in lines[1:]]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has a damaged line ({error}); remove the file to score again."
+        ) from error
 
 
 def _write(options: PrepareSettings, inputs: dict[str, InputSet], directory: Path) -> None:

@@ -6,7 +6,6 @@ were probed on different tokens (see `runs.comparable`).
 """
 
 import dataclasses
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ntkrl.json_files import MAX_RECORD_BYTES, read_object
 
 FORMAT = 1
 """Version of `probes/set.json` and of a ledger's JSON."""
@@ -187,10 +188,10 @@ def read_ledgers(run: Path, texts: ProbeTexts | None) -> tuple[dict[int, StepLed
 def _read_object(path: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of the current format, else raise ValueError with a note."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = read_object(path, MAX_RECORD_BYTES, finite=False)
+    except ValueError:
         raise ValueError(f"{name} cannot be read and was left out") from None
-    version = value["format"] if isinstance(value, dict) and "format" in value else None
+    version = value["format"] if "format" in value else None
     if version != FORMAT:
         raise ValueError(f"{name} has format {version!r}, not {FORMAT}, and was left out")
     return value

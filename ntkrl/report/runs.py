@@ -5,7 +5,6 @@ machine. Missing parts are named in notes and never filled in.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkrl.json_files import parse_json, read_object
 from ntkrl.report.metric_names import is_known
 from ntkrl.report.metrics_writer import FINISHED_FILE, METRICS_FILE, TIMINGS_FILE
 from ntkrl.report.records import ProbeTexts, StepLedger, read_ledgers, read_probes, read_texts
@@ -229,7 +229,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{path} is not a run directory, it has no config.json; {expected}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_object(file, finite=False)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); {expected}") from error
     missing = [key for key in ("name", "seed") if not isinstance(config, dict) or key not in config]
@@ -248,7 +248,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = parse_json(text, finite=False)
         except ValueError:
             line = None
         if isinstance(line, dict) and isinstance(line.get("step"), int):
@@ -285,7 +285,7 @@ def _read_evaluations(directory: Path) -> tuple[dict[str, dict[str, float]], lis
         if path.name.endswith(".rewards.json"):
             continue
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
+            metrics = read_object(path)
             evaluations[path.stem] = {
                 name: math.nan if metrics[name] is None else float(metrics[name])
                 for name in sorted(metrics)

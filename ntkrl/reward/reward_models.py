@@ -28,10 +28,11 @@ class RewardTexts:
           ValueError: a tokenizer with more entries than the model's vocabulary, or without a chat
             template although the model reads turns.
         """
-        if len(tokenizer) > scorer.vocab_size:
+        needed = data.needed_rows(tokenizer)
+        if needed > scorer.vocab_size:
             raise ValueError(
-                f"reward model {scorer.source}: its tokenizer has {len(tokenizer)} entries, the "
-                f"model's vocabulary {scorer.vocab_size}; use the tokenizer it was trained with."
+                f"reward model {scorer.source}: its tokenizer has {needed} entries, the model's "
+                f"vocabulary {scorer.vocab_size}; use the tokenizer it was trained with."
             )
         if scorer.gate and tokenizer.chat_template is None:
             raise ValueError(
@@ -63,7 +64,11 @@ class RewardTexts:
             ids, gates = self._ids(texts), self._gates([start for start, _ in rendered])
         else:
             texts = [prompt + completion for prompt, completion in pairs]
-            ids, gates = data.encode_texts(self.tokenizer, texts), [0] * len(texts)
+            source = f"reward model {self.scorer.source}"
+            try:
+                ids, gates = data.encode_texts(self.tokenizer, texts, source), [0] * len(texts)
+            except ValueError as error:
+                raise RewardError(str(error)) from error
         self._check_lengths(texts, ids)
         return ids, gates
 
@@ -101,7 +106,11 @@ class RewardTexts:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # a template writes special tokens itself
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            source = f"reward model {self.scorer.source}"
+            return data.encode_plain(self.tokenizer, texts, source)
+        except ValueError as error:
+            raise RewardError(str(error)) from error
 
     def _check_lengths(self, texts: list[str], ids: list[list[int]]) -> None:
         limit = self.scorer.max_tokens

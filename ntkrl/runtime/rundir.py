@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkrl.durable_files import save_text
+from ntkrl.json_files import read_object
 from ntkrl.run_lock import DirectoryLock
 from ntkrl.runtime.config import differences
 from ntkrl.runtime.distributed import allgather_object, is_writer
@@ -116,7 +117,7 @@ def check_run_dir(
                 "program's and would be replaced; move them, or set another --config.run_dir."
             )
         return None
-    return config_changes(json.loads(path.read_text(encoding="utf-8")), config, str(directory))
+    return config_changes(read_object(path, finite=False), config, str(directory))
 
 
 def _has_content(path: Path) -> bool:

@@ -57,15 +57,41 @@ class StartingModel:
         """Sharding rules for params and param-like trees."""
         return self.network.sharding
 
-    def export(self, path: Path, params: Params, training: models.Training) -> None:
-        """Write a Hugging Face directory, and one of the adapters beside it if there are any."""
+    def export_paths(self, path: Path) -> list[Path]:
+        """Return the directories that `export` writes: the model's, and the adapters' if any."""
+        if isinstance(self.network, Scorer) or self.policy.config.adapters is None:
+            return [path]
+        return [
+            path,
+            path.with_name("adapter" if path.name == "export" else f"{path.name}-adapter"),
+        ]
+
+    def check_exports(self, *paths: Path) -> None:
+        """Check that `export` to these paths would replace nothing but earlier exports.
+
+        Raises:
+          ValueError: as `models.check_target`.
+        """
+        for target in [target for path in paths for target in self.export_paths(path)]:
+            models.check_target(target, (self.tokenizer_dir, self.network.source))
+
+    def export(self, path: Path, params: Params | None, training: models.Training) -> None:
+        """Write a Hugging Face directory, and one of the adapters beside it if there are any.
+
+        Args:
+          path: directory.
+          params: to write; None, as of a reference that did not move, for nothing.
+          training: facts for the model card.
+        """
+        if params is None:
+            return
+        if runtime.is_writer():
+            self.check_exports(path)
         if isinstance(self.network, Scorer):
             models.export_scorer(path, self.network, params, self.tokenizer_dir, training)
             return
         models.export(path, self.policy, params, self.tokenizer_dir, training)
-        if self.policy.config.adapters is not None:
-            name = "adapter" if path.name == "export" else f"{path.name}-adapter"
-            adapter = path.with_name(name)
+        for adapter in self.export_paths(path)[1:]:
             models.export_adapter(adapter, self.policy, params, self.tokenizer_dir, training)
 
 
@@ -127,11 +153,12 @@ def check_vocabulary(tokenizer: Any, rows: int, source: str) -> None:
     Raises:
       ValueError: it has more entries than the model's vocabulary has rows.
     """
-    if len(tokenizer) > rows:
+    needed = data.needed_rows(tokenizer)
+    if needed > rows:
         raise ValueError(
-            f"the tokenizer of {source} has {len(tokenizer)} entries, the model's vocabulary "
-            f"{rows}; use the tokenizer the model was trained with, or set "
-            f"model.vocab_size={len(tokenizer)} to add rows."
+            f"the tokenizer of {source} has {needed} entries, the model's vocabulary {rows}; use "
+            "the tokenizer the model was trained with, or set "
+            f"model.vocab_size={needed} to add rows."
         )
 
 
@@ -139,7 +166,7 @@ def vocabulary_rows(settings: RunSettings, tokenizer: Any, stored: int) -> int:
     """Return the rows of the vocabulary: the config's, those a template needs, or the stored."""
     if settings.model.vocab_size is not None:
         return settings.model.vocab_size
-    return stored if settings.model.template is None else max(stored, len(tokenizer))
+    return stored if settings.model.template is None else max(stored, data.needed_rows(tokenizer))
 
 
 def load_network(

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ntkrl import durable_files, intervals
+from ntkrl.json_files import read_object
 from ntkrl.report import Run, read_run, series, training_timings
 
 Measure = Callable[[Run], float]
@@ -62,7 +63,7 @@ class Results:
         for seed in self.seeds:
             place = self.place(group, arm, seed)
             path = place / directory / "evaluations" / f"{place.name}.json"
-            metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            metrics = read_object(path) if path.exists() else {}
             values.append(math.nan if metrics.get(metric) is None else metrics[metric])
         return np.array(values, float)
 

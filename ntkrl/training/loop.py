@@ -65,6 +65,7 @@ def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) 
         runtime.log(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
     setup = set_up(settings, directory)
+    setup.model.check_exports(directory / "export", directory / "export_reference")
     loop = Loop(setup, directory, values, notice)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
@@ -73,8 +74,7 @@ def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) 
         runtime.log(f"objective: {update.describe(settings.objective)}")
     facts = training_facts(settings, loop.run())
     setup.model.export(directory / "export", loop.state.params, facts)
-    if loop.reference is not None:
-        setup.model.export(directory / "export_reference", loop.reference, facts)
+    setup.model.export(directory / "export_reference", loop.reference, facts)
     if runtime.is_writer():
         report.mark_finished(directory)
     return directory

@@ -13,7 +13,9 @@ from ntkrl.data.prompts import PromptSet
 from ntkrl.data.tokens import (
     decode_completions,
     encode_completions,
+    encode_plain,
     encode_prompts,
+    encode_texts,
     load_tokenizer,
 )
 
@@ -329,3 +331,20 @@ def test_remote_code_is_never_run(directory, tmp_path):
     except ValueError as error:
         assert "does not load" in str(error)
     assert not (tmp_path / "ran").exists()
+
+
+def test_texts_that_a_tokenizer_cannot_encode_are_named(tmp_path):
+    """law: WordLevel raises a bare Exception for an unknown character; Rust code may panic."""
+    save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="(?s)x.jsonl: .* cannot encode the text of 1 rows.*row 1"):
+        encode_plain(tokenizer, ["1+2", "é"], "x.jsonl")
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_, **__):
+        raise PanicException("out of bounds")
+
+    with pytest.raises(ValueError, match="(?s)of 2 rows.*PanicException: out of bounds"):
+        encode_texts(panic, ["1", "2"], "x.jsonl")

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from ntkrl import runtime
 from ntkrl.evaluation import comparison as against
 from ntkrl.evaluation import sampling as evaluation
 from ntkrl.main import main
@@ -238,3 +239,81 @@ def test_mistakes_of_a_base_are_told_together(run, saved, tmp_path, capsys):
     path.with_suffix(".rewards.json").write_text('{"rewards": {"score": [[]]}}')
     assert main(["evaluate", f"--run={run}", f"--config.eval.base={path}"]) == 2
     assert "'score' is not a list of numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_checkpoints_that_are_not_finite(run, tmp_path, monkeypatch, capsys, command):
+    """law: a checkpoint with NaN is named, and neither scored as zeros nor exported."""
+    restore = runtime.Checkpoints.restore_params
+
+    def spoiled(*args):
+        params = restore(*args)
+        params["embed"]["embedding"] = params["embed"]["embedding"].at[3, 1].set(math.nan)
+        return params
+
+    monkeypatch.setattr(runtime.Checkpoints, "restore_params", spoiled)
+    words = [f"--run={run}"] if command == "evaluate" else [str(run), str(tmp_path / "out")]
+    assert main([command, *words]) == 2
+    text = capsys.readouterr().err
+    assert f"step 4 of {run} holds NaN or infinity in embed/embedding; kept are: 2, 4." in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_exports_keep_away_from_runs(run, base, tmp_path, capsys):
+    """law: an output in a run directory, or with files of the user, is refused before loading."""
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    (tmp_path / "notes").write_text("x")
+    for out, message in (
+        (run, "is in the run directory"),
+        (run / "export", "is in the run directory"),
+        (run / "checkpoints" / "4", "is in the run directory"),
+        (run / "mine" / "deep", "is in the run directory"),
+        (tmp_path, "holds files that no export wrote, or that were changed since: notes"),
+        (base, "which the model was read from"),
+    ):
+        assert main(["export", str(run), str(out)]) == 2
+        text = capsys.readouterr().err
+        assert message in text and "Traceback" not in text, text
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_training_does_not_begin_what_it_could_not_export(base, tmp_path, capsys):
+    """law: files of the user in RUN/export stop the run before its first step."""
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "thesis.tex").write_text("years")
+    assert main(words(base, tmp_path)) == 2
+    assert "export holds files that no export wrote" in capsys.readouterr().err
+    assert (tmp_path / "export" / "thesis.tex").read_text() == "years"
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"model": 3}', '{"name": null', '{"a": 1, "a": 2}', "[" * 10**5),
+        *('{"mesh": [], "stages": {}, "model": {"path": []}}', '{"a.b": {"": 1}, "": []}'),
+    ],
+    ids=lambda content: content[:20],
+)
+def test_damaged_configs_of_runs(tmp_path, capsys, content):
+    """law: every command that reads config.json of a run names it, in one sentence."""
+    (tmp_path / "config.json").write_text(content)
+    for command in (["evaluate", f"--run={tmp_path}"], ["export", str(tmp_path), "x"]):
+        assert main(command) == 2
+        text = capsys.readouterr().err
+        assert "Traceback" not in text and len(text) < 1500
+    assert main(["report", "--text", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["remove", 3, "x", [], {}, None])
+def test_damaged_sections_of_runs(run, tmp_path, capsys, change):
+    """law: a section or a field of another type is a sentence, whichever it is."""
+    raw = json.loads((run / "config.json").read_text())
+    for name in raw:
+        values = {key: value for key, value in raw.items() if key != name or change != "remove"}
+        if change != "remove":
+            values[name] = change
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        assert main(["export", str(tmp_path), str(tmp_path.parent / "x")]) == 2, name
+        assert "Traceback" not in capsys.readouterr().err

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import ntkrl
 from ntkrl import models
+from ntkrl.models import hf_export
 from tests.models.families import tokens_and_mask, torch_logits, torch_model
 
 KEPT = (
@@ -49,7 +50,8 @@ def test_files_beside_the_tensors_are_kept(directory, tmp_path):
     names = {
         str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
     }
-    assert names == {*KEPT, "config.json", "model.safetensors", "README.md"}
+    expected = {*KEPT, "config.json", "model.safetensors", "README.md", hf_export.MANIFEST}
+    assert names == expected
     for name in KEPT:
         assert (tmp_path / "out" / name).read_bytes() == (directory / name).read_bytes()
 
