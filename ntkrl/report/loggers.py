@@ -1,11 +1,12 @@
 """TensorBoard and Weights & Biases loggers; their packages are imported on first use."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import secrets
-import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,82 +102,72 @@ def open_loggers(
     return [Aliased(logger, settings.aliases) for logger in loggers]
 
 
-QUEUE_SIZE = 2**20
-"""Values that wait to be written: a full queue would block for ever once its thread has failed."""
-
-_thread_errors: dict[threading.Thread | None, BaseException | None] = {}
-_default_hook = threading.excepthook
-
-
-def _record_error(event: threading.ExceptHookArgs) -> None:
-    """Keep the error of a thread that writes event files for the main thread, which reports it."""
-    if event.thread in _thread_errors and isinstance(event.exc_value, OSError):
-        _thread_errors[event.thread] = event.exc_value
-    else:
-        _default_hook(event)
-
-
-threading.excepthook = _record_error
-
-
 class TensorBoard:
     """Event files; a resumed run hides the steps that it repeats.
 
     TensorBoard's names allow only letters, digits and -_/. so `eval/pass@1` becomes `eval/pass_1`.
+    Files are written in this thread: that of `tensorboardX.SummaryWriter` prints a trace when the
+    disk is full, and its queue then blocks the run for ever.
     """
 
     def __init__(self, directory: Path, resume_step: int):
-        """Begin an event file of the steps after `resume_step`."""
-        import tensorboardX
+        """Begin an event file of the steps after `resume_step`.
 
-        # numbered: files begun within one second would overwrite each other
-        number, others = len(list(directory.glob("events.*"))), set(threading.enumerate())
-        self._writer = tensorboardX.SummaryWriter(
-            str(directory),
-            purge_step=resume_step + 1,
-            flush_secs=1,
-            filename_suffix=f".{number:03d}",
-            max_queue=QUEUE_SIZE,
-        )
+        Raises:
+          OSError: it cannot be written.
+        """
+        from tensorboardX.event_file_writer import EventsWriter
+
         self._directory, self._texts = directory, dict[str, str]()
-        self._threads = [thread for thread in threading.enumerate() if thread not in others]
-        _thread_errors.update(dict.fromkeys(self._threads))
+        with self._reported():
+            directory.mkdir(parents=True, exist_ok=True)
+            # numbered: files begun within one second would overwrite each other
+            number = len(list(directory.glob("events.*")))
+            self._writer = EventsWriter(str(directory / "events"), f".{number:03d}")
+            self._add(resume_step + 1, file_version="brain.Event:2")
+            self._add(resume_step + 1, session_log={"status": "START"})
+            self._writer.flush()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write numbers as scalars, and a text where it has changed.
 
         Raises:
-          OSError: the thread that writes the file has failed.
+          OSError: the file cannot be written.
         """
-        self._check()
-        for name, value in values.items():
-            if not isinstance(value, str):
-                self._writer.add_scalar(name, value, step)
-            elif self._texts.get(name) != value:
-                self._texts[name] = value
-                self._writer.add_text(name, value, step)
+        from tensorboardX import summary
+
+        with self._reported():
+            for name, value in values.items():
+                if not isinstance(value, str):
+                    self._add(step, summary=summary.scalar(name, value))
+                elif self._texts.get(name) != value:
+                    self._texts[name] = value
+                    self._add(step, summary=summary.text(name, value))
+            self._writer.flush()
 
     def close(self, failed: bool) -> None:
-        """Flush and close the event file; an error is not raised if another is under way."""
+        """Close the event file; an error is not raised if another is under way."""
         try:
-            self._check()
-            self._writer.close()
-            self._check()
+            with self._reported():
+                self._writer.close()
         except OSError:
             if not failed:
                 raise
-        finally:
-            for thread in self._threads:
-                _thread_errors.pop(thread, None)
 
-    def _check(self) -> None:
-        for thread in self._threads:
-            error = _thread_errors.get(thread)
-            if error is not None:
-                raise OSError(
-                    f"the event file in {self._directory} cannot be written: {error}; free disk "
-                    "space and run the same command again."
-                ) from error
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"the event file in {self._directory} cannot be written: {error.strerror}; free "
+                "disk space and run the same command again: it resumes from the last checkpoint."
+            ) from error
 
 
 class WeightsAndBiases:

@@ -4,11 +4,12 @@ import json
 import math
 import struct
 import sys
+import time
 import types
 
 import pytest
 
-from ntkrl.report import LoggingSettings, MetricsWriter, check_loggers, open_loggers
+from ntkrl.report import LoggingSettings, MetricsWriter, check_loggers, loggers, open_loggers
 
 
 def shown(directory):
@@ -169,9 +170,10 @@ def test_missing_packages(monkeypatch):
 
 
 def test_a_full_disk(small_disk, capfd):
-    """story: the thread that writes events fails: a sentence, no trace, and nothing waits for it.
+    """story: a sentence, no trace, and nothing waits.
 
-    Its queue of ten used to fill up then, and the run to wait for ever.
+    SummaryWriter's thread used to print a trace, and its queue of ten to fill up: a run then waited
+    for ever.
     """
     directory = small_disk("64k") / "tensorboard"
     logger, deadline = loggers.TensorBoard(directory, -1), time.monotonic() + 20
