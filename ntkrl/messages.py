@@ -1,6 +1,7 @@
 """Text of error messages. Imports no JAX, as reward workers start without it."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,19 @@ def listed(problems: Sequence[str]) -> str:
     if len(problems) > MAX_PROBLEMS:
         lines.append(f"\n  and {len(problems) - MAX_PROBLEMS} more")
     return "".join(lines)
+
+
+def printable(text: str) -> str:
+    """Return lines with "?" for control codes, which could move a terminal's cursor."""
+
+    def harmless(character: str) -> bool:
+        return (
+            character.isprintable()
+            or character in "\n\t"
+            or unicodedata.category(character) == "Zs"  # other spaces
+        )
+
+    return "".join(c if harmless(c) else "?" for c in text)
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -52,13 +52,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Distribute tests by file, the longest files first; skip the extra suites unless selected.
-
-    The tests of a file share fixtures, traces and compiled programs, so one worker runs them all.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """Put the longest files first, and skip the extra suites unless selected."""
     files = {file: rank for rank, file in enumerate(LONGEST)}
     items.sort(key=lambda item: files.get(item.nodeid.partition("::")[0], len(files)))
     if config.option.markexpr:
