@@ -82,7 +82,7 @@ def let_go_of_programs():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mount a file system of a chosen size; call again to remount."""
+    """Mount a file system of a chosen size; call again to remount, `remove` for another."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -92,8 +92,10 @@ def small_disk(tmp_path):
             pytest.skip("mounting a tmpfs needs to be root")
         return place
 
+    remove = ["umount", "-l", place]  # errors keep files open
+    mounted.remove = lambda: subprocess.run(remove, capture_output=True, check=False)
     yield mounted
-    subprocess.run(["umount", place], capture_output=True, check=False)
+    mounted.remove()
 
 
 @pytest.fixture
