@@ -7,12 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from ntkrl import durable_files, signals
+from ntkrl.messages import printable
 
 USAGE = """usage: ntkrl COMMAND ...
 
   train    --config=FILE [--config.section.field=value ...]   run or resume a training run
   evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
-  evaluate --run=RUN [--step=N|best] [--config...=value ...]  or a checkpoint of a run
+  evaluate --run=RUN [--step=N|best] [--trust] [--config...]  or a checkpoint of a run
   prepare  --config=FILE [--config.section.field=value ...]   prepare published data
   plan     --config=FILE --topology=v5e:4x4 [--search] ...    memory and time of a run on a machine
   study    --config=FILE [--page] ...                         run a grid of runs, write its page
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             full is None and not isinstance(error, ValueError | OSError)
         ):
             raise
-        print(f"ntkrl {words[0]}: {error if full is None else full}", file=sys.stderr)
+        message = f"ntkrl {words[0]}: {error if full is None else full}"
+        print(printable(message), file=sys.stderr)
         return 2
     return 0 if status is None else status
 
@@ -107,15 +109,17 @@ def _evaluate(words: Sequence[str]) -> None:
     from ntkrl import runtime
     from ntkrl.evaluation import commands
 
-    chosen = [word for word in words if word.startswith(("--run", "--step"))]
-    options, _ = _options(chosen, ("run", "step"))
+    chosen = [word for word in words if word.startswith(("--run", "--step", "--trust"))]
+    options, _ = _options(chosen, ("run", "step"), ("trust",))
     if "step" in options and "run" not in options:
         raise ValueError("--step names a checkpoint of a run; give --run=RUN too.")
+    if "trust" in options and "run" not in options:
+        raise ValueError("--trust is about the code that a run's config names; give --run=RUN too.")
     run = options["run"] if "run" in options else None
     saved = None if run is None else commands.config_of(run)
     config = runtime.read_config([word for word in words if word not in chosen], saved)
     with runtime.distributed_session(f"evaluate {config.run_dir}"), signals.restored():
-        commands.evaluate(config, run, _step(options))
+        commands.evaluate(config, run, _step(options), "trust" in options)
 
 
 def _prepare(words: Sequence[str]) -> None:

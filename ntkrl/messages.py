@@ -1,6 +1,7 @@
 """Text of error messages. Imports no JAX, as reward workers start without it."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,19 @@ def listed(problems: Sequence[str]) -> str:
     return "".join(lines)
 
 
+def printable(text: str) -> str:
+    """Return lines with "?" for control codes, which could move a terminal's cursor."""
+
+    def harmless(character: str) -> bool:
+        return (
+            character.isprintable()
+            or character in "\n\t"
+            or unicodedata.category(character) == "Zs"  # other spaces
+        )
+
+    return "".join(c if harmless(c) else "?" for c in text)
+
+
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return "; did you mean …?" with the known name most similar to a wrong one, or ""."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
@@ -23,12 +37,15 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 def quoted(value: Any, width: int = 80) -> str:
     """Return a value as Python writes it, cut to a width; a file's value may be megabytes."""
-    text = repr(value)
+    return _shortened(repr(value), width)
+
+
+def _shortened(text: str, width: int = 400) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def joined(problems: Iterable[str], separator: str = "; ", most: int = 20) -> str:
     """Return the distinct problems in one line, at most so many and the number of others."""
     distinct = list(dict.fromkeys(problems))
-    text = separator.join(distinct[:most])
+    text = separator.join(_shortened(problem) for problem in distinct[:most])
     return text + (f"{separator}and {len(distinct) - most} more" if len(distinct) > most else "")

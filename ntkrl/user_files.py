@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,3 +32,29 @@ def execute(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def check_trust(directory: Path, names: Sequence[str], trusted: bool) -> None:
+    """Refuse code named by a file of a directory that another user may have written.
+
+    Args:
+      directory: whose config.json names it; trusted if below the working directory and, like the
+        file, of this user.
+      names: of the code, for messages.
+      trusted: the user has said that it may be executed.
+
+    Raises:
+      ValueError: it is not trusted.
+    """
+    reasons = []
+    if not directory.resolve().is_relative_to(Path.cwd().resolve()):
+        reasons.append("is outside the current directory")
+    owners = {(directory / name).stat().st_uid for name in (".", "config.json")}
+    if hasattr(os, "geteuid") and owners != {os.geteuid()}:
+        reasons.append("belongs to another user")
+    if reasons and not trusted:
+        raise ValueError(
+            f"{directory}/config.json names code that would be executed with your rights, "
+            f"{', '.join(names)}, and the directory {' and '.join(reasons)}. Read the code, then "
+            "add --trust."
+        )

@@ -14,12 +14,12 @@ FLOORS = [
     {"types", "lease"},
     {
         *("numerics", "trees", "intervals", "jaxpr"),
-        *("messages", "user_files", "json_values", "durable_files"),
+        *("messages", "user_files", "json_values", "durable_files", "workers"),
         "run_lock",
     },
     {"signals"},
     {"softmax", "json_files"},
-    {"models", "scoring", "ntk", "runtime"},
+    {"models", "scoring", "ntk", "runtime", "chat_templates"},
     # one pipeline, in order: a room may import those before it
     {"data"},
     {"rollout", "reward", "advantage", "report"},
@@ -47,7 +47,7 @@ OWNERS = {
         *("runtime", "settings", "training", "evaluation", "prepare", "study"),
     },
     "pyarrow": {"data", "prepare"},
-    "transformers": {"data"},
+    "transformers": {"data", "chat_templates"},
     "safetensors": {"models"},
     "tensorboardX": {"report"},
     "wandb": {"report"},

@@ -23,10 +23,8 @@ from ntkrl.data.chat import (
     apply_template,
     end_ids,
     read_template,
-    render_conversation,
-    render_prompt,
-    template_errors,
-    template_options,
+    render_conversations,
+    render_prompts,
     turn_end_id,
 )
 from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
@@ -41,6 +39,5 @@ from ntkrl.data.tokens import (
     encode_prompts,
     encode_texts,
     load_tokenizer,
-    map_rows,
     stop_finder,
 )

@@ -7,9 +7,13 @@ A row may have TRL's columns `tools` (a list of JSON schemas, or its JSON text) 
 import dataclasses
 import inspect
 import json
-from collections.abc import Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ntkrl import chat_templates
+from ntkrl.messages import listed
 
 MARKER = "ntkrl"  # stands for an assistant's answer
 
@@ -20,10 +24,12 @@ class Template:
 
     text: jinja2, as in transformers' `chat_template`.
     tokens: special tokens to add to the tokenizer, in this order.
+    source: its name or file.
     """
 
     text: str
     tokens: tuple[str, ...] = ()
+    source: str = ""
 
 
 # The format of princeton-pli/what-makes-good-rm for Pythia, without line breaks and without a
@@ -37,8 +43,15 @@ PYTHIA = Template(
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
     ("<|user|>", "<|assistant|>"),
+    "pythia",
 )
 TEMPLATES = {"pythia": PYTHIA}
+_SOURCES: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+"""Tokenizers whose template is from `apply_template`, and its source."""
+
+
+class RejectedError(ValueError):
+    """A chat template rejects conversations."""
 
 
 def read_template(name: str) -> Template:
@@ -54,7 +67,7 @@ def read_template(name: str) -> Template:
             f"model.template {name!r} is unknown; give {', '.join(TEMPLATES)} or a .jinja file."
         )
     try:
-        return Template(Path(name).read_text(encoding="utf-8"))
+        return Template(Path(name).read_text(encoding="utf-8"), source=name)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"model.template {name} cannot be read: {error}.") from error
 
@@ -62,15 +75,8 @@ def read_template(name: str) -> Template:
 def apply_template(tokenizer: Any, template: Template) -> int:
     """Set a tokenizer's chat template and add its special tokens; return how many were new."""
     tokenizer.chat_template = template.text
+    _SOURCES[tokenizer] = template.source
     return tokenizer.add_special_tokens({"additional_special_tokens": list(template.tokens)})
-
-
-def template_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of a template that rejects a conversation."""
-    # jinja2 comes with transformers' chat templates, its only use
-    from jinja2 import TemplateError
-
-    return TemplateError, ValueError, TypeError
 
 
 def template_options(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
@@ -97,48 +103,124 @@ def template_options(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str
     return {**({"tools": tools} if tools else {}), **(variables or {})}
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, Any]) -> str:
-    """Return a conversation up to the start of the assistant's answer.
+def render_prompts(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Any]],
+    columns: Mapping[str, Sequence[Any]],
+    source: str,
+) -> list[str]:
+    """Return conversations up to the start of the assistant's answer.
 
     Messages that end with the assistant's are continued: no end of turn, no new turn.
 
     Args:
       tokenizer: with a chat template.
-      messages: at least one.
-      options: from `template_options`.
+      conversations: lists of at least one message.
+      columns: of the rows, for `template_options`.
+      source: of the conversations, for messages.
 
     Raises:
-      Exception: one of `template_errors`.
+      ValueError: rows that the template rejects, all of them in one message, or a template that
+        exceeds the limits of `ntkrl.chat_templates`.
     """
-    _check_options(tokenizer, options)
-    continued = messages[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        list(messages),
-        add_generation_prompt=not continued,
-        continue_final_message=continued,
-        tokenize=False,
-        **options,
-    )
+
+    def options(messages: Sequence[Any]) -> dict[str, bool]:
+        continued = messages[-1]["role"] == "assistant"
+        return {"add_generation_prompt": not continued, "continue_final_message": continued}
+
+    return _render(tokenizer, conversations, columns, source, options)
 
 
-def render_conversation(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, Any]) -> str:
-    """Return a complete conversation; arguments and errors as `render_prompt`."""
-    _check_options(tokenizer, options)
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+def render_conversations(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Any]],
+    columns: Mapping[str, Sequence[Any]],
+    source: str,
+) -> list[str]:
+    """Return complete conversations; arguments and errors as `render_prompts`."""
+    return _render(tokenizer, conversations, columns, source, lambda messages: {})
+
+
+def _render(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Any]],
+    columns: Mapping[str, Sequence[Any]],
+    source: str,
+    mode: Callable[[Sequence[Any]], dict[str, bool]],
+) -> list[str]:
+    requests: list[chat_templates.Conversation] = []
+    problems: dict[int, Exception] = {}
+    for row, messages in enumerate(conversations):
+        try:
+            options = template_options(columns, row)
+            _check_options(tokenizer, options)
+            requests.append(chat_templates.Conversation(messages, mode(messages) | options))
+        except (ValueError, TypeError, LookupError) as error:
+            problems[row] = error
+    template, place = tokenizer.chat_template, _place(tokenizer)
+    texts: list[str] = []
+    results: Iterator[str | Exception]
+    try:
+        if template in [known.text for known in TEMPLATES.values()]:
+            results = (_render_here(tokenizer, request) for request in requests)
+        else:
+            variables = tokenizer.special_tokens_map
+            results = chat_templates.render(template, variables, requests)
+        for row in range(len(conversations)):
+            result = problems[row] if row in problems else next(results)
+            if isinstance(result, Exception):
+                problems[row] = result
+            else:
+                texts.append(result)
+    except chat_templates.TemplateLimitError as error:
+        raise ValueError(f"{source}: the chat template of {place} {error}.") from error
+    if problems:
+        message = rejected_rows(f"{source}: the chat template rejects", conversations, problems)
+        raise RejectedError(f"{message}\nThe template is that of {place}.")
+    return texts
+
+
+def _render_here(tokenizer: Any, conversation: chat_templates.Conversation) -> str | Exception:
+    """Render by a template of this module, without another process."""
+    messages, options = list(conversation.messages), conversation.options
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:
+        return error
+
+
+def rejected_rows(message: str, items: Sequence[Any], problems: Mapping[int, Exception]) -> str:
+    """Return `message`, the number of rows with problems, and each of them with its item."""
+    rows = [f"row {row}, {items[row]!r:.60}: {problems[row]}" for row in sorted(problems)]
+    return f"{message} {len(rows)} rows{listed(rows)}"
+
+
+def _place(tokenizer: Any) -> str:
+    """Return the name or file of a tokenizer's chat template."""
+    if tokenizer in _SOURCES:
+        return f"model.template {_SOURCES[tokenizer]}"
+    directory = Path(tokenizer.name_or_path)
+    names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+    files = [directory / name for name in names if (directory / name).is_file()]
+    return str(files[0] if files else directory)
 
 
 def turn_end_id(tokenizer: Any) -> int | None:
     """Return the special token that the chat template writes after an assistant's answer.
 
     None without a template, or with one that writes none or rejects a plain question and answer.
+
+    Raises:
+      ValueError: the template exceeds the limits of `ntkrl.chat_templates`.
     """
     if tokenizer.chat_template is None:
         return None
     turns = [{"role": "user", "content": MARKER}, {"role": "assistant", "content": MARKER}]
     try:
-        tail = render_conversation(tokenizer, turns, {}).rpartition(MARKER)[2].strip()
-    except template_errors():
+        (text,) = render_conversations(tokenizer, [turns], {}, "a question and its answer")
+    except RejectedError:
         return None
+    tail = text.rpartition(MARKER)[2].strip()
     added = tokenizer.added_tokens_decoder
     special = {added[token_id].content: token_id for token_id in added if added[token_id].special}
     starts = [content for content in special if tail.startswith(content)]

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from ntkrl.data.chat import (
-    render_conversation,
-    render_prompt,
-    template_errors,
-    template_options,
+    rejected_rows,
+    render_conversations,
+    render_prompts,
     turn_end_id,
 )
 from ntkrl.data.prompts import PromptSet
@@ -234,21 +233,7 @@ def _render_prompts(tokenizer: Any, prompt_set: PromptSet) -> list[str]:
             "template. Put chat_template.jinja into the tokenizer's directory (or set "
             '"chat_template" in tokenizer_config.json), or use {"prompt": "text"} rows.'
         )
-    return _render(tokenizer, prompt_set, render_prompt, prompt_set.prompts)
-
-
-def _render(
-    tokenizer: Any,
-    prompt_set: PromptSet,
-    render: Callable[[Any, Sequence[Any], dict[str, Any]], str],
-    conversations: Sequence[Any],
-) -> list[str]:
-    def write(row: int) -> str:
-        options = template_options(prompt_set.columns, row)
-        return render(tokenizer, conversations[row], options)
-
-    message = f"{prompt_set.source}: the chat template rejects"
-    return map_rows(write, conversations, template_errors(), message)
+    return render_prompts(tokenizer, prompt_set.prompts, prompt_set.columns, prompt_set.source)
 
 
 def encode_plain(
@@ -282,14 +267,15 @@ def map_rows(
     Raises:
       ValueError: `message`, and all rows whose call raises one of `kinds`.
     """
-    results, problems = [], []
-    for row, item in enumerate(items):
+    results: list[Any] = []
+    problems: dict[int, Exception] = {}
+    for row in range(len(items)):
         try:
             results.append(call(row))
         except kinds as error:
-            problems.append(f"row {row}, {item!r:.60}: {error}")
+            problems[row] = error
     if problems:
-        raise ValueError(f"{message} {len(problems)} rows{listed(problems)}")
+        raise ValueError(rejected_rows(message, items, problems))
     return results
 
 
@@ -318,7 +304,7 @@ def _render_completions(
 ) -> list[str]:
     turns = zip(prompt_set.prompts, completions, strict=True)
     conversations = [[*prompt, *completion] for prompt, completion in turns]
-    texts = _render(tokenizer, prompt_set, render_conversation, conversations)
+    texts = render_conversations(tokenizer, conversations, prompt_set.columns, prompt_set.source)
     pairs = list(zip(texts, starts, strict=True))
     problems = [
         f"row {row}: {start!r:.60} is not a prefix of {text!r:.60}"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import durable_files, models, reward, runtime, trees
+from ntkrl import data, durable_files, models, reward, runtime, trees, user_files
 from ntkrl.evaluation.comparison import mean_interval
 from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
@@ -26,7 +27,10 @@ EVALUATE_STREAM = 3
 
 
 def evaluate(
-    config: ConfigDict, run: str | None = None, step: int | str | None = None
+    config: ConfigDict,
+    run: str | None = None,
+    step: int | str | None = None,
+    trusted: bool = False,
 ) -> dict[str, float]:
     """Sample and reward completions of the held-out prompts; print and save the metrics.
 
@@ -39,6 +43,7 @@ def evaluate(
       config: see configs/base.py; `model.path`, `data`, `reward`, `rollout` and `eval` count.
       run: run directory whose checkpoint is scored, or None for the model of `model.path`.
       step: rollout step of the checkpoint, as in `export`.
+      trusted: execute the code that the run's config names, whoever wrote it.
 
     Returns:
       The `eval/…` and `diversity/…` metrics, with `_low` and `_high` ends of intervals.
@@ -52,6 +57,7 @@ def evaluate(
         raise ValueError("evaluate samples completions; a reward model's accuracy is in its run.")
     directory, checkpoint = Path(config.run_dir), None
     if run is not None:
+        _check_code(settings, run, trusted)
         checkpoint = SavedParams(run, settings, step)
         label = checkpoint.name
     elif settings.model.path is not None:
@@ -161,6 +167,17 @@ def config_of(run: str) -> ConfigDict:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not the config of a run ({reason}).") from error
     return config
+
+
+def _check_code(settings: RunSettings, run: str, trusted: bool) -> None:
+    """Name the code that a run's own config names, and refuse it if another may have written it."""
+    saved = config_of(run)
+    named = {*data.split_names(saved.reward.function or ""), saved.rollout.engine}
+    used = [*(spec for spec, _ in settings.reward.functions), settings.rollout.engine]
+    code = [spec for spec in used if spec in named and spec and ".py:" in spec]
+    if code:
+        user_files.check_trust(Path(run), code, trusted)
+        tqdm.write(f"executing {', '.join(code)}, named by {run}/config.json", file=sys.stderr)
 
 
 def _saved_settings(run: str, config: ConfigDict) -> RunSettings:

@@ -225,8 +225,9 @@ def _template() -> jinja2.Template:
 
 
 def _escape(value: Any) -> Markup:
-    """Escape like `html.escape`; Markup stays."""
-    return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
+    """Escape like `html.escape`; Markup stays; a page cannot hold lone surrogates and NUL."""
+    text = str(value if isinstance(value, Markup) else html.escape(str(value)))
+    return Markup(text.encode("utf-8", "replace").decode("utf-8").replace("\0", "?"))
 
 
 def _resource(name: str) -> str:

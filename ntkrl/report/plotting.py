@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ntkrl.messages import printable
 from ntkrl.report.metric_names import GLOSSARY
 from ntkrl.report.runs import Run, by_name, mean_words, series, stage_ends
 
@@ -61,8 +62,9 @@ def figure_bytes(figure: Figure, suffix: str, dots_per_inch: int = DOTS_PER_INCH
 
 
 def shown(text: str, limit: int = LABEL_CHARACTERS) -> str:
-    """Shorten a user's text and escape dollars, which matplotlib reads as mathematics."""
-    short = text if len(text) <= limit else text[: limit - 1] + "…"
+    """Shorten a user's text, without control codes, and escape dollars: matplotlib's formulas."""
+    line = printable(text.replace("\n", " "))
+    short = line if len(line) <= limit else line[: limit - 1] + "…"
     return short.replace("$", r"\$")
 
 

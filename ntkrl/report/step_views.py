@@ -52,8 +52,8 @@ def step_data(runs: Sequence[Run], room: int) -> tuple[str, str] | None:
             allow_nan=False,
             separators=(",", ":"),
         )
-        # no text may end the element or start a comment
-        data = data.replace("<", "\\u003c")
+        # no text may end the element or start a comment; lone surrogates cannot be written
+        data = data.replace("<", "\\u003c").encode("utf-8", "replace").decode("utf-8")
         if len(data.encode()) <= room:
             total = sum(map(len, groups.values()))
             return data, _limits(f"{len(chosen)} of {total}", len(chosen) < total, steps, tokens)

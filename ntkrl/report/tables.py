@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ntkrl.messages import printable
 from ntkrl.report.metric_names import training_timings
 from ntkrl.report.runs import Run, by_name, series, stage_ends
 
@@ -275,12 +276,13 @@ def format_table(runs: Sequence[Run]) -> str:
     widths[0] = min(widths[0], MAX_COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1))
     lines = [_align(cells, widths) for cells in (*heads, *table.rows)]
     lines.insert(2, "-" * min(MAX_COLUMNS, sum(widths) + 2 * (len(widths) - 1)))
-    notes = [line for note in table.notes for line in textwrap.wrap(note, MAX_COLUMNS)]
+    notes = [printable(t) for note in table.notes for t in textwrap.wrap(note, MAX_COLUMNS)]
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def _align(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Align the label left and numbers right, and cut what is too long."""
+    cells = [printable(cell.replace("\n", " ")) for cell in cells]
     cut = [c if len(c) <= w else c[: w - 1] + "…" for c, w in zip(cells, widths, strict=True)]
     parts = [cut[0].ljust(widths[0])]
     parts.extend(cell.rjust(width) for cell, width in zip(cut[1:], widths[1:], strict=True))

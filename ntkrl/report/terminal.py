@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ntkrl.messages import printable
 from ntkrl.report.comparisons import comparison_table
 from ntkrl.report.ledger_figures import (
     QUANTITY,
@@ -63,8 +64,7 @@ def format_text(
     for run in all_runs:
         notes = "; ".join(run.notes) if run.notes else "complete"
         lines += _wrap(f"{run.name}, seed {run.seed} ({run.path.name}): {notes}", width)
-    # texts of a run may contain control codes that move the cursor
-    text = "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+    text = "\n".join(printable(line.replace("\n", " ")) for line in lines)
     try:
         "".join(PLAIN).encode(encoding)
     except UnicodeEncodeError:

@@ -91,6 +91,10 @@ class MathVerify:
                 f"not {self.row_seconds}, {self.call_seconds} and {self.default}."
             )
 
+    def prepare(self) -> None:
+        """Import math-verify, which takes seconds; raise ValueError without it."""
+        _math_comparison()
+
     def __call__(
         self,
         completions: Sequence[Any],

@@ -31,6 +31,10 @@ class RewardError(ValueError):
     """A reward function failed; the message names it, the place and the fix."""
 
 
+class RewardUnavailableError(ValueError):
+    """A reward function can no longer be called: the run stops, whatever a failed call counts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RewardFunction:
     """One reward function.
@@ -105,6 +109,7 @@ class RewardFunction:
 
         Raises:
           RewardError: it raised, or did not return B finite numbers or Nones.
+          RewardUnavailableError: it cannot be called again.
         """
         if not any(p.kind is p.VAR_KEYWORD for p in self.parameters):
             names = {p.name for p in self.parameters}
@@ -113,7 +118,7 @@ class RewardFunction:
             returned = self.call(**arguments)
             if inspect.isawaitable(returned):
                 returned = asyncio.run(_wait(returned))
-        except RewardError:
+        except (RewardError, RewardUnavailableError):
             raise
         except Exception as error:
             raise RewardError(

@@ -2,21 +2,20 @@
 
 import inspect
 import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from ntkrl import user_files
+from ntkrl import user_files, workers
 from ntkrl.json_values import from_json, to_json
 from ntkrl.messages import did_you_mean
 from ntkrl.reward.built_in import BUILT_IN, IN_WORKER
-from ntkrl.reward.contract import RewardError, RewardFunction, line_in
+from ntkrl.reward.contract import (
+    RewardError,
+    RewardFunction,
+    RewardUnavailableError,
+    line_in,
+)
 from ntkrl.reward.options import with_options
 
 FORMS = f"{', '.join(BUILT_IN)} (built in), 'path/to/file.py:function' or a reward model directory"
@@ -108,8 +107,8 @@ def _near(name: str, known: Iterable[str]) -> str:
 class WorkerFunction:
     """A reward function in a worker process (`ntkrl.reward.worker`), called like the function.
 
-    The process starts with the object; a call that exceeds the time limit kills it, and the next
-    call starts another.
+    The process starts with the object. A failed call ends it, with all that it started, and the
+    next call starts another, which has to be of the same code.
     """
 
     def __init__(self, spec: str, seconds: float, options: Mapping[str, Any] | None = None):
@@ -123,10 +122,9 @@ class WorkerFunction:
           ValueError: the file or function cannot be loaded.
         """
         self.spec, self.seconds = spec, seconds
-        self.options = json.dumps({} if options is None else dict(options))
-        self.process: subprocess.Popen[bytes] | None = None
-        self.buffer = b""
-        description = self._start()
+        self.options = {} if options is None else dict(options)
+        self.worker, description = self._start()
+        self.description = description
         self.name = description["name"]
         parameters = [
             inspect.Parameter(
@@ -148,12 +146,17 @@ class WorkerFunction:
         log_metric: Callable[[str, float], None] = lambda name, value: None,
         **arguments: Any,
     ) -> list[float | None]:
-        """Call the function; raise RewardError if it fails, exceeds the time limit, or dies."""
-        if self.process is None:
-            self._start()
+        """Call the function.
+
+        Raises:
+          RewardError: it fails, exceeds the time limit, or its process ends.
+          RewardUnavailableError: another process does not start, or its file was changed.
+        """
         arguments.pop("trainer_state", None)
-        request = json.dumps(self._encoded(arguments)).encode() + b"\n"
-        answer = self._request(request, self.seconds)
+        request = json.dumps(self._encoded(arguments)).encode()
+        if not self.worker.running:  # after a failed call, or it ended between two calls
+            self._restart()
+        answer = self._request(request)
         if "error" in answer:
             raise RewardError(answer["error"])
         for name, numbers in answer["metrics"].items():
@@ -162,6 +165,10 @@ class WorkerFunction:
         for column, values in from_json(answer["extra"]).items():
             log_extra(column, values)
         return answer["values"]
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        self.worker.close()
 
     def _encoded(self, arguments: Mapping[str, Any]) -> Any:
         """Return the arguments in JSON types; raise RewardError for a type without a form."""
@@ -177,69 +184,60 @@ class WorkerFunction:
                 ) from error
         return encoded
 
-    def close(self) -> None:
-        """Kill the process."""
-        if self.process is not None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self.process.wait()
-            self.requests.close()
-            self.answers.close()
-            self.process = None
-
-    def __del__(self) -> None:
-        if getattr(self, "process", None) is not None:
-            self.close()
-
-    def _start(self) -> dict[str, Any]:
-        self.buffer = b""
-        # workers never use the accelerator
-        environment = {"JAX_PLATFORMS": "cpu", **os.environ}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ntkrl.reward.worker", self.spec, self.options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
-        self.requests = cast(IO[bytes], self.process.stdin)
-        self.answers = cast(IO[bytes], self.process.stdout)
-        description = self._request(b"", LOADING_SECONDS)
+    def _start(self) -> tuple[workers.Worker, dict[str, Any]]:
+        """Start a process; return it with the description of its function."""
+        arguments = json.dumps([self.spec, self.options]).encode()
+        try:
+            worker = workers.Worker("ntkrl.reward.worker")
+            description = json.loads(worker.request(arguments, LOADING_SECONDS))
+        except workers.WorkerError as error:
+            raise ValueError(
+                f"the process of reward function {self.spec} {error} while it was loaded; see its "
+                "output above."
+            ) from error
         if "error" in description:
-            self.close()
+            worker.close()
             raise ValueError(description["error"])
-        return description
+        return worker, description
 
-    def _request(self, request: bytes, seconds: float) -> dict[str, Any]:
-        """Send a request and return the answer, within a time limit."""
-        deadline = time.monotonic() + seconds
-        writer, reader = self.requests.fileno(), self.answers.fileno()
-        os.set_blocking(writer, False)
-        while b"\n" not in self.buffer:
-            wait = max(deadline - time.monotonic(), 0)
-            readable, writable, _ = select.select([reader], [writer] if request else [], [], wait)
-            if not readable and not writable:
-                self.close()
-                raise RewardError(
-                    f"reward function {self.spec} did not answer within {seconds:g} s; its "
-                    "process was killed. Raise reward.timeout, or set reward.on_failure to the "
-                    "reward of such calls."
-                )
-            try:
-                if writable:
-                    request = request[os.write(writer, request) :]
-                chunk = os.read(reader, 1 << 20) if readable else None
-            except BrokenPipeError:
-                chunk = b""
-            if chunk == b"":
-                status = None if self.process is None else self.process.wait()
-                self.close()
-                raise RewardError(
-                    f"the process of reward function {self.spec} ended with status {status} "
-                    "(killed for memory, or an exit inside the function); see its output above."
-                )
-            self.buffer += chunk or b""
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        return json.loads(line)
+    def _restart(self) -> None:
+        try:
+            worker, description = self._start()
+        except ValueError as error:
+            raise RewardUnavailableError(
+                f"reward function {self.spec} cannot be started again after its process ended: "
+                f"{error} Mend this and repeat the command, which resumes."
+            ) from error
+        if description != self.description:
+            worker.close()
+            raise RewardUnavailableError(
+                f"reward function {self.spec} was changed since the run began, and its process had "
+                "to be started again: later rewards would not be comparable. Restore the file, or "
+                "repeat the command, which resumes with the changed one."
+            )
+        self.worker = worker
+
+    def _request(self, request: bytes, again: bool = True) -> dict[str, Any]:
+        """Return the answer of the process; one that is terminated in a call gets another."""
+        fix = "set reward.on_failure to the reward of such calls"
+        try:
+            return json.loads(self.worker.request(request, self.seconds))
+        except workers.WorkerTimeoutError as error:
+            raise RewardError(
+                f"reward function {self.spec} {error}; its process was killed. Raise "
+                f"reward.timeout, or {fix}."
+            ) from error
+        except workers.WorkerEndedError as error:
+            if error.terminated and again:  # with the run, which now saves
+                self._restart()
+                return self._request(request, again=False)
+            raise RewardError(
+                f"the process of reward function {self.spec} {error} in a call (an exit or crash "
+                f"inside the function, or killed from outside, as for memory); see its output "
+                f"above, or {fix}."
+            ) from error
+        except workers.WorkerError as error:
+            raise RewardError(
+                f"the process of reward function {self.spec} {error}; it was killed. Leave "
+                f"descriptors alone that the function did not open, or {fix}."
+            ) from error

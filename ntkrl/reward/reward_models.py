@@ -51,7 +51,7 @@ class RewardTexts:
 
         Args:
           prompts, completions: texts, or lists of messages.
-          columns: of the rows, of which a chat template reads some (see data.template_options).
+          columns: of the rows, of which a chat template reads some (see ntkrl.data.chat).
 
         Raises:
           RewardError: texts that are too long for the model, that its chat template rejects, or
@@ -90,19 +90,18 @@ class RewardTexts:
                 "tokenizer has no chat template; put chat_template.jinja into the directory."
             )
 
-        def render(row: int) -> tuple[str, str]:
-            prompt, completion = pairs[row]
-            before, after = _messages(prompt, "user"), _messages(completion, "assistant")
-            options = data.template_options(columns, row)
-            start = data.render_prompt(self.tokenizer, before, options)
-            return start, data.render_conversation(self.tokenizer, [*before, *after], options)
-
-        message = f"reward model {self.scorer.source}: its chat template rejects"
-        prompts = [prompt for prompt, _ in pairs]
+        before = [_messages(prompt, "user") for prompt, _ in pairs]
+        complete = [
+            [*start, *_messages(completion, "assistant")]
+            for start, (_, completion) in zip(before, pairs, strict=True)
+        ]
+        source = f"reward model {self.scorer.source}"
         try:
-            return data.map_rows(render, prompts, data.template_errors(), message)
+            starts = data.render_prompts(self.tokenizer, before, columns, source)
+            texts = data.render_conversations(self.tokenizer, complete, columns, source)
         except ValueError as error:
             raise RewardError(str(error)) from error
+        return list(zip(starts, texts, strict=True))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # a template writes special tokens itself

@@ -5,21 +5,19 @@ over its limit; another one continues with the next row. Signals would not do: t
 neither a product of integers of a billion digits nor a parser that has used up its stack.
 """
 
-import ctypes
 import os
-import resource
 import select
 import signal
 import struct
-import sys
 import time
 from collections.abc import Callable, Sequence
+
+from ntkrl import workers
 
 ANSWER = struct.Struct("=?d")
 """Of one row: whether it was scored, and its reward; NaN where it does not apply."""
 MEMORY = 2 << 30
 """Bytes that rows may allocate beyond what their process starts with."""
-PARENT_DEATH = 1  # prctl's PR_SET_PDEATHSIG
 Score = Callable[[int], float | None]
 
 
@@ -60,19 +58,21 @@ class RowScores:
                 self.slow += rows[done:]
                 return
             child = _Child(self.score, rows[done:])
-            while done < len(rows):
-                part = max(deadline - time.monotonic(), 0) / (len(rows) - done)
-                answer = child.answer(min(part, self.row_seconds))
-                row, done = rows[done], done + 1
-                if answer is None:
-                    (self.failed if child.ended else self.slow).append(row)
-                    break
-                scored, reward = answer
-                if scored:
-                    self.values[row] = None if reward != reward else reward
-                else:
-                    self.failed.append(row)
-            child.close()
+            try:
+                while done < len(rows):
+                    part = max(deadline - time.monotonic(), 0) / (len(rows) - done)
+                    answer = child.answer(min(part, self.row_seconds))
+                    row, done = rows[done], done + 1
+                    if answer is None:
+                        (self.failed if child.ended else self.slow).append(row)
+                        break
+                    scored, reward = answer
+                    if scored:
+                        self.values[row] = None if reward != reward else reward
+                    else:
+                        self.failed.append(row)
+            finally:
+                child.close()
 
 
 class _Child:
@@ -81,10 +81,11 @@ class _Child:
     def __init__(self, score: Score, rows: Sequence[int]):
         self.ended = False
         self.reader, writer = os.pipe()
+        parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                _serve(score, rows, writer)
+                _serve(score, rows, writer, parent)
             finally:
                 os._exit(0)  # without the exit handlers of the parent
         os.close(writer)
@@ -103,14 +104,11 @@ class _Child:
         os.close(self.reader)
 
 
-def _serve(score: Score, rows: Sequence[int], writer: int) -> None:
-    end_with_parent()
+def _serve(score: Score, rows: Sequence[int], writer: int, parent: int) -> None:
+    workers.end_with_parent(parent)
+    workers.ignore_terminations()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        with open("/proc/self/statm") as file:
-            size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        limits = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
+    workers.limit_memory(MEMORY)
     for row in rows:
         try:
             reward = score(row)
@@ -118,9 +116,3 @@ def _serve(score: Score, rows: Sequence[int], writer: int) -> None:
         except Exception:
             answer = ANSWER.pack(False, 0.0)
         os.write(writer, answer)
-
-
-def end_with_parent() -> None:
-    """Have Linux kill this process when its parent ends, even if it never returns."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)

@@ -1,22 +1,47 @@
-"""Worker process that serves one reward function: `python -m ntkrl.reward.worker SPEC OPTIONS`.
+"""Service of one reward function in a worker process (see `ntkrl.workers`).
 
-Requests and answers are lines of JSON on standard input and output, with values that JSON cannot
-hold in the tagged form of `ntkrl.json_values`; output of the function goes to standard error. The
-worker starts without JAX and is killed with the process that started it.
+Requests and answers are JSON, with values that JSON cannot hold in the tagged form of
+`ntkrl.json_values`. The worker starts without JAX.
 """
 
+import hashlib
 import json
-import os
-import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ntkrl.json_values import from_json, to_json
+from ntkrl.reward.built_in import IN_WORKER
 from ntkrl.reward.contract import CallLog, RewardFunction
 from ntkrl.reward.loading import load_function
-from ntkrl.reward.row_limits import end_with_parent
 
 
-def _answer(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+def open_service(arguments: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """Load a function; return its description and its service.
+
+    Args:
+      arguments: JSON of the spec and options, as for `load_function`.
+
+    Returns:
+      JSON of the name, parameters and a digest of the file, or of an error; and the function from
+      a request's arguments to the answer.
+    """
+    spec, options = json.loads(arguments)
+    file = Path(spec.rpartition(":")[0])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    try:
+        function = load_function(spec, options=options)
+        if spec in IN_WORKER:  # no call's time is spent on it
+            function.call.prepare()  # type: ignore[attr-defined]
+    except ValueError as error:
+        return _encoded({"error": str(error)}), lambda request: b""
+    parameters = [[p.name, int(p.kind), p.default is p.empty] for p in function.parameters]
+    description = {"parameters": parameters, "name": function.name, "digest": digest}
+    return _encoded(description), lambda request: _encoded(_answer(function, request))
+
+
+def _answer(function: RewardFunction, request: bytes) -> dict[str, Any]:
+    arguments = from_json(json.loads(request))
     log = CallLog()
     arguments |= {"log_metric": log.log_metric, "log_extra": log.log_extra, "trainer_state": None}
     try:
@@ -27,31 +52,5 @@ def _answer(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, An
     return {"values": values, "metrics": log.metrics, "extra": to_json(log.extra)}
 
 
-def main(spec: str, options: str) -> None:
-    """Load the function, send its name and parameters, and answer requests until the input ends.
-
-    Args:
-      spec: as for `load_function`.
-      options: JSON object of the options of a built-in function.
-    """
-    end_with_parent()
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def send(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-    try:
-        function = load_function(spec, options=json.loads(options))
-    except ValueError as error:
-        send({"error": str(error)})
-        return
-    parameters = [(p.name, int(p.kind), p.default is p.empty) for p in function.parameters]
-    send({"parameters": parameters, "name": function.name})
-    for line in sys.stdin:
-        send(_answer(function, from_json(json.loads(line))))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def _encoded(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer).encode()

@@ -12,6 +12,7 @@ from typing import Protocol
 from ml_collections import ConfigDict
 
 from ntkrl import user_files
+from ntkrl.messages import printable
 from ntkrl.run_lock import DirectoryLock
 from ntkrl.study.jobs import Job, run_jobs, started_commands
 from ntkrl.study.overview import ArmGroup, figure_html, group_sections
@@ -65,7 +66,7 @@ def run_study(config: ConfigDict, file: str, page_only: bool = False) -> Path:
     Raises:
       ValueError: the file defines no study, another process runs it, or a run failed.
     """
-    study, command = load_study(config, file), f"ntkrl study --config={file}"
+    study, command = load_study(config, file), printable(f"ntkrl study --config={file}")
     if page_only:
         return study.write_page(command)
     with DirectoryLock(study.root, "ntkrl study", "study"):

@@ -143,7 +143,7 @@ def samples(place):
 
 def test_checkpoints_of_a_run(run, base, tmp_path, capsys):
     """story: a checkpoint scores the same as its export, by the run's config or another."""
-    assert main(["evaluate", f"--run={run}"]) == 0, capsys.readouterr().err
+    assert main(["evaluate", f"--run={run}", "--trust"]) == 0, capsys.readouterr().err
     (newest,) = samples(run)
     assert newest.name == "own-step-4.jsonl"
     exported = [f"--config.run_dir={tmp_path}", "--config.eval.every_steps=2"]
@@ -152,14 +152,14 @@ def test_checkpoints_of_a_run(run, base, tmp_path, capsys):
     assert again.read_text() == newest.read_text()
     other = ["--step=2", f"--config.run_dir={tmp_path}", "--config.eval.prompts=3"]
     other += ["--config.reward.normalisation=None", "--config.rollout.stop=('+',)"]
-    assert main(["evaluate", f"--run={run}", *other]) == 0, capsys.readouterr().err
+    assert main(["evaluate", f"--run={run}", "--trust", *other]) == 0, capsys.readouterr().err
     rows = [json.loads(line) for line in (again.parent / "own-step-2.jsonl").open()]
     assert (
         len(rows) == 6
         and [row["reward"] for row in rows]
         != [json.loads(line)["reward"] for line in newest.open()][:6]
     )
-    assert main(["evaluate", f"--run={run}", "--step=best"]) == 0
+    assert main(["evaluate", f"--run={run}", "--trust", "--step=best"]) == 0
     output = capsys.readouterr().out
     assert "4 prompts × 2 samples against" in output
 
@@ -190,6 +190,7 @@ MISTAKES = {
     "step alone": (["--step=3"], "--step names a checkpoint of a run; give --run=RUN too"),
     "step": (["--run=RUN", "--step=3"], "has no checkpoint of step 3; kept are: 2, 4."),
     "word": (["--run=RUN", "--step=last"], "--step=last must be a whole number, or best."),
+    "trust alone": (["--trust"], "--trust is about the code that a run's config names"),
     "two configs": (["--run=RUN", "--config=configs/rl.py"], "the run has its own config"),
     "key": (["--run=RUN", "--config.eval.promts=3"], 'Did you mean "prompts"'),
     "type": (["--run=RUN", "--config.eval.prompts=many"], "many"),
@@ -211,11 +212,27 @@ MISTAKES = {
 }
 
 
+def test_code_named_by_a_run_needs_trust(run, capsys):
+    """story: the file is named and not executed, unless the user names it, or says so."""
+    assert main(["evaluate", f"--run={run}"]) == 2
+    text = capsys.readouterr().err
+    assert f"{run}/config.json names code that would be executed with your rights" in text
+    assert "toy_rewards.py:score, and the directory is outside" in text and "add --trust" in text
+    nothing = ["--config.reward.function=expressions", "--step=3"]
+    assert main(["evaluate", f"--run={run}", *nothing]) == 2
+    assert "has no checkpoint of step 3" in capsys.readouterr().err
+    assert main(["evaluate", f"--run={run}", "--step=3", "--trust"]) == 2
+    text = capsys.readouterr().err
+    assert f"toy_rewards.py:score, named by {run}/config.json" in text
+
+
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_one_message(run, capsys, mistake):
     """law: exit status 2, the cause and the way out, no trace."""
     arguments, message = mistake
-    assert main(["evaluate", *(word.replace("RUN", str(run)) for word in arguments)]) == 2
+    trust = ["--trust"] if "--run=RUN" in arguments else []
+    arguments = [*(word.replace("RUN", str(run)) for word in arguments), *trust]
+    assert main(["evaluate", *arguments]) == 2
     text = capsys.readouterr().err
     assert message in text and "Traceback" not in text
 
@@ -225,7 +242,7 @@ def test_mistakes_of_a_base_are_told_together(run, saved, tmp_path, capsys):
     path = tmp_path / "sft.jsonl"
     path.write_text(saved.read_text().replace('"prompt": "1', '"prompt": "0'))
     arguments = [f"--config.eval.base={path}", "--config.reward.function=exact_match"]
-    assert main(["evaluate", f"--run={run}", *arguments]) == 2
+    assert main(["evaluate", f"--run={run}", "--trust", *arguments]) == 2
     text = capsys.readouterr().err
     for message in (
         f"{path} is of other prompts",
@@ -234,10 +251,10 @@ def test_mistakes_of_a_base_are_told_together(run, saved, tmp_path, capsys):
     ):
         assert message in text
     path.with_suffix(".rewards.json").write_text('{"rewards": {"score": [0.5, null]}}')
-    assert main(["evaluate", f"--run={run}", f"--config.eval.base={path}"]) == 2
+    assert main(["evaluate", f"--run={run}", "--trust", f"--config.eval.base={path}"]) == 2
     assert "has 8 samples, and rewards beside it are 2 of score" in capsys.readouterr().err
     path.with_suffix(".rewards.json").write_text('{"rewards": {"score": [[]]}}')
-    assert main(["evaluate", f"--run={run}", f"--config.eval.base={path}"]) == 2
+    assert main(["evaluate", f"--run={run}", "--trust", f"--config.eval.base={path}"]) == 2
     assert "'score' is not a list of numbers" in capsys.readouterr().err
 
 
@@ -277,10 +294,13 @@ def test_exports_keep_away_from_runs(run, base, tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
-def test_training_does_not_begin_what_it_could_not_export(base, tmp_path, capsys):
-    """law: files of the user in RUN/export stop the run before its first step."""
+def test_training_does_not_begin_what_it_could_not_export(base, tmp_path, monkeypatch, capsys):
+    """law: files of the user in RUN/export stop a run before its first step, a resumed one too."""
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "thesis.tex").write_text("years")
+    assert main(words(base, tmp_path)) == 2
+    assert "export" in capsys.readouterr().err
+    monkeypatch.setattr(runtime, "check_run_dir", lambda *_: [])  # as if begun before
     assert main(words(base, tmp_path)) == 2
     assert "export holds files that no export wrote" in capsys.readouterr().err
     assert (tmp_path / "export" / "thesis.tex").read_text() == "years"

@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
 
-from ntkrl.report import write_report
+from ntkrl.report import format_table, format_text, read_run, write_report
 from ntkrl.report.figures import FIGURES
 from ntkrl.report.metric_names import GLOSSARY
 from ntkrl.report.page import GENERATOR
@@ -81,6 +82,84 @@ def test_names_are_escaped(run_paths, tmp_path):
     (data,) = re.findall(r'id="step-data">(.*?)</script>', text)
     run = json.loads(data)["runs"][0]
     assert run["name"] == name and run["completions"][0]["text"] == "text 0 </script><b>"
+
+
+HOSTILE = (
+    "</script></style></title><script>alert(1)</script><!-- <img src=x onerror=alert(1)>\"'><svg/"
+    "onload=alert(1)> &lt;b&gt; ]]> {{ 7 * 7 }} {% if %} $\\frac{1}$ $x$ `|` javascript:alert(1)"
+    " \x00\x1b[31m\x9b\u2028\u202e\ud800\r\n#"
+)
+
+
+def rewrite(path, change):
+    """Replace a JSON file by what `change` makes of it."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def hostile_run(path):
+    """Put hostile texts wherever a run directory has texts; return its new path."""
+    # a file name may hold control codes and bytes that are not UTF-8
+    name = HOSTILE.replace("/", "\\")[:140]
+    place = path.with_name(f"{name}\x1b\n\udcff{path.name}")
+    rewrite(path / "config.json", lambda config: {**config, "name": HOSTILE})
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, "stage": f"{line['step'] > 8}{HOSTILE}", HOSTILE: None} for line in lines]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def texts(stored):
+        completions = [
+            {**c, "text": HOSTILE, "tokens": [HOSTILE for _ in c["tokens"]]}
+            for c in stored["completions"]
+        ]
+        prompts = [HOSTILE for _ in stored["prompts"]]
+        return {**stored, "prompts": prompts, "completions": completions}
+
+    rewrite(path / "probes" / "set.json", texts)
+    for file in (path / "ledger").glob("*.json"):
+        texts = {"prompt": HOSTILE, "completion": HOSTILE}
+        rewrite(file, lambda ledger: {**ledger, "samples": [s | texts for s in ledger["samples"]]})
+    (path / "evaluations" / "best.json").unlink()
+    metrics = {
+        HOSTILE: 1.0,
+        "eval/reward": 0.5,
+        "diversity/best_of_2": 1,
+        "diversity/gap_best_of_2": 1,
+    }
+    name = f"{name}\x1b\n.json"
+    (path / "evaluations" / name).write_text(json.dumps(metrics))
+    (path / "evaluations" / f"cut{name}").write_text("{")
+    path.rename(place)
+    return place
+
+
+ATTRIBUTES = {"alt", "class", "colspan", "charset", "content", "http-equiv", "id", "lang", "name"}
+ATTRIBUTES |= {"scope", "src", "tabindex", "type"}
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["compared", "refused"])
+def test_hostile_texts(run_paths, tmp_path, monkeypatch, refused):
+    """law: no tag, attribute or script comes from a text, and no control code in a terminal."""
+    paths = [hostile_run(path) for path in run_paths[:2]]
+    if refused:  # in the heading
+        write_probe_set(paths[0], HOSTILE)
+        monkeypatch.setattr("ntkrl.report.page.FIGURES", ())
+    page = write_report(paths, tmp_path / "out")
+    text = page.read_text(encoding="utf-8")
+    parsed = _Tags(text)
+    assert parsed.open == [] and "svg" not in {tag for tag, _ in parsed.tags}
+    scripts = [attrs for tag, attrs in parsed.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "step-data"}, {}]
+    assert {name for _, attrs in parsed.tags for name in attrs} <= ATTRIBUTES
+    assert text.count("alert(1)") > 10 and "{{ 7 * 7 }}" in text
+    (data,) = re.findall(r'id="step-data">(.*?)</script>', text)
+    assert "<" not in data and json.loads(data)["runs"][0]["name"].startswith("</script>")
+    for file in page.parent.glob("*.svg"):
+        root = xml.etree.ElementTree.parse(file).getroot()
+        tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+        assert not tags & {"script", "foreignObject", "a"}, file.name
+    for printed in (format_table([read_run(path) for path in paths]), format_text(paths)):
+        assert "</scr" in printed
+        assert all(c.isprintable() for c in printed.replace("\n", ""))
 
 
 def test_missing_things_are_said(run_paths, tmp_path):

@@ -180,7 +180,7 @@ def test_a_worker_ends_with_its_run(rewards, tmp_path):
     child = (
         "from ntkrl.reward.loading import WorkerFunction\n"
         "function = WorkerFunction('mine.py:spin', 60.0)\n"
-        "print(function.process.pid, flush=True)\n"
+        "print(function.worker.process.pid, flush=True)\n"
         "function(completions=['a'])\n"
     )
     run = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
@@ -205,7 +205,7 @@ def test_close_ends_the_process(rewards):
     """law: a closed function has no process; it starts again when it is called."""
     function = rewards("later").call
     assert isinstance(function, WorkerFunction)
-    process = function.process
+    process = function.worker.process
     function.close()
     assert process.poll() is not None
     assert function(prompts=[], completions=["a"]) == [0.0]

@@ -249,3 +249,25 @@ def test_a_page_of_what_is_there(tmp_path):
     assert [run["command"] for run in runs] == [None, None, None, command]
     assert runs[3]["eval/reward"] == [0.302, 0.502, 0.402]
     assert runs[3]["seconds"] == 12.0
+
+
+def test_hostile_texts(tmp_path):
+    """law: names, stages, grids and commands are text on the page: no tag comes from them."""
+    hostile = (
+        "</script><script>alert(1)</script>\"'><img src=x onerror=alert(1)><!-- $x$ \x00\ud800"
+    )
+    paper = paper_study(tmp_path, seeds=(1, 2))
+    for arm in ("rl", "cfrl"):
+        for seed in paper.settings.seeds:
+            stage = {"stage": hostile}
+            fabricate(paper, "small", arm, seed, f"{arm} {hostile}", lambda step: stage)
+    table = {"tried": [{hostile: 0.1, "reward": 0.5}], "chosen": {hostile: 0.1}}
+    (tmp_path / "small" / "rates.json").write_text(json.dumps({hostile: table}))
+    written = hostile.replace("\ud800", "")
+    (tmp_path / "commands.txt").write_text(f"ntkrl train {written}\n")
+    page = paper.write_page(f"ntkrl study --config={written}").read_text()
+    assert "alert(1)" in page and "&lt;script&gt;alert(1)" in page
+    assert not re.search(r"<(script|img src=x|!--)", page)
+    assert set(re.findall(r"<img ([a-z]+)=", page)) <= {"alt"}
+    table = (tmp_path / "verdicts.md").read_text(encoding="utf-8")
+    assert table.count("\n") == table.count("|\n") + 2
