@@ -4,4 +4,5 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 prepare test
-exec .venv/bin/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+# the tests of a file share fixtures, traces and compiled programs: one worker runs them, in order
+exec .venv/bin/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder "$@"

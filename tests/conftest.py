@@ -52,13 +52,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Distribute tests by file, the longest files first; skip the extra suites unless selected.
-
-    The tests of a file share fixtures, traces and compiled programs, so one worker runs them all.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """Put the longest files first, and skip the extra suites unless selected."""
     files = {file: rank for rank, file in enumerate(LONGEST)}
     items.sort(key=lambda item: files.get(item.nodeid.partition("::")[0], len(files)))
     if config.option.markexpr:
@@ -88,7 +82,7 @@ def let_go_of_programs():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mount a file system of a chosen size; call again to remount."""
+    """Mount a file system of a chosen size; call again to remount, `remove` for another."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -98,8 +92,10 @@ def small_disk(tmp_path):
             pytest.skip("mounting a tmpfs needs to be root")
         return place
 
+    remove = ["umount", "-l", place]  # errors keep files open
+    mounted.remove = lambda: subprocess.run(remove, capture_output=True, check=False)
     yield mounted
-    subprocess.run(["umount", place], capture_output=True, check=False)
+    mounted.remove()
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from tests.children import Children
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ["data", "sft", "reward", "rl", "grpo", "cfrl", "evaluation"]
 VARIANTS = ["pythia-2.8b", "pythia-1b", "llama-3.2-1b"]
-TOGETHER = pytest.mark.xdist_group("paper")  # the chain is run once
 
 
 def script(runs, *words, **settings):
@@ -84,7 +83,6 @@ def runs(tmp_path_factory, children):
     return place
 
 
-@TOGETHER
 def test_the_chain(runs):
     """story: every part wrote the next one's inputs, and the report compares them."""
     written = json.loads((runs / "data" / "summary.json").read_text())["written"]
@@ -107,7 +105,6 @@ def test_the_chain(runs):
     assert "paper-cfrl, seed 0: test, gap" in page
 
 
-@TOGETHER
 def test_configs_say_what_was_run(runs):
     """law: the miniature's values are in a run's config, and those of the command line above."""
     config = json.loads((runs / "rl-0" / "config.json").read_text())
@@ -116,7 +113,6 @@ def test_configs_say_what_was_run(runs):
     assert config["stages"][0]["epochs"] == 6.0
 
 
-@TOGETHER
 def test_a_second_run_repeats_nothing(runs, children):
     """law: existing evaluations and data are not recomputed; trained runs report as finished."""
     left = [shlex.split(line)[1] for line in script(runs)]
@@ -127,7 +123,6 @@ def test_a_second_run_repeats_nothing(runs, children):
     assert {path: path.stat().st_mtime_ns for path in (runs / "cfrl-0").rglob("*")} == before
 
 
-@TOGETHER
 def test_a_reward_model(runs, children, tmp_path):
     """story: trained on the pairs that are not RL's, from the SFT model."""
     words = [

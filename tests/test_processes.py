@@ -70,7 +70,7 @@ def rl(base, run, scorer):  # noqa: F811
         "--config.stages[0].optimizer=sgd",
         "--config.stages[1].optimizer=sgd",
         "--config.logging.tensorboard=True",
-        "--config.probe.ledger_every_steps=2",
+        "--config.probe.ledger_every_steps=4",
     ]
 
 

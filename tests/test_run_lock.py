@@ -205,3 +205,12 @@ def test_the_limit_is_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="NTKRL_LEASE_TIMEOUT=-3 must be a positive number"):
         run_lock.DirectoryLock(tmp_path / "run", "train").__enter__()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_on_a_full_disk(small_disk):
+    """law: the lock is not taken without a lease that others can read, and nothing stays behind."""
+    disk = small_disk("16k")
+    (disk / "full").write_bytes(bytes(16 * 1024))
+    with pytest.raises(OSError, match="No space left"):
+        run_lock.DirectoryLock(disk, "train").__enter__()
+    assert [path.name for path in disk.iterdir()] == ["full"]

@@ -114,8 +114,7 @@ def spread_cases():
     for case in EACH:
         for name, sizes in MESHES.items():
             slow = name in ("8x1", "4x2", "2x4") and case not in ("gpt-neox", "llama 3")
-            # one device's results are computed once if a family's tests share a worker
-            marks = [pytest.mark.xdist_group(case)] + [pytest.mark.slow] * slow
+            marks = [pytest.mark.slow] * slow
             yield pytest.param(case, sizes, id=f"{case}-{name}", marks=marks)
 
 

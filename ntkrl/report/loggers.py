@@ -1,10 +1,12 @@
 """TensorBoard and Weights & Biases loggers; their packages are imported on first use."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,34 +106,68 @@ class TensorBoard:
     """Event files; a resumed run hides the steps that it repeats.
 
     TensorBoard's names allow only letters, digits and -_/. so `eval/pass@1` becomes `eval/pass_1`.
+    Files are written in this thread: that of `tensorboardX.SummaryWriter` prints a trace when the
+    disk is full, and its queue then blocks the run for ever.
     """
 
     def __init__(self, directory: Path, resume_step: int):
-        """Begin an event file of the steps after `resume_step`."""
-        import tensorboardX
+        """Begin an event file of the steps after `resume_step`.
 
-        # numbered: files begun within one second would overwrite each other
-        number = len(list(directory.glob("events.*")))
-        self._writer = tensorboardX.SummaryWriter(
-            str(directory),
-            purge_step=resume_step + 1,
-            flush_secs=1,
-            filename_suffix=f".{number:03d}",
-        )
-        self._texts: dict[str, str] = {}
+        Raises:
+          OSError: it cannot be written.
+        """
+        from tensorboardX.event_file_writer import EventsWriter
+
+        self._directory, self._texts = directory, dict[str, str]()
+        with self._reported():
+            directory.mkdir(parents=True, exist_ok=True)
+            # numbered: files begun within one second would overwrite each other
+            number = len(list(directory.glob("events.*")))
+            self._writer = EventsWriter(str(directory / "events"), f".{number:03d}")
+            self._add(resume_step + 1, file_version="brain.Event:2")
+            self._add(resume_step + 1, session_log={"status": "START"})
+            self._writer.flush()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write numbers as scalars, and a text where it has changed."""
-        for name, value in values.items():
-            if not isinstance(value, str):
-                self._writer.add_scalar(name, value, step)
-            elif self._texts.get(name) != value:
-                self._texts[name] = value
-                self._writer.add_text(name, value, step)
+        """Write numbers as scalars, and a text where it has changed.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        from tensorboardX import summary
+
+        with self._reported():
+            for name, value in values.items():
+                if not isinstance(value, str):
+                    self._add(step, summary=summary.scalar(name, value))
+                elif self._texts.get(name) != value:
+                    self._texts[name] = value
+                    self._add(step, summary=summary.text(name, value))
+            self._writer.flush()
 
     def close(self, failed: bool) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        """Close the event file; an error is not raised if another is under way."""
+        try:
+            with self._reported():
+                self._writer.close()
+        except OSError:
+            if not failed:
+                raise
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"the event file in {self._directory} cannot be written: {error.strerror}; free "
+                "disk space and run the same command again: it resumes from the last checkpoint."
+            ) from error
 
 
 class WeightsAndBiases:

@@ -71,8 +71,9 @@ def _override(
     problems = [problem for word in arguments if (problem := _unknown_key(word, defaults))]
     if problems:
         raise ValueError("\n".join(problems))
-    # None is not a value of a typed flag, but turns many settings off
-    unset = [match[1] for word in arguments if (match := SET_TO_NONE.fullmatch(word))]
+    # None is not a value of a typed flag, but turns many settings off; the last of several counts
+    last = {word.partition("=")[0].lstrip("-"): word for word in arguments}
+    unset = [match[1] for word in last.values() if (match := SET_TO_NONE.fullmatch(word))]
     typed = [word for word in arguments if not SET_TO_NONE.fullmatch(word)]
     config, positional = _parse(typed, path, saved)
     with config.ignore_type():

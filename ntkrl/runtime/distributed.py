@@ -20,6 +20,7 @@ from ntkrl import signals
 from ntkrl.runtime.config import differences
 from ntkrl.runtime.health import OTHERS_FAILED, HealthMonitor, Limits, read_limits
 from ntkrl.runtime.rendezvous import Hello, StartupTimeoutError, rendezvous
+from ntkrl.runtime.start_watch import StartWatch
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 RUN_ID_VARIABLES = ("NTKRL_RUN_ID", "SLURM_JOB_ID")
@@ -152,17 +153,24 @@ def _start(limits: Limits, run: str) -> HealthMonitor:
     address, count, index = _describe_run(limits)
     run_ids = [os.environ[name] for name in RUN_ID_VARIABLES if name in os.environ]
     hello = Hello(index, count, socket.gethostname(), " ".join([run, *run_ids[:1]]))
-    meeting = rendezvous(address, hello, limits.start)
-    jax.distributed.initialize(
-        meeting.address,
-        count,
-        index,
-        initialization_timeout=int(limits.start) + 1,
-        # longer than the monitor's limit, since JAX's check aborts without a message
-        heartbeat_timeout_seconds=int(10 * limits.silence) + 60,
-        shutdown_timeout_seconds=int(limits.silence) + 1,
-        coordinator_bind_address=meeting.bind_address,
-    )
+    meeting, links = rendezvous(address, hello, limits.start)
+    try:
+        with StartWatch(links, meeting.hosts, limits.start):
+            jax.distributed.initialize(
+                meeting.address,
+                count,
+                index,
+                # both longer than those of this package, since JAX aborts without a message
+                initialization_timeout=int(2 * limits.start) + 60,
+                heartbeat_timeout_seconds=int(10 * limits.silence) + 60,
+                shutdown_timeout_seconds=int(limits.silence) + 1,
+                coordinator_bind_address=meeting.bind_address,
+            )
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"JAX's coordinator cannot start at {meeting.bind_address} ({error}); stop the program "
+            "that uses the port, or set another JAX_COORDINATOR_ADDRESS in all processes."
+        ) from error
     monitor = HealthMonitor(distributed.global_state.client, index, meeting, limits)
     _monitors.append(monitor)
     return monitor

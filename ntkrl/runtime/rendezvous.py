@@ -57,13 +57,18 @@ class Hello:
     run: str
 
 
-def rendezvous(address: str, hello: Hello, seconds: float) -> Meeting:
+def rendezvous(
+    address: str, hello: Hello, seconds: float
+) -> tuple[Meeting, dict[int, socket.socket]]:
     """Wait for every process.
 
     Args:
       address: "host:port" of process 0, the same in every process.
       hello: of this process; `run` must be the same in every process.
       seconds: time limit.
+
+    Returns:
+      The outcome, and open connections: of process 0 to all others by index, of the others to it.
 
     Raises:
       StartupTimeoutError: some processes did not connect; reported to every process.
@@ -73,10 +78,11 @@ def rendezvous(address: str, hello: Hello, seconds: float) -> Meeting:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT.")
+    links: dict[int, socket.socket] = {}
     if hello.process == 0:
-        answer = _serve(address, hello, seconds)
+        answer = _serve(address, hello, seconds, links)
     else:
-        answer = _connect((host.strip("[]"), int(port)), hello, seconds)
+        answer = _connect((host.strip("[]"), int(port)), hello, seconds, links)
     if "missing" in answer:
         listed = ", ".join(map(str, answer["missing"]))
         raise StartupTimeoutError(
@@ -86,7 +92,7 @@ def rendezvous(address: str, hello: Hello, seconds: float) -> Meeting:
         )
     if "problem" in answer:
         raise ValueError(answer["problem"])
-    return Meeting(*(answer[name] for name in Meeting._fields))
+    return Meeting(*(answer[name] for name in Meeting._fields)), links
 
 
 class _Server:
@@ -204,8 +210,10 @@ class _Server:
         return Meeting(hosts, routed, bind_address, secrets.token_hex(8))._asdict()
 
 
-def _serve(address: str, hello: Hello, seconds: float) -> dict[str, Any]:
-    """Accept the other processes at process 0 and send the outcome to each."""
+def _serve(
+    address: str, hello: Hello, seconds: float, links: dict[int, socket.socket]
+) -> dict[str, Any]:
+    """Accept the other processes at process 0, send the outcome to each, and add the links."""
     server, deadline = _Server(hello, address), time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
         stack.callback(server.selector.close)
@@ -214,8 +222,13 @@ def _serve(address: str, hello: Hello, seconds: float) -> dict[str, Any]:
         answer = server.answer(listeners)
         for connection in server.connections.values():
             _send(connection, answer)
-        for connection in [*server.connections.values(), *server.visitors]:
-            connection.close()
+        for visitor in server.visitors:
+            visitor.close()
+        if "hosts" in answer:
+            links |= server.connections
+        else:
+            for connection in server.connections.values():
+                connection.close()
     return answer
 
 
@@ -311,19 +324,26 @@ def _parse_hello(text: bytes) -> Hello | None:
     return None
 
 
-def _connect(address: tuple[str, int], hello: Hello, seconds: float) -> dict[str, Any]:
-    """Connect to process 0, with retries, and return its answer."""
+def _connect(
+    address: tuple[str, int], hello: Hello, seconds: float, links: dict[int, socket.socket]
+) -> dict[str, Any]:
+    """Connect to process 0, with retries, return its answer, and add the link."""
     deadline = time.monotonic() + seconds
     while (remaining := deadline - time.monotonic()) > 0:
         timeout = min(remaining, HELLO_SECONDS)
         try:
-            with socket.create_connection(address, timeout=timeout) as connection:
+            with contextlib.ExitStack() as stack:
+                connection = socket.create_connection(address, timeout=timeout)
+                stack.enter_context(connection)
                 connection.sendall(json.dumps(dataclasses.asdict(hello)).encode() + b"\n")
                 # process 0 may have started later, and waits just as long
                 connection.settimeout(seconds + HELLO_SECONDS)
-                with connection.makefile("rb") as lines:
+                with connection.makefile("rb", buffering=0) as lines:  # no byte beyond the line
                     answer = json.loads(lines.readline(ANSWER_BYTES))
                 if isinstance(answer, dict) and _is_answer(answer):
+                    if "hosts" in answer:
+                        links[0] = connection
+                        stack.pop_all()
                     return answer
         except (OSError, ValueError, RecursionError):
             pass  # not listening yet, or another program's port

@@ -1,5 +1,7 @@
 """Rows of several sequences, separated by segment numbers, against one row per sequence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,16 +23,25 @@ def examples(vocab):
     return (*draw, np.arange(len(PROMPTS)))
 
 
-def loss_and_gradient(policy, params, batch):
-    """The summed loss, its count, and the gradient of the mean."""
+def loss_and_gradient(policy):
+    """Return a program for the summed loss, its count, and the gradient of the mean."""
     objective = update.policy_loss_fn(policy, update.supervised_loss, chunk_tokens=8)
 
-    def value(params):
+    def value(params, batch):
         total, _ = objective(params, batch)
         return numerics.mean(total), total
 
-    gradient, total = jax.jit(jax.grad(value, has_aux=True))(params)
-    return total, gradient
+    return jax.jit(jax.grad(value, has_aux=True))
+
+
+def widened(batch):
+    """The batch with the shapes of a packed one, so that one program takes both."""
+    columns = {
+        field.name: jnp.pad(values, ((0, 0), (LENGTH - 1 - values.shape[1], 0)))
+        for field in dataclasses.fields(batch)
+        if (values := getattr(batch, field.name)) is not None and values.shape[1] < LENGTH
+    }
+    return dataclasses.replace(batch, mask=batch.mask.astype(np.int32), **columns)
 
 
 @pytest.mark.parametrize("case", EACH)
@@ -43,12 +54,12 @@ def test_packed_equals_unpacked(tmp_path, x64, case):
     torch_model(case, tmp_path, **few)
     policy, params = ntkrl.load(tmp_path, dtype=jnp.float64)
     sequences = examples(policy.vocab_size)
-    apart = data.supervised_batch(*sequences, 0, 7, 9)
-    (packed,) = data.packed_batches(*sequences[:2], [sequences[2]], 0, LENGTH, multiple=3)
-    assert packed.mask.max(axis=1).tolist() == [3, 2, 0]
-    (total, gradient), (expected, same) = (
-        loss_and_gradient(policy, params, batch) for batch in (packed, apart)
-    )
+    apart = data.supervised_batch(*sequences, 0, 7, LENGTH - 7)
+    (packed,) = data.packed_batches(*sequences[:2], [sequences[2]], 0, LENGTH, multiple=5)
+    assert packed.mask.max(axis=1).tolist() == [3, 2, 0, 0, 0]
+    program, apart = loss_and_gradient(policy), widened(apart)
+    (gradient, total), (same, expected) = (program(params, batch) for batch in (packed, apart))
+    assert program._cache_size() == 1
     assert total.count == expected.count == sum(COMPLETIONS)
     np.testing.assert_allclose(total.total, expected.total, rtol=1e-10)
     size = max(np.abs(leaf).max() for leaf in jax.tree.leaves(same))

@@ -4,11 +4,12 @@ import json
 import math
 import struct
 import sys
+import time
 import types
 
 import pytest
 
-from ntkrl.report import LoggingSettings, MetricsWriter, check_loggers, open_loggers
+from ntkrl.report import LoggingSettings, MetricsWriter, check_loggers, loggers, open_loggers
 
 
 def shown(directory):
@@ -166,3 +167,22 @@ def test_missing_packages(monkeypatch):
     first, second = str(caught.value).splitlines()
     assert "logging.tensorboard needs the package tensorboardX" in first
     assert "pip install 'ntkrl[tensorboard]'" in first and "pip install 'ntkrl[wandb]'" in second
+
+
+def test_a_full_disk(small_disk, capfd):
+    """story: a sentence, no trace, and nothing waits.
+
+    SummaryWriter's thread used to print a trace, and its queue of ten to fill up: a run then waited
+    for ever.
+    """
+    directory = small_disk("64k") / "tensorboard"
+    logger, deadline = loggers.TensorBoard(directory, -1), time.monotonic() + 20
+    with pytest.raises(OSError, match=f"the event file in {directory} cannot be written.*No space"):
+        for step in range(10**9):
+            assert time.monotonic() < deadline
+            logger.write(step, {f"probe/{number}": 1.0 for number in range(20)})
+            time.sleep(0.01)
+    logger.close(failed=True)
+    with pytest.raises(OSError, match="cannot be written"):
+        loggers.TensorBoard(directory, -1).close(failed=False)
+    assert "Traceback" not in capfd.readouterr().err

@@ -117,6 +117,13 @@ def test_unknown_and_missing_fields():
         read_settings(config)
 
 
+@pytest.mark.parametrize("values", [("3", "None", "5"), ("None", "5", "None"), ("5", "5")])
+def test_the_last_of_several_values_counts(values):
+    """law: as of every other flag, also where one of them is None."""
+    config = read(*(f"--config.eval.every_steps={value}" for value in values))
+    assert str(config.eval.every_steps) == values[-1]
+
+
 def test_none_on_the_command_line():
     """law: None turns off settings that can be turned off; others are refused by name."""
     settings = read_settings(

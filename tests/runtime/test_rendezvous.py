@@ -10,29 +10,34 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ntkrl.runtime import rendezvous as module
+from ntkrl.runtime import start_watch
 from ntkrl.runtime.rendezvous import Hello, StartupTimeoutError, rendezvous
 from tests.hosts import free_port
 
 HOST = socket.gethostname()
 
 
-def meetings(numbers, counts, seconds=20.0, before=None, runs=None, host="127.0.0.1"):
+def meet(*arguments):
+    """Return the meeting of a rendezvous; close its links."""
+    meeting, links = rendezvous(*arguments)
+    for link in links.values():
+        link.close()
+    return meeting
+
+
+def meetings(numbers, counts, seconds=20.0, runs=None):
     """Run a rendezvous in threads; return each one's result or error."""
     port = free_port()
     runs = ["train runs/rl"] * len(numbers) if runs is None else runs
 
-    def meet(number, count, run):
+    def attempt(number, count, run):
         try:
-            return rendezvous(f"{host}:{port}", Hello(number, count, HOST, run), seconds)
+            return meet(f"127.0.0.1:{port}", Hello(number, count, HOST, run), seconds)
         except (StartupTimeoutError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 
-    with ThreadPoolExecutor(len(numbers) + 1) as pool:
-        stranger = None if before is None else pool.submit(before, port)
-        results = list(pool.map(meet, numbers, counts, runs))
-        if stranger is not None:
-            stranger.result()
-        return results
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        return list(pool.map(attempt, numbers, counts, runs))
 
 
 def test_all_come():
@@ -89,7 +94,7 @@ def test_strangers_come_first():
     port, visitors = free_port(), []
     address, run = f"127.0.0.1:{port}", "train runs/rl"
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(rendezvous, address, Hello(0, 2, HOST, run), 20.0)
+        first = pool.submit(meet, address, Hello(0, 2, HOST, run), 20.0)
         visitors += [connection(port) for _ in range(400)]
         for text in SENT.values():
             visitors.append(connection(port))
@@ -97,7 +102,7 @@ def test_strangers_come_first():
                 visitors[-1].sendall(text)
         visitors[0].close()
         begun = time.monotonic()
-        second = pool.submit(rendezvous, address, Hello(1, 2, HOST, run), 20.0)
+        second = pool.submit(meet, address, Hello(1, 2, HOST, run), 20.0)
         assert first.result() == second.result() and first.result().hosts == [HOST] * 2
     assert time.monotonic() - begun < 3
     for visitor in visitors:
@@ -106,12 +111,16 @@ def test_strangers_come_first():
 
 def test_a_process_of_another_run_is_not_admitted():
     """law: it is told which run is there; process 0 waits for its own, and both then meet."""
-    first, other, second = meetings(
-        [0, 1, 1], [2, 2, 2], runs=["train runs/a", "train runs/b", "train runs/a"]
-    )
-    assert first == second and first.hosts == [HOST] * 2
-    assert other.startswith(f"ValueError: process 1 ({HOST}) of 'train runs/b' reached process 0")
-    assert "of another run, 'train runs/a'" in other
+    address = f"127.0.0.1:{free_port()}"
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, address, Hello(0, 2, HOST, "train runs/a"), 20.0)
+        with pytest.raises(ValueError) as refusal:
+            meet(address, Hello(1, 2, HOST, "train runs/b"), 20.0)
+        message = str(refusal.value)
+        assert message.startswith(f"process 1 ({HOST}) of 'train runs/b' reached process 0")
+        assert "of another run, 'train runs/a'" in message
+        second = meet(address, Hello(1, 2, HOST, "train runs/a"), 20.0)
+        assert first.result() == second and second.hosts == [HOST] * 2
     alone, refused = meetings([0, 1], [2, 2], 1.0, runs=["train runs/a", "train runs/b"])
     assert alone.startswith("StartupTimeoutError: process 1 of 2 did not connect")
     assert f"Refused, as of another run than 'train runs/a': process 1 ({HOST})" in alone
@@ -120,14 +129,41 @@ def test_a_process_of_another_run_is_not_admitted():
 
 def test_a_process_that_starts_twice():
     """law: one that connects, dies and is started again has its place."""
-
-    def died(port):
+    port = free_port()
+    address, run = f"127.0.0.1:{port}", "train runs/rl"
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet, address, Hello(0, 3, HOST, run), 20.0)
         with connection(port) as visitor:
             visitor.sendall(hello(count=3))
+            time.sleep(0.2)
+        time.sleep(0.2)
+        others = [pool.submit(meet, address, Hello(n, 3, HOST, run), 20.0) for n in (1, 2)]
+        assert first.result() == others[0].result() == others[1].result()
+        assert first.result().hosts == [HOST] * 3
 
-    results = meetings([0, 1, 2], [3, 3, 3], before=died)
-    assert results[0] == results[1] == results[2] or "index 1" in str(results)
-    assert results[0].hosts == [HOST] * 3
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_process_that_is_lost_before_jax_connects(capfd, monkeypatch):
+    """law: the others end with 70 and name it; one that has connected may go.
+
+    JAX used to abort them after its time limit, with a native stack trace.
+    """
+    statuses = []
+
+    def leave(status):
+        statuses.append(status)
+        raise SystemExit  # of the watching thread
+
+    monkeypatch.setattr(start_watch.os, "_exit", leave)
+    for farewell, ended in ((b"", True), (start_watch.CONNECTED, False)):
+        (mine, theirs), statuses[:] = socket.socketpair(), []
+        with start_watch.StartWatch({1: mine}, ["a", "b"], 20.0) as watch:
+            theirs.sendall(farewell)
+            theirs.close()
+            watch.thread.join(0.5)
+        assert statuses == ([70] if ended else [])
+        message = "process 1 (b) ended while the processes connected; see its output."
+        assert (message in capfd.readouterr().err) == ended
 
 
 MISMATCHES = {
@@ -180,7 +216,7 @@ def test_addresses_that_process_0_cannot_listen_on(case):
     """law: they are refused with the way out; nothing listens on all interfaces instead."""
     host, message = case
     with pytest.raises(ValueError, match=message):
-        rendezvous(f"{host}:{free_port()}", Hello(0, 2, HOST, ""), 1.0)
+        meet(f"{host}:{free_port()}", Hello(0, 2, HOST, ""), 1.0)
 
 
 def test_an_address_behind_another(monkeypatch):
@@ -188,6 +224,6 @@ def test_an_address_behind_another(monkeypatch):
     monkeypatch.setenv(module.BIND_VARIABLE, "127.0.0.1")
     monkeypatch.setattr(module, "_connect", None)
     address = f"198.51.100.1:{free_port()}"
-    meeting = rendezvous(address, Hello(0, 1, HOST, ""), 1.0)
+    meeting = meet(address, Hello(0, 1, HOST, ""), 1.0)
     assert meeting.address == address and meeting.bind_address.startswith("127.0.0.1:")
     assert os.environ[module.BIND_VARIABLE] == "127.0.0.1"

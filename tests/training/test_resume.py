@@ -25,18 +25,34 @@ def children(tmp_path_factory):
     result.close()
 
 
+PROBED = ["--config.eval.every_steps=3", "--config.probe.every_steps=2"]
+PROBED.append("--config.probe.ledger_every_steps=5")
+
+
 def arguments(base, run, *more):
-    """A classifier-first run that saves after every step."""
-    more = [*STAGES, "--config.checkpoint.every_steps=1", *more]
-    more.append("--config.probe.ledger_every_steps=5")
+    """A classifier-first run that saves after every step, and neither evaluates nor probes."""
+    unprobed = ["--config.eval.every_steps=None", "--config.probe.every_steps=None"]
+    more = [*STAGES, *unprobed, "--config.checkpoint.every_steps=1", *more]
     return words(base, run, *more, config="cfrl")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(base, children, tmp_path_factory):
     """A run that was never killed."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    status, output = children.run(arguments(base, run))
+    run = tmp_path_factory.mktemp("runs") / "unprobed"
+    return completed(children, arguments(base, run), run)
+
+
+@pytest.fixture(scope="module")
+def probed(base, children, tmp_path_factory):
+    """A run with evaluations, probes and ledgers that was never killed."""
+    run = tmp_path_factory.mktemp("runs") / "probed"
+    return completed(children, arguments(base, run, *PROBED), run)
+
+
+def completed(children, command, run):
+    """Run a command to its end; return the run."""
+    status, output = children.run(command)
     assert status == 0, output
     return run
 
@@ -49,7 +65,9 @@ def assert_same(uninterrupted, broken):
     looks = [
         sorted(p.relative_to(run) for p in run.glob("[pl]*/*.*")) for run in (uninterrupted, broken)
     ]
-    assert looks[0] == looks[1] and len(looks[0]) == 2 + 6 + 2 * 2  # the set, probes, ledgers
+    probed = any("probe/entropy" in line for line in lines(uninterrupted))
+    files = 2 + 6 + 2 * 2 if probed else 0  # the set, probes, ledgers
+    assert looks[0] == looks[1] and len(looks[0]) == files
     for name in looks[0]:
         if name.suffix == ".json":
             assert (uninterrupted / name).read_bytes() == (broken / name).read_bytes()
@@ -102,17 +120,17 @@ def killed_at_random(children, command, run, rng, kills):
                 file.write('{"step": 99, "rollout_st')
 
 
-def test_killed_in_a_save(base, children, uninterrupted, tmp_path):
+def test_killed_in_a_save(base, children, probed, tmp_path):
     """story: SIGKILL where a checkpoint is written but not yet named; it counts for nothing."""
     run = tmp_path / "run"
-    status, output = children.run(arguments(base, run), dies_in_save=4)
+    status, output = children.run(arguments(base, run, *PROBED), dies_in_save=4)
     assert status == -signal.SIGKILL, output
     assert half_written(run) and not (run / "checkpoints" / "4").exists()
-    status, output = children.run(arguments(base, run))
+    status, output = children.run(arguments(base, run, *PROBED))
     assert status == 0, output
     assert "after rollout step 3" in output and not half_written(run)
-    assert_same(uninterrupted, run)
-    result = lines(uninterrupted)
+    assert_same(probed, run)
+    result = lines(probed)
     assert len({line["reward"] for line in result[1:]}) > 3  # something was learnt from
     assert [line["stage"] for line in result[1:]] == ["classifier"] * 4 + ["all"] * 6
     # the first stage left the body alone: the features of the probe set have not moved
@@ -125,7 +143,7 @@ def test_killed_in_a_save(base, children, uninterrupted, tmp_path):
 
 
 def test_killed_at_any_moment(base, children, uninterrupted, tmp_path):
-    """story: SIGKILL at six random moments; metrics, probes and weights as if never killed."""
+    """story: SIGKILL at six random moments; metrics and weights as if never killed."""
     rng, killed, number = np.random.default_rng(3), 0, 0
     while killed < 6:
         run = tmp_path / str(number)
@@ -135,14 +153,14 @@ def test_killed_at_any_moment(base, children, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_many_moments(base, children, uninterrupted, tmp_path, capsys):
+def test_killed_at_many_moments(base, children, probed, tmp_path, capsys):
     """story: SIGKILL at fifty random moments, some of them inside a save."""
     rng, killed, in_save, number = np.random.default_rng(4), 0, 0, 0
     while killed < 50:
         run = tmp_path / str(number)
-        result = killed_at_random(children, arguments(base, run), run, rng, 12)
+        result = killed_at_random(children, arguments(base, run, *PROBED), run, rng, 12)
         killed, in_save, number = killed + result[0], in_save + result[1], number + 1
-        assert_same(uninterrupted, run)
+        assert_same(probed, run)
     with capsys.disabled():
         print(f"\n{killed} kills in {number} runs, {in_save} of them inside a save")
     assert in_save > 5
