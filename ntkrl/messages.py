@@ -37,12 +37,15 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 def quoted(value: Any, width: int = 80) -> str:
     """Return a value as Python writes it, cut to a width; a file's value may be megabytes."""
-    text = repr(value)
+    return _shortened(repr(value), width)
+
+
+def _shortened(text: str, width: int = 400) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def joined(problems: Iterable[str], separator: str = "; ", most: int = 20) -> str:
     """Return the distinct problems in one line, at most so many and the number of others."""
     distinct = list(dict.fromkeys(problems))
-    text = separator.join(distinct[:most])
+    text = separator.join(_shortened(problem) for problem in distinct[:most])
     return text + (f"{separator}and {len(distinct) - most} more" if len(distinct) > most else "")

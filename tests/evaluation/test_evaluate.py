@@ -294,10 +294,13 @@ def test_exports_keep_away_from_runs(run, base, tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
-def test_training_does_not_begin_what_it_could_not_export(base, tmp_path, capsys):
-    """law: files of the user in RUN/export stop the run before its first step."""
+def test_training_does_not_begin_what_it_could_not_export(base, tmp_path, monkeypatch, capsys):
+    """law: files of the user in RUN/export stop a run before its first step, a resumed one too."""
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "thesis.tex").write_text("years")
+    assert main(words(base, tmp_path)) == 2
+    assert "export" in capsys.readouterr().err
+    monkeypatch.setattr(runtime, "check_run_dir", lambda *_: [])  # as if begun before
     assert main(words(base, tmp_path)) == 2
     assert "export holds files that no export wrote" in capsys.readouterr().err
     assert (tmp_path / "export" / "thesis.tex").read_text() == "years"

@@ -342,6 +342,7 @@ def change_index(rng, directory):
 def change_template(rng, directory):
     """Write another chat template."""
     texts = ("{% for", "{{ 1/0 }}", "{{ a.b.c }}", "{{ messages }}", "{% include 'x' %}", "\0", "")
+    texts += ("{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}")
     text = _pick(rng, texts)
     _replace(directory / "chat_template.jinja", text.encode())
     return f"template {text!r}"

@@ -1,6 +1,7 @@
 """Load many damaged model directories, each in a process of its own, and report what went wrong.
 
     python -m tests.models.fuzz --count=500 --seed=0
+    python -m tests.models.fuzz --numbers=40,311        # some of them again
 
 Prints JSON: directories refused in a sentence and accepted; and those with another exception, a
 message that names no file, more than SECONDS or more memory than MOST_MEMORY.
@@ -73,8 +74,8 @@ def load(directory):
     return 0
 
 
-def run(place, count, seed):
-    """Damage and load directories; return a report."""
+def run(place, numbers, seed):
+    """Damage and load directories by number; return a report."""
     import jax  # noqa: F401  (imported once, before the forks; it starts no threads until it is used)
     import transformers  # noqa: F401
 
@@ -93,7 +94,7 @@ def run(place, count, seed):
     _, _, usual = in_child(lambda: load(bases[0].path), log)
     counts, problems, slowest, largest = collections.Counter(), [], 0.0, 0
     kinds = list(damage.damages())
-    for number in range(count):
+    for number in numbers:
         rng = np.random.default_rng([seed, number])
         base, kind = bases[number % len(bases)], kinds[number // len(bases) % len(kinds)]
         directory = place / f"case-{number}"
@@ -119,13 +120,15 @@ def run(place, count, seed):
             print(f"{number}: {name}: {faults}", file=sys.stderr)
         shutil.rmtree(directory)
     figures = {"slowest (s)": round(slowest, 1), "most memory (MiB)": round(largest / 2**20)}
-    return {"count": count, **counts, **figures, "problems": problems}
+    return {"count": len(numbers), **counts, **figures, "problems": problems}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--numbers", default="")
     arguments = parser.parse_args()
+    numbers = list(map(int, filter(None, arguments.numbers.split(",")))) or range(arguments.count)
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(run(Path(folder), arguments.count, arguments.seed), indent=1))
+        print(json.dumps(run(Path(folder), numbers, arguments.seed), indent=1))

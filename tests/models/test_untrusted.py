@@ -129,6 +129,10 @@ def test_messages_of_many_problems_are_short(model_dir):
     edit_config(model_dir, hidden_act="gelu", layer_norm_eps=1e-5)
     edit_tensors(model_dir, lambda t: t.update({f"x{i}": np.ones(1) for i in range(1000)}))
     fails(model_dir, "x0 is not part of this architecture", "and 980 more")
+    edit_tensors(model_dir, lambda t: t.update({10**5 * "a": np.ones(1)}))
+    with pytest.raises(ValueError) as caught:
+        ntkrl.load(model_dir)
+    assert len(str(caught.value)) < 2000
     raw = {f"unknown{i}": i + 1 for i in range(1000)}
     (model_dir / "adapter_config.json").write_text(json.dumps(raw))
     fails(model_dir, "adapter_config.json: unknown0 1 is not supported", "more")
