@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ntkrl import lease, run_lock
+from ntkrl.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +25,7 @@ def absent(descriptor, how):
 if form != "flock":
     fcntl.flock = absent if form == "absent" else lambda descriptor, how: None
 from ntkrl import lease, run_lock
+from ntkrl.main import main
 assert "jax" not in sys.modules and "numpy" not in sys.modules
 if host != "here":
     socket.gethostname = lease.machine = lambda: host
@@ -214,3 +216,25 @@ def test_a_lock_on_a_full_disk(small_disk):
     with pytest.raises(OSError, match="No space left"):
         run_lock.DirectoryLock(disk, "train").__enter__()
     assert [path.name for path in disk.iterdir()] == ["full"]
+
+
+IN_USE = {
+    "train": ("", "run", ["train", "--config=configs/sft.py"]),
+    "prepare": ("", "run", ["prepare", "--config=configs/paper/miniature.py:data"]),
+    "evaluate": ("evaluations", "mine", ["evaluate", "--config=configs/rl.py"]),
+}
+
+
+@pytest.mark.parametrize("case", IN_USE.values(), ids=IN_USE.keys())
+def test_a_second_command_is_refused(case, tmp_path, monkeypatch, capsys):
+    """story: status 2 and a sentence with the holder, before any work; the first one's is kept."""
+    monkeypatch.chdir(ROOT)
+    place, name, words = case
+    words = [*words, f"--config.run_dir={tmp_path}"]
+    if words[0] == "evaluate":
+        words += ["--config.eval.name=mine", "--config.model.path=none"]
+        words.append("--config.reward.function=exact_match")
+    with run_lock.DirectoryLock(tmp_path / place, "ntkrl first", name=name) as lock:
+        assert main(words) == 2
+        assert f"is in use by `ntkrl first` on {lock.lease.host}" in capsys.readouterr().err
+        assert lock.path.exists() and len(list(lock.directory.iterdir())) == 2

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkrl.json_files import MAX_RECORD_BYTES, read_object
+from ntkrl.json_files import MAX_RECORD_BYTES, read_json
 
 FORMAT = 1
 """Version of `probes/set.json` and of a ledger's JSON."""
@@ -125,7 +125,7 @@ def read_texts(run: Path) -> tuple[ProbeTexts | None, list[str]]:
     if not path.exists():
         return None, []
     try:
-        header = _read_object(path, name)
+        header = _read_json(path, name)
         completions = tuple(
             ProbeCompletion(
                 str(header["prompts"][item["prompt"]]),
@@ -185,13 +185,13 @@ def read_ledgers(run: Path, texts: ProbeTexts | None) -> tuple[dict[int, StepLed
     return ledgers, notes
 
 
-def _read_object(path: Path, name: str) -> dict[str, Any]:
+def _read_json(path: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of the current format, else raise ValueError with a note."""
     try:
-        value = read_object(path, MAX_RECORD_BYTES, finite=False)
+        value = read_json(path, MAX_RECORD_BYTES, finite=False)
     except ValueError:
         raise ValueError(f"{name} cannot be read and was left out") from None
-    version = value["format"] if "format" in value else None
+    version = value["format"] if isinstance(value, dict) and "format" in value else None
     if version != FORMAT:
         raise ValueError(f"{name} has format {version!r}, not {FORMAT}, and was left out")
     return value
@@ -222,7 +222,7 @@ def _read_ledger(step: int, path: Path, texts: ProbeTexts | None) -> StepLedger:
     name, header_path = f"ledger/{path.name}", path.with_suffix(".json")
     if not header_path.exists():
         raise ValueError(f"{name} has no .json beside it and was left out")
-    header = _read_object(header_path, f"ledger/{header_path.name}")
+    header = _read_json(header_path, f"ledger/{header_path.name}")
     arrays = read_arrays(path)
     if arrays is None:
         raise ValueError(f"{name} cannot be read and was left out")

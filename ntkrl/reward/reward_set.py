@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ntkrl import durable_files
-from ntkrl.json_files import MAX_RECORD_BYTES, read_object
+from ntkrl.json_files import MAX_RECORD_BYTES, read_json
 from ntkrl.json_values import from_json, to_json
 from ntkrl.messages import did_you_mean, listed
 from ntkrl.reward.contract import CONTRACT, CallLog, RewardError, RewardFunction
@@ -309,10 +309,10 @@ def read_rewards(path: Path, setting: str) -> dict[str, np.ndarray]:
 
 def _load(path: Path, setting: str) -> dict[str, Any]:
     try:
-        content = read_object(path, MAX_RECORD_BYTES, finite=False)
+        content = read_json(path, MAX_RECORD_BYTES, finite=False)
     except ValueError as error:
         raise ValueError(f"{setting} {path} cannot be read ({error}); {FORM}.") from error
-    rewards = content["rewards"] if "rewards" in content else None
+    rewards = content["rewards"] if isinstance(content, dict) and "rewards" in content else None
     if not isinstance(rewards, dict) or not rewards:
         raise ValueError(f"{setting} {path} has no rewards; {FORM}.")
     return rewards

@@ -5,6 +5,7 @@ over its limit; another one continues with the next row. Signals would not do: t
 neither a product of integers of a billion digits nor a parser that has used up its stack.
 """
 
+import bisect
 import os
 import select
 import signal
@@ -18,6 +19,10 @@ ANSWER = struct.Struct("=?d")
 """Of one row: whether it was scored, and its reward; NaN where it does not apply."""
 MEMORY = 2 << 30
 """Bytes that rows may allocate beyond what their process starts with."""
+USUAL = 8
+"""A row gets at least so many times the median of those that were scored, …"""
+PATIENCE = 0.5
+"""… and, before any was, this many seconds, halved by each row that needs more."""
 Score = Callable[[int], float | None]
 
 
@@ -25,8 +30,9 @@ class RowScores:
     """The rewards of rows, within a limit per row and one for all of them.
 
     First every row gets an equal part of half the time, so that slow rows cannot take the time of
-    quick ones; the rest is divided equally among the rows that need more. To be used where the
-    process has few threads, as in a worker process.
+    quick ones, but never less than several times what rows took so far: on a busy machine, parts
+    of many rows are shorter than any row. The rest of the time is divided equally among the rows
+    that need more. To be used where the process has few threads, as in a worker process.
 
     values: row to reward, None where it does not apply; for rows that were scored.
     slow, failed: rows over their limit, and rows whose scoring raised or ended its process.
@@ -46,33 +52,45 @@ class RowScores:
         self.slow: list[int] = []
         self.failed: list[int] = []
         self.row_seconds, start = row_seconds, time.monotonic()
+        self.deadline, self.patience = start + call_seconds, PATIENCE
+        # seconds of scored rows, rising; the first row of a process takes longer
+        self.times: dict[bool, list[float]] = {True: [], False: []}
         self._pass(range(rows), start + call_seconds / 2)
         again, self.slow = self.slow, []
-        self._pass(again, start + call_seconds)
+        self._pass(again, self.deadline)
 
-    def _pass(self, rows: Sequence[int], deadline: float) -> None:
-        """Score rows, each in an equal part of the time that is left."""
+    def _pass(self, rows: Sequence[int], end: float) -> None:
+        """Score rows, each in an equal part of the time until `end`, or in a usual row's time."""
         done = 0
         while done < len(rows):
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= self.deadline:
                 self.slow += rows[done:]
                 return
-            child = _Child(self.score, rows[done:])
+            child, first = _Child(self.score, rows[done:]), True
             try:
                 while done < len(rows):
-                    part = max(deadline - time.monotonic(), 0) / (len(rows) - done)
-                    answer = child.answer(min(part, self.row_seconds))
+                    start = time.monotonic()
+                    limit = self._limit((end - start) / (len(rows) - done), first)
+                    answer = child.answer(max(min(limit, self.deadline - start), 0.0))
                     row, done = rows[done], done + 1
                     if answer is None:
+                        self.patience /= 2
                         (self.failed if child.ended else self.slow).append(row)
                         break
+                    bisect.insort(self.times[first], time.monotonic() - start)
                     scored, reward = answer
                     if scored:
                         self.values[row] = None if reward != reward else reward
                     else:
                         self.failed.append(row)
+                    first = False
             finally:
                 child.close()
+
+    def _limit(self, part: float, first: bool) -> float:
+        times = self.times[first]
+        usual = USUAL * times[len(times) // 2] if times else self.patience
+        return min(max(part, usual), self.row_seconds)
 
 
 class _Child:

@@ -69,11 +69,29 @@ def one_needs_more(row):
     return 1.0
 
 
+def busy(row):
+    time.sleep(0.02)
+    return hang() if row % 50 == 7 else 1.0
+
+
+STARTED = set()
+
+
+def cold(row):
+    """As a machine does that is slow to start a process: seconds of its first row alone."""
+    if os.getpid() not in STARTED:
+        STARTED.add(os.getpid())
+        time.sleep(0.06)
+    return 1.0
+
+
 # score, rows, row_seconds, call_seconds
 CASES = {
     "by_hand": (by_hand, 4, 5.0, 20.0),
     "empty": (by_hand, 0, 5.0, 20.0),
     "thirty_hang": (thirty_hang, 32, 5.0, 8.0),
+    "busy": (busy, 200, 1.0, 7.5),
+    "cold": (cold, 300, 1.0, 10.0),
     "one_needs_more": (one_needs_more, 8, 5.0, 8.0),
 } | {each.__name__: (second_and_fourth(each), 6, 0.5, 20.0) for each in (*SLOW, *FAILED)}
 

@@ -47,3 +47,19 @@ def test_rows_that_need_more_get_it():
     # the third row's part of the first four seconds is 4 / 6 = 0.67 s
     values, slow, failed, _ = scored("one_needs_more")
     assert len(values) == 8 and not slow and not failed
+
+
+def test_a_busy_machine():
+    """law: rows that all take longer than an equal part of half the time keep their rewards.
+
+    200 rows of 20 ms, 4 of which hang, have 7.5 s: a part is 19 ms, in which none would end.
+    """
+    values, slow, failed, seconds = scored("busy")
+    assert slow == [7, 57, 107, 157] and not failed and set(values.values()) == {1.0}
+    assert len(values) == 196 and seconds < 10
+
+
+def test_a_process_that_starts_slowly():
+    """law: the first row of a process may take long; ending it would make the next one first."""
+    values, slow, failed, _ = scored("cold")  # a part is 17 ms, the first row takes 60
+    assert len(values) == 300 and not slow and not failed
