@@ -12,9 +12,11 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+
 
 EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
 WORKING_DIRECTORY = -100  # AT_FDCWD
@@ -31,8 +33,10 @@ def save_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, "np.ndarray"]) -> None:
     """Write an .npz file of numeric arrays; create its directory."""
+    import numpy as np  # not needed by the command line before a command runs
+
     with replacing(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 

@@ -41,12 +41,12 @@ NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 _locks: list["DirectoryLock"] = []
 
 
-class HeldError(ValueError):
+class InUseError(ValueError):
     """Another process has the lock; the message names it."""
 
 
 class DirectoryLock:
-    """Context manager that has the lock of a directory, or raises HeldError.
+    """Context manager that has the lock of a directory, or raises InUseError.
 
     The directory is created; on release, it is removed again if it was and is empty.
     """
@@ -84,7 +84,7 @@ class DirectoryLock:
         """Take the lock.
 
         Raises:
-          HeldError: another process has it.
+          InUseError: another process has it.
           OSError: the directory cannot be created or written.
         """
         try:
@@ -158,7 +158,7 @@ class DirectoryLock:
         """Create a lease; return False where another start was faster, so that it must look again.
 
         Raises:
-          HeldError: the process of another lease is alive.
+          InUseError: the process of another lease is alive.
         """
         leases = self._leases()
         ended = {number: self._await_end(path) for number, path in leases.items()}
@@ -202,7 +202,7 @@ class DirectoryLock:
         A lease of another host is watched, since clocks differ: one that beats is alive.
 
         Raises:
-          HeldError: its process is alive.
+          InUseError: its process is alive.
         """
         limit, begun, logged = self.limit, time.monotonic(), False
         sign, lease = look(path)
@@ -246,7 +246,7 @@ class DirectoryLock:
         holder = "another process, which has not named itself"
         if lease is not None:
             holder = lease.describe()
-        raise HeldError(
+        raise InUseError(
             f"{self.directory} is in use by {holder}; wait for its end, stop it, or write to "
             "another directory (--config.run_dir)."
         )

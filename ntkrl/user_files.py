@@ -1,13 +1,22 @@
 """Python files of users: reward functions, rollout engines, studies."""
 
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
+
+
+class _UncachedLoader(importlib.machinery.SourceFileLoader):
+    """Compiles the file itself: Python's cache keeps code of an edit in the same second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the code of the source as it is."""
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def execute(path: Path) -> ModuleType:
@@ -23,7 +32,8 @@ def execute(path: Path) -> ModuleType:
     name = f"ntkrl_user_file_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec: Any = importlib.util.spec_from_file_location(name, path)
+    loader = _UncachedLoader(name, str(path))
+    spec: Any = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look up their module while it is executed
     try:

@@ -33,7 +33,7 @@ try:
     with run_lock.DirectoryLock(directory, "train", log=lambda line: print(line, flush=True)):
         print("entered", os.getpid(), flush=True)
         sys.stdin.read()
-except run_lock.HeldError as error:
+except run_lock.InUseError as error:
     print(error, flush=True)
 """
 # takes the lock again and again; two inside at once are seen by the exclusive file
@@ -52,7 +52,7 @@ while time.monotonic() < end:
             time.sleep(random.uniform(0, 0.003))
             os.unlink(directory / "inside")
             entered += 1
-    except run_lock.HeldError:
+    except run_lock.InUseError:
         time.sleep(random.uniform(0, 0.002))
 print(entered)
 """
@@ -188,7 +188,7 @@ def test_a_lock_is_given_back(tmp_path, capsys):
     with pytest.raises(KeyError), run_lock.DirectoryLock(run, "train"):
         with run_lock.DirectoryLock(run, "evaluate", name="test"):
             pass
-        with pytest.raises(run_lock.HeldError, match=f"process {os.getpid()}"):
+        with pytest.raises(run_lock.InUseError, match=f"process {os.getpid()}"):
             run_lock.DirectoryLock(run, "train").__enter__()
         raise KeyError
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""

@@ -46,6 +46,8 @@ def start(kind, directory):
         start_new_session=True,
     )
     assert process.stdout.readline() == "started\n"
+    if kind == "library":
+        time.sleep(0.3)  # until it is in the call
     return process
 
 

@@ -88,7 +88,7 @@ def check_target(directory: Path, sources: Sequence[str | Path | None]) -> None:
 
     Raises:
       ValueError: a symbolic link, or a file; a directory with other files than those of an earlier
-        export, or with such files that were changed; one of the sources, or around or inside one.
+        export, or with such files that were changed; one of the sources, or around one.
     """
     fix = "give a directory that does not exist, that is empty, or that holds an earlier export"
     if directory.is_symlink():
@@ -96,12 +96,9 @@ def check_target(directory: Path, sources: Sequence[str | Path | None]) -> None:
     target = directory.resolve()
     for source in sources:
         base = None if source is None else Path(source).resolve()
-        if base is not None and (
-            target == base or target in base.parents or base in target.parents
-        ):
+        if base is not None and (target == base or target in base.parents):
             raise ValueError(
-                f"export: {directory} is, holds or is inside {source}, which the model was read "
-                f"from; {fix}."
+                f"export: {directory} is or holds {source}, which the model was read from; {fix}."
             )
     if not directory.exists():
         return
