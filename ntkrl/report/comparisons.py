@@ -119,7 +119,7 @@ def comparison_table(runs: Sequence[Run]) -> Table | None:
     ]
     if rows:
         notes.append(
-            "Difference: mean over seeds of second − first at the last step both have; 95 % "
+            "Difference: mean over seeds, at the last step that both methods have; 95 % "
             "bootstrap over seeds, too narrow with few. p: chance of a mean as far from 0 if every "
             "seed's sign were a fair coin's (paired, two-sided); n seeds give no less than 2/2^n, "
             f"so five or fewer never reach 0.05. It is not corrected for there being {len(rows)} "
