@@ -49,8 +49,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         with temporary.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

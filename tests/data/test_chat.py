@@ -5,7 +5,7 @@ import time
 import pytest
 
 from ntkrl import chat_templates
-from ntkrl.data import load_tokenizer, save_tokenizer, turn_end_id
+from ntkrl.data import turn_end_id
 from ntkrl.data.chat import TEMPLATES, apply_template, render_conversations, render_prompts
 from ntkrl.data.prompts import PromptSet
 from ntkrl.data.tokens import encode_prompts
@@ -40,18 +40,6 @@ LARGE = {
     "another file": "{% include '/etc/passwd' %}",
     "syntax": "{% if %}",
 }
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(path)
-    return path
-
-
-@pytest.fixture
-def tokenizer(directory):
-    return load_tokenizer(directory)
 
 
 def user(text):

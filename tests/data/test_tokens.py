@@ -27,18 +27,6 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(path)
-    return path
-
-
-@pytest.fixture
-def tokenizer(directory):
-    return load_tokenizer(directory)
-
-
 def _set(*prompts, **columns):
     return PromptSet(prompts=prompts, columns=columns, source="rows.jsonl")
 
