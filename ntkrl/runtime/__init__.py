@@ -26,6 +26,7 @@ from ntkrl.runtime.distributed import (
 )
 from ntkrl.runtime.errors import ErrorCollector
 from ntkrl.runtime.mesh import (
+    device_memory,
     fetch,
     make_mesh,
     offload_to_host,
