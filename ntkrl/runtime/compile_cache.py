@@ -9,6 +9,7 @@ import platform
 import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 import filelock
 import jax
@@ -33,7 +34,8 @@ def enable_compile_cache() -> None:
     and the run goes on without a cache. Processes use it only if all see the same one: one that
     compiles may wait for the others to compile the same program.
     """
-    if VARIABLE in os.environ or not jax.config.read("jax_enable_compilation_cache"):
+    config: Any = jax.config  # declares no attributes
+    if VARIABLE in os.environ or not config.jax_enable_compilation_cache:
         return
     problem, token = None, f".shared-{secrets.token_hex(8)}"
     directory = cache_directory()
@@ -54,11 +56,11 @@ def enable_compile_cache() -> None:
             "every process can write to."
         )
         return
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+    config.update("jax_compilation_cache_dir", str(directory))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
-        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+        config.update("jax_compilation_cache_max_size", MOST_BYTES)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+        config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
 
 
 def cache_directory() -> Path:
