@@ -6,6 +6,7 @@ from ntkrl.runtime.checkpoint import (
     CheckpointWriteError,
     CorruptCheckpointError,
 )
+from ntkrl.runtime.compile_cache import enable_compile_cache
 from ntkrl.runtime.config import (
     from_json,
     join_config_flag,
