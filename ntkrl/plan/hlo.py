@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ntkrl.plan.hlo_text import CHANNEL, HloArray, Instruction, Module
+from ntkrl.plan.hlo_text import CHANNEL, HloArray, Instruction, HloModule
 
 TPU_PASSES = {"default": 1.0, "high": 3.0, "highest": 6.0}
 """bfloat16 passes of a TPU's matrix unit for one float32 product, by precision."""
@@ -51,8 +51,8 @@ OPERATIONS = {
 }
 
 
-class Kernel(NamedTuple):
-    """One launch, such as a fusion.
+class Launch(NamedTuple):
+    """One kernel, such as a fusion.
 
     name: of its instruction. runs: in the program.
     flops: of matrix products. passes: FLOPs times the passes of a matrix unit.
@@ -103,7 +103,7 @@ class HloCost:
     transfers: collectives.
     """
 
-    kernels: tuple[Kernel, ...] = ()
+    kernels: tuple[Launch, ...] = ()
     transfers: tuple[Transfer, ...] = ()
 
     @property
@@ -150,10 +150,10 @@ def count(text: str, trips: int = 1, passes: Mapping[str, float] = TPU_PASSES) -
       trips: trip count of loops whose end depends on data.
       passes: of a float32 product, by precision.
     """
-    counter = _Counter(Module(text), trips, passes)
+    counter = _Counter(HloModule(text), trips, passes)
     lines = list(counter.walk(counter.module.entry, 1.0, False))
     return HloCost(
-        tuple(line for line in lines if isinstance(line, Kernel)),
+        tuple(line for line in lines if isinstance(line, Launch)),
         tuple(line for line in lines if isinstance(line, Transfer)),
     )
 
@@ -190,11 +190,11 @@ def product_flops(
 class _Counter:
     """The costs of a module's lines."""
 
-    def __init__(self, module: Module, trips: int, passes: Mapping[str, float]):
+    def __init__(self, module: HloModule, trips: int, passes: Mapping[str, float]):
         self.module, self.trips, self.passes = module, trips, passes
         self.arrays = module.arrays
 
-    def walk(self, name: str, runs: float, fused: bool) -> Iterator[Kernel | Transfer]:
+    def walk(self, name: str, runs: float, fused: bool) -> Iterator[Launch | Transfer]:
         """Yield the kernels and collectives of a computation.
 
         Args:
@@ -210,7 +210,7 @@ class _Counter:
                 traffic = self._traffic(line)
                 if flops or traffic:
                     background = line.op in IN_BACKGROUND or transfer is not None
-                    yield Kernel(line.name, runs, flops, passes, operations, traffic, background)
+                    yield Launch(line.name, runs, flops, passes, operations, traffic, background)
             times = self.module.trip_count(line, self.trips) if line.op == "while" else 1
             if line.op != "reduce":
                 for inner in line.called:

@@ -50,7 +50,7 @@ class Instruction(NamedTuple):
         return CALLED.findall(self.attributes) + (NAME.findall(branches[1]) if branches else [])
 
 
-class Module:
+class HloModule:
     """A parsed program.
 
     entry: name of the computation that the program runs.

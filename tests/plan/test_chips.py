@@ -66,7 +66,7 @@ CHIP = Chip(
 
 def kernel(runs, passes=0.0, operations=0.0, traffic=0.0, in_background=False):
     """Return a kernel."""
-    return hlo.Kernel("k", runs, passes, passes, operations, traffic, in_background)
+    return hlo.Launch("k", runs, passes, passes, operations, traffic, in_background)
 
 
 def test_kernels_run_one_after_the_other():
