@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ntkrl.plan.hlo_text import CHANNEL, HloArray, Instruction, HloModule
+from ntkrl.plan.hlo_text import CHANNEL, HloArray, HloModule, Instruction
 
 TPU_PASSES = {"default": 1.0, "high": 3.0, "highest": 6.0}
 """bfloat16 passes of a TPU's matrix unit for one float32 product, by precision."""
