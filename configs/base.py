@@ -104,6 +104,9 @@ def get_config():
     # sample from a copy of the params in compute_dtype, gathered over fsdp once per rollout, if it
     # fits in memory; it stays sharded over tensor
     config.rollout.gather_params = False
+    # sample by the update's own forward pass, which costs a pass over complete rows per token:
+    # log-probs of sampler and trainer are then equal in bits
+    config.rollout.exact = False
     config.rollout.engine = placeholder(str)  # "FILE.py:make", see ntkrl/rollout/external.py
 
     config.reward = ConfigDict()

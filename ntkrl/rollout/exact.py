@@ -11,21 +11,24 @@ It takes C + 1 passes over rows of P + C tokens in place of one prefill and C de
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ntkrl import numerics, runtime, trees
 from ntkrl.rollout.decode import completion_keys
 from ntkrl.rollout.sampler import Sampler, check_length
 from ntkrl.rollout.token_sampling import sample_tokens
 from ntkrl.scoring import completion_features, head_of
-from ntkrl.softmax import OutputHead, logit_statistics, logits
+from ntkrl.softmax import OutputHead, TokenStatistics, logit_statistics, logits
 from ntkrl.types import Array, Params, PromptBatch, Rollout
+
+CHECK_STEPS = 16
+"""Tokens between two checks for stop strings, and for whether all completions have ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +68,13 @@ class ExactSampler:
     minibatch in bits, and tokens were drawn from these very logits. The Rollout has C columns,
     whatever the completions' lengths, and no features.
 
-    sampler: the sampler whose policy, settings, stop strings and mesh these are.
+    sampler: the sampler whose policy, settings and stop strings these are.
+    mesh: the update's.
     reading: of the update.
     """
 
-    def __init__(self, sampler: Sampler, reading: UpdateReading):
-        self.policy, self.settings, self.mesh = sampler.policy, sampler.settings, sampler.mesh
+    def __init__(self, sampler: Sampler, mesh: Mesh, reading: UpdateReading):
+        self.policy, self.settings, self.mesh = sampler.policy, sampler.settings, mesh
         self.find_stop, self.reading = sampler.find_stop, reading
         self.read = jax.jit(self._read)
         self.draw = jax.jit(self._draw, donate_argnums=0)
@@ -90,11 +94,17 @@ class ExactSampler:
         keys = jax.random.key_data(completion_keys(key, prompts, count))
         tokens, mask, key_data = runtime.fetch((prompts.tokens, prompts.mask, keys))
         tail = ((0, 0), (0, budget))
+        padded: Any = (
+            np.pad(np.repeat(tokens, count, 0), tail, constant_values=settings.pad_id),
+            np.pad(np.repeat(mask, count, 0), tail),
+        )
+        kept: Any = np.zeros((len(key_data), budget), np.float32)
+        done: Any = np.zeros(len(key_data), bool)
         rows = Rows(
-            tokens=np.pad(np.repeat(tokens, count, 0), tail, constant_values=settings.pad_id),
-            mask=np.pad(np.repeat(mask, count, 0), tail),
-            kept_log_mass=np.zeros((len(key_data), budget), np.float32),
-            done=np.zeros(len(key_data), bool),
+            tokens=padded[0],
+            mask=padded[1],
+            kept_log_mass=kept,
+            done=done,
             keys=key_data,
         )
         blocks = np.split(np.arange(len(key_data)), self.reading.minibatches)
@@ -103,24 +113,27 @@ class ExactSampler:
 
     def _sample(self, params: Params, rows: Rows) -> Rollout:
         """Return the completions of a minibatch, as host arrays."""
-        rows = runtime.place_rows(rows, self.mesh) if self.mesh is not None else rows
+        rows = runtime.place_rows(rows, self.mesh)
         budget, searched = self.settings.max_completion_tokens, 0
         for t in range(budget):
             z_RV = self.read(params, rows.tokens, rows.mask, jnp.int32(t))[1]
             rows = self.draw(rows, z_RV, jnp.int32(t))
-            if (t + 1) % self.settings.chunk_steps == 0 or t + 1 == budget:
+            if (t + 1) % CHECK_STEPS == 0 or t + 1 == budget:
                 rows, searched = self._ended(rows, searched), t + 1
                 if np.all(runtime.fetch(rows.done)):
                     break
         log_probs = self.read(params, rows.tokens, rows.mask, jnp.int32(0))[0]
         rows, log_probs_RC = runtime.fetch((rows, log_probs))
         completion_mask = rows.mask[:, -budget:]
+        log_probs, kept = jax.tree.map(
+            lambda leaf: np.where(completion_mask, leaf, 0), (log_probs_RC, rows.kept_log_mass)
+        )
         return Rollout(
             tokens=rows.tokens,
             mask=rows.mask,
             completion_mask=completion_mask,
-            sampler_log_probs=np.where(completion_mask, log_probs_RC, 0),
-            kept_log_mass=np.where(completion_mask, rows.kept_log_mass, 0),
+            sampler_log_probs=log_probs,
+            kept_log_mass=kept,
             finished=rows.done,
             features=None,
         )
@@ -137,7 +150,7 @@ class ExactSampler:
                 tokens[row, -budget:][end:], mask[row, -budget:][end:] = self.settings.pad_id, False
                 done[row] = True
         host = dataclasses.replace(host, tokens=tokens, mask=mask, done=done)
-        return host if self.mesh is None else runtime.place_rows(host, self.mesh)
+        return runtime.place_rows(host, self.mesh)
 
     def _read(
         self, params: Params, tokens: Array, mask: Array, column: Array
@@ -162,7 +175,7 @@ class ExactSampler:
         if self.reading.microbatches == 1:
             return read((tokens, mask))
         parts = numerics.split_rows((tokens, mask), self.reading.microbatches)
-        outputs = _each(read, parts)
+        outputs = numerics.scan_microbatches(lambda part: ((), read(part)), parts, _add)[1]
         log_probs, z_RV = (numerics.join_rows(leaf, len(tokens)) for leaf in outputs[:2])
         return log_probs, z_RV, outputs[2]
 
@@ -179,21 +192,34 @@ class ExactSampler:
             return phi_RCD, head_of(self.policy, merged)
 
         (phi_RCD, head), backward = jax.vjp(body, trained)
+        moves = self._moves(trained)
 
-        def of_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-            def log_probs(phi: Array) -> tuple[Array, Array]:
-                z = logits(head, phi)
-                statistics = logit_statistics(z / self.settings.temperature, chunk[1])
+        def of_chunk(chunk: tuple[Array, Array]) -> tuple[Any, Any]:
+            def statistics(*moving: Any) -> tuple[Array, tuple[TokenStatistics, Array]]:
+                inputs = {"head": head, "phi": chunk[0], **dict(zip(moves, moving, strict=True))}
+                z = logits(inputs["head"], inputs["phi"])
+                values = logit_statistics(z / self.settings.temperature, chunk[1])
                 drawn_from = jax.lax.dynamic_index_in_dim(z, column, axis=1, keepdims=False)
-                return statistics.log_probs, drawn_from
+                return values.log_probs, (values, drawn_from)
 
-            values, of_logits, z_RV = jax.vjp(log_probs, chunk[0], has_aux=True)
-            return values, z_RV, of_logits(jnp.ones_like(values))[0]
+            operands = {"head": head, "phi": chunk[0]}
+            of = [operands[name] for name in moves]
+            log_probs, of_logits, values = jax.vjp(statistics, *of, has_aux=True)
+            cotangents = dict(zip(moves, of_logits(jnp.ones_like(log_probs)), strict=True))
+            return cotangents.get("head"), (*values, cotangents.get("phi"))
 
         together = max(1, self.reading.chunk_tokens // length) * trees.blocks(self.mesh, rows)
         chunks = numerics.split_rows((phi_RCD, tokens[:, -length:]), -(-rows // together))
-        values, z_RV, d_phi = (numerics.join_rows(x, rows) for x in _each(of_chunk, chunks))
-        return values, z_RV, [d_phi, *jax.tree.leaves(backward)]
+        d_head, outputs = numerics.scan_microbatches(of_chunk, chunks, _add)
+        values, z_RV, d_phi = jax.tree.map(lambda leaf: numerics.join_rows(leaf, rows), outputs)
+        return values.log_probs, z_RV, (values, d_head, d_phi, jax.tree.leaves(backward))
+
+    def _moves(self, trained: Params) -> list[str]:
+        """Return which of head and features depend on trained leaves."""
+        names = set(trees.named_leaves(trained))
+        of_head = {self.policy.head_weight, self.policy.head_bias}
+        body = names if self.policy.tied else names - of_head
+        return [name for name, leaves in (("head", names & of_head), ("phi", body)) if leaves]
 
     def _draw(self, rows: Rows, z_RV: Array, t: Array) -> Rows:
         """Sample token t of every row that is not done."""
@@ -219,6 +245,5 @@ class ExactSampler:
         )
 
 
-def _each(function: Callable[[Any], Any], parts: Any) -> Any:
-    """Return the stacked results of a function of each part of some rows."""
-    return numerics.scan_microbatches(lambda part: ((), function(part)), parts, lambda *_: ())[1]
+def _add(left: Any, right: Any) -> Any:
+    return jax.tree.map(jnp.add, left, right)

@@ -85,6 +85,7 @@ class RolloutSettings:
 
     stop: strings that end a completion; they are part of it.
     engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
+    exact: sample by the update's own forward pass (see rollout/exact.py).
     """
 
     completions_per_prompt: int
@@ -97,6 +98,7 @@ class RolloutSettings:
     cache_dtype: str | None
     gather_params: bool
     engine: str | None
+    exact: bool
 
     def __post_init__(self):
         problems = []
@@ -112,7 +114,8 @@ class RolloutSettings:
         if not all(self.stop):
             problems.append("rollout.stop holds an empty string")
         checked = dataclasses.asdict(self)
-        del checked["stop"], checked["cache_dtype"], checked["engine"]
+        for name in ("stop", "cache_dtype", "engine", "exact"):
+            del checked[name]
         try:
             SamplerSettings(end_ids=(), pad_id=0, **checked)
         except ValueError as error:
