@@ -20,9 +20,8 @@ class SamplerSettings:
     min_p: then from those with at least this share of the largest probability, in [0, 1); None for
         all.
     cache_dtype: dtype of keys and values; None for the network's.
-    gather_params: decode with a copy of the params gathered over fsdp once per call, not once per
-        token; the copy stays sharded over tensor.
-    params_dtype: dtype of that copy, the compute dtype; None for that of the params.
+    gather_params: gather the copy of the params that decoding reads over fsdp once per call, not
+        once per token; it stays sharded over tensor.
     keep_features: record the features that predicted each token.
     chunk_steps: decode steps between two checks for finished rows, ≥ 1.
     fewest_rows: smallest batch of compaction, ≥ 1: with few rows, a step costs reading the params.
@@ -38,7 +37,6 @@ class SamplerSettings:
     min_p: float | None = None
     cache_dtype: Any = None
     gather_params: bool = False
-    params_dtype: Any = None
     keep_features: bool = False
     chunk_steps: int = 16
     fewest_rows: int = 8
