@@ -105,7 +105,7 @@ def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
     program.compiled = compiled
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None  # every backend of XLA reports both
-    counts = hlo.count(text, program.loop_trips)
+    counts = hlo.count(text)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / GIB
     return dataclasses.replace(
