@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "absl-py",
         "chex",
+        "filelock",
         "flax>=0.12",
         "jax>=0.10",
         "jinja2",

@@ -169,7 +169,8 @@ def get_config():
 
     config.schedule = ConfigDict()
     config.schedule.minibatches = 1
-    config.schedule.microbatches = 1  # gradient accumulation: parts of a minibatch
+    # gradient accumulation: parts of a minibatch; None: the fewest that fit the devices' memory
+    config.schedule.microbatches = placeholder(int)
     config.schedule.inner_epochs = 1
     config.schedule.chunk_tokens = 1024  # positions per device whose logits are in memory at a time
     config.schedule.offload_optimizer = False  # keep moments in host memory between steps

@@ -62,11 +62,6 @@ if [ -n "$MINIATURE" ]; then
     [ -n "$RUNS" ] || RUNS=runs/miniature
     DATA="$RUNS/inputs" REWARD="$RUNS/inputs/reward" MODEL="$RUNS/inputs/pythia"
     [[ "$VARIANT" != llama* ]] || MODEL="$RUNS/inputs/llama"
-    # compilation takes most of the time, so its results are cached
-    cache="$RUNS/compiled"
-    [[ "$cache" == /* ]] || cache="$PWD/$cache"
-    export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$cache}"
-    export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 fi
 if [ -z "$RUNS" ]; then
     RUNS="runs/paper-$VARIANT"

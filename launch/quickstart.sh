@@ -10,9 +10,6 @@ read_arguments "$@"
 [ -n "$dry_run" ] || prepare ""
 
 runs=runs/quickstart
-# compilation cache shared by the runs
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/$runs/compiled}"
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 ntkrl() { run .venv/bin/python -m ntkrl "$@"; }
 

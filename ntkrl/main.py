@@ -97,6 +97,7 @@ def _train(words: Sequence[str]) -> int | None:
 
     config = runtime.read_config(words)
     with runtime.distributed_session(f"train {config.run_dir}"):
+        runtime.enable_compile_cache()
         try:
             train(config)
         except runtime.PreemptedError as error:
@@ -119,6 +120,7 @@ def _evaluate(words: Sequence[str]) -> None:
     saved = None if run is None else commands.config_of(run)
     config = runtime.read_config([word for word in words if word not in chosen], saved)
     with runtime.distributed_session(f"evaluate {config.run_dir}"), signals.restored():
+        runtime.enable_compile_cache()
         commands.evaluate(config, run, _step(options), "trust" in options)
 
 
@@ -127,6 +129,7 @@ def _prepare(words: Sequence[str]) -> None:
 
     config = runtime.read_config(words)
     with runtime.distributed_session(f"prepare {config.run_dir}"), signals.restored():
+        runtime.enable_compile_cache()
         prepare.prepare(config)
 
 
@@ -162,6 +165,7 @@ def _study(words: Sequence[str]) -> None:
 
 
 def _kernel(words: Sequence[str]) -> None:
+    from ntkrl import runtime
     from ntkrl.evaluation import kernel_command
 
     _alone("kernel")
@@ -170,7 +174,9 @@ def _kernel(words: Sequence[str]) -> None:
     options, places = _options(words, known, ("layers",))
     if len(places) != 1:
         raise ValueError("kernel needs one model directory, and --prompts=FILE.")
-    kernel_command.compute_kernels(kernel_command.read_settings(places[0], options))
+    settings = kernel_command.read_settings(places[0], options)
+    runtime.enable_compile_cache()
+    kernel_command.compute_kernels(settings)
 
 
 def _alone(command: str) -> None:

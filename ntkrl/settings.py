@@ -6,7 +6,7 @@ Each room owns the dataclass of its section; checks that need two sections are m
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 from jax.sharding import Mesh
@@ -162,7 +162,28 @@ class RunSettings:
         """Return the shards that the rows of a microbatch are divided into."""
         if self.data.packing:  # rows are padded to a multiple
             return trees.row_parts(mesh)
-        return trees.blocks(mesh, self.minibatch_rows // self.schedule.microbatches)
+        return trees.blocks(mesh, self.minibatch_rows // self.microbatches)
+
+    @property
+    def microbatches(self) -> int:
+        """Parts of a minibatch; 1 until they are chosen by memory."""
+        return 1 if self.schedule.microbatches is None else self.schedule.microbatches
+
+    def microbatch_counts(self, mesh: Mesh) -> list[int]:
+        """Return the numbers of microbatches to choose from, rising.
+
+        They divide the minibatch in parts that the mesh divides, where there are any.
+        """
+        if self.schedule.microbatches is not None:
+            return [self.schedule.microbatches]
+        rows, parts = self.minibatch_rows, trees.row_parts(mesh)
+        divisors = [count for count in range(1, rows + 1) if rows % count == 0]
+        return [count for count in divisors if rows // count % parts == 0] or divisors
+
+    def with_microbatches(self, count: int) -> Self:
+        """Return the settings with a chosen number of microbatches."""
+        schedule = dataclasses.replace(self.schedule, microbatches=count)
+        return dataclasses.replace(self, schedule=schedule)
 
 
 def read_settings(config: ConfigDict) -> RunSettings:
@@ -242,7 +263,7 @@ def _joint_problems(settings: RunSettings) -> Iterator[str]:
             f"schedule.minibatches = {schedule.minibatches} must divide "
             f"data.prompts_per_step = {prompts}."
         )
-    elif settings.minibatch_rows % schedule.microbatches:
+    elif settings.minibatch_rows % settings.microbatches:
         yield (
             f"schedule.microbatches = {schedule.microbatches} must divide the "
             f"{settings.minibatch_rows} rows of a minibatch."

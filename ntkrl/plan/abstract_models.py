@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -123,17 +122,6 @@ def kernel_apply(
     cotangents = row.update(shape=(1, policy.vocab_size), dtype=jnp.float32)
     apply = ntk.kernel_program(policy, params, context, lambda kernel, c: kernel.apply(c))
     return apply, (params, context, context, cotangents)
-
-
-def device_bytes(tree: Any) -> float:
-    """Return the bytes of placed shapes in one device's memory."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-        and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        and leaf.sharding.memory_kind != "pinned_host"
-    )
 
 
 def placed(tree: Any, patterns: trees.Patterns, mesh: Mesh) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -35,13 +35,14 @@ FITS = "fits"
 class Candidate:
     """Compiled programs of a config on one mesh, with a verdict each.
 
-    mesh, remat: settings that a search varies.
+    mesh, remat: settings that a search varies. microbatches: the config's, or the fewest that fit.
     warning: see repetition_warning().
     programs: costs. verdicts: see verdict().
     stages: names of the stages.
     """
 
     mesh: Mapping[str, int]
+    microbatches: int
     remat: str
     warning: str | None
     programs: list[ProgramCost]
@@ -107,6 +108,7 @@ class Candidate:
         return {
             "topology": machine,
             "mesh": self.mesh,
+            "microbatches": self.microbatches,
             "remat": self.remat,
             "programs": programs,
         }
@@ -145,14 +147,29 @@ def compile_candidate(
       bar: shows the name of the program being compiled.
       probe: include the programs of probes and evaluations, and a product with the kernel.
     """
+
+    def measured(run: AbstractRun, programs: Iterable[Program]) -> list[ProgramCost]:
+        costs = []
+        for program in programs:
+            if bar is not None:
+                bar.set_postfix_str(program.name)
+            costs.append(measure(run, program, machine.chip))
+        return costs
+
     run = abstract_run(settings, machine)
-    costs = []
-    for program in candidate_programs(run, probe):
-        if bar is not None:
-            bar.set_postfix_str(program.name)
-        costs.append(measure(run, program, machine.chip))
+    first, *more = settings.microbatch_counts(run.mesh)
+    run = abstract_run(settings.with_microbatches(first), machine)
+    costs = measured(run, candidate_programs(run, probe))
+    for count in more:
+        if all(cost.fits(machine.chip) for cost in costs if cost.part == UPDATE):
+            break
+        run = abstract_run(settings.with_microbatches(count), machine)
+        updates = measured(run, (p for p in run_programs(run, probe) if p.part == UPDATE))
+        renewed = {cost.name: cost for cost in updates}
+        costs = [renewed.get(cost.name, cost) for cost in costs]
     return Candidate(
         mesh=dict(run.mesh.shape),
+        microbatches=run.settings.microbatches,
         remat=settings.model.remat,
         warning=repetition_warning(run),
         programs=costs,
@@ -175,7 +192,7 @@ def candidate_programs(run: AbstractRun, probe: bool) -> Iterator[Program]:
 def repetition_warning(run: AbstractRun) -> str | None:
     """Return a warning if a step has too few rows for the mesh, so that devices repeat them."""
     rows, parts = run.minibatch(run.stages[0])[0].tokens.shape[0], trees.row_parts(run.mesh)
-    rows //= run.settings.schedule.microbatches
+    rows //= run.settings.microbatches
     if rows % parts == 0:
         return None
     return (
@@ -191,7 +208,7 @@ def candidates(settings: RunSettings, run: AbstractRun) -> Iterator[RunSettings]
     heads, and those that replicate a step's rows, if others do not.
     """
     config, devices = run.model.policy.config, run.mesh.size
-    rows = settings.minibatch_rows // settings.schedule.microbatches
+    rows = settings.minibatch_rows // settings.microbatches
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
     meshes = [
         {"data": data, "fsdp": devices // tensor // data, "tensor": tensor}
@@ -241,7 +258,7 @@ def advice(run: AbstractRun, cost: ProgramCost, chip: Chip) -> str:
         compute = settings.model.compute_dtype
     if cost.part == UPDATE:
         if cost.rows > 1:
-            return f"set schedule.microbatches={2 * settings.schedule.microbatches}"
+            return f"set schedule.microbatches={2 * settings.microbatches}"
         heads = tuple(stage.stage.name for stage in run.stages if stage.head_alone)
         if settings.model.remat != "all" and not cost.name.endswith(heads):
             return "set model.remat=all"

@@ -9,9 +9,8 @@ import jax
 
 from ntkrl.numerics import GIB
 from ntkrl.plan import hlo
-from ntkrl.plan.abstract_models import device_bytes
 from ntkrl.plan.hardware import Chip
-from ntkrl.training import AbstractRun, Program
+from ntkrl.training import AbstractRun, Program, device_bytes, peak_bytes, resident_bytes
 
 UNITS = {"": 2.0**-30, "K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 REFUSALS = (
@@ -92,7 +91,7 @@ def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
         runs=program.runs_per_step,
         rows=program.rows_per_device,
         argument_gib=device_bytes(program.arguments) / GIB,
-        resident_gib=_resident_bytes(run, program) / GIB + copies,
+        resident_gib=resident_bytes(run, program) / GIB,
         copies_gib=copies,
     )
     start = time.perf_counter()
@@ -103,11 +102,10 @@ def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
         return _refused(cost, str(error))
     seconds = time.perf_counter() - start
     program.compiled = compiled
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None and memory is not None  # every backend of XLA reports both
+    text = compiled.as_text()
+    assert text is not None  # every backend of XLA reports it
     counts = hlo.count(text)
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / GIB
+    peak = peak_bytes(compiled) / GIB
     return dataclasses.replace(
         cost,
         compile_seconds=seconds,
@@ -119,19 +117,6 @@ def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
         received=counts.received,
         collectives={kind: (x.runs, x.size) for kind, x in counts.collectives.items()},
         seconds=roofline(counts, chip),
-    )
-
-
-def _resident_bytes(run: AbstractRun, program: Program) -> float:
-    """Return the most bytes of resident trees that are not arguments, over the program's stages."""
-    stages = [stage for stage in run.stages if stage.stage.name in program.stages]
-    return max(
-        sum(
-            device_bytes(tree)
-            for name, tree in run.resident(stage).items()
-            if name not in program.resident
-        )
-        for stage in (stages if stages else run.stages)
     )
 
 

@@ -33,7 +33,8 @@ def format_programs(candidate: Candidate, machine: Machine) -> str:
     limit = "?" if memory_gib is None else f"{memory_gib:.4g}"
     lines = [
         f"{machine.name}: {len(machine.devices)} devices of {limit} GiB, mesh "
-        f"{mesh_name(candidate.mesh)}, remat {candidate.remat}",
+        f"{mesh_name(candidate.mesh)}, remat {candidate.remat}, "
+        f"microbatches {candidate.microbatches}",
         "",
         *_aligned([PROGRAM_COLUMNS, *map(_program_cells, candidate.programs)]),
         "",

@@ -6,6 +6,7 @@ from ntkrl.runtime.checkpoint import (
     CheckpointWriteError,
     CorruptCheckpointError,
 )
+from ntkrl.runtime.compile_cache import enable_compile_cache
 from ntkrl.runtime.config import (
     from_json,
     join_config_flag,
@@ -26,6 +27,7 @@ from ntkrl.runtime.distributed import (
 )
 from ntkrl.runtime.errors import ErrorCollector
 from ntkrl.runtime.mesh import (
+    device_memory,
     fetch,
     make_mesh,
     offload_to_host,

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ntkrl import trees
-from ntkrl.runtime.distributed import heartbeat
+from ntkrl.runtime.distributed import allgather_object, heartbeat
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -91,6 +91,17 @@ def fetch(tree: Any) -> Any:
         return jax.device_get(tree)
     heartbeat()
     return jax.tree.map(trees.gather_to_host, tree)
+
+
+def device_memory(mesh: Mesh) -> float | None:
+    """Return the bytes that a program may use on each device; None where none reports a limit.
+
+    All processes must call it: each knows its own devices' limits, and the least holds for all.
+    """
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    limits = [values["bytes_limit"] for values in stats if values and "bytes_limit" in values]
+    gathered = allgather_object("the devices' memory", min(limits, default=None))
+    return min((limit for limit in gathered if limit is not None), default=None)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

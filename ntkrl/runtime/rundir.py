@@ -16,7 +16,7 @@ from ntkrl.runtime.distributed import allgather_object, is_writer
 SHARED_SECONDS = 60.0
 """Time until a new file is visible on every host."""
 TRAINING_FILES = (
-    *("metrics.jsonl", "timings.jsonl", "finished", "checkpoints"),
+    *("metrics.jsonl", "timings.jsonl", "layout.json", "finished", "checkpoints"),
     *("probes", "ledger", "export", "export_reference"),
 )
 """Files and directories that a run replaces or shortens."""

@@ -69,14 +69,9 @@ def run_jobs(title: str, jobs: Sequence[Job], parallel: int, root: Path) -> None
                 process.wait()
 
 
-def environment(root: Path, parallel: int) -> dict[str, str]:
-    """Return the environment of a command: a share of the GPU's memory, a compilation cache."""
-    return {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / parallel:.3f}",
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str((root / "compiled").absolute()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment(parallel: int) -> dict[str, str]:
+    """Return the environment of a command, with a share of the GPU's memory."""
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / parallel:.3f}", **os.environ}
 
 
 def started_commands(root: Path) -> list[str]:
@@ -99,7 +94,7 @@ def _start(job: Job, root: Path, cores: Sequence[int], parallel: int) -> subproc
         durable_files.sync_file(file)
     command = [sys.executable, "-m", "ntkrl", *job.words]
     with log.open("w", encoding="utf-8") as file:
-        variables = environment(root, parallel)
+        variables = environment(parallel)
         process = subprocess.Popen(command, stdout=file, stderr=file, env=variables)
     if cores:
         os.sched_setaffinity(process.pid, cores)

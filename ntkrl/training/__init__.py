@@ -1,6 +1,6 @@
 """The training loop and its batch sources, train state, checkpoints, probes and programs."""
 
-from ntkrl.training.abstract_run import AbstractRun
+from ntkrl.training.abstract_run import AbstractRun, device_bytes
 from ntkrl.training.batch_sources import BatchSource, StepBatches, StepContext
 from ntkrl.training.loop import BATCH_SOURCES, train
 from ntkrl.training.probe_hook import ProbeHook
@@ -11,6 +11,8 @@ from ntkrl.training.programs import (
     SCORING,
     UPDATE,
     Program,
+    peak_bytes,
+    resident_bytes,
     run_programs,
 )
 from ntkrl.training.rollout_source import RolloutSource

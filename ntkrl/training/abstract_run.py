@@ -1,6 +1,7 @@
 """A run described by shapes: what is on its devices, and the arguments of its programs."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -164,11 +165,22 @@ class AbstractRun:
         def batch() -> UpdateBatch:
             if not settings.packing:
                 return data.supervised_batch(prompts, completions, rows, 0, self.width, self.budget)
-            multiple = trees.row_parts(self.mesh) * schedule.microbatches
+            multiple = trees.row_parts(self.mesh) * self.settings.microbatches
             length = self.width + self.budget
             return data.packed_batches(prompts, completions, [rows], 0, length, multiple)[0]
 
         return jax.eval_shape(batch)
+
+
+def device_bytes(tree: Any) -> float:
+    """Return the bytes of placed shapes in one device's memory."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+        and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        and leaf.sharding.memory_kind != "pinned_host"
+    )
 
 
 def on_device(opt_state: Any) -> Any:

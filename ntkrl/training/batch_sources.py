@@ -187,7 +187,7 @@ class SupervisedSource(BatchSource):
             parts,
             self.setup.model.tokenizer.pad_token_id,
             settings.data.max_prompt_tokens + settings.rollout.max_completion_tokens,
-            trees.row_parts(self.setup.model.mesh) * settings.schedule.microbatches,
+            trees.row_parts(self.setup.model.mesh) * settings.microbatches,
         )
 
 

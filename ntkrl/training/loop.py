@@ -24,6 +24,7 @@ from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import RunSetup, set_up, training_facts
 from ntkrl.softmax import OutputHead
+from ntkrl.training import device_memory
 from ntkrl.training.batch_sources import Batch, StepContext
 from ntkrl.training.checkpointing import RunCheckpointer, is_finished
 from ntkrl.training.probe_hook import CompletedStep, ProbeHook
@@ -67,11 +68,13 @@ def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) 
     for change in changes or ():
         runtime.log(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
-    setup = set_up(settings, directory)
+    setup = device_memory.fit(set_up(settings, directory), directory)
     setup.model.check_exports(directory / "export", directory / "export_reference")
+    settings = setup.settings
     loop = Loop(setup, directory, values, notice)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
+    device_memory.save_layout(setup, directory)
     runtime.check_shared(directory)
     if settings.method.samples:
         runtime.log(f"objective: {update.describe(settings.objective)}")
@@ -218,7 +221,7 @@ class Loop:
         stage, rows = self.progress.stage, jax.tree.leaves(batch)[0].shape[0]
         if (stage, rows, per_term) not in self.jitted_steps:
             bound_stage = self.bound_stages[stage]
-            microbatches = self.settings.schedule.microbatches
+            microbatches = self.settings.microbatches
             if per_term:
                 losses = self.source.term_losses
                 assert losses is not None  # as in every run with ledgers

@@ -82,7 +82,7 @@ def make_ledger(
         groups=settings.probe.ledger_groups,
         by=settings.probe.ledger_by,
         memory_gib=settings.probe.memory_gib,
-        microbatches=settings.schedule.microbatches,
+        microbatches=settings.microbatches,
         mesh=model.mesh,
     )
 

@@ -18,7 +18,14 @@ from ntkrl.evaluation import make_evaluation_sampler, prompts_together
 from ntkrl.generate import SampleFn
 from ntkrl.numerics import bucket_length
 from ntkrl.reward import padded_batch_size
-from ntkrl.training.abstract_run import OPTIMIZER, POLICY, STARTING, AbstractRun, on_device
+from ntkrl.training.abstract_run import (
+    OPTIMIZER,
+    POLICY,
+    STARTING,
+    AbstractRun,
+    device_bytes,
+    on_device,
+)
 from ntkrl.training.probe_hook import make_ledger
 from ntkrl.training.rollout_source import RolloutFunctions
 from ntkrl.types import PromptBatch
@@ -52,6 +59,24 @@ class Program:
     keywords: Mapping[str, object] = dataclasses.field(default_factory=dict)
     extra: object = ()
     compiled: jax.stages.Compiled | None = None
+
+
+def resident_bytes(run: AbstractRun, program: Program) -> float:
+    """Return the most bytes beside a program's arguments on a device, over its stages."""
+    stages = [stage for stage in run.stages if stage.stage.name in program.stages]
+    beside = [
+        [tree for name, tree in run.resident(stage).items() if name not in program.resident]
+        for stage in (stages if stages else run.stages)
+    ]
+    return max(map(device_bytes, beside)) + device_bytes(program.extra)
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> float:
+    """Return the most bytes of a compiled program on a device, its arguments included."""
+    memory = compiled.memory_analysis()
+    assert memory is not None  # every backend of XLA reports it
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
 
 
 def run_programs(run: AbstractRun, probes: bool = True) -> Iterator[Program]:
@@ -199,10 +224,10 @@ def reward_models(run: AbstractRun) -> Iterator[Program]:
 
 def updates(run: AbstractRun, probes: bool) -> Iterator[Program]:
     """Yield each stage's train step; with `probes`, beside the copies of a probed one."""
-    schedule = run.settings.schedule
+    schedule, microbatches = run.settings.schedule, run.settings.microbatches
     for stage in run.stages:
         state, (batch, reference) = run.state(stage), run.minibatch(stage)
-        step = update.make_step(stage, run.loss, schedule.microbatches)
+        step = update.make_step(stage, run.loss, microbatches)
         rows = run.per_device(batch.tokens.shape[0])
         yield Program(
             name=f"update {stage.stage.name}",
@@ -213,7 +238,7 @@ def updates(run: AbstractRun, probes: bool) -> Iterator[Program]:
             # a reference's head is counted twice, with the batch and with its params
             resident=frozenset({POLICY, OPTIMIZER}),
             runs_per_step=float(schedule.updates),
-            rows_per_device=-(-rows // schedule.microbatches),
+            rows_per_device=-(-rows // microbatches),
             extra=run.snapshot_copies(stage) if probes else (),
         )
 
@@ -236,7 +261,7 @@ def ledgers(run: AbstractRun) -> Iterator[Program]:
         state, (batch, reference) = run.state(stage), run.minibatch(stage, with_ledger=True)
         ledger = make_ledger(run.settings, run.model, run.term_losses, stage)
         step = update.make_step_with_term_gradients(
-            stage, run.term_losses, run.settings.schedule.microbatches
+            stage, run.term_losses, run.settings.microbatches
         )
         gradients = jax.eval_shape(step, state, batch, reference).term_gradients
         trained, _ = trees.partition(state.params, stage.trained)

@@ -17,7 +17,7 @@ class ScheduleSettings:
 
     minibatches: equal parts of a rollout, one optimizer step each; divides the prompts.
     microbatches: equal parts of a minibatch for gradient accumulation; divides its completions
-      (examples).
+      (examples). None for the fewest that fit the devices' memory.
     inner_epochs: passes over a rollout.
     log_ratio_tolerance: largest |log π(trainer) − log π(sampler)| before an update (nats); None
       for that of the dtypes in LOG_RATIO_TOLERANCES.
@@ -25,7 +25,7 @@ class ScheduleSettings:
     """
 
     minibatches: int
-    microbatches: int
+    microbatches: int | None
     inner_epochs: int
     chunk_tokens: int
     offload_optimizer: bool
@@ -40,7 +40,7 @@ class ScheduleSettings:
         problems = [
             f"schedule.{name} must be ≥ 1, not {getattr(self, name)}"
             for name in counts
-            if getattr(self, name) < 1
+            if getattr(self, name) is not None and getattr(self, name) < 1
         ]
         if self.on_no_signal not in ("skip", "stop"):
             problems.append(f"schedule.on_no_signal {self.on_no_signal!r} is not among skip, stop")

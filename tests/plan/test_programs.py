@@ -14,13 +14,22 @@ import pytest
 from ntkrl import attribution, data, models, probe, reward, runtime, update
 from ntkrl.generate import RewardedRollout
 from ntkrl.plan import abstract_models, hardware
-from ntkrl.plan.abstract_models import PUBLISHED_MODELS, device_bytes
+from ntkrl.plan.abstract_models import PUBLISHED_MODELS
 from ntkrl.plan.candidate import abstract_run, candidate_programs
 from ntkrl.plan.hardware import Chip
 from ntkrl.plan.measure import measure
 from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup
-from ntkrl.training import BATCH_SOURCES, GENERATION, PROBE, UPDATE, ProbeHook, Program, StepContext
+from ntkrl.training import (
+    BATCH_SOURCES,
+    GENERATION,
+    PROBE,
+    UPDATE,
+    ProbeHook,
+    Program,
+    StepContext,
+    device_bytes,
+)
 from ntkrl.training.batch_sources import split
 from ntkrl.training.probe_hook import make_ledger
 from ntkrl.training.programs import ledgers, updates

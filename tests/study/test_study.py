@@ -69,9 +69,9 @@ def test_runs_at_a_time_share_a_gpu(tmp_path, monkeypatch):
     """by hand: JAX would give each three quarters of its memory; a user's fraction is kept."""
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     monkeypatch.delenv(name, raising=False)
-    assert environment(tmp_path, 2)[name] == "0.450"
+    assert environment(2)[name] == "0.450"
     monkeypatch.setenv(name, "0.2")
-    assert environment(tmp_path, 2)[name] == "0.2"
+    assert environment(2)[name] == "0.2"
 
 
 def test_a_config_file_offers_its_study(tmp_path, capsys):

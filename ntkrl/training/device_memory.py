@@ -1,0 +1,118 @@
+"""Fit a run into the memory of its devices before its first step.
+
+The compiler states the peak memory of the update at full length. Where that exceeds the devices'
+memory, a minibatch is read in more parts. Devices that report no limit, as CPUs, read it at once.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ntkrl import durable_files, reward, runtime
+from ntkrl.json_files import read_object
+from ntkrl.numerics import GIB
+from ntkrl.settings import RunSettings
+from ntkrl.setup import RunSetup
+from ntkrl.training.abstract_run import AbstractRun
+from ntkrl.training.programs import peak_bytes, resident_bytes, updates
+
+LAYOUT_FILE = "layout.json"
+"""In a run directory: what was chosen by memory, so that a resumed run does the same arithmetic."""
+
+
+def fit(setup: RunSetup, directory: Path) -> RunSetup:
+    """Return the run with the number of microbatches chosen, unless the config sets it; log it.
+
+    Args:
+      setup: the run.
+      directory: of the run; a number chosen there for the same mesh is kept.
+    """
+    settings, mesh = setup.settings, setup.model.mesh
+    if settings.schedule.microbatches is not None:
+        return setup
+    limit = None if settings.method.reward_model else runtime.device_memory(mesh)
+    saved = _saved_count(directory, setup)
+    if saved is not None:
+        count, reason = saved, f"as chosen in {directory / LAYOUT_FILE}"
+    elif limit is None:
+        count, reason = 1, "its devices report no limit of memory"
+    else:
+        counts = settings.microbatch_counts(mesh)
+        count, peak = fewest_microbatches(counts, limit, lambda count: _update_peak(setup, count))
+        needed = "more than" if peak is None else f"{peak / GIB:.1f} of"
+        reason = f"an update needs {needed} {limit / GIB:.1f} GiB per device"
+    runtime.log(f"microbatches of {settings.minibatch_rows} rows: {count} ({reason})")
+    return dataclasses.replace(setup, settings=settings.with_microbatches(count))
+
+
+def save_layout(setup: RunSetup, directory: Path) -> None:
+    """Write what `fit` chose, in the process that writes."""
+    if runtime.is_writer():
+        values = {"mesh": dict(setup.model.mesh.shape), "microbatches": setup.settings.microbatches}
+        durable_files.save_text(directory / LAYOUT_FILE, json.dumps(values) + "\n")
+
+
+def fewest_microbatches(
+    counts: list[int], limit: float, peak: Callable[[int], float | None]
+) -> tuple[int, float | None]:
+    """Return the first count whose peak memory is within a limit, and the peak; or the last.
+
+    Args:
+      counts: rising, at least one.
+      limit: bytes of a device.
+      peak: bytes of an update with a count; None where the compiler refuses it for its memory.
+    """
+    bytes_needed = None
+    for count in counts:
+        bytes_needed = peak(count)
+        if bytes_needed is not None and bytes_needed <= limit:
+            break
+    return count, bytes_needed
+
+
+def _update_peak(setup: RunSetup, count: int) -> float | None:
+    """Return the peak memory of an update over all stages, beside what a probed step copies."""
+    run = abstract_run(setup, setup.settings.with_microbatches(count))
+    peaks = []
+    for program in updates(run, probes=True):
+        try:
+            compiled = program.function.lower(*program.arguments, **program.keywords).compile()
+        except jax.errors.JaxRuntimeError:
+            return None
+        peaks.append(peak_bytes(compiled) + resident_bytes(run, program))
+    return max(peaks)
+
+
+def abstract_run(setup: RunSetup, settings: RunSettings) -> AbstractRun:
+    """Return a run described by shapes, on its own devices."""
+
+    def shapes(params: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            params,
+        )
+
+    functions = () if setup.rewards is None else setup.rewards.functions
+    scorers = {
+        function.name: (function.call.scorer, shapes(function.call.params))
+        for function in functions
+        if isinstance(function.call, reward.RewardModel)
+    }
+    model = dataclasses.replace(setup.model, params=shapes(setup.model.params))
+    return AbstractRun(settings, model, scorers)
+
+
+def _saved_count(directory: Path, setup: RunSetup) -> int | None:
+    """Return the number that an earlier start chose for the same mesh and rows, or None."""
+    path = directory / LAYOUT_FILE
+    if not path.exists():
+        return None
+    values = read_object(path)
+    if values.get("mesh") != dict(setup.model.mesh.shape):
+        return None
+    counts, count = setup.settings.microbatch_counts(setup.model.mesh), values.get("microbatches")
+    return count if count in counts else None

@@ -1,0 +1,55 @@
+"""What a run chooses by the memory of its devices."""
+
+import json
+
+import pytest
+
+from ntkrl import runtime
+from ntkrl.settings import read_settings
+from ntkrl.setup import set_up
+from ntkrl.training import device_memory
+
+
+@pytest.mark.parametrize(
+    ("limit", "chosen"), [(100, (1, 90)), (89, (2, 50)), (49, (4, 30)), (10, (8, 20))]
+)
+def test_the_fewest_that_fit(limit, chosen):
+    """by hand: peaks of 10 + 80 / n where it compiles; the last where none fits."""
+    peaks = {1: 90, 2: 50, 4: 30, 8: 20}
+    assert device_memory.fewest_microbatches([*peaks], limit, peaks.get) == chosen
+    assert device_memory.fewest_microbatches([1, 2], 100, {2: 50}.get) == (2, 50)
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Return the setup of a small supervised run on eight devices."""
+    words = [
+        "--config=configs/sft.py",
+        f"--config.run_dir={tmp_path}",
+        "--config.data.prompts_per_step=256",
+        "--config.data.examples=256",
+        "--config.data.max_prompt_tokens=32",
+        "--config.rollout.max_completion_tokens=32",
+    ]
+    return set_up(read_settings(runtime.read_config(words)), tmp_path)
+
+
+def test_a_run_is_fitted_once(setup, tmp_path, monkeypatch, capsys):
+    """story: two parts fit where one does not; a resumed run keeps them; CPUs have no limit."""
+    assert device_memory.fit(setup, tmp_path).settings.microbatches == 1  # as a CPU's run before
+    # parts that eight devices divide
+    assert setup.settings.microbatch_counts(setup.model.mesh)[:3] == [1, 2, 4]
+    peaks = {count: device_memory._update_peak(setup, count) for count in (1, 2)}
+    assert peaks[2] < 0.9 * peaks[1]
+    monkeypatch.setattr(device_memory, "_update_peak", lambda setup, count: peaks[count])
+    monkeypatch.setattr(runtime, "device_memory", lambda mesh: (peaks[1] + peaks[2]) / 2)
+    fitted = device_memory.fit(setup, tmp_path)
+    assert fitted.settings.schedule.microbatches == 2
+    assert "microbatches of 256 rows: 2 (an update needs 0.0 of 0.0 GiB" in capsys.readouterr().out
+    device_memory.save_layout(fitted, tmp_path)
+    monkeypatch.setattr(runtime, "device_memory", lambda mesh: 2 * peaks[1])
+    assert device_memory.fit(setup, tmp_path).settings.microbatches == 2
+    # another mesh: chosen again
+    path = tmp_path / device_memory.LAYOUT_FILE
+    path.write_text(json.dumps({"mesh": {"data": 4}, "microbatches": 2}))
+    assert device_memory.fit(setup, tmp_path).settings.microbatches == 1
