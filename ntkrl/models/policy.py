@@ -349,8 +349,10 @@ def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Pa
         phi, cache = policy.decode(_without(copy, WHITENING), cache, tokens, mask)
         return transform(copy, phi), cache
 
-    functions = {"features": features, "decode_params": decode_params, "decode": decode}
-    return dataclasses.replace(policy, **functions, rebuild=None), params
+    policy = dataclasses.replace(
+        policy, features=features, decode_params=decode_params, decode=decode, rebuild=None
+    )
+    return policy, params
 
 
 def unwhitened(params: Params) -> Params:
