@@ -314,7 +314,7 @@ def test_failed_writes_are_logged_once(caplog):
         await serialization.async_serialize_from_host(None, None)
 
     async def fail_in_tensorstore():
-        error = ValueError("INTERNAL: No space left on device [tensorstore_spec='{}']")
+        error = ValueError("Failed writing: No space left on device [os_error_code='28']")
         asyncio.get_running_loop().create_future().set_exception(error)
 
     async def forget(function):
