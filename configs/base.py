@@ -101,8 +101,8 @@ def get_config():
     config.rollout.min_p = placeholder(float)
     config.rollout.stop = ()  # strings that end a completion; special tokens may be among them
     config.rollout.cache_dtype = placeholder(str)  # of keys and values; None: the network's
-    # sample from a copy of the params in compute_dtype, gathered over fsdp once per rollout, if it
-    # fits in memory; it stays sharded over tensor
+    # sampling reads a copy of the params in compute_dtype, made once per rollout; True gathers it
+    # over fsdp, if it fits in memory, in place of every layer for every token
     config.rollout.gather_params = False
     # sample by the update's own forward pass, which costs a pass over complete rows per token:
     # log-probs of sampler and trainer are then equal in bits

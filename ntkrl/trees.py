@@ -206,6 +206,26 @@ def without(patterns: Patterns, axis: str) -> Patterns:
     ]
 
 
+def unstacked_patterns(
+    patterns: Patterns, stacked: Sequence[str]
+) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Return a list for `shardings` of params whose stacked leaves are split by layer.
+
+    Args:
+      patterns: those of stacked params, `layers/…`; the result has `layers/3/…`, without the axes
+        of the leading dimension.
+      stacked: prefixes of the stacked leaves.
+    """
+
+    def unstacked(pattern: str, axes: tuple[str | None, ...]) -> tuple[str, tuple[str | None, ...]]:
+        for prefix in stacked:
+            if pattern.startswith(f"{prefix}/"):
+                return f"{prefix}/\\d+/{pattern.removeprefix(f'{prefix}/')}", axes[1:]
+        return pattern, axes
+
+    return tuple(unstacked(pattern, axes) for pattern, axes in patterns)
+
+
 def row_parts(mesh: Mesh) -> int:
     """Return the number of shards of the rows of a batch."""
     return _size(mesh, ROWS)

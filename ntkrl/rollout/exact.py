@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from ntkrl import numerics, runtime, trees
 from ntkrl.rollout.decode import completion_keys
 from ntkrl.rollout.sampler import Sampler, check_length
-from ntkrl.rollout.token_sampling import sample_tokens
+from ntkrl.rollout.token_sampling import draw_uniforms, sample_tokens
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.softmax import OutputHead, TokenStatistics, logit_statistics, logits
 from ntkrl.types import Array, Params, PromptBatch, Rollout
@@ -223,9 +223,10 @@ class ExactSampler:
 
     def _draw(self, rows: Rows, z_RV: Array, t: Array) -> Rows:
         """Sample token t of every row that is not done."""
-        keys_R = jax.random.wrap_key_data(rows.keys)
-        keys_R = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_R, t)
-        drawn = sample_tokens(self.settings, z_RV, keys_R)
+        uniforms_1R2 = draw_uniforms(jax.random.wrap_key_data(rows.keys), t[None])
+        drawn = sample_tokens(self.settings, z_RV, uniforms_1R2[0])
+        kept_R = drawn.kept_log_mass
+        kept_R = jnp.zeros_like(drawn.log_probs) if kept_R is None else kept_R
         real_R, column = ~rows.done, rows.tokens.shape[1] - rows.kept_log_mass.shape[1] + t
         tokens_R = jnp.where(real_R, drawn.tokens, self.settings.pad_id)
         done_R = rows.done
@@ -239,7 +240,7 @@ class ExactSampler:
         return Rows(
             tokens=set_column(rows.tokens, tokens_R, column),
             mask=set_column(rows.mask, real_R, column),
-            kept_log_mass=set_column(rows.kept_log_mass, drawn.kept_log_mass, t),
+            kept_log_mass=set_column(rows.kept_log_mass, kept_R, t),
             done=done_R,
             keys=rows.keys,
         )

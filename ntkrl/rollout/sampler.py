@@ -1,7 +1,7 @@
 """Sampling of N completions per prompt on the devices of a mesh.
 
 One prefill per prompt, then chunks of decode steps. Between chunks the host compacts the batch once
-half of its rows are done, doubles the KV cache when it is full, and checks for stop strings.
+half of its rows are done, extends the KV cache when it is full, and checks for stop strings.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,8 @@ from ntkrl.rollout.decode import ActiveRows, Decoder, Output
 from ntkrl.rollout.settings import SamplerSettings
 from ntkrl.types import Array, Params, Policy, PromptBatch, Rollout
 
+COLUMNS = 16
+"""Columns that a KV cache grows by, or multiples of it."""
 FindStop = Callable[[np.ndarray], int | None]
 
 
@@ -55,7 +57,9 @@ class Sampler:
     ):
         self.policy, self.settings = policy, settings
         self.find_stop, self.mesh = find_stop, mesh
-        decoder = Decoder(policy, settings, mesh)
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self.chunk_length = settings.chunk_length(platform)
+        decoder = Decoder(policy, settings, mesh, self.chunk_length)
         self.programs = SamplerPrograms(
             prefill=jax.jit(decoder.prefill, static_argnums=0),
             decode_chunk=jax.jit(decoder.decode_chunk, donate_argnums=(1, 2)),
@@ -65,7 +69,7 @@ class Sampler:
             longest=jax.jit(decoder.longest),
             rollout=jax.jit(decoder.rollout, static_argnums=0),
         )
-        self._gather: jax.stages.Wrapped | None = None
+        self._copy: jax.stages.Wrapped | None = None
 
     def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Rollout:
         """Sample N completions of each prompt.
@@ -83,14 +87,13 @@ class Sampler:
           ValueError: (before tracing) prompts and completions exceed the context.
         """
         settings, prompt_length = self.settings, prompts.tokens.shape[1]
-        budget, chunk = settings.max_completion_tokens, settings.chunk_steps
+        budget, chunk = settings.max_completion_tokens, self.chunk_length
         check_length(self.policy, prompt_length, budget)
-        # 1. params: cast and gathered over fsdp once, instead of once per token
-        if settings.gather_params:
-            params = self.gather_program(params)(params)
+        # 1. params: cast, split by layer and placed once, instead of once per token
+        copy = self.copy_program(params)(params)
         # 2. prefill: KV cache of the prompts, first token of every completion
         columns = self.cache_columns(prompt_length, 1 + chunk)
-        active, output, remaining = self.programs.prefill(columns, params, prompts, key)
+        active, output, remaining = self.programs.prefill(columns, copy, prompts, key)
         rows = len(output.finished)
         blocks, lengths, sampled = trees.blocks(self.mesh, rows), np.zeros(rows, np.int64), 1
         active, output, most = self._apply_stops(active, output, lengths, remaining)
@@ -99,35 +102,43 @@ class Sampler:
             columns = self.cache_columns(prompt_length, sampled + chunk)
             active = self._resize(active, blocks, most, columns)
             start = jnp.int32(sampled)
-            active, output, remaining = self.programs.decode_chunk(params, active, output, start)
+            active, output, remaining = self.programs.decode_chunk(copy, active, output, start)
             sampled = min(sampled + chunk, budget)
             active, output, most = self._apply_stops(active, output, lengths, remaining)
         # 4. output: prompt and completion side by side
         longest = int(self.programs.longest(output))
         return self.programs.rollout(bucket_length(longest, budget), prompts, output)
 
-    def gather_program(self, params: Params) -> jax.stages.Wrapped:
-        """Return the program that casts params for decoding and gathers them over fsdp."""
-        if self._gather is None:
-            dtype, shardings = self.settings.params_dtype, None
+    def copy_program(self, params: Params) -> jax.stages.Wrapped:
+        """Return the program `params -> copy` that the others read, of `Policy.decode_params`.
+
+        Leaves of the right dtype and placement that no layer is cut from are not copied.
+        """
+        if self._copy is None:
+            policy, shardings = self.policy, None
             if self.mesh is not None:
-                patterns = trees.without(self.policy.sharding, "fsdp")
-                shardings = trees.shardings(params, patterns, self.mesh)
-
-            def cast(params: Params) -> Params:
-                return params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), params)
-
-            self._gather = jax.jit(cast, out_shardings=shardings)
-        return self._gather
+                patterns = policy.sharding
+                if policy.decode_sharding is not None:
+                    patterns = policy.decode_sharding
+                if self.settings.gather_params:
+                    patterns = tuple(trees.without(patterns, "fsdp"))
+                shapes = jax.eval_shape(policy.decode_params, params)
+                shardings = trees.shardings(shapes, patterns, self.mesh)
+            self._copy = jax.jit(policy.decode_params, out_shardings=shardings)
+        return self._copy
 
     def cache_columns(self, prompt_length: int, sampled: int) -> int:
-        """Return the cache columns needed until `sampled` tokens per row: chunks in powers of 2."""
+        """Return the cache columns needed until `sampled` tokens per row.
+
+        A cache grows by at least a quarter, so that there are few lengths to compile for, and most
+        columns are in use.
+        """
         # the last token is sampled and never read
-        read, most = sampled - 1, self.settings.max_completion_tokens - 1
-        grown = self.settings.chunk_steps
-        while grown < min(read, most):
-            grown *= 2
-        return prompt_length + min(grown, most)
+        most = prompt_length + self.settings.max_completion_tokens - 1
+        needed, columns = prompt_length + sampled - 1, prompt_length + COLUMNS
+        while columns < min(needed, most):
+            columns += COLUMNS * -(-columns // (4 * COLUMNS))
+        return min(columns, most)
 
     def _resize(self, active: ActiveRows, blocks: int, most: int, columns: int) -> ActiveRows:
         """Halve the rows of a block while `most` unfinished ones fit, and grow the cache."""
