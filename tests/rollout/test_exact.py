@@ -95,12 +95,13 @@ def optimised():
 
 
 RUNS = [
-    Run("gpt-neox", minibatches=2, microbatches=2, chunk_tokens=12),
+    Run("gpt-neox"),
     Run("llama 3", MESH),
     *(
         pytest.param(run, marks=pytest.mark.slow)
         for run in (
             *(Run(case) for case in ("llama 3", "gemma 2", "qwen3 moe")),
+            Run("gpt-neox", minibatches=2, microbatches=2, chunk_tokens=12),
             Run("gpt-neox", parameters=HEAD),
             Run("llama 3", remat="none"),
         )
