@@ -168,6 +168,8 @@ class DirectoryLock:
             with path.open("xb") as file:
                 self.path = path
                 file.write(self._text())
+                file.flush()
+                os.fsync(file.fileno())  # one cut short by a power cut would have to be watched
         except FileExistsError:
             return False
         except FileNotFoundError:  # a release removed the directory
@@ -223,10 +225,11 @@ class DirectoryLock:
             if watched >= limit or (age >= limit and watched >= 2 * limit / BEATS):
                 who = "an unreadable lease" if lease is None else lease.describe()
                 return f"{who}, is silent"
-            if lease is not None and not logged:
-                logged = True
+            if not logged and (lease is not None or watched > NAME_SECONDS):
+                logged = True  # an unreadable lease may be one that is just being written
+                who = "a command that left no name" if lease is None else lease.describe()
                 self.log(
-                    f"{self.directory} was in use by {lease.describe()}; watching for up to "
+                    f"{self.directory} was in use by {who}; watching for up to "
                     f"{limit:g} s whether that is alive (NTKRL_LEASE_TIMEOUT)"
                 )
             time.sleep(limit / BEATS / 4)
