@@ -140,13 +140,13 @@ def make_sampler(
 
 
 def prompt_batch(setup: RunSetup, request: SampleRequest) -> PromptBatch:
-    """Tokenise prompts and place them on the mesh; padded to one of few lengths."""
+    """Tokenise prompts and place them on the rollout mesh; padded to one of few lengths."""
     encoded, rows = request.prompts.encoded, request.rows
     longest = max(len(encoded[row]) for row in rows)
     length = bucket_length(longest, setup.settings.data.max_prompt_tokens)
     pad_id = setup.model.tokenizer.pad_token_id
     batch = data.prompt_batch(encoded, rows, pad_id, length, request.copies)
-    return runtime.place_rows(batch, setup.model.mesh)
+    return runtime.place_rows(batch, setup.model.rollout_mesh)
 
 
 def collect(

@@ -15,7 +15,7 @@ from ntkrl.plan.hardware import Chip, Machine
 from ntkrl.plan.measure import ProgramCost, measure
 from ntkrl.probe import CADENCES
 from ntkrl.settings import RunSettings
-from ntkrl.setup import StartingModel
+from ntkrl.setup import StartingModel, choose_rollout_mesh
 from ntkrl.training import (
     GENERATION,
     PROBE,
@@ -131,9 +131,9 @@ def abstract_run(settings: RunSettings, machine: Machine) -> AbstractRun:
     mesh = settings.make_mesh(machine.devices)
     policy, params = abstract_models.describe_policy(settings.model, mesh)
     scorers = abstract_models.describe_rewards(settings, mesh)
-    return AbstractRun(
-        settings, StartingModel(policy, params, SpecialTokens(), "", (0,), mesh), scorers
-    )
+    sampling_mesh = choose_rollout_mesh(settings, policy, params, mesh)
+    model = StartingModel(policy, params, SpecialTokens(), "", (0,), mesh, sampling_mesh)
+    return AbstractRun(settings, model, scorers)
 
 
 def compile_candidate(

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ntkrl.numerics import DTYPES
+from ntkrl.rollout.rollout_mesh import AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ class RolloutSettings:
     """Sampling of completions in training: the config's rollout section (see SamplerSettings).
 
     stop: strings that end a completion; they are part of it.
+    mesh: parts by axis, data and tensor; see rollout_mesh.make_rollout_mesh.
     engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
     """
 
@@ -95,7 +97,7 @@ class RolloutSettings:
     min_p: float | None
     stop: tuple[str, ...]
     cache_dtype: str | None
-    gather_params: bool
+    mesh: dict[str, int | None]
     engine: str | None
 
     def __post_init__(self):
@@ -111,8 +113,14 @@ class RolloutSettings:
             )
         if not all(self.stop):
             problems.append("rollout.stop holds an empty string")
+        for axis, size in self.mesh.items():
+            if axis not in AXES:
+                problems.append(f"rollout.mesh.{axis} does not exist; known: {', '.join(AXES)}")
+            elif size is not None and size != -1 and size < 1:
+                problems.append(f"rollout.mesh.{axis} must be ≥ 1, -1 or None, not {size}")
         checked = dataclasses.asdict(self)
-        del checked["stop"], checked["cache_dtype"], checked["engine"]
+        for name in ("stop", "cache_dtype", "mesh", "engine"):
+            del checked[name]
         try:
             SamplerSettings(end_ids=(), pad_id=0, **checked)
         except ValueError as error:

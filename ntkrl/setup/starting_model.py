@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import ntkrl
-from ntkrl import data, models, runtime, trees, update
+from ntkrl import data, models, rollout, runtime, trees, update
 from ntkrl.numerics import DTYPES, at_least_float32, einsum
 from ntkrl.scoring import completion_features
 from ntkrl.settings import RunSettings
@@ -30,7 +31,7 @@ class StartingModel:
     params: on the mesh; shapes with shardings where a run is only planned.
     tokenizer: transformers'. tokenizer_dir: directory whose tokenizer files export copies.
     end_ids: tokens that end a completion.
-    mesh: mesh of all devices.
+    mesh: mesh of all devices. rollout_mesh: of the same devices, to sample on.
     """
 
     network: Policy | Scorer
@@ -39,6 +40,7 @@ class StartingModel:
     tokenizer_dir: str
     end_ids: tuple[int, ...]
     mesh: Mesh
+    rollout_mesh: Mesh
 
     @property
     def policy(self) -> Policy:
@@ -179,7 +181,7 @@ def load_network(
     """
     if settings.method.reward_model:
         scorer, params = _load_scorer(settings, tokenizer, mesh)
-        return StartingModel(scorer, params, tokenizer, tokenizer_dir, (), mesh)
+        return StartingModel(scorer, params, tokenizer, tokenizer_dir, (), mesh, mesh)
     policy, params = _load_policy(settings, tokenizer, mesh)
     rows = vocabulary_rows(settings, tokenizer, policy.vocab_size)
     if rows != policy.vocab_size:
@@ -189,7 +191,33 @@ def load_network(
         policy, params = _whiten(settings, settings.model.whiten, policy, params, tokenizer, mesh)
     generation_ids = () if policy.source is None else models.generation_end_ids(policy.source)
     end_ids = data.end_ids(tokenizer, generation_ids, settings.rollout.stop)
-    return StartingModel(policy, params, tokenizer, tokenizer_dir, end_ids, mesh)
+    sampling_mesh = choose_rollout_mesh(settings, policy, params, mesh)
+    return StartingModel(policy, params, tokenizer, tokenizer_dir, end_ids, mesh, sampling_mesh)
+
+
+def choose_rollout_mesh(settings: RunSettings, policy: Policy, params: Params, mesh: Mesh) -> Mesh:
+    """Return the mesh that completions are sampled on.
+
+    Args:
+      settings: with the parts, if they are set.
+      policy, params: of the model; the params may be shapes.
+      mesh: of the params.
+
+    Raises:
+      ValueError: parts that do not divide the devices, the heads or the rows of a rollout.
+    """
+    config, compute = policy.config, _compute(settings)
+    leaves = jax.tree.leaves(params)
+    width = [leaf.dtype.itemsize if compute is None else jnp.dtype(compute).itemsize for leaf in leaves]
+    work = rollout.DecodingWork(
+        heads=math.gcd(config.num_attention_heads, config.num_key_value_heads),
+        layers=config.num_hidden_layers,
+        weight_bytes=sum(
+            math.prod(leaf.shape) * size for leaf, size in zip(leaves, width, strict=True)
+        ),
+        rows=settings.data.prompts_per_step * settings.rollout.completions_per_prompt,
+    )
+    return rollout.make_rollout_mesh(settings.rollout.mesh, mesh, work)
 
 
 def _load_scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, Params]:
