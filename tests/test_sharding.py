@@ -136,18 +136,19 @@ def test_rows_leave_and_caches_grow_without_moving():
     policy, params = made("llama", mesh)
     sampler = rollout.Sampler(policy, SETTINGS, mesh=mesh)
     placed = runtime.place_rows(prompts(), mesh)
-    live, written, left = sampler.programs.prefill(9, params, placed, jax.random.key(1))
+    copy = sampler.copy_program(params)(params)
+    live, written, left = sampler.programs.prefill(9, copy, placed, jax.random.key(1))
     assert left.shape == (4,) and left.sharding.is_fully_replicated
     for name, sizes in (("compact", (16, 4)), ("grow_cache", (21,))):
         text = getattr(sampler.programs, name).lower(*sizes, live).compile().as_text()
         moved = [word for word in COLLECTIVES if word in text]
         assert not moved, (name, moved)
-    assert any(word in sampler_text(sampler, params, live, written) for word in COLLECTIVES)
+    assert any(word in sampler_text(sampler, copy, live, written) for word in COLLECTIVES)
 
 
-def sampler_text(sampler, params, live, written):
+def sampler_text(sampler, copy, live, written):
     """The compiled program that draws tokens."""
-    arguments = (params, live, written, jnp.int32(1))
+    arguments = (copy, live, written, jnp.int32(1))
     return sampler.programs.decode_chunk.lower(*arguments).compile().as_text()
 
 
@@ -157,15 +158,15 @@ def test_a_gathered_copy_draws_the_same():
     _, architecture, settings = CASES["llama"]
     options = {"options": models.ModelOptions(jnp.bfloat16), "mesh": mesh}
     policy, params = models.build(architecture, settings, jax.random.key(0), **options)
-    copied = dataclasses.replace(SETTINGS, gather_params=True, params_dtype=jnp.bfloat16)
+    copied = dataclasses.replace(SETTINGS, gather_params=True)
     sampler = rollout.Sampler(policy, copied, mesh=mesh)
     placed, key = runtime.place_rows(prompts(), mesh), jax.random.key(1)
     expected = rollout.Sampler(policy, SETTINGS, mesh=mesh)(params, placed, key)
     result = sampler(params, placed, key)
     np.testing.assert_array_equal(result.tokens, expected.tokens)
-    gathered = trees.named_leaves(sampler.gather_program(params)(params))
-    up = gathered["layers/mlp/up/kernel"]
-    assert up.dtype == jnp.bfloat16 and tuple(up.sharding.spec) == (None, None, "tensor")
+    gathered = trees.named_leaves(sampler.copy_program(params)(params))
+    up = gathered["layers/0/mlp/up/kernel"]
+    assert up.dtype == jnp.bfloat16 and tuple(up.sharding.spec) == (None, "tensor")
     spec = params["layers"]["mlp"]["up"]["kernel"].sharding.spec
     assert tuple(spec) == (None, "fsdp", "tensor")
 

@@ -9,6 +9,7 @@ block, so that no cache moves between devices.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -77,34 +78,31 @@ def completion_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
 class Decoder:
     """The functions that `Sampler` jits; each returns rows sharded over the mesh.
 
-    policy, settings, mesh: as in `Sampler`.
+    policy, settings, mesh, results_mesh: as in `Sampler`.
     """
 
     policy: Policy
     settings: SamplerSettings
     mesh: Mesh | None
+    results_mesh: Mesh | None
 
     def prefill(
-        self, columns: int, params: Params, prompts: PromptBatch, key: Array
+        self, columns: int, copy: Params, prompts: PromptBatch, key: Array
     ) -> tuple[ActiveRows, Output, Array]:
         """Read each prompt once, copy its cache to its N completions, sample the first token.
 
         Args:
           columns: cache columns, at least those of the prompts.
-          params, prompts, key: as in `Sampler.__call__`.
+          copy: the rollout copy of the params (`Policy.decode_params`).
+          prompts, key: as in `Sampler.__call__`.
 
         Returns:
           `(active, output, remaining)` as `decode_chunk`.
         """
         count = self.settings.completions_per_prompt
         cache = self.policy.init_cache(prompts.tokens.shape[0], columns, self.settings.cache_dtype)
-        features_PTD, cache = self.policy.decode(params, cache, prompts.tokens, prompts.mask)
-        cache = replace(
-            cache,
-            keys=jnp.repeat(cache.keys, count, axis=1),
-            values=jnp.repeat(cache.values, count, axis=1),
-            mask=jnp.repeat(cache.mask, count, axis=0),
-        )
+        features_PTD, cache = self.policy.decode(copy, cache, prompts.tokens, prompts.mask)
+        cache = _map_rows(lambda values: jnp.repeat(values, count, axis=0), cache)
         phi_BD = jnp.repeat(features_PTD[:, -1], count, axis=0)
         rows = phi_BD.shape[0]
         active = ActiveRows(
@@ -115,19 +113,19 @@ class Decoder:
             rows=jnp.arange(rows, dtype=jnp.int32),
         )
         chunk, first = self._empty(rows, 1, phi_BD.dtype), jnp.int32(0)
-        active, chunk = self._sample(params, active, chunk, phi_BD, first, first)
+        active, chunk = self._sample(copy, active, chunk, phi_BD, first, first)
         columns_BC = self._empty(rows, self.settings.max_completion_tokens, phi_BD.dtype)
         output = Output(columns=columns_BC, finished=active.done)
         output = self._write(output, chunk, active, first)
         return self._results(self._sharded(active), output)
 
     def decode_chunk(
-        self, params: Params, active: ActiveRows, output: Output, start: Array
+        self, copy: Params, active: ActiveRows, output: Output, start: Array
     ) -> tuple[ActiveRows, Output, Array]:
         """Sample up to `chunk_steps` tokens of the active rows.
 
         Args:
-          params: params of the policy.
+          copy: the rollout copy of the params.
           active, output: state so far.
           start: tokens sampled so far.
 
@@ -141,9 +139,9 @@ class Decoder:
             t, active, chunk = carry
             real_R1 = ~active.done[:, None]
             last_R1 = active.last[:, None]
-            phi_R1D, cache = self.policy.decode(params, active.cache, last_R1, real_R1)
+            phi_R1D, cache = self.policy.decode(copy, active.cache, last_R1, real_R1)
             active = replace(active, cache=cache)
-            return t + 1, *self._sample(params, active, chunk, phi_R1D[:, 0], t, t - start)
+            return t + 1, *self._sample(copy, active, chunk, phi_R1D[:, 0], t, t - start)
 
         def unfinished(carry: tuple[Array, ActiveRows, Columns]) -> Array:
             return (carry[0] < end) & ~jnp.all(carry[1].done)
@@ -160,24 +158,14 @@ class Decoder:
         done = active.done.reshape(blocks, -1)
         order = jnp.argsort(done, axis=1, stable=True)[:, : rows // blocks]
 
-        def select(values: Array, axis: int = 0) -> Array:
-            def of_block(block: Array, selected: Array) -> Array:
-                return jnp.take(block, selected, axis=axis)
+        def select(values: Array) -> Array:
+            blocked = values.reshape(blocks, -1, *values.shape[1:])
+            selected = jax.vmap(lambda block, places: block[places])(blocked, order)
+            return selected.reshape(rows, *values.shape[1:])
 
-            before, after = values.shape[:axis], values.shape[axis + 1 :]
-            blocked = values.reshape(*before, blocks, -1, *after)
-            selected = jax.vmap(of_block, in_axes=(axis, 0), out_axes=axis)(blocked, order)
-            return selected.reshape(*before, rows, *after)
-
-        cache = replace(
-            active.cache,
-            keys=select(active.cache.keys, 1),
-            values=select(active.cache.values, 1),
-            mask=select(active.cache.mask),
-        )
         return self._sharded(
             ActiveRows(
-                cache=cache,
+                cache=_map_rows(select, active.cache),
                 last=select(active.last),
                 done=select(active.done),
                 keys=select(active.keys),
@@ -189,11 +177,19 @@ class Decoder:
         """Pad the cache to `columns` columns."""
         cache = active.cache
         more = columns - cache.mask.shape[1]
-        if cache.keys.shape[3] == cache.mask.shape[1]:  # a policy's state may have another form
-            pad = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
-            cache = replace(cache, keys=jnp.pad(cache.keys, pad), values=jnp.pad(cache.values, pad))
-        mask = jnp.pad(cache.mask, ((0, 0), (0, more)))
-        return self._sharded(replace(active, cache=replace(cache, mask=mask)))
+
+        def grown(table: Array) -> Array:
+            # a policy's state may have another form
+            same = table.shape[2] == cache.mask.shape[1]
+            return jnp.pad(table, ((0, 0), (0, 0), (0, more), (0, 0))) if same else table
+
+        cache = replace(
+            cache,
+            keys=jax.tree.map(grown, cache.keys),
+            values=jax.tree.map(grown, cache.values),
+            mask=jnp.pad(cache.mask, ((0, 0), (0, more))),
+        )
+        return self._sharded(replace(active, cache=cache))
 
     def truncate(
         self, active: ActiveRows, output: Output, lengths: Array
@@ -237,11 +233,11 @@ class Decoder:
             finished=output.finished,
             features=written.features,
         )
-        return trees.spread_rows(result, self.mesh)
+        return trees.spread_rows(result, self.results_mesh)
 
     def _sample(
         self,
-        params: Params,
+        copy: Params,
         active: ActiveRows,
         chunk: Columns,
         phi_RD: Array,
@@ -250,7 +246,7 @@ class Decoder:
     ) -> tuple[ActiveRows, Columns]:
         """Sample token t of every active row from its features into a column of the chunk."""
         keys_R = jax.vmap(jax.random.fold_in, in_axes=(0, None))(active.keys, t)
-        drawn = sample_tokens(self.settings, logits(head_of(self.policy, params), phi_RD), keys_R)
+        drawn = sample_tokens(self.settings, logits(head_of(self.policy, copy), phi_RD), keys_R)
         real_R = ~active.done
         tokens_R = jnp.where(real_R, drawn.tokens, self.settings.pad_id)
         # pad_id may be one of end_ids: a row that is done stays done either way
@@ -314,13 +310,23 @@ class Decoder:
         return active, output, trees.replicate(remaining, self.mesh)
 
     def _sharded(self, active: ActiveRows) -> ActiveRows:
-        cache, axes = active.cache, (None, trees.ROWS, "tensor")
+        cache = active.cache
+
+        def sharded(table: Array) -> Array:
+            return trees.constrain(table, self.mesh, trees.ROWS, "tensor")
+
         by_row = (active.last, active.done, active.keys, active.rows, cache.mask)
         last, done, keys, rows, mask = trees.spread_rows(by_row, self.mesh)
         cache = replace(
             cache,
-            keys=trees.constrain(cache.keys, self.mesh, *axes),
-            values=trees.constrain(cache.values, self.mesh, *axes),
+            keys=jax.tree.map(sharded, cache.keys),
+            values=jax.tree.map(sharded, cache.values),
             mask=mask,
         )
         return ActiveRows(cache=cache, last=last, done=done, keys=keys, rows=rows)
+
+
+def _map_rows(function: Callable[[Array], Array], cache: Cache) -> Cache:
+    """Apply a function of arrays with leading rows to all arrays of a cache."""
+    keys, values, mask = jax.tree.map(function, (cache.keys, cache.values, cache.mask))
+    return replace(cache, keys=keys, values=values, mask=mask)

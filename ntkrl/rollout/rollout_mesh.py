@@ -36,6 +36,11 @@ class DecodingWork:
         """Return whether tensor parts divide the heads, and the other devices the rows."""
         return self.heads % tensor == 0 and self.rows % (devices // tensor) == 0
 
+    def more_parts(self, devices: int, tensor: int) -> int | None:
+        """Return the next larger number of tensor parts that divides the work, if there is one."""
+        larger = (parts for parts in _divisors(devices) if parts > tensor)
+        return next((parts for parts in larger if self.divides(devices, parts)), None)
+
     def bytes_per_token(self, tensor: int) -> float:
         """Return the bytes that a device reads for a token, waits for sums included."""
         waits = 2 * self.layers + 2 if tensor > 1 else 0

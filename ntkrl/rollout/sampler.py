@@ -43,7 +43,9 @@ class Sampler:
     settings: SamplerSettings.
     find_stop: from the ids of a completion `[n]` to the number of tokens up to the end of its first
       stop string, or None without one; or None for no stop strings.
-    mesh: mesh of prompts and params, or None for one device.
+    mesh: mesh of the prompts and of the copy of the params, or None for one device.
+    results_mesh: mesh over whose rows the results are sharded, of the same devices in the same
+      order; None for `mesh`.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Sampler:
         settings: SamplerSettings,
         find_stop: FindStop | None = None,
         mesh: Mesh | None = None,
+        results_mesh: Mesh | None = None,
     ):
+        policy = policy if policy.on_mesh is None else policy.on_mesh(mesh)
         self.policy, self.settings = policy, settings
         self.find_stop, self.mesh = find_stop, mesh
-        decoder = Decoder(policy, settings, mesh)
+        decoder = Decoder(policy, settings, mesh, mesh if results_mesh is None else results_mesh)
         self.programs = SamplerPrograms(
             prefill=jax.jit(decoder.prefill, static_argnums=0),
             decode_chunk=jax.jit(decoder.decode_chunk, donate_argnums=(1, 2)),
@@ -65,7 +69,7 @@ class Sampler:
             longest=jax.jit(decoder.longest),
             rollout=jax.jit(decoder.rollout, static_argnums=0),
         )
-        self._gather: jax.stages.Wrapped | None = None
+        self._copy: jax.stages.Wrapped | None = None
 
     def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Rollout:
         """Sample N completions of each prompt.
@@ -85,12 +89,11 @@ class Sampler:
         settings, prompt_length = self.settings, prompts.tokens.shape[1]
         budget, chunk = settings.max_completion_tokens, settings.chunk_steps
         check_length(self.policy, prompt_length, budget)
-        # 1. params: cast and gathered over fsdp once, instead of once per token
-        if settings.gather_params:
-            params = self.gather_program(params)(params)
+        # 1. params: cast, split by layer and placed once, instead of once per token
+        copy = self.copy_program(params)(params)
         # 2. prefill: KV cache of the prompts, first token of every completion
         columns = self.cache_columns(prompt_length, 1 + chunk)
-        active, output, remaining = self.programs.prefill(columns, params, prompts, key)
+        active, output, remaining = self.programs.prefill(columns, copy, prompts, key)
         rows = len(output.finished)
         blocks, lengths, sampled = trees.blocks(self.mesh, rows), np.zeros(rows, np.int64), 1
         active, output, most = self._apply_stops(active, output, lengths, remaining)
@@ -99,26 +102,29 @@ class Sampler:
             columns = self.cache_columns(prompt_length, sampled + chunk)
             active = self._resize(active, blocks, most, columns)
             start = jnp.int32(sampled)
-            active, output, remaining = self.programs.decode_chunk(params, active, output, start)
+            active, output, remaining = self.programs.decode_chunk(copy, active, output, start)
             sampled = min(sampled + chunk, budget)
             active, output, most = self._apply_stops(active, output, lengths, remaining)
         # 4. output: prompt and completion side by side
         longest = int(self.programs.longest(output))
         return self.programs.rollout(bucket_length(longest, budget), prompts, output)
 
-    def gather_program(self, params: Params) -> jax.stages.Wrapped:
-        """Return the program that casts params for decoding and gathers them over fsdp."""
-        if self._gather is None:
-            dtype, shardings = self.settings.params_dtype, None
+    def copy_program(self, params: Params) -> jax.stages.Wrapped:
+        """Return the program `params -> copy` that the others read, of `Policy.decode_params`.
+
+        It casts the params and moves them to `mesh`. Leaves of the right dtype and placement that
+        no layer is cut from are not copied.
+        """
+        if self._copy is None:
+            policy, shardings = self.policy, None
             if self.mesh is not None:
-                patterns = trees.without(self.policy.sharding, "fsdp")
-                shardings = trees.shardings(params, patterns, self.mesh)
-
-            def cast(params: Params) -> Params:
-                return params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), params)
-
-            self._gather = jax.jit(cast, out_shardings=shardings)
-        return self._gather
+                patterns = policy.sharding
+                if policy.decode_sharding is not None:
+                    patterns = policy.decode_sharding
+                shapes = jax.eval_shape(policy.decode_params, params)
+                shardings = trees.shardings(shapes, patterns, self.mesh)
+            self._copy = jax.jit(policy.decode_params, out_shardings=shardings)
+        return self._copy
 
     def cache_columns(self, prompt_length: int, sampled: int) -> int:
         """Return the cache columns needed until `sampled` tokens per row: chunks in powers of 2."""

@@ -21,9 +21,6 @@ class SamplerSettings:
     min_p: then from those with at least this share of the largest probability, in [0, 1); None for
         all.
     cache_dtype: dtype of keys and values; None for the network's.
-    gather_params: decode with a copy of the params gathered over fsdp once per call, not once per
-        token; the copy stays sharded over tensor.
-    params_dtype: dtype of that copy, the compute dtype; None for that of the params.
     keep_features: record the features that predicted each token.
     chunk_steps: decode steps between two checks for finished rows, ≥ 1.
     fewest_rows: smallest batch of compaction, ≥ 1: with few rows, a step costs reading the params.
@@ -38,8 +35,6 @@ class SamplerSettings:
     top_p: float | None = None
     min_p: float | None = None
     cache_dtype: Any = None
-    gather_params: bool = False
-    params_dtype: Any = None
     keep_features: bool = False
     chunk_steps: int = 16
     fewest_rows: int = 8

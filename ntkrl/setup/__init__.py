@@ -6,6 +6,7 @@ from ntkrl.setup.starting_model import (
     StartingModel,
     check_vocabulary,
     choose_rollout_mesh,
+    decoding_work,
     load_starting_model,
     training_facts,
 )

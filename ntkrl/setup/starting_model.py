@@ -206,18 +206,23 @@ def choose_rollout_mesh(settings: RunSettings, policy: Policy, params: Params, m
     Raises:
       ValueError: parts that do not divide the devices, the heads or the rows of a rollout.
     """
-    config, compute = policy.config, _compute(settings)
-    leaves = jax.tree.leaves(params)
-    width = [leaf.dtype.itemsize if compute is None else jnp.dtype(compute).itemsize for leaf in leaves]
-    work = rollout.DecodingWork(
+    work = decoding_work(settings, policy, params)
+    return rollout.make_rollout_mesh(settings.rollout.mesh, mesh, work)
+
+
+def decoding_work(settings: RunSettings, policy: Policy, params: Params) -> rollout.DecodingWork:
+    """Return the work of a rollout step that the rollout mesh divides."""
+    config, compute = policy.config, settings.model.compute_dtype
+    sizes = [
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype if compute is None else compute).itemsize
+        for leaf in jax.tree.leaves(params)
+    ]
+    return rollout.DecodingWork(
         heads=math.gcd(config.num_attention_heads, config.num_key_value_heads),
         layers=config.num_hidden_layers,
-        weight_bytes=sum(
-            math.prod(leaf.shape) * size for leaf, size in zip(leaves, width, strict=True)
-        ),
+        weight_bytes=sum(sizes),
         rows=settings.data.prompts_per_step * settings.rollout.completions_per_prompt,
     )
-    return rollout.make_rollout_mesh(settings.rollout.mesh, mesh, work)
 
 
 def _load_scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, Params]:

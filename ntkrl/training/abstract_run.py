@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ntkrl import data, rollout, runtime, trees, update
 from ntkrl.scoring import head_of
@@ -67,14 +68,21 @@ class AbstractRun:
         sharding = runtime.replicated(self.mesh)
         return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
 
-    def rows(self, tree: Any) -> Any:
-        """Return the shapes of a batch with the sharding of `runtime.place_rows`."""
-        sharding = runtime.row_sharding(jax.tree.leaves(tree)[0].shape[0], self.mesh)
+    def rows(self, tree: Any, mesh: Mesh | None = None) -> Any:
+        """Return the shapes of a batch with the sharding of `runtime.place_rows`.
+
+        Args:
+          tree: shapes.
+          mesh: None for the mesh of training.
+        """
+        mesh = self.mesh if mesh is None else mesh
+        sharding = runtime.row_sharding(jax.tree.leaves(tree)[0].shape[0], mesh)
         return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
 
-    def per_device(self, rows: int) -> int:
-        """Return the rows of a batch on each device."""
-        return runtime.row_sharding(rows, self.mesh).shard_shape((rows,))[0]
+    def per_device(self, rows: int, mesh: Mesh | None = None) -> int:
+        """Return the rows of a batch on each device; of the mesh of training by default."""
+        mesh = self.mesh if mesh is None else mesh
+        return runtime.row_sharding(rows, mesh).shard_shape((rows,))[0]
 
     def state(self, stage: update.BoundStage) -> TrainState:
         """Return the state that a stage's steps start from."""

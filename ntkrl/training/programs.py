@@ -101,7 +101,8 @@ def run_programs(run: AbstractRun, probes: bool = True) -> Iterator[Program]:
         yield from ledgers(run)
     if probes and settings.evaluates:
         sampler = make_evaluation_sampler(settings, run.model)
-        yield from generation(run, sampler, prompts_together(settings, run.mesh), PROBE)
+        count = prompts_together(settings, run.model.rollout_mesh)
+        yield from generation(run, sampler, count, PROBE)
 
 
 def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> Iterator[Program]:
@@ -117,42 +118,46 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
         return  # sampled by another program
     assert isinstance(sampler, rollout.Sampler)
     stages, label = (run.stage_names, "") if part == GENERATION else ((), "evaluation ")
-    prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)))
+    mesh = run.model.rollout_mesh
+    prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)), mesh)
     chunk, budget = sampler.settings.chunk_steps, run.budget
     columns = _cache_columns(run, sampler)
-    params, gather = run.model.params, sampler.gather_program(run.model.params)
 
     def program(name: str, key: str, arguments: tuple[Any, ...], runs: float, rows: int) -> Program:
-        takes_params = any(argument is params for argument in arguments)
-        is_policy = any(argument is run.model.params for argument in arguments)
-        # a gathered copy of the params stays on the devices while the cache grows
-        gathered = params is not run.model.params and not takes_params
         return Program(
             name=label + name,
             part=part,
             stages=stages,
-            function=gather if key == "gather" else getattr(sampler.programs, key),
+            function=getattr(sampler.programs, key),
             arguments=arguments,
-            resident=frozenset({POLICY} if is_policy else ()),
+            resident=frozenset(),
             runs_per_step=runs if stages else 0.0,
             loop_trips=chunk if key == "decode_chunk" else 1,
             rows_per_device=rows,
-            extra=params if gathered else (),
+            # the copy of the params stays on the devices while the cache grows
+            extra=() if any(argument is copy for argument in arguments) else copy,
         )
 
-    if sampler.settings.gather_params:
-        gathering = program("gathering", "gather", (params,), 1, 1)
-        yield gathering
-        if gathering.compiled is None:
-            return
-        params = _results(gathering)
+    copying = Program(
+        name=label + "copy of params",
+        part=part,
+        stages=stages,
+        function=sampler.copy_program(run.model.params),
+        arguments=(run.model.params,),
+        resident=frozenset({POLICY}),
+        runs_per_step=1.0 if stages else 0.0,
+    )
+    yield copying
+    if copying.compiled is None:
+        return
+    copy = _results(copying)
     before = columns[-2] if len(columns) > 1 else columns[-1]
-    arguments: tuple[Any, ...] = (before, params, prompts, run.key)
-    prefill = program("prefill", "prefill", arguments, 1, run.per_device(count))
+    arguments: tuple[Any, ...] = (before, copy, prompts, run.key)
+    prefill = program("prefill", "prefill", arguments, 1, run.per_device(count, mesh))
     yield prefill
     if prefill.compiled is None or budget == 1:
         return
-    rows = run.per_device(count * sampler.settings.completions_per_prompt)
+    rows = run.per_device(count * sampler.settings.completions_per_prompt, mesh)
     live, written = _results(prefill)[:2]
     if len(columns) > 1:
         arguments = (columns[-1], live)
@@ -163,7 +168,7 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
         live = _results(growth)
     start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32))
     chunks = -(-(budget - 1) // chunk)
-    yield program("decoding", "decode_chunk", (params, live, written, start), chunks, rows)
+    yield program("decoding", "decode_chunk", (copy, live, written, start), chunks, rows)
 
 
 def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Iterator[Program]:
