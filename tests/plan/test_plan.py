@@ -162,7 +162,7 @@ KNOBS = [
     ("update", {}, [], "model.remat=all"),
     ("update", {}, ["--config.model.remat=all"], "model.compute_dtype=bfloat16"),
     ("generation", {}, [], "rollout.mesh.tensor=2"),
-    ("generation", {}, ["--config.rollout.mesh.tensor=4"], "rollout.cache_dtype=bfloat16"),
+    ("generation", {}, ["--config.rollout.mesh.tensor=2"], "rollout.cache_dtype=bfloat16"),
     ("scoring", {}, [], "model.compute_dtype=bfloat16"),
     ("update", {"argument_gib": 20.0}, ["--config.mesh.data=4"], "mesh.data=1 mesh.fsdp=8"),
     ("update", {"copies_gib": 15.0}, [], "probe.ledger_every_steps=None"),
