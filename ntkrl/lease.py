@@ -73,7 +73,7 @@ def look(path: Path) -> tuple[object | None, Lease | None]:
     except FileNotFoundError:
         return None, None
     lease = None
-    with contextlib.suppress(ValueError, TypeError):  # not written yet
+    with contextlib.suppress(ValueError, TypeError, RecursionError):  # not written yet
         lease = Lease(**json.loads(text))
         float(lease.beat), float(lease.since)
     return (status.st_mtime_ns, text), lease

@@ -1,12 +1,15 @@
 """Paths that a user gives: files that this program has not written are refused, not replaced."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
+from ntkrl.data import save_tokenizer
 from ntkrl.main import main
 from ntkrl.runtime.rundir import TRAINING_FILES
+from ntkrl.setup.starting_model import load_tokenizer
 from ntkrl.study.jobs import Job, run_jobs
 from tests.report.conftest import write_run
 from tests.training.test_train import ROOT
@@ -22,6 +25,7 @@ METRICS = json.dumps({"accuracy": 0.5})
 # file or directory that exists, its content, and the command; {} is the directory of the file
 CASES = {
     **{f"train, {name}": (name, "x", ["train", *SFT]) for name in TRAINING_FILES},
+    "train, a tokenizer": ("tokenizer/tokenizer.json", "mine", ["train", *SFT]),
     "train, a folder": ("checkpoints/3/mine.txt", "x", ["train", *SFT]),
     "prepare, rows": ("test.jsonl", '{"mine": 1}\n', PREPARE),
     "prepare, scores": ("scores/preferences.jsonl", "x", PREPARE),
@@ -64,6 +68,25 @@ def test_a_users_file_is_not_replaced(case, tmp_path, monkeypatch, capsys):
     assert str(place) in message and name.partition("/")[0] in message, message
     assert "not replaced; move it" in message or "would be replaced; move them" in message
     assert contents(tmp_path) == before
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    """law: another template, which the comparison of configs refuses later, changes no file."""
+    save_tokenizer(tmp_path / "model")
+    model = types.SimpleNamespace(path=str(tmp_path / "model"), template="pythia")
+    settings = types.SimpleNamespace(model=model)
+    run = tmp_path / "run"
+    load_tokenizer(settings, run)
+    (run / "config.json").write_text("{}")
+    (tmp_path / "other.jinja").write_text("{{ messages[0].content }}")
+    before = contents(run)
+    model.template = str(tmp_path / "other.jinja")
+    load_tokenizer(settings, run)
+    assert contents(run) == before
+    (run / "config.json").unlink()
+    with pytest.raises(ValueError, match="would be replaced; move them"):
+        load_tokenizer(settings, run)
+    assert contents(run).items() <= before.items()
 
 
 def test_an_earlier_kernel_and_plan_may_be_replaced(tmp_path, monkeypatch, capsys):

@@ -6,13 +6,12 @@ A row may have TRL's columns `tools` (a list of JSON schemas, or its JSON text) 
 
 import dataclasses
 import inspect
-import json
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ntkrl import chat_templates
+from ntkrl import chat_templates, json_files
 from ntkrl.messages import listed
 
 MARKER = "ntkrl"  # stands for an assistant's answer
@@ -91,8 +90,8 @@ def template_options(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str
     )
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+            tools = json_files.parse_json(tools)
+        except ValueError as error:
             raise ValueError(f"'tools' is not JSON: {error}") from error
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"'tools' is {type(tools).__name__}; expected a list of JSON schemas")

@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import importlib
-import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ntkrl import durable_files
+from ntkrl import durable_files, json_files
 from ntkrl.report.metric_names import ALIASES, aliased
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -194,7 +193,7 @@ class WeightsAndBiases:
                 id=_run_id(directory / WANDB_ID_FILE),
                 resume="allow",
                 dir=str(directory),
-                config=json.loads((directory / "config.json").read_text(encoding="utf-8")),
+                config=json_files.read_object(directory / "config.json", finite=False),
             )
         except wandb.Error as error:
             message = str(error).rstrip(".")

@@ -260,7 +260,7 @@ def _step(path: Path, number: int, line: bytes) -> int:
     try:
         values = json.loads(line)
         return int(values["rollout_step" if "rollout_step" in values else "step"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}, line {number}: expected a JSON object with an integer step, got "
             f"{line[:60]!r}; remove the line to resume"

@@ -11,7 +11,6 @@ block, so that no cache moves between devices.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import chex
 import jax
@@ -20,10 +19,13 @@ from jax.sharding import Mesh
 
 from ntkrl import trees
 from ntkrl.rollout.settings import SamplerSettings
-from ntkrl.rollout.token_sampling import sample_tokens
+from ntkrl.rollout.token_sampling import draw_uniforms, sample_tokens
 from ntkrl.scoring import head_of
 from ntkrl.softmax import logits
 from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
+
+Draw = tuple[Array, Array | None]
+"""The number of a token in its completion, and its uniform numbers `[R, 2]` (None if greedy)."""
 
 
 @chex.dataclass(frozen=True)
@@ -43,11 +45,14 @@ class ActiveRows:
 
 @chex.dataclass(frozen=True)
 class Columns:
-    """Sampled tokens and their records, `[B, C]`; features `[B, C, D]`, or None."""
+    """Sampled tokens and their records, `[B, C]`; of a chunk, `[C, R]`; of a token, `[R]`.
+
+    kept_log_mass: None without truncation. features: with D in the end, or None.
+    """
 
     tokens: Array
     log_probs: Array
-    kept_log_mass: Array
+    kept_log_mass: Array | None
     mask: Array
     features: Array | None
 
@@ -78,13 +83,14 @@ def completion_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
 class Decoder:
     """The functions that `Sampler` jits; each returns rows sharded over the mesh.
 
-    policy, settings, mesh, results_mesh: as in `Sampler`.
+    policy, settings, mesh, results_mesh: as in `Sampler`. chunk_length: decode steps per chunk.
     """
 
     policy: Policy
     settings: SamplerSettings
     mesh: Mesh | None
     results_mesh: Mesh | None
+    chunk_length: int
 
     def prefill(
         self, columns: int, copy: Params, prompts: PromptBatch, key: Array
@@ -112,17 +118,20 @@ class Decoder:
             keys=completion_keys(key, prompts, count),
             rows=jnp.arange(rows, dtype=jnp.int32),
         )
-        chunk, first = self._empty(rows, 1, phi_BD.dtype), jnp.int32(0)
-        active, chunk = self._sample(copy, active, chunk, phi_BD, first, first)
-        columns_BC = self._empty(rows, self.settings.max_completion_tokens, phi_BD.dtype)
-        output = Output(columns=columns_BC, finished=active.done)
-        output = self._write(output, chunk, active, first)
-        return self._results(self._sharded(active), output)
+        first = jnp.arange(1)
+        draw = jax.tree.map(lambda values: values[0], (first, self._uniforms(active, first)))
+        active, columns_R = self._sample(copy, active, phi_BD, draw)
+        output = Output(columns=self._empty(columns_R), finished=active.done)
+        chunk_1R = jax.tree.map(lambda values: values[None], columns_R)
+        return self._results(self._sharded(active), self._write(output, chunk_1R, active, first))
 
     def decode_chunk(
         self, copy: Params, active: ActiveRows, output: Output, start: Array
     ) -> tuple[ActiveRows, Output, Array]:
-        """Sample up to `chunk_steps` tokens of the active rows.
+        """Sample `chunk_length` tokens of every active row; what is past an end is not recorded.
+
+        The number of steps is known to the compiler: an accelerator then never waits for the host
+        to read whether to go on.
 
         Args:
           copy: the rollout copy of the params.
@@ -133,25 +142,16 @@ class Decoder:
           `(active, output, remaining)`; remaining `[blocks]` counts the rows of each block that are
           not done.
         """
-        end = jnp.minimum(start + self.settings.chunk_steps, self.settings.max_completion_tokens)
 
-        def step(carry: tuple[Array, ActiveRows, Columns]) -> tuple[Array, ActiveRows, Columns]:
-            t, active, chunk = carry
-            real_R1 = ~active.done[:, None]
-            last_R1 = active.last[:, None]
+        def step(active: ActiveRows, draw: Draw) -> tuple[ActiveRows, Columns]:
+            real_R1, last_R1 = ~active.done[:, None], active.last[:, None]
             phi_R1D, cache = self.policy.decode(copy, active.cache, last_R1, real_R1)
-            active = replace(active, cache=cache)
-            return t + 1, *self._sample(copy, active, chunk, phi_R1D[:, 0], t, t - start)
+            return self._sample(copy, replace(active, cache=cache), phi_R1D[:, 0], draw)
 
-        def unfinished(carry: tuple[Array, ActiveRows, Columns]) -> Array:
-            return (carry[0] < end) & ~jnp.all(carry[1].done)
-
-        written = output.columns
-        features = written.log_probs if written.features is None else written.features
-        chunk = self._empty(len(active.rows), self.settings.chunk_steps, features.dtype)
-        _, active, chunk = jax.lax.while_loop(unfinished, step, (start, active, chunk))
-        output = self._write(output, chunk, active, start)
-        return self._results(active, output)
+        numbers_C = start + jnp.arange(self.chunk_length)
+        draws = (numbers_C, self._uniforms(active, numbers_C))
+        active, chunk_CR = jax.lax.scan(step, active, draws)
+        return self._results(active, self._write(output, chunk_CR, active, numbers_C))
 
     def compact(self, rows: int, blocks: int, active: ActiveRows) -> ActiveRows:
         """Keep `rows` of the active rows, equally many per block, unfinished ones first."""
@@ -199,7 +199,7 @@ class Decoder:
         Returns:
           `(active, output, remaining)` as `decode_chunk`.
         """
-        written = output.columns
+        written, kept = output.columns, output.columns.kept_log_mass
         ended_B = lengths <= jnp.sum(written.mask, axis=1)
         columns_1C = jnp.arange(written.mask.shape[1])[None]
         mask_BC = written.mask & (columns_1C < lengths[:, None])
@@ -207,7 +207,7 @@ class Decoder:
             written,
             tokens=jnp.where(mask_BC, written.tokens, self.settings.pad_id),
             log_probs=jnp.where(mask_BC, written.log_probs, 0.0),
-            kept_log_mass=jnp.where(mask_BC, written.kept_log_mass, 0.0),
+            kept_log_mass=None if kept is None else jnp.where(mask_BC, kept, 0.0),
             mask=mask_BC,
         )
         output = Output(columns=written, finished=output.finished | ended_B)
@@ -222,6 +222,7 @@ class Decoder:
         """Concatenate the prompts with the first `length` columns of the output."""
         count = self.settings.completions_per_prompt
         written = jax.tree.map(lambda leaf: leaf[:, :length], output.columns)
+        kept = written.kept_log_mass
         tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
         mask_BT = jnp.repeat(prompts.mask, count, axis=0)
         result = Rollout(
@@ -229,76 +230,68 @@ class Decoder:
             mask=jnp.concatenate([mask_BT, written.mask], axis=1),
             completion_mask=written.mask,
             sampler_log_probs=written.log_probs,
-            kept_log_mass=written.kept_log_mass,
+            kept_log_mass=jnp.zeros_like(written.log_probs) if kept is None else kept,
             finished=output.finished,
             features=written.features,
         )
         return trees.spread_rows(result, self.results_mesh)
 
+    def _uniforms(self, active: ActiveRows, numbers_C: Array) -> Array | None:
+        """Return the uniform numbers `[C, R, 2]` of some tokens of the active rows."""
+        return None if self.settings.greedy else draw_uniforms(active.keys, numbers_C)
+
     def _sample(
-        self,
-        copy: Params,
-        active: ActiveRows,
-        chunk: Columns,
-        phi_RD: Array,
-        t: Array,
-        column: Array,
+        self, copy: Params, active: ActiveRows, phi_RD: Array, draw: Draw
     ) -> tuple[ActiveRows, Columns]:
-        """Sample token t of every active row from its features into a column of the chunk."""
-        keys_R = jax.vmap(jax.random.fold_in, in_axes=(0, None))(active.keys, t)
-        drawn = sample_tokens(self.settings, logits(head_of(self.policy, copy), phi_RD), keys_R)
-        real_R = ~active.done
+        """Sample a token of every active row from its features; return it with its records."""
+        number, uniforms_R2 = draw
+        z_RV = logits(head_of(self.policy, copy), phi_RD)
+        drawn = sample_tokens(self.settings, z_RV, uniforms_R2)
+        real_R = ~active.done & (number < self.settings.max_completion_tokens)
         tokens_R = jnp.where(real_R, drawn.tokens, self.settings.pad_id)
-        # pad_id may be one of end_ids: a row that is done stays done either way
-        done_R = active.done
+        ended_R = jnp.zeros_like(real_R)
         for end_id in self.settings.end_ids:
-            done_R |= tokens_R == end_id
-        sampled = Columns(
+            ended_R |= tokens_R == end_id
+        kept, keep_features = drawn.kept_log_mass, self.settings.keep_features
+        columns_R = Columns(
             tokens=tokens_R,
             log_probs=jnp.where(real_R, drawn.log_probs, 0.0),
-            kept_log_mass=jnp.where(real_R, drawn.kept_log_mass, 0.0),
+            kept_log_mass=None if kept is None else jnp.where(real_R, kept, 0.0),
             mask=real_R,
-            features=None if chunk.features is None else jnp.where(real_R[:, None], phi_RD, 0),
+            features=jnp.where(real_R[:, None], phi_RD, 0) if keep_features else None,
         )
+        # pad_id may be one of end_ids, and no row ends past the budget
+        done_R = active.done | (ended_R & real_R)
+        return replace(active, last=tokens_R, done=done_R), columns_R
 
-        def set_column(table: Array, values: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(
-                table, values[:, None].astype(table.dtype), column, axis=1
-            )
+    def _empty(self, columns_R: Columns) -> Columns:
+        """Return columns `[R, C]` without tokens, with the fields and dtypes of a single one."""
+        length = self.settings.max_completion_tokens
 
-        chunk = jax.tree.map(set_column, chunk, sampled)
-        return replace(active, last=tokens_R, done=done_R), chunk
+        def empty(values: Array) -> Array:
+            return jnp.zeros((values.shape[0], length, *values.shape[1:]), values.dtype)
 
-    def _empty(self, rows: int, columns: int, dtype: Any) -> Columns:
-        """Return columns without tokens; `dtype` is that of features."""
-        shape = (rows, columns)
-        zeros = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
-        keep = self.settings.keep_features
-        return Columns(
-            tokens=jnp.full(shape, self.settings.pad_id, jnp.int32),
-            log_probs=zeros,
-            kept_log_mass=zeros,
-            mask=jnp.zeros(shape, bool),
-            features=jnp.zeros((*shape, self.policy.feature_size), dtype) if keep else None,
-        )
+        columns = jax.tree.map(empty, columns_R)
+        return replace(columns, tokens=jnp.full_like(columns.tokens, self.settings.pad_id))
 
-    def _write(self, output: Output, chunk: Columns, active: ActiveRows, start: Array) -> Output:
-        """Write a chunk's columns at `start` into the rows of the output, block by block."""
+    def _write(
+        self, output: Output, chunk_CR: Columns, active: ActiveRows, numbers_C: Array
+    ) -> Output:
+        """Write a chunk's tokens, by their numbers, into the rows of the output, block by block."""
         total = len(output.finished)
         blocks = trees.blocks(self.mesh, total)
-        columns_1C = start + jnp.arange(chunk.mask.shape[1])[None]
         rows = active.rows.reshape(blocks, -1) % (total // blocks)
 
         def of_block(table: Array, values: Array, rows: Array) -> Array:
-            return table.at[rows[:, None], columns_1C].set(values, mode="drop")
+            return table.at[rows[:, None], numbers_C[None]].set(values, mode="drop")
 
-        def write(table: Array, values: Array) -> Array:
-            shape = table.shape
+        def write(table: Array, values_CR: Array) -> Array:
+            shape, values = table.shape, jnp.swapaxes(values_CR, 0, 1)
             table, values = (x.reshape(blocks, -1, *x.shape[1:]) for x in (table, values))
             return jax.vmap(of_block)(table, values, rows).reshape(shape)
 
         return Output(
-            columns=jax.tree.map(write, output.columns, chunk),
+            columns=jax.tree.map(write, output.columns, chunk_CR),
             finished=output.finished.at[active.rows].set(active.done),
         )
 

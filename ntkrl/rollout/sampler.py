@@ -1,7 +1,7 @@
 """Sampling of N completions per prompt on the devices of a mesh.
 
 One prefill per prompt, then chunks of decode steps. Between chunks the host compacts the batch once
-half of its rows are done, doubles the KV cache when it is full, and checks for stop strings.
+half of its rows are done, extends the KV cache when it is full, and checks for stop strings.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,8 @@ from ntkrl.rollout.decode import ActiveRows, Decoder, Output
 from ntkrl.rollout.settings import SamplerSettings
 from ntkrl.types import Array, Params, Policy, PromptBatch, Rollout
 
+COLUMNS = 16
+"""Columns that a KV cache grows by, or multiples of it."""
 FindStop = Callable[[np.ndarray], int | None]
 
 
@@ -59,7 +61,10 @@ class Sampler:
         policy = policy if policy.on_mesh is None else policy.on_mesh(mesh)
         self.policy, self.settings = policy, settings
         self.find_stop, self.mesh = find_stop, mesh
-        decoder = Decoder(policy, settings, mesh, mesh if results_mesh is None else results_mesh)
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self.chunk_length = settings.chunk_length(platform)
+        results_mesh = mesh if results_mesh is None else results_mesh
+        decoder = Decoder(policy, settings, mesh, results_mesh, self.chunk_length)
         self.programs = SamplerPrograms(
             prefill=jax.jit(decoder.prefill, static_argnums=0),
             decode_chunk=jax.jit(decoder.decode_chunk, donate_argnums=(1, 2)),
@@ -87,7 +92,7 @@ class Sampler:
           ValueError: (before tracing) prompts and completions exceed the context.
         """
         settings, prompt_length = self.settings, prompts.tokens.shape[1]
-        budget, chunk = settings.max_completion_tokens, settings.chunk_steps
+        budget, chunk = settings.max_completion_tokens, self.chunk_length
         check_length(self.policy, prompt_length, budget)
         # 1. params: cast, split by layer and placed once, instead of once per token
         copy = self.copy_program(params)(params)
@@ -127,13 +132,17 @@ class Sampler:
         return self._copy
 
     def cache_columns(self, prompt_length: int, sampled: int) -> int:
-        """Return the cache columns needed until `sampled` tokens per row: chunks in powers of 2."""
+        """Return the cache columns needed until `sampled` tokens per row.
+
+        A cache grows by at least a quarter, so that there are few lengths to compile for, and most
+        columns are in use.
+        """
         # the last token is sampled and never read
-        read, most = sampled - 1, self.settings.max_completion_tokens - 1
-        grown = self.settings.chunk_steps
-        while grown < min(read, most):
-            grown *= 2
-        return prompt_length + min(grown, most)
+        most = prompt_length + self.settings.max_completion_tokens - 1
+        needed, columns = prompt_length + sampled - 1, prompt_length + COLUMNS
+        while columns < min(needed, most):
+            columns += COLUMNS * -(-columns // (4 * COLUMNS))
+        return min(columns, most)
 
     def _resize(self, active: ActiveRows, blocks: int, most: int, columns: int) -> ActiveRows:
         """Halve the rows of a block while `most` unfinished ones fit, and grow the cache."""

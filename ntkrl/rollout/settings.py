@@ -22,7 +22,8 @@ class SamplerSettings:
         all.
     cache_dtype: dtype of keys and values; None for the network's.
     keep_features: record the features that predicted each token.
-    chunk_steps: decode steps between two checks for finished rows, ≥ 1.
+    chunk_steps: most decode steps between two checks for finished rows, ≥ 1; None for 4 on CPUs,
+      and 16 elsewhere, where each check costs more and a step less.
     fewest_rows: smallest batch of compaction, ≥ 1: with few rows, a step costs reading the params.
     """
 
@@ -36,19 +37,16 @@ class SamplerSettings:
     min_p: float | None = None
     cache_dtype: Any = None
     keep_features: bool = False
-    chunk_steps: int = 16
+    chunk_steps: int | None = None
     fewest_rows: int = 8
 
     def __post_init__(self):
-        at_least_one = (
-            "completions_per_prompt",
-            "max_completion_tokens",
-            "chunk_steps",
-            "fewest_rows",
-        )
+        names = ["completions_per_prompt", "max_completion_tokens", "fewest_rows"]
+        if self.chunk_steps is not None:
+            names.append("chunk_steps")
         problems = [
             f"{name} must be ≥ 1, not {getattr(self, name)}"
-            for name in at_least_one
+            for name in names
             if getattr(self, name) < 1
         ]
         if not self.temperature >= 0:
@@ -63,6 +61,18 @@ class SamplerSettings:
             problems.append("temperature 0 takes the likeliest token: set top_k, top_p, min_p None")
         if problems:
             raise ValueError("rollout settings: " + "; ".join(problems) + ".")
+
+    def chunk_length(self, platform: str) -> int:
+        """Return the steps of every chunk: chunks of equal length waste the fewest steps.
+
+        Args:
+          platform: of the devices, as in `jax.Device.platform`.
+        """
+        most = self.chunk_steps
+        if most is None:
+            most = 4 if platform == "cpu" else 16
+        steps = max(self.max_completion_tokens - 1, 1)  # the first token is sampled by the prefill
+        return -(-steps // -(-steps // most))
 
     @property
     def greedy(self) -> bool:

@@ -18,6 +18,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from ntkrl import durable_files
+from ntkrl import durable_files, json_files
 from ntkrl.runtime.checksums import checksums
 from ntkrl.types import Params, TrainState
 
 # errors are also raised as exceptions, which callers report in one sentence
 logging.getLogger("absl").addFilter(lambda record: record.levelno > logging.ERROR)
+# of several writes that fail together, asyncio logs all but the first, which is raised
+logging.getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))
 
 WRITER_SECONDS = 60.0  # limit for threads that still write after a failed save
 POLLS, POLL_SECONDS = 5, 0.1  # consecutive polls without new files that count as finished
@@ -40,6 +43,13 @@ CONTENT = {"state", "position", "sums", "metrics", "_CHECKPOINT_METADATA", "comm
 """Names in the directory of a checkpoint."""
 
 _default_hook = sys.unraisablehook
+
+
+def _is_of_orbax(record: logging.LogRecord) -> bool:
+    """Return whether a logged exception was raised by a coroutine of Orbax."""
+    trace = record.exc_info[2] if record.exc_info else None
+    frames = (frame for frame, _ in traceback.walk_tb(trace))
+    return any(str(frame.f_globals.get("__name__")).startswith("orbax.") for frame in frames)
 
 
 def _is_late_write(event: Any) -> bool:
@@ -351,7 +361,7 @@ def _quarantine_metrics(directory: Path) -> None:
     """Rename metrics that are not JSON: Orbax would otherwise open no checkpoint at all."""
     for path in directory.glob("*/metrics/metrics"):
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            json_files.read_json(path, finite=False)
         except ValueError:
             path.rename(path.with_suffix(".damaged"))
 

@@ -1,8 +1,10 @@
 """The model that a run starts from: checkpoint or new, tokenizer, and where it is exported."""
 
 import dataclasses
+import filecmp
 import functools
 import math
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import ntkrl
-from ntkrl import data, models, rollout, runtime, trees, update
+from ntkrl import data, durable_files, models, rollout, runtime, trees, update
 from ntkrl.numerics import DTYPES, at_least_float32, einsum
 from ntkrl.scoring import completion_features
 from ntkrl.settings import RunSettings
@@ -136,7 +138,7 @@ def load_tokenizer(settings: RunSettings, run_dir: Path) -> tuple[Any, str]:
     if source is None:
         source = str(run_dir / "tokenizer")
         if runtime.is_writer():
-            data.save_tokenizer(source)
+            _save_once(Path(source), data.save_tokenizer)
         runtime.allgather_object("the new tokenizer")
     else:
         source = models.tokenizer_directory(source)
@@ -145,8 +147,29 @@ def load_tokenizer(settings: RunSettings, run_dir: Path) -> tuple[Any, str]:
         data.apply_template(tokenizer, data.read_template(template))
         source = str(run_dir / "tokenizer")
         if runtime.is_writer():
-            tokenizer.save_pretrained(source)
+            _save_once(Path(source), tokenizer.save_pretrained)
     return tokenizer, source
+
+
+def _save_once(directory: Path, save: Callable[[Path], object]) -> None:
+    """Write the tokenizer of a run, which keeps the files it has.
+
+    Raises:
+      ValueError: other files are there, and no run.
+    """
+    if directory.exists() and (directory.parent / "config.json").exists():
+        return  # a resumed run, whose config is compared later
+    with durable_files.replacing_directory(directory) as fresh:
+        save(fresh)
+        if directory.exists() and any(directory.iterdir()):
+            names = sorted({path.name for place in (directory, fresh) for path in place.iterdir()})
+            _, differing, missing = filecmp.cmpfiles(directory, fresh, names, shallow=False)
+            if differing or missing:
+                raise ValueError(
+                    f"{directory.parent} has no config.json, so its {directory.name}/ "
+                    f"({', '.join(differing + missing)}) may not be this program's and would be "
+                    "replaced; move them, or set another --config.run_dir."
+                )
 
 
 def check_vocabulary(tokenizer: Any, rows: int, source: str) -> None:

@@ -42,7 +42,6 @@ class Program:
     function: jitted; `function.lower(*arguments, **keywords)` compiles.
     resident: names of the resident trees among the arguments.
     runs_per_step: mean number of runs in a rollout step.
-    loop_trips: iterations of a loop whose end depends on data.
     rows_per_device: rows that a device reads at a time.
     extra: trees on the devices while it runs, besides its arguments and the resident trees.
     compiled: set by whoever compiles the program, before taking the next one: programs that read
@@ -56,7 +55,6 @@ class Program:
     arguments: tuple[object, ...]
     resident: frozenset[str]
     runs_per_step: float = 1.0
-    loop_trips: int = 1
     rows_per_device: int = 1
     keywords: Mapping[str, object] = dataclasses.field(default_factory=dict)
     extra: object = ()
@@ -120,7 +118,7 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
     stages, label = (run.stage_names, "") if part == GENERATION else ((), "evaluation ")
     mesh = run.model.rollout_mesh
     prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)), mesh)
-    chunk, budget = sampler.settings.chunk_steps, run.budget
+    chunk, budget = sampler.chunk_length, run.budget
     columns = _cache_columns(run, sampler)
 
     def program(name: str, key: str, arguments: tuple[Any, ...], runs: float, rows: int) -> Program:
@@ -132,7 +130,6 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
             arguments=arguments,
             resident=frozenset(),
             runs_per_step=runs if stages else 0.0,
-            loop_trips=chunk if key == "decode_chunk" else 1,
             rows_per_device=rows,
             # the copy of the params stays on the devices while the cache grows
             extra=() if any(argument is copy for argument in arguments) else copy,
@@ -319,10 +316,9 @@ def probe_block(run: AbstractRun) -> tuple[ntk.Contexts, Any, int]:
 
 def _cache_columns(run: AbstractRun, sampler: rollout.Sampler) -> list[int]:
     """Return the columns of a sampler's cache before and after each growth, rising."""
-    chunk, budget = sampler.settings.chunk_steps, run.budget
-    columns = {run.width + min(chunk << n, budget - 1) for n in range(budget.bit_length())}
-    columns |= {sampler.cache_columns(run.width, 1 + chunk)}
-    return sorted(c for c in columns if c <= run.width + max(budget - 1, chunk))
+    chunk = sampler.chunk_length
+    ends = range(1 + chunk, run.budget + chunk, chunk)
+    return sorted({sampler.cache_columns(run.width, end) for end in ends})
 
 
 def _prompt_batch(count: int, width: int) -> PromptBatch:

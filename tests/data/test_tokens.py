@@ -180,12 +180,14 @@ def test_templates_read_the_columns_of_the_row(tokenizer):
         [*start, 12],
     ]
     wrong = _set(
-        *[_user("1")] * 3, tools=["[", 3, None], chat_template_kwargs=[{}, {}, {"tokenize": 1}]
+        *[_user("1")] * 4,
+        tools=["[", 3, "[" * 5000, None],
+        chat_template_kwargs=[{}, {}, {}, {"tokenize": 1}],
     )
     with pytest.raises(
         ValueError,
-        match="(?s)rejects 3 rows.*'tools' is not JSON.*'tools' is int.*row "
-        "2.*'chat_template_kwargs' sets tokenize; expected variables",
+        match="(?s)rejects 4 rows.*'tools' is not JSON.*'tools' is int.*'tools' is not JSON: "
+        "nested deeper.*row 3.*'chat_template_kwargs' sets tokenize; expected variables",
     ):
         encode_prompts(tokenizer, wrong, 10)
 

@@ -1,6 +1,7 @@
 """Checkpoints: the same bits with the requested shardings, or a clear error."""
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -301,6 +302,25 @@ def test_others_are_told(unraisable):
         fields = {"exc_type": type(error), "exc_value": error, "exc_traceback": trace}
         sys.unraisablehook(types.SimpleNamespace(**fields, err_msg=None, object=None))
     assert [str(report.exc_value) for report in unraisable] == ["Event loop is closed", "x"]
+
+
+def test_failed_writes_are_logged_once(caplog):
+    """by hand: asyncio's log of an exception within Orbax is dropped, of another it is not."""
+
+    async def fail():
+        raise OSError("No space left on device")
+
+    async def fail_in_orbax():
+        await serialization.async_serialize_from_host(None, None)
+
+    async def forget(function):
+        await asyncio.wait([asyncio.ensure_future(function())])
+
+    for function, count in ((fail_in_orbax, 0), (fail, 1)):
+        asyncio.run(forget(function))
+        gc.collect()
+        logged = [record for record in caplog.records if record.name == "asyncio"]
+        assert len(logged) == count
 
 
 def test_numbered_directories_of_others(tmp_path):
