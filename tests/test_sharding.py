@@ -165,7 +165,7 @@ def test_a_copy_to_sample_from():
     sampler = rollout.Sampler(policy, sampling, None, parts, mesh)
     copy = trees.named_leaves(sampler.copy_program(params)(params))
     up = copy["layers/0/mlp/up/kernel"]
-    assert up.dtype == jnp.bfloat16 and tuple(up.sharding.spec) == (None, "tensor")
+    assert up.dtype == jnp.bfloat16
     assert up.addressable_shards[0].data.size * 2 == up.size
     spec = params["layers"]["mlp"]["up"]["kernel"].sharding.spec
     assert tuple(spec) == (None, "fsdp", "tensor")
