@@ -96,6 +96,8 @@ class Sampler:
         check_length(self.policy, prompt_length, budget)
         # 1. params: cast, split by layer and placed once, instead of once per token
         copy = self.copy_program(params)(params)
+        if self.mesh is not None:
+            key = runtime.place(key, runtime.replicated(self.mesh))
         # 2. prefill: KV cache of the prompts, first token of every completion
         columns = self.cache_columns(prompt_length, 1 + chunk)
         active, output, remaining = self.programs.prefill(columns, copy, prompts, key)

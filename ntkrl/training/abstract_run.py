@@ -63,9 +63,9 @@ class AbstractRun:
         self.stage_names = tuple(stage.stage.name for stage in self.stages)
         self.key = self.replicated(jax.eval_shape(lambda: jax.random.key(0)))
 
-    def replicated(self, tree: Any) -> Any:
-        """Return shapes replicated on every device."""
-        sharding = runtime.replicated(self.mesh)
+    def replicated(self, tree: Any, mesh: Mesh | None = None) -> Any:
+        """Return shapes replicated on every device; on the mesh of training by default."""
+        sharding = runtime.replicated(self.mesh if mesh is None else mesh)
         return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
 
     def rows(self, tree: Any, mesh: Mesh | None = None) -> Any:

@@ -149,7 +149,7 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
         return
     copy = _results(copying)
     before = columns[-2] if len(columns) > 1 else columns[-1]
-    arguments: tuple[Any, ...] = (before, copy, prompts, run.key)
+    arguments: tuple[Any, ...] = (before, copy, prompts, run.replicated(run.key, mesh))
     prefill = program("prefill", "prefill", arguments, 1, run.per_device(count, mesh))
     yield prefill
     if prefill.compiled is None or budget == 1:
@@ -163,7 +163,7 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
         if growth.compiled is None:
             return
         live = _results(growth)
-    start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32))
+    start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)
     chunks = -(-(budget - 1) // chunk)
     yield program("decoding", "decode_chunk", (copy, live, written, start), chunks, rows)
 
