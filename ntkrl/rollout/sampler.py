@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntkrl import runtime, trees
 from ntkrl.numerics import bucket_length
 from ntkrl.rollout.decode import ActiveRows, Decoder, Output
 from ntkrl.rollout.settings import SamplerSettings
-from ntkrl.types import Array, Params, Policy, PromptBatch, Rollout
+from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
 
 COLUMNS = 16
 """Columns that a KV cache grows by, or multiples of it."""
@@ -123,15 +123,39 @@ class Sampler:
         no layer is cut from are not copied.
         """
         if self._copy is None:
-            policy, shardings = self.policy, None
+            shardings = None
             if self.mesh is not None:
-                patterns = policy.sharding
-                if policy.decode_sharding is not None:
-                    patterns = policy.decode_sharding
-                shapes = jax.eval_shape(policy.decode_params, params)
-                shardings = trees.shardings(shapes, patterns, self.mesh)
-            self._copy = jax.jit(policy.decode_params, out_shardings=shardings)
+                shardings = jax.tree.map(lambda leaf: leaf.sharding, self.copy_shapes(params))
+            self._copy = jax.jit(self.policy.decode_params, out_shardings=shardings)
         return self._copy
+
+    def copy_shapes(self, params: Params) -> Params:
+        """Return the shapes of the copy, with their shardings if there is a mesh."""
+        policy = self.policy
+        shapes = jax.eval_shape(policy.decode_params, params)
+        if self.mesh is None:
+            return shapes
+        patterns = policy.sharding if policy.decode_sharding is None else policy.decode_sharding
+        shardings = trees.shardings(shapes, patterns, self.mesh)
+        return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
+
+    def cache_shapes(self, rows: int, prompt_length: int) -> Cache:
+        """Return the shapes of the full cache, with their shardings if there is a mesh."""
+        settings, mesh = self.settings, self.mesh
+        columns = self.cache_columns(prompt_length, settings.max_completion_tokens)
+        shapes = jax.eval_shape(lambda: self.policy.init_cache(rows, columns, settings.cache_dtype))
+        if mesh is None:
+            return shapes
+
+        def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = PartitionSpec()
+            if leaf.ndim > 1:
+                heads = leaf.ndim > 2 and leaf.shape[1] % mesh.shape["tensor"] == 0
+                parts = trees.ROWS if trees.blocks(mesh, rows) > 1 else None
+                spec = PartitionSpec(parts, *(["tensor"] if heads else []))
+            return leaf.update(sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, shapes)
 
     def cache_columns(self, prompt_length: int, sampled: int) -> int:
         """Return the cache columns needed until `sampled` tokens per row.
