@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ntkrl", "ntkrl.*"]),
     package_data={
-        "ntkrl.plan": ["published_models.json"],
+        "ntkrl.plan": ["published_models.json", "gpus/*.txtpb"],
         "ntkrl.report": ["metrics.toml", "page.css", "page.html", "page.js"],
     },
     install_requires=[
@@ -61,6 +61,8 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "tpu-plan": ["jax[tpu]"],
+        # cuda12-local: the plugin of JAX's own version, without CUDA's libraries
+        "gpu-plan": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12"],
     },
     entry_points={"console_scripts": ["ntkrl = ntkrl.main:main"]},
 )

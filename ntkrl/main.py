@@ -25,7 +25,8 @@ USAGE = """usage: ntkrl COMMAND ...
   presets  [NAME ...]                                         objectives: formula, source, settings
 
 plan also takes --limit=6 (candidates of --search), --json=FILE and, in place of --topology,
---table=FILE (models × machines). Topologies: v5e-16, v5p:2x2x4, …, cpu:8, gpu. No TPU is needed.
+--table=FILE (models × machines). Topologies: v5e-16, v5p:2x2x4, …, h200, h100-8, a100, cpu:8, gpu;
+no TPU or GPU is needed.
 kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=16 --layers
 --dtype=float32|float64|bfloat16 --memory_gib=8.
 
@@ -149,7 +150,7 @@ def _plan(words: Sequence[str]) -> None:
         plan.write_table(options["table"], settings, f"ntkrl plan {' '.join(words)}")
         return
     if "topology" not in options:
-        raise ValueError("plan needs --topology=NAME, for example v5e-16 or cpu:8.")
+        raise ValueError("plan needs --topology=NAME, for example v5e-16, h200 or cpu:8.")
     plan.plan(settings, plan.read_options(options))
 
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ntkrl import trees
 from ntkrl.plan import abstract_models
-from ntkrl.plan.hardware import Chip, Machine
+from ntkrl.plan.chips import Chip
+from ntkrl.plan.hardware import Machine
 from ntkrl.plan.measure import ProgramCost, measure
 from ntkrl.probe import CADENCES
 from ntkrl.settings import RunSettings
@@ -63,14 +64,14 @@ class Candidate:
 
     @property
     def seconds(self) -> dict[str, dict[str, float]]:
-        """Roofline seconds of a rollout step by stage and part; NaN where rates are unknown.
+        """Predicted seconds of a rollout step by stage and part; NaN where rates are unknown.
 
         Decoding counts every token at the full cache size, and no row that ends before the last.
         """
         return {
             stage: {
                 part: math.fsum(
-                    cost.runs * cost.roofline
+                    cost.runs * cost.seconds
                     for cost in self.programs
                     if cost.part == part and stage in cost.stages
                 )
@@ -81,7 +82,7 @@ class Candidate:
 
     @property
     def total(self) -> float:
-        """Roofline seconds of a rollout step of the last stage; NaN where rates are unknown."""
+        """Predicted seconds of a rollout step of the last stage; NaN where rates are unknown."""
         return sum(self.seconds[self.stages[-1]].values())
 
     @property
@@ -102,7 +103,7 @@ class Candidate:
         programs = [
             {
                 **dataclasses.asdict(cost),
-                "roofline": None if math.isnan(cost.roofline) else cost.roofline,
+                "seconds": None if math.isnan(cost.seconds) else cost.seconds,
                 "verdict": text,
             }
             for cost, text in zip(self.programs, self.verdicts, strict=True)

@@ -1,8 +1,9 @@
 """Cost of a compiled program on one device, counted in the text of its optimised HLO.
 
 XLA's own cost analysis counts the body of a loop once; here it is multiplied by the trip count.
-Counted are FLOPs of matrix products, the bfloat16 passes they take on a matrix unit, bytes moved
-between main memory (HBM) and the chip, and collectives by kind.
+Counted are, for every kernel that the program launches, FLOPs of matrix products and the passes
+that they take on a matrix unit, elementwise operations, and bytes moved between main memory (HBM)
+and the chip; and every collective.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16, "token": 0}
-PASSES = {"highest": 6, "high": 3}
+from ntkrl.plan.hlo_text import CHANNEL, HloArray, HloModule, Instruction
+
+TPU_PASSES = {"default": 1.0, "high": 3.0, "highest": 6.0}
+"""bfloat16 passes of a TPU's matrix unit for one float32 product, by precision."""
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id"),
@@ -25,46 +28,63 @@ NO_TRAFFIC = {
     *("async-start", "async-update", "async-done", "copy-done", "slice-done", "send-done"),
 }
 NO_TRAFFIC_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
-COPIES = ("copy", "bitcast", "convert", "copy-done", "copy-start")
+IN_BACKGROUND = ("copy-start", "slice-start")
 SLICES = ("dynamic-slice", "slice", "gather")
 SOFTMAX = "online-softmax"  # TPU kernel of fused attention: softmax of scores, times the values
 CUBLAS = re.compile(r'custom_call_target="__cublas\$')
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-HEADER = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
-INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
-CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%([\w.-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-NAME = re.compile(r"%([\w.-]+)")
-CHANNEL = re.compile(r"channel_id=\d+")
 # as written in a dot, and in a call of cuBLAS
 CONTRACTED = re.compile(r'lhs_contracting_(?:dims=|dimensions":)[{[]([\d,"]*)[]}]')
 WINDOW = {"size": 1, "stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
+MOVES = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "broadcast"),
+    *("reshape", "transpose", "copy", "slice", "dynamic-slice", "dynamic-update-slice", "gather"),
+    *("concatenate", "pad", "dot", "convolution", "fusion", "while", "call", "conditional"),
+    *("custom-call", "reverse", "convert"),
+}
+"""Operations that compute no element; a conversion is part of a load or a store."""
+# arithmetic instructions per element of XLA's expansions, as in its sources (polynomials of erf,
+# tanh, exp and log: elemental IR emitter and MathFunctions); division and roots take several cycles
+OPERATIONS = {
+    **{"exponential": 12, "exponential-minus-one": 16, "log": 16, "log-plus-one": 20},
+    **{"tanh": 20, "erf": 30, "logistic": 16, "power": 30, "sine": 30, "cosine": 30},
+    **{"divide": 4, "sqrt": 4, "rsqrt": 4, "remainder": 8},
+}
 
 
-class HloArray(NamedTuple):
-    """An array: dtype, shape, and whether it is placed in main memory (HBM)."""
+class Launch(NamedTuple):
+    """One kernel, such as a fusion.
 
-    dtype: str
-    shape: tuple[int, ...]
-    in_hbm: bool
+    name: of its instruction. runs: in the program.
+    flops: of matrix products. passes: FLOPs times the passes of a matrix unit.
+    operations: of elementwise functions.
+    traffic: bytes between main memory and the chip.
+    in_background: a copy or collective that overlaps with other kernels.
+    """
 
-    @property
-    def size(self) -> float:
-        """Bytes."""
-        dtype = re.sub(r"^f8.*", "f8", self.dtype)
-        width = BYTES[dtype] if dtype in BYTES else int(re.sub(r"\D", "", dtype)) / 8
-        return width * math.prod(self.shape)
-
-
-class Instruction(NamedTuple):
-    """A line of HLO: its results, operands by name, and the attributes that follow them."""
-
-    root: bool
     name: str
-    arrays: tuple[HloArray, ...]
-    op: str
-    operands: tuple[str, ...]
-    attributes: str
+    runs: float
+    flops: float
+    passes: float
+    operations: float
+    traffic: float
+    in_background: bool = False
+
+
+class Transfer(NamedTuple):
+    """One collective.
+
+    kind: its name without -start. runs: in the program.
+    size: bytes of the result. received: bytes that a device receives.
+    devices: of a group.
+    in_background: it overlaps with kernels.
+    """
+
+    kind: str
+    runs: float
+    size: float
+    received: float
+    devices: int
+    in_background: bool
 
 
 class Collective(NamedTuple):
@@ -79,46 +99,63 @@ class Collective(NamedTuple):
 class HloCost:
     """Cost on one device.
 
-    flops: of matrix products.
-    passes: FLOPs times the passes of a bfloat16 matrix unit.
-    traffic: bytes between main memory and the chip.
-    collectives: by kind.
+    kernels: in the order of the program.
+    transfers: collectives.
     """
 
-    flops: float = 0.0
-    passes: float = 0.0
-    traffic: float = 0.0
-    collectives: Mapping[str, Collective] = dataclasses.field(default_factory=dict)
+    kernels: tuple[Launch, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of matrix products."""
+        return sum(kernel.runs * kernel.flops for kernel in self.kernels)
+
+    @property
+    def passes(self) -> float:
+        """FLOPs times the passes of a matrix unit."""
+        return sum(kernel.runs * kernel.passes for kernel in self.kernels)
+
+    @property
+    def traffic(self) -> float:
+        """Bytes between main memory and the chip."""
+        return sum(kernel.runs * kernel.traffic for kernel in self.kernels)
+
+    @property
+    def launches(self) -> float:
+        """Kernels launched, those in the background not counted."""
+        return sum(kernel.runs for kernel in self.kernels if not kernel.in_background)
 
     @property
     def received(self) -> float:
         """Bytes received from other devices."""
-        return sum(collective.received for collective in self.collectives.values())
+        return sum(transfer.runs * transfer.received for transfer in self.transfers)
 
-    def add(self, other: HloCost, times: float = 1.0) -> HloCost:
-        """Return the sum of this cost and `times` the other."""
-        collectives = dict(self.collectives)
-        for kind, extra in other.collectives.items():
-            before = collectives.get(kind, Collective(0.0, 0.0, 0.0))
-            collectives[kind] = Collective(
-                *(x + times * y for x, y in zip(before, extra, strict=True))
-            )
-        return HloCost(
-            self.flops + times * other.flops,
-            self.passes + times * other.passes,
-            self.traffic + times * other.traffic,
-            collectives,
-        )
+    @property
+    def collectives(self) -> dict[str, Collective]:
+        """Collectives by kind."""
+        totals: dict[str, Collective] = {}
+        for kind, runs, size, received, *_ in self.transfers:
+            before = totals.get(kind, Collective(0.0, 0.0, 0.0))
+            values = (1.0, size, received)
+            totals[kind] = Collective(*(x + runs * y for x, y in zip(before, values, strict=True)))
+        return totals
 
 
-def count(text: str, trips: int = 1) -> HloCost:
+def count(text: str, trips: int = 1, passes: Mapping[str, float] = TPU_PASSES) -> HloCost:
     """Return the cost of one run of a program on one device.
 
     Args:
       text: `compiled.as_text()`.
       trips: trip count of loops whose end depends on data.
+      passes: of a float32 product, by precision.
     """
-    return _Module(text, trips).cost
+    counter = _Counter(HloModule(text), trips, passes)
+    lines = list(counter.walk(counter.module.entry, 1.0, False))
+    return HloCost(
+        tuple(line for line in lines if isinstance(line, Launch)),
+        tuple(line for line in lines if isinstance(line, Transfer)),
+    )
 
 
 def product_flops(
@@ -150,94 +187,80 @@ def product_flops(
     return float(total)
 
 
-class _Module:
-    """A parsed program: its computations, instructions by name, and total cost."""
+class _Counter:
+    """The costs of a module's lines."""
 
-    def __init__(self, text: str, trips: int):
-        self.trips = trips
-        self.computations: dict[str, list[Instruction]] = {}
-        self.instructions: dict[str, Instruction] = {}
-        self.arrays: dict[str, tuple[HloArray, ...]] = {}
-        self.channels: dict[str, str] = {}
-        partitions = re.search(r"num_partitions=(\d+)", text)
-        self.devices = int(partitions[1]) if partitions else 1
-        entry, computation = "", []
-        for line in text.splitlines():
-            if header := HEADER.match(line):
-                computation = self.computations[header[2]] = []
-                entry = header[2] if header[1] else entry
-            elif match := INSTRUCTION.match(line):
-                computation.append(self._parse(*match.groups()))
-                self.instructions[computation[-1].name] = computation[-1]
-        self.fused = {
-            called
-            for instruction in self.instructions.values()
-            if instruction.op == "fusion"
-            for called in CALLED.findall(instruction.attributes)
-        }
-        self.cost = self._computation(entry)
+    def __init__(self, module: HloModule, trips: int, passes: Mapping[str, float]):
+        self.module, self.trips, self.passes = module, trips, passes
+        self.arrays = module.arrays
 
-    def _parse(self, root: str | None, name: str, result: str, op: str, text: str) -> Instruction:
-        depth, end = 1, 0
-        while depth and end < len(text):
-            depth += (text[end] == "(") - (text[end] == ")")
-            end += 1
-        self.arrays[name] = tuple(
-            HloArray(
-                dtype,
-                tuple(int(n) for n in sizes.split(",") if n),
-                in_hbm=re.search(r"S\([1-9]", layout) is None,
-            )
-            for dtype, sizes, layout in ARRAY.findall(result)
-        )
-        operands = tuple(NAME.findall(text[:end]))
-        # a collective spread over several fusions appears in each of them, with one channel
-        if channel := CHANNEL.search(text[end:]):
-            self.channels.setdefault(channel[0], name)
-        value = text[: end - 1] if op in ("constant", "parameter") else ""
-        return Instruction(
-            root is not None, name, self.arrays[name], op, operands, value + text[end:]
-        )
+    def walk(self, name: str, runs: float, fused: bool) -> Iterator[Launch | Transfer]:
+        """Yield the kernels and collectives of a computation.
+
+        Args:
+          name: the computation's.
+          runs: how often it runs.
+          fused: whether it is part of one kernel, which is yielded elsewhere.
+        """
+        for line in self.module.computations[name]:
+            if (transfer := self._transfer(line, runs, fused)) is not None:
+                yield transfer
+            if not fused:
+                flops, passes, operations = self._arithmetic(line)
+                traffic = self._traffic(line)
+                if flops or traffic:
+                    background = line.op in IN_BACKGROUND or transfer is not None
+                    yield Launch(line.name, runs, flops, passes, operations, traffic, background)
+            times = self.module.trip_count(line, self.trips) if line.op == "while" else 1
+            if line.op != "reduce":
+                for inner in line.called:
+                    yield from self.walk(inner, runs * times, fused or line.op == "fusion")
+
+    def _arithmetic(self, line: Instruction) -> tuple[float, float, float]:
+        """Return FLOPs, passes and elementwise operations of a line, a fusion's lines included."""
+        if line.op == "fusion":
+            return self._fused(line.called[0])
+        flops, passes = self._product(line)
+        sizes = [math.prod(array.shape) for array in line.arrays[:1]]
+        if line.op in ("reduce", "reduce-window"):
+            sizes = [math.prod(self.arrays[line.operands[0]][0].shape)]
+        operations = 0 if line.op in MOVES else OPERATIONS.get(line.op, 1) * sum(sizes)
+        return flops, passes, operations
 
     @functools.cache  # noqa: B019
-    def _computation(self, name: str) -> HloCost:
-        total = HloCost()
-        for line in self.computations[name]:
-            total = total.add(self._instruction(line))
-            if name not in self.fused:
-                total = total.add(HloCost(traffic=self._traffic(line)))
-            times = self._trip_count(line) if line.op == "while" else 1
-            branches = BRANCHES.search(line.attributes)
-            called = CALLED.findall(line.attributes)
-            for inner in called + (NAME.findall(branches[1]) if branches else []):
-                total = total.add(self._computation(inner), times)
-        return total
+    def _fused(self, computation: str) -> tuple[float, float, float]:
+        parts = [self._arithmetic(line) for line in self.module.computations[computation]]
+        flops, passes, operations = (sum(part) for part in zip(*parts, strict=True))
+        return flops, passes, operations
 
-    def _instruction(self, line: Instruction) -> HloCost:
-        kind = line.op.removesuffix("-start")
+    def _product(self, line: Instruction) -> tuple[float, float]:
+        """Return FLOPs and passes of a matrix product."""
         if line.op in ("dot", "convolution") or CUBLAS.search(line.attributes):
             left, right = (self.arrays[name][0] for name in line.operands[:2])
             flops = product_flops(left.shape, right.shape, line.arrays[0].shape, line.attributes)
-            precision = re.search(r"operand_precision=\{(\w+)", line.attributes)
-            passes = 1
-            if precision is not None and "f32" in (left.dtype, right.dtype):
-                passes = PASSES.get(precision[1], 1)
-            return HloCost(flops, flops * passes)
+            if "f32" not in (left.dtype, right.dtype):
+                return flops, flops
+            precision = re.search(r'operand_precision(?:=\{|":\[")(\w+)', line.attributes)
+            return flops, flops * self.passes[precision[1].lower() if precision else "default"]
         if line.name.startswith(SOFTMAX):
             flops = 2.0 * math.prod(line.arrays[0].shape)
             flops *= self.arrays[line.operands[0]][0].shape[-1]
-            return HloCost(flops, flops)
+            return flops, flops
+        return 0.0, 0.0
+
+    def _transfer(self, line: Instruction, runs: float, fused: bool) -> Transfer | None:
+        kind = line.op.removesuffix("-start")
         if kind not in COLLECTIVES:
-            return HloCost()
+            return None
         channel = CHANNEL.search(line.attributes)
-        if channel and self.channels[channel[0]] != line.name:
-            return HloCost()
+        if channel and self.module.channels[channel[0]] != line.name:
+            return None
         size = _bytes(line.arrays)
         if line.op in ("all-gather-start", "collective-permute-start"):
             # the result is a tuple that repeats the operands
             size = _bytes(array for array in line.arrays if array.shape)
             size -= sum(_bytes(self.arrays[name]) for name in line.operands)
-        n = self._group_size(line.attributes)
+        n = self.module.group_size(line.attributes)
         received = {  # per byte of the result, by the cheapest algorithm
             "all-gather": (n - 1) / n,
             "all-reduce": 2 * (n - 1) / n,
@@ -245,60 +268,8 @@ class _Module:
             "all-to-all": (n - 1) / n,
             "collective-permute": 1,
         }[kind]
-        return HloCost(collectives={kind: Collective(1, size, size * received)})
-
-    def _group_size(self, attributes: str) -> int:
-        """Return the devices per replica group, in each of XLA's notations."""
-        if match := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", attributes):
-            sizes = dict(re.findall(r"'([^']*)'=(\d+)", match[1]))
-            return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", match[2]))
-        if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
-            return int(match[1])
-        if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-            return match[1].count(",") + 1
-        return self.devices
-
-    def _trip_count(self, line: Instruction) -> int:
-        """Return a loop's trip count, from its counter's start, end and increment."""
-        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line.attributes):
-            return int(known[1])
-        condition, body = (
-            self._root(re.findall(rf"{part}=%([\w.-]+)", line.attributes)[0])
-            for part in ("condition", "body")
-        )
-        if condition.op == "fusion":
-            condition = self._root(_called(condition))
-        ends = self._integers(condition.operands)
-        if condition.op != "compare" or len(ends) != 1:
-            return self.trips
-        counters = (
-            re.search(r"index=(\d+)", self.instructions[name].attributes)
-            for name in condition.operands
-        )
-        index = next((int(match[1]) for match in counters if match), None)
-        if index is None:
-            return ends[0]
-        increment = self._source(body.operands[index])
-        steps = self._integers(increment.operands)
-        starts = self._integers([self.instructions[line.operands[0]].operands[index]])
-        step = steps[0] if increment.op == "add" and steps else 1
-        return -(-(ends[0] - (starts[0] if starts else 0)) // step)
-
-    def _root(self, computation: str) -> Instruction:
-        return next(line for line in self.computations[computation] if line.root)
-
-    def _source(self, name: str) -> Instruction:
-        """Return the instruction that computed a value, through copies of it."""
-        line = self.instructions[name]
-        while line.op in COPIES:
-            line = self.instructions[line.operands[0]]
-        return line
-
-    def _integers(self, names: Iterable[str]) -> list[int]:
-        """Return those of some values that are integer constants."""
-        constants = [line for line in map(self._source, names) if line.op == "constant"]
-        matches = (re.match(r"-?\d+", line.attributes) for line in constants)
-        return [int(match[0]) for match in matches if match]
+        started = line.op != kind and '"is_sync":true' not in line.attributes
+        return Transfer(kind, runs, size, size * received, n, fused or started)
 
     def _traffic(self, line: Instruction) -> float:
         """Return the bytes an instruction reads from main memory and writes to it."""
@@ -312,7 +283,7 @@ class _Module:
             source, piece = line.arrays[:2]
             return piece.size * (source.in_hbm + piece.in_hbm)
         if line.op == "fusion":
-            called = _called(line)
+            called = line.called[0]
             read = sum(self._fusion_reads(called, i, name) for i, name in enumerate(line.operands))
             return read + self._fusion_writes(called, line.arrays)
         if line.op in SLICES:
@@ -322,7 +293,10 @@ class _Module:
             in_hbm = any(array.in_hbm for array in line.arrays)
             return 2 * in_hbm * _bytes(self.arrays[line.operands[1]])
         operands = {name: self.arrays[name] for name in line.operands}
-        return _hbm_bytes(line.arrays) + sum(map(_hbm_bytes, operands.values()))
+        results = line.arrays
+        if CUBLAS.search(line.attributes):
+            results = results[:1]  # beside the product stands scratch memory
+        return _hbm_bytes(results) + sum(map(_hbm_bytes, operands.values()))
 
     def _fusion_reads(self, computation: str, index: int, operand: str) -> float:
         """Return the bytes a fusion reads of an operand: its slices where only they are used."""
@@ -330,7 +304,7 @@ class _Module:
         return min(size, self._used(computation, index, self.arrays[operand])) if size else 0.0
 
     def _used(self, computation: str, index: int, arrays: tuple[HloArray, ...]) -> float:
-        lines, number = self.computations[computation], re.compile(rf"{index}\b")
+        lines, number = self.module.computations[computation], re.compile(rf"{index}\b")
         names = {
             line.name for line in lines if line.op == "parameter" and number.match(line.attributes)
         }
@@ -343,7 +317,7 @@ class _Module:
             elif line.op in SLICES and line.operands[0] in names:
                 total += _bytes(line.arrays)
             elif line.op == "fusion":
-                inner = _called(line)
+                inner = line.called[0]
                 indices = [i for i, name in enumerate(line.operands) if name in names]
                 total += sum(self._used(inner, i, arrays) for i in indices)
             elif not (line.op == "dynamic-update-slice" and line.operands[0] in names):
@@ -352,8 +326,8 @@ class _Module:
 
     def _fusion_writes(self, computation: str, arrays: tuple[HloArray, ...]) -> float:
         """Return the bytes a fusion writes; of a result updated in place, the slice."""
-        lines = {line.name: line for line in self.computations[computation]}
-        root = self._root(computation)
+        lines = {line.name: line for line in self.module.computations[computation]}
+        root = self.module.root(computation)
         results = [lines[name] for name in root.operands] if root.op == "tuple" else [root]
         total = 0.0
         for result, array in zip(results, arrays, strict=False):
@@ -364,11 +338,6 @@ class _Module:
             written = self.arrays[line.operands[1]] if update else (array,)
             total += array.in_hbm * _bytes(written)
         return total
-
-
-def _called(line: Instruction) -> str:
-    """Return the name of the first computation that an instruction calls."""
-    return CALLED.findall(line.attributes)[0]
 
 
 def _bytes(arrays: Iterable[HloArray]) -> float:

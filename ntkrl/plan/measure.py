@@ -1,6 +1,7 @@
-"""Compile a program for a machine and read its memory and cost off the result."""
+"""Compile a program for a machine and read its memory, cost and time off the result."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ import jax
 
 from ntkrl.numerics import GIB
 from ntkrl.plan import hlo
-from ntkrl.plan.hardware import Chip
+from ntkrl.plan.chips import Chip
 from ntkrl.training import AbstractRun, Program, device_bytes, peak_bytes, resident_bytes
 
 UNITS = {"": 2.0**-30, "K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
@@ -18,6 +19,8 @@ REFUSALS = (
     re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds"),
     re.compile(r"trying to allocate ([\d.]+)([KMGT]?)iB"),
 )
+CAUSES = ("compute", "operations", "memory", "launches", "links", "latency")
+NO_TILES = "Couldn't find output tile sizes"
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|Ran out of memory", re.I)
 
 
@@ -34,9 +37,9 @@ class ProgramCost:
     compile_seconds: duration of the compilation.
     peak_gib: peak memory, resident trees included; None if it was not compiled.
     scratch_gib: the program's peak beyond its arguments.
-    flops, passes, traffic, received: see hlo.HloCost.
+    flops, passes, traffic, launches, received: see hlo.HloCost.
     collectives: by kind, `(count, bytes)`.
-    seconds: roofline times of compute, memory and links; empty if the chip's rates are unknown.
+    causes: predicted seconds by cause, see predict(); empty if the chip's rates are unknown.
     failed: reason of the compiler for refusing the program, or None.
     """
 
@@ -54,15 +57,16 @@ class ProgramCost:
     flops: float = 0.0
     passes: float = 0.0
     traffic: float = 0.0
+    launches: float = 0.0
     received: float = 0.0
     collectives: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    causes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     failed: str | None = None
 
     @property
-    def roofline(self) -> float:
-        """Lower bound on the seconds of one run; NaN if the chip's rates are unknown."""
-        return max(self.seconds.values()) if self.seconds else float("nan")
+    def seconds(self) -> float:
+        """Predicted time of one run; NaN if the chip's rates are unknown."""
+        return sum(self.causes.values()) if self.causes else float("nan")
 
     def fits(self, chip: Chip) -> bool:
         """Return whether it fits the chip's memory; if that is unknown, whether it compiles."""
@@ -96,7 +100,8 @@ def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
     )
     start = time.perf_counter()
     try:
-        compiled = program.function.lower(*program.arguments, **program.keywords).compile()
+        lowered = program.function.lower(*program.arguments, **program.keywords)
+        compiled = _compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
         cost = dataclasses.replace(cost, compile_seconds=time.perf_counter() - start)
         return _refused(cost, str(error))
@@ -104,7 +109,7 @@ def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
     program.compiled = compiled
     text = compiled.as_text()
     assert text is not None  # every backend of XLA reports it
-    counts = hlo.count(text)
+    counts = hlo.count(text, passes=chip.passes)
     peak = peak_bytes(compiled) / GIB
     return dataclasses.replace(
         cost,
@@ -114,21 +119,70 @@ def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
         flops=counts.flops,
         passes=counts.passes,
         traffic=counts.traffic,
+        launches=counts.launches,
         received=counts.received,
         collectives={kind: (x.runs, x.size) for kind, x in counts.collectives.items()},
-        seconds=roofline(counts, chip),
+        causes=predict(counts, chip),
     )
 
 
-def roofline(cost: hlo.HloCost, chip: Chip) -> dict[str, float]:
-    """Return the seconds of compute, memory and links, each at its published rate."""
-    if chip.flops is None or chip.memory_rate is None or chip.link_rate is None:
+def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile a program, without Triton's products if it has no tiles for one of them.
+
+    XLA chooses tiles by timing them on the GPU; without a GPU its first choice may not exist.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if NO_TILES not in str(error):
+            raise
+        return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+
+
+def predict(cost: hlo.HloCost, chip: Chip) -> dict[str, float]:
+    """Return the seconds of a program by cause; their sum is its time.
+
+    Kernels run one after the other, each for its overhead and the longest of its arithmetic, its
+    elementwise operations and its traffic. Copies in the background overlap with them, and so do
+    collectives in the background; other collectives are waited for.
+
+    Returns:
+      compute, operations, memory: of kernels bound by matrix products, by elementwise operations
+      and by main memory. launches: overheads. links, latency: bandwidth and latency of collectives,
+      as far as they are waited for. Empty if the chip's rates are unknown.
+    """
+    if chip.flops is None or chip.memory_rate is None:
         return {}
-    return {
-        "compute": cost.passes / chip.flops,
-        "memory": cost.traffic / chip.memory_rate,
-        "links": cost.received / chip.link_rate,
-    }
+    memory_rate = chip.memory_rate * chip.memory_reached
+    seconds = dict.fromkeys(CAUSES, 0.0)
+    copies = 0.0
+    for kernel in cost.kernels:
+        cached = kernel.traffic <= chip.cache_bytes
+        bounds = {
+            "memory": kernel.traffic / (chip.cache_rate if cached else memory_rate),
+            "compute": kernel.passes / (chip.flops * chip.flops_reached),
+            "operations": kernel.operations / (chip.operation_rate or math.inf),
+        }
+        cause = max(bounds, key=lambda name: bounds[name])
+        if kernel.in_background:
+            copies += kernel.runs * bounds["memory"]
+            continue
+        seconds[cause] += kernel.runs * bounds[cause]
+        seconds["launches"] += kernel.runs * chip.kernel_seconds
+    busy = sum(seconds.values())
+    if cost.traffic / memory_rate > busy and copies:
+        seconds["memory"] += cost.traffic / memory_rate - busy
+    if chip.links is not None:
+        hidden = max(busy, sum(seconds.values()))
+        for transfer in cost.transfers:
+            moved, latency = chip.links.seconds(transfer.kind, transfer.devices, transfer.received)
+            if transfer.in_background:
+                hidden -= transfer.runs * (moved + latency)
+                continue
+            seconds["links"] += transfer.runs * moved
+            seconds["latency"] += transfer.runs * latency
+        seconds["links"] += max(-hidden, 0.0)
+    return seconds
 
 
 def needed_gib(message: str) -> float | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ntkrl.plan.candidate import FITS, TIMED, Candidate
+from ntkrl.plan.chips import Chip
 from ntkrl.plan.hardware import Machine
 from ntkrl.plan.measure import ProgramCost
 
@@ -30,8 +31,8 @@ TABLE_HEAD = """# Memory and time of a run
 
 Written by `{}`: the TPU compiler's figures for every program of
 the run, not measurements on a TPU. Peak: memory of one chip, with all that stays there during the
-run, except copies for probes and ledgers. Seconds: lower bound (roofline) of a rollout step of the
-last stage. Mesh: the first that a search tries, not the best.
+run, except copies for probes and ledgers. Seconds: predicted for a rollout step of the last stage,
+by the rates in `ntkrl/plan/chips.py`. Mesh: the first that a search tries, not the best.
 """
 
 
@@ -49,6 +50,8 @@ def format_programs(candidate: Candidate, machine: Machine) -> str:
         "",
     ]
     lines += [f"{stage}: {_times(parts)}" for stage, parts in candidate.seconds.items()]
+    if machine.chip.source:
+        lines.append(f"assumed: {_assumptions(machine.chip)}")
     if candidate.warning is not None:
         lines.append(candidate.warning)
     verdicts = zip(candidate.programs, candidate.verdicts, strict=True)
@@ -105,6 +108,20 @@ def format_table(rows: Sequence[str], command: str, total: int) -> str:
     return "\n".join([TABLE_HEAD.format(command) + missing, *head, *rows, ""])
 
 
+def _assumptions(chip: Chip) -> str:
+    """Return the rates that the times are predicted with."""
+    assert chip.flops is not None and chip.memory_rate is not None and chip.links is not None
+    flops, memory, link = chip.flops / 1e12, chip.memory_rate / 1e12, chip.links.rate / 1e9
+    return (
+        f"{flops * chip.flops_reached:.0f} of {flops:.0f} TFLOP/s in bfloat16, a float32 product "
+        f"takes {chip.passes['highest']:.3g} times as long; {memory * chip.memory_reached:.2f} of "
+        f"{memory:.2f} TB/s; {chip.kernel_seconds * 1e6:.2g} µs a kernel; links of "
+        f"{link * chip.links.reached:.0f} of {link:.0f} GB/s a port, "
+        f"{chip.links.start_seconds * 1e6:.2g} µs a collective and "
+        f"{chip.links.hop_seconds * 1e6:.2g} µs a hop. {chip.source}"
+    )
+
+
 def mesh_name(mesh: Mapping[str, int]) -> str:
     """Return the axes of a mesh that are larger than one."""
     return " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
@@ -139,14 +156,14 @@ def _program_cells(cost: ProgramCost) -> tuple[str, ...]:
         f"{cost.flops / 1e12:.3g}",
         f"{cost.traffic / 1e9:.3g}",
         ", ".join(collectives),
-        _seconds(1e3 * cost.roofline),
-        max(cost.seconds, key=lambda bound: cost.seconds[bound]) if cost.seconds else "–",
+        _seconds(1e3 * cost.seconds),
+        max(cost.causes, key=lambda cause: cost.causes[cause]) if cost.causes else "–",
     )
 
 
 def _times(parts: Mapping[str, float]) -> str:
     total = math.fsum(parts.values())
     if math.isnan(total):
-        return "time not known: no published rates for these devices"
+        return "time not known: no rates are known for these devices"
     split = ", ".join(f"{part} {_seconds(value)}" for part, value in parts.items() if value)
-    return f"{_seconds(total)} s per rollout step at best ({split})"
+    return f"{_seconds(total)} s per rollout step predicted ({split})"

@@ -6,8 +6,8 @@ The params are FSDP-sharded over all chips; observed and updated are the last po
 different sequences (O = U = 1). Compiled are `apply` and M of the body by two algorithms, in full
 float32 ("highest": 6 bfloat16 passes; a TPU's default is 1) and in bfloat16. Memory is the
 compiler's. FLOPs and collectives are counted in the compiled program of one chip, loops multiplied
-out: `share` is a chip's part of the work, 1 / chips if it is spread evenly. `roofline s` is at the
-published rates in ntkrl/plan/hardware.py. Needs jax[tpu].
+out: `share` is a chip's part of the work, 1 / chips if it is spread evenly. `predicted s` is by the
+rates in ntkrl/plan/chips.py. Needs jax[tpu].
 """
 
 import argparse
@@ -27,13 +27,13 @@ from ntkrl.numerics import GIB
 from ntkrl.plan import abstract_models, hardware, hlo
 from ntkrl.plan.abstract_models import PUBLISHED_MODELS
 from ntkrl.plan.hardware import Machine
-from ntkrl.plan.measure import roofline
+from ntkrl.plan.measure import predict
 from tests.bench.measure import OUT_OF_MEMORY, table, write_json
 
 BODY = (("layerwise", 64), ("layerwise", 256), ("layerwise", 640), ("jvp_vjp", 4))
 LABELS = ("program", "algorithm", "chunk", "dtype")
 MEASURED = ("peak GiB per chip", "argument GiB", "temp GiB", "matmul FLOPs", "share")
-COLUMNS = (*LABELS, *MEASURED, "received GiB", "roofline s", "compile s")
+COLUMNS = (*LABELS, *MEASURED, "received GiB", "predicted s", "compile s")
 
 
 Call = tuple[Any, tuple[Any, ...]]
@@ -76,7 +76,7 @@ def measure(call: Call, precision: str, machine: Machine) -> dict[str, Any]:
         "matmul FLOPs": cost.flops * len(machine.devices),
         "share": cost.flops / flops(trace(function, *arguments)),
         "received GiB": cost.received / GIB,
-        "roofline s": max(roofline(cost, machine.chip).values()),
+        "predicted s": sum(predict(cost, machine.chip).values()),
         "compile s": seconds,
     }
 

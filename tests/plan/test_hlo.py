@@ -51,7 +51,9 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":\
   ROOT %d = f32[16,32]{1,0} get-tuple-element(%c), index=0
 }
 """
-    assert hlo.count(text).flops == 2 * 16 * 64 * 32
+    result = hlo.count(text)
+    assert result.flops == 2 * 16 * 64 * 32
+    assert result.traffic == 4 * (16 * 64 + 64 * 32 + 16 * 32)
 
 
 def test_a_loop_counts_as_often_as_it_runs():

@@ -8,7 +8,7 @@ import pytest
 
 from ntkrl import runtime
 from ntkrl.main import main
-from ntkrl.plan import candidate, hardware, measure
+from ntkrl.plan import candidate, chips, hardware, measure
 from ntkrl.settings import read_settings
 from ntkrl.training import PROBE
 from tests.plan.test_programs import MODEL, WORDS, run_of, settings  # noqa: F401
@@ -89,7 +89,24 @@ def test_names_of_machines(name, shape):
     assert hardware.tpu_topology(name) == shape
 
 
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("h200", ("h200", 1)),
+        ("h100-8", ("h100", 8)),
+        ("a100-40gb", ("a100-40gb", 1)),
+        ("a100-40gb-2", ("a100-40gb", 2)),
+        ("v5e-16", None),  # of another kind of machine
+    ],
+)
+def test_names_of_gpus(name, topology):
+    """by hand: a GPU alone, or several of one machine."""
+    assert hardware.gpu_topology(name) == topology
+
+
 MISTAKES = [
+    (["--topology=h300"], "h200, h100, a100, a100-40gb, alone or with a number of GPUs"),
+    (["--topology=h200-3"], "are planned, h200-1, h200-2, h200-4, h200-8, not 3"),
     (["--topology=v7x-16"], "--topology=v7x-16 is not known; there are v4:2x2x1 and the like"),
     (["--topology=v5e:2x2x4"], "is not known"),
     (["--topology=v5p-7"], "is not known"),
@@ -119,6 +136,16 @@ def test_no_compiler_is_told(words, monkeypatch, capsys):
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     assert main([*words, "--topology=v5e-16"]) == 2
     assert "pip install 'ntkrl[tpu-plan]'" in capsys.readouterr().err
+
+
+def test_no_gpu_compiler_is_told(words, monkeypatch, capsys):
+    """story: the error names the extra if its packages are missing, or the system it is for."""
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    assert main([*words, "--topology=h200"]) == 2
+    assert "pip install 'ntkrl[gpu-plan]'. No GPU is needed" in capsys.readouterr().err
+    monkeypatch.setattr(hardware.platform, "system", lambda: "Darwin")
+    assert main([*words, "--topology=h200"]) == 2
+    assert "exists for Linux only, not Darwin" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cfrl", "grpo", "rl", "sft"])
@@ -182,6 +209,6 @@ def test_what_to_turn(settings, part, changes, more, knob):  # noqa: F811
     cost = measure.ProgramCost(
         **{"name": name, "part": part, "stages": ("all",), "runs": 1.0, "rows": 1} | sizes | changes
     )
-    verdict = candidate.verdict(run_of(settings("rl", *more)), cost, hardware.CHIPS["v5e"])
+    verdict = candidate.verdict(run_of(settings("rl", *more)), cost, chips.TPUS["v5e"])
     advice = verdict.partition("; ")[2]
     assert verdict == f"does not fit: needs 30.0 GiB; {advice}" and knob in advice

@@ -16,7 +16,7 @@ from ntkrl.generate import RewardedRollout
 from ntkrl.plan import abstract_models, hardware
 from ntkrl.plan.abstract_models import PUBLISHED_MODELS
 from ntkrl.plan.candidate import abstract_run, candidate_programs
-from ntkrl.plan.hardware import Chip
+from ntkrl.plan.chips import Chip
 from ntkrl.plan.measure import measure
 from ntkrl.settings import read_settings
 from ntkrl.setup import RunSetup
@@ -354,5 +354,5 @@ def test_a_tpu_compiles_it(settings, v5e):
         row = measure(run, program, machine.chip)
         names.append(row.name)
         assert row.fits(machine.chip), row
-        assert row.roofline > 0
+        assert row.seconds > 0
     assert {"prefill", "decoding", "update classifier", "update all", "kernel apply"} <= {*names}
