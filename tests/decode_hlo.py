@@ -1,23 +1,103 @@
-"""The compiled decode loop of a sampler: its kernels, bytes, copies, casts and transposes."""
+"""The compiled decode loop of a sampler: its kernels, and copies, casts and transposes in it."""
 
 import dataclasses
-import math
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ntkrl.plan import hlo
+from ntkrl.types import PromptBatch
 
-LOOP = re.compile(r"body=%([\w.-]+)")
+HEADER = re.compile(r"(?:ENTRY )?%(\S+) \(.*\{$")
+LINE = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+CALLED = re.compile(r"(?:calls|body|to_apply)=%([\w.-]+)")
+TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"}
+MOVES = {"copy", "convert", "transpose", "slice", "dynamic-slice", "gather", "concatenate", "pad"}
+
+
+class Line(NamedTuple):
+    """An instruction: its results as `(dtype, sizes above 1 in rising order)`, and its text."""
+
+    name: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    op: str
+    text: str
+
+
+def shape_of(sizes) -> tuple[int, ...]:
+    """Return the sizes of an array by which its copies and transposes are recognised."""
+    return tuple(sorted(int(size) for size in sizes if int(size) > 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeLoop:
+    """The loop over tokens: its computation's name, trip count (None if data), all computations."""
+
+    body: str
+    trips: int | None
+    computations: dict[str, list[Line]]
+
+    def launched(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Line, int]]:
+        """Yield the instructions outside fusions and their runs per token, of inner loops too."""
+        for line in self.computations[self.body if name is None else name]:
+            yield line, times
+            if line.op in ("while", "call", "conditional"):
+                known = TRIPS.search(line.text)
+                inner = times * int(known[1]) if known else times
+                for called in CALLED.findall(line.text):
+                    yield from self.launched(called, inner)
+
+    @property
+    def kernels(self) -> int:
+        """Kernels per token of a GPU."""
+        return sum(times for line, times in self.launched() if line.op not in NO_KERNEL)
+
+    def moves(self, shapes: dict[tuple[int, ...], str]) -> list[str]:
+        """Return the copies, casts, cuts and transposes of arrays of some shapes, in fusions too.
+
+        Args:
+          shapes: names by `shape_of` their arrays.
+        """
+        names, moved = [self.body], []
+        for name in names:
+            for line in self.computations[name]:
+                names += [called for called in CALLED.findall(line.text) if called not in names]
+                if line.op in MOVES and line.arrays[0][1] in shapes:
+                    moved.append(f"{shapes[line.arrays[0][1]]}: {line.op} {line.name}")
+        return moved
+
+
+def decode_loop(text: str) -> DecodeLoop:
+    """Return the loop over tokens of a `decode_chunk`, the one that carries most arrays."""
+    computations: dict[str, list[Line]] = {}
+    for row in text.splitlines():
+        if header := HEADER.match(row):
+            computation = computations[header[1]] = []
+        elif match := LINE.match(row):
+            arrays = tuple(
+                (d, shape_of(n.split(",") if n else ())) for d, n in ARRAY.findall(match[2])
+            )
+            computation.append(Line(match[1], arrays, match[3], match[4]))
+    lines = [line for lines in computations.values() for line in lines]
+    loop = max((line for line in lines if line.op == "while"), key=lambda line: len(line.arrays))
+    known = TRIPS.search(loop.text)
+    body = re.search(r"body=%([\w.-]+)", loop.text)[1]
+    return DecodeLoop(body, int(known[1]) if known else None, computations)
 
 
 def abstract_chunk(sampler, params, prompts, prompt_length, sharding=None):
-    """Return shapes of `decode_chunk`'s arguments after a prefill of `prompts` prompts.
+    """Return shapes of the arguments of `decode_chunk` with a full-grown cache.
 
-    sharding: of every array; None leaves it open.
+    Args:
+      sampler: a rollout.Sampler.
+      params: shapes of the policy's params.
+      prompts, prompt_length: of the batch.
+      sharding: of every array, or None.
     """
-    from ntkrl.types import PromptBatch
 
     def shapes(tree):
         return jax.tree.map(
@@ -30,73 +110,5 @@ def abstract_chunk(sampler, params, prompts, prompt_length, sharding=None):
     copy = jax.eval_shape(sampler.policy.decode_params, params)
     columns = sampler.cache_columns(prompt_length, sampler.settings.max_completion_tokens)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    prefill = sampler.programs.prefill
-    active, output, _ = prefill.eval_shape(columns, copy, batch, key)
-    start = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
-    return shapes(copy), shapes(active), shapes(output), start
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeLoop:
-    """The loop over tokens of an optimised program.
-
-    module: the parsed program. body: name of the loop's computation. trips: its known trip count,
-    or None.
-    """
-
-    module: hlo._Module
-    body: str
-    trips: int | None
-
-    def instructions(self, name=None, times=1):
-        """Yield `(instruction, runs per token)` of the loop and what it calls but fusions."""
-        for line in self.module.computations[self.body if name is None else name]:
-            yield line, times
-            inner = times * (self.module._trip_count(line) if line.op == "while" else 1)
-            if line.op != "fusion" and "to_apply" not in line.attributes or line.op == "call":
-                for called in hlo.CALLED.findall(line.attributes):
-                    yield from self.instructions(called, inner)
-
-    def fused_instructions(self):
-        """Yield every instruction of the loop, those inside fusions too."""
-        names = [self.body]
-        for name in names:
-            for line in self.module.computations[name]:
-                yield line
-                names += [c for c in hlo.CALLED.findall(line.attributes) if c not in names]
-
-    @property
-    def kernels(self):
-        """Kernels per token."""
-        return sum(times for line, times in self.instructions() if launches(line))
-
-    @property
-    def traffic(self):
-        """Bytes moved per token."""
-        return self.module._computation(self.body).traffic
-
-
-def launches(line):
-    """Return whether an instruction of a GPU's program is a kernel."""
-    if line.op in hlo.NO_TRAFFIC or line.op.endswith("-done"):
-        return False
-    return not any(name in line.attributes for name in hlo.NO_TRAFFIC_CALLS)
-
-
-def decode_loop(text):
-    """Return the loop of a compiled `decode_chunk` that moves most bytes."""
-    module = hlo._Module(text, 1)
-    loops = [
-        (module._computation(body).traffic, body, line)
-        for line in module.instructions.values()
-        if line.op == "while"
-        for body in LOOP.findall(line.attributes)
-    ]
-    _, body, line = max(loops, key=lambda loop: loop[0])
-    known = re.search(r'known_trip_count":\{"n":"(\d+)"', line.attributes)
-    return DecodeLoop(module, body, int(known[1]) if known else None)
-
-
-def elements(array):
-    """Return the number of an array's elements."""
-    return math.prod(array.shape)
+    active, output, _ = sampler.programs.prefill.eval_shape(columns, copy, batch, key)
+    return shapes((copy, active, output, jax.ShapeDtypeStruct((), jnp.int32)))

@@ -266,10 +266,11 @@ class Transformer(nnx.Module):
           layers: separate layers, in place of the stacked ones.
           tokens_BT, mask_BT, cache, mesh: as in `types.Policy`.
         """
-        positions, cache = nn.token_positions(mask_BT, cache)
+        positions, extended = nn.token_positions(mask_BT, cache)
+        assert extended is not None  # as there was a cache
         x_BTD, inputs = self._layer_inputs(tokens_BT, positions, mesh)
         kinds = self.config.layer_kinds
-        x_BTD, cache = nn.decode_layers(layers, x_BTD, inputs, kinds, cache, mesh)
+        x_BTD, cache = nn.decode_layers(layers, x_BTD, inputs, kinds, extended, mesh)
         return self.final_norm(x_BTD), cache
 
     def _layer_inputs(
