@@ -83,7 +83,7 @@ VARIANTS = {
 }
 # our choice: three to four times as fast on TPUs
 VARIANTS["pythia-2.8b-bfloat16"] = VARIANTS["pythia-2.8b"]._replace(
-    runs="runs/paper-bfloat16", compute_dtype="bfloat16"
+    runs="runs/paper-pythia-2.8b-bfloat16", compute_dtype="bfloat16"
 )
 
 
