@@ -257,7 +257,8 @@ def advice(run: AbstractRun, cost: ProgramCost, chip: Chip) -> str:
         return _smaller_ledger(run, cost, chip)
     if chip.memory_gib is not None:
         assert cost.peak_gib is not None  # verdict() asks for advice only where it is known
-        if 0 < cost.peak_gib - chip.memory_gib <= cost.copies_gib:
+        # the copy that is sampled from is none of a probe
+        if not samples and 0 < cost.peak_gib - chip.memory_gib <= cost.copies_gib:
             return _fewer_copies(run)
         if cost.argument_gib + cost.resident_gib > chip.memory_gib:
             return _smaller_state(run, cost)

@@ -97,6 +97,7 @@ class Sampler:
         # 1. params: cast, split by layer and placed once, instead of once per token
         copy = self.copy_program(params)(params)
         if self.mesh is not None:
+            prompts = runtime.place_rows(prompts, self.mesh)
             key = runtime.place(key, runtime.replicated(self.mesh))
         # 2. prefill: KV cache of the prompts, first token of every completion
         columns = self.cache_columns(prompt_length, 1 + chunk)
