@@ -65,7 +65,6 @@ def test_what_cannot_be_sampled_is_refused(settings):  # noqa: F811
     # keys and values of 8 + 23 columns in two layers of 16 numbers, and their mask, of one row
     cache = 31 * (2 * 2 * 16 * 4 + 1)
     kept = sum(map(device_bytes, run.resident(run.stages[0]).values()))
-    assert count / 2 <= kept / 4 < 1.1 * count / 2
     device_memory.check_sampling(run, kept + 4 * count + cache + 4)
     with pytest.raises(ValueError) as error:
         device_memory.check_sampling(run, kept + 4 * count + cache + 3)
