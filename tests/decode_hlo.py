@@ -1,4 +1,4 @@
-"""The compiled decode loop of a sampler: its kernels, and copies, casts and transposes in it."""
+"""The compiled decode loop of a sampler: its kernels, and copies of weights and caches in it."""
 
 import dataclasses
 import re
@@ -11,17 +11,18 @@ import jax.numpy as jnp
 from ntkrl.types import PromptBatch
 
 HEADER = re.compile(r"(?:ENTRY )?%(\S+) \(.*\{$")
-LINE = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
+LINE = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 CALLED = re.compile(r"(?:calls|body|to_apply)=%([\w.-]+)")
 TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"}
-MOVES = {"copy", "convert", "transpose", "slice", "dynamic-slice", "gather", "concatenate", "pad"}
+NAME = re.compile(r"%([\w.-]+)")
 
 
 class Line(NamedTuple):
-    """An instruction: its results as `(dtype, sizes above 1 in rising order)`, and its text."""
+    """An instruction: results as `(dtype, sizes above 1 in rising order)`, and the text after."""
 
+    root: bool
     name: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
     op: str
@@ -56,19 +57,37 @@ class DecodeLoop:
         """Kernels per token of a GPU."""
         return sum(times for line, times in self.launched() if line.op not in NO_KERNEL)
 
-    def moves(self, shapes: dict[tuple[int, ...], str]) -> list[str]:
-        """Return the copies, casts, cuts and transposes of arrays of some shapes, in fusions too.
+    def moved(self, shapes: dict[tuple[int, ...], str], dtype: str = "") -> list[str]:
+        """Return the kernels whose result has the shape of a weight or cache: copies of it.
+
+        Arrays that are updated in place do not count, nor do casts inside a product's kernel.
 
         Args:
           shapes: names by `shape_of` their arrays.
+          dtype: of the results, as HLO writes it; any if empty.
         """
-        names, moved = [self.body], []
-        for name in names:
-            for line in self.computations[name]:
-                names += [called for called in CALLED.findall(line.text) if called not in names]
-                if line.op in MOVES and line.arrays[0][1] in shapes:
-                    moved.append(f"{shapes[line.arrays[0][1]]}: {line.op} {line.name}")
-        return moved
+        return [
+            f"{shapes[shape]}: {line.op} {line.name}"
+            for line, _ in self.launched()
+            if line.op not in NO_KERNEL and not self._in_place(line)
+            for kind, shape in line.arrays
+            if shape in shapes and kind.startswith(dtype)
+        ]
+
+    def _in_place(self, line: Line) -> bool:
+        """Return whether an instruction updates a slice of each of its results."""
+        if line.op != "fusion":
+            return line.op == "dynamic-update-slice"
+        lines = {inner.name: inner for inner in self.computations[CALLED.findall(line.text)[0]]}
+        root = next(inner for inner in lines.values() if inner.root)
+        results = [lines[name] for name in _operands(root)] if root.op == "tuple" else [root]
+        while any(result.op == "bitcast" for result in results):
+            results = [lines[_operands(r)[0]] if r.op == "bitcast" else r for r in results]
+        return all(result.op == "dynamic-update-slice" for result in results)
+
+
+def _operands(line: Line) -> list[str]:
+    return NAME.findall(line.text.partition(")")[0])
 
 
 def decode_loop(text: str) -> DecodeLoop:
@@ -79,9 +98,9 @@ def decode_loop(text: str) -> DecodeLoop:
             computation = computations[header[1]] = []
         elif match := LINE.match(row):
             arrays = tuple(
-                (d, shape_of(n.split(",") if n else ())) for d, n in ARRAY.findall(match[2])
+                (d, shape_of(n.split(",") if n else ())) for d, n in ARRAY.findall(match[3])
             )
-            computation.append(Line(match[1], arrays, match[3], match[4]))
+            computation.append(Line(match[1] is not None, match[2], arrays, match[4], match[5]))
     lines = [line for lines in computations.values() for line in lines]
     loop = max((line for line in lines if line.op == "while"), key=lambda line: len(line.arrays))
     known = TRIPS.search(loop.text)

@@ -119,38 +119,33 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
     mesh = run.model.rollout_mesh
     prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)), mesh)
     chunk, budget = sampler.chunk_length, run.budget
-    columns = _cache_columns(run, sampler)
+    columns, programs = _cache_columns(run, sampler), sampler.programs
+    copy = params = run.model.params
 
-    def program(name: str, key: str, arguments: tuple[Any, ...], runs: float, rows: int) -> Program:
+    def program(
+        name: str, function: Any, arguments: tuple[Any, ...], runs: float, rows: int
+    ) -> Program:
         return Program(
             name=label + name,
             part=part,
             stages=stages,
-            function=getattr(sampler.programs, key),
+            function=function,
             arguments=arguments,
-            resident=frozenset(),
+            resident=frozenset({POLICY} if arguments[0] is params else ()),
             runs_per_step=runs if stages else 0.0,
             rows_per_device=rows,
             # the copy of the params stays on the devices while the cache grows
             extra=() if any(argument is copy for argument in arguments) else copy,
         )
 
-    copying = Program(
-        name=label + "copy of params",
-        part=part,
-        stages=stages,
-        function=sampler.copy_program(run.model.params),
-        arguments=(run.model.params,),
-        resident=frozenset({POLICY}),
-        runs_per_step=1.0 if stages else 0.0,
-    )
+    copying = program("copy of params", sampler.copy_program(params), (params,), 1, 1)
     yield copying
     if copying.compiled is None:
         return
     copy = _results(copying)
     before = columns[-2] if len(columns) > 1 else columns[-1]
     arguments: tuple[Any, ...] = (before, copy, prompts, run.replicated(run.key, mesh))
-    prefill = program("prefill", "prefill", arguments, 1, run.per_device(count, mesh))
+    prefill = program("prefill", programs.prefill, arguments, 1, run.per_device(count, mesh))
     yield prefill
     if prefill.compiled is None or budget == 1:
         return
@@ -158,14 +153,14 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
     live, written = _results(prefill)[:2]
     if len(columns) > 1:
         arguments = (columns[-1], live)
-        growth = program("cache growth", "grow_cache", arguments, len(columns) - 1, rows)
+        growth = program("cache growth", programs.grow_cache, arguments, len(columns) - 1, rows)
         yield growth
         if growth.compiled is None:
             return
         live = _results(growth)
     start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)
     chunks = -(-(budget - 1) // chunk)
-    yield program("decoding", "decode_chunk", (copy, live, written, start), chunks, rows)
+    yield program("decoding", programs.decode_chunk, (copy, live, written, start), chunks, rows)
 
 
 def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Iterator[Program]:
