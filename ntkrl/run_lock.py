@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ntkrl.lease import Lease, look, new_lease
+from ntkrl.messages import print_last
 
 SILENCE_SECONDS = 60.0
 """Time without a heartbeat after which a lease of another host has ended; NTKRL_LEASE_TIMEOUT."""
@@ -302,12 +303,10 @@ class DirectoryLock:
         return leases[max(leases)] if leases else None
 
     def _end_process(self) -> NoReturn:
-        print(
+        print_last(
             f"\nntkrl: the lease of {self.directory} is gone: another start took it over after "
             f"{self.limit:g} s without a heartbeat, or the directory was removed. This process "
-            "ends, since two must not write there.",
-            file=sys.stderr,
-            flush=True,
+            "ends, since two must not write there."
         )
         os._exit(LOST)
 
