@@ -198,14 +198,6 @@ def replicate(value: Any, mesh: Mesh | None) -> Any:
     return constrain(value, mesh, *(None,) * value.ndim)
 
 
-def without(patterns: Patterns, axis: str) -> Patterns:
-    """Return a list for `shardings` without a mesh axis."""
-    return [
-        (pattern, tuple(None if name == axis else name for name in axes))
-        for pattern, axes in patterns
-    ]
-
-
 def unstacked_patterns(
     patterns: Patterns, stacked: Sequence[str]
 ) -> tuple[tuple[str, tuple[str | None, ...]], ...]:

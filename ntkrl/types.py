@@ -86,6 +86,8 @@ class Policy:
     config: the family's frozen configuration (what export writes).
     source: directory the weights came from, or None.
     rebuild: `config -> Policy`, the same network under a changed configuration, or None.
+    on_mesh: `mesh -> Policy`, the same network with its activations and cache on another mesh, or
+        None for a network that is placed on none.
     """
 
     features: Callable[..., Array]
@@ -105,6 +107,7 @@ class Policy:
     head_soft_cap: float | None = None
     stacked: tuple[str, ...] = ()
     rebuild: Callable[[Any], Policy] | None = None
+    on_mesh: Callable[[Any], Policy] | None = None
     max_decoded_tokens: int | None = None
     decode_params: Callable[[Params], Params] = lambda params: params
     decode_sharding: tuple[tuple[str, tuple[str | None, ...]], ...] | None = None

@@ -145,6 +145,12 @@ def make_policy(
         cache_dtype = compute_dtype if cache_dtype is None else cache_dtype
         return _empty_cache(config, (batch_size, length), cache_dtype, mesh)
 
+    def remade(config: Config, mesh: Mesh | None) -> Policy:
+        return make_policy(family, config, dtype, options, mesh, source)[0]
+
+    def on_mesh(other: Mesh | None) -> Policy:
+        return policy if other == mesh else remade(config, other)
+
     features = _features(graphdef, options.compute_dtype, Execution(options.remat, mesh))
     policy = Policy(
         features=features,
@@ -164,7 +170,8 @@ def make_policy(
         config=config,
         source=source,
         stacked=family.stacked,
-        rebuild=lambda config: make_policy(family, config, dtype, options, mesh, source)[0],
+        rebuild=lambda config: remade(config, mesh),
+        on_mesh=on_mesh,
     )
     return policy, shapes
 
@@ -334,6 +341,11 @@ def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Pa
         "head": {**params["head"], "weight": weight_VD},
         WHITENING: {"matrix": matrix_DD.astype(dtype)},
     }
+    return _whitened_policy(policy), params
+
+
+def _whitened_policy(policy: Policy) -> Policy:
+    """Return a policy whose features the params' whitening matrix transforms."""
 
     def transform(params: Params, phi: Array) -> Array:
         return einsum("...d,ed->...e", phi, params[WHITENING]["matrix"]).astype(phi.dtype)
@@ -349,10 +361,18 @@ def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Pa
         phi, cache = policy.decode(_without(copy, WHITENING), cache, tokens, mask)
         return transform(copy, phi), cache
 
-    policy = dataclasses.replace(
-        policy, features=features, decode_params=decode_params, decode=decode, rebuild=None
+    def on_mesh(mesh: Mesh | None) -> Policy:
+        assert policy.on_mesh is not None  # as of every family's policy
+        return _whitened_policy(policy.on_mesh(mesh))
+
+    return dataclasses.replace(
+        policy,
+        features=features,
+        decode_params=decode_params,
+        decode=decode,
+        rebuild=None,
+        on_mesh=on_mesh,
     )
-    return policy, params
 
 
 def unwhitened(params: Params) -> Params:

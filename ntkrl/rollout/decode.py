@@ -83,12 +83,13 @@ def completion_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
 class Decoder:
     """The functions that `Sampler` jits; each returns rows sharded over the mesh.
 
-    policy, settings, mesh: as in `Sampler`. chunk_length: decode steps per chunk.
+    policy, settings, mesh, results_mesh: as in `Sampler`. chunk_length: decode steps per chunk.
     """
 
     policy: Policy
     settings: SamplerSettings
     mesh: Mesh | None
+    results_mesh: Mesh | None
     chunk_length: int
 
     def prefill(
@@ -233,7 +234,7 @@ class Decoder:
             finished=output.finished,
             features=written.features,
         )
-        return trees.spread_rows(result, self.mesh)
+        return trees.spread_rows(result, self.results_mesh)
 
     def _uniforms(self, active: ActiveRows, numbers_C: Array) -> Array | None:
         """Return the uniform numbers `[C, R, 2]` of some tokens of the active rows."""

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntkrl import runtime, trees
 from ntkrl.numerics import bucket_length
 from ntkrl.rollout.decode import ActiveRows, Decoder, Output
 from ntkrl.rollout.settings import SamplerSettings
-from ntkrl.types import Array, Params, Policy, PromptBatch, Rollout
+from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
 
 COLUMNS = 16
 """Columns that a KV cache grows by, or multiples of it."""
@@ -45,7 +45,9 @@ class Sampler:
     settings: SamplerSettings.
     find_stop: from the ids of a completion `[n]` to the number of tokens up to the end of its first
       stop string, or None without one; or None for no stop strings.
-    mesh: mesh of prompts and params, or None for one device.
+    mesh: mesh of the prompts and of the copy of the params, or None for one device.
+    results_mesh: mesh over whose rows the results are sharded, of the same devices in the same
+      order; None for `mesh`.
     """
 
     def __init__(
@@ -54,12 +56,15 @@ class Sampler:
         settings: SamplerSettings,
         find_stop: FindStop | None = None,
         mesh: Mesh | None = None,
+        results_mesh: Mesh | None = None,
     ):
+        policy = policy if policy.on_mesh is None else policy.on_mesh(mesh)
         self.policy, self.settings = policy, settings
         self.find_stop, self.mesh = find_stop, mesh
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self.chunk_length = settings.chunk_length(platform)
-        decoder = Decoder(policy, settings, mesh, self.chunk_length)
+        results_mesh = mesh if results_mesh is None else results_mesh
+        decoder = Decoder(policy, settings, mesh, results_mesh, self.chunk_length)
         self.programs = SamplerPrograms(
             prefill=jax.jit(decoder.prefill, static_argnums=0),
             decode_chunk=jax.jit(decoder.decode_chunk, donate_argnums=(1, 2)),
@@ -91,6 +96,9 @@ class Sampler:
         check_length(self.policy, prompt_length, budget)
         # 1. params: cast, split by layer and placed once, instead of once per token
         copy = self.copy_program(params)(params)
+        if self.mesh is not None:
+            prompts = runtime.place_rows(prompts, self.mesh)
+            key = runtime.place(key, runtime.replicated(self.mesh))
         # 2. prefill: KV cache of the prompts, first token of every completion
         columns = self.cache_columns(prompt_length, 1 + chunk)
         active, output, remaining = self.programs.prefill(columns, copy, prompts, key)
@@ -112,20 +120,43 @@ class Sampler:
     def copy_program(self, params: Params) -> jax.stages.Wrapped:
         """Return the program `params -> copy` that the others read, of `Policy.decode_params`.
 
-        Leaves of the right dtype and placement that no layer is cut from are not copied.
+        It casts the params and moves them to `mesh`. Leaves of the right dtype and placement that
+        no layer is cut from are not copied.
         """
         if self._copy is None:
-            policy, shardings = self.policy, None
+            shardings = None
             if self.mesh is not None:
-                patterns = policy.sharding
-                if policy.decode_sharding is not None:
-                    patterns = policy.decode_sharding
-                if self.settings.gather_params:
-                    patterns = tuple(trees.without(patterns, "fsdp"))
-                shapes = jax.eval_shape(policy.decode_params, params)
-                shardings = trees.shardings(shapes, patterns, self.mesh)
-            self._copy = jax.jit(policy.decode_params, out_shardings=shardings)
+                shardings = jax.tree.map(lambda leaf: leaf.sharding, self.copy_shapes(params))
+            self._copy = jax.jit(self.policy.decode_params, out_shardings=shardings)
         return self._copy
+
+    def copy_shapes(self, params: Params) -> Params:
+        """Return the shapes of the copy, with their shardings if there is a mesh."""
+        policy = self.policy
+        shapes = jax.eval_shape(policy.decode_params, params)
+        if self.mesh is None:
+            return shapes
+        patterns = policy.sharding if policy.decode_sharding is None else policy.decode_sharding
+        shardings = trees.shardings(shapes, patterns, self.mesh)
+        return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
+
+    def cache_shapes(self, rows: int, prompt_length: int) -> Cache:
+        """Return the shapes of the full cache, with their shardings if there is a mesh."""
+        settings, mesh = self.settings, self.mesh
+        columns = self.cache_columns(prompt_length, settings.max_completion_tokens)
+        shapes = jax.eval_shape(lambda: self.policy.init_cache(rows, columns, settings.cache_dtype))
+        if mesh is None:
+            return shapes
+
+        def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = PartitionSpec()
+            if leaf.ndim > 1:
+                heads = leaf.ndim > 2 and leaf.shape[1] % mesh.shape["tensor"] == 0
+                parts = trees.ROWS if trees.blocks(mesh, rows) > 1 else None
+                spec = PartitionSpec(parts, *(["tensor"] if heads else []))
+            return leaf.update(sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, shapes)
 
     def cache_columns(self, prompt_length: int, sampled: int) -> int:
         """Return the cache columns needed until `sampled` tokens per row.

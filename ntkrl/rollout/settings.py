@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ntkrl.numerics import DTYPES
+from ntkrl.rollout.rollout_mesh import AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,6 @@ class SamplerSettings:
     min_p: then from those with at least this share of the largest probability, in [0, 1); None for
         all.
     cache_dtype: dtype of keys and values; None for the network's.
-    gather_params: gather the copy of the params that decoding reads over fsdp once per call, not
-        once per token; it stays sharded over tensor.
     keep_features: record the features that predicted each token.
     chunk_steps: most decode steps between two checks for finished rows, ≥ 1; None for 4 on CPUs,
       and 16 elsewhere, where each check costs more and a step less.
@@ -37,7 +36,6 @@ class SamplerSettings:
     top_p: float | None = None
     min_p: float | None = None
     cache_dtype: Any = None
-    gather_params: bool = False
     keep_features: bool = False
     chunk_steps: int | None = None
     fewest_rows: int = 8
@@ -92,6 +90,7 @@ class RolloutSettings:
     """Sampling of completions in training: the config's rollout section (see SamplerSettings).
 
     stop: strings that end a completion; they are part of it.
+    mesh: parts by axis, data and tensor; see rollout_mesh.make_rollout_mesh.
     engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
     """
 
@@ -103,7 +102,7 @@ class RolloutSettings:
     min_p: float | None
     stop: tuple[str, ...]
     cache_dtype: str | None
-    gather_params: bool
+    mesh: dict[str, int | None]
     engine: str | None
 
     def __post_init__(self):
@@ -119,8 +118,14 @@ class RolloutSettings:
             )
         if not all(self.stop):
             problems.append("rollout.stop holds an empty string")
+        for axis, size in self.mesh.items():
+            if axis not in AXES:
+                problems.append(f"rollout.mesh.{axis} does not exist; known: {', '.join(AXES)}")
+            elif size is not None and size != -1 and size < 1:
+                problems.append(f"rollout.mesh.{axis} must be ≥ 1, -1 or None, not {size}")
         checked = dataclasses.asdict(self)
-        del checked["stop"], checked["cache_dtype"], checked["engine"]
+        for name in ("stop", "cache_dtype", "mesh", "engine"):
+            del checked[name]
         try:
             SamplerSettings(end_ids=(), pad_id=0, **checked)
         except ValueError as error:

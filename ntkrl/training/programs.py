@@ -99,7 +99,8 @@ def run_programs(run: AbstractRun, probes: bool = True) -> Iterator[Program]:
         yield from ledgers(run)
     if probes and settings.evaluates:
         sampler = make_evaluation_sampler(settings, run.model)
-        yield from generation(run, sampler, prompts_together(settings, run.mesh), PROBE)
+        count = prompts_together(settings, run.model.rollout_mesh)
+        yield from generation(run, sampler, count, PROBE)
 
 
 def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> Iterator[Program]:
@@ -115,7 +116,8 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
         return  # sampled by another program
     assert isinstance(sampler, rollout.Sampler)
     stages, label = (run.stage_names, "") if part == GENERATION else ((), "evaluation ")
-    prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)))
+    mesh = run.model.rollout_mesh
+    prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)), mesh)
     chunk, budget = sampler.chunk_length, run.budget
     columns, programs = _cache_columns(run, sampler), sampler.programs
     copy = params = run.model.params
@@ -142,12 +144,12 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
         return
     copy = _results(copying)
     before = columns[-2] if len(columns) > 1 else columns[-1]
-    arguments: tuple[Any, ...] = (before, copy, prompts, run.key)
-    prefill = program("prefill", programs.prefill, arguments, 1, run.per_device(count))
+    arguments: tuple[Any, ...] = (before, copy, prompts, run.replicated(run.key, mesh))
+    prefill = program("prefill", programs.prefill, arguments, 1, run.per_device(count, mesh))
     yield prefill
     if prefill.compiled is None or budget == 1:
         return
-    rows = run.per_device(count * sampler.settings.completions_per_prompt)
+    rows = run.per_device(count * sampler.settings.completions_per_prompt, mesh)
     live, written = _results(prefill)[:2]
     if len(columns) > 1:
         arguments = (columns[-1], live)
@@ -156,7 +158,7 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
         if growth.compiled is None:
             return
         live = _results(growth)
-    start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32))
+    start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)
     chunks = -(-(budget - 1) // chunk)
     yield program("decoding", programs.decode_chunk, (copy, live, written, start), chunks, rows)
 

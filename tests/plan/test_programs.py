@@ -174,9 +174,9 @@ def test_what_lies_beside_a_program(settings):
     assert argument_bytes == pytest.approx(4 * count + moments + inputs, abs=16)  # and counters
 
 
-def test_a_gathered_copy(settings):
+def test_a_copy_to_sample_from(settings):
     """by hand: the params replicated on each device while sampling, and gathered only once."""
-    run = run_of(settings("rl", "--config.rollout.gather_params=True"))
+    run = run_of(settings("rl", "--config.rollout.mesh.data=8"))
     rows, param_bytes = compiled(run, GENERATION), bytes_of(run.model.params)
     assert rows["copy of params"].scratch_gib * 2**30 >= param_bytes
     assert rows["copy of params"].collectives["all-gather"][1] > param_bytes / 2
