@@ -35,7 +35,7 @@ def compiled(case, dtype=None, sharding=None, **options):
         for path, leaf in jax.tree_util.tree_leaves_with_path((copy, active.cache.keys))
         if sum(size > 1 for size in leaf.shape) > 1
     }
-    assert len(shapes) >= 5
+    assert len(shapes) >= 4
     text = sampler.programs.decode_chunk.lower(*arguments).compile().as_text()
     return decode_loop(text), shapes
 
