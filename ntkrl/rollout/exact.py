@@ -47,7 +47,7 @@ class UpdateReading:
 
 
 @chex.dataclass(frozen=True)
-class Rows:
+class UpdateRows:
     """The rows of a minibatch, R of them.
 
     tokens, mask: `[R, P + C]` prompt and completion. kept_log_mass: `[R, C]`.
@@ -100,7 +100,7 @@ class ExactSampler:
         )
         kept: Any = np.zeros((len(key_data), budget), np.float32)
         done: Any = np.zeros(len(key_data), bool)
-        rows = Rows(
+        rows = UpdateRows(
             tokens=padded[0],
             mask=padded[1],
             kept_log_mass=kept,
@@ -111,7 +111,7 @@ class ExactSampler:
         parts = [self._sample(params, jax.tree.map(lambda leaf: leaf[b], rows)) for b in blocks]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
-    def _sample(self, params: Params, rows: Rows) -> Rollout:
+    def _sample(self, params: Params, rows: UpdateRows) -> Rollout:
         """Return the completions of a minibatch, as host arrays."""
         rows = runtime.place_rows(rows, self.mesh)
         budget, searched = self.settings.max_completion_tokens, 0
@@ -138,7 +138,7 @@ class ExactSampler:
             features=None,
         )
 
-    def _ended(self, rows: Rows, searched: int) -> Rows:
+    def _ended(self, rows: UpdateRows, searched: int) -> UpdateRows:
         """End completions at their first stop string; `searched` tokens have none."""
         if self.find_stop is None:
             return rows
@@ -221,7 +221,7 @@ class ExactSampler:
         body = names if self.policy.tied else names - of_head
         return [name for name, leaves in (("head", names & of_head), ("phi", body)) if leaves]
 
-    def _draw(self, rows: Rows, z_RV: Array, t: Array) -> Rows:
+    def _draw(self, rows: UpdateRows, z_RV: Array, t: Array) -> UpdateRows:
         """Sample token t of every row that is not done."""
         uniforms_1R2 = draw_uniforms(jax.random.wrap_key_data(rows.keys), t[None])
         drawn = sample_tokens(self.settings, z_RV, uniforms_1R2[0])
@@ -237,7 +237,7 @@ class ExactSampler:
             values = values[:, None].astype(table.dtype)
             return jax.lax.dynamic_update_slice_in_dim(table, values, column, axis=1)
 
-        return Rows(
+        return UpdateRows(
             tokens=set_column(rows.tokens, tokens_R, column),
             mask=set_column(rows.mask, real_R, column),
             kept_log_mass=set_column(rows.kept_log_mass, kept_R, t),

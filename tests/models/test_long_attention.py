@@ -50,8 +50,8 @@ def test_long_attention_equals_short(monkeypatch, x64, case, kind):
     short = moved(policy, params, tokens, mask)
     monkeypatch.setattr(layers, "LONG", 8)
     monkeypatch.setattr(layers, "QUERIES", 4)
-    for one, other in zip(short, moved(policy, params, tokens, mask), strict=True):
-        assert jnp.abs(one - other).max() <= 1e-11 * max(1, jnp.abs(one).max())
+    for before, after in zip(short, moved(policy, params, tokens, mask), strict=True):
+        assert jnp.abs(before - after).max() <= 1e-11 * max(1, jnp.abs(before).max())
 
 
 def test_memory_of_a_gradient_is_linear():
