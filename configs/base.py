@@ -101,9 +101,9 @@ def get_config():
     config.rollout.min_p = placeholder(float)
     config.rollout.stop = ()  # strings that end a completion; special tokens may be among them
     config.rollout.cache_dtype = placeholder(str)  # of keys and values; None: the network's
-    # sample from a copy of the params in compute_dtype, gathered over fsdp once per rollout, if it
-    # fits in memory; it stays sharded over tensor
-    config.rollout.gather_params = False
+    # parts of the devices that sample: data × tensor; -1 for all others. None and None: chosen from
+    # the size of the params, see ntkrl/rollout/rollout_mesh.py
+    config.rollout.mesh = ConfigDict({"data": placeholder(int), "tensor": placeholder(int)})
     config.rollout.engine = placeholder(str)  # "FILE.py:make", see ntkrl/rollout/external.py
 
     config.reward = ConfigDict()

@@ -9,11 +9,11 @@
 #   MODEL     the base model: a Hugging Face directory, or a name on the hub
 #   DATA      directory of alpaca_farm and ultrafeedback_binarized, as published or saved by `datasets`
 #   REWARD    the reward model
-#   VARIANT   pythia-2.8b, pythia-1b or llama-3.2-1b
+#   VARIANT   pythia-2.8b, pythia-1b, llama-3.2-1b or pythia-2.8b-bfloat16
 #
 # --config... arguments go to the training of all three methods and to all evaluations except the
 # statistics. Runs are in RUNS/data, RUNS/sft, RUNS/METHOD-SEED and RUNS/report; SEEDS="0 1 2" trains
-# more seeds. RUNS defaults to runs/paper, or runs/paper-VARIANT for the 1B models. Run the command
+# more seeds. RUNS defaults to runs/paper, or runs/paper-VARIANT for the others. Run the command
 # again to resume: finished parts are skipped. MINIATURE=1 runs all parts on tiny models and made-up
 # data in minutes, by default in runs/miniature. Settings: launch/env.sh, and those of local.sh.
 set -euo pipefail
@@ -72,8 +72,8 @@ for part in alpaca_farm ultrafeedback_binarized; do
     [ -z "$DATA" ] || [ -n "$dry_run$MINIATURE" ] || [ -d "$DATA/$part" ] ||
         mistakes+=("$DATA/$part is not a directory")
 done
-[[ "$VARIANT" =~ ^(pythia-2.8b|pythia-1b|llama-3.2-1b)$ ]] ||
-    mistakes+=("VARIANT=$VARIANT is neither pythia-2.8b, pythia-1b nor llama-3.2-1b")
+[[ "$VARIANT" =~ ^(pythia-2.8b|pythia-2.8b-bfloat16|pythia-1b|llama-3.2-1b)$ ]] ||
+    mistakes+=("VARIANT=$VARIANT is neither pythia-2.8b, pythia-1b, llama-3.2-1b nor pythia-2.8b-bfloat16")
 require_number RESTARTS
 check_mistakes
 choose_program
@@ -82,7 +82,7 @@ data="$RUNS/data" start="$RUNS/sft/export" before="$RUNS/sft/evaluations"
 normalised="--config.reward.normalisation=$before/statistics.rewards.json"
 sources=("--config.prepare.preferences=$DATA/ultrafeedback_binarized/train_prefs")
 sources+=("--config.prepare.test=$DATA/ultrafeedback_binarized/test_prefs")
-[ "$VARIANT" != pythia-2.8b ] || sources+=("--config.prepare.supervised=$DATA/alpaca_farm/sft")
+[[ "$VARIANT" != pythia-2.8b* ]] || sources+=("--config.prepare.supervised=$DATA/alpaca_farm/sft")
 
 if [ -n "$MINIATURE" ]; then
     make_file "$RUNS/inputs" "$python" -m configs.paper.made_up "$RUNS/inputs"

@@ -114,6 +114,11 @@ def replacing_directory(directory: Path) -> Iterator[Path]:
         else:
             fresh.rename(directory)  # fails if another process has filled it meanwhile
         sync_directory(directory.parent)
+    except OSError as error:
+        name = error.filename2 or error.filename  # of a copy, the file written
+        if name is not None and Path(os.fsdecode(name)).is_relative_to(fresh):
+            error.filename = str(directory / Path(os.fsdecode(name)).relative_to(fresh))
+        raise
     finally:  # after the exchange, the former content
         shutil.rmtree(fresh, ignore_errors=True)
 

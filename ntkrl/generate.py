@@ -113,8 +113,7 @@ def make_sampler(
     Raises:
       ValueError: an engine that does not load, or one for several processes.
     """
-    sampling, compute_dtype = settings.rollout, settings.model.compute_dtype
-    greedy = temperature == 0
+    sampling, greedy = settings.rollout, temperature == 0
     sampler_settings = rollout.SamplerSettings(
         completions_per_prompt=completions_per_prompt,
         max_completion_tokens=sampling.max_completion_tokens,
@@ -125,8 +124,6 @@ def make_sampler(
         top_p=None if greedy else sampling.top_p,
         min_p=None if greedy else sampling.min_p,
         cache_dtype=None if sampling.cache_dtype is None else DTYPES[sampling.cache_dtype],
-        gather_params=sampling.gather_params,
-        params_dtype=None if compute_dtype is None else DTYPES[compute_dtype],
         keep_features=keep_features,
     )
     if sampling.engine is not None:
@@ -136,17 +133,18 @@ def make_sampler(
         stored = functools.partial(models.stored_tensors, model.policy)
         return rollout.ExternalSampler(generate, sampler_settings, stored)
     find_stop = data.stop_finder(model.tokenizer, sampling.stop) if sampling.stop else None
-    return rollout.Sampler(model.policy, sampler_settings, find_stop, model.mesh)
+    meshes = (model.rollout_mesh, model.mesh)
+    return rollout.Sampler(model.policy, sampler_settings, find_stop, *meshes)
 
 
 def prompt_batch(setup: RunSetup, request: SampleRequest) -> PromptBatch:
-    """Tokenise prompts and place them on the mesh; padded to one of few lengths."""
+    """Tokenise prompts and place them on the rollout mesh; padded to one of few lengths."""
     encoded, rows = request.prompts.encoded, request.rows
     longest = max(len(encoded[row]) for row in rows)
     length = bucket_length(longest, setup.settings.data.max_prompt_tokens)
     pad_id = setup.model.tokenizer.pad_token_id
     batch = data.prompt_batch(encoded, rows, pad_id, length, request.copies)
-    return runtime.place_rows(batch, setup.model.mesh)
+    return runtime.place_rows(batch, setup.model.rollout_mesh)
 
 
 def collect(

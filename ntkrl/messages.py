@@ -1,6 +1,8 @@
 """Text of error messages. Imports no JAX, as reward workers start without it."""
 
+import contextlib
 import difflib
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,6 +29,14 @@ def printable(text: str) -> str:
         )
 
     return "".join(c if harmless(c) else "?" for c in text)
+
+
+def print_last(message: str) -> None:
+    """Print a message before the process ends, if anybody still reads standard error."""
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ntkrl.lease import Lease, look, new_lease
+from ntkrl.messages import print_last
 
 SILENCE_SECONDS = 60.0
 """Time without a heartbeat after which a lease of another host has ended; NTKRL_LEASE_TIMEOUT."""
@@ -168,6 +169,8 @@ class DirectoryLock:
             with path.open("xb") as file:
                 self.path = path
                 file.write(self._text())
+                file.flush()
+                os.fsync(file.fileno())  # one cut short by a power cut would have to be watched
         except FileExistsError:
             return False
         except FileNotFoundError:  # a release removed the directory
@@ -223,10 +226,11 @@ class DirectoryLock:
             if watched >= limit or (age >= limit and watched >= 2 * limit / BEATS):
                 who = "an unreadable lease" if lease is None else lease.describe()
                 return f"{who}, is silent"
-            if lease is not None and not logged:
-                logged = True
+            if not logged and (lease is not None or watched > NAME_SECONDS):
+                logged = True  # an unreadable lease may be one that is just being written
+                who = "a command that left no name" if lease is None else lease.describe()
                 self.log(
-                    f"{self.directory} was in use by {lease.describe()}; watching for up to "
+                    f"{self.directory} was in use by {who}; watching for up to "
                     f"{limit:g} s whether that is alive (NTKRL_LEASE_TIMEOUT)"
                 )
             time.sleep(limit / BEATS / 4)
@@ -299,12 +303,10 @@ class DirectoryLock:
         return leases[max(leases)] if leases else None
 
     def _end_process(self) -> NoReturn:
-        print(
+        print_last(
             f"\nntkrl: the lease of {self.directory} is gone: another start took it over after "
             f"{self.limit:g} s without a heartbeat, or the directory was removed. This process "
-            "ends, since two must not write there.",
-            file=sys.stderr,
-            flush=True,
+            "ends, since two must not write there."
         )
         os._exit(LOST)
 

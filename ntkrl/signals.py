@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ntkrl import run_lock
+from ntkrl.messages import print_last
 
 INTERRUPTED = 130
 """Exit status of a command that SIGINT ended."""
@@ -154,8 +155,7 @@ def restored() -> Iterator[None]:
 def end_at_once() -> NoReturn:
     """End the process after a second SIGINT."""
     run_lock.release_all()
-    with contextlib.suppress(OSError, ValueError):
-        print("\nended at once", file=sys.stderr, flush=True)
+    print_last("\nended at once")
     os._exit(INTERRUPTED)
 
 

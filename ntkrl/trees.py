@@ -198,12 +198,24 @@ def replicate(value: Any, mesh: Mesh | None) -> Any:
     return constrain(value, mesh, *(None,) * value.ndim)
 
 
-def without(patterns: Patterns, axis: str) -> Patterns:
-    """Return a list for `shardings` without a mesh axis."""
-    return [
-        (pattern, tuple(None if name == axis else name for name in axes))
-        for pattern, axes in patterns
-    ]
+def unstacked_patterns(
+    patterns: Patterns, stacked: Sequence[str]
+) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Return a list for `shardings` of params whose stacked leaves are split by layer.
+
+    Args:
+      patterns: those of stacked params, `layers/…`; the result has `layers/3/…`, without the axes
+        of the leading dimension.
+      stacked: prefixes of the stacked leaves.
+    """
+
+    def unstacked(pattern: str, axes: tuple[str | None, ...]) -> tuple[str, tuple[str | None, ...]]:
+        for prefix in stacked:
+            if pattern.startswith(f"{prefix}/"):
+                return f"{prefix}/\\d+/{pattern.removeprefix(f'{prefix}/')}", axes[1:]
+        return pattern, axes
+
+    return tuple(unstacked(pattern, axes) for pattern, axes in patterns)
 
 
 def row_parts(mesh: Mesh) -> int:

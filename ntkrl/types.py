@@ -44,13 +44,14 @@ class Total(NamedTuple):
 class Cache:
     """Keys and values of the positions read so far.
 
-    keys, values: `[L, B, K, S, E]`, so that a head's rows lie together.
+    keys, values: one array `[B, K, S, E]` per layer, so that a head's rows are adjacent and a
+        decode step updates each in place.
     mask: `[B, S]` bool, True where a real token was written.
     length: scalar int32, columns written so far (equal for all rows).
     """
 
-    keys: Array
-    values: Array
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
     mask: Array
     length: Array
 
@@ -65,9 +66,13 @@ class Policy:
         see each other nor count each other's positions.
     head: `(params, features [..., D]) -> logits [..., V]`.
     init_cache: `(batch_size, length, dtype) -> Cache`.
-    decode: `(params, cache, tokens [B, T], mask [B, T]) -> (features [B, T, D], Cache)`;
+    decode: `(copy, cache, tokens [B, T], mask [B, T]) -> (features [B, T, D], Cache)`;
         reads T further columns, so it serves the prefill and the single step alike. The mask is
         bool.
+    decode_params: `params -> copy`, what `decode` reads: cast to the compute dtype, and each layer
+        an array of its own (`layers/3/…`), since a layer cut out of a stack is copied for every
+        token. `head_weight` and `head_bias` name the head's arrays in both. The params by default.
+    decode_sharding: as `sharding`, over paths of the copy; None for `sharding`.
     head_weight: path of the `[V, D]` matrix the head multiplies by.
     head_bias: path of the `[V]` bias added to W φ, or None.
     head_scale: factor s on W φ + b.
@@ -81,6 +86,8 @@ class Policy:
     config: the family's frozen configuration (what export writes).
     source: directory the weights came from, or None.
     rebuild: `config -> Policy`, the same network under a changed configuration, or None.
+    on_mesh: `mesh -> Policy`, the same network with its activations and cache on another mesh, or
+        None for a network that is placed on none.
     """
 
     features: Callable[..., Array]
@@ -100,7 +107,10 @@ class Policy:
     head_soft_cap: float | None = None
     stacked: tuple[str, ...] = ()
     rebuild: Callable[[Any], Policy] | None = None
+    on_mesh: Callable[[Any], Policy] | None = None
     max_decoded_tokens: int | None = None
+    decode_params: Callable[[Params], Params] = lambda params: params
+    decode_sharding: tuple[tuple[str, tuple[str | None, ...]], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,17 @@ def test_a_directory_that_another_filled_meanwhile(tmp_path):
     assert [path.name for path in target.iterdir()] == ["mine"] and list(tmp_path.iterdir()) == [
         target
     ]
+
+
+def test_a_copy_on_a_full_disk_names_the_new_file(tmp_path, small_disk):
+    """law: neither the file that is copied nor a temporary name."""
+    (tmp_path / "weights").write_bytes(bytes(2**16))
+    target = small_disk(2**14) / "out"
+    with pytest.raises(OSError) as raised, durable_files.replacing_directory(target) as fresh:
+        shutil.copyfile(tmp_path / "weights", fresh / "weights")
+    sentence = f"no space left on the device for {target / 'weights'}; make room"
+    assert durable_files.full_disk(raised.value).startswith(sentence)
+    assert list(target.parent.iterdir()) == []
 
 
 def test_a_full_disk_is_recognised(tmp_path):

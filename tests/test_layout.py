@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ntkrl"
 
 FLOORS = [
-    {"types", "lease"},
+    {"types", "lease", "messages"},
     {
         *("numerics", "trees", "intervals", "jaxpr"),
-        *("messages", "user_files", "json_values", "durable_files", "workers"),
+        *("user_files", "json_values", "durable_files", "workers"),
         "run_lock",
     },
     {"signals"},

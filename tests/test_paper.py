@@ -1,5 +1,6 @@
 """The paper's pipeline in miniature: the commands of launch/paper.sh on synthetic data."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -172,6 +173,15 @@ def test_the_papers_numbers():
     assert result["reward"].preference.centering_coefficient == 0.01
     assert result["evaluation"].evaluation.prompts == 500
     assert result["evaluation"].evaluation.samples_per_prompt == 10
+    words = ["--config=configs/paper/rl.py:pythia-2.8b-bfloat16"]
+    fast = read_settings(runtime.read_config(words))
+    assert fast.model == dataclasses.replace(rl.model, compute_dtype="bfloat16")
+    assert fast.reward == dataclasses.replace(
+        rl.reward,
+        dtype="bfloat16",
+        normalisation="runs/paper-pythia-2.8b-bfloat16/sft/evaluations/statistics.rewards.json",
+    )
+    assert (fast.stages, fast.schedule) == (rl.stages, rl.schedule)
     small = read_settings(runtime.read_config(["--config=configs/paper/rl.py:pythia-1b"]))
     assert small.minibatch_rows == 32 and small.stages[0].epochs == 2.0
 

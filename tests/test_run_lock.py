@@ -168,6 +168,26 @@ def test_a_silent_lease_of_another_host_is_taken_over(starts, tmp_path):
     assert "another start took it over" in frozen.stdout.read()
 
 
+def test_an_unreadable_lease_is_watched(tmp_path, monkeypatch):
+    """law: of a start that wrote nothing, or whose content is lost: said, and taken over."""
+    monkeypatch.setenv("NTKRL_LEASE_TIMEOUT", "0.2")
+    monkeypatch.setattr(run_lock, "NAME_SECONDS", 0.05)
+    (tmp_path / ".run.lease.1").touch()
+    lines = []
+    with run_lock.DirectoryLock(tmp_path, "train", log=lines.append):
+        assert "in use by a command that left no name; watching for up to 0.2 s" in lines[0]
+        assert "taking over" in lines[1] and "an unreadable lease, is silent" in lines[1]
+
+
+def test_a_lease_is_synced(tmp_path, monkeypatch):
+    """law: after a power cut a lease names its process, which is then known to be gone."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor)))
+    with run_lock.DirectoryLock(tmp_path, "train"):
+        (path,) = tmp_path.glob(".run.lease.*")
+        assert path.stat().st_ino in {status.st_ino for status in synced if status.st_size}
+
+
 def test_process_numbers_are_reused(tmp_path):
     """law: a lease whose number now belongs to a younger process, or a zombie, has ended."""
     lock = run_lock.DirectoryLock(tmp_path, "train")

@@ -16,12 +16,13 @@ from ntkrl.training import loop as training_loop
 from ntkrl.types import PromptBatch, UpdateBatch
 from tests.models.families import CASES, EACH
 
+# meshes of training, and data × tensor parts that sample
 MESHES = {
-    "8x1": (8, 1, 1),
-    "4x2": (4, 2, 1),
-    "2x4": (2, 4, 1),
-    "1x8": (1, 8, 1),
-    "2x2x2": (2, 2, 2),
+    "8x1": ((8, 1, 1), (8, 1)),
+    "4x2": ((4, 2, 1), (1, 8)),
+    "2x4": ((2, 4, 1), (2, 4)),
+    "1x8": ((1, 8, 1), (2, 4)),
+    "2x2x2": ((2, 2, 2), (4, 2)),
 }
 PROMPTS, COUNT, WIDTH, BUDGET = 8, 4, 5, 6
 SETTINGS = rollout.SamplerSettings(
@@ -67,12 +68,16 @@ def made(case, mesh):
     return models.build(architecture, settings, jax.random.key(0), mesh=mesh)
 
 
-def everything(case, mesh):
+def everything(case, sizes, parts, devices=None):
     """Draw, take an optimizer step, and compute a kernel; return it all as numpy arrays."""
+    mesh = runtime.make_mesh(*sizes, devices)
     policy, params = made(case, mesh)
     place = functools.partial(runtime.place_rows, mesh=mesh)
-    sampler = rollout.Sampler(policy, SETTINGS, mesh=mesh)
-    drawn = sampler(params, place(prompts()), jax.random.key(1))
+    rollout_mesh = runtime.make_mesh(parts[0], 1, parts[1], devices)
+    sampler = rollout.Sampler(policy, SETTINGS, None, rollout_mesh, mesh)
+    drawn = sampler(params, runtime.place_rows(prompts(), rollout_mesh), jax.random.key(1))
+    rows = runtime.row_sharding(PROMPTS * COUNT, mesh)
+    assert all(leaf.sharding.is_equivalent_to(rows, leaf.ndim) for leaf in jax.tree.leaves(drawn))
     rng = np.random.default_rng(2)
     mask = np.asarray(drawn.completion_mask)
     batch = UpdateBatch(
@@ -104,9 +109,7 @@ def everything(case, mesh):
 @pytest.fixture(scope="module")
 def alone():
     """Return the results of one device, a family at a time."""
-    return functools.cache(
-        lambda case: everything(case, runtime.make_mesh(1, 1, 1, jax.devices()[:1]))
-    )
+    return functools.cache(lambda case: everything(case, (1, 1, 1), (1, 1), jax.devices()[:1]))
 
 
 def spread_cases():
@@ -115,13 +118,13 @@ def spread_cases():
         for name, sizes in MESHES.items():
             slow = name in ("8x1", "4x2", "2x4") and case not in ("gpt-neox", "llama 3")
             marks = [pytest.mark.slow] * slow
-            yield pytest.param(case, sizes, id=f"{case}-{name}", marks=marks)
+            yield pytest.param(case, *sizes, id=f"{case}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("case", "sizes"), [*spread_cases()])
-def test_a_mesh_finds_what_one_device_finds(alone, case, sizes):
+@pytest.mark.parametrize(("case", "sizes", "parts"), [*spread_cases()])
+def test_a_mesh_finds_what_one_device_finds(alone, case, sizes, parts):
     """law: same params and draws to the bit; a step to 1e-5, kernels to 1e-4 of the largest."""
-    expected, result = alone(case), everything(case, runtime.make_mesh(*sizes))
+    expected, result = alone(case), everything(case, sizes, parts)
     jax.tree.map(np.testing.assert_array_equal, result["drawn"], expected["drawn"])
     for name, tolerance in (("made", 0), ("log_probs", 2e-5), ("metrics", 1e-4), ("trained", 1e-5)):
         close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
@@ -136,38 +139,39 @@ def test_rows_leave_and_caches_grow_without_moving():
     policy, params = made("llama", mesh)
     sampler = rollout.Sampler(policy, SETTINGS, mesh=mesh)
     placed = runtime.place_rows(prompts(), mesh)
-    live, written, left = sampler.programs.prefill(9, params, placed, jax.random.key(1))
+    copy = sampler.copy_program(params)(params)
+    live, written, left = sampler.programs.prefill(9, copy, placed, jax.random.key(1))
     assert left.shape == (4,) and left.sharding.is_fully_replicated
     for name, sizes in (("compact", (16, 4)), ("grow_cache", (21,))):
         text = getattr(sampler.programs, name).lower(*sizes, live).compile().as_text()
         moved = [word for word in COLLECTIVES if word in text]
         assert not moved, (name, moved)
-    assert any(word in sampler_text(sampler, params, live, written) for word in COLLECTIVES)
+    assert any(word in sampler_text(sampler, copy, live, written) for word in COLLECTIVES)
 
 
-def sampler_text(sampler, params, live, written):
+def sampler_text(sampler, copy, live, written):
     """The compiled program that draws tokens."""
-    arguments = (params, live, written, jnp.int32(1))
+    arguments = (copy, live, written, jnp.int32(1))
     return sampler.programs.decode_chunk.lower(*arguments).compile().as_text()
 
 
-def test_a_gathered_copy_draws_the_same():
-    """law: the copy is sharded over tensor alone, and the tokens are those of the params."""
-    mesh = runtime.make_mesh(1, 4, 2)
+def test_a_copy_to_sample_from():
+    """law: it is cast and in tensor parts, its features return as rows of training."""
+    mesh, parts = runtime.make_mesh(1, 8, 1), runtime.make_mesh(4, 1, 2)
     _, architecture, settings = CASES["llama"]
     options = {"options": models.ModelOptions(jnp.bfloat16), "mesh": mesh}
     policy, params = models.build(architecture, settings, jax.random.key(0), **options)
-    copied = dataclasses.replace(SETTINGS, gather_params=True, params_dtype=jnp.bfloat16)
-    sampler = rollout.Sampler(policy, copied, mesh=mesh)
-    placed, key = runtime.place_rows(prompts(), mesh), jax.random.key(1)
-    expected = rollout.Sampler(policy, SETTINGS, mesh=mesh)(params, placed, key)
-    result = sampler(params, placed, key)
-    np.testing.assert_array_equal(result.tokens, expected.tokens)
-    gathered = trees.named_leaves(sampler.gather_program(params)(params))
-    up = gathered["layers/mlp/up/kernel"]
-    assert up.dtype == jnp.bfloat16 and tuple(up.sharding.spec) == (None, None, "tensor")
+    sampling = dataclasses.replace(SETTINGS, keep_features=True)
+    sampler = rollout.Sampler(policy, sampling, None, parts, mesh)
+    copy = trees.named_leaves(sampler.copy_program(params)(params))
+    up = copy["layers/0/mlp/up/kernel"]
+    assert up.dtype == jnp.bfloat16
+    assert up.addressable_shards[0].data.size * 2 == up.size
     spec = params["layers"]["mlp"]["up"]["kernel"].sharding.spec
     assert tuple(spec) == (None, "fsdp", "tensor")
+    drawn = sampler(params, runtime.place_rows(prompts(), parts), jax.random.key(1))
+    assert drawn.features.sharding.is_equivalent_to(runtime.row_sharding(32, mesh), 3)
+    assert drawn.features.addressable_shards[0].data.shape[0] == 4
 
 
 def begun(setup, directory, config):

@@ -22,7 +22,7 @@ TINY = {
 def toy_policy(vocab: int = 7, width: int = 5) -> Policy:
     """A policy of ten lines: features are a decayed running sum of embeddings through a tanh.
 
-    Its cache keeps the running sum in `keys[0, :, 0, 0]`, so decode = features by construction
+    Its cache keeps the running sum in `keys[0][:, 0, 0]`, so decode = features by construction
     of the recurrence h_t = ½ h_{t−1} + e_t and nothing else.
     """
 
@@ -42,7 +42,7 @@ def toy_policy(vocab: int = 7, width: int = 5) -> Policy:
         return run(params, start, tokens, mask)[1]
 
     def init_cache(batch_size, length, dtype=None):
-        empty = jnp.zeros((1, batch_size, 1, 1, width), dtype)
+        empty = (jnp.zeros((batch_size, 1, 1, width), dtype),)
         return Cache(
             keys=empty,
             values=empty,
@@ -51,9 +51,9 @@ def toy_policy(vocab: int = 7, width: int = 5) -> Policy:
         )
 
     def decode(params, cache, tokens, mask):
-        state, out = run(params, cache.keys[0, :, 0, 0], tokens, mask)
+        state, out = run(params, cache.keys[0][:, 0, 0], tokens, mask)
         return out, cache.replace(
-            keys=state[None, :, None, None], length=cache.length + tokens.shape[1]
+            keys=(state[:, None, None],), length=cache.length + tokens.shape[1]
         )
 
     return Policy(

@@ -36,7 +36,8 @@ class Variant(NamedTuple):
     the chosen responses of the reward model's part. prompts_per_step: of RL. epochs: of RL.
     vocab_size: rows after SFT, or None to keep their number; larger if the template's two tokens
     would make it indivisible by any mesh (our choice). untie: copy the tied embedding into a
-    separate head before RL, so that stage 1 trains the head alone (our choice).
+    separate head before RL, so that stage 1 trains the head alone (our choice). compute_dtype: of
+    the policy's network and of the reward model; params and optimizer stay in float32.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Variant(NamedTuple):
     epochs: float
     vocab_size: int | None
     untie: bool
+    compute_dtype: str = "float32"
 
 
 VARIANTS = {
@@ -79,6 +81,10 @@ VARIANTS = {
         untie=True,
     ),
 }
+# our choice: three to four times as fast on TPUs
+VARIANTS["pythia-2.8b-bfloat16"] = VARIANTS["pythia-2.8b"]._replace(
+    runs="runs/paper-pythia-2.8b-bfloat16", compute_dtype="bfloat16"
+)
 
 
 def get_config(part, variant, files=()):
@@ -100,7 +106,11 @@ def get_config(part, variant, files=()):
     config.rollout.max_completion_tokens = 512
     config.rollout.temperature = 1.0
     config.reward.function = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
-    config.reward.dtype = "float32"  # while training; the preferences are labelled in bfloat16
+    # while training; the preferences are labelled in bfloat16
+    config.reward.dtype = chosen.compute_dtype
+    if chosen.compute_dtype != config.model.dtype:
+        config.model.compute_dtype = chosen.compute_dtype
+    # rollout.mesh is chosen: 16 chips sample Pythia-2.8B in 16 tensor parts
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.eval.every_steps = 40
     config.eval.prompts = 16  # while training; the paper's 500 are for the final evaluation

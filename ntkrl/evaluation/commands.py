@@ -162,6 +162,7 @@ def config_of(run: str) -> ConfigDict:
     try:
         config = runtime.from_json(read_object(path, finite=False))
         config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+        config.rollout.mesh = runtime.from_json({"data": None, "tensor": None})
         config.run_dir = run
     except (AttributeError, KeyError, TypeError) as error:  # of ConfigDict
         reason = " ".join(str(error).split())

@@ -54,7 +54,8 @@ def samples_together(settings: RunSettings) -> int:
 def prompts_together(settings: RunSettings, mesh: Mesh) -> int:
     """Return how many held-out prompts are sampled together.
 
-    They have about as many completions as a training step, and a number that the mesh divides.
+    They have about as many completions as a training step, and a number that the rollout mesh
+    divides.
     """
     group, parts = samples_together(settings), trees.row_parts(mesh)
     most = settings.data.prompts_per_step * settings.rollout.completions_per_prompt // group
@@ -81,7 +82,7 @@ def _collect_held_out(
     rounds = settings.evaluation.samples_per_prompt // group
     count = min(settings.evaluation.prompts, prompts.size)
     rows, copies = np.repeat(np.arange(count), rounds), np.tile(np.arange(rounds), count)
-    size = min(prompts_together(settings, setup.model.mesh), len(rows))
+    size = min(prompts_together(settings, setup.model.rollout_mesh), len(rows))
     parts = []
     for start in range(0, len(rows), size):
         part = np.arange(start, min(start + size, len(rows)))

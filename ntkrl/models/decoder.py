@@ -6,7 +6,7 @@ and lists its stored tensors.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -245,12 +245,39 @@ class Transformer(nnx.Module):
         )
         self.final_norm = _norm(config, rngs, dtype)
 
-    def features(
-        self, tokens_BT: Array, mask_BT: Array, cache: Cache | None, execution: nn.Execution
-    ) -> tuple[Array, Cache | None]:
-        """Return the output `[B, T, D]` of the final norm, and the cache after the tokens."""
+    def features(self, tokens_BT: Array, mask_BT: Array, execution: nn.Execution) -> Array:
+        """Return the output `[B, T, D]` of the final norm."""
+        positions, _ = nn.token_positions(mask_BT, None)
+        x_BTD, inputs = self._layer_inputs(tokens_BT, positions, execution.mesh)
+        kinds = self.config.layer_kinds
+        return self.final_norm(nn.scan_layers(self.layers, x_BTD, inputs, kinds, execution))
+
+    def decode(
+        self,
+        layers: Sequence[DecoderLayer],
+        tokens_BT: Array,
+        mask_BT: Array,
+        cache: Cache,
+        mesh: Mesh | None,
+    ) -> tuple[Array, Cache]:
+        """Return the output `[B, T, D]` of the final norm, and the cache after the tokens.
+
+        Args:
+          layers: separate layers, in place of the stacked ones.
+          tokens_BT, mask_BT, cache, mesh: as in `types.Policy`.
+        """
+        positions, extended = nn.token_positions(mask_BT, cache)
+        assert extended is not None  # as there was a cache
+        x_BTD, inputs = self._layer_inputs(tokens_BT, positions, mesh)
+        kinds = self.config.layer_kinds
+        x_BTD, cache = nn.decode_layers(layers, x_BTD, inputs, kinds, extended, mesh)
+        return self.final_norm(x_BTD), cache
+
+    def _layer_inputs(
+        self, tokens_BT: Array, positions: nn.Positions, mesh: Mesh | None
+    ) -> tuple[Array, list[nn.AttentionInputs]]:
+        """Return the input `[B, T, D]` of the first layer, and one AttentionInputs per kind."""
         config = self.config
-        positions, cache = nn.token_positions(mask_BT, cache)
         inputs = [
             nn.AttentionInputs(
                 None
@@ -260,14 +287,12 @@ class Transformer(nnx.Module):
             )
             for kind in config.kinds
         ]
-        x_BTD = nn.embed_tokens(self.embed, tokens_BT, execution.mesh)
+        x_BTD = nn.embed_tokens(self.embed, tokens_BT, mesh)
         if config.embedding_scale != 1.0:  # rounded to the compute dtype, as in training
             x_BTD = x_BTD * jnp.asarray(config.embedding_scale, x_BTD.dtype)
         if config.learned_positions:
             x_BTD = x_BTD + jnp.take(self.positions.embedding[...], positions.position, axis=0)
-        kinds = config.layer_kinds
-        x_BTD, cache = nn.scan_layers(self.layers, x_BTD, inputs, kinds, cache, execution)
-        return self.final_norm(x_BTD), cache
+        return x_BTD, inputs
 
 
 def _norm(config: Config, rngs: nnx.Rngs, dtype: Any) -> nnx.Module:

@@ -200,42 +200,29 @@ def scan_layers(
     x_BTD: Array,
     inputs: Sequence[AttentionInputs],
     kinds: Sequence[int],
-    cache: Cache | None,
     execution: Execution,
-) -> tuple[Array, Cache | None]:
-    """Run stacked layers in order, writing keys and values into the cache in place.
+) -> Array:
+    """Run stacked layers in order.
 
     Args:
       layers: a module of `stack_layers`, called as `layer(x, inputs, update_cache, mesh)`.
       x_BTD: input of the first layer.
       inputs: one AttentionInputs per kind of layer.
       kinds: index into `inputs` per layer.
-      cache: keys and values so far, with the mask and length after these tokens; or None.
       execution: rematerialisation and mesh.
     """
     graphdef, state = nnx.split(layers)
-    start = None if cache is None else cache.length - x_BTD.shape[1]
     by_kind = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
 
-    def body(carry, layer):
-        x_BTD, keys, values = carry
-        layer_state, index, kind = layer
+    def without_cache(keys: Array, values: Array) -> tuple[Array, Array]:
+        return jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
+
+    def body(x_BTD, layer):
+        layer_state, kind = layer
         module = nnx.merge(graphdef, layer_state)
         selected = inputs[0] if kind is None else jax.tree.map(lambda leaf: leaf[kind], by_kind)
-
-        def update_cache(new_keys: Array, new_values: Array) -> tuple[Array, Array]:
-            nonlocal keys, values
-            new_keys, new_values = (jnp.swapaxes(new, 1, 2) for new in (new_keys, new_values))
-            if keys is None:
-                return new_keys, new_values
-            at: Any = (index, 0, 0, start, 0)
-            keys = jax.lax.dynamic_update_slice(keys, new_keys[None].astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, new_values[None].astype(values.dtype), at)
-            return keys[index].astype(x_BTD.dtype), values[index].astype(x_BTD.dtype)
-
-        x_BTD = module(x_BTD, selected, update_cache, execution.mesh)
-        x_BTD = trees.spread_rows(x_BTD, execution.mesh)
-        return (x_BTD, keys, values), None
+        x_BTD = module(x_BTD, selected, without_cache, execution.mesh)
+        return trees.spread_rows(x_BTD, execution.mesh), None
 
     if execution.remat != "none":
         # recomputing all but the products costs less than writing and reading it
@@ -246,11 +233,43 @@ def scan_layers(
             dots = policies.dots_with_no_batch_dims_saveable
             save = policies.save_from_both_policies(dots, is_grouped)
         body = jax.checkpoint(body, policy=save, prevent_cse=False)
-    stored = (None, None) if cache is None else (cache.keys, cache.values)
-    count = jax.tree.leaves(state)[0].shape[0]
-    per_layer = (state, jnp.arange(count), jnp.asarray(kinds) if len(inputs) > 1 else None)
-    (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, *stored), per_layer)
-    return x_BTD, None if cache is None else dataclasses.replace(cache, keys=keys, values=values)
+    per_layer = (state, jnp.asarray(kinds) if len(inputs) > 1 else None)
+    return jax.lax.scan(body, x_BTD, per_layer)[0]
+
+
+def decode_layers(
+    layers: Sequence[nnx.Module],
+    x_BTD: Array,
+    inputs: Sequence[AttentionInputs],
+    kinds: Sequence[int],
+    cache: Cache,
+    mesh: Mesh | None,
+) -> tuple[Array, Cache]:
+    """Run separate layers in order, writing keys and values into the cache in place.
+
+    Args:
+      layers: modules with the signature of `scan_layers`.
+      x_BTD, inputs, kinds, mesh: as there.
+      cache: keys and values so far, with the mask and length after these tokens.
+    """
+    start = cache.length - x_BTD.shape[1]
+    keys, values = [], []
+
+    def write(table_BKSE: Array, new_BTKE: Array) -> Array:
+        new_BKTE = jnp.swapaxes(new_BTKE, 1, 2).astype(table_BKSE.dtype)
+        return jax.lax.dynamic_update_slice(table_BKSE, new_BKTE, (0, 0, start, 0))
+
+    for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+
+        def update_cache(
+            new_keys: Array, new_values: Array, number: int = number
+        ) -> tuple[Array, Array]:
+            keys.append(write(cache.keys[number], new_keys))
+            values.append(write(cache.values[number], new_values))
+            return keys[-1].astype(new_keys.dtype), values[-1].astype(new_values.dtype)
+
+        x_BTD = trees.spread_rows(layer(x_BTD, inputs[kind], update_cache, mesh), mesh)
+    return x_BTD, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
 
 class Positions(NamedTuple):

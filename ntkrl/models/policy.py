@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,9 @@ from ntkrl.types import Array, Cache, Params, Policy
 HEAD_WEIGHT = "head/weight"
 EMBEDDING = "embed/embedding"
 WHITENING = "whitening"
+full_precision = functools.partial(jax.default_matmul_precision, "highest")
+"""Context for products of float32: accelerators default to fewer bits, and log-probs of two
+programs for the same text would then differ by more than importance ratios tolerate."""
 RIDGE = 1e-3
 """ρ of `whitened`, added to the spectrum of S, in units of its mean."""
 
@@ -142,13 +145,20 @@ def make_policy(
         cache_dtype = compute_dtype if cache_dtype is None else cache_dtype
         return _empty_cache(config, (batch_size, length), cache_dtype, mesh)
 
-    execution = Execution(options.remat, mesh)
-    features, decode = _trunk(graphdef, options.compute_dtype, execution)
+    def remade(config: Config, mesh: Mesh | None) -> Policy:
+        return make_policy(family, config, dtype, options, mesh, source)[0]
+
+    def on_mesh(other: Mesh | None) -> Policy:
+        return policy if other == mesh else remade(config, other)
+
+    features = _features(graphdef, options.compute_dtype, Execution(options.remat, mesh))
     policy = Policy(
         features=features,
         head=_head(config),
         init_cache=init_cache,
-        decode=decode,
+        decode=_decode(abstract, mesh),
+        decode_params=functools.partial(rollout_copy, family.stacked, options.compute_dtype),
+        decode_sharding=trees.unstacked_patterns(family.sharding, family.stacked),
         head_weight=EMBEDDING if tied else HEAD_WEIGHT,
         head_soft_cap=config.final_logit_softcapping,
         tied=tied,
@@ -160,35 +170,57 @@ def make_policy(
         config=config,
         source=source,
         stacked=family.stacked,
-        rebuild=lambda config: make_policy(family, config, dtype, options, mesh, source)[0],
+        rebuild=lambda config: remade(config, mesh),
+        on_mesh=on_mesh,
     )
     return policy, shapes
 
 
-def _trunk(graphdef: Any, compute_dtype: Any, execution: Execution) -> tuple[Callable, Callable]:
-    """Return `features` and `decode` of a Policy.
-
-    float32 products use all bits: accelerators default to fewer, and log-probs of two programs for
-    the same text would then differ by more than importance ratios tolerate.
-    """
-    exact = functools.partial(jax.default_matmul_precision, "highest")
-
-    def module(params: Params) -> nnx.Module:
-        params = {name: leaves for name, leaves in params.items() if name != "head"}
-        if compute_dtype is not None:
-            params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-        return nnx.merge(graphdef, params)
+def _features(graphdef: Any, compute_dtype: Any, execution: Execution) -> Callable[..., Array]:
+    """Return `features` of a Policy."""
 
     def features(params: Params, tokens: Array, mask: Array | None = None) -> Array:
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        with exact():
-            return module(params).features(tokens, mask, None, execution)[0]
+        with full_precision():
+            params = _without(params, "head")
+            if compute_dtype is not None:
+                params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
+            return nnx.merge(graphdef, params).features(tokens, mask, execution)
 
-    def decode(params: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
-        with exact():
-            return module(params).features(tokens, mask, cache, execution._replace(remat="none"))
+    return features
 
-    return features, decode
+
+def _decode(abstract: Any, mesh: Mesh | None) -> Callable[..., tuple[Array, Cache]]:
+    """Return `decode` of a Policy, from a module of shapes, whose layers it takes out."""
+    layer_graphdef = nnx.split(abstract.layers)[0]
+    abstract.layers = None
+    graphdef = nnx.split(abstract)[0]
+
+    def decode(copy: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
+        with full_precision():
+            layers = [nnx.merge(layer_graphdef, layer) for layer in copy["layers"]]
+            trunk = nnx.merge(graphdef, _without(copy, "head", "layers"))
+            return trunk.decode(layers, tokens, mask, cache, mesh)
+
+    return decode
+
+
+def rollout_copy(stacked: Sequence[str], compute_dtype: Any, params: Params) -> Params:
+    """Return `decode_params` of a Policy: cast, with the layers of each stack in a tuple.
+
+    Args:
+      stacked: keys of stacked subtrees.
+      compute_dtype: of the copy; None for that of the params.
+      params: of the policy.
+    """
+    if compute_dtype is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
+
+    def layers(stack: Params) -> tuple[Params, ...]:
+        count = jax.tree.leaves(stack)[0].shape[0]
+        return tuple(jax.tree.map(lambda leaf: leaf[i], stack) for i in range(count))
+
+    return {name: layers(part) if name in stacked else part for name, part in params.items()}
 
 
 def _head(config: Config) -> Callable[[Params, Array], Array]:
@@ -215,11 +247,11 @@ def init_params(family: Family, config: Config, key: Array, dtype: Any) -> Param
 
 def _empty_cache(config: Config, sizes: tuple[int, int], dtype: Any, mesh: Mesh | None) -> Cache:
     batch, length = sizes
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-    empty = trees.constrain(jnp.zeros(shape, dtype), mesh, None, trees.ROWS, "tensor")
+    shape = (batch, config.num_key_value_heads, length, config.head_dim)
+    empty = trees.constrain(jnp.zeros(shape, dtype), mesh, trees.ROWS, "tensor")
     return Cache(
-        keys=empty,
-        values=empty,
+        keys=(empty,) * config.num_hidden_layers,
+        values=(empty,) * config.num_hidden_layers,
         mask=trees.spread_rows(jnp.zeros(sizes, bool), mesh),
         length=jnp.zeros((), jnp.int32),
     )
@@ -309,18 +341,38 @@ def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Pa
         "head": {**params["head"], "weight": weight_VD},
         WHITENING: {"matrix": matrix_DD.astype(dtype)},
     }
+    return _whitened_policy(policy), params
+
+
+def _whitened_policy(policy: Policy) -> Policy:
+    """Return a policy whose features the params' whitening matrix transforms."""
 
     def transform(params: Params, phi: Array) -> Array:
         return einsum("...d,ed->...e", phi, params[WHITENING]["matrix"]).astype(phi.dtype)
 
     def features(params: Params, tokens: Array, mask: Array | None = None) -> Array:
-        return transform(params, policy.features(_without_matrix(params), tokens, mask))
+        return transform(params, policy.features(_without(params, WHITENING), tokens, mask))
 
-    def decode(params: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
-        phi, cache = policy.decode(_without_matrix(params), cache, tokens, mask)
-        return transform(params, phi), cache
+    def decode_params(params: Params) -> Params:
+        copy = policy.decode_params(_without(params, WHITENING))
+        return {**copy, WHITENING: params[WHITENING]}
 
-    return dataclasses.replace(policy, features=features, decode=decode, rebuild=None), params
+    def decode(copy: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
+        phi, cache = policy.decode(_without(copy, WHITENING), cache, tokens, mask)
+        return transform(copy, phi), cache
+
+    def on_mesh(mesh: Mesh | None) -> Policy:
+        assert policy.on_mesh is not None  # as of every family's policy
+        return _whitened_policy(policy.on_mesh(mesh))
+
+    return dataclasses.replace(
+        policy,
+        features=features,
+        decode_params=decode_params,
+        decode=decode,
+        rebuild=None,
+        on_mesh=on_mesh,
+    )
 
 
 def unwhitened(params: Params) -> Params:
@@ -329,8 +381,8 @@ def unwhitened(params: Params) -> Params:
         return params
     weight_VD, matrix_DD = params["head"]["weight"], params[WHITENING]["matrix"]
     weight_VD = einsum("vd,de->ve", weight_VD, matrix_DD).astype(weight_VD.dtype)
-    return {**_without_matrix(params), "head": {**params["head"], "weight": weight_VD}}
+    return {**_without(params, WHITENING), "head": {**params["head"], "weight": weight_VD}}
 
 
-def _without_matrix(params: Params) -> Params:
-    return {name: leaves for name, leaves in params.items() if name != WHITENING}
+def _without(params: Params, *names: str) -> Params:
+    return {name: leaves for name, leaves in params.items() if name not in names}

@@ -16,7 +16,7 @@ from ntkrl.plan.hardware import Machine
 from ntkrl.plan.measure import ProgramCost, measure
 from ntkrl.probe import CADENCES
 from ntkrl.settings import RunSettings
-from ntkrl.setup import StartingModel
+from ntkrl.setup import StartingModel, choose_rollout_mesh, decoding_work
 from ntkrl.training import (
     GENERATION,
     PROBE,
@@ -36,13 +36,15 @@ FITS = "fits"
 class Candidate:
     """Compiled programs of a config on one mesh, with a verdict each.
 
-    mesh, remat: settings that a search varies. microbatches: the config's, or the fewest that fit.
+    mesh, remat: settings that a search varies.
+    rollout_mesh, microbatches: the config's, or as a run chooses them.
     warning: see repetition_warning().
     programs: costs. verdicts: see verdict().
     stages: names of the stages.
     """
 
     mesh: Mapping[str, int]
+    rollout_mesh: Mapping[str, int]
     microbatches: int
     remat: str
     warning: str | None
@@ -109,6 +111,7 @@ class Candidate:
         return {
             "topology": machine,
             "mesh": self.mesh,
+            "rollout_mesh": self.rollout_mesh,
             "microbatches": self.microbatches,
             "remat": self.remat,
             "programs": programs,
@@ -132,9 +135,9 @@ def abstract_run(settings: RunSettings, machine: Machine) -> AbstractRun:
     mesh = settings.make_mesh(machine.devices)
     policy, params = abstract_models.describe_policy(settings.model, mesh)
     scorers = abstract_models.describe_rewards(settings, mesh)
-    return AbstractRun(
-        settings, StartingModel(policy, params, SpecialTokens(), "", (0,), mesh), scorers
-    )
+    sampling_mesh = choose_rollout_mesh(settings, policy, params, mesh)
+    model = StartingModel(policy, params, SpecialTokens(), "", (0,), mesh, sampling_mesh)
+    return AbstractRun(settings, model, scorers)
 
 
 def compile_candidate(
@@ -170,6 +173,7 @@ def compile_candidate(
         costs = [renewed.get(cost.name, cost) for cost in costs]
     return Candidate(
         mesh=dict(run.mesh.shape),
+        rollout_mesh=dict(run.model.rollout_mesh.shape),
         microbatches=run.settings.microbatches,
         remat=settings.model.remat,
         warning=repetition_warning(run),
@@ -244,13 +248,17 @@ def advice(run: AbstractRun, cost: ProgramCost, chip: Chip) -> str:
     settings = run.settings
     # an evaluation samples as many completions at a time as a step
     samples = cost.part == GENERATION or cost.name.startswith("evaluation ")
-    if samples and settings.rollout.gather_params:
-        return "set rollout.gather_params=False"
+    if samples:
+        work = decoding_work(settings, run.model.policy, run.model.params)
+        parts = work.more_parts(run.mesh.size, run.model.rollout_mesh.shape["tensor"])
+        if parts is not None:
+            return f"set rollout.mesh.tensor={parts}"
     if cost.part == PROBE and cost.name.startswith("ledger "):
         return _smaller_ledger(run, cost, chip)
     if chip.memory_gib is not None:
         assert cost.peak_gib is not None  # verdict() asks for advice only where it is known
-        if 0 < cost.peak_gib - chip.memory_gib <= cost.copies_gib:
+        # the copy that is sampled from is none of a probe
+        if not samples and 0 < cost.peak_gib - chip.memory_gib <= cost.copies_gib:
             return _fewer_copies(run)
         if cost.argument_gib + cost.resident_gib > chip.memory_gib:
             return _smaller_state(run, cost)

@@ -109,7 +109,7 @@ def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
     program.compiled = compiled
     text = compiled.as_text()
     assert text is not None  # every backend of XLA reports it
-    counts = hlo.count(text, program.loop_trips, chip.passes)
+    counts = hlo.count(text, passes=chip.passes)
     peak = peak_bytes(compiled) / GIB
     return dataclasses.replace(
         cost,

@@ -14,9 +14,17 @@ PROGRAM_COLUMNS = (
     *("program", "runs", "peak GiB", "TFLOP", "GB moved"),
     *("collectives, GB", "ms", "bound"),
 )
-CANDIDATE_COLUMNS = ("mesh", "remat", "peak GiB", "program", "s per step", "verdict")
+CANDIDATE_COLUMNS = (
+    "mesh",
+    "rollout mesh",
+    "remat",
+    "peak GiB",
+    "program",
+    "s per step",
+    "verdict",
+)
 TABLE_COLUMNS = (
-    *("model", "machine", "mesh", "peak GiB", "of", "largest program"),
+    *("model", "machine", "mesh", "rollout mesh", "peak GiB", "of", "largest program"),
     *("s per step", *TIMED, "verdict"),
 )
 TABLE_HEAD = """# Memory and time of a run
@@ -34,7 +42,8 @@ def format_programs(candidate: Candidate, machine: Machine) -> str:
     limit = "?" if memory_gib is None else f"{memory_gib:.4g}"
     lines = [
         f"{machine.name}: {len(machine.devices)} devices of {limit} GiB, mesh "
-        f"{mesh_name(candidate.mesh)}, remat {candidate.remat}, "
+        f"{mesh_name(candidate.mesh)}, rollout mesh {mesh_name(candidate.rollout_mesh)}, "
+        f"remat {candidate.remat}, "
         f"microbatches {candidate.microbatches}",
         "",
         *_aligned([PROGRAM_COLUMNS, *map(_program_cells, candidate.programs)]),
@@ -62,6 +71,7 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
         cells.append(
             (
                 mesh_name(candidate.mesh),
+                mesh_name(candidate.rollout_mesh),
                 candidate.remat,
                 "?" if largest is None else f"{largest.peak_gib:.2f}",
                 "" if largest is None else largest.name,
@@ -81,6 +91,7 @@ def table_row(model: str, machine: Machine, candidate: Candidate) -> str:
         model.rpartition("/")[2],
         machine.name,
         mesh_name(candidate.mesh),
+        mesh_name(candidate.rollout_mesh),
         "–" if largest is None else f"{largest.peak_gib:.1f}",
         f"{machine.chip.memory_gib:.4g}",
         "–" if largest is None else largest.name,

@@ -9,8 +9,8 @@ block, so that no cache moves between devices.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import chex
 import jax
@@ -19,10 +19,13 @@ from jax.sharding import Mesh
 
 from ntkrl import trees
 from ntkrl.rollout.settings import SamplerSettings
-from ntkrl.rollout.token_sampling import sample_tokens
+from ntkrl.rollout.token_sampling import draw_uniforms, sample_tokens
 from ntkrl.scoring import head_of
 from ntkrl.softmax import logits
 from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
+
+Draw = tuple[Array, Array | None]
+"""The number of a token in its completion, and its uniform numbers `[R, 2]` (None if greedy)."""
 
 
 @chex.dataclass(frozen=True)
@@ -42,11 +45,14 @@ class ActiveRows:
 
 @chex.dataclass(frozen=True)
 class Columns:
-    """Sampled tokens and their records, `[B, C]`; features `[B, C, D]`, or None."""
+    """Sampled tokens and their records, `[B, C]`; of a chunk, `[C, R]`; of a token, `[R]`.
+
+    kept_log_mass: None without truncation. features: with D in the end, or None.
+    """
 
     tokens: Array
     log_probs: Array
-    kept_log_mass: Array
+    kept_log_mass: Array | None
     mask: Array
     features: Array | None
 
@@ -77,34 +83,32 @@ def completion_keys(key: Array, prompts: PromptBatch, count: int) -> Array:
 class Decoder:
     """The functions that `Sampler` jits; each returns rows sharded over the mesh.
 
-    policy, settings, mesh: as in `Sampler`.
+    policy, settings, mesh, results_mesh: as in `Sampler`. chunk_length: decode steps per chunk.
     """
 
     policy: Policy
     settings: SamplerSettings
     mesh: Mesh | None
+    results_mesh: Mesh | None
+    chunk_length: int
 
     def prefill(
-        self, columns: int, params: Params, prompts: PromptBatch, key: Array
+        self, columns: int, copy: Params, prompts: PromptBatch, key: Array
     ) -> tuple[ActiveRows, Output, Array]:
         """Read each prompt once, copy its cache to its N completions, sample the first token.
 
         Args:
           columns: cache columns, at least those of the prompts.
-          params, prompts, key: as in `Sampler.__call__`.
+          copy: the rollout copy of the params (`Policy.decode_params`).
+          prompts, key: as in `Sampler.__call__`.
 
         Returns:
           `(active, output, remaining)` as `decode_chunk`.
         """
         count = self.settings.completions_per_prompt
         cache = self.policy.init_cache(prompts.tokens.shape[0], columns, self.settings.cache_dtype)
-        features_PTD, cache = self.policy.decode(params, cache, prompts.tokens, prompts.mask)
-        cache = replace(
-            cache,
-            keys=jnp.repeat(cache.keys, count, axis=1),
-            values=jnp.repeat(cache.values, count, axis=1),
-            mask=jnp.repeat(cache.mask, count, axis=0),
-        )
+        features_PTD, cache = self.policy.decode(copy, cache, prompts.tokens, prompts.mask)
+        cache = _map_rows(lambda values: jnp.repeat(values, count, axis=0), cache)
         phi_BD = jnp.repeat(features_PTD[:, -1], count, axis=0)
         rows = phi_BD.shape[0]
         active = ActiveRows(
@@ -114,20 +118,23 @@ class Decoder:
             keys=completion_keys(key, prompts, count),
             rows=jnp.arange(rows, dtype=jnp.int32),
         )
-        chunk, first = self._empty(rows, 1, phi_BD.dtype), jnp.int32(0)
-        active, chunk = self._sample(params, active, chunk, phi_BD, first, first)
-        columns_BC = self._empty(rows, self.settings.max_completion_tokens, phi_BD.dtype)
-        output = Output(columns=columns_BC, finished=active.done)
-        output = self._write(output, chunk, active, first)
-        return self._results(self._sharded(active), output)
+        first = jnp.arange(1)
+        draw = jax.tree.map(lambda values: values[0], (first, self._uniforms(active, first)))
+        active, columns_R = self._sample(copy, active, phi_BD, draw)
+        output = Output(columns=self._empty(columns_R), finished=active.done)
+        chunk_1R = jax.tree.map(lambda values: values[None], columns_R)
+        return self._results(self._sharded(active), self._write(output, chunk_1R, active, first))
 
     def decode_chunk(
-        self, params: Params, active: ActiveRows, output: Output, start: Array
+        self, copy: Params, active: ActiveRows, output: Output, start: Array
     ) -> tuple[ActiveRows, Output, Array]:
-        """Sample up to `chunk_steps` tokens of the active rows.
+        """Sample `chunk_length` tokens of every active row; what is past an end is not recorded.
+
+        The number of steps is known to the compiler: an accelerator then never waits for the host
+        to read whether to go on.
 
         Args:
-          params: params of the policy.
+          copy: the rollout copy of the params.
           active, output: state so far.
           start: tokens sampled so far.
 
@@ -135,49 +142,30 @@ class Decoder:
           `(active, output, remaining)`; remaining `[blocks]` counts the rows of each block that are
           not done.
         """
-        end = jnp.minimum(start + self.settings.chunk_steps, self.settings.max_completion_tokens)
 
-        def step(carry: tuple[Array, ActiveRows, Columns]) -> tuple[Array, ActiveRows, Columns]:
-            t, active, chunk = carry
-            real_R1 = ~active.done[:, None]
-            last_R1 = active.last[:, None]
-            phi_R1D, cache = self.policy.decode(params, active.cache, last_R1, real_R1)
-            active = replace(active, cache=cache)
-            return t + 1, *self._sample(params, active, chunk, phi_R1D[:, 0], t, t - start)
+        def step(active: ActiveRows, draw: Draw) -> tuple[ActiveRows, Columns]:
+            real_R1, last_R1 = ~active.done[:, None], active.last[:, None]
+            phi_R1D, cache = self.policy.decode(copy, active.cache, last_R1, real_R1)
+            return self._sample(copy, replace(active, cache=cache), phi_R1D[:, 0], draw)
 
-        def unfinished(carry: tuple[Array, ActiveRows, Columns]) -> Array:
-            return (carry[0] < end) & ~jnp.all(carry[1].done)
-
-        written = output.columns
-        features = written.log_probs if written.features is None else written.features
-        chunk = self._empty(len(active.rows), self.settings.chunk_steps, features.dtype)
-        _, active, chunk = jax.lax.while_loop(unfinished, step, (start, active, chunk))
-        output = self._write(output, chunk, active, start)
-        return self._results(active, output)
+        numbers_C = start + jnp.arange(self.chunk_length)
+        draws = (numbers_C, self._uniforms(active, numbers_C))
+        active, chunk_CR = jax.lax.scan(step, active, draws)
+        return self._results(active, self._write(output, chunk_CR, active, numbers_C))
 
     def compact(self, rows: int, blocks: int, active: ActiveRows) -> ActiveRows:
         """Keep `rows` of the active rows, equally many per block, unfinished ones first."""
         done = active.done.reshape(blocks, -1)
         order = jnp.argsort(done, axis=1, stable=True)[:, : rows // blocks]
 
-        def select(values: Array, axis: int = 0) -> Array:
-            def of_block(block: Array, selected: Array) -> Array:
-                return jnp.take(block, selected, axis=axis)
+        def select(values: Array) -> Array:
+            blocked = values.reshape(blocks, -1, *values.shape[1:])
+            selected = jax.vmap(lambda block, places: block[places])(blocked, order)
+            return selected.reshape(rows, *values.shape[1:])
 
-            before, after = values.shape[:axis], values.shape[axis + 1 :]
-            blocked = values.reshape(*before, blocks, -1, *after)
-            selected = jax.vmap(of_block, in_axes=(axis, 0), out_axes=axis)(blocked, order)
-            return selected.reshape(*before, rows, *after)
-
-        cache = replace(
-            active.cache,
-            keys=select(active.cache.keys, 1),
-            values=select(active.cache.values, 1),
-            mask=select(active.cache.mask),
-        )
         return self._sharded(
             ActiveRows(
-                cache=cache,
+                cache=_map_rows(select, active.cache),
                 last=select(active.last),
                 done=select(active.done),
                 keys=select(active.keys),
@@ -189,11 +177,19 @@ class Decoder:
         """Pad the cache to `columns` columns."""
         cache = active.cache
         more = columns - cache.mask.shape[1]
-        if cache.keys.shape[3] == cache.mask.shape[1]:  # a policy's state may have another form
-            pad = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
-            cache = replace(cache, keys=jnp.pad(cache.keys, pad), values=jnp.pad(cache.values, pad))
-        mask = jnp.pad(cache.mask, ((0, 0), (0, more)))
-        return self._sharded(replace(active, cache=replace(cache, mask=mask)))
+
+        def grown(table: Array) -> Array:
+            # a policy's state may have another form
+            same = table.shape[2] == cache.mask.shape[1]
+            return jnp.pad(table, ((0, 0), (0, 0), (0, more), (0, 0))) if same else table
+
+        cache = replace(
+            cache,
+            keys=jax.tree.map(grown, cache.keys),
+            values=jax.tree.map(grown, cache.values),
+            mask=jnp.pad(cache.mask, ((0, 0), (0, more))),
+        )
+        return self._sharded(replace(active, cache=cache))
 
     def truncate(
         self, active: ActiveRows, output: Output, lengths: Array
@@ -203,7 +199,7 @@ class Decoder:
         Returns:
           `(active, output, remaining)` as `decode_chunk`.
         """
-        written = output.columns
+        written, kept = output.columns, output.columns.kept_log_mass
         ended_B = lengths <= jnp.sum(written.mask, axis=1)
         columns_1C = jnp.arange(written.mask.shape[1])[None]
         mask_BC = written.mask & (columns_1C < lengths[:, None])
@@ -211,7 +207,7 @@ class Decoder:
             written,
             tokens=jnp.where(mask_BC, written.tokens, self.settings.pad_id),
             log_probs=jnp.where(mask_BC, written.log_probs, 0.0),
-            kept_log_mass=jnp.where(mask_BC, written.kept_log_mass, 0.0),
+            kept_log_mass=None if kept is None else jnp.where(mask_BC, kept, 0.0),
             mask=mask_BC,
         )
         output = Output(columns=written, finished=output.finished | ended_B)
@@ -226,6 +222,7 @@ class Decoder:
         """Concatenate the prompts with the first `length` columns of the output."""
         count = self.settings.completions_per_prompt
         written = jax.tree.map(lambda leaf: leaf[:, :length], output.columns)
+        kept = written.kept_log_mass
         tokens_BT = jnp.repeat(prompts.tokens, count, axis=0)
         mask_BT = jnp.repeat(prompts.mask, count, axis=0)
         result = Rollout(
@@ -233,76 +230,68 @@ class Decoder:
             mask=jnp.concatenate([mask_BT, written.mask], axis=1),
             completion_mask=written.mask,
             sampler_log_probs=written.log_probs,
-            kept_log_mass=written.kept_log_mass,
+            kept_log_mass=jnp.zeros_like(written.log_probs) if kept is None else kept,
             finished=output.finished,
             features=written.features,
         )
-        return trees.spread_rows(result, self.mesh)
+        return trees.spread_rows(result, self.results_mesh)
+
+    def _uniforms(self, active: ActiveRows, numbers_C: Array) -> Array | None:
+        """Return the uniform numbers `[C, R, 2]` of some tokens of the active rows."""
+        return None if self.settings.greedy else draw_uniforms(active.keys, numbers_C)
 
     def _sample(
-        self,
-        params: Params,
-        active: ActiveRows,
-        chunk: Columns,
-        phi_RD: Array,
-        t: Array,
-        column: Array,
+        self, copy: Params, active: ActiveRows, phi_RD: Array, draw: Draw
     ) -> tuple[ActiveRows, Columns]:
-        """Sample token t of every active row from its features into a column of the chunk."""
-        keys_R = jax.vmap(jax.random.fold_in, in_axes=(0, None))(active.keys, t)
-        drawn = sample_tokens(self.settings, logits(head_of(self.policy, params), phi_RD), keys_R)
-        real_R = ~active.done
+        """Sample a token of every active row from its features; return it with its records."""
+        number, uniforms_R2 = draw
+        z_RV = logits(head_of(self.policy, copy), phi_RD)
+        drawn = sample_tokens(self.settings, z_RV, uniforms_R2)
+        real_R = ~active.done & (number < self.settings.max_completion_tokens)
         tokens_R = jnp.where(real_R, drawn.tokens, self.settings.pad_id)
-        # pad_id may be one of end_ids: a row that is done stays done either way
-        done_R = active.done
+        ended_R = jnp.zeros_like(real_R)
         for end_id in self.settings.end_ids:
-            done_R |= tokens_R == end_id
-        sampled = Columns(
+            ended_R |= tokens_R == end_id
+        kept, keep_features = drawn.kept_log_mass, self.settings.keep_features
+        columns_R = Columns(
             tokens=tokens_R,
             log_probs=jnp.where(real_R, drawn.log_probs, 0.0),
-            kept_log_mass=jnp.where(real_R, drawn.kept_log_mass, 0.0),
+            kept_log_mass=None if kept is None else jnp.where(real_R, kept, 0.0),
             mask=real_R,
-            features=None if chunk.features is None else jnp.where(real_R[:, None], phi_RD, 0),
+            features=jnp.where(real_R[:, None], phi_RD, 0) if keep_features else None,
         )
+        # pad_id may be one of end_ids, and no row ends past the budget
+        done_R = active.done | (ended_R & real_R)
+        return replace(active, last=tokens_R, done=done_R), columns_R
 
-        def set_column(table: Array, values: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(
-                table, values[:, None].astype(table.dtype), column, axis=1
-            )
+    def _empty(self, columns_R: Columns) -> Columns:
+        """Return columns `[R, C]` without tokens, with the fields and dtypes of a single one."""
+        length = self.settings.max_completion_tokens
 
-        chunk = jax.tree.map(set_column, chunk, sampled)
-        return replace(active, last=tokens_R, done=done_R), chunk
+        def empty(values: Array) -> Array:
+            return jnp.zeros((values.shape[0], length, *values.shape[1:]), values.dtype)
 
-    def _empty(self, rows: int, columns: int, dtype: Any) -> Columns:
-        """Return columns without tokens; `dtype` is that of features."""
-        shape = (rows, columns)
-        zeros = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
-        keep = self.settings.keep_features
-        return Columns(
-            tokens=jnp.full(shape, self.settings.pad_id, jnp.int32),
-            log_probs=zeros,
-            kept_log_mass=zeros,
-            mask=jnp.zeros(shape, bool),
-            features=jnp.zeros((*shape, self.policy.feature_size), dtype) if keep else None,
-        )
+        columns = jax.tree.map(empty, columns_R)
+        return replace(columns, tokens=jnp.full_like(columns.tokens, self.settings.pad_id))
 
-    def _write(self, output: Output, chunk: Columns, active: ActiveRows, start: Array) -> Output:
-        """Write a chunk's columns at `start` into the rows of the output, block by block."""
+    def _write(
+        self, output: Output, chunk_CR: Columns, active: ActiveRows, numbers_C: Array
+    ) -> Output:
+        """Write a chunk's tokens, by their numbers, into the rows of the output, block by block."""
         total = len(output.finished)
         blocks = trees.blocks(self.mesh, total)
-        columns_1C = start + jnp.arange(chunk.mask.shape[1])[None]
         rows = active.rows.reshape(blocks, -1) % (total // blocks)
 
         def of_block(table: Array, values: Array, rows: Array) -> Array:
-            return table.at[rows[:, None], columns_1C].set(values, mode="drop")
+            return table.at[rows[:, None], numbers_C[None]].set(values, mode="drop")
 
-        def write(table: Array, values: Array) -> Array:
-            shape = table.shape
+        def write(table: Array, values_CR: Array) -> Array:
+            shape, values = table.shape, jnp.swapaxes(values_CR, 0, 1)
             table, values = (x.reshape(blocks, -1, *x.shape[1:]) for x in (table, values))
             return jax.vmap(of_block)(table, values, rows).reshape(shape)
 
         return Output(
-            columns=jax.tree.map(write, output.columns, chunk),
+            columns=jax.tree.map(write, output.columns, chunk_CR),
             finished=output.finished.at[active.rows].set(active.done),
         )
 
@@ -314,13 +303,23 @@ class Decoder:
         return active, output, trees.replicate(remaining, self.mesh)
 
     def _sharded(self, active: ActiveRows) -> ActiveRows:
-        cache, axes = active.cache, (None, trees.ROWS, "tensor")
+        cache = active.cache
+
+        def sharded(table: Array) -> Array:
+            return trees.constrain(table, self.mesh, trees.ROWS, "tensor")
+
         by_row = (active.last, active.done, active.keys, active.rows, cache.mask)
         last, done, keys, rows, mask = trees.spread_rows(by_row, self.mesh)
         cache = replace(
             cache,
-            keys=trees.constrain(cache.keys, self.mesh, *axes),
-            values=trees.constrain(cache.values, self.mesh, *axes),
+            keys=jax.tree.map(sharded, cache.keys),
+            values=jax.tree.map(sharded, cache.values),
             mask=mask,
         )
         return ActiveRows(cache=cache, last=last, done=done, keys=keys, rows=rows)
+
+
+def _map_rows(function: Callable[[Array], Array], cache: Cache) -> Cache:
+    """Apply a function of arrays with leading rows to all arrays of a cache."""
+    keys, values, mask = jax.tree.map(function, (cache.keys, cache.values, cache.mask))
+    return replace(cache, keys=keys, values=values, mask=mask)

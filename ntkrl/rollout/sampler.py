@@ -1,7 +1,7 @@
 """Sampling of N completions per prompt on the devices of a mesh.
 
 One prefill per prompt, then chunks of decode steps. Between chunks the host compacts the batch once
-half of its rows are done, doubles the KV cache when it is full, and checks for stop strings.
+half of its rows are done, extends the KV cache when it is full, and checks for stop strings.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntkrl import runtime, trees
 from ntkrl.numerics import bucket_length
 from ntkrl.rollout.decode import ActiveRows, Decoder, Output
 from ntkrl.rollout.settings import SamplerSettings
-from ntkrl.types import Array, Params, Policy, PromptBatch, Rollout
+from ntkrl.types import Array, Cache, Params, Policy, PromptBatch, Rollout
 
+COLUMNS = 16
+"""Columns that a KV cache grows by, or multiples of it."""
 FindStop = Callable[[np.ndarray], int | None]
 
 
@@ -43,7 +45,9 @@ class Sampler:
     settings: SamplerSettings.
     find_stop: from the ids of a completion `[n]` to the number of tokens up to the end of its first
       stop string, or None without one; or None for no stop strings.
-    mesh: mesh of prompts and params, or None for one device.
+    mesh: mesh of the prompts and of the copy of the params, or None for one device.
+    results_mesh: mesh over whose rows the results are sharded, of the same devices in the same
+      order; None for `mesh`.
     """
 
     def __init__(
@@ -52,10 +56,15 @@ class Sampler:
         settings: SamplerSettings,
         find_stop: FindStop | None = None,
         mesh: Mesh | None = None,
+        results_mesh: Mesh | None = None,
     ):
+        policy = policy if policy.on_mesh is None else policy.on_mesh(mesh)
         self.policy, self.settings = policy, settings
         self.find_stop, self.mesh = find_stop, mesh
-        decoder = Decoder(policy, settings, mesh)
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self.chunk_length = settings.chunk_length(platform)
+        results_mesh = mesh if results_mesh is None else results_mesh
+        decoder = Decoder(policy, settings, mesh, results_mesh, self.chunk_length)
         self.programs = SamplerPrograms(
             prefill=jax.jit(decoder.prefill, static_argnums=0),
             decode_chunk=jax.jit(decoder.decode_chunk, donate_argnums=(1, 2)),
@@ -65,7 +74,7 @@ class Sampler:
             longest=jax.jit(decoder.longest),
             rollout=jax.jit(decoder.rollout, static_argnums=0),
         )
-        self._gather: jax.stages.Wrapped | None = None
+        self._copy: jax.stages.Wrapped | None = None
 
     def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Rollout:
         """Sample N completions of each prompt.
@@ -83,14 +92,16 @@ class Sampler:
           ValueError: (before tracing) prompts and completions exceed the context.
         """
         settings, prompt_length = self.settings, prompts.tokens.shape[1]
-        budget, chunk = settings.max_completion_tokens, settings.chunk_steps
+        budget, chunk = settings.max_completion_tokens, self.chunk_length
         check_length(self.policy, prompt_length, budget)
-        # 1. params: cast and gathered over fsdp once, instead of once per token
-        if settings.gather_params:
-            params = self.gather_program(params)(params)
+        # 1. params: cast, split by layer and placed once, instead of once per token
+        copy = self.copy_program(params)(params)
+        if self.mesh is not None:
+            prompts = runtime.place_rows(prompts, self.mesh)
+            key = runtime.place(key, runtime.replicated(self.mesh))
         # 2. prefill: KV cache of the prompts, first token of every completion
         columns = self.cache_columns(prompt_length, 1 + chunk)
-        active, output, remaining = self.programs.prefill(columns, params, prompts, key)
+        active, output, remaining = self.programs.prefill(columns, copy, prompts, key)
         rows = len(output.finished)
         blocks, lengths, sampled = trees.blocks(self.mesh, rows), np.zeros(rows, np.int64), 1
         active, output, most = self._apply_stops(active, output, lengths, remaining)
@@ -99,35 +110,66 @@ class Sampler:
             columns = self.cache_columns(prompt_length, sampled + chunk)
             active = self._resize(active, blocks, most, columns)
             start = jnp.int32(sampled)
-            active, output, remaining = self.programs.decode_chunk(params, active, output, start)
+            active, output, remaining = self.programs.decode_chunk(copy, active, output, start)
             sampled = min(sampled + chunk, budget)
             active, output, most = self._apply_stops(active, output, lengths, remaining)
         # 4. output: prompt and completion side by side
         longest = int(self.programs.longest(output))
         return self.programs.rollout(bucket_length(longest, budget), prompts, output)
 
-    def gather_program(self, params: Params) -> jax.stages.Wrapped:
-        """Return the program that casts params for decoding and gathers them over fsdp."""
-        if self._gather is None:
-            dtype, shardings = self.settings.params_dtype, None
+    def copy_program(self, params: Params) -> jax.stages.Wrapped:
+        """Return the program `params -> copy` that the others read, of `Policy.decode_params`.
+
+        It casts the params and moves them to `mesh`. Leaves of the right dtype and placement that
+        no layer is cut from are not copied.
+        """
+        if self._copy is None:
+            shardings = None
             if self.mesh is not None:
-                patterns = trees.without(self.policy.sharding, "fsdp")
-                shardings = trees.shardings(params, patterns, self.mesh)
+                shardings = jax.tree.map(lambda leaf: leaf.sharding, self.copy_shapes(params))
+            self._copy = jax.jit(self.policy.decode_params, out_shardings=shardings)
+        return self._copy
 
-            def cast(params: Params) -> Params:
-                return params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), params)
+    def copy_shapes(self, params: Params) -> Params:
+        """Return the shapes of the copy, with their shardings if there is a mesh."""
+        policy = self.policy
+        shapes = jax.eval_shape(policy.decode_params, params)
+        if self.mesh is None:
+            return shapes
+        patterns = policy.sharding if policy.decode_sharding is None else policy.decode_sharding
+        shardings = trees.shardings(shapes, patterns, self.mesh)
+        return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
 
-            self._gather = jax.jit(cast, out_shardings=shardings)
-        return self._gather
+    def cache_shapes(self, rows: int, prompt_length: int) -> Cache:
+        """Return the shapes of the full cache, with their shardings if there is a mesh."""
+        settings, mesh = self.settings, self.mesh
+        columns = self.cache_columns(prompt_length, settings.max_completion_tokens)
+        shapes = jax.eval_shape(lambda: self.policy.init_cache(rows, columns, settings.cache_dtype))
+        if mesh is None:
+            return shapes
+
+        def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = PartitionSpec()
+            if leaf.ndim > 1:
+                heads = leaf.ndim > 2 and leaf.shape[1] % mesh.shape["tensor"] == 0
+                parts = trees.ROWS if trees.blocks(mesh, rows) > 1 else None
+                spec = PartitionSpec(parts, *(["tensor"] if heads else []))
+            return leaf.update(sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, shapes)
 
     def cache_columns(self, prompt_length: int, sampled: int) -> int:
-        """Return the cache columns needed until `sampled` tokens per row: chunks in powers of 2."""
+        """Return the cache columns needed until `sampled` tokens per row.
+
+        A cache grows by at least a quarter, so that there are few lengths to compile for, and most
+        columns are in use.
+        """
         # the last token is sampled and never read
-        read, most = sampled - 1, self.settings.max_completion_tokens - 1
-        grown = self.settings.chunk_steps
-        while grown < min(read, most):
-            grown *= 2
-        return prompt_length + min(grown, most)
+        most = prompt_length + self.settings.max_completion_tokens - 1
+        needed, columns = prompt_length + sampled - 1, prompt_length + COLUMNS
+        while columns < min(needed, most):
+            columns += COLUMNS * -(-columns // (4 * COLUMNS))
+        return min(columns, most)
 
     def _resize(self, active: ActiveRows, blocks: int, most: int, columns: int) -> ActiveRows:
         """Halve the rows of a block while `most` unfinished ones fit, and grow the cache."""

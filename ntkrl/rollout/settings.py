@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ntkrl.numerics import DTYPES
+from ntkrl.rollout.rollout_mesh import AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +21,9 @@ class SamplerSettings:
     min_p: then from those with at least this share of the largest probability, in [0, 1); None for
         all.
     cache_dtype: dtype of keys and values; None for the network's.
-    gather_params: decode with a copy of the params gathered over fsdp once per call, not once per
-        token; the copy stays sharded over tensor.
-    params_dtype: dtype of that copy, the compute dtype; None for that of the params.
     keep_features: record the features that predicted each token.
-    chunk_steps: decode steps between two checks for finished rows, ≥ 1.
+    chunk_steps: most decode steps between two checks for finished rows, ≥ 1; None for 4 on CPUs,
+      and 16 elsewhere, where each check costs more and a step less.
     fewest_rows: smallest batch of compaction, ≥ 1: with few rows, a step costs reading the params.
     """
 
@@ -37,22 +36,17 @@ class SamplerSettings:
     top_p: float | None = None
     min_p: float | None = None
     cache_dtype: Any = None
-    gather_params: bool = False
-    params_dtype: Any = None
     keep_features: bool = False
-    chunk_steps: int = 16
+    chunk_steps: int | None = None
     fewest_rows: int = 8
 
     def __post_init__(self):
-        at_least_one = (
-            "completions_per_prompt",
-            "max_completion_tokens",
-            "chunk_steps",
-            "fewest_rows",
-        )
+        names = ["completions_per_prompt", "max_completion_tokens", "fewest_rows"]
+        if self.chunk_steps is not None:
+            names.append("chunk_steps")
         problems = [
             f"{name} must be ≥ 1, not {getattr(self, name)}"
-            for name in at_least_one
+            for name in names
             if getattr(self, name) < 1
         ]
         if not self.temperature >= 0:
@@ -67,6 +61,18 @@ class SamplerSettings:
             problems.append("temperature 0 takes the likeliest token: set top_k, top_p, min_p None")
         if problems:
             raise ValueError("rollout settings: " + "; ".join(problems) + ".")
+
+    def chunk_length(self, platform: str) -> int:
+        """Return the steps of every chunk: chunks of equal length waste the fewest steps.
+
+        Args:
+          platform: of the devices, as in `jax.Device.platform`.
+        """
+        most = self.chunk_steps
+        if most is None:
+            most = 4 if platform == "cpu" else 16
+        steps = max(self.max_completion_tokens - 1, 1)  # the first token is sampled by the prefill
+        return -(-steps // -(-steps // most))
 
     @property
     def greedy(self) -> bool:
@@ -84,6 +90,7 @@ class RolloutSettings:
     """Sampling of completions in training: the config's rollout section (see SamplerSettings).
 
     stop: strings that end a completion; they are part of it.
+    mesh: parts by axis, data and tensor; see rollout_mesh.make_rollout_mesh.
     engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
     """
 
@@ -95,7 +102,7 @@ class RolloutSettings:
     min_p: float | None
     stop: tuple[str, ...]
     cache_dtype: str | None
-    gather_params: bool
+    mesh: dict[str, int | None]
     engine: str | None
 
     def __post_init__(self):
@@ -111,8 +118,14 @@ class RolloutSettings:
             )
         if not all(self.stop):
             problems.append("rollout.stop holds an empty string")
+        for axis, size in self.mesh.items():
+            if axis not in AXES:
+                problems.append(f"rollout.mesh.{axis} does not exist; known: {', '.join(AXES)}")
+            elif size is not None and size != -1 and size < 1:
+                problems.append(f"rollout.mesh.{axis} must be ≥ 1, -1 or None, not {size}")
         checked = dataclasses.asdict(self)
-        del checked["stop"], checked["cache_dtype"], checked["engine"]
+        for name in ("stop", "cache_dtype", "mesh", "engine"):
+            del checked[name]
         try:
             SamplerSettings(end_ids=(), pad_id=0, **checked)
         except ValueError as error:

@@ -21,35 +21,54 @@ class SampledTokens(NamedTuple):
     """One token per row, all `[B]`.
 
     tokens: int32. log_probs: at the temperature, before truncation (nats). kept_log_mass: log of
-    the probability mass after truncation (nats, ≤ 0).
+    the probability mass after truncation (nats, ≤ 0); None without truncation.
     """
 
     tokens: Array
     log_probs: Array
-    kept_log_mass: Array
+    kept_log_mass: Array | None
 
 
-def sample_tokens(settings: SamplerSettings, logits: Array, keys: Array) -> SampledTokens:
-    """Sample a token per row.
+def draw_uniforms(keys: Array, numbers: Array) -> Array:
+    """Return two uniform numbers `[C, B, 2]` for each token of each row.
+
+    Args:
+      keys: `[B]`, one per row.
+      numbers: `[C]` of the tokens in their completions.
+    """
+
+    def of_token(number: Array) -> Array:
+        token_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+        return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(token_keys)
+
+    return jax.vmap(of_token)(numbers)
+
+
+def sample_tokens(
+    settings: SamplerSettings, logits: Array, uniforms: Array | None
+) -> SampledTokens:
+    """Sample a token per row; without truncation, in one pass over the exponentials.
 
     Args:
       settings: temperature and truncation.
       logits: `[B, V]`, float32 or better.
-      keys: `[B]`, one per row, consumed.
+      uniforms: `[B, 2]` uniform numbers; None for greedy decoding.
     """
     z_BV = logits if settings.greedy else logits / settings.temperature
     peak_B1 = jnp.max(z_BV, axis=1, keepdims=True)
     e_BV = jnp.exp(z_BV - peak_B1)
-    total_B = jnp.sum(e_BV, axis=1)
-    if settings.greedy:
+    if uniforms is None:
         tokens_B = jnp.argmax(z_BV, axis=1).astype(jnp.int32)
-        return SampledTokens(tokens_B, -jnp.log(total_B), jnp.zeros_like(total_B))
-    weights_BV = truncated(settings, e_BV)
-    mass_B = total_B if weights_BV is e_BV else jnp.sum(weights_BV, axis=1)
-    tokens_B = _pick(weights_BV, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
-    chosen_B = jnp.take_along_axis(z_BV, tokens_B[:, None], axis=1)[:, 0]
-    log_probs_B = chosen_B - peak_B1[:, 0] - jnp.log(total_B)
-    return SampledTokens(tokens_B, log_probs_B, jnp.log(mass_B) - jnp.log(total_B))
+        return SampledTokens(tokens_B, -jnp.log(jnp.sum(e_BV, axis=1)), None)
+    table_BKW = _blocks(truncated(settings, e_BV))
+    masses_BK = jnp.sum(table_BKW, axis=2)
+    tokens_B = _pick(table_BKW, masses_BK, uniforms)
+    mass_B = jnp.sum(masses_BK, axis=1)
+    chosen_B = jnp.take_along_axis(z_BV, tokens_B[:, None], axis=1)[:, 0] - peak_B1[:, 0]
+    if not settings.truncates:
+        return SampledTokens(tokens_B, chosen_B - jnp.log(mass_B), None)
+    log_total_B = jnp.log(jnp.sum(e_BV, axis=1))
+    return SampledTokens(tokens_B, chosen_B - log_total_B, jnp.log(mass_B) - log_total_B)
 
 
 def truncated(settings: SamplerSettings, weights: Array) -> Array:
@@ -105,15 +124,20 @@ def _threshold(weights: Array, summed: Array | None, target: Array) -> Array:
     return jax.lax.fori_loop(0, 31, halve, (low_B, above_one_B))[0]
 
 
-def _pick(weights_BV: Array, uniform_B2: Array) -> Array:
-    """Sample an index per row in proportion to the weights."""
+def _blocks(weights_BV: Array) -> Array:
+    """Return the weights in blocks `[B, K, W]`, with zeros at the end."""
     rows, size = weights_BV.shape
     width = min(BLOCK, size)
     blocks = -(-size // width)
     padded_BV = jnp.pad(weights_BV, ((0, 0), (0, blocks * width - size)))
-    table = padded_BV.reshape(rows, blocks, width)
-    block_B = _first_above(jnp.sum(table, axis=2), uniform_B2[:, 0])
-    inside_BW = jnp.take_along_axis(table, block_B[:, None, None], axis=1)[:, 0]
+    return padded_BV.reshape(rows, blocks, width)
+
+
+def _pick(table_BKW: Array, masses_BK: Array, uniform_B2: Array) -> Array:
+    """Sample an index per row in proportion to the weights, in blocks with their masses."""
+    block_B = _first_above(masses_BK, uniform_B2[:, 0])
+    inside_BW = jnp.take_along_axis(table_BKW, block_B[:, None, None], axis=1)[:, 0]
+    width = table_BKW.shape[2]
     return (block_B * width + _first_above(inside_BW, uniform_B2[:, 1])).astype(jnp.int32)
 
 

@@ -46,8 +46,10 @@ _default_hook = sys.unraisablehook
 
 
 def _is_of_orbax(record: logging.LogRecord) -> bool:
-    """Return whether a logged exception was raised by a coroutine of Orbax."""
-    trace = record.exc_info[2] if record.exc_info else None
+    """Return whether a logged exception was raised by a coroutine of Orbax, or by TensorStore."""
+    _, error, trace = record.exc_info or (None, None, None)
+    if trace is None:  # raised outside Python
+        return "os_error_code" in str(error)
     frames = (frame for frame, _ in traceback.walk_tb(trace))
     return any(str(frame.f_globals.get("__name__")).startswith("orbax.") for frame in frames)
 

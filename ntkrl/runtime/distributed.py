@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -17,6 +16,7 @@ from jax._src import clusters, distributed
 from tqdm import tqdm
 
 from ntkrl import signals
+from ntkrl.messages import print_last
 from ntkrl.runtime.config import differences
 from ntkrl.runtime.health import OTHERS_FAILED, HealthMonitor, Limits, read_limits
 from ntkrl.runtime.rendezvous import Hello, StartupTimeoutError, rendezvous
@@ -65,7 +65,7 @@ def distributed_session(run: str = "") -> Iterator[None]:
     try:
         monitor = _start(read_limits(), run)
     except StartupTimeoutError as error:
-        print(f"ntkrl: {error}", file=sys.stderr, flush=True)
+        print_last(f"ntkrl: {error}")
         os._exit(OTHERS_FAILED)
     try:
         yield

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -22,7 +21,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from ntkrl import durable_files, run_lock, signals
+from ntkrl import durable_files, messages, run_lock, signals
 from ntkrl.runtime.rendezvous import Meeting
 
 MISTAKE, FAILED, OTHERS_FAILED, INTERRUPTED = 2, 1, 70, 130
@@ -161,7 +160,7 @@ class HealthMonitor:
         elif isinstance(error, ValueError | OSError) and not from_jax:
             status, message = MISTAKE, str(error)
         if status == FAILED or "NTKRL_TRACEBACK" in os.environ:
-            traceback.print_exception(error)
+            messages.print_last("".join(traceback.format_exception(error)))
         self._exit(status, message, f"{self.describe(self.index)} failed: {message}")
 
     def close(self) -> None:
@@ -172,14 +171,15 @@ class HealthMonitor:
         """Print the message, publish the verdict and end the process at once."""
         if not self.ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is ending the process
-        self.stopped.set()
-        sys.stdout.flush()
-        print(f"\nntkrl: {message}{self._advice()}", file=sys.stderr, flush=True)
-        publisher = threading.Thread(target=self._publish_exit, args=(verdict,), daemon=True)
-        publisher.start()
-        publisher.join(RPC_SECONDS + self.limits.grace + 2 * self.limits.period)
-        run_lock.release_all()
-        os._exit(status)
+        try:
+            self.stopped.set()
+            messages.print_last(f"\nntkrl: {message}{self._advice()}")
+            publisher = threading.Thread(target=self._publish_exit, args=(verdict,), daemon=True)
+            publisher.start()
+            publisher.join(RPC_SECONDS + self.limits.grace + 2 * self.limits.period)
+            run_lock.release_all()
+        finally:  # other threads wait for it
+            os._exit(status)
 
     def _advice(self) -> str:
         if self.resume_step is None:

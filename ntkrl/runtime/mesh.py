@@ -1,5 +1,6 @@
 """Device mesh over (data, fsdp, tensor); transfers of arrays to and from it."""
 
+import functools
 from typing import Any
 
 import jax
@@ -62,12 +63,18 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def _place(leaf: Any, sharding: Sharding) -> jax.Array:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return _identity(sharding)(leaf)  # device_put moves no keys between processes
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.jit(lambda key: key, out_shardings=sharding)(leaf)
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+
+@functools.cache
+def _identity(sharding: Sharding) -> jax.stages.Wrapped:
+    """Return the program that moves an array to a sharding, compiled once."""
+    return jax.jit(lambda leaf: leaf, out_shardings=sharding)
 
 
 def row_sharding(rows: int, mesh: Mesh) -> NamedSharding:

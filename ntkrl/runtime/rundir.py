@@ -24,6 +24,7 @@ ALLOWED = {
     "checkpoint": "schedule and retention only, not the computation",
     "logging": "loggers only, not the computation",
     "mesh": "same numbers up to rounding",
+    "rollout.mesh": "same numbers up to rounding",
     "run_dir": "path of the run",
     "schedule.log_ratio_tolerance": "a check only, not the computation",
 }

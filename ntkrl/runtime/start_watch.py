@@ -7,11 +7,11 @@ connections of the rendezvous stay open meanwhile: the end of one is noticed at 
 import os
 import select
 import socket
-import sys
 import threading
 import time
 from typing import NoReturn
 
+from ntkrl.messages import print_last
 from ntkrl.runtime.health import OTHERS_FAILED
 
 CONNECTED = b"connected\n"
@@ -68,7 +68,7 @@ class StartWatch:
     def _end(self, message: str) -> NoReturn:
         for link in self.links.values():
             _send(link, message.encode())
-        print(f"\nntkrl: {message}", file=sys.stderr, flush=True)
+        print_last(f"\nntkrl: {message}")
         os._exit(OTHERS_FAILED)
 
 

@@ -5,6 +5,8 @@ from ntkrl.setup.run_setup import Prompts, RunSetup, set_up
 from ntkrl.setup.starting_model import (
     StartingModel,
     check_vocabulary,
+    choose_rollout_mesh,
+    decoding_work,
     load_starting_model,
     training_facts,
 )

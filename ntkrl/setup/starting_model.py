@@ -3,6 +3,7 @@
 import dataclasses
 import filecmp
 import functools
+import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import ntkrl
-from ntkrl import data, durable_files, models, runtime, trees, update
+from ntkrl import data, durable_files, models, rollout, runtime, trees, update
 from ntkrl.numerics import DTYPES, at_least_float32, einsum
 from ntkrl.scoring import completion_features
 from ntkrl.settings import RunSettings
@@ -32,7 +33,7 @@ class StartingModel:
     params: on the mesh; shapes with shardings where a run is only planned.
     tokenizer: transformers'. tokenizer_dir: directory whose tokenizer files export copies.
     end_ids: tokens that end a completion.
-    mesh: mesh of all devices.
+    mesh: mesh of all devices. rollout_mesh: of the same devices, to sample on.
     """
 
     network: Policy | Scorer
@@ -41,6 +42,7 @@ class StartingModel:
     tokenizer_dir: str
     end_ids: tuple[int, ...]
     mesh: Mesh
+    rollout_mesh: Mesh
 
     @property
     def policy(self) -> Policy:
@@ -202,7 +204,7 @@ def load_network(
     """
     if settings.method.reward_model:
         scorer, params = _load_scorer(settings, tokenizer, mesh)
-        return StartingModel(scorer, params, tokenizer, tokenizer_dir, (), mesh)
+        return StartingModel(scorer, params, tokenizer, tokenizer_dir, (), mesh, mesh)
     policy, params = _load_policy(settings, tokenizer, mesh)
     rows = vocabulary_rows(settings, tokenizer, policy.vocab_size)
     if rows != policy.vocab_size:
@@ -212,7 +214,38 @@ def load_network(
         policy, params = _whiten(settings, settings.model.whiten, policy, params, tokenizer, mesh)
     generation_ids = () if policy.source is None else models.generation_end_ids(policy.source)
     end_ids = data.end_ids(tokenizer, generation_ids, settings.rollout.stop)
-    return StartingModel(policy, params, tokenizer, tokenizer_dir, end_ids, mesh)
+    sampling_mesh = choose_rollout_mesh(settings, policy, params, mesh)
+    return StartingModel(policy, params, tokenizer, tokenizer_dir, end_ids, mesh, sampling_mesh)
+
+
+def choose_rollout_mesh(settings: RunSettings, policy: Policy, params: Params, mesh: Mesh) -> Mesh:
+    """Return the mesh that completions are sampled on.
+
+    Args:
+      settings: with the parts, if they are set.
+      policy, params: of the model; the params may be shapes.
+      mesh: of the params.
+
+    Raises:
+      ValueError: parts that do not divide the devices, the heads or the rows of a rollout.
+    """
+    work = decoding_work(settings, policy, params)
+    return rollout.make_rollout_mesh(settings.rollout.mesh, mesh, work)
+
+
+def decoding_work(settings: RunSettings, policy: Policy, params: Params) -> rollout.DecodingWork:
+    """Return the work of a rollout step that the rollout mesh divides."""
+    config, compute = policy.config, settings.model.compute_dtype
+    sizes = [
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype if compute is None else compute).itemsize
+        for leaf in jax.tree.leaves(params)
+    ]
+    return rollout.DecodingWork(
+        heads=math.gcd(config.num_attention_heads, config.num_key_value_heads),
+        layers=config.num_hidden_layers,
+        weight_bytes=sum(sizes),
+        rows=settings.data.prompts_per_step * settings.rollout.completions_per_prompt,
+    )
 
 
 def _load_scorer(settings: RunSettings, tokenizer: Any, mesh: Mesh) -> tuple[Scorer, Params]:

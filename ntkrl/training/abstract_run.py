@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ntkrl import data, rollout, runtime, trees, update
 from ntkrl.scoring import head_of
@@ -62,19 +63,26 @@ class AbstractRun:
         self.stage_names = tuple(stage.stage.name for stage in self.stages)
         self.key = self.replicated(jax.eval_shape(lambda: jax.random.key(0)))
 
-    def replicated(self, tree: Any) -> Any:
-        """Return shapes replicated on every device."""
-        sharding = runtime.replicated(self.mesh)
+    def replicated(self, tree: Any, mesh: Mesh | None = None) -> Any:
+        """Return shapes replicated on every device; on the mesh of training by default."""
+        sharding = runtime.replicated(self.mesh if mesh is None else mesh)
         return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
 
-    def rows(self, tree: Any) -> Any:
-        """Return the shapes of a batch with the sharding of `runtime.place_rows`."""
-        sharding = runtime.row_sharding(jax.tree.leaves(tree)[0].shape[0], self.mesh)
+    def rows(self, tree: Any, mesh: Mesh | None = None) -> Any:
+        """Return the shapes of a batch with the sharding of `runtime.place_rows`.
+
+        Args:
+          tree: shapes.
+          mesh: None for the mesh of training.
+        """
+        mesh = self.mesh if mesh is None else mesh
+        sharding = runtime.row_sharding(jax.tree.leaves(tree)[0].shape[0], mesh)
         return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
 
-    def per_device(self, rows: int) -> int:
-        """Return the rows of a batch on each device."""
-        return runtime.row_sharding(rows, self.mesh).shard_shape((rows,))[0]
+    def per_device(self, rows: int, mesh: Mesh | None = None) -> int:
+        """Return the rows of a batch on each device; of the mesh of training by default."""
+        mesh = self.mesh if mesh is None else mesh
+        return runtime.row_sharding(rows, mesh).shard_shape((rows,))[0]
 
     def state(self, stage: update.BoundStage) -> TrainState:
         """Return the state that a stage's steps start from."""

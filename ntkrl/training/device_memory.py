@@ -2,6 +2,7 @@
 
 The compiler states the peak memory of the update at full length. Where that exceeds the devices'
 memory, a minibatch is read in more parts. Devices that report no limit, as CPUs, read it at once.
+A run that cannot sample in the devices' memory is refused.
 """
 
 import dataclasses
@@ -12,12 +13,12 @@ from typing import Any
 
 import jax
 
-from ntkrl import durable_files, reward, runtime
+from ntkrl import durable_files, reward, rollout, runtime
 from ntkrl.json_files import read_object
 from ntkrl.numerics import GIB
 from ntkrl.settings import RunSettings
-from ntkrl.setup import RunSetup
-from ntkrl.training.abstract_run import AbstractRun
+from ntkrl.setup import RunSetup, decoding_work
+from ntkrl.training.abstract_run import AbstractRun, device_bytes
 from ntkrl.training.programs import peak_bytes, resident_bytes, updates
 
 LAYOUT_FILE = "layout.json"
@@ -30,11 +31,20 @@ def fit(setup: RunSetup, directory: Path) -> RunSetup:
     Args:
       setup: the run.
       directory: of the run; a number chosen there for the same mesh is kept.
+
+    Raises:
+      ValueError: sampling does not fit the devices' memory.
     """
     settings, mesh = setup.settings, setup.model.mesh
+    limit = None if settings.method.reward_model else runtime.device_memory(mesh)
+    if settings.method.samples and settings.rollout.engine is None:
+        run, parts = abstract_run(setup, settings), setup.model.rollout_mesh.shape
+        if mesh.size > 1:
+            runtime.log(f"sampling on data={parts['data']} × tensor={parts['tensor']} devices")
+        if limit is not None:
+            check_sampling(run, limit)
     if settings.schedule.microbatches is not None:
         return setup
-    limit = None if settings.method.reward_model else runtime.device_memory(mesh)
     saved = _saved_count(directory, setup)
     if saved is not None:
         count, reason = saved, f"as chosen in {directory / LAYOUT_FILE}"
@@ -54,6 +64,42 @@ def save_layout(setup: RunSetup, directory: Path) -> None:
     if runtime.is_writer():
         values = {"mesh": dict(setup.model.mesh.shape), "microbatches": setup.settings.microbatches}
         durable_files.save_text(directory / LAYOUT_FILE, json.dumps(values) + "\n")
+
+
+def check_sampling(run: AbstractRun, limit: float) -> None:
+    """Check that what sampling keeps on a device is within a limit (bytes).
+
+    Counted are the arrays that stay throughout the run, the copy of the params and the full cache:
+    less than the peak that `ntkrl plan` reports.
+
+    Raises:
+      ValueError: they exceed it; the message has the figures and the first setting to change.
+    """
+    settings, model = run.settings, run.model
+    assert run.functions is not None  # as of every run that samples
+    sampler = run.functions.samplers[False]
+    assert isinstance(sampler, rollout.Sampler)
+    rows = settings.data.prompts_per_step * settings.rollout.completions_per_prompt
+    copy = device_bytes(sampler.copy_shapes(model.params))
+    cache = device_bytes(sampler.cache_shapes(rows, run.width))
+    kept = max(device_bytes(run.resident(stage)) for stage in run.stages)
+    if copy + cache + kept <= limit:
+        return
+    parts = model.rollout_mesh.shape
+    work = decoding_work(settings, model.policy, model.params)
+    more = work.more_parts(run.mesh.size, parts["tensor"])
+    if more is not None:
+        advice = f"set rollout.mesh.tensor={more}"
+    elif settings.network_dtypes[1] == "float32":
+        advice = "set rollout.cache_dtype=bfloat16 or model.compute_dtype=bfloat16"
+    else:
+        advice = "lower data.prompts_per_step, or take more devices"
+    raise ValueError(
+        f"sampling does not fit: it needs at least {(copy + cache + kept) / GIB:.1f} of "
+        f"{limit / GIB:.1f} GiB per device: {kept / GIB:.1f} of params, optimizer and reward "
+        f"models, {copy / GIB:.1f} of the copy that is sampled from (data={parts['data']} × "
+        f"tensor={parts['tensor']}), {cache / GIB:.1f} of its cache; {advice}."
+    )
 
 
 def fewest_microbatches(

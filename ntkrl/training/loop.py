@@ -142,7 +142,7 @@ class Loop:
         previous: RolloutStep | None = None
         total, name, quiet = start + self._steps_left(), self.settings.name, not runtime.is_writer()
         bar = tqdm(total=total, initial=start, desc=name, mininterval=0.5, disable=quiet)
-        with self.checkpointer, self._open_writer(start) as writer, bar:
+        with bar, self.checkpointer, self._open_writer(start) as writer:
             self.writer, self.bar = writer, bar
             if self.probe_hook is not None:
                 self.probe_hook.write_set()

@@ -42,7 +42,6 @@ class Program:
     function: jitted; `function.lower(*arguments, **keywords)` compiles.
     resident: names of the resident trees among the arguments.
     runs_per_step: mean number of runs in a rollout step.
-    loop_trips: iterations of a loop whose end depends on data.
     rows_per_device: rows that a device reads at a time.
     extra: trees on the devices while it runs, besides its arguments and the resident trees.
     compiled: set by whoever compiles the program, before taking the next one: programs that read
@@ -56,7 +55,6 @@ class Program:
     arguments: tuple[object, ...]
     resident: frozenset[str]
     runs_per_step: float = 1.0
-    loop_trips: int = 1
     rows_per_device: int = 1
     keywords: Mapping[str, object] = dataclasses.field(default_factory=dict)
     extra: object = ()
@@ -101,7 +99,8 @@ def run_programs(run: AbstractRun, probes: bool = True) -> Iterator[Program]:
         yield from ledgers(run)
     if probes and settings.evaluates:
         sampler = make_evaluation_sampler(settings, run.model)
-        yield from generation(run, sampler, prompts_together(settings, run.mesh), PROBE)
+        count = prompts_together(settings, run.model.rollout_mesh)
+        yield from generation(run, sampler, count, PROBE)
 
 
 def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> Iterator[Program]:
@@ -117,53 +116,51 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
         return  # sampled by another program
     assert isinstance(sampler, rollout.Sampler)
     stages, label = (run.stage_names, "") if part == GENERATION else ((), "evaluation ")
-    prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)))
-    chunk, budget = sampler.settings.chunk_steps, run.budget
-    columns = _cache_columns(run, sampler)
-    params, gather = run.model.params, sampler.gather_program(run.model.params)
+    mesh = run.model.rollout_mesh
+    prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)), mesh)
+    chunk, budget = sampler.chunk_length, run.budget
+    columns, programs = _cache_columns(run, sampler), sampler.programs
+    copy = params = run.model.params
 
-    def program(name: str, key: str, arguments: tuple[Any, ...], runs: float, rows: int) -> Program:
-        takes_params = any(argument is params for argument in arguments)
-        is_policy = any(argument is run.model.params for argument in arguments)
-        # a gathered copy of the params stays on the devices while the cache grows
-        gathered = params is not run.model.params and not takes_params
+    def program(
+        name: str, function: Any, arguments: tuple[Any, ...], runs: float, rows: int
+    ) -> Program:
         return Program(
             name=label + name,
             part=part,
             stages=stages,
-            function=gather if key == "gather" else getattr(sampler.programs, key),
+            function=function,
             arguments=arguments,
-            resident=frozenset({POLICY} if is_policy else ()),
+            resident=frozenset({POLICY} if arguments[0] is params else ()),
             runs_per_step=runs if stages else 0.0,
-            loop_trips=chunk if key == "decode_chunk" else 1,
             rows_per_device=rows,
-            extra=params if gathered else (),
+            # the copy of the params stays on the devices while the cache grows
+            extra=() if any(argument is copy for argument in arguments) else copy,
         )
 
-    if sampler.settings.gather_params:
-        gathering = program("gathering", "gather", (params,), 1, 1)
-        yield gathering
-        if gathering.compiled is None:
-            return
-        params = _results(gathering)
+    copying = program("copy of params", sampler.copy_program(params), (params,), 1, 1)
+    yield copying
+    if copying.compiled is None:
+        return
+    copy = _results(copying)
     before = columns[-2] if len(columns) > 1 else columns[-1]
-    arguments: tuple[Any, ...] = (before, params, prompts, run.key)
-    prefill = program("prefill", "prefill", arguments, 1, run.per_device(count))
+    arguments: tuple[Any, ...] = (before, copy, prompts, run.replicated(run.key, mesh))
+    prefill = program("prefill", programs.prefill, arguments, 1, run.per_device(count, mesh))
     yield prefill
     if prefill.compiled is None or budget == 1:
         return
-    rows = run.per_device(count * sampler.settings.completions_per_prompt)
+    rows = run.per_device(count * sampler.settings.completions_per_prompt, mesh)
     live, written = _results(prefill)[:2]
     if len(columns) > 1:
         arguments = (columns[-1], live)
-        growth = program("cache growth", "grow_cache", arguments, len(columns) - 1, rows)
+        growth = program("cache growth", programs.grow_cache, arguments, len(columns) - 1, rows)
         yield growth
         if growth.compiled is None:
             return
         live = _results(growth)
-    start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32))
+    start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)
     chunks = -(-(budget - 1) // chunk)
-    yield program("decoding", "decode_chunk", (params, live, written, start), chunks, rows)
+    yield program("decoding", programs.decode_chunk, (copy, live, written, start), chunks, rows)
 
 
 def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Iterator[Program]:
@@ -314,10 +311,9 @@ def probe_block(run: AbstractRun) -> tuple[ntk.Contexts, Any, int]:
 
 def _cache_columns(run: AbstractRun, sampler: rollout.Sampler) -> list[int]:
     """Return the columns of a sampler's cache before and after each growth, rising."""
-    chunk, budget = sampler.settings.chunk_steps, run.budget
-    columns = {run.width + min(chunk << n, budget - 1) for n in range(budget.bit_length())}
-    columns |= {sampler.cache_columns(run.width, 1 + chunk)}
-    return sorted(c for c in columns if c <= run.width + max(budget - 1, chunk))
+    chunk = sampler.chunk_length
+    ends = range(1 + chunk, run.budget + chunk, chunk)
+    return sorted({sampler.cache_columns(run.width, end) for end in ends})
 
 
 def _prompt_batch(count: int, width: int) -> PromptBatch:

@@ -81,7 +81,7 @@ def make(config: dict[str, Any], side: int) -> Bench:
 
 
 def decoding(bench: Bench, prompts: int) -> Iterator[dict[str, Any]]:
-    """Time a rollout less its prefill, per token step; weights cast once, or in float32."""
+    """Time a rollout less its prefill, per token step."""
     policy, config, rows = bench.policy, bench.policy.config, prompts * GROUP
     ids = np.random.default_rng(0).integers(2, policy.vocab_size, (prompts, PROMPT))
     batch = PromptBatch(
@@ -90,28 +90,22 @@ def decoding(bench: Bench, prompts: int) -> Iterator[dict[str, Any]]:
         rows=jnp.arange(prompts),
         copies=jnp.zeros(prompts, int),
     )
-    for gathered in (True, False) if prompts == 16 else (True,):
-        seconds = []
-        for length in (1, COMPLETION):
-            options = {
-                "gather_params": gathered,
-                "params_dtype": jnp.bfloat16 if gathered else None,
-            }
-            # no token ends a completion: all have the full length
-            settings = rollout.SamplerSettings(GROUP, length, 1.0, end_ids=(), pad_id=0, **options)
-            sample = rollout.Sampler(policy, settings)
-            draw = functools.partial(sample, bench.params, batch, jax.random.key(1))
-            seconds.append(timed(draw))
-        cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        read = rows * (PROMPT + COMPLETION / 2) * cache + 2 * (bench.body + bench.head)
-        each = (seconds[1] - seconds[0]) / (COMPLETION - 1)
-        yield {
-            "what": f"decode, {rows} rows, weights {'cast once' if gathered else 'in float32'}",
-            "seconds": each,
-            "floor": read / bench.bytes_rate,
-            "limit": "memory",
-            "tokens/s": rows / each,
-        }
+    seconds = []
+    for length in (1, COMPLETION):
+        # no token ends a completion: all have the full length
+        settings = rollout.SamplerSettings(GROUP, length, 1.0, end_ids=(), pad_id=0)
+        sample = rollout.Sampler(policy, settings)
+        seconds.append(timed(functools.partial(sample, bench.params, batch, jax.random.key(1))))
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    read = rows * (PROMPT + COMPLETION / 2) * cache + 2 * (bench.body + bench.head)
+    each = (seconds[1] - seconds[0]) / (COMPLETION - 1)
+    yield {
+        "what": f"decode, {rows} rows",
+        "seconds": each,
+        "floor": read / bench.bytes_rate,
+        "limit": "memory",
+        "tokens/s": rows / each,
+    }
 
 
 def updating(bench: Bench, rows: int, microbatches: int) -> Iterator[dict[str, Any]]:

@@ -76,13 +76,13 @@ def test_decoding(tmp_path, case):
         **prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
     ).numpy()
     cache = policy.init_cache(3, 9 + 64)
-    decode = jax.jit(policy.decode)
-    features, cache = decode(params, cache, jnp.asarray(tokens), jnp.asarray(mask))
+    decode, copy = jax.jit(policy.decode), policy.decode_params(params)
+    features, cache = decode(copy, cache, jnp.asarray(tokens), jnp.asarray(mask))
 
     def step(carry, _):
         phi, cache = carry
         token = jnp.argmax(policy.head(params, phi), axis=-1)[:, None]
-        moved, cache = policy.decode(params, cache, token, jnp.ones((3, 1), bool))
+        moved, cache = policy.decode(copy, cache, token, jnp.ones((3, 1), bool))
         return (moved[:, 0], cache), (token[:, 0], moved[:, 0])
 
     _, (chosen, stepped) = jax.lax.scan(step, (features[:, -1], cache), None, 64)

@@ -82,4 +82,5 @@ def test_a_cache_refuses_segments():
     policy, params = ntkrl.build("GPTNeoXForCausalLM", TINY, jax.random.key(0))
     tokens = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="takes a bool mask, not int32; rows of several sequences"):
-        policy.decode(params, policy.init_cache(1, 8), tokens, jnp.asarray([[1, 1, 2, 2]]))
+        copy = policy.decode_params(params)
+        policy.decode(copy, policy.init_cache(1, 8), tokens, jnp.asarray([[1, 1, 2, 2]]))

@@ -43,7 +43,8 @@ def test_logits_stay_and_features_spread():
     assert mean_cosine(phi_OD) > 0.5
     assert abs(mean_cosine(turned_OD)) < 0.15 * mean_cosine(phi_OD)
     mask = jnp.ones(tokens.shape, bool)
-    read, _ = plain.decode(white, plain.init_cache(12, 9), tokens, mask)
+    copy = plain.decode_params(white)
+    read, _ = plain.decode(copy, plain.init_cache(12, 9), tokens, mask)
     np.testing.assert_allclose(read.reshape(phi_OD.shape), turned_OD, atol=1e-4)
 
 

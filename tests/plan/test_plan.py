@@ -32,14 +32,14 @@ def test_a_plan(words, tmp_path, capsys):
     names = ("prefill", "cache growth", "decoding", "reference", "update classifier", "update all")
     names += ("ledger classifier", "ledger all", "kernel apply")
     assert all(f"\n{name} " in printed for name in names)
-    assert "mesh fsdp 8, remat products" in printed and "fits: " in printed
+    assert "mesh fsdp 8, rollout mesh data 8, remat products" in printed and "fits: " in printed
     assert "data × fsdp = 8 does not divide the 4 rows read together" in printed
     (result,) = json.loads(file.read_text())
     rows = {row["name"]: row for row in result["programs"]}
     assert rows["update all"]["stages"] == ["all"] and rows["update all"]["runs"] == 2
     assert rows["reference from features"]["stages"] == ["classifier"]
     assert all(row["verdict"] == "fits" and row["peak_gib"] > 0 for row in rows.values())
-    assert rows["decoding"]["flops"] > 0 and rows["decoding"]["collectives"]["all-gather"]
+    assert rows["decoding"]["flops"] > 0 and rows["copy of params"]["collectives"]["all-gather"]
 
 
 def test_a_search(words, tmp_path, capsys):
@@ -188,13 +188,13 @@ KNOBS = [
     ("update", {"rows": 2}, [], "schedule.microbatches=2"),
     ("update", {}, [], "model.remat=all"),
     ("update", {}, ["--config.model.remat=all"], "model.compute_dtype=bfloat16"),
-    ("generation", {}, [], "rollout.cache_dtype=bfloat16"),
+    ("generation", {}, [], "rollout.mesh.tensor=2"),
+    ("generation", {}, ["--config.rollout.mesh.tensor=2"], "rollout.cache_dtype=bfloat16"),
     ("scoring", {}, [], "model.compute_dtype=bfloat16"),
     ("update", {"argument_gib": 20.0}, ["--config.mesh.data=4"], "mesh.data=1 mesh.fsdp=8"),
     ("update", {"copies_gib": 15.0}, [], "probe.ledger_every_steps=None"),
     ("update", {"copies_gib": 15.0}, [NO_LEDGER], "probe.every_steps=None"),
     ("update", {"copies_gib": 14.0}, [], "model.remat=all"),  # the copies are not to blame
-    ("generation", {}, ["--config.rollout.gather_params=True"], "rollout.gather_params=False"),
     (PROBE, {"rows": 5}, [], "probe.memory_gib=1"),
     (PROBE, {}, [], "probe.ledger_every_steps=None"),
     (PROBE, {"rows": 5, "argument_gib": 20.0}, [], "probe.ledger_every_steps=None"),

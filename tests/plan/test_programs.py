@@ -110,13 +110,13 @@ def test_stage_one_has_no_body(settings):
 
 
 def test_decoding_reads_every_token(settings):
-    """by hand: two chunks of 16 of 23 tokens; each token multiplies 8 rows by every weight."""
+    """by hand: six chunks of 4 of 23 tokens; each token multiplies 8 rows by every weight."""
     width, inner, layers, rows = MODEL["hidden_size"], MODEL["intermediate_size"], 2, 8
     result = compiled(run_of(settings("rl"), 1), GENERATION)
-    assert result["decoding"].runs == 2 and result["cache growth"].runs == 1
+    assert result["decoding"].runs == 6 and result["cache growth"].runs == 1
     products = layers * (4 * width * width + 2 * width * inner) + MODEL["vocab_size"] * width
     attention = layers * 2 * (8 + 23) * width
-    assert result["decoding"].flops == 16 * rows * 2 * (products + attention)
+    assert result["decoding"].flops == 4 * rows * 2 * (products + attention)
 
 
 def test_shapes_are_those_of_a_run(settings):
@@ -174,12 +174,12 @@ def test_what_lies_beside_a_program(settings):
     assert argument_bytes == pytest.approx(4 * count + moments + inputs, abs=16)  # and counters
 
 
-def test_a_gathered_copy(settings):
+def test_a_copy_to_sample_from(settings):
     """by hand: the params replicated on each device while sampling, and gathered only once."""
-    run = run_of(settings("rl", "--config.rollout.gather_params=True"))
+    run = run_of(settings("rl", "--config.rollout.mesh.data=8"))
     rows, param_bytes = compiled(run, GENERATION), bytes_of(run.model.params)
-    assert rows["gathering"].scratch_gib * 2**30 >= param_bytes
-    assert rows["gathering"].collectives["all-gather"][1] > param_bytes / 2
+    assert rows["copy of params"].scratch_gib * 2**30 >= param_bytes
+    assert rows["copy of params"].collectives["all-gather"][1] > param_bytes / 2
     assert rows["cache growth"].copies_gib * 2**30 == param_bytes
     for name in ("prefill", "decoding"):
         assert rows[name].copies_gib == 0 and rows[name].argument_gib * 2**30 > param_bytes

@@ -128,7 +128,7 @@ def test_prompt_is_read_once():
 
 
 def test_early_exit():
-    """law: the loop stops when every row has ended, long before the budget."""
+    """law: decoding stops with the chunk in which the last row ended, long before the budget."""
     policy, params = toy()
     calls = []
 
@@ -145,7 +145,8 @@ def test_early_exit():
     jax.effects_barrier()
     longest = int(drawn.completion_mask.sum(axis=1).max())
     assert bool(drawn.finished.all()) and longest < 200
-    assert len(calls) == longest  # the prefill and one read per further token
+    chunks = -(-(longest - 1) // sample.chunk_length)
+    assert len(calls) == 1 + chunks * sample.chunk_length  # the prefill and whole chunks
 
 
 def test_rows_do_not_depend_on_their_neighbours():
@@ -187,18 +188,45 @@ def test_growing_caches_and_leaving_rows_change_nothing():
     np.testing.assert_array_equal(result.finished, expected.finished)
     np.testing.assert_allclose(result.sampler_log_probs, expected.sampler_log_probs, atol=2e-5)
     small(params, prompts(), jax.random.key(5))
-    # rows 32, 16, 8, 4, 2 and cache lengths 4, 8, 16, 32, 40 at most, whatever is drawn
-    assert small.programs.decode_chunk._cache_size() <= 25
-    assert compilations(small) - before <= 25 + 4 + 20 + 1
+    # rows 32, 16, 8, 4, 2 and cache lengths 21, 37, 44 at most, whatever is drawn
+    assert small.programs.decode_chunk._cache_size() <= 15
+    assert compilations(small) - before <= 15 + 12 + 10 + 1
 
 
-def test_the_cache_grows_in_powers_of_two():
-    """by hand: 5 columns of prompt, then 4, 8, 16, 32 and at most the 39 tokens that are read."""
+def test_the_cache_grows_by_a_quarter():
+    """by hand: 16 columns or a quarter in multiples of 16, at most the 39 tokens that are read."""
     policy, _ = toy()
-    small = rollout.Sampler(policy, settings(max_completion_tokens=40, chunk_steps=4))
-    drawn = (1, 5, 6, 9, 10, 17, 18, 33, 34, 40)
-    grown = [small.cache_columns(5, count) - 5 for count in drawn]
-    assert grown == [4, 4, 8, 8, 16, 16, 32, 32, 39, 39]
+    small = rollout.Sampler(policy, settings(max_completion_tokens=40))
+    drawn = (1, 17, 18, 33, 34, 40)
+    assert [small.cache_columns(5, count) - 5 for count in drawn] == [16, 16, 32, 32, 39, 39]
+    # 64 + 16, + 32, + 32, + 48, and 127 of 128 tokens; doubled chunks had 16, 32, 64, 127
+    large = rollout.Sampler(policy, settings(max_completion_tokens=128))
+    lengths = sorted({large.cache_columns(64, count) for count in range(1, 129)})
+    assert lengths == [80, 112, 144, 191]
+
+
+@pytest.mark.parametrize("budget", [1, 2, 16, 20, 64, 128])
+def test_chunks_are_of_equal_length(budget):
+    """law: they are no longer than asked for, and waste less than a step each."""
+    chosen = settings(max_completion_tokens=budget, chunk_steps=16)
+    length, steps = chosen.chunk_length("cpu"), max(budget - 1, 1)
+    chunks = -(-steps // length)
+    assert length <= 16 and chunks == -(-steps // 16) and chunks * length - steps < chunks
+    automatic = settings(max_completion_tokens=budget)
+    assert automatic.chunk_length("cpu") <= 4 and automatic.chunk_length("gpu") == length
+
+
+def test_no_row_ends_past_the_budget():
+    """law: chunks of another length leave no mark of steps past the budget: 12 = 1 + 6 + 6 − 1."""
+    policy, params = neox()
+    options = {"max_completion_tokens": 12, "completions_per_prompt": 32}
+    expected = rollout.Sampler(policy, settings(**options, chunk_steps=11))
+    result = rollout.Sampler(policy, settings(**options, chunk_steps=6))
+    assert (expected.chunk_length, result.chunk_length) == (11, 6)
+    first, second = (sample(params, prompts(), jax.random.key(1)) for sample in (expected, result))
+    jax.tree.map(np.testing.assert_array_equal, first.finished, second.finished)
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+    assert 0 < int(first.finished.sum()) < 64
 
 
 def test_nothing_recompiles():

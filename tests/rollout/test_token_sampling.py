@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntkrl.rollout.settings import SamplerSettings
-from ntkrl.rollout.token_sampling import BLOCK, sample_tokens, truncated
+from ntkrl.rollout.token_sampling import BLOCK, draw_uniforms, sample_tokens, truncated
 
 CASES = [
     {"top_k": 1},
@@ -69,9 +69,10 @@ def test_frequencies_and_masses(case):
     rng, count, size = np.random.default_rng(1), 20000, BLOCK + 30
     z = rng.normal(size=size).astype(np.float32) * 2
     options = settings(**case)
+    keys = jax.random.split(jax.random.key(0), count)
     result = jax.jit(
-        lambda keys: sample_tokens(options, jnp.tile(jnp.asarray(z), (count, 1)), keys)
-    )(jax.random.split(jax.random.key(0), count))
+        lambda uniforms: sample_tokens(options, jnp.tile(jnp.asarray(z), (count, 1)), uniforms)
+    )(draw_uniforms(keys, jnp.arange(1))[0])
     wide = z.astype(np.float64) / options.temperature
     probs = np.exp(wide - np.logaddexp.reduce(wide))
     truncation = {name: value for name, value in case.items() if name != "temperature"}
@@ -82,6 +83,9 @@ def test_frequencies_and_masses(case):
     assert (np.abs(counts - drawn) <= 4.5 * np.sqrt(drawn * (1 - drawn) / count) + 1e-9).all()
     assert len(set(tokens // BLOCK)) == 2 or kept.sum() < 20
     np.testing.assert_allclose(result.log_probs, np.log(probs)[tokens], rtol=2e-5)
+    if not truncation:
+        assert result.kept_log_mass is None
+        return
     np.testing.assert_allclose(result.kept_log_mass, np.log(probs[kept].sum()), atol=1e-6)
     assert (result.kept_log_mass <= 1e-7).all()
 
@@ -89,5 +93,6 @@ def test_frequencies_and_masses(case):
 def test_excluded_tokens_are_never_drawn():
     """law: a logit of −∞ at either end of a block has no chance, however the sums round."""
     z = jnp.tile(jnp.where(jnp.arange(BLOCK + 4) % 7 == 3, 0.0, -jnp.inf), (4000, 1))
-    result = sample_tokens(settings(), z, jax.random.split(jax.random.key(3), 4000))
+    keys = jax.random.split(jax.random.key(3), 4000)
+    result = sample_tokens(settings(), z, draw_uniforms(keys, jnp.arange(1))[0])
     assert set(np.asarray(result.tokens) % 7) == {3}

@@ -313,10 +313,14 @@ def test_failed_writes_are_logged_once(caplog):
     async def fail_in_orbax():
         await serialization.async_serialize_from_host(None, None)
 
+    async def fail_in_tensorstore():
+        error = ValueError("Failed writing: No space left on device [os_error_code='28']")
+        asyncio.get_running_loop().create_future().set_exception(error)
+
     async def forget(function):
         await asyncio.wait([asyncio.ensure_future(function())])
 
-    for function, count in ((fail_in_orbax, 0), (fail, 1)):
+    for function, count in ((fail_in_orbax, 0), (fail_in_tensorstore, 0), (fail, 1)):
         asyncio.run(forget(function))
         gc.collect()
         logged = [record for record in caplog.records if record.name == "asyncio"]

@@ -1,7 +1,10 @@
 """Story: processes that die, hang, fail or never join; the others end in time and name them."""
 
+import os
 import signal
 import socket
+import sys
+import threading
 import time
 
 import pytest
@@ -220,6 +223,34 @@ def test_one_process_has_neither_service_nor_threads():
         assert runtime.allgather_object("x", 3) == [3] and runtime.is_writer()
         assert runtime.local_slice(7) == slice(0, 7)
         assert threading.active_count() == before
+
+
+class ClosedPipe:
+    """Standard error of a process whose terminal is gone."""
+
+    def write(self, text=""):
+        raise BrokenPipeError("Broken pipe")
+
+    flush = write
+
+
+def test_a_process_ends_without_a_terminal(monkeypatch):
+    """law: an error whose message nobody can read ends the process all the same.
+
+    The thread that found a lost process used to end in BrokenPipeError, and the others waited for
+    it to end the process: for ever.
+    """
+    monitor = health.HealthMonitor.__new__(health.HealthMonitor)
+    monitor.limits = health.Limits(1.0, 0.1, 1.0)
+    monitor.ending, monitor.stopped = threading.Lock(), threading.Event()
+    monitor.index, monitor.hosts, monitor.resume_step = 0, ["here"], None
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr(sys, "stderr", ClosedPipe())
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    monkeypatch.setattr(monitor, "_publish_exit", lambda verdict: None, raising=False)
+    monitor.fail(RuntimeError("a fault"))
+    assert statuses == [health.FAILED]
 
 
 class Service:

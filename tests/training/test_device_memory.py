@@ -1,13 +1,16 @@
 """What a run chooses by the memory of its devices."""
 
 import json
+import math
 
+import jax
 import pytest
 
 from ntkrl import runtime
 from ntkrl.settings import read_settings
 from ntkrl.setup import set_up
-from ntkrl.training import device_memory
+from ntkrl.training import device_bytes, device_memory
+from tests.plan.test_programs import run_of, settings  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -53,3 +56,21 @@ def test_a_run_is_fitted_once(setup, tmp_path, monkeypatch, capsys):
     path = tmp_path / device_memory.LAYOUT_FILE
     path.write_text(json.dumps({"mesh": {"data": 4}, "microbatches": 2}))
     assert device_memory.fit(setup, tmp_path).settings.microbatches == 1
+
+
+def test_what_cannot_be_sampled_is_refused(settings):  # noqa: F811
+    """by hand: two copies of the params and two moments in eight parts, a whole copy, one row."""
+    run = run_of(settings("rl"))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.model.params))
+    # keys and values of 8 + 23 columns in two layers of 16 numbers, and their mask, of one row
+    cache = 31 * (2 * 2 * 16 * 4 + 1)
+    kept = sum(map(device_bytes, run.resident(run.stages[0]).values()))
+    device_memory.check_sampling(run, kept + 4 * count + cache + 4)
+    with pytest.raises(ValueError) as error:
+        device_memory.check_sampling(run, kept + 4 * count + cache + 3)
+    assert "sampling does not fit: it needs at least 0.0 of 0.0 GiB per device" in str(error.value)
+    assert "(data=8 × tensor=1)" in str(error.value)
+    assert str(error.value).endswith("; set rollout.mesh.tensor=2.")
+    full = run_of(settings("rl", "--config.rollout.mesh.tensor=2"))
+    with pytest.raises(ValueError, match=r"set rollout.cache_dtype=bfloat16 or model.compute"):
+        device_memory.check_sampling(full, kept)

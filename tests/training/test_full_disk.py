@@ -29,8 +29,9 @@ def arguments(base, run):
 
 
 def disk_size(directory):
-    """Return the bytes of a directory on a disk with pages of 4096."""
-    return sum(-(-path.stat().st_size // 4096) + 1 for path in directory.rglob("*")) * 4096
+    """Return the bytes of a directory's files on a disk with pages of 4096."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return sum(-(-path.stat().st_size // 4096) for path in files) * 4096
 
 
 def troubles(command, status, output, usual):
