@@ -111,7 +111,7 @@ def measured_chip() -> Chip:
     """Measure this machine's CPU."""
     square = jnp.ones((1024, 1024)) / 1024
     product = rate(lambda x: x @ square, square, 10)
-    large, small = jnp.zeros(64 * MIB), jnp.zeros(MIB // 2)
+    large, small = jnp.zeros(16 * MIB), jnp.zeros(MIB // 2)
     moved = 2 * large.nbytes / rate(lambda x: x + 1, large, 4)
     cached = 2 * small.nbytes / rate(lambda x: x + 1, small, 200)
     # 128 multiplications and additions an element, of arrays in the first cache
