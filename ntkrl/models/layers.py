@@ -16,19 +16,8 @@ from jax.sharding import Mesh
 
 from ntkrl import trees
 from ntkrl.models.grouped import is_grouped
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, dense_product
 from ntkrl.types import Array, Cache
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_fast": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-}
-"""Supported activations by their Hugging Face names."""
 
 REMAT = ("none", "products", "all")
 """Rematerialisation in the backward pass: nothing; all but products with weights; whole layers."""
@@ -94,11 +83,24 @@ def attention(
     scores_BKGTS = scores_BKRS.reshape(batch, shared, group, length, columns)
     lowest = jnp.finfo(scores_BKGTS.dtype).min
     scores_BKGTS = jnp.where(allowed[:, None, None], scores_BKGTS, lowest)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(values.dtype)
+    probs_BKGTS = softmax(scores_BKGTS).astype(values.dtype)
     probs_BKRS = probs_BKGTS.reshape(batch, shared, group * length, columns)
     mixed_BKRE = jnp.einsum("bkrs,bkse->bkre", probs_BKRS, values)
     mixed_BKGTE = mixed_BKRE.reshape(batch, shared, group, length, width)
     return jnp.transpose(mixed_BKGTE, (0, 3, 1, 2, 4)).reshape(batch, length, heads, width)
+
+
+@jax.custom_jvp
+def softmax(scores: Array) -> Array:
+    """Return the softmax over the last axis, with a derivative of one product and one sum."""
+    shifted = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return shifted / jnp.sum(shifted, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    probs = softmax(primals[0])
+    return probs, probs * (tangents[0] - jnp.sum(probs * tangents[0], axis=-1, keepdims=True))
 
 
 class RMSNorm(nnx.Module):
@@ -153,6 +155,7 @@ def linear(config: Any, rngs: nnx.Rngs, dtype: Any) -> Callable[..., nnx.Linear]
 
     def make(name: str, inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
         options = {"use_bias": use_bias, "kernel_init": init, "param_dtype": dtype}
+        options["dot_general"] = dense_product
         if config.adapters is not None and name in config.adapters.modules:
             return LoraLinear(inputs, outputs, config.adapters, rngs, **options)
         return nnx.Linear(inputs, outputs, rngs=rngs, **options)
