@@ -104,6 +104,9 @@ def get_config():
     # parts of the devices that sample: data × tensor; -1 for all others. None and None: chosen from
     # the size of the params, see ntkrl/rollout/rollout_mesh.py
     config.rollout.mesh = ConfigDict({"data": placeholder(int), "tensor": placeholder(int)})
+    # sample by the update's own forward pass, which costs a pass over complete rows per token:
+    # log-probs of sampler and trainer are then equal in bits
+    config.rollout.exact = False
     config.rollout.engine = placeholder(str)  # "FILE.py:make", see ntkrl/rollout/external.py
 
     config.reward = ConfigDict()

@@ -127,6 +127,8 @@ class RunSettings:
     @property
     def log_ratio_tolerance(self) -> float:
         """Largest difference of the sampler's and the trainer's log-probs (nats)."""
+        if self.rollout.exact:
+            return 0.0
         if self.schedule.log_ratio_tolerance is not None:
             return self.schedule.log_ratio_tolerance
         return max(update.LOG_RATIO_TOLERANCES[dtype] for dtype in self.network_dtypes)
@@ -273,10 +275,40 @@ def _joint_problems(settings: RunSettings) -> Iterator[str]:
             "rollout.engine draws with another program's arithmetic: set objective.correction to "
             "truncate or mask."
         )
+    if settings.rollout.exact:
+        yield from _exact_problems(settings)
     metric, ranked = settings.checkpoint.best_metric, settings.checkpoint.keep_best is not None
     evaluated = metric is not None and metric.startswith("eval/")
     if ranked and evaluated and settings.evaluation.every_steps is None:
         yield f"checkpoint.best_metric {metric!r} is never measured: set eval.every_steps."
+
+
+def _exact_problems(settings: RunSettings) -> Iterator[str]:
+    """List settings with which sampler and update do not read the same rows by the same program."""
+    schedule, objective, rollouts = settings.schedule, settings.objective, settings.rollout
+    budget, dtype = rollouts.max_completion_tokens, settings.network_dtypes[0]
+    if rollouts.engine is not None:
+        yield "rollout.exact samples by the update's forward pass: leave rollout.engine out"
+    if dtype != "float32":
+        yield f"rollout.exact is for a network in float32, not {dtype}"
+    if schedule.microbatches is None:
+        yield "rollout.exact needs a number as schedule.microbatches, such as 1"
+    if schedule.log_ratio_tolerance is not None:
+        yield "rollout.exact allows no difference: leave schedule.log_ratio_tolerance out"
+    if schedule.chunk_tokens < budget:
+        yield (
+            f"rollout.exact needs the logits of complete completions: set schedule.chunk_tokens, "
+            f"{schedule.chunk_tokens}, to at least rollout.max_completion_tokens = {budget}"
+        )
+    if objective.group_filter == "resample":
+        yield 'rollout.exact reads rows in the order they are sampled: not group_filter "resample"'
+    if objective.kl_place == "loss" and objective.needs_distribution:
+        yield "rollout.exact goes with a KL estimated from samples, not of full distributions"
+    if settings.probes and settings.probe.ledger_every_steps is not None:
+        yield (
+            "rollout.exact needs probe.ledger_every_steps=None: steps with a ledger are another "
+            "program"
+        )
 
 
 def _check_metric(name: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Activation functions by their Hugging Face names."""
+"""Activation functions by their Hugging Face names, and the softmax of attention."""
 
 from collections.abc import Callable, Sequence
 
@@ -63,6 +63,19 @@ def _polynomial(coefficients: Sequence[float], x: Array) -> Array:
     for coefficient in reversed(coefficients[:-1]):
         total = total * x + coefficient
     return total
+
+
+@jax.custom_jvp
+def softmax(scores: Array) -> Array:
+    """Return the softmax over the last axis, with a derivative of one product and one sum."""
+    shifted = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return shifted / jnp.sum(shifted, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    probs = softmax(primals[0])
+    return probs, probs * (tangents[0] - jnp.sum(probs * tangents[0], axis=-1, keepdims=True))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

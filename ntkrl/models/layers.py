@@ -2,25 +2,37 @@
 
 Attention is written out instead of calling `jax.nn.dot_product_attention`: that one casts the
 softmax to float32 (float64 kernels need float64 throughout) and its fused forms have no
-forward-mode derivative, which the kernels need.
+forward-mode derivative, which the kernels need. From LONG tokens on it is computed for QUERIES
+queries at a time, in memory that is linear in T.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from ntkrl import trees
+from ntkrl.models.activations import softmax
 from ntkrl.models.grouped import is_grouped
 from ntkrl.numerics import at_least_float32, dense_product
 from ntkrl.types import Array, Cache
 
 REMAT = ("none", "products", "all")
 """Rematerialisation in the backward pass: nothing; all but products with weights; whole layers."""
+
+
+LONG = 1024
+"""Tokens from which attention is computed for a chunk of queries at a time."""
+QUERIES = 256
+"""Queries of such a chunk."""
+LONG_ATTENTION = "long_attention"
+"""Name under which rematerialisation keeps its result."""
 
 
 class Execution(NamedTuple):
@@ -48,11 +60,36 @@ class Adapters:
     scaling: float
 
 
+class Visible(NamedTuple):
+    """Keys visible to each query: real, no later, within a window, of the same segment.
+
+    real: `[B, S]` bool. columns: `[T]` of the queries and `[S]` of the keys.
+    segments: `[B, T]` of the queries and `[B, S]` of the keys; None for one sequence per row.
+    window: tokens that a query sees, itself included; None for all.
+    """
+
+    real: Array
+    columns: tuple[Array, Array]
+    segments: tuple[Array, Array] | None
+    window: int | Array | None
+
+    def table(self) -> Array:
+        """Return the visibility `[B, T, S]` as bools."""
+        distance_TS = self.columns[0][:, None] - self.columns[1][None, :]
+        allowed_BTS = (distance_TS >= 0)[None] & self.real[:, None, :]
+        if self.segments is not None:
+            queries_BT, keys_BS = self.segments
+            allowed_BTS &= queries_BT[:, :, None] == keys_BS[:, None, :]
+        return (
+            allowed_BTS if self.window is None else allowed_BTS & (distance_TS < self.window)[None]
+        )
+
+
 def attention(
     queries: Array,
     keys: Array,
     values: Array,
-    allowed: Array,
+    allowed: Array | Visible,
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> Array:
@@ -61,14 +98,16 @@ def attention(
     Args:
       queries: `[B, T, H, E]`.
       keys, values: `[B, K, S, E]`, H a multiple of K.
-      allowed: `[B, T, S]` bool. A query with no allowed key (padding) gets the mean value:
-        finite, and never read.
+      allowed: `[B, T, S]` bool; or a Visible, for memory that is linear in T. A query with no
+        allowed key (padding) gets the mean value: finite, and never read.
       scale: factor on the scores; None for the usual 1/√E.
       soft_cap: κ of κ tanh(score / κ), or None.
 
     Returns:
       `[B, T, H, E]`, in the dtype of `values`.
     """
+    if isinstance(allowed, Visible):
+        return _chunked_attention(queries, keys, values, allowed, (scale, soft_cap))
     batch, length, heads, width = queries.shape
     shared, columns = keys.shape[1:3]
     group = heads // shared
@@ -90,17 +129,34 @@ def attention(
     return jnp.transpose(mixed_BKGTE, (0, 3, 1, 2, 4)).reshape(batch, length, heads, width)
 
 
-@jax.custom_jvp
-def softmax(scores: Array) -> Array:
-    """Return the softmax over the last axis, with a derivative of one product and one sum."""
-    shifted = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    return shifted / jnp.sum(shifted, axis=-1, keepdims=True)
+def _chunked_attention(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    visible: Visible,
+    scaling: tuple[float | None, float | None],
+) -> Array:
+    """Return `attention` of QUERIES queries at a time; the backward pass computes scores again."""
+    length, count = queries.shape[1], -(-queries.shape[1] // QUERIES)
 
+    def split(per_query: Array, axis: int) -> Array:
+        padding = [(0, 0)] * per_query.ndim
+        padding[axis] = (0, count * QUERIES - length)
+        shape = (*per_query.shape[:axis], count, QUERIES, *per_query.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(per_query, padding).reshape(shape), axis, 0)
 
-@softmax.defjvp
-def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    probs = softmax(primals[0])
-    return probs, probs * (tangents[0] - jnp.sum(probs * tangents[0], axis=-1, keepdims=True))
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_chunk(chunk: tuple[Array, Array, Array | None]) -> Array:
+        queries, columns, segments = chunk
+        selected = visible._replace(columns=(columns, visible.columns[1]))
+        if segments is not None and visible.segments is not None:
+            selected = selected._replace(segments=(segments, visible.segments[1]))
+        return attention(queries, keys, values, selected.table(), *scaling)
+
+    segments = None if visible.segments is None else split(visible.segments[0], 1)
+    mixed = jax.lax.map(of_chunk, (split(queries, 1), split(visible.columns[0], 0), segments))
+    mixed = jnp.moveaxis(mixed, 0, 1).reshape(queries.shape[0], -1, *queries.shape[2:])
+    return checkpoint_name(mixed[:, :length], LONG_ATTENTION)
 
 
 class RMSNorm(nnx.Module):
@@ -179,11 +235,11 @@ class AttentionInputs(NamedTuple):
     """Positions and visibility of the tokens, for one kind of layer (local or global).
 
     rotary: cos and sin `[B, T, R]`, or None without rotary positions.
-    allowed: `[B, T, S]` keys visible to each query.
+    allowed: keys visible to each query, see `attention`.
     """
 
     rotary: tuple[Array, Array] | None
-    allowed: Array
+    allowed: Array | Visible
 
 
 UpdateCache = Callable[[Array, Array], tuple[Array, Array]]
@@ -234,7 +290,11 @@ def scan_layers(
         save = policies.nothing_saveable
         if products:
             dots = policies.dots_with_no_batch_dims_saveable
-            save = policies.save_from_both_policies(dots, is_grouped)
+            # of long attention the result is kept: its scores are computed again for each chunk
+            kept = policies.save_only_these_names(LONG_ATTENTION)
+            save = policies.save_from_both_policies(
+                policies.save_from_both_policies(dots, is_grouped), kept
+            )
         body = jax.checkpoint(body, policy=save, prevent_cse=False)
     per_layer = (state, jnp.asarray(kinds) if len(inputs) > 1 else None)
     return jax.lax.scan(body, x_BTD, per_layer)[0]
@@ -280,18 +340,20 @@ class Positions(NamedTuple):
 
     position: `[B, T]`, counted over the real tokens of a segment.
     length: `[B, T]` or `[B, 1]`, real tokens of each token's segment so far.
-    allowed: `[B, T, S]` real keys no later than each query, of its segment.
-    distance: `[T, S]` columns from key to query.
+    visible: real keys no later than each query, of its segment.
     """
 
     position: Array
     length: Array
-    allowed: Array
-    distance: Array
+    visible: Visible
 
-    def within(self, window: int | None) -> Array:
-        """Return `allowed` for queries that see their last `window` tokens, themselves included."""
-        return self.allowed if window is None else self.allowed & (self.distance < window)[None]
+    def within(self, window: int | None) -> Array | Visible:
+        """Return `allowed` of queries that see their last `window` tokens, themselves included."""
+        if self.position.shape[1] < LONG:
+            return self.visible._replace(window=window).table()
+        # an array, so that kinds of layers with a window and without stack
+        most = jnp.iinfo(jnp.int32).max
+        return self.visible._replace(window=jnp.int32(most if window is None else window))
 
 
 def token_positions(mask_BT: Array, cache: Cache | None) -> tuple[Positions, Cache | None]:
@@ -318,13 +380,12 @@ def token_positions(mask_BT: Array, cache: Cache | None) -> tuple[Positions, Cac
         first = cache.length
         cache = dataclasses.replace(cache, mask=mask_BS, length=cache.length + mask_BT.shape[1])
     columns_T, columns_S = first + jnp.arange(mask_BT.shape[1]), jnp.arange(mask_BS.shape[1])
-    distance_TS = columns_T[:, None] - columns_S[None, :]
-    allowed_BTS = (distance_TS >= 0)[None] & mask_BS.astype(bool)[:, None, :]
+    segments = (mask_BT, mask_BS) if packed else None
+    visible = Visible(mask_BS.astype(bool), (columns_T, columns_S), segments, None)
     if packed:
         same_BTS = mask_BT[:, :, None] == mask_BS[:, None, :]
-        allowed_BTS &= same_BTS
-        counted_BT, length = jnp.sum(allowed_BTS, axis=2), jnp.sum(same_BTS, axis=2)
+        counted_BT, length = jnp.sum(visible.table(), axis=2), jnp.sum(same_BTS, axis=2)
     else:
         counted_BT = before_B1 + jnp.cumsum(mask_BT, axis=1)
         length = counted_BT[:, -1:]
-    return Positions(jnp.maximum(counted_BT - 1, 0), length, allowed_BTS, distance_TS), cache
+    return Positions(jnp.maximum(counted_BT - 1, 0), length, visible), cache

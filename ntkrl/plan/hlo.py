@@ -304,19 +304,22 @@ class _Counter:
         return min(size, self._used(computation, index, self.arrays[operand])) if size else 0.0
 
     def _used(self, computation: str, index: int, arrays: tuple[HloArray, ...]) -> float:
+        """Return the bytes of a fusion's operand that its lines use, converted or not."""
         lines, number = self.module.computations[computation], re.compile(rf"{index}\b")
         names = {
             line.name for line in lines if line.op == "parameter" and number.match(line.attributes)
         }
-        total = 0.0
+        total, converted = 0.0, set[str]()
         for line in lines:
-            if not names & set(line.operands):
+            if not (names | converted) & set(line.operands):
                 continue
             if line.op == "bitcast":
                 names.add(line.name)
-            elif line.op in SLICES and line.operands[0] in names:
-                total += _bytes(line.arrays)
-            elif line.op == "fusion":
+            elif line.op == "convert" and not line.root:
+                converted.add(line.name)
+            elif line.op in SLICES and line.operands[0] in names | converted:
+                total += arrays[0]._replace(shape=line.arrays[0].shape).size
+            elif line.op == "fusion" and not converted & set(line.operands):
                 inner = line.called[0]
                 indices = [i for i, name in enumerate(line.operands) if name in names]
                 total += sum(self._used(inner, i, arrays) for i in indices)

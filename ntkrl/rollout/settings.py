@@ -92,6 +92,7 @@ class RolloutSettings:
     stop: strings that end a completion; they are part of it.
     mesh: parts by axis, data and tensor; see rollout_mesh.make_rollout_mesh.
     engine: "FILE.py:NAME" of a sampler outside this package (see rollout/external.py), or None.
+    exact: sample by the update's own forward pass (see rollout/exact.py).
     """
 
     completions_per_prompt: int
@@ -104,6 +105,7 @@ class RolloutSettings:
     cache_dtype: str | None
     mesh: dict[str, int | None]
     engine: str | None
+    exact: bool
 
     def __post_init__(self):
         problems = []
@@ -124,7 +126,7 @@ class RolloutSettings:
             elif size is not None and size != -1 and size < 1:
                 problems.append(f"rollout.mesh.{axis} must be ≥ 1, -1 or None, not {size}")
         checked = dataclasses.asdict(self)
-        for name in ("stop", "cache_dtype", "mesh", "engine"):
+        for name in ("stop", "cache_dtype", "mesh", "engine", "exact"):
             del checked[name]
         try:
             SamplerSettings(end_ids=(), pad_id=0, **checked)

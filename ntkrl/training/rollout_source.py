@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import advantage, probe, runtime, update
-from ntkrl.generate import RewardedRollout, SampleRequest, collect, joined, make_sampler
+from ntkrl import advantage, probe, rollout, runtime, update
+from ntkrl.generate import RewardedRollout, SampleFn, SampleRequest, collect, joined, make_sampler
 from ntkrl.scoring import completion_features, head_of
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, StartingModel
@@ -92,6 +92,21 @@ class RolloutFunctions:
         budgets = [stage.kl_budget for stage in settings.stages if stage.kl_budget is not None]
         self.needs_reference = objective.needs_reference or bool(budgets)
         self.reference_in_loss = objective.kl_place == "loss" and objective.needs_distribution
+        self.exact, self.schedule, self.mesh = settings.rollout.exact, schedule, model.mesh
+        self.exact_samplers: dict[tuple[bool, ...], rollout.ExactSampler] = {}
+
+    def sampler(self, bound_stage: update.BoundStage) -> SampleFn:
+        """Return the sampler of a stage."""
+        if not self.exact:
+            return self.samplers[bound_stage.head_alone]
+        trained, plain, schedule = bound_stage.trained, self.samplers[False], self.schedule
+        if trained not in self.exact_samplers:
+            assert isinstance(plain, rollout.Sampler)  # no engine goes with exact sampling
+            assert schedule.microbatches is not None  # as checked with the settings
+            counts = (schedule.minibatches, schedule.microbatches, schedule.chunk_tokens)
+            reading = rollout.UpdateReading(trained, *counts)
+            self.exact_samplers[trained] = rollout.ExactSampler(plain, self.mesh, reading)
+        return self.exact_samplers[trained]
 
     def _log_probs(
         self, params: Params, tokens: Array, mask: Array, features: Array | None, length: int
@@ -188,6 +203,12 @@ class RolloutSource(BatchSource):
     def _check_log_ratio(self, gap: float, rollout_step: int) -> None:
         settings = self.setup.settings
         tolerance, (compute, cache) = settings.log_ratio_tolerance, settings.network_dtypes
+        if gap > tolerance and settings.rollout.exact:
+            raise ValueError(
+                f"the sampler's log-probs and the trainer's differ by {gap:.3g} nats at rollout "
+                f"step {rollout_step}: the compiler made different code of the two here, so that "
+                "rollout.exact cannot hold; leave it out, in another run_dir."
+            )
         if gap > tolerance:
             raise ValueError(
                 f"the sampler's log-probs and the trainer's differ by {gap:.3g} nats at rollout "
@@ -206,7 +227,7 @@ class RolloutSource(BatchSource):
     def _collect(self, context: StepContext) -> tuple[RewardedRollout, dict[str, float]]:
         """Sample and reward the step's prompts, and replace groups without signal on request."""
         setup, group = self.setup, self.functions.group
-        sampler = self.functions.samplers[context.bound_stage.head_alone]
+        sampler = self.functions.sampler(context.bound_stage)
 
         def draw(key: Array) -> RewardedRollout:
             rows = step_rows(setup.settings, setup.train, self.position)
@@ -246,7 +267,7 @@ class RolloutSource(BatchSource):
             reading = functions.statistics(
                 context.reference, params, tokens, mask, features, length=length
             )
-        if functions.objective.correction != "off":
+        if functions.objective.correction != "off" and not functions.exact:
             values = None if reading is None else reading.policy_log_probs
             if values is None:
                 values = functions.log_probs(context.params, tokens, mask, None, length=length)

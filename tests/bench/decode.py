@@ -5,8 +5,10 @@
 `gpu` compiles the loop for an H200 that need not exist (the extra `gpu-plan`), `cpu` for this
 machine: kernels (on a CPU, instructions outside fusions) and GB are read off the compiled loop. The
 floor is one read of the copy's weights, the embedding's rows aside, and of the cache's columns in
-use, on average over the completion. `time` measures this machine; with `--before`, a directory with
-another version of the package, both alternate in one process and the ratio is printed.
+use. Both are averages over a completion; the loop is compiled for the full cache, and the bytes of
+columns that the cache does not have yet are subtracted. `time` measures this machine; with
+`--before`, a directory with another version of the package, both alternate in one process and the
+ratio is printed.
 """
 
 import argparse
@@ -98,10 +100,14 @@ def counts(target: str) -> Iterator[dict[str, Any]]:
             keys = active.cache.keys
             column = 2 * sum(leaf[:, :, 0].size * leaf.dtype.itemsize for leaf in map(_empty, keys))
             used = prompt + (completion - 1) / 2
+            ends = range(1 + sampler.chunk_length, completion + 1, sampler.chunk_length)
+            lengths = [sampler.cache_columns(prompt, end) for end in (*ends, completion)]
+            unused = keys[0].shape[2] - np.mean(lengths)  # of the full cache, on average
+            traffic = hlo.count(text).traffic / loop.trips - unused * column
             yield {
                 "decode": f"{label}, {rows} rows",
                 "kernels": loop.kernels,
-                "GB": hlo.count(text).traffic / loop.trips / 1e9,
+                "GB": traffic / 1e9,
                 "floor": (weights - table.size * table.dtype.itemsize + used * column) / 1e9,
                 "compile s": seconds,
             }

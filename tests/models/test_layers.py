@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl.models.layers import attention, softmax
+from ntkrl.models.activations import softmax
+from ntkrl.models.layers import attention
 from ntkrl.models.rope import rotate
 
 

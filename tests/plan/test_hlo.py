@@ -149,6 +149,35 @@ def test_a_loop_of_a_tpu():
     assert result.traffic == 4 * (256 + 4 * 4)
 
 
+@pytest.mark.parametrize(("root", "read"), [("slice", 128), ("cast", 4 * 128)])
+def test_a_slice_of_a_cast(root, read):
+    """by hand: one float32 row of four is read, cast and written; a cast alone reads them all."""
+    lines = {
+        "cast": "%cast = bf16[4,128]{1,0} convert(%p.0)",
+        "slice": "%slice = bf16[1,128]{1,0} dynamic-slice(%cast, %p.1, %p.1)",
+    }
+    lines = lines if root == "slice" else {"cast": lines["cast"]}
+    lines[root] = "ROOT " + lines[root]
+    shape = lines[root].split()[3].partition("{")[0]
+    body = "\n  ".join(lines.values())
+    text = f"""HloModule m
+
+%fused (p.0: f32[4,128], p.1: s32[]) -> {shape} {{
+  %p.0 = f32[4,128]{{1,0}} parameter(0)
+  %p.1 = s32[] parameter(1)
+  {body}
+}}
+
+ENTRY %main (a: f32[4,128], i: s32[]) -> {shape} {{
+  %a = f32[4,128]{{1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = {shape}{{1,0}} fusion(%a, %i), kind=kLoop, calls=%fused
+}}
+"""
+    index = 4 if root == "slice" else 0
+    assert hlo.count(text).traffic == 4 * read + 2 * read + index
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [
