@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from ntkrl import models, rollout
+from ntkrl.plan.abstract_models import PUBLISHED_MODELS
 from ntkrl.plan.hardware import machine
 from tests.decode_hlo import abstract_chunk, decode_loop, shape_of
 from tests.rollout.small_models import small_model
@@ -21,12 +22,24 @@ SETTINGS = rollout.SamplerSettings(
     pad_id=1,
     chunk_steps=STEPS,
 )
+# of matrices that a GPU multiplies as it would in a run; tiny ones are padded
+LARGE = {
+    "GPTNeoXForCausalLM": PUBLISHED_MODELS["EleutherAI/pythia-1b"],
+    "LlamaForCausalLM": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    },
+}
 FAMILIES = ("gpt-neox", "gpt-2", "llama", "qwen3", "gemma 2", "gemma 3", "mixture")
 
 
-def compiled(case, dtype=None, sharding=None, **options):
+def compiled(policy, params, sharding=None, **options):
     """Return the loop over tokens, and names of weights and caches by their shapes."""
-    policy, params = small_model(case, options=models.ModelOptions(dtype))
     sampler = rollout.Sampler(policy, dataclasses.replace(SETTINGS, **options))
     arguments = abstract_chunk(sampler, params, PROMPTS, PROMPT, sharding)
     copy, active = arguments[:2]
@@ -43,7 +56,7 @@ def compiled(case, dtype=None, sharding=None, **options):
 @pytest.mark.parametrize("case", FAMILIES)
 def test_no_weight_or_cache_is_moved(case):
     """law: no copy, cast, slice or transpose of a weight or of a layer's whole cache."""
-    loop, shapes = compiled(case)
+    loop, shapes = compiled(*small_model(case))
     # with stacked layers every weight would be cut out of its stack here
     assert loop.moved(shapes) == []
     assert loop.trips == STEPS  # known to the compiler
@@ -51,16 +64,20 @@ def test_no_weight_or_cache_is_moved(case):
 
 def test_masters_are_not_cast():
     """law: a bfloat16 copy is read as it is; CPUs widen it for a product, nothing narrows."""
-    loop, shapes = compiled("gpt-neox", jnp.bfloat16, keep_features=True)
+    model = small_model("gpt-neox", options=models.ModelOptions(jnp.bfloat16))
+    loop, shapes = compiled(*model, keep_features=True)
     weights = {shape: name for shape, name in shapes.items() if "layers" in name}
     assert len(weights) == 3 and loop.moved(weights, "bf16") == []
 
 
-@pytest.mark.parametrize("case", ["gpt-neox", "llama", "gemma 3", "mixture"])
-def test_no_weight_or_cache_is_moved_on_a_gpu(case):
+@pytest.mark.parametrize("architecture", sorted(LARGE))
+def test_no_weight_or_cache_is_moved_on_a_gpu(architecture):
     """law: the same of the program for an H200, in bfloat16; the host is not asked per token."""
     if any(importlib.util.find_spec(name) is None for name in ("jax_cuda12_plugin", "nvidia")):
         pytest.skip("no compiler for GPUs: pip install 'ntkrl[gpu-plan]'")
     sharding = jax.sharding.SingleDeviceSharding(machine("h200").devices[0])
-    loop, shapes = compiled(case, jnp.bfloat16, sharding)
+    config = {**LARGE[architecture], "num_hidden_layers": 2}
+    options = models.ModelOptions(jnp.bfloat16)
+    model = models.describe(architecture, config, options=options)
+    loop, shapes = compiled(*model, sharding, completions_per_prompt=16)
     assert loop.moved(shapes) == [] and loop.trips == STEPS
