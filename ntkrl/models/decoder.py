@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ntkrl.models import layers as nn
+from ntkrl.models.activations import ACTIVATIONS
 from ntkrl.models.experts import Mixture, Routing
 from ntkrl.models.rope import Rope, rotary_tables, rotate
 from ntkrl.types import Array, Cache
@@ -159,8 +160,9 @@ class Attention(nnx.Module):
         """Return queries `[B, T, H, E]`, keys and values `[B, T, K, E]`."""
         rows, width = x_BTD.shape[:2], self.config.head_dim
         if self.config.fused_qkv == "head":
-            fused = self.qkv(x_BTD).reshape(*rows, -1, 3, width)
-            return fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
+            parts = jnp.split(self.qkv(x_BTD).reshape(*rows, -1, 3, width), 3, axis=-2)
+            queries, keys, values = (jnp.squeeze(part, -2) for part in parts)
+            return queries, keys, values
         if self.config.fused_qkv == "qkv":
             heads = self.config.num_attention_heads * width
             ends = (heads, heads + self.config.num_key_value_heads * width)
@@ -190,7 +192,7 @@ class MLP(nnx.Module):
         self.down = linear("mlp/down", inner, width, bias)
 
     def __call__(self, x_BTD: Array, mesh: Mesh | None = None) -> Array:
-        activation = nn.ACTIVATIONS[self.activation]
+        activation = ACTIVATIONS[self.activation]
         if self.fused:
             gate, up = jnp.split(self.gate_up(x_BTD), 2, axis=-1)
             return self.down(activation(gate) * up)

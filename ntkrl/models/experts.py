@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from ntkrl import trees
 from ntkrl.models import layers as nn
+from ntkrl.models.activations import ACTIVATIONS
 from ntkrl.models.grouped import grouped_product
 from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array
@@ -100,7 +101,7 @@ class Experts(nnx.Module):
         gate_XDF, up_XDF, down_XFD = kernels
         copies_MD = jnp.repeat(x_BTD.reshape(-1, x_BTD.shape[2]), chosen_BTK.shape[2], axis=0)
         groups_M = chosen_BTK.reshape(-1)
-        gated_MF = nn.ACTIVATIONS[self.activation](grouped_product(copies_MD, gate_XDF, groups_M))
+        gated_MF = ACTIVATIONS[self.activation](grouped_product(copies_MD, gate_XDF, groups_M))
         inner_MF = gated_MF * grouped_product(copies_MD, up_XDF, groups_M)
         # weighted before the last product, so that the backward pass does not need its result
         inner_MF *= weights_BTK.reshape(-1, 1)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ntkrl.models import llama
+from ntkrl.models.activations import ACTIVATIONS
 from ntkrl.models.decoder import Config
 from ntkrl.models.family import ConfigReader
-from ntkrl.models.layers import ACTIVATIONS
 from ntkrl.models.rope_config import read_layer_ropes, read_rope
 
 THETAS = {llama.FULL: ("rope_theta", 1e6), llama.SLIDING: ("rope_local_base_freq", 1e4)}

@@ -7,9 +7,9 @@ residual. Tensor names and arithmetic as in transformers' GPT2LMHeadModel and GP
 from collections.abc import Mapping
 from typing import Any
 
+from ntkrl.models.activations import ACTIVATIONS
 from ntkrl.models.decoder import Config, LayerKind
 from ntkrl.models.family import MOST_COLUMNS, MOST_LAYERS, ConfigReader, Family, Table
-from ntkrl.models.layers import ACTIVATIONS
 from ntkrl.models.rope_config import RopeRules, read_rope
 
 GPT2 = "GPT2LMHeadModel"

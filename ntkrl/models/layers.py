@@ -18,20 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from ntkrl import trees
+from ntkrl.models.activations import softmax
 from ntkrl.models.grouped import is_grouped
-from ntkrl.numerics import at_least_float32
+from ntkrl.numerics import at_least_float32, dense_product
 from ntkrl.types import Array, Cache
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_fast": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-}
-"""Supported activations by their Hugging Face names."""
 
 REMAT = ("none", "products", "all")
 """Rematerialisation in the backward pass: nothing; all but products with weights; whole layers."""
@@ -132,7 +122,7 @@ def attention(
     scores_BKGTS = scores_BKRS.reshape(batch, shared, group, length, columns)
     lowest = jnp.finfo(scores_BKGTS.dtype).min
     scores_BKGTS = jnp.where(allowed[:, None, None], scores_BKGTS, lowest)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(values.dtype)
+    probs_BKGTS = softmax(scores_BKGTS).astype(values.dtype)
     probs_BKRS = probs_BKGTS.reshape(batch, shared, group * length, columns)
     mixed_BKRE = jnp.einsum("bkrs,bkse->bkre", probs_BKRS, values)
     mixed_BKGTE = mixed_BKRE.reshape(batch, shared, group, length, width)
@@ -221,6 +211,7 @@ def linear(config: Any, rngs: nnx.Rngs, dtype: Any) -> Callable[..., nnx.Linear]
 
     def make(name: str, inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
         options = {"use_bias": use_bias, "kernel_init": init, "param_dtype": dtype}
+        options["dot_general"] = dense_product
         if config.adapters is not None and name in config.adapters.modules:
             return LoraLinear(inputs, outputs, config.adapters, rngs, **options)
         return nnx.Linear(inputs, outputs, rngs=rngs, **options)

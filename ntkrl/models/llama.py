@@ -7,9 +7,9 @@ transformers' LlamaForCausalLM.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ntkrl.models.activations import ACTIVATIONS
 from ntkrl.models.decoder import Config, LayerKind
 from ntkrl.models.family import MOST_COLUMNS, MOST_LAYERS, ConfigReader, Family, Table
-from ntkrl.models.layers import ACTIVATIONS
 from ntkrl.models.rope import Rope
 from ntkrl.models.rope_config import read_rope
 

@@ -121,9 +121,9 @@ def rotate(heads: Array, tables: tuple[Array, Array]) -> Array:
       heads: `[B, T, H, E]`.
       tables: cos and sin, each `[B, T, R]`, R ≤ E.
     """
-    cos, sin = (table[:, :, None, :] for table in tables)
-    size = cos.shape[-1]
-    first, others = heads[..., :size], heads[..., size:]
-    low, high = jnp.split(first, 2, axis=-1)
-    rotated = first * cos + jnp.concatenate([-high, low], axis=-1) * sin
-    return jnp.concatenate([rotated.astype(heads.dtype), others], axis=-1)
+    cos, sin = (jnp.split(table[:, :, None, :], 2, axis=-1) for table in tables)
+    half = cos[0].shape[-1]
+    # split and one concatenation: slices would be padded and added in the backward pass
+    low, high, others = jnp.split(heads, (half, 2 * half), axis=-1)
+    rotated = (low * cos[0] - high * sin[0], high * cos[1] + low * sin[1])
+    return jnp.concatenate([*(part.astype(heads.dtype) for part in rotated), others], axis=-1)

@@ -144,7 +144,7 @@ def finalize(sums: OnlineSums) -> tuple[TokenStatistics, tuple[Array, Array | No
 def logits_cotangent(
     statistics: TokenStatistics,
     cotangents: TokenStatistics,
-    log_pi: Array,
+    probs: tuple[Array, Array],
     gap: Array | None,
     start: Array | int,
     y: Array,
@@ -154,12 +154,12 @@ def logits_cotangent(
     Args:
       statistics: `[N]`.
       cotangents: of the statistics; symbolic zeros cost nothing.
-      log_pi: log π of the tile's rows `[N, R]`.
+      probs: π and log π of the tile's rows, `[N, R]` each.
       gap: log π − log ρ of the tile's rows, or None.
       start: the tile's first vocabulary row.
       y: targets `[N]`.
     """
-    pi = jnp.exp(log_pi)
+    pi, log_pi = probs
     ids = start + jnp.arange(log_pi.shape[1])[None]
     total = jnp.zeros_like(pi)
 

@@ -198,7 +198,8 @@ def _of_features_backward(
         if reference is not None:
             z_reference = _reference_logits(reference, rows, number, options)
             gap = log_pi - z_reference + reference_normaliser[:, None]
-        dz = logits_cotangent(statistics, cotangents, log_pi, gap, tile.start, y)
+        probs = (jnp.exp(log_pi), log_pi)
+        dz = logits_cotangent(statistics, cotangents, probs, gap, tile.start, y)
         dz *= head.scale / temperature
         if head.soft_cap is not None:
             dz *= 1 - jnp.square(z * (temperature / head.soft_cap))
@@ -246,23 +247,24 @@ def _of_logits(z: Array, y: Array) -> TokenStatistics:
     return _single_tile(z, y)[0]
 
 
-def _single_tile(z: Array, y: Array) -> tuple[TokenStatistics, Array]:
+def _single_tile(z: Array, y: Array) -> tuple[TokenStatistics, OnlineSums]:
     sums = initial_sums(y.shape, z.dtype, 0, False)
     sums = accumulate(sums, z, y, 0, jnp.ones(z.shape[-1], bool), None)
-    statistics, (normaliser, _) = finalize(sums)
-    return statistics, normaliser
+    return finalize(sums)[0], sums
 
 
 def _of_logits_forward(z: Any, y: Any) -> tuple[TokenStatistics, Any]:
     (z, y), _ = primal((z, y))
-    statistics, normaliser = _single_tile(z, y)
-    return statistics, (z, y, statistics, normaliser)
+    statistics, sums = _single_tile(z, y)
+    return statistics, (z, y, statistics, sums.peak, sums.total)
 
 
 def _of_logits_backward(residuals: Any, cotangents: TokenStatistics) -> tuple[Array, None]:
-    z, y, statistics, normaliser = residuals
-    log_pi = z - normaliser[:, None]
-    return logits_cotangent(statistics, cotangents, log_pi, None, 0, y), None
+    z, y, statistics, peak, total = residuals
+    shifted = z - peak[:, None]
+    # the exponentials of the forward pass: compiled together, they are computed once
+    probs = (jnp.exp(shifted) * (1 / total)[:, None], shifted - jnp.log(total)[:, None])
+    return logits_cotangent(statistics, cotangents, probs, None, 0, y), None
 
 
 _of_logits.defvjp(_of_logits_forward, _of_logits_backward, symbolic_zeros=True)

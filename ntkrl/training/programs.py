@@ -168,11 +168,14 @@ def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Iterato
     params = run.model.params
     drawn, length = run.rollout(keep_features=True), {"length": run.budget}
     exact = functions.objective.needs_distribution
+    # a KL in the reward reads the policy beside the reference; one in the loss, in the update
+    policy = None if functions.reference_in_loss else params
+    policy_read = exact and policy is not None
     stages: dict[str, list[str]] = {}
     features_fixed = True
     for stage in run.stages:
         features_fixed = features_fixed and stage.head_alone
-        if functions.objective.correction != "off":
+        if functions.objective.correction != "off" and not policy_read:
             stages.setdefault("log-probs", []).append(stage.stage.name)
         if functions.needs_reference:
             name = "reference from features" if features_fixed else "reference"
@@ -183,8 +186,9 @@ def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Iterato
         arguments: tuple[Any, ...] = (params, drawn.tokens, drawn.mask, features)
         resident = {POLICY if name == "log-probs" else STARTING}
         if exact and name != "log-probs":
-            function, arguments = functions.statistics, (params, *arguments)
-            resident.add(POLICY)
+            placed = (drawn.tokens, drawn.mask, features)
+            function, arguments = functions.statistics, (params, policy, *placed)
+            resident |= {POLICY} if policy_read else set()
         yield Program(
             name=name,
             part=SCORING,

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,20 @@ from ntkrl.types import Array, Params, Rollout, Total, UpdateBatch
 
 WEIGHTS_STREAM = 1 << 20
 """Folded into the key of a rollout step for the key of its token weights."""
+
+
+class ReferenceReading(NamedTuple):
+    """Completions under the reference policy, where its full distribution is needed.
+
+    log_probs: `[B, C]`. features: `[B, C, D]`.
+    kl: KL(policy ‖ reference) `[B, C]` (nats), or None where the loss computes it.
+    policy_log_probs: `[B, C]` of the policy, read for `kl`, or None.
+    """
+
+    log_probs: Array
+    features: Array
+    kl: Array | None = None
+    policy_log_probs: Array | None = None
 
 
 class RolloutFunctions:
@@ -105,28 +120,28 @@ class RolloutFunctions:
     def _statistics(
         self,
         reference: Params,
-        params: Params,
+        params: Params | None,
         tokens: Array,
         mask: Array,
         features: Array | None,
         length: int,
-    ) -> tuple[Array, Array, Array]:
-        """Return log-probs `[B, C]` and features of the reference policy, and the KL to it.
+    ) -> ReferenceReading:
+        """Read the last `length` tokens under the reference policy, and the policy unless None.
 
-        Returns:
-          log_probs `[B, C]`, KL(policy ‖ reference) `[B, C]` (nats), features `[B, C, D]`.
+        Features that are already known are those of both: their body has not changed.
         """
+        known, policy = features, self.policy
         if features is None:
-            features = completion_features(self.policy, reference, tokens, mask, length)
-        head, targets = head_of(self.policy, reference), tokens[:, -length:]
+            features = completion_features(policy, reference, tokens, mask, length)
+        head, targets = head_of(policy, reference), tokens[:, -length:]
         log_probs_BC = token_statistics(head, features, targets, self.options).log_probs
-        policy_features = completion_features(self.policy, params, tokens, mask, length)
-        policy_head = head_of(self.policy, params)
-        compared = token_statistics(
-            policy_head, policy_features, targets, self.options, (head, features)
-        )
-        assert compared.kl is not None  # as of all statistics with a reference
-        return log_probs_BC, compared.kl, features
+        if params is None:
+            return ReferenceReading(log_probs_BC, features)
+        if known is None:
+            known = completion_features(policy, params, tokens, mask, length)
+        pair = (head, features)
+        compared = token_statistics(head_of(policy, params), known, targets, self.options, pair)
+        return ReferenceReading(log_probs_BC, features, compared.kl, compared.log_probs)
 
 
 class RolloutSource(BatchSource):
@@ -245,17 +260,22 @@ class RolloutSource(BatchSource):
             (drawn.tokens, drawn.mask, features), self.setup.model.mesh
         )
         length = drawn.completion_mask.shape[1]
-        old_log_probs, kl, ref_features = drawn.sampler_log_probs, None, None
-        if functions.objective.correction != "off" and not functions.exact:
-            values = functions.log_probs(context.params, tokens, mask, None, length=length)
-            old_log_probs = runtime.fetch(values)
-        ref_log_probs = old_log_probs
+        old_log_probs, reading = drawn.sampler_log_probs, None
         if functions.needs_reference and functions.objective.needs_distribution:
-            values = functions.statistics(
-                context.reference, context.params, tokens, mask, features, length=length
+            # the loss compares distributions itself, in the update's forward pass
+            params = None if functions.reference_in_loss else context.params
+            reading = functions.statistics(
+                context.reference, params, tokens, mask, features, length=length
             )
-            ref_log_probs, kl = runtime.fetch(values[:2])
-            ref_features = values[2] if functions.reference_in_loss else None
+        if functions.objective.correction != "off" and not functions.exact:
+            values = None if reading is None else reading.policy_log_probs
+            if values is None:
+                values = functions.log_probs(context.params, tokens, mask, None, length=length)
+            old_log_probs = runtime.fetch(values)
+        ref_log_probs, kl, ref_features = old_log_probs, None, None
+        if reading is not None:
+            ref_log_probs, kl = runtime.fetch((reading.log_probs, reading.kl))
+            ref_features = reading.features if functions.reference_in_loss else None
         elif functions.needs_reference:
             values = functions.log_probs(context.reference, tokens, mask, features, length=length)
             ref_log_probs = runtime.fetch(values)

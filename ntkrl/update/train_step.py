@@ -134,7 +134,8 @@ def make_step(
             return total.total, (total, measures)
 
         def gradient(part: Any) -> tuple[tuple[Total, Measures], Params]:
-            (_, values), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, part)
+            with numerics.reverse_mode():
+                (_, values), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, part)
             return values, grads
 
         (total, measures), grads = _accumulate(gradient, batch, microbatches)
@@ -168,7 +169,8 @@ def make_step_with_term_gradients(
             return {name: total.total for name, total in totals.items()}, (totals, measures)
 
         def gradients(part: Any) -> tuple[tuple[dict[str, Total], Measures], dict[str, Params]]:
-            grads, values = jax.jacrev(loss_sums, has_aux=True)(trained, part)
+            with numerics.reverse_mode():
+                grads, values = jax.jacrev(loss_sums, has_aux=True)(trained, part)
             return values, grads
 
         (totals, measures), grads = _accumulate(gradients, batch, microbatches)

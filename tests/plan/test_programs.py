@@ -1,6 +1,7 @@
 """Abstract programs of a run against the run itself and arithmetic by hand."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkrl import attribution, data, models, probe, reward, runtime, update
+from ntkrl import attribution, data, jaxpr, models, probe, reward, runtime, update
 from ntkrl.generate import RewardedRollout
 from ntkrl.plan import abstract_models, hardware
 from ntkrl.plan.abstract_models import PUBLISHED_MODELS
@@ -32,7 +33,7 @@ from ntkrl.training import (
 )
 from ntkrl.training.batch_sources import split
 from ntkrl.training.probe_hook import make_ledger
-from ntkrl.training.programs import ledgers, updates
+from ntkrl.training.programs import ledgers, reference_readings, updates
 from ntkrl.training.train_state import TrainStates
 from ntkrl.types import ProbeSet
 from tests.toys import TINY
@@ -117,6 +118,27 @@ def test_decoding_reads_every_token(settings):
     products = layers * (4 * width * width + 2 * width * inner) + MODEL["vocab_size"] * width
     attention = layers * 2 * (8 + 23) * width
     assert result["decoding"].flops == 4 * rows * 2 * (products + attention)
+
+
+def test_no_tokens_are_scored_twice(settings):
+    """law: the reading for a KL in the reward has the correction's log-probs; one in the loss is
+    computed by the update, so that the policy is not read for it."""
+    costs = {}
+    for place in ("reward", "loss"):
+        more = (
+            "correction=truncate",
+            "kl_estimator=full",
+            "kl_coefficient=0.1",
+            f"kl_place={place}",
+        )
+        run = run_of(settings("rl", *(f"--config.objective.{word}" for word in more)), 1)
+        for program in reference_readings(run, run.functions):
+            reading = functools.partial(program.function, **program.keywords)
+            costs[place, program.name] = jaxpr.flops(jaxpr.trace(reading, *program.arguments))
+    once = costs["loss", "log-probs"]
+    assert costs.keys() == {("loss", "log-probs"), ("loss", "reference"), ("reward", "reference")}
+    assert costs["loss", "reference"] == once
+    assert costs["reward", "reference"] == 2 * once  # bodies; a head's FLOPs are not counted here
 
 
 def test_shapes_are_those_of_a_run(settings):
