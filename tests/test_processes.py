@@ -62,6 +62,7 @@ def rl(base, run, scorer):  # noqa: F811
         *MESH,
         f"--config.reward.function={rewards}:score,{rewards}:absent,{scorer}",
         "--config.reward.weights=(1.0,1.0,0.1)",
+        "--config.rollout.mesh.tensor=2",
         "--config.stages[0].steps=2",
         "--config.stages[0].parameters=(('head/.*', 1e-1), ('.*', None))",
         "--config.stages[1].steps=2",
@@ -88,13 +89,10 @@ SPREAD = [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("shape", SPREAD, ids=str)
 def test_rl_in_several_processes(base, scorer, tmp_path, four_devices, shape):  # noqa: F811
-    """law: four devices of one process, of two or of four sample and learn the same.
-
-    Those of several processes sample in tensor parts, those of one do not.
-    """
+    """law: four devices of one process, of two or of four sample and learn the same."""
     single, several = tmp_path / "one", tmp_path / "several"
     assert main(rl(base, single, scorer)) == 0
-    output = train([*rl(base, several, scorer), "--config.rollout.mesh.tensor=2"], *shape)
+    output = train(rl(base, several, scorer), *shape)
     assert output.count("stage 'classifier' ends") == 1
     alike(single, several, 4)
     moved, initial = (load_file(r / "model.safetensors") for r in (single / "export", base))
