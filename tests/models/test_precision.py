@@ -42,7 +42,7 @@ def test_reading_and_drawing(architecture, config):
         batch = PromptBatch(tokens=tokens, mask=tokens > 0, rows=rows, copies=rows)
         key = jax.random.key(0)
         copy = policy.decode_params(params)
-        return Decoder(policy, settings, None, 4).prefill(12, copy, batch, key)[2]
+        return Decoder(policy, settings, None, None, 4).prefill(12, copy, batch, key)[2]
 
     for function in (jax.grad(read), logits, draw):
         for line in products(function, shapes, tokens):

@@ -72,7 +72,7 @@ def test_scans_as_newer_jax_tells_them(kind, monkeypatch):
 
     def newer(eqn, *slots):
         params = dict(eqn.params)
-        if "num_consts" in params:
+        if "num_carry" in params:
             counts = params.pop("num_consts"), params.pop("num_carry")
             params["ft_in"] = Groups(*counts, len(eqn.invars) - sum(counts))
             eqn = eqn.replace(params=params)
