@@ -58,12 +58,13 @@ class Sampler:
         mesh: Mesh | None = None,
         results_mesh: Mesh | None = None,
     ):
-        policy = policy if policy.on_mesh is None else policy.on_mesh(mesh)
+        results_mesh = mesh if results_mesh is None else results_mesh
+        if policy.on_mesh is not None and mesh != results_mesh:
+            policy = policy.on_mesh(mesh)
         self.policy, self.settings = policy, settings
         self.find_stop, self.mesh = find_stop, mesh
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self.chunk_length = settings.chunk_length(platform)
-        results_mesh = mesh if results_mesh is None else results_mesh
         decoder = Decoder(policy, settings, mesh, results_mesh, self.chunk_length)
         self.programs = SamplerPrograms(
             prefill=jax.jit(decoder.prefill, static_argnums=0),
