@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from importlib.metadata import version
@@ -19,6 +20,10 @@ OWNS_CACHE = CACHE not in os.environ
 if OWNS_CACHE:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="ntkrl-tests-")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+
+# a script's background job ignores SIGINT, and so would the processes that tests interrupt
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # started first, so that no worker waits long for the other at the end
 LONGEST = tuple(
