@@ -3,24 +3,8 @@
 import jax
 
 from ntkrl import models
+from tests.models.families import GEMMA, LONGROPE, SIZES
 
-SIZES = {
-    "vocab_size": 31,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 20,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-}
-GEMMA = {**SIZES, "head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": 4}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 100.0,
-    "short_factor": [1.0, 1.1, 1.3],
-    "long_factor": [1.2, 2.0, 4.0],
-}
 CASES = {
     "gpt-neox": (
         "GPTNeoXForCausalLM",
