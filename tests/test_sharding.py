@@ -13,6 +13,7 @@ from ntkrl import models, ntk, rollout, runtime, trees, update
 from ntkrl.settings import read_settings
 from ntkrl.setup import set_up
 from ntkrl.training import loop as training_loop
+from ntkrl.training import train
 from ntkrl.types import PromptBatch, UpdateBatch
 from tests.models.families import CASES, EACH
 
@@ -224,7 +225,7 @@ def test_moments_wait_on_the_host(tmp_path):
             "--config.stages[0].steps=2",
         )
         config = settings_of(directory, *more)
-        training_loop.train(config)
+        train(config)
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         result.append([json.loads(line) for line in lines])
         setup = set_up(read_settings(config), directory)

@@ -2,7 +2,6 @@
 
 from ntkrl.training.abstract_run import AbstractRun, device_bytes
 from ntkrl.training.batch_sources import BatchSource, StepBatches, StepContext
-from ntkrl.training.loop import BATCH_SOURCES, train
 from ntkrl.training.probe_hook import ProbeHook
 from ntkrl.training.programs import (
     GENERATION,
@@ -15,4 +14,5 @@ from ntkrl.training.programs import (
     resident_bytes,
     run_programs,
 )
-from ntkrl.training.rollout_source import RolloutSource
+from ntkrl.training.rollout_source import BATCH_SOURCES, RolloutSource
+from ntkrl.training.run import train

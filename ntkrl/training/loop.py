@@ -14,19 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ntkrl import report, runtime, update
 from ntkrl.evaluation import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import Clock, SampleFn
 from ntkrl.runtime import PreemptionNotice
-from ntkrl.settings import RunSettings, read_settings
-from ntkrl.setup import RunSetup, set_up, training_facts
+from ntkrl.setup import RunSetup
 from ntkrl.softmax import OutputHead
-from ntkrl.training import device_memory
 from ntkrl.training.batch_sources import Batch, StepContext
-from ntkrl.training.checkpointing import RunCheckpointer, is_finished
+from ntkrl.training.checkpointing import RunCheckpointer
 from ntkrl.training.probe_hook import CompletedStep, ProbeHook
 from ntkrl.training.rollout_source import BATCH_SOURCES
 from ntkrl.training.rollout_step import RolloutStep
@@ -36,55 +33,6 @@ from ntkrl.update import is_due
 
 # streams of keys drawn from a seed, besides the training stream that TrainState carries
 EVAL_STREAM, PROBE_STREAM = 1, 2
-EXPORTS = ("export", "adapter", "export_reference", "export_reference-adapter")
-"""Directories of exported models, as far as a run has them."""
-
-
-def train(config: ConfigDict) -> Path:
-    """Run or resume a training run; return its directory.
-
-    Args:
-      config: see configs/base.py.
-
-    Raises:
-      ValueError: a mistake in the config or its files, a reward that fails, a loss not finite, or
-        another process that writes into the directory.
-      OSError: the disk is full.
-      PreemptedError: a signal was received; the run was saved after the current rollout step.
-    """
-    settings = read_settings(config)
-    with PreemptionNotice() as notice, runtime.locked(Path(config.run_dir), "train", "finished"):
-        return _train(config, settings, notice)
-
-
-def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) -> Path:
-    directory = Path(config.run_dir)
-    values = runtime.to_json(config)
-    runtime.check_consistent("config", values)
-    changes = runtime.check_run_dir(directory, values)
-    if is_finished(directory, changes is not None):
-        runtime.log(f"{directory} is finished; remove it to run again.")
-        return directory
-    for change in changes or ():
-        runtime.log(f"the config has changed: {change}")
-    report.check_loggers(settings.logging)
-    setup = device_memory.fit(set_up(settings, directory), directory)
-    setup.model.check_exports(directory / "export", directory / "export_reference")
-    settings = setup.settings
-    loop = Loop(setup, directory, values, notice)
-    if runtime.is_writer():
-        runtime.claim_run_dir(directory, values)
-    device_memory.save_layout(setup, directory)
-    runtime.check_shared(directory)
-    if settings.method.samples:
-        runtime.log(f"objective: {update.describe(settings.objective)}")
-    rollout_steps = loop.run()
-    facts = training_facts(settings, rollout_steps)
-    setup.model.export(directory / "export", loop.state.params, facts)
-    setup.model.export(directory / "export_reference", loop.reference, facts)
-    if loop.lines is not None:
-        report.mark_finished(directory, rollout_steps, loop.lines, EXPORTS)
-    return directory
 
 
 class Loop:
