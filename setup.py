@@ -58,6 +58,7 @@ setup(
         "data": ["pyarrow"],
         "tensorboard": ["tensorboardX>=2.6.2"],
         "wandb": ["wandb"],
+        "trackio": ["trackio"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "tpu-plan": ["jax[tpu]"],

@@ -234,6 +234,7 @@ def get_config():
     config.logging = ConfigDict()
     config.logging.tensorboard = False  # event files in RUN/tensorboard; extra tensorboard
     config.logging.wandb = placeholder(str)  # Weights & Biases project; extra wandb; None: off
-    # "trl", "trl012" or "verl": both also get that library's metric names; None: ours alone
+    config.logging.trackio = placeholder(str)  # project in trackio's local files; extra trackio
+    # "trl", "trl012" or "verl": these also get that library's metric names; None: ours alone
     config.logging.aliases = placeholder(str)
     return config

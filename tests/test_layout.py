@@ -51,6 +51,7 @@ OWNERS = {
     "safetensors": {"models"},
     "tensorboardX": {"report"},
     "wandb": {"report"},
+    "trackio": {"report"},
 }
 FILE_LINES, FUNCTION_LINES, ARGUMENTS, FILE_BYTES = 400, 60, 6, 300_000
 
