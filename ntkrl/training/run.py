@@ -1,13 +1,14 @@
 """A training run: checks of its directory, its parts, the loop, and the exported models."""
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from ntkrl import report, runtime, update
+from ntkrl import report, runtime, trees, update
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import RunSettings, read_settings
-from ntkrl.setup import set_up, training_facts
+from ntkrl.setup import RunSetup, set_up, training_facts
 from ntkrl.training import device_memory
 from ntkrl.training.checkpointing import is_finished
 from ntkrl.training.loop import Loop
@@ -50,6 +51,7 @@ def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) 
     loop = Loop(setup, directory, values, notice)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
+        runtime.record_start(directory, _start_facts(setup))
     device_memory.save_layout(setup, directory)
     runtime.check_shared(directory)
     if settings.method.samples:
@@ -61,3 +63,11 @@ def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) 
     if loop.lines is not None:
         report.mark_finished(directory, rollout_steps, loop.lines, EXPORTS)
     return directory
+
+
+def _start_facts(setup: RunSetup) -> dict[str, Any]:
+    """Return the facts of a run that the report names and its config does not hold."""
+    parameters = sum(leaf.size for leaf in trees.named_leaves(setup.model.params).values())
+    if not setup.settings.method.samples:
+        return {"parameters": parameters}
+    return {"parameters": parameters, "objective": update.describe(setup.settings.objective)}
