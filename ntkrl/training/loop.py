@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from ntkrl import report, runtime, update
 from ntkrl.evaluation import evaluate_policy, make_evaluation_sampler
@@ -25,6 +24,7 @@ from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import Batch, StepContext
 from ntkrl.training.checkpointing import RunCheckpointer
 from ntkrl.training.probe_hook import CompletedStep, ProbeHook
+from ntkrl.training.progress_bar import StepBar
 from ntkrl.training.rollout_source import BATCH_SOURCES
 from ntkrl.training.rollout_step import RolloutStep
 from ntkrl.training.train_state import JittedStep, TrainStates
@@ -52,7 +52,7 @@ class Loop:
     step_count: int
     stage_updates: int
     writer: report.MetricsWriter | report.NoWriter
-    bar: tqdm
+    bar: StepBar
     lines: report.LineRecord | None
 
     def __init__(
@@ -89,7 +89,7 @@ class Loop:
         start = rollout_step = self._resume()
         previous: RolloutStep | None = None
         total, name, quiet = start + self._steps_left(), self.settings.name, not runtime.is_writer()
-        bar = tqdm(total=total, initial=start, desc=name, mininterval=0.5, disable=quiet)
+        bar = StepBar(total=total, initial=start, desc=name, mininterval=0.5, disable=quiet)
         with bar, self.checkpointer, self._open_writer(start) as writer:
             self.writer, self.bar = writer, bar
             if self.probe_hook is not None:

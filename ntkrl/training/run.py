@@ -4,11 +4,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ntkrl import report, runtime, update
+from ntkrl import report, runtime
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import set_up, training_facts
-from ntkrl.training import device_memory
+from ntkrl.training import device_memory, run_summary
 from ntkrl.training.checkpointing import is_finished
 from ntkrl.training.loop import Loop
 
@@ -29,7 +29,8 @@ def train(config: ConfigDict) -> Path:
       PreemptedError: a signal was received; the run was saved after the current rollout step.
     """
     settings = read_settings(config)
-    with PreemptionNotice() as notice, runtime.locked(Path(config.run_dir), "train", "finished"):
+    lock = runtime.locked(Path(config.run_dir), "train", "finished")
+    with PreemptionNotice() as notice, lock, runtime.CompileNotices(run_summary.PROGRAMS):
         return _train(config, settings, notice)
 
 
@@ -52,12 +53,12 @@ def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) 
         runtime.claim_run_dir(directory, values)
     device_memory.save_layout(setup, directory)
     runtime.check_shared(directory)
-    if settings.method.samples:
-        runtime.log(f"objective: {update.describe(settings.objective)}")
+    runtime.log(run_summary.describe_start(setup, loop.bound_stages, directory))
     rollout_steps = loop.run()
     facts = training_facts(settings, rollout_steps)
     setup.model.export(directory / "export", loop.state.params, facts)
     setup.model.export(directory / "export_reference", loop.reference, facts)
     if loop.lines is not None:
         report.mark_finished(directory, rollout_steps, loop.lines, EXPORTS)
+        runtime.log(run_summary.describe_end(setup, directory))
     return directory
