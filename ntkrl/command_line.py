@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+import ntkrl
 from ntkrl.messages import did_you_mean
 from ntkrl.shorthands import SHORTHANDS
 
@@ -226,7 +227,8 @@ def parse(name: str, words: Sequence[str]) -> Words:
     Raises:
       ValueError: unknown options, each with the nearest known one, or an option without its value.
     """
-    command, overrides, rest = COMMANDS[name], [], list(words)
+    command, rest = COMMANDS[name], list(words)
+    overrides: list[str] = []
     if command.config:
         overrides, rest = _split_overrides(rest)
     values, unknown = _parser(name).parse_known_intermixed_args(rest)
@@ -331,6 +333,4 @@ def overview() -> str:
 
 def versions() -> str:
     """Return the versions of this package and of JAX."""
-    from ntkrl import __version__
-
-    return f"ntkrl {__version__} (jax {version('jax')})"
+    return f"ntkrl {ntkrl.__version__} (jax {version('jax')})"

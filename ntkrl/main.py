@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if text is not None:
         print(text)
         return 0
-    name = words[0]
+    name = words[1] if words[0] == "help" else words[0]
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
         print(printable(f"ntkrl: unknown command {name!r}{hint}"), file=sys.stderr)

@@ -125,11 +125,12 @@ class _Reader:
     def _entries(self, name: str, fields: ast.Dict, section: str) -> Iterator[Setting]:
         for key, value in zip(fields.keys, fields.values, strict=True):
             assert isinstance(key, ast.Constant)
-            yield from self._settings(f"{name}.{key.value}", key, value, section)
+            yield from self._settings(f"{name}.{key.value!s}", key, value, section)
 
     def _comment(self, place: ast.stmt | ast.expr, value: ast.expr) -> str:
         """Return the comment in the lines above a setting and at the end of its line."""
-        above, line = [], place.lineno - 1
+        above: list[str] = []
+        line = place.lineno - 1
         while self._is_comment(line):
             above.insert(0, self.comments[line])
             line -= 1

@@ -65,9 +65,9 @@ def _apply(config: ConfigDict, name: str, value: Any) -> None:
             raise ValueError(f"{name}={quoted(value)}: expected text, for {PLACES[name]}")
         _set_field(config, PLACES[name], text)
     elif name == "seed":
-        _set_field(config, name, _whole(name, value, 0))
+        _set_field(config, name, _integer(name, value, 0))
     elif name == "steps":
-        _set_steps(_stages(config, name), _whole(name, value, 1))
+        _set_steps(_stages(config, name), _integer(name, value, 1))
     else:
         _scale_rates(_stages(config, name), _rate(value))
 
@@ -87,7 +87,7 @@ def _set_stage(stage: Any, **values: Any) -> None:
         stage.update(values)
 
 
-def _whole(name: str, value: Any, least: int) -> int:
+def _integer(name: str, value: Any, least: int) -> int:
     """Return a whole number, which text may hold."""
     number = _number(value, int)
     if number is None or number < least:
@@ -142,8 +142,8 @@ def _set_steps(stages: Sequence[Any], total: int) -> None:
 
 def _shares(lengths: Sequence[float], total: int) -> list[int]:
     """Divide a total in proportion to lengths, by largest remainders, each share at least 1."""
-    whole = sum(Fraction(length) for length in lengths)
-    exact = [Fraction(length) * total / whole for length in lengths]
+    length = sum(Fraction(each) for each in lengths)
+    exact = [Fraction(each) * total / length for each in lengths]
     shares = [max(math.floor(share), 1) for share in exact]
     while sum(shares) != total:
         missing = 1 if sum(shares) < total else -1

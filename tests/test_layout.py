@@ -45,7 +45,7 @@ OWNERS = {
     "matplotlib": {"report", "study"},
     "orbax": {"runtime"},
     "ml_collections": {
-        *("runtime", "settings", "training", "evaluation", "prepare", "study"),
+        *("runtime", "settings", "training", "evaluation", "prepare", "study", "shorthands"),
     },
     "pyarrow": {"data", "prepare"},
     "transformers": {"data", "chat_templates"},

@@ -134,7 +134,7 @@ def test_installed(tmp_path):
         timeout=100,
     )
     place, name, *listed = done.stdout.splitlines()
-    assert Path(place).is_relative_to(tmp_path / "installed") and name == "cfrl"
+    assert Path(place).is_relative_to(tmp_path / "installed") and name == "paper-cfrl"
     assert "rollout.top_p = None (float)" in listed
 
 

@@ -50,7 +50,7 @@ class CompileNotices:
             notice = _Notice(self.programs.get(name, f"the program {name!r}"), self.patience)
             self.pending[threading.get_ident()] = notice
 
-    def _end(self, event: str, value: float, **details: Any) -> None:
+    def _end(self, event: str, duration_secs: float, **details: Any) -> None:
         if event == COMPILE_EVENT:
             notice = self.pending.pop(threading.get_ident(), None)
             if notice is not None:

@@ -133,8 +133,7 @@ def _stage(bound_stage: update.BoundStage, setup: RunSetup) -> str:
         if trained:
             size = sum(leaves[i].size for i in trained)
             name = "all parameters" if size == total else f"{pattern} ({_count(size)})"
-            rates = sorted({bound_stage.rates[i] for i in trained})
-            parts.append(f"{name} at {', '.join(f'{rate:g}' for rate in rates)}")
+            parts.append(f"{name} at {bound_stage.rates[trained[0]]:g}")
     return f"{stage.name}: {stage.max_steps} steps of {stage.optimizer}, {'; '.join(parts)}"
 
 
