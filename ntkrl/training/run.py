@@ -30,7 +30,7 @@ def train(config: ConfigDict) -> Path:
     """
     settings = read_settings(config)
     lock = runtime.locked(Path(config.run_dir), "train", "finished")
-    with PreemptionNotice() as notice, lock, runtime.CompileNotices(run_summary.PROGRAMS):
+    with PreemptionNotice() as notice, lock, run_summary.compile_notices():
         return _train(config, settings, notice)
 
 
@@ -48,12 +48,12 @@ def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) 
     setup = device_memory.fit(set_up(settings, directory), directory)
     setup.model.check_exports(directory / "export", directory / "export_reference")
     settings = setup.settings
+    runtime.log(run_summary.describe_start(setup, directory))
     loop = Loop(setup, directory, values, notice)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
     device_memory.save_layout(setup, directory)
     runtime.check_shared(directory)
-    runtime.log(run_summary.describe_start(setup, loop.bound_stages, directory))
     rollout_steps = loop.run()
     facts = training_facts(settings, rollout_steps)
     setup.model.export(directory / "export", loop.state.params, facts)
