@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ntkrl.chat_templates import import_transformers
 from ntkrl.json_files import check_regular, read_object
 from ntkrl.messages import quoted
 
@@ -49,6 +50,7 @@ def open_tokenizer(path: Path) -> Any:
       ValueError: its files do not load; names the directory and the reason.
     """
     # local imports, since transformers takes seconds to import
+    import_transformers()
     from transformers import AutoTokenizer
 
     with _sentences(f"{path}: the tokenizer does not load", "tokenizer.json must be complete"):
@@ -94,6 +96,7 @@ def _options(path: Path) -> dict[str, Any]:
 
     transformers would read all of config.json, and make lists of as many layers as it declares.
     """
+    import_transformers()
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     if not (path / "config.json").exists():

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ntkrl import report, runtime
 from ntkrl.generate import Clock
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.setup import RunSetup
 from ntkrl.training.analysed_step import CompletedStep
 from ntkrl.training.checkpointing import RunCheckpointer
+from ntkrl.training.progress_bar import StepBar
 from ntkrl.training.rollout_step import RolloutStep
 from ntkrl.training.step_functions import RunPosition, StepFunctions
 from ntkrl.update import is_due
@@ -34,7 +33,7 @@ class Loop:
 
     at: RunPosition
     writer: report.MetricsWriter | report.NoWriter
-    bar: tqdm
+    bar: StepBar
     lines: report.LineRecord | None
 
     def __init__(
@@ -69,7 +68,7 @@ class Loop:
         start = rollout_step = self._resume()
         previous: RolloutStep | None = None
         total, name, quiet = start + self._steps_left(), self.settings.name, not runtime.is_writer()
-        bar = tqdm(total=total, initial=start, desc=name, mininterval=0.5, disable=quiet)
+        bar = StepBar(total=total, initial=start, desc=name, mininterval=0.5, disable=quiet)
         with bar, self.checkpointer, self._open_writer(start) as writer:
             self.writer, self.bar = writer, bar
             if self.steps.probe_hook is not None:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ntkrl import report, runtime, update
+from ntkrl import report, runtime
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import NO_INPUTS, Inputs, set_up, training_facts
-from ntkrl.training import device_memory
+from ntkrl.training import device_memory, run_summary
 from ntkrl.training.checkpointing import is_finished
 from ntkrl.training.loop import Loop
 from ntkrl.training.step_functions import StepFunctions
@@ -34,10 +34,8 @@ def train(config: ConfigDict, inputs: Inputs | None = None) -> Path:
     """
     settings = read_settings(config)
     alone = inputs is None or runtime.is_distributed()
-    with (
-        PreemptionNotice(alone) as notice,
-        runtime.locked(Path(config.run_dir), "train", "finished"),
-    ):
+    lock = runtime.locked(Path(config.run_dir), "train", "finished")
+    with PreemptionNotice(alone) as notice, lock, runtime.CompileNotices(run_summary.PROGRAMS):
         return _train(config, settings, NO_INPUTS if inputs is None else inputs, notice)
 
 
@@ -63,14 +61,14 @@ def _train(
         inputs.save()
     device_memory.save_layout(setup, directory)
     runtime.check_shared(directory)
-    if settings.method.samples:
-        runtime.log(f"objective: {update.describe(settings.objective)}")
+    runtime.log(run_summary.describe_start(setup, loop.steps.bound_stages, directory))
     rollout_steps = loop.run()
     facts = training_facts(settings, rollout_steps)
     setup.model.export(directory / "export", loop.at.state.params, facts)
     setup.model.export(directory / "export_reference", loop.at.reference, facts)
     if loop.lines is not None:
         report.mark_finished(directory, rollout_steps, loop.lines, EXPORTS)
+        runtime.log(run_summary.describe_end(setup, directory))
     return directory
 
 
