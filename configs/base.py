@@ -48,7 +48,7 @@ def get_config():
     config.method = "rl"  # "rl", "sft" or "reward" (a reward model from preferences)
 
     config.model = ConfigDict()
-    # Hugging Face or PEFT directory, or a hub name (org/name); None: a new model as below
+    # Hugging Face or PEFT directory, hub name (org/name) or GGUF file; None: a new model as below
     config.model.path = placeholder(str)
     config.model.architecture = "GPTNeoXForCausalLM"
     config.model.new = ConfigDict(

@@ -19,6 +19,7 @@ FLOORS = [
     },
     {"signals"},
     {"softmax", "json_files"},
+    {"gguf"},
     {"models", "scoring", "ntk", "runtime", "chat_templates"},
     # one pipeline, in order: a room may import those before it
     {"data"},
@@ -47,7 +48,8 @@ OWNERS = {
         *("runtime", "settings", "training", "evaluation", "prepare", "study"),
     },
     "pyarrow": {"data", "prepare"},
-    "transformers": {"data", "chat_templates"},
+    "transformers": {"data", "chat_templates", "gguf"},
+    "gguf": {"gguf"},
     "safetensors": {"models"},
     "tensorboardX": {"report"},
     "wandb": {"report"},
