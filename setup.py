@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
+
+# config files are modules of ntkrl.configs, which ntkrl/configs.py finds beside it or in configs/
+FILES = find_namespace_packages(include=["configs", "configs.*"], exclude=["*.__pycache__"])
+CONFIGS = [f"ntkrl.{name}" for name in FILES]
 
 setup(
     name="ntkrl",
@@ -12,7 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["ntkrl", "ntkrl.*"]),
+    packages=[*find_packages(include=["ntkrl", "ntkrl.*"]), *CONFIGS],
+    package_dir={"ntkrl.configs": "configs"},
     package_data={
         "ntkrl.plan": ["published_models.json", "gpus/*.txtpb"],
         "ntkrl.report": ["metrics.toml", "page.css", "page.html", "page.js"],

@@ -11,13 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ntkrl"
 
 FLOORS = [
-    {"types", "lease", "messages"},
+    {"types", "lease", "messages", "configs"},
     {
+        *("shorthands", "settings_list"),
         *("numerics", "trees", "intervals", "jaxpr"),
         *("user_files", "json_values", "durable_files", "workers"),
         "run_lock",
     },
-    {"signals"},
+    {"signals", "command_line"},
     {"softmax", "json_files"},
     {"gguf"},
     {"models", "scoring", "ntk", "runtime", "chat_templates"},
@@ -45,7 +46,7 @@ OWNERS = {
     "matplotlib": {"report", "study"},
     "orbax": {"runtime"},
     "ml_collections": {
-        *("runtime", "settings", "training", "evaluation", "prepare", "study"),
+        *("runtime", "settings", "training", "evaluation", "prepare", "study", "shorthands"),
     },
     "pyarrow": {"data", "prepare"},
     "transformers": {"data", "chat_templates", "gguf"},

@@ -7,6 +7,7 @@ config.json, and passes files on to parsers in Rust and C++ that raise exception
 from pathlib import Path
 from typing import Any
 
+from ntkrl.chat_templates import import_transformers
 from ntkrl.json_files import check_regular, read_object
 from ntkrl.messages import parser_sentences, quoted
 
@@ -46,6 +47,7 @@ def open_tokenizer(path: Path) -> Any:
       ValueError: its files do not load; names the directory and the reason.
     """
     # local imports, since transformers takes seconds to import
+    import_transformers()
     from transformers import AutoTokenizer
 
     problem = f"{path}: the tokenizer does not load"
@@ -77,6 +79,7 @@ def _options(path: Path) -> dict[str, Any]:
 
     transformers would read all of config.json, and make lists of as many layers as it declares.
     """
+    import_transformers()
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     if not (path / "config.json").exists():
