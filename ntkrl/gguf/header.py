@@ -93,7 +93,7 @@ def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> GgufFile:
             start = file.read(24)
             _check_start(path, start)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _Reader(path, content, sizes).read()
+                return _HeaderReader(path, content, sizes).read()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -116,7 +116,7 @@ def _check_start(path: Path, start: bytes) -> None:
         )
 
 
-class _Reader:
+class _HeaderReader:
     """Reads a header from a mapped file; `at` is the next byte."""
 
     def __init__(self, path: Path, content: mmap.mmap, sizes: Mapping[int, tuple[int, int]]):
