@@ -49,7 +49,7 @@ def get_config():
     config.method = "rl"  # "rl", "sft" or "reward" (a reward model from preferences)
 
     config.model = ConfigDict()
-    # Hugging Face or PEFT directory, or a hub name (org/name); None: a new model, of model.new
+    # Hugging Face or PEFT directory, hub name (org/name), GGUF file; None: a new one, of model.new
     config.model.path = placeholder(str)
     config.model.architecture = "GPTNeoXForCausalLM"  # of a new model
     # fields of config.json of a new model
