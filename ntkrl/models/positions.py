@@ -100,14 +100,16 @@ def segment_counts(segments_BT: Array) -> tuple[Array, Array]:
     """
     order_BT = jnp.argsort(segments_BT, axis=1, stable=True)
     sorted_BT = jnp.take_along_axis(segments_BT, order_BT, axis=1)
-    columns_T = jnp.arange(segments_BT.shape[1])
+    columns_1T = jnp.arange(segments_BT.shape[1])[None]
     changes = sorted_BT[:, 1:] != sorted_BT[:, :-1]
     edge_B1 = jnp.ones_like(changes, shape=(changes.shape[0], 1))
     starts_BT = jnp.concatenate([edge_B1, changes], axis=1)
     ends_BT = jnp.concatenate([changes, edge_B1], axis=1)
-    first_BT = jax.lax.cummax(jnp.where(starts_BT, columns_T, 0), axis=1)
-    last_BT = jax.lax.cummin(jnp.where(ends_BT, columns_T, len(columns_T)), axis=1, reverse=True)
+    first_BT = jax.lax.cummax(jnp.where(starts_BT, columns_1T, 0), axis=1)
+    last_BT = jax.lax.cummin(
+        jnp.where(ends_BT, columns_1T, segments_BT.shape[1]), axis=1, reverse=True
+    )
     inverse_BT = jnp.argsort(order_BT, axis=1)
-    number_BT = jnp.take_along_axis(columns_T - first_BT + 1, inverse_BT, axis=1)
+    number_BT = jnp.take_along_axis(columns_1T - first_BT + 1, inverse_BT, axis=1)
     length_BT = jnp.take_along_axis(last_BT - first_BT + 1, inverse_BT, axis=1)
     return jnp.where(segments_BT > 0, number_BT, 0), length_BT
