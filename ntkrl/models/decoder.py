@@ -69,7 +69,7 @@ class Config:
     parallel_residual: the MLP reads the layer's input, not the sum after attention.
     learned_positions: embeddings of positions are added to those of tokens.
     embedding_scale: factor on token embeddings.
-    name: of the checkpoint as the user gave it, for export: a directory or a hub name.
+    name: of the checkpoint as the user gave it, for export: a directory, hub name or file.
     extra: config.json as read, for export.
     """
 
