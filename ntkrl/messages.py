@@ -32,8 +32,8 @@ def printable(text: str) -> str:
     return "".join(c if harmless(c) else "?" for c in text)
 
 
-def print_last(message: str) -> None:
-    """Print a message before the process ends, if anybody still reads standard error."""
+def notify(message: str) -> None:
+    """Print a message on standard error, unless its terminal or pipe is closed."""
     with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
