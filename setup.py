@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
+
+# config files are modules of ntkrl.configs, which ntkrl/configs.py finds beside it or in configs/
+FILES = find_namespace_packages(include=["configs", "configs.*"], exclude=["*.__pycache__"])
+CONFIGS = [f"ntkrl.{name}" for name in FILES]
 
 setup(
     name="ntkrl",
@@ -12,7 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["ntkrl", "ntkrl.*"]),
+    packages=[*find_packages(include=["ntkrl", "ntkrl.*"]), *CONFIGS],
+    package_dir={"ntkrl.configs": "configs"},
     package_data={
         "ntkrl.plan": ["published_models.json", "gpus/*.txtpb"],
         "ntkrl.report": ["metrics.toml", "page.css", "page.html", "page.js"],
@@ -43,6 +48,7 @@ setup(
         "test": [
             "datasets",
             "equinox",
+            "gguf>=0.17",
             "math-verify[antlr4_13_2]",
             "mypy==2.4.1",
             "peft",
@@ -56,6 +62,7 @@ setup(
         "bench": ["torch==2.13.0", "trl==1.16.0"],
         "math": ["math-verify[antlr4_13_2]"],
         "data": ["pyarrow"],
+        "gguf": ["gguf>=0.17"],
         "tensorboard": ["tensorboardX>=2.6.2"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],

@@ -1,12 +1,12 @@
 """Classifier-first RL: policy gradient on the head alone, then on all parameters.
 
-Command: as configs/rl.py, with --config=configs/cfrl.py.
+Command: as configs/rl.py, with --config=cfrl.
 Length and learning rate of the first stage are our choice: we do not know the paper's. With
 plateau_window=10 in the first stage it ends when the reward stops rising; with
 optimizer_state="keep" in the second the head keeps its moments.
 """
 
-from configs import base, rl
+from ntkrl.configs import base, rl
 
 
 def get_config():

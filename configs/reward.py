@@ -1,13 +1,13 @@
 """Training of a reward model on preferences.
 
 Command:
-    ntkrl train --config=configs/reward.py --config.model.path=DIR --config.data.path=pairs.jsonl
+    ntkrl train --config=reward --model=DIR --data=pairs.jsonl
 Rows have "prompt", "chosen" and "rejected", in TRL's standard or conversational format. DIR is a
 language model, which gets a new head, or a sequence classifier with one label. The learning rate is
 that of princeton-pli/what-makes-good-rm.
 """
 
-from configs import base
+from ntkrl.configs import base
 
 
 def get_config():

@@ -1,12 +1,11 @@
-r"""RL of your model on your prompts: RLOO on all parameters.
+"""RL of your model on your prompts: RLOO on all parameters.
 
 Command:
-    ntkrl train --config=configs/rl.py --config.model.path=DIR \
-        --config.data.path=prompts.jsonl --config.reward.function=my_rewards.py:score
+    ntkrl train --config=rl --model=DIR --data=prompts.jsonl --reward=my_rewards.py:score
 Hardware: one or several GPUs, or a CPU for small models; the mesh uses all devices.
 """
 
-from configs import base
+from ntkrl.configs import base
 
 
 def get_config():

@@ -1,13 +1,13 @@
 """Supervised training of your model on prompts with completions.
 
 Command:
-    ntkrl train --config=configs/sft.py --config.model.path=DIR --config.data.path=pairs.jsonl
+    ntkrl train --config=sft --model=DIR --data=pairs.jsonl
 Rows have "prompt" and "completion", in TRL's standard or conversational format.
 """
 
 from ml_collections.config_dict import placeholder
 
-from configs import base
+from ntkrl.configs import base
 
 
 def get_config():

@@ -1,9 +1,9 @@
 """The study: the paper's claims, each with a number, on models that two CPU cores can train.
 
 Command:
-    python -m ntkrl study --config=configs/study.py
+    ntkrl study --config=study
 One of its runs alone (the study prints and stores all of these commands):
-    python -m ntkrl train --config=configs/study.py:small/cfrl,seed=1,head=1e-3,body=3e-4
+    ntkrl train --config=study:small/cfrl,seed=1,head=1e-3,body=3e-4
 Hardware: two CPU cores.
 
 Two tasks. "Expressions" (built in): the reward checks if a completion evaluates to its target. Of
@@ -19,9 +19,9 @@ separate seeds, by the reward on the targets set aside; other arms use RL's.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import base
-from configs.quickstart import base as quickstart_base
-from configs.quickstart import rl as quickstart_rl
+from ntkrl.configs import base
+from ntkrl.configs.quickstart import base as quickstart_base
+from ntkrl.configs.quickstart import rl as quickstart_rl
 
 SIZES = {  # hidden size, layers: 0.33, 1.8 and 6.4 million parameters
     "small": (96, 3),
@@ -38,8 +38,8 @@ def get_config(run=None):
 
 def get_study(config, file):
     """Return the study that `ntkrl study` runs: its phases of runs, and its page of verdicts."""
-    from configs.evidence.paper_study import PaperStudy, StudySettings
     from ntkrl import runtime
+    from ntkrl.configs.evidence.paper_study import PaperStudy, StudySettings
 
     return PaperStudy(runtime.parse_section(StudySettings, config, "study"), file)
 

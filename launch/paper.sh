@@ -85,7 +85,7 @@ sources+=("--config.prepare.test=$DATA/ultrafeedback_binarized/test_prefs")
 [[ "$VARIANT" != pythia-2.8b* ]] || sources+=("--config.prepare.supervised=$DATA/alpaca_farm/sft")
 
 if [ -n "$MINIATURE" ]; then
-    make_file "$RUNS/inputs" "$python" -m configs.paper.made_up "$RUNS/inputs"
+    make_file "$RUNS/inputs" "$python" -m ntkrl.configs.paper.made_up "$RUNS/inputs"
 fi
 make_file "$data/summary.json" "${ntkrl[@]}" prepare "$(config data)" "--config.run_dir=$data" \
     "--config.model.path=$MODEL" "--config.reward.function=$REWARD" "${sources[@]}"

@@ -13,13 +13,23 @@ runs=runs/quickstart
 
 ntkrl() { run .venv/bin/python -m ntkrl "$@"; }
 
-ntkrl train --config=configs/quickstart/base.py
+parts=2 number=0
+for seed in $SEEDS; do parts=$((parts + 2)); done
+# Print the number and the name of the part that begins.
+part() {
+    number=$((number + 1))
+    [ -n "$dry_run" ] || echo "[$number/$parts] $1"
+}
+
+part "a base model, by supervised training"
+ntkrl train --config=quickstart/base
 directories=()
 for seed in $SEEDS; do
     for method in rl cfrl; do
         directories+=("$runs/$method-$seed")
-        ntkrl train "--config=configs/quickstart/$method.py" \
-            "--config.seed=$seed" "--config.run_dir=$runs/$method-$seed"
+        part "$method, seed $seed"
+        ntkrl train "--config=quickstart/$method" "--seed=$seed" "--run_dir=$runs/$method-$seed"
     done
 done
+part "the report"
 ntkrl report "${directories[@]}" "--out=$runs/report"

@@ -6,6 +6,7 @@ function of transformers as a tokenizer does. It starts without JAX.
 """
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -41,6 +42,20 @@ class Conversation(NamedTuple):
 
 class TemplateLimitError(ValueError):
     """A template takes too long, or too much memory."""
+
+
+def import_transformers() -> None:
+    """Import transformers without its notice that PyTorch is missing, which is not needed here."""
+    variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        import transformers  # noqa: F401
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 class _Renderer:
@@ -101,6 +116,7 @@ def _encode(messages: Sequence[Any], options: Mapping[str, Any]) -> Any:
 
 def open_service(arguments: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
     """Return an empty description and the function that renders (see `workers.Worker`)."""
+    import_transformers()
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     # no vocabulary and no special tokens: the run sends those as variables

@@ -54,6 +54,20 @@ class SampleRequest:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class SampledTexts:
+    """Completions of some prompts, on the host.
+
+    request: the prompts. rollout: numpy arrays, but features stay on the devices.
+    texts, ids: B completions and their token ids.
+    """
+
+    request: SampleRequest
+    rollout: Rollout
+    texts: list[str]
+    ids: list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class RewardedRollout:
     """A rollout on the host, with its texts and rewards.
 
@@ -147,6 +161,49 @@ def prompt_batch(setup: RunSetup, request: SampleRequest) -> PromptBatch:
     return runtime.place_rows(batch, setup.model.rollout_mesh)
 
 
+def sample(
+    setup: RunSetup, sampler: SampleFn, params: Params, request: SampleRequest, key: Array
+) -> SampledTexts:
+    """Sample completions of some prompts.
+
+    Args:
+      setup: the run.
+      sampler: from `make_sampler`.
+      params: params of the policy that samples.
+      request: which prompts.
+      key: consumed.
+    """
+    drawn = sampler(params, prompt_batch(setup, request), key)
+    features = drawn.features
+    drawn = runtime.fetch(dataclasses.replace(drawn, features=None))
+    drawn = dataclasses.replace(drawn, features=features)
+    texts, ids = data.decode_completions(
+        setup.model.tokenizer, drawn.tokens, drawn.completion_mask, setup.model.end_ids
+    )
+    return SampledTexts(request, drawn, texts, ids)
+
+
+def add_rewards(setup: RunSetup, sampled: SampledTexts) -> RewardedRollout:
+    """Reward sampled completions.
+
+    Raises:
+      ValueError: what the reward functions did wrong.
+    """
+    prompts, texts = sampled.request.prompts, sampled.texts
+    group = len(texts) // len(sampled.request.rows)
+    repeated = np.repeat(np.asarray(sampled.request.rows), group)
+    assert setup.rewards is not None  # as in every run that samples completions
+    result = setup.rewards(
+        [prompts.prompt_set.prompts[row] for row in repeated],
+        texts,
+        sampled.ids,
+        {name: [values[row] for row in repeated] for name, values in prompts.columns.items()},
+        prompts.prompt_set.conversational,
+        group=group,
+    )
+    return RewardedRollout(rollout=sampled.rollout, texts=texts, result=result)
+
+
 def collect(
     setup: RunSetup,
     sampler: SampleFn,
@@ -168,27 +225,10 @@ def collect(
     Raises:
       ValueError: what the reward functions did wrong.
     """
-    drawn = sampler(params, prompt_batch(setup, request), key)
-    features = drawn.features
-    drawn = runtime.fetch(dataclasses.replace(drawn, features=None))
-    drawn = dataclasses.replace(drawn, features=features)
+    sampled = sample(setup, sampler, params, request, key)
     if clock is not None:
         clock("sample")
-    tokenizer, prompts = setup.model.tokenizer, request.prompts
-    texts, ids = data.decode_completions(
-        tokenizer, drawn.tokens, drawn.completion_mask, setup.model.end_ids
-    )
-    group = len(texts) // len(request.rows)
-    repeated = np.repeat(np.asarray(request.rows), group)
-    assert setup.rewards is not None  # as in every run that samples completions
-    result = setup.rewards(
-        [prompts.prompt_set.prompts[row] for row in repeated],
-        texts,
-        ids,
-        {name: [values[row] for row in repeated] for name, values in prompts.columns.items()},
-        prompts.prompt_set.conversational,
-        group=group,
-    )
+    rewarded = add_rewards(setup, sampled)
     if clock is not None:
         clock("reward")
-    return RewardedRollout(rollout=drawn, texts=texts, result=result)
+    return rewarded

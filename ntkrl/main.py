@@ -1,40 +1,14 @@
 """The command line: `ntkrl COMMAND …`, the same as `python -m ntkrl COMMAND …`."""
 
-import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from ntkrl import durable_files, signals
-from ntkrl.messages import printable
-
-USAGE = """usage: ntkrl COMMAND ...
-
-  train    --config=FILE [--config.section.field=value ...]   run or resume a training run
-  evaluate --config=FILE [--config.section.field=value ...]   score a model on held-out prompts
-  evaluate --run=RUN [--step=N|best] [--trust] [--config...]  or a checkpoint of a run
-  prepare  --config=FILE [--config.section.field=value ...]   prepare published data
-  plan     --config=FILE --topology=v5e:4x4 [--search] ...    memory and time of a run on a machine
-  study    --config=FILE [--page] ...                         run a grid of runs, write its page
-  kernel   MODEL --prompts=FILE [--out=DIR] ...               kernels of a model on prompts
-  report   RUN [RUN ...] [--out=DIR]                          page, figures and table of runs
-  report   --text RUN [RUN ...]                               the report as text
-  report   --glossary                                         what every metric means, as Markdown
-  export   RUN OUT [--step=N|best]                            a checkpoint as Hugging Face directory
-  presets  [NAME ...]                                         objectives: formula, source, settings
-
-plan also takes --limit=6 (candidates of --search), --json=FILE and, in place of --topology,
---table=FILE (models × machines). Topologies: v5e-16, v5p:2x2x4, …, h200, h100-8, a100, cpu:8, gpu;
-no TPU or GPU is needed.
-kernel also takes --positions=last|all --eigenpairs=8 --max_contexts=64 --limit=16 --layers
---dtype=float32|float64|bfloat16 --memory_gib=8.
-
-Configs live in configs/; every field has its meaning in configs/base.py.
-Set NTKRL_TRACEBACK=1 to see where an error came from.
-Exit statuses: 0 done, 2 a mistake of the user's, 70 another process of the run failed or was lost,
-75 a run saved and stopped after SIGTERM, SIGHUP or SIGINT (Ctrl-C), 130 interrupted: by a second
-Ctrl-C, or another command by the first. 129 and 143: another command ended by SIGHUP or SIGTERM."""
+from ntkrl import command_line, durable_files, settings_list, signals
+from ntkrl.command_line import COMMANDS, Words
+from ntkrl.messages import did_you_mean, printable
 
 PREEMPTED = 75
 """Exit status of a run that a signal ended, and of a study whose runs it ended: EX_TEMPFAIL, try
@@ -54,49 +28,54 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: words after the program's name; None for the process's own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {
-        "train": _train,
-        "evaluate": _evaluate,
-        "prepare": _prepare,
-        "plan": _plan,
-        "study": _study,
-        "kernel": _kernel,
-        "report": _report,
-        "export": _export,
-        "presets": _presets,
-    }
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE)
+    text = _help(words)
+    if text is not None:
+        print(text)
         return 0
-    if words[0] not in commands:
-        print(f"ntkrl: unknown command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
+    name = words[1] if words[0] == "help" else words[0]
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        print(printable(f"ntkrl: unknown command {name!r}{hint}"), file=sys.stderr)
         return 2
     try:
         with signals.command_signals():
-            status = commands[words[0]](words[1:])
+            status = RUNNERS[name](command_line.parse(name, words[1:]))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
         return signals.INTERRUPTED
     except signals.StopRequest as request:
-        print(f"\nntkrl {words[0]}: stopped by {request.signal.name}", file=sys.stderr)
-        return PREEMPTED if words[0] == "study" else 128 + request.signal
+        print(f"\nntkrl {name}: stopped by {request.signal.name}", file=sys.stderr)
+        return PREEMPTED if name == "study" else 128 + request.signal
     except Exception as error:
         full = durable_files.full_disk(error)
         if "NTKRL_TRACEBACK" in os.environ or (
             full is None and not isinstance(error, ValueError | OSError)
         ):
             raise
-        message = f"ntkrl {words[0]}: {error if full is None else full}"
+        message = f"ntkrl {name}: {error if full is None else full}"
         print(printable(message), file=sys.stderr)
         return 2
     return 0 if status is None else status
 
 
-def _train(words: Sequence[str]) -> int | None:
+def _help(words: Sequence[str]) -> str | None:
+    """Return the help or the versions that a command line asks for, or None."""
+    if not words or words[0] in ("-h", "--help") or words == ["help"]:
+        return command_line.overview()
+    if words[0] in ("--version", "-V", "version"):
+        return command_line.versions()
+    if words[0] == "help" and words[1] in COMMANDS:
+        return command_line.help_text(words[1])
+    if words[0] in COMMANDS and ("-h" in words or "--help" in words):
+        return command_line.help_text(words[0])
+    return None
+
+
+def _train(words: Words) -> int | None:
     from ntkrl import runtime
     from ntkrl.training import train
 
-    config = runtime.read_config(words)
+    config = runtime.read_config(words.config, shorthands=words.shorthands)
     with runtime.distributed_session(f"train {config.run_dir}"):
         runtime.enable_compile_cache()
         try:
@@ -107,75 +86,69 @@ def _train(words: Sequence[str]) -> int | None:
     return None
 
 
-def _evaluate(words: Sequence[str]) -> None:
+def _evaluate(words: Words) -> None:
     from ntkrl import runtime
     from ntkrl.evaluation import commands
 
-    chosen = [word for word in words if word.startswith(("--run", "--step", "--trust"))]
-    options, _ = _options(chosen, ("run", "step"), ("trust",))
+    options = words.options
     if "step" in options and "run" not in options:
         raise ValueError("--step names a checkpoint of a run; give --run=RUN too.")
     if "trust" in options and "run" not in options:
         raise ValueError("--trust is about the code that a run's config names; give --run=RUN too.")
     run = options["run"] if "run" in options else None
     saved = None if run is None else commands.config_of(run)
-    config = runtime.read_config([word for word in words if word not in chosen], saved)
+    config = runtime.read_config(words.config, saved, words.shorthands)
     with runtime.distributed_session(f"evaluate {config.run_dir}"), signals.restored():
         runtime.enable_compile_cache()
         commands.evaluate(config, run, _step(options), "trust" in options)
 
 
-def _prepare(words: Sequence[str]) -> None:
+def _prepare(words: Words) -> None:
     from ntkrl import prepare, runtime
 
-    config = runtime.read_config(words)
+    config = runtime.read_config(words.config, shorthands=words.shorthands)
     with runtime.distributed_session(f"prepare {config.run_dir}"), signals.restored():
         runtime.enable_compile_cache()
         prepare.prepare(config)
 
 
-def _plan(words: Sequence[str]) -> None:
+def _plan(words: Words) -> None:
     from ntkrl import plan, runtime
     from ntkrl.settings import read_settings
 
-    config_words = [word for word in words if word.startswith("--config")]
-    others = [word for word in words if word not in config_words]
-    options, places = _options(others, ("topology", "limit", "json", "table"), ("search",))
-    if places:
-        raise ValueError(f"plan takes options only, not {' '.join(places)}.")
-    settings = read_settings(runtime.read_config(config_words))
+    options = words.options
+    config = runtime.read_config(words.config, shorthands=words.shorthands)
+    settings = read_settings(config)
     if "table" in options:
         if len(options) > 1:
             raise ValueError("plan --table=FILE takes no other option: its machines are fixed.")
-        plan.write_table(options["table"], settings, f"ntkrl plan {' '.join(words)}")
+        changes = [f"--{key}={value}" for key, value in words.shorthands.items()]
+        command = ["ntkrl", "plan", *words.config, *changes, f"--table={options['table']}"]
+        plan.write_table(options["table"], settings, " ".join(command))
         return
     if "topology" not in options:
         raise ValueError("plan needs --topology=NAME, for example v5e-16, h200 or cpu:8.")
     plan.plan(settings, plan.read_options(options))
 
 
-def _study(words: Sequence[str]) -> None:
+def _study(words: Words) -> None:
     from ntkrl import runtime, study
 
     _alone("study")
-    config_words = runtime.join_config_flag([word for word in words if word != "--page"])
-    config = runtime.read_config(config_words)
-    named = [word for word in config_words if word.startswith("--config=")]
-    file = named[-1].removeprefix("--config=")
-    print(f"page: {study.run_study(config, file, '--page' in words)}")
+    config = runtime.read_config(words.config, shorthands=words.shorthands)
+    (file,) = [word for word in words.config if word.startswith("--config=")]
+    page = study.run_study(config, file.removeprefix("--config="), "page" in words.options)
+    print(f"page: {page}")
 
 
-def _kernel(words: Sequence[str]) -> None:
+def _kernel(words: Words) -> None:
     from ntkrl import runtime
     from ntkrl.evaluation import kernel_command
 
     _alone("kernel")
-    names = [field.name for field in dataclasses.fields(kernel_command.KernelSettings)]
-    known = [name for name in names if name not in ("model", "layers")]
-    options, places = _options(words, known, ("layers",))
-    if len(places) != 1:
+    if len(words.others) != 1:
         raise ValueError("kernel needs one model directory, and --prompts=FILE.")
-    settings = kernel_command.read_settings(places[0], options)
+    settings = kernel_command.read_settings(words.others[0], words.options)
     runtime.enable_compile_cache()
     kernel_command.compute_kernels(settings)
 
@@ -187,12 +160,12 @@ def _alone(command: str) -> None:
         raise ValueError(f"{command} works in one process; start it once, outside the run's own.")
 
 
-def _report(words: Sequence[str]) -> None:
+def _report(words: Words) -> None:
     from ntkrl import report
 
-    options, runs = _options(words, ("out",), ("glossary", "text"))
+    options, runs = words.options, words.others
     if "glossary" in options:
-        if len(words) > 1:
+        if len(options) > 1 or runs:
             raise ValueError("report --glossary takes no runs and no other option.")
         print(report.format_glossary())
         return
@@ -210,17 +183,16 @@ def _report(words: Sequence[str]) -> None:
     print(f"\nreport: {page}")
 
 
-def _export(words: Sequence[str]) -> None:
+def _export(words: Words) -> None:
     from ntkrl.evaluation import commands
 
     _alone("export")
-    options, places = _options(words, ("step",))
-    if len(places) != 2:
+    if len(words.others) != 2:
         raise ValueError("export needs a run directory and an output directory.")
-    commands.export(places[0], places[1], _step(options))
+    commands.export(words.others[0], words.others[1], _step(words.options))
 
 
-def _step(options: Mapping[str, str]) -> int | str | None:
+def _step(options: Mapping[str, Any]) -> int | str | None:
     """Parse --step; None is the newest checkpoint."""
     step = options["step"] if "step" in options else None
     if step is not None and step.isdigit():
@@ -230,33 +202,33 @@ def _step(options: Mapping[str, str]) -> int | str | None:
     return step
 
 
-def _presets(words: Sequence[str]) -> None:
+def _presets(words: Words) -> None:
     from ntkrl import update
 
-    unknown = [word for word in words if word not in update.PRESETS]
+    unknown = [word for word in words.others if word not in update.PRESETS]
     if unknown:
         raise ValueError(
             f"{', '.join(unknown)}: no such preset; there are {', '.join(update.PRESETS)}."
         )
-    for name in words if words else update.PRESETS:
+    for name in words.others if words.others else update.PRESETS:
         print(f"{name}\n    {update.FORMULAS[name].strip()}\n")
         print(f"    {update.describe(update.PRESETS[name])}\n")
 
 
-def _options(
-    words: Sequence[str], known: Sequence[str], switches: Sequence[str] = ()
-) -> tuple[dict[str, str], list[str]]:
-    """Split words into `--name=value` options (and `--switch` ones, with no value) and the rest."""
-    options, others = {}, []
-    for word in words:
-        if not word.startswith("--"):
-            others.append(word)
-            continue
-        name, _, value = word[2:].partition("=")
-        if word[2:] not in switches and (name not in known or not value):
-            allowed = ", ".join(
-                [f"--{option}=…" for option in known] + [f"--{switch}" for switch in switches]
-            )
-            raise ValueError(f"{word} is not understood; allowed are {allowed}.")
-        options[name] = value
-    return options, others
+def _settings(words: Words) -> None:
+    columns = shutil.get_terminal_size((100, 24)).columns
+    print(settings_list.format_settings(words.others, columns))
+
+
+RUNNERS: dict[str, Callable[[Words], int | None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "prepare": _prepare,
+    "plan": _plan,
+    "study": _study,
+    "kernel": _kernel,
+    "report": _report,
+    "export": _export,
+    "presets": _presets,
+    "settings": _settings,
+}

@@ -10,6 +10,9 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+IN_PROCESS = "python:"
+"""Before the name of a function of the calling program, where a config would name a file's."""
+
 
 class _UncachedLoader(importlib.machinery.SourceFileLoader):
     """Compiles the file itself: Python's cache keeps code of an edit in the same second."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from configs import rl
 from ntkrl import data, models, runtime
+from ntkrl.configs import rl
 from ntkrl.data import save_tokenizer
 from ntkrl.data.arithmetic_task import END, PADDING
 from ntkrl.generate import make_sampler

@@ -11,14 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ntkrl"
 
 FLOORS = [
-    {"types", "lease", "messages"},
+    {"types", "lease", "messages", "configs"},
     {
+        *("shorthands", "settings_list"),
         *("numerics", "trees", "intervals", "jaxpr"),
         *("user_files", "json_values", "durable_files", "workers"),
         "run_lock",
     },
-    {"signals"},
+    {"signals", "command_line"},
     {"softmax", "json_files"},
+    {"gguf"},
     {"models", "scoring", "ntk", "runtime", "chat_templates"},
     # one pipeline, in order: a room may import those before it
     {"data"},
@@ -44,10 +46,11 @@ OWNERS = {
     "matplotlib": {"report", "study"},
     "orbax": {"runtime"},
     "ml_collections": {
-        *("runtime", "settings", "training", "evaluation", "prepare", "study"),
+        *("runtime", "settings", "training", "evaluation", "prepare", "study", "shorthands"),
     },
     "pyarrow": {"data", "prepare"},
-    "transformers": {"data", "chat_templates"},
+    "transformers": {"data", "chat_templates", "gguf"},
+    "gguf": {"gguf"},
     "safetensors": {"models"},
     "tensorboardX": {"report"},
     "wandb": {"report"},

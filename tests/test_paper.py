@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.paper import made_up
 from ntkrl import runtime
+from ntkrl.configs.paper import made_up
 from ntkrl.settings import read_settings
 from tests.children import Children
 
@@ -41,7 +41,7 @@ def commands(runs, **settings):
     result = []
     for line in script(runs, "--dry-run", **settings):
         words = shlex.split(line)
-        if "configs.paper.made_up" in words:
+        if "ntkrl.configs.paper.made_up" in words:
             continue
         script_words = words[: words.index("launch/local.sh") + 1] if words[0] == "env" else []
         result.append(["train", *words[len(script_words) :]] if script_words else words[2:])

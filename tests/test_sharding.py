@@ -204,7 +204,7 @@ def test_no_table_is_ever_whole_on_one_device(tmp_path):
     setup = set_up(read_settings(config), tmp_path)
     loop = begun(setup, tmp_path, config)
     made = [array for array in jax.live_arrays() if id(array) not in before]
-    up = loop.state.params["layers"]["mlp"]["up"]["kernel"]
+    up = loop.at.state.params["layers"]["mlp"]["up"]["kernel"]
     assert tuple(up.sharding.spec) == (None, "fsdp", "tensor")
     large = [array for array in made if array.size > 1500 and array.ndim > 1]
     # embed, head, qkv, out, up, down: params of the setup and of the state, two moments

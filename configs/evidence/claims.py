@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from configs.evidence.similarity import read_similarities
-from configs.evidence.verdict import (
+from ntkrl.configs.evidence.similarity import read_similarities
+from ntkrl.configs.evidence.verdict import (
     NO_NUMBER,
     UNKNOWN,
     Verdict,

@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from configs.evidence.claims import Plan, head_share
-from configs.evidence.similarity import KINDS, read_similarities
-from configs.evidence.verdict import FAILS, HOLDS, PARTLY, UNKNOWN, Verdict
 from ntkrl import report, study
+from ntkrl.configs.evidence.claims import Plan, head_share
+from ntkrl.configs.evidence.similarity import KINDS, read_similarities
+from ntkrl.configs.evidence.verdict import FAILS, HOLDS, PARTLY, UNKNOWN, Verdict
 from ntkrl.evaluation import powers
 from ntkrl.study import ArmGroup, Results
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.evidence import page, prompts, similarity
-from configs.evidence.claims import verdicts
 from ntkrl import durable_files
+from ntkrl.configs.evidence import page, prompts, similarity
+from ntkrl.configs.evidence.claims import verdicts
 from ntkrl.report import read_run
 from ntkrl.study import (
     Job,

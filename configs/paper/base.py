@@ -11,11 +11,11 @@ cuts Pythia's 50304 to 50279); probes; the number of prompts in an evaluation du
 mesh.
 
 Every config here takes the name of one of VARIANTS after a colon, for example
---config=configs/paper/rl.py:pythia-1b; the default is Pythia-2.8B. Each reads the files that the
+--config=paper/rl:pythia-1b; the default is Pythia-2.8B. Each reads the files that the
 part before it wrote to runs/paper (runs/paper-NAME for another model); launch/paper.sh runs all.
 configs/paper/miniature.py has all of them for tiny models and synthetic data.
 
-To plan another model, pass --config.model.path=meta-llama/Meta-Llama-3-8B or Qwen/Qwen3-8B, with
+To plan another model, pass --model=meta-llama/Meta-Llama-3-8B or Qwen/Qwen3-8B, with
 --config.model.template=None.
 """
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ml_collections.config_dict import placeholder
 
-from configs import base
+from ntkrl.configs import base
 
 PROMPTS = 12_227  # 20 % of train_prefs (61135): the part for RL, before filtering
 TURNS = 3  # tokens that the template writes around a prompt: user, end of turn, assistant

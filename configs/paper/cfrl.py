@@ -1,13 +1,13 @@
 """Classifier-first RL: the unembedding for one epoch, then all parameters for six.
 
-Command: as configs/paper/rl.py, with --config=configs/paper/cfrl.py.
+Command: as configs/paper/rl.py, with --config=paper/cfrl.
 Hardware and time: as RLOO's, and 764 steps of stage 1 at 28.6 s: 6 hours more, 44 in all.
 Pythia-1B: 382 steps at 6.3 s, 40 minutes more. Llama-3.2-1B: at 9.5 s, 61 minutes.
 Reported by the paper: the two stages, one additional epoch for the first and six for the second.
 Our choice: the learning rate of the first, which is not published: ten times the second's.
 """
 
-from configs.paper import base, rl
+from ntkrl.configs.paper import base, rl
 
 
 def get_config(variant="pythia-2.8b"):

@@ -1,7 +1,7 @@
 r"""AlpacaFarm and UltraFeedback as inputs of the other configs: examples, preferences, prompts.
 
 Command:
-    ntkrl prepare --config=configs/paper/data.py \
+    ntkrl prepare --config=paper/data \
         --config.prepare.supervised=DATA/alpaca_farm/sft \
         --config.prepare.preferences=DATA/ultrafeedback_binarized/train_prefs \
         --config.prepare.test=DATA/ultrafeedback_binarized/test_prefs
@@ -20,7 +20,7 @@ Pythia's; see prepare.tokenizer).
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.paper import base
+from ntkrl.configs.paper import base
 
 
 def get_config(variant="pythia-2.8b"):

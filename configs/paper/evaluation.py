@@ -2,10 +2,10 @@ r"""The final evaluation of a model: ten completions of each of 500 prompts.
 
 Commands for the SFT model on training prompts (its rewards are the statistics that normalise those
 of RL), and for the model after RL on test prompts, compared with the SFT model's samples there:
-    ntkrl evaluate --config=configs/paper/evaluation.py --config.model.path=runs/paper/sft/export \
+    ntkrl evaluate --config=paper/evaluation --model=runs/paper/sft/export \
         --config.run_dir=runs/paper/sft --config.eval.name=statistics \
         --config.data.eval_path=runs/paper/data/rl_selected.jsonl --config.reward.normalisation=None
-    ntkrl evaluate --config=configs/paper/evaluation.py --config.model.path=runs/paper/rl-0/export \
+    ntkrl evaluate --config=paper/evaluation --model=runs/paper/rl-0/export \
         --config.run_dir=runs/paper/rl-0 --config.eval.name=test \
         --config.eval.base=runs/paper/sft/evaluations/test.jsonl
 Hardware: 16 chips of v5e. Expected time (`ntkrl plan`, a lower bound, not measured): 5000
@@ -14,7 +14,7 @@ From the public code: 500 training and 500 test prompts, ten samples each, tempe
 tokens. Our choice: one sampling of them (eval.repeats).
 """
 
-from configs.paper import rl
+from ntkrl.configs.paper import rl
 
 
 def get_config(variant="pythia-2.8b"):

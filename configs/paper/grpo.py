@@ -1,13 +1,13 @@
 """GRPO in place of RLOO, one of the paper's variants.
 
-Command: as configs/paper/rl.py, with --config=configs/paper/grpo.py.
+Command: as configs/paper/rl.py, with --config=paper/grpo.
 Hardware and time: as RLOO's, for as many steps of as many completions.
 From the public code: its GRPO driver, whose epochs count completions. Our choice: groups of eight,
 with as many completions per step and in total as RLOO, so that six of its epochs are one and a half
 passes over the prompts; the preset's β.
 """
 
-from configs.paper import base, rl
+from ntkrl.configs.paper import base, rl
 
 GROUP = 8
 

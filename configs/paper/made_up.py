@@ -1,7 +1,7 @@
 """Tiny models and synthetic data in the published formats, for configs/paper/miniature.py.
 
 Command:
-    python -m configs.paper.made_up DIRECTORY
+    python -m ntkrl.configs.paper.made_up DIRECTORY
 
     DIRECTORY/pythia, llama    policies: random weights, byte-level tokenizers with the special
                                tokens of Pythia and of Llama 3.2

@@ -1,9 +1,9 @@
 """The paper's recipe in miniature: tiny models and synthetic data, seconds per part.
 
-Commands, after `python -m configs.paper.made_up runs/miniature/inputs`:
-    ntkrl prepare --config=configs/paper/miniature.py:data
-    ntkrl train --config=configs/paper/miniature.py:sft
-    ntkrl train --config=configs/paper/miniature.py:rl:pythia-1b
+Commands, after `python -m ntkrl.configs.paper.made_up runs/miniature/inputs`:
+    ntkrl prepare --config=paper/miniature:data
+    ntkrl train --config=paper/miniature:sft
+    ntkrl train --config=paper/miniature:rl:pythia-1b
 or all parts by `MINIATURE=1 bash launch/paper.sh`. The argument is PART or PART:VARIANT. Values
 that are not set below are those of configs/paper/PART.py.
 Hardware: any CPU. Expected time: minutes for all parts, most of it compilation.
@@ -11,7 +11,7 @@ Hardware: any CPU. Expected time: minutes for all parts, most of it compilation.
 
 from ml_collections.config_flags import config_path
 
-from configs.paper import base, cfrl, data, evaluation, grpo, reward, rl, sft
+from ntkrl.configs.paper import base, cfrl, data, evaluation, grpo, reward, rl, sft
 
 RUNS = "runs/miniature"
 INPUTS = f"{RUNS}/inputs"  # written by configs/paper/made_up.py

@@ -1,8 +1,8 @@
 r"""A Bradley–Terry reward model on the preferences not used for RL, in place of ArmoRM.
 
 Command:
-    ntkrl train --config=configs/paper/reward.py --config.model.path=runs/paper/sft/export
-Use it in RL with --config.reward.function=runs/paper/reward/export; it has separate statistics.
+    ntkrl train --config=paper/reward --model=runs/paper/sft/export
+Use it in RL with --reward=runs/paper/reward/export; it has separate statistics.
 Hardware: 16 chips of v5e. Expected time: two texts for each of SFT's examples, 2.1 s a step by the
 same lower bound, 1528 steps, 54 minutes; not measured.
 From the public code: it starts from the SFT model, rate 5e-7, constant, batches of 32 pairs, one
@@ -13,7 +13,7 @@ ArmoRM itself.
 
 from ml_collections.config_dict import placeholder
 
-from configs.paper import base
+from ntkrl.configs.paper import base
 
 FILES = (("data.path", "data/reward.jsonl"), ("data.eval_path", "data/test.jsonl"))
 

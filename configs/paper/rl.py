@@ -1,7 +1,7 @@
 r"""RLOO, the paper's baseline: all parameters for six epochs.
 
 Command:
-    ntkrl train --config=configs/paper/rl.py --config.model.path=runs/paper/sft/export
+    ntkrl train --config=paper/rl --model=runs/paper/sft/export
 Hardware: 16 chips of v5e, 9 of 15.75 GiB each. Expected time (`ntkrl plan`, not measured): 5.5
 s a step in float32, 4584 steps, 7 hours; :pythia-2.8b-bfloat16 is faster. Pythia-1B has 764 steps,
 Llama-3.2-1B as many.
@@ -11,7 +11,7 @@ no whitening; for the 1B models two epochs of 32 prompts a step. Our choice: see
 tied head is untied before RL.
 """
 
-from configs.paper import base
+from ntkrl.configs.paper import base
 
 FILES = (
     ("data.path", "data/rl.jsonl"),

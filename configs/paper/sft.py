@@ -1,7 +1,7 @@
 """Supervised fine-tuning before RL: Pythia-2.8B on AlpacaFarm's 10k examples.
 
 Command:
-    ntkrl train --config=configs/paper/sft.py
+    ntkrl train --config=paper/sft
 Hardware: 16 chips of v5e, 10 of 15.75 GiB each. Expected time (`ntkrl plan`, a lower bound, not
 measured): 1.1 s a step at full length, 312 steps, 6 minutes; Pythia-1B 0.4 s, 1528 steps, 9
 minutes.
@@ -13,7 +13,7 @@ choice: separate limits for prompt and completion, which the code limits togethe
 
 from ml_collections.config_dict import placeholder
 
-from configs.paper import base
+from ntkrl.configs.paper import base
 
 
 def get_config(variant="pythia-2.8b"):

@@ -1,12 +1,12 @@
 """A small GPT-NeoX base model for the built-in task, by supervised training.
 
-Command: python -m ntkrl train --config=configs/quickstart/base.py
+Command: ntkrl train --config=quickstart/base
 Hardware: two CPU cores.
 """
 
 from ml_collections.config_dict import placeholder
 
-from configs import base
+from ntkrl.configs import base
 
 
 def get_config():

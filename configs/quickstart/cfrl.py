@@ -1,10 +1,10 @@
 """Classifier-first RL on the quickstart's base model; as many rollouts as plain RL.
 
-Command: python -m ntkrl train --config=configs/quickstart/cfrl.py
+Command: ntkrl train --config=quickstart/cfrl
 """
 
-from configs import base
-from configs.quickstart import rl
+from ntkrl.configs import base
+from ntkrl.configs.quickstart import rl
 
 
 def get_config():

@@ -1,9 +1,9 @@
 """RL on the quickstart's base model: RLOO on all parameters.
 
-Command: python -m ntkrl train --config=configs/quickstart/rl.py
+Command: ntkrl train --config=quickstart/rl
 """
 
-from configs import base
+from ntkrl.configs import base
 
 
 def get_config():

@@ -30,6 +30,7 @@ from ntkrl.data.chat import (
 from ntkrl.data.order import epoch_at, hold_out, rows_at, spread, take, weighted_rows_at
 from ntkrl.data.prompts import PromptSet, join, read_prompts, read_set, validate_rows
 from ntkrl.data.published import Rows, files_of, import_pyarrow, read_rows
+from ntkrl.data.row_files import RowFile, row_file
 from ntkrl.data.settings import DataSettings, split_names
 from ntkrl.data.tokenizer_files import needed_rows
 from ntkrl.data.tokens import (

@@ -211,7 +211,7 @@ def _json_list(path: Path) -> list[Any]:
     return values
 
 
-def import_pyarrow(path: Path) -> Any:
+def import_pyarrow(path: str | Path) -> Any:
     """Return pyarrow; raise ValueError if it is not installed."""
     try:
         import pyarrow
@@ -228,14 +228,14 @@ def _parquet(path: Path) -> list[Any]:
     from pyarrow import parquet
 
     try:
-        return _python_rows(parquet.ParquetFile(path).read(), path)
+        return python_rows(parquet.ParquetFile(path).read(), path)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is not a complete Parquet file ({error}); copy it again."
         ) from error
 
 
-def _python_rows(table: Any, path: Path) -> list[dict[str, Any]]:
+def python_rows(table: Any, path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of an Arrow table as Python values."""
     arrow = import_pyarrow(path)
     no_python_type = (ValueError, OverflowError, NotImplementedError, arrow.ArrowException)
@@ -275,7 +275,7 @@ def _stream(path: Path) -> list[Any]:
     arrow = import_pyarrow(path)
     try:
         with arrow.memory_map(str(path)) as source, arrow.ipc.open_stream(source) as reader:
-            return _python_rows(reader.read_all(), path)
+            return python_rows(reader.read_all(), path)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is not a complete Arrow file ({error}); copy it again."

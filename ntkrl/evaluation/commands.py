@@ -19,7 +19,15 @@ from ntkrl.json_files import read_object
 from ntkrl.json_values import readable
 from ntkrl.messages import joined
 from ntkrl.settings import RunSettings, read_settings
-from ntkrl.setup import RunSetup, load_starting_model, set_up, training_facts
+from ntkrl.setup import (
+    NO_INPUTS,
+    Inputs,
+    RunSetup,
+    StartingModel,
+    load_starting_model,
+    set_up,
+    training_facts,
+)
 from ntkrl.types import Params
 
 EVALUATE_STREAM = 3
@@ -31,6 +39,7 @@ def evaluate(
     run: str | None = None,
     step: int | str | None = None,
     trusted: bool = False,
+    inputs: Inputs = NO_INPUTS,
 ) -> dict[str, float]:
     """Sample and reward completions of the held-out prompts; print and save the metrics.
 
@@ -44,6 +53,7 @@ def evaluate(
       run: run directory whose checkpoint is scored, or None for the model of `model.path`.
       step: rollout step of the checkpoint, as in `export`.
       trusted: execute the code that the run's config names, whoever wrote it.
+      inputs: values of the calling program.
 
     Returns:
       The `eval/…` and `diversity/…` metrics, with `_low` and `_high` ends of intervals.
@@ -68,13 +78,15 @@ def evaluate(
         label = settings.evaluation.name
     _check_replaceable(directory / "evaluations" / f"{label}.json")
     with runtime.locked(directory / "evaluations", "evaluate", name=label):
-        return _evaluate(settings, directory, label, checkpoint)
+        setup = set_up(settings, directory, inputs)
+        return _evaluate(setup, directory, label, checkpoint)
 
 
 def _evaluate(
-    settings: RunSettings, directory: Path, label: str, checkpoint: "SavedParams | None"
+    setup: RunSetup, directory: Path, label: str, checkpoint: "SavedParams | None"
 ) -> dict[str, float]:
-    setup = set_up(settings, directory)
+    settings, steps = setup.settings, 0 if checkpoint is None else int(checkpoint.step)
+    setup = setup.during(steps * settings.schedule.updates, steps)
     if setup.held_out is None:
         raise ValueError(
             "there is nothing to evaluate on: set eval.every_steps, reward.function and either "
@@ -132,11 +144,25 @@ def export(run: str, out: str, step: int | str | None = None) -> None:
     _check_outside_runs(Path(out))
     settings = _saved_settings(run, config_of(run))
     models.check_target(Path(out), (settings.model.path,))
+    model, params, restored = restore(run, step)
+    model.export(Path(out), params, training_facts(settings, restored))
+    tqdm.write(f"step {restored} of {run} written to {out}")
+
+
+def restore(run: str, step: int | str | None = None) -> tuple[StartingModel, Params, int]:
+    """Return the starting model of a run, the params of a checkpoint and its rollout step.
+
+    Args:
+      run: run directory.
+      step: as in `export`.
+
+    Raises:
+      ValueError: no run there, no such checkpoint, or a damaged one.
+    """
+    settings = _saved_settings(run, config_of(run))
     checkpoint = SavedParams(run, settings, step)
     model = load_starting_model(settings, Path(run))
-    facts = training_facts(settings, checkpoint.step)
-    model.export(Path(out), checkpoint.restore(model.params), facts)
-    tqdm.write(f"step {checkpoint.step} of {run} written to {out}")
+    return model, checkpoint.restore(model.params), int(checkpoint.step)
 
 
 def _check_outside_runs(out: Path) -> None:

@@ -13,7 +13,7 @@ import dataclasses
 import io
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,32 +121,82 @@ def compute_kernels(settings: KernelSettings) -> dict[str, np.ndarray]:
     durable_files.check_replaceable(out / "kernel.npz", _is_kernel, "of an earlier kernel")
     if not (out / "kernel.npz").exists():
         durable_files.check_replaceable(out / "kernel.png", lambda _: False, "of an earlier kernel")
-    with jax.enable_x64(True) if settings.dtype == "float64" else contextlib.nullcontext():
-        policy, params, contexts, texts = _load(settings)
-        plan = probe.plan_kernel(policy, params, contexts, settings.layers, settings.memory_gib)
+    with _precision(settings):
+        problem = _load(settings)
+        print(problem.description)
         out.mkdir(parents=True, exist_ok=True)  # fails before the computation
-        print(f"body kernel, {plan.body_kernels} ×: by {plan.estimate}", flush=True)
-        with tqdm(total=plan.steps, disable=None) as bar:
+        arrays = _measure(problem, settings, print)
+    durable_files.save_arrays(out / "kernel.npz", arrays)
+    report.write_kernel(out / "kernel.png", arrays)
+    print(f"\n{report.format_kernel(arrays)}\n")
+    print(f"arrays: {out / 'kernel.npz'}\nfigure: {out / 'kernel.png'}")
+    return arrays
 
-            def progress(done: int, doing: str) -> None:
-                bar.set_description(doing, refresh=False)
-                bar.update(done - bar.n)
-                bar.refresh()
 
-            measures = probe.kernel_measures(plan, settings.eigenpairs, progress)
-            bar.update(plan.steps - bar.n)
+def kernels(
+    settings: KernelSettings,
+    prompts: data.PromptSet | None = None,
+    model: tuple[Policy, Params] | None = None,
+) -> dict[str, np.ndarray]:
+    """Compute the arrays of kernel.npz, and write nothing.
+
+    Args:
+      settings: see KernelSettings; `out` is not read.
+      prompts: None to read those of the settings.
+      model: as loaded from the directory of the settings; None to load it.
+
+    Raises:
+      ValueError: a mistake in the settings, or in the files they name.
+    """
+    with _precision(settings):
+        return _measure(_load(settings, prompts, model), settings, lambda text: None)
+
+
+def _precision(settings: KernelSettings) -> contextlib.AbstractContextManager[Any]:
+    is_double = settings.dtype == "float64"
+    return jax.enable_x64(True) if is_double else contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelProblem:
+    """A model and the contexts of prompts.
+
+    texts: arrays `texts` and `endings` of kernel.npz. description: of the contexts, to print.
+    """
+
+    policy: Policy
+    params: Params
+    contexts: ntk.Contexts
+    texts: dict[str, np.ndarray]
+    description: str
+
+
+def _measure(
+    problem: KernelProblem, settings: KernelSettings, log: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """Return the arrays of kernel.npz."""
+    contexts = problem.contexts
+    plan = probe.plan_kernel(
+        problem.policy, problem.params, contexts, settings.layers, settings.memory_gib
+    )
+    log(f"body kernel, {plan.body_kernels} ×: by {plan.estimate}")
+    with tqdm(total=plan.steps, disable=None) as bar:
+
+        def progress(done: int, doing: str) -> None:
+            bar.set_description(doing, refresh=False)
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        measures = probe.kernel_measures(plan, settings.eigenpairs, progress)
+        bar.update(plan.steps - bar.n)
     places = {
         "tokens": contexts.tokens,
         "mask": contexts.mask,
         "rows": contexts.rows,
         "positions": contexts.positions,
     }
-    arrays = {name: np.asarray(array) for name, array in places.items()} | texts | measures
-    durable_files.save_arrays(out / "kernel.npz", arrays)
-    report.write_kernel(out / "kernel.png", arrays)
-    print(f"\n{report.format_kernel(arrays)}\n")
-    print(f"arrays: {out / 'kernel.npz'}\nfigure: {out / 'kernel.png'}")
-    return arrays
+    arrays = {name: np.asarray(array) for name, array in places.items()}
+    return arrays | problem.texts | measures
 
 
 def _is_kernel(content: bytes) -> bool:
@@ -158,19 +208,24 @@ def _is_kernel(content: bytes) -> bool:
 
 def _load(
     settings: KernelSettings,
-) -> tuple[Policy, Params, ntk.Contexts, dict[str, np.ndarray]]:
+    every_prompt: data.PromptSet | None = None,
+    model: tuple[Policy, Params] | None = None,
+) -> KernelProblem:
     """Return the model, the contexts and their texts; cheapest checks first."""
     rows = models.check(settings.model)
     tokenizer = data.load_tokenizer(models.tokenizer_directory(settings.model))
     check_vocabulary(tokenizer, rows, settings.model)
-    every_prompt = data.read_prompts(settings.prompts)
+    if every_prompt is None:
+        every_prompt = data.read_prompts(settings.prompts)
     chosen = every_prompt.prompts[: settings.limit]
     prompts = dataclasses.replace(every_prompt, prompts=chosen)
     # the longest prompt allowed is known once the model is loaded
     encoded = data.encode_prompts(tokenizer, prompts, sys.maxsize)
-    policy, params = models.load(settings.model, getattr(jnp, settings.dtype))
+    if model is None:
+        model = models.load(settings.model, getattr(jnp, settings.dtype))
+    policy, params = model
     contexts, total = _contexts(settings, encoded, policy.max_tokens, tokenizer.pad_token_id)
-    print(
+    description = (
         f"prompts: {len(encoded)} of {len(every_prompt.prompts)} (--limit={settings.limit})\n"
         f"contexts: {contexts.count} of {total} (--positions={settings.positions} "
         f"--max_contexts={settings.max_contexts})"
@@ -181,7 +236,8 @@ def _load(
     ]
     ends = np.asarray(contexts.tokens)[contexts.rows, contexts.positions]
     endings = [tokenizer.decode([int(token)]) for token in ends]
-    return policy, params, contexts, {"texts": np.array(texts), "endings": np.array(endings)}
+    arrays = {"texts": np.array(texts), "endings": np.array(endings)}
+    return KernelProblem(policy, params, contexts, arrays, description)
 
 
 def _contexts(

@@ -42,6 +42,6 @@ from ntkrl.report.page import (
 )
 from ntkrl.report.plotting import MARKERS, PALETTE, figure_bytes, panels
 from ntkrl.report.records import read_arrays, step_files
-from ntkrl.report.runs import Run, read_run, series
+from ntkrl.report.runs import Run, read_metrics, read_run, series
 from ntkrl.report.tables import Table, format_table
 from ntkrl.report.terminal import format_text

@@ -22,7 +22,10 @@ def facts_table(runs: Sequence[Run]) -> Table:
     most_stages = max(len(_stages(run)) for run in runs)
     facts: list[tuple[str, Callable[[Run], str]]] = [
         ("model", _model),
-        ("data", lambda run: _text(run, "data.path", none="the built-in task")),
+        (
+            "data",
+            lambda run: _recorded(run, "data") or _text(run, "data.path", none="built-in task"),
+        ),
         ("rewards", lambda run: _text(run, "reward.function")),
         ("objective", _objective),
         *((f"stage {place + 1}", _StageWords(place)) for place in range(most_stages)),
@@ -40,8 +43,7 @@ def facts_table(runs: Sequence[Run]) -> Table:
 
 def command(run: Run) -> str:
     """Return the command that last started a run."""
-    commands = [str(start["command"]) for start in run.starts if "command" in start]
-    return commands[-1] if commands else NOT_RECORDED
+    return _recorded(run, "command") or NOT_RECORDED
 
 
 def _distinct(texts: Any) -> str:
@@ -66,18 +68,20 @@ def _text(run: Run, name: str, none: str = NO_VALUE) -> str:
     return none if value is None else str(value)
 
 
+def _recorded(run: Run, name: str) -> str:
+    """Return the last record of a fact, "" where there is none."""
+    values = [str(start[name]) for start in run.starts if name in start]
+    return values[-1] if values else ""
+
+
 def _model(run: Run) -> str:
+    recorded = _recorded(run, "model")
+    if recorded:
+        return recorded
     path, architecture = (_value(run.config, f"model.{name}") for name in ("path", "architecture"))
-    if path is None and architecture is None:
-        return NO_VALUE
-    new = _value(run.config, "model.new")
-    sizes = ""
-    if path is None and isinstance(new, Mapping):
-        width, layers = (_value(new, name) for name in ("hidden_size", "num_hidden_layers"))
-        sizes = f", {layers} layers of width {width}"
-    counts = [start["parameters"] for start in run.starts if "parameters" in start]
-    count = f", {counts[-1]:,} parameters" if counts and isinstance(counts[-1], int) else ""
-    return f"new {architecture}{sizes}{count}" if path is None else f"{path}{count}"
+    if path is None:
+        return NO_VALUE if architecture is None else f"new {architecture}"
+    return str(path)
 
 
 def _objective(run: Run) -> str:
@@ -86,9 +90,9 @@ def _objective(run: Run) -> str:
     if method in LOSSES:
         return LOSSES[method]
     preset = _value(run.config, "objective.preset")
-    recorded = [str(start["objective"]) for start in run.starts if "objective" in start]
+    recorded = _recorded(run, "objective")
     if recorded:
-        return f"{preset}: {recorded[-1]}"
+        return f"{preset}: {recorded}"
     section = _value(run.config, "objective")
     changes = section.items() if isinstance(section, Mapping) else ()
     words = [f"{name} {value}" for name, value in changes if value is not None and name != "preset"]

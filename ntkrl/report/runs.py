@@ -110,6 +110,11 @@ def read_run(path: str | os.PathLike) -> Run:
     )
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the valid lines of a run's metrics."""
+    return _read_lines(path / METRICS_FILE)[0]
+
+
 def read_runs(paths: Sequence[str | os.PathLike]) -> tuple[Run, ...]:
     """Read several run directories, in the order of `ordered`.
 

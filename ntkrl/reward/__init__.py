@@ -14,7 +14,8 @@ from ntkrl.reward.built_in import (
     expression_score,
     final_answer,
 )
-from ntkrl.reward.contract import RewardFunction
+from ntkrl.reward.contract import RewardFunction, TrainerState
+from ntkrl.reward.in_process import IN_PROCESS, open_callable
 from ntkrl.reward.loading import load_function, open_function
 from ntkrl.reward.options import fit_budget
 from ntkrl.reward.reward_set import (
@@ -30,15 +31,18 @@ _NEEDS_JAX = ("RewardModel", "RewardTexts", "padded_batch_size")
 
 __all__ = [
     "BUILT_IN",
+    "IN_PROCESS",
     "RewardFunction",
     "RewardResult",
     "RewardSet",
     "RewardSettings",
+    "TrainerState",
     "evaluate",
     "expression_score",
     "final_answer",
     "fit_budget",
     "load_function",
+    "open_callable",
     "open_function",
     "read_normalisation",
     "read_rewards",

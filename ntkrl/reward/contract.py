@@ -1,8 +1,8 @@
 """A reward function under TRL's contract: its parameters, its call, and checks of its result.
 
 A function is called with keyword arguments only: `prompts`, `completions`, `completion_ids`,
-`trainer_state` (always None here), `log_extra`, `log_metric` and every column of the prompt set as
-a list; it receives those it names, or all if it has `**kwargs`. It returns one number per
+`trainer_state` (a TrainerState), `log_extra`, `log_metric` and every column of the prompt set as a
+list; it receives those it names, or all if it has `**kwargs`. It returns one number per
 completion, or None where it does not apply.
 """
 
@@ -25,6 +25,22 @@ from ntkrl.messages import listed
 
 CONTRACT = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 ALLOWED = "a list of one finite number (or None) per completion"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerState:
+    """Progress of a run when a function is called, in fields of transformers' TrainerState.
+
+    global_step: optimizer steps taken. max_steps: of all stages, at most.
+    epoch: passes over the training prompts so far. num_train_epochs: of all stages, rounded up.
+    num_input_tokens_seen: tokens trained on.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    num_train_epochs: int = 0
+    num_input_tokens_seen: int = 0
 
 
 class RewardError(ValueError):
@@ -78,6 +94,12 @@ class RewardFunction:
         """Name of the function in messages."""
         return self.name if self.source is None else self.source
 
+    @property
+    def file(self) -> str:
+        """Name of its file, empty where that is unknown."""
+        code = getattr(inspect.unwrap(self.call), "__code__", None)
+        return self.label.rpartition(":")[0] or getattr(code, "co_filename", "")
+
     @functools.cached_property
     def parameters(self) -> tuple[inspect.Parameter, ...]:
         """Parameters of the function."""
@@ -117,13 +139,13 @@ class RewardFunction:
         try:
             returned = self.call(**arguments)
             if inspect.isawaitable(returned):
-                returned = asyncio.run(_wait(returned))
+                returned = asyncio.run(wait(returned))
         except (RewardError, RewardUnavailableError):
             raise
         except Exception as error:
             raise RewardError(
                 f"reward function {self.label} raised {type(error).__name__}: {error} at "
-                f"{_place(error, self.label)}. Catch it there and return None (not applicable) "
+                f"{_place(error, self.file)}. Catch it there and return None (not applicable) "
                 "or a number."
             ) from error
         return _checked(returned, completions, self.label)
@@ -177,7 +199,8 @@ def _loggable(value: Any) -> Any:
     return value
 
 
-async def _wait(result: Any) -> Any:
+async def wait(result: Any) -> Any:
+    """Return the result of an awaitable."""
     return await result
 
 
@@ -188,9 +211,8 @@ def line_in(path: Path, error: Exception) -> int | None:
     return lines[-1] if lines else None
 
 
-def _place(error: Exception, label: str) -> str:
+def _place(error: Exception, file: str) -> str:
     """Return the innermost traceback line in the user's file, or else of all."""
-    file = label.rpartition(":")[0]
     line = line_in(Path(file), error) if file else None
     if line is not None:
         return f"{file}:{line}"

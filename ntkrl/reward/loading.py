@@ -1,5 +1,6 @@
 """Loading of reward functions by name or file, in this process or in a worker process."""
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -152,8 +153,9 @@ class WorkerFunction:
           RewardError: it fails, exceeds the time limit, or its process ends.
           RewardUnavailableError: another process does not start, or its file was changed.
         """
-        arguments.pop("trainer_state", None)
-        request = json.dumps(self._encoded(arguments)).encode()
+        state = arguments.pop("trainer_state", None)
+        fields = None if state is None else dataclasses.asdict(state)
+        request = json.dumps([self._encoded(arguments), fields]).encode()
         if not self.worker.running:  # after a failed call, or it ended between two calls
             self._restart()
         answer = self._request(request)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from ntkrl import durable_files
 from ntkrl.json_files import MAX_RECORD_BYTES, read_json
 from ntkrl.json_values import from_json, to_json
 from ntkrl.messages import did_you_mean, listed
-from ntkrl.reward.contract import CONTRACT, CallLog, RewardError, RewardFunction
+from ntkrl.reward.contract import CONTRACT, CallLog, RewardError, RewardFunction, TrainerState
 
 EPSILON = 1e-8
 FORM = 'expected {"rewards": {"NAME": [numbers]}}, as `ntkrl evaluate` writes it'
@@ -58,11 +58,13 @@ class RewardSet:
     functions: one or more, with different names.
     local_slice, allgather_object: of `runtime`, which workers must not import; the prompts that
       this process calls the functions for, and the exchange of results between processes.
+    trainer_state: progress of the run, see `during`; None before it is known.
     """
 
     functions: tuple[RewardFunction, ...]
     local_slice: Callable[[int], slice] = lambda count: slice(0, count)
     allgather_object: Callable[[str, Any], list[Any]] = lambda name, value: [value]
+    trainer_state: TrainerState | None = None
 
     def __post_init__(self) -> None:
         if not self.functions:
@@ -76,6 +78,10 @@ class RewardSet:
                     f"{len(labels)} reward functions are named {name!r} ({', '.join(labels)}); "
                     "rename all but one, since metrics are stored by name."
                 )
+
+    def during(self, trainer_state: TrainerState) -> Self:
+        """Return the set with the progress of the run that its functions receive."""
+        return dataclasses.replace(self, trainer_state=trainer_state)
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Check that the named columns of the prompt set provide every required parameter.
@@ -142,7 +148,7 @@ class RewardSet:
                 "prompts": list(prompts[rows]),
                 "completions": _format(texts, conversational),
                 "completion_ids": [list(ids) for ids in completion_ids[rows]],
-                "trainer_state": None,
+                "trainer_state": self.trainer_state,
             }
             if not texts:
                 return _FunctionResult(np.zeros(0), {}, {})

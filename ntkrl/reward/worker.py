@@ -12,7 +12,7 @@ from typing import Any
 
 from ntkrl.json_values import from_json, to_json
 from ntkrl.reward.built_in import IN_WORKER
-from ntkrl.reward.contract import CallLog, RewardFunction
+from ntkrl.reward.contract import CallLog, RewardFunction, TrainerState
 from ntkrl.reward.loading import load_function
 
 
@@ -41,9 +41,10 @@ def open_service(arguments: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
 
 
 def _answer(function: RewardFunction, request: bytes) -> dict[str, Any]:
-    arguments = from_json(json.loads(request))
-    log = CallLog()
-    arguments |= {"log_metric": log.log_metric, "log_extra": log.log_extra, "trainer_state": None}
+    encoded, state = json.loads(request)
+    arguments, log = from_json(encoded), CallLog()
+    arguments["trainer_state"] = None if state is None else TrainerState(**state)
+    arguments |= {"log_metric": log.log_metric, "log_extra": log.log_extra}
     try:
         rewards = function.rewards(arguments, arguments["completions"])
     except (TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from ntkrl.runtime.checkpoint import (
     CorruptCheckpointError,
 )
 from ntkrl.runtime.compile_cache import enable_compile_cache
+from ntkrl.runtime.compile_notices import CompileNotices
 from ntkrl.runtime.config import (
     from_json,
     join_config_flag,
@@ -14,6 +15,7 @@ from ntkrl.runtime.config import (
     read_config,
     to_json,
 )
+from ntkrl.runtime.config_files import find_config, packaged_configs
 from ntkrl.runtime.distributed import (
     allgather_object,
     check_consistent,

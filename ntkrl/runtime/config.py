@@ -1,4 +1,4 @@
-"""Config files (ml_collections) with `--config.section.field=value` overrides.
+"""Configs (ml_collections) with `--config.section.field=value` overrides.
 
 Rooms below `setup` see frozen dataclasses, one per section, never a ConfigDict.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,8 @@ from ml_collections.config_dict import placeholder
 from ml_collections.config_flags import config_path
 
 from ntkrl.messages import did_you_mean
+from ntkrl.runtime.config_files import load_config
+from ntkrl.shorthands import apply_shorthands
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -26,34 +27,34 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 SET_TO_NONE = re.compile(r"--config\.([^.=]+\.[^.=]+)=None")
 
 
-def read_config(arguments: Sequence[str], saved: ConfigDict | None = None) -> ConfigDict:
-    """Read `--config=FILE` and its overrides, or the overrides of a saved config.
+def read_config(
+    arguments: Sequence[str],
+    saved: ConfigDict | None = None,
+    shorthands: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+    """Read `--config=NAME` and its overrides, or the overrides of a saved config.
 
     Args:
-      arguments: command-line arguments after the command's name.
+      arguments: `--config…` words of a command line.
       saved: from `from_json`; replaces the file.
+      shorthands: values by name, see `apply_shorthands`; overrides win over them.
 
     Raises:
       ValueError: no config or two, a file that does not load, an unknown key, a value of the wrong
         type, or arguments that are not flags.
     """
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # config files import configs.base
     arguments = join_config_flag(arguments)
-    named = [argument for argument in arguments if argument.startswith("--config=")]
-    if saved is not None:
-        if named:
-            raise ValueError(f"{named[-1]}: the run has its own config; leave out one of the two.")
-        return _override(arguments, saved, "config.json", saved)
-    if not named:
-        raise ValueError("--config=FILE is missing, for example --config=configs/base.py.")
-    path = named[-1].removeprefix("--config=").split(":")[0]
-    if not Path(path).is_file():
+    named = [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
+    overrides = [word for word in arguments if not word.startswith("--config=")]
+    if saved is not None and named:
         raise ValueError(
-            f"--config={path}: no such file; configs/ is read relative to {Path.cwd()}."
+            f"--config={named[-1]}: the run has its own config; leave out one of the two."
         )
-    defaults, _ = _parse(named[-1:], path)
-    return _override(arguments, defaults, path, None)
+    if saved is None and not (named and named[-1]):
+        raise ValueError("--config=NAME is missing, for example --config=rl or --config=my_run.py.")
+    config = load_config(named[-1]) if saved is None else saved
+    apply_shorthands(config, {} if shorthands is None else shorthands)
+    return _override(overrides, config)
 
 
 def join_config_flag(arguments: Sequence[str]) -> list[str]:
@@ -65,42 +66,29 @@ def join_config_flag(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
-def _override(
-    arguments: Sequence[str], defaults: ConfigDict, path: str, saved: ConfigDict | None
-) -> ConfigDict:
-    problems = [problem for word in arguments if (problem := _unknown_key(word, defaults))]
+def _override(arguments: Sequence[str], config: ConfigDict) -> ConfigDict:
+    problems = [problem for word in arguments if (problem := _unknown_key(word, config))]
     if problems:
         raise ValueError("\n".join(problems))
     # None is not a value of a typed flag, but turns many settings off; the last of several counts
     last = {word.partition("=")[0].lstrip("-"): word for word in arguments}
     unset = [match[1] for word in last.values() if (match := SET_TO_NONE.fullmatch(word))]
     typed = [word for word in arguments if not SET_TO_NONE.fullmatch(word)]
-    config, positional = _parse(typed, path, saved)
-    with config.ignore_type():
-        for name in unset:
-            config_path.set_value(name, config, None)
+    values, argv = flags.FlagValues(), ["ntkrl", *typed]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        positional = values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(_text(error)) from error
     if len(positional) > 1:
         raise ValueError(
             f"{' '.join(positional[1:])} is not a flag; write --config.section.field=value."
         )
-    return config
-
-
-def _parse(
-    arguments: Sequence[str], path: str, saved: ConfigDict | None = None
-) -> tuple[ConfigDict, list[str]]:
-    values, argv = flags.FlagValues(), ["ntkrl", *arguments]
-    if saved is None:
-        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    else:
-        config_flags.DEFINE_config_dict("config", saved, flag_values=values, sys_argv=argv)
-    try:
-        positional = values(argv)
-        return values.config, positional
-    except SyntaxError as error:
-        raise ValueError(f"{path} is not valid Python: {error}.") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(_text(error)) from error
+    result = values.config
+    with result.ignore_type():
+        for name in unset:
+            config_path.set_value(name, result, None)
+    return result
 
 
 def _unknown_key(argument: str, config: ConfigDict) -> str | None:

@@ -18,10 +18,18 @@ from ntkrl.runtime.distributed import allgather_object, interrupt
 
 DUPLICATE_SECONDS = 5.0
 """A second signal within this time is treated as a copy of the first; SIGINT never is."""
+AGAIN = "interrupt again to stop at once"
 
 
 class PreemptedError(Exception):
-    """The run was preempted and has saved a checkpoint; the same command resumes it."""
+    """The run was stopped and has saved a checkpoint; the same command resumes it.
+
+    signal: that stopped it, or None for a request of the calling program.
+    """
+
+    def __init__(self, message: str, number: signal.Signals | None = None):
+        super().__init__(message)
+        self.signal = number
 
 
 class PreemptionNotice:
@@ -32,10 +40,19 @@ class PreemptionNotice:
     A later signal ends the process at once; within DUPLICATE_SECONDS it counts as the same request,
     since a scheduler and a launcher may both send one. SIGINT from the keyboard is never a copy.
 
-    received: the signal, None before.
+    A program that calls a run goes on after it: there a second SIGINT raises KeyboardInterrupt
+    instead.
+
+    received: the signal, None before. requested: by the calling program.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends_process: bool = True) -> None:
+        """Start to listen when the context is entered.
+
+        Args:
+          ends_process: whether a second signal ends the process at once.
+        """
+        self.ends_process, self.requested = ends_process, False
         self.received: signal.Signals | None = None
         self.first: signal.Signals | None = None
         self.first_time = 0.0
@@ -52,6 +69,8 @@ class PreemptionNotice:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Record the first signal, in the main thread."""
+        if self.received is not None and not self.ends_process:
+            raise KeyboardInterrupt("stopped without saving")
         if not self.several and self.received is None:
             self.received = signal.Signals(number)
 
@@ -59,6 +78,8 @@ class PreemptionNotice:
         """Report the first signal and end the process at a later one, in the listener's thread."""
         now = time.monotonic()
         if self.first is not None:
+            if not self.ends_process:
+                return
             if number == signal.SIGINT:
                 interrupt()
             if now - self.first_time > DUPLICATE_SECONDS:
@@ -67,16 +88,19 @@ class PreemptionNotice:
         self.first, self.first_time = number, now
         tqdm.write(
             f"{number.name}: finishing the current rollout step, to save and stop; "
-            f"{signals.AGAIN}, without saving",
+            f"{signals.AGAIN if self.ends_process else AGAIN}, without saving",
             file=sys.stderr,
         )
         if self.several and self.received is None:
             os.kill(os.getpid(), signal.SIGTERM)  # to JAX's handler
 
+    def stop(self) -> None:
+        """Stop the run as a signal does; every process must call this after the same step."""
+        self.requested = True
+
     def signal_name(self) -> str:
-        """Return the name of the signal that was received."""
-        assert self.received is not None
-        return self.received.name
+        """Return the name of the signal that was received, or of the request."""
+        return "request" if self.received is None else self.received.name
 
     def reached(self, step: int) -> bool:
         """Return whether to save and stop after a step.
@@ -91,4 +115,4 @@ class PreemptionNotice:
                 self.received = signal.Signals[names[0] if names else "SIGTERM"]
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return self.received is not None
+        return self.requested or self.received is not None

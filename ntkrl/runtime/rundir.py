@@ -1,6 +1,7 @@
 """config.json of a run directory, and changes of it that a resumed run may have."""
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from ntkrl.json_files import read_object
 from ntkrl.run_lock import DirectoryLock
 from ntkrl.runtime.config import differences
 from ntkrl.runtime.distributed import allgather_object, is_writer
+from ntkrl.user_files import IN_PROCESS
 
 SHARED_SECONDS = 60.0
 """Time until a new file is visible on every host."""
@@ -59,8 +61,11 @@ def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject:
     Raises:
       ValueError: any other difference; the message lists all of both kinds.
     """
-    refused = differences(config_identity(saved), config_identity(config))
-    allowed = [
+    renamed = _with_functions(saved, config)
+    refused = differences(config_identity(renamed), config_identity(config))
+    reason = "the same function by its name"
+    allowed = [f"{change} ({reason})" for change in differences(saved, renamed)]
+    allowed += [
         f"{change} ({reason})"
         for name, reason in ALLOWED.items()
         for change in differences(_part(saved, name), _part(config, name))
@@ -72,6 +77,28 @@ def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject:
         f"{subject} was begun with another config: {'; '.join(refused)}.{also} Undo these changes, "
         "set another --config.run_dir, or remove the directory to start over."
     )
+
+
+def _with_functions(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the saved config with the config's name of reward functions that are the same.
+
+    A program that calls a run names its functions `python:NAME`; the same run may go on with
+    `FILE.py:NAME`, and the reverse.
+    """
+    sections = [values["reward"] if "reward" in values else {} for values in (saved, config)]
+    texts = [section["function"] if "function" in section else None for section in sections]
+    if texts[0] == texts[1] or None in texts:
+        return saved
+    pairs = list(itertools.zip_longest(*(text.split(",") for text in texts), fillvalue=""))
+    same = all(
+        before == after
+        or (
+            before.rpartition(":")[2] == after.rpartition(":")[2]
+            and (before.startswith(IN_PROCESS) or after.startswith(IN_PROCESS))
+        )
+        for before, after in pairs
+    )
+    return {**saved, "reward": {**sections[0], "function": texts[1]}} if same else saved
 
 
 def config_identity(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,14 +12,18 @@ from ntkrl import data, models, reward, runtime
 from ntkrl.json_values import readable
 from ntkrl.numerics import DTYPES
 from ntkrl.settings import EvalSettings
+from ntkrl.setup.inputs import NO_INPUTS, Inputs
 
 
-def load_rewards(settings: reward.RewardSettings, mesh: Mesh) -> reward.RewardSet:
+def load_rewards(
+    settings: reward.RewardSettings, mesh: Mesh, inputs: Inputs = NO_INPUTS
+) -> reward.RewardSet:
     """Load every reward function and reward model.
 
     Args:
       settings: the config's section.
       mesh: mesh of all devices, for reward models.
+      inputs: with the functions of the calling program.
 
     Raises:
       ValueError: a function, model or file that cannot be loaded, or rewards to normalise that
@@ -31,6 +35,10 @@ def load_rewards(settings: reward.RewardSettings, mesh: Mesh) -> reward.RewardSe
 
     def load(function: tuple[str, float]) -> reward.RewardFunction:
         spec, weight = function
+        if spec in inputs.functions:
+            name = spec.removeprefix(reward.IN_PROCESS)
+            fields = _fields(name, weight, normalisation, settings)
+            return reward.open_callable(spec, inputs.functions[spec], settings.timeout, **fields)
         return _load_function(spec, weight, normalisation, settings, mesh)
 
     functions = runtime.ErrorCollector().map(load, settings.functions)
@@ -46,7 +54,8 @@ def load_rewards(settings: reward.RewardSettings, mesh: Mesh) -> reward.RewardSe
 
 def is_python_function(spec: str) -> bool:
     """Return True for a reward function (built in or a user's), False for a reward model."""
-    return spec in reward.BUILT_IN or spec.rpartition(":")[0].endswith(".py")
+    in_memory = spec.startswith(reward.IN_PROCESS)
+    return spec in reward.BUILT_IN or in_memory or spec.rpartition(":")[0].endswith(".py")
 
 
 def _load_function(
@@ -56,35 +65,37 @@ def _load_function(
     settings: reward.RewardSettings,
     mesh: Mesh,
 ) -> reward.RewardFunction:
+    if spec.startswith(reward.IN_PROCESS):
+        name = spec.removeprefix(reward.IN_PROCESS)
+        raise ValueError(
+            f"reward {spec} is a function of the Python program that began the run: call "
+            "ntkrl.train or Run.evaluate there, or name the function's file, as in "
+            f"--config.reward.function=FILE.py:{name}."
+        )
     name = spec
     if spec not in reward.BUILT_IN:
         name = spec.rpartition(":")[2] if is_python_function(spec) else Path(spec).name
-    shift, scale = normalisation[name] if name in normalisation else (0.0, 1.0)
+    fields = _fields(name, weight, normalisation, settings)
     directory = Path(spec) if is_python_function(spec) else models.local_directory(spec)
     if is_python_function(spec) or not directory.is_dir():
         options = settings.options[spec] if spec in settings.options else {}
-        return reward.open_function(
-            spec,
-            settings.timeout,
-            options,
-            weight=weight,
-            shift=shift,
-            scale=scale,
-            on_failure=settings.on_failure,
-        )
+        return reward.open_function(spec, settings.timeout, options, **fields)
     scorer, params = models.load_scorer(directory, DTYPES[settings.dtype], mesh)
     tokenizer = data.load_tokenizer(directory)
     call = reward.RewardModel(scorer, params, tokenizer, mesh, settings.batch_size)
-    return reward.RewardFunction(
-        name,
-        call,
-        weight=weight,
-        source=str(directory),
-        shift=shift,
-        scale=scale,
-        on_failure=settings.on_failure,
-        on_mesh=True,
-    )
+    return reward.RewardFunction(name, call, source=str(directory), on_mesh=True, **fields)
+
+
+def _fields(
+    name: str,
+    weight: float,
+    normalisation: dict[str, tuple[float, float]],
+    settings: reward.RewardSettings,
+) -> dict[str, Any]:
+    """Return the fields of a RewardFunction that the config sets."""
+    shift, scale = normalisation[name] if name in normalisation else (0.0, 1.0)
+    on_failure = settings.on_failure
+    return {"weight": weight, "shift": shift, "scale": scale, "on_failure": on_failure}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

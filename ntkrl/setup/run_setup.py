@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ntkrl import data, models, reward, runtime, update
 from ntkrl.settings import RunSettings
+from ntkrl.setup.inputs import NO_INPUTS, Inputs
 from ntkrl.setup.rewards import Samples, load_rewards, read_base
 from ntkrl.setup.starting_model import (
     StartingModel,
@@ -70,17 +71,41 @@ class RunSetup:
     @property
     def stages(self) -> tuple[update.Stage, ...]:
         """The config's stages, their lengths in rollout steps."""
-        # weighted files may be smaller than a batch
-        steps_per_epoch = max(self.train.size // self.settings.data.prompts_per_step, 1)
-        return tuple(stage.in_steps(steps_per_epoch) for stage in self.settings.stages)
+        return tuple(stage.in_steps(self.steps_per_epoch) for stage in self.settings.stages)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Rollout steps of a pass over the training prompts; weighted files may not fill one."""
+        return max(self.train.size // self.settings.data.prompts_per_step, 1)
+
+    def during(self, step: int, batches: int, tokens: int = 0) -> Self:
+        """Return the run with the progress that reward functions receive.
+
+        Args:
+          step: optimizer steps taken.
+          batches: batches of prompts drawn.
+          tokens: trained on.
+        """
+        if self.rewards is None:
+            return self
+        steps = sum(stage.max_steps for stage in self.stages)
+        state = reward.TrainerState(
+            global_step=step,
+            max_steps=steps * self.settings.schedule.updates,
+            epoch=batches * self.settings.data.prompts_per_step / self.train.size,
+            num_train_epochs=-(-steps // self.steps_per_epoch),
+            num_input_tokens_seen=tokens,
+        )
+        return dataclasses.replace(self, rewards=self.rewards.during(state))
 
 
-def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
+def set_up(settings: RunSettings, run_dir: Path, inputs: Inputs = NO_INPUTS) -> RunSetup:
     """Load the parts of a run, cheapest checks first.
 
     Args:
       settings: from `read_settings`.
       run_dir: where a new model's tokenizer is written.
+      inputs: values of the calling program.
 
     Raises:
       ValueError: anything wrong with the files the config names, or how they fit.
@@ -90,7 +115,7 @@ def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
     rewards, stored_rows, tokenizer, train, held_out, base = None, None, None, None, None, None
     with errors:
         if settings.reward.functions:
-            rewards = load_rewards(settings.reward, mesh)
+            rewards = load_rewards(settings.reward, mesh, inputs)
     with errors:
         if settings.model.path is not None:
             check = models.check_scorer if settings.method.reward_model else models.check
@@ -99,7 +124,7 @@ def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
         tokenizer, tokenizer_dir = load_tokenizer(settings, run_dir)
     if tokenizer is not None:
         with errors:
-            train, held_out = _load_prompts(settings, tokenizer)
+            train, held_out = _load_prompts(settings, tokenizer, inputs)
         with errors:
             if stored_rows is not None:
                 rows = vocabulary_rows(settings, tokenizer, stored_rows)
@@ -119,8 +144,10 @@ def set_up(settings: RunSettings, run_dir: Path) -> RunSetup:
     return RunSetup(settings, model, train, held_out, rewards, base)
 
 
-def _load_prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Prompts | None]:
-    train_sets, held_out_sets = _read_prompt_sets(settings)
+def _load_prompts(
+    settings: RunSettings, tokenizer: Any, inputs: Inputs
+) -> tuple[Prompts, Prompts | None]:
+    train_sets, held_out_sets = _read_prompt_sets(settings, inputs)
     train_set = data.join(train_sets)
     if len(train_set.prompts) < settings.data.prompts_per_step:
         raise ValueError(
@@ -135,7 +162,9 @@ def _load_prompts(settings: RunSettings, tokenizer: Any) -> tuple[Prompts, Promp
     return _joined(parts), held_out
 
 
-def _read_prompt_sets(settings: RunSettings) -> tuple[list[data.PromptSet], list[data.PromptSet]]:
+def _read_prompt_sets(
+    settings: RunSettings, inputs: Inputs
+) -> tuple[list[data.PromptSet], list[data.PromptSet]]:
     """Return the training sets and, for a run with evaluations, held-out ones; one per file."""
     files, method = settings.data, settings.method
     if files.path is None:
@@ -148,7 +177,7 @@ def _read_prompt_sets(settings: RunSettings) -> tuple[list[data.PromptSet], list
     if files.eval_path is not None:
         eval_columns = method.columns if method.reward_model else ("prompt",)
         names += [(name, eval_columns) for name in data.split_names(files.eval_path)]
-    sets = errors.map(lambda file: data.read_set(*file), names)
+    sets = errors.map(lambda file: inputs.read_set(*file), names)
     train_sets, held_out = sets[:count], sets[count:]
     if held_out or not settings.holds_out:
         return train_sets, held_out if settings.holds_out else []

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from ml_collections import ConfigDict
 
-from ntkrl import user_files
+from ntkrl import runtime, user_files
 from ntkrl.messages import printable
 from ntkrl.run_lock import DirectoryLock
 from ntkrl.study.jobs import Job, run_jobs, started_commands
@@ -57,7 +57,7 @@ def run_study(config: ConfigDict, file: str, page_only: bool = False) -> Path:
 
     Args:
       config: of the study.
-      file: path of its config file.
+      file: its config file, or the name of a packaged config.
       page_only: run nothing; the page says what is missing.
 
     Returns:
@@ -81,7 +81,7 @@ def load_study(config: ConfigDict, file: str) -> Study:
     Raises:
       ValueError: it defines none, or the config is refused.
     """
-    module = user_files.execute(Path(file))
+    module = user_files.execute(runtime.find_config(file))
     if not hasattr(module, "get_study"):
         raise ValueError(
             f"{file} is not the config of a study; expected get_study(config, file) beside its "

@@ -15,7 +15,8 @@ from ntkrl.settings import RunSettings
 from ntkrl.setup import StartingModel
 from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import supervised_losses
-from ntkrl.training.rollout_source import RolloutFunctions, update_batch
+from ntkrl.training.rollout_functions import RolloutFunctions
+from ntkrl.training.rollout_source import update_batch
 from ntkrl.training.train_state import TrainStates
 from ntkrl.types import Params, Rollout, Scorer, TrainState, UpdateBatch
 

@@ -6,7 +6,7 @@ that of RL, which samples.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ class StepContext:
     rollout_step: number of this step, from 1.
     key: consumed.
     clock: called with the name of an activity when it is done.
+    optimizer_steps, tokens: steps taken before, and tokens trained on.
     """
 
     params: Params
@@ -47,10 +48,11 @@ class StepContext:
     rollout_step: int
     key: Array
     clock: Clock
+    optimizer_steps: int = 0
+    tokens: int = 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class StepBatches:
+class StepBatches(NamedTuple):
     """The data of one rollout step.
 
     batches: minibatches in host memory, one optimizer step each and epoch.

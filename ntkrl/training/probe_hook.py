@@ -17,6 +17,7 @@ from ntkrl.numerics import GIB
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, StartingModel
 from ntkrl.softmax import OutputHead
+from ntkrl.training.analysed_step import CompletedStep, StepReading, StepSnapshot
 from ntkrl.training.history import History, direction_arrays
 from ntkrl.training.probe_set import (
     FORMAT,
@@ -30,41 +31,6 @@ from ntkrl.types import Array, Params, Total, TrainState, UpdateBatch
 
 LEDGER_COPIES = 20
 """Of the trained params that a ledger holds: what the compiler counts at Pythia-2.8B's size."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class StepSnapshot:
-    """The beginning of an optimizer step that is analysed.
-
-    before: copies of what the step began with; opt_state is None unless a ledger is made.
-    batch: its minibatch, in host memory.
-    reference: head of the reference policy that its loss compares with, or None.
-    stage: number of the stage.
-    kl_shares: see `update.kl_shares`; None where a ledger has the KL's part as a term of its own.
-    """
-
-    before: TrainState
-    batch: UpdateBatch
-    reference: OutputHead | None
-    stage: int
-    kl_shares: np.ndarray | None
-
-    @property
-    def with_ledger(self) -> bool:
-        """True if a ledger of the step is made."""
-        return self.before.opt_state is not None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CompletedStep:
-    """An optimizer step that is analysed.
-
-    start: its beginning. after: the state it ended with. term_gradients: see update.StepResult.
-    """
-
-    start: StepSnapshot
-    after: TrainState
-    term_gradients: update.Gradients | None
 
 
 def make_ledger(
@@ -176,6 +142,12 @@ class ProbeHook:
         return StepSnapshot(before, batch, reference, stage, shares)
 
     def analyse(self, step: CompletedStep, rollout_step: int) -> dict[str, float]:
+        """Return the metrics of `read` and of `account`."""
+        reading = self.read(step, rollout_step)
+        _, metrics = self.account(reading)
+        return reading.metrics | metrics
+
+    def read(self, step: CompletedStep, rollout_step: int) -> StepReading:
         """Compare an optimizer step with its prediction, and read the probe set after it.
 
         Args:
@@ -183,21 +155,20 @@ class ProbeHook:
           rollout_step: that it belongs to.
 
         Returns:
-          The `predict/…`, `probe/…`, `signal/…`, `weights/…` and `ledger/…` metrics of the step;
-          arrays are written.
+          The reading; its arrays are written.
         """
         before, after, settings = step.start.before, step.after, self.setup.settings
         metrics, arrays, (old, new) = self.prober.compare(before.params, after.params)
         metrics |= self.measures(after.params, rollout_step, new)
         number = int(after.step)
-        name = f"step_{number:06d}"
         if step.start.with_ledger:
             direction_metrics, directions = self._directions(after.params, number)
             metrics, arrays = metrics | direction_metrics, arrays | directions
         arrays["weights"] = trees.gather_to_host(probe.sample_entries(before.params))
         if runtime.is_writer():
             metrics |= self.history.linearity(number, arrays)
-            durable_files.save_arrays(self.directory / "probes" / f"{name}.npz", arrays)
+            path = self.directory / "probes" / f"step_{number:06d}.npz"
+            durable_files.save_arrays(path, arrays)
         batch = step.start.batch
         if not settings.data.packing:
             # the longest prompts and completions there can be: one shape, compiled once
@@ -223,11 +194,8 @@ class ProbeHook:
                 metrics |= self._alignment(before.params, batch)
         moved = probe.update_sparsity(self.model.params, after.params)
         metrics |= {f"weights/{kind}": float(value) for kind, value in moved.items()}
-        if step.start.with_ledger:
-            entropy = np.asarray(new.statistics.entropy - old.statistics.entropy)
-            actual_O2 = np.stack((arrays["actual"], entropy), axis=1)
-            metrics |= self._write_ledger(step, placed, actual_O2, name)
-        return metrics
+        entropy = np.asarray(new.statistics.entropy - old.statistics.entropy)
+        return StepReading(step, placed, metrics, arrays, entropy)
 
     def measures(
         self, params: Params, rollout_step: int, reading: probe.ProbeReading | None = None
@@ -300,10 +268,12 @@ class ProbeHook:
         )
         return probe.kernel_traces(plan)
 
-    def _write_ledger(
-        self, step: CompletedStep, placed: UpdateBatch, actual: np.ndarray, name: str
-    ) -> dict[str, float]:
-        """Make and write the ledger of a step; return its metrics."""
+    def account(self, reading: StepReading) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Make and write the ledger of a step; return its arrays and metrics, empty without one."""
+        step, placed = reading.step, reading.placed
+        if not step.start.with_ledger:
+            return {}, {}
+        actual = np.stack((reading.arrays["actual"], reading.entropy), axis=1)
         batch, ledger = step.start.batch, self.ledgers[step.start.stage]
         noises: list[probe.GradientNoise] = []
         optimizer_step = attribution.OptimizerStep(
@@ -325,13 +295,16 @@ class ProbeHook:
         if runtime.is_writer():
             stage = self.bound_stages[step.start.stage].stage.name
             texts = self._ledger_texts(batch, advantages_B, stage)
-            durable_files.save_text(self.directory / "ledger" / f"{name}.json", json.dumps(texts))
-            durable_files.save_arrays(self.directory / "ledger" / f"{name}.npz", arrays)
+            durable_files.save_text(
+                self.directory / "ledger" / f"{reading.name}.json", json.dumps(texts)
+            )
+            durable_files.save_arrays(self.directory / "ledger" / f"{reading.name}.npz", arrays)
         if self.settings.ledger_by != "sample":
-            return attribution.ledger_measures(arrays)
+            return arrays, attribution.ledger_measures(arrays)
         metrics = attribution.ledger_measures(arrays, advantages_B, self._same_prompt(batch))
         noise = {f"signal/{name}": float(v) for name, v in noises[0]._asdict().items()}
-        return metrics | {name: value for name, value in noise.items() if math.isfinite(value)}
+        finite = {name: value for name, value in noise.items() if math.isfinite(value)}
+        return arrays, metrics | finite
 
     def _ledger_fits(self, state: TrainState, bound_stage: update.BoundStage) -> bool:
         """Return whether a ledger's copies fit the device; log once if they do not."""

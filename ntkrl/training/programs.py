@@ -27,7 +27,7 @@ from ntkrl.training.abstract_run import (
     on_device,
 )
 from ntkrl.training.probe_hook import make_ledger
-from ntkrl.training.rollout_source import RolloutFunctions
+from ntkrl.training.rollout_functions import RolloutFunctions
 from ntkrl.types import PromptBatch
 
 GENERATION, SCORING, UPDATE, PROBE = PARTS = ("generation", "scoring", "update", "probe")

@@ -1,19 +1,23 @@
 """The batch source of RL: prompts → rollout → rewards → token weights → minibatches."""
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import advantage, probe, rollout, runtime, update
-from ntkrl.generate import RewardedRollout, SampleFn, SampleRequest, collect, joined, make_sampler
-from ntkrl.scoring import completion_features, head_of
-from ntkrl.settings import RunSettings
-from ntkrl.setup import RunSetup, StartingModel
-from ntkrl.softmax import OutputHead, SoftmaxOptions, TokenStatistics, token_statistics
+from ntkrl import advantage, probe, runtime, update
+from ntkrl.generate import (
+    RewardedRollout,
+    SampledTexts,
+    SampleRequest,
+    add_rewards,
+    joined,
+    sample,
+)
+from ntkrl.scoring import head_of
+from ntkrl.setup import RunSetup
+from ntkrl.softmax import OutputHead
 from ntkrl.training.batch_sources import (
     BatchSource,
     PreferenceSource,
@@ -24,124 +28,11 @@ from ntkrl.training.batch_sources import (
     split,
     step_rows,
 )
-from ntkrl.types import Array, Params, Rollout, Total, UpdateBatch
+from ntkrl.training.rollout_functions import RolloutFunctions
+from ntkrl.types import Array, Rollout, UpdateBatch
 
 WEIGHTS_STREAM = 1 << 20
 """Folded into the key of a rollout step for the key of its token weights."""
-
-
-class ReferenceReading(NamedTuple):
-    """Completions under the reference policy, where its full distribution is needed.
-
-    log_probs: `[B, C]`. features: `[B, C, D]`.
-    kl: KL(policy ‖ reference) `[B, C]` (nats), or None where the loss computes it.
-    policy_log_probs: `[B, C]` of the policy, read for `kl`, or None.
-    """
-
-    log_probs: Array
-    features: Array
-    kl: Array | None = None
-    policy_log_probs: Array | None = None
-
-
-class RolloutFunctions:
-    """The compiled functions of an RL step, which depend on no data.
-
-    samplers: by whether features are recorded, `(params, prompts, key) -> Rollout`.
-    loss, term_losses: see BatchSource.
-    log_probs, statistics: readings of completions, see `_log_probs` and `_statistics`.
-    token_weights: `(RolloutArrays, key) -> TokenWeights`.
-    needs_reference: whether log-probs of the reference policy are read.
-    reference_in_loss: whether the loss compares whole distributions with the reference policy.
-    """
-
-    def __init__(self, settings: RunSettings, model: StartingModel):
-        """Bind the functions to a model.
-
-        Raises:
-          ValueError: a group too small for the advantage estimator, or what `make_sampler` raises.
-        """
-        objective, schedule = settings.objective, settings.schedule
-        self.objective, self.policy = objective, model.policy
-        self.group = settings.rollout.completions_per_prompt
-        self.temperature = settings.rollout.temperature
-        shards = settings.row_shards(model.mesh)
-        self.options = SoftmaxOptions(self.temperature, schedule.chunk_tokens * shards)
-        # a group too small for the estimator fails here, before anything is sampled
-        column = jnp.zeros((self.group, 1))
-        update.advantages(objective, self.group, column[:, 0], column, column == 0)
-        self.samplers = {
-            keep: make_sampler(settings, model, self.group, self.temperature, keep)
-            for keep in (False, True)
-        }
-        budget = settings.rollout.max_completion_tokens
-
-        def loss(statistics: TokenStatistics, batch: UpdateBatch) -> tuple[Total, update.Measures]:
-            return update.policy_loss(objective, budget, statistics, batch)
-
-        self.loss = update.policy_loss_fn(
-            model.policy, loss, self.temperature, schedule.chunk_tokens, shards
-        )
-        term_losses = update.policy_terms(objective, budget)
-        self.term_losses = update.policy_loss_fn(
-            model.policy, term_losses, self.temperature, schedule.chunk_tokens, shards
-        )
-        self.log_probs = jax.jit(self._log_probs, static_argnames="length")
-        self.statistics = jax.jit(self._statistics, static_argnames="length")
-        self.token_weights = jax.jit(functools.partial(update.token_weights, objective, self.group))
-        budgets = [stage.kl_budget for stage in settings.stages if stage.kl_budget is not None]
-        self.needs_reference = objective.needs_reference or bool(budgets)
-        self.reference_in_loss = objective.kl_place == "loss" and objective.needs_distribution
-        self.exact, self.schedule, self.mesh = settings.rollout.exact, schedule, model.mesh
-        self.exact_samplers: dict[tuple[bool, ...], rollout.ExactSampler] = {}
-
-    def sampler(self, bound_stage: update.BoundStage) -> SampleFn:
-        """Return the sampler of a stage."""
-        if not self.exact:
-            return self.samplers[bound_stage.head_alone]
-        trained, plain, schedule = bound_stage.trained, self.samplers[False], self.schedule
-        if trained not in self.exact_samplers:
-            assert isinstance(plain, rollout.Sampler)  # no engine goes with exact sampling
-            assert schedule.microbatches is not None  # as checked with the settings
-            counts = (schedule.minibatches, schedule.microbatches, schedule.chunk_tokens)
-            reading = rollout.UpdateReading(trained, *counts)
-            self.exact_samplers[trained] = rollout.ExactSampler(plain, self.mesh, reading)
-        return self.exact_samplers[trained]
-
-    def _log_probs(
-        self, params: Params, tokens: Array, mask: Array, features: Array | None, length: int
-    ) -> Array:
-        """Return `[B, C]` log-probs of the last `length` tokens; features if already known."""
-        if features is None:
-            features = completion_features(self.policy, params, tokens, mask, length)
-        head, targets = head_of(self.policy, params), tokens[:, -length:]
-        return token_statistics(head, features, targets, self.options).log_probs
-
-    def _statistics(
-        self,
-        reference: Params,
-        params: Params | None,
-        tokens: Array,
-        mask: Array,
-        features: Array | None,
-        length: int,
-    ) -> ReferenceReading:
-        """Read the last `length` tokens under the reference policy, and the policy unless None.
-
-        Features that are already known are those of both: their body has not changed.
-        """
-        known, policy = features, self.policy
-        if features is None:
-            features = completion_features(policy, reference, tokens, mask, length)
-        head, targets = head_of(policy, reference), tokens[:, -length:]
-        log_probs_BC = token_statistics(head, features, targets, self.options).log_probs
-        if params is None:
-            return ReferenceReading(log_probs_BC, features)
-        if known is None:
-            known = completion_features(policy, params, tokens, mask, length)
-        pair = (head, features)
-        compared = token_statistics(head_of(policy, params), known, targets, self.options, pair)
-        return ReferenceReading(log_probs_BC, features, compared.kl, compared.log_probs)
 
 
 class RolloutSource(BatchSource):
@@ -159,9 +50,46 @@ class RolloutSource(BatchSource):
           ValueError: nothing to learn from and schedule.on_no_signal "stop", or what the reward
             functions did wrong.
         """
-        schedule = self.setup.settings.schedule
         rewarded, metrics = self._collect(context)
-        metrics |= rollout_metrics(rewarded, self.functions.group)
+        step = self.weigh(context, rewarded)
+        return step._replace(metrics=metrics | step.metrics)
+
+    def sample(self, context: StepContext, round_key: Array | None = None) -> SampledTexts:
+        """Sample the next prompts and advance `position`.
+
+        Args:
+          context: of the step.
+          round_key: consumed instead of the context's, where a step samples again.
+        """
+        rows = step_rows(self.setup.settings, self.setup.train, self.position)
+        self.position += 1
+        sampler = self.functions.sampler(context.bound_stage)
+        key = context.key if round_key is None else round_key
+        request = SampleRequest(self.setup.train, rows)
+        sampled = sample(self.setup, sampler, context.params, request, key)
+        context.clock("sample")
+        return sampled
+
+    def reward(self, context: StepContext, sampled: SampledTexts) -> RewardedRollout:
+        """Reward the completions of a step.
+
+        Raises:
+          ValueError: what the reward functions did wrong.
+        """
+        batches = self.position - 1  # without that of the completions
+        setup = self.setup.during(context.optimizer_steps, batches, context.tokens)
+        rewarded = add_rewards(setup, sampled)
+        context.clock("reward")
+        return rewarded
+
+    def weigh(self, context: StepContext, rewarded: RewardedRollout) -> StepBatches:
+        """Return the minibatches of rewarded completions, with the weight of each token.
+
+        Raises:
+          ValueError: nothing to learn from and schedule.on_no_signal "stop".
+        """
+        schedule = self.setup.settings.schedule
+        metrics = rollout_metrics(rewarded, self.functions.group)
         batch, weight_metrics = self._batch(context, rewarded)
         metrics |= weight_metrics
         context.clock("score")
@@ -227,22 +155,15 @@ class RolloutSource(BatchSource):
     def _collect(self, context: StepContext) -> tuple[RewardedRollout, dict[str, float]]:
         """Sample and reward the step's prompts, and replace groups without signal on request."""
         setup, group = self.setup, self.functions.group
-        sampler = self.functions.sampler(context.bound_stage)
-
-        def draw(key: Array) -> RewardedRollout:
-            rows = step_rows(setup.settings, setup.train, self.position)
-            self.position += 1
-            request = SampleRequest(setup.train, rows)
-            return collect(setup, sampler, context.params, request, key, context.clock)
-
-        rewarded = draw(context.key)
+        rewarded = self.reward(context, self.sample(context))
         if self.functions.objective.group_filter != "resample":
             return rewarded, {}
         needed, rounds = setup.settings.data.prompts_per_step, 0
         equal_P = _equal_groups(rewarded, group)
         while np.sum(~equal_P) < needed and rounds < setup.settings.schedule.resample_rounds:
             rounds += 1
-            more = draw(jax.random.fold_in(context.key, rounds))
+            key = jax.random.fold_in(context.key, rounds)
+            more = self.reward(context, self.sample(context, key))
             rewarded = joined(rewarded, more, setup.model.tokenizer.pad_token_id)
             equal_P = _equal_groups(rewarded, group)
         # groups with signal first, in the order they were drawn

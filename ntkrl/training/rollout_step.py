@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ntkrl.training.probe_hook import CompletedStep
+from ntkrl.training.analysed_step import CompletedStep
 from ntkrl.types import Array
 
 

@@ -1,40 +1,47 @@
 """A training run: checks of its directory, its parts, the loop, and the exported models."""
 
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from ntkrl import report, runtime, trees, update
+from ntkrl import report, runtime
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import RunSettings, read_settings
-from ntkrl.setup import RunSetup, set_up, training_facts
-from ntkrl.training import device_memory
+from ntkrl.setup import NO_INPUTS, Inputs, set_up, training_facts
+from ntkrl.training import device_memory, run_summary
 from ntkrl.training.checkpointing import is_finished
 from ntkrl.training.loop import Loop
+from ntkrl.training.step_functions import StepFunctions
 
 EXPORTS = ("export", "adapter", "export_reference", "export_reference-adapter")
 """Directories of exported models, as far as a run has them."""
 
 
-def train(config: ConfigDict) -> Path:
+def train(config: ConfigDict, inputs: Inputs | None = None) -> Path:
     """Run or resume a training run; return its directory.
 
     Args:
       config: see configs/base.py.
+      inputs: values of a program that calls this and goes on afterwards; None for the command
+        line, where a second signal ends the process.
 
     Raises:
       ValueError: a mistake in the config or its files, a reward that fails, a loss not finite, or
         another process that writes into the directory.
       OSError: the disk is full.
-      PreemptedError: a signal was received; the run was saved after the current rollout step.
+      PreemptedError: a signal was received, or `on_step` returned "stop"; the run was saved
+        after the current rollout step.
     """
     settings = read_settings(config)
-    with PreemptionNotice() as notice, runtime.locked(Path(config.run_dir), "train", "finished"):
-        return _train(config, settings, notice)
+    alone = inputs is None or runtime.is_distributed()
+    lock = runtime.locked(Path(config.run_dir), "train", "finished")
+    with PreemptionNotice(alone) as notice, lock, run_summary.compile_notices():
+        return _train(config, settings, NO_INPUTS if inputs is None else inputs, notice)
 
 
-def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) -> Path:
+def _train(
+    config: ConfigDict, settings: RunSettings, inputs: Inputs, notice: PreemptionNotice
+) -> Path:
     directory = Path(config.run_dir)
     values = runtime.to_json(config)
     runtime.check_consistent("config", values)
@@ -45,29 +52,54 @@ def _train(config: ConfigDict, settings: RunSettings, notice: PreemptionNotice) 
     for change in changes or ():
         runtime.log(f"the config has changed: {change}")
     report.check_loggers(settings.logging)
-    setup = device_memory.fit(set_up(settings, directory), directory)
+    setup = device_memory.fit(set_up(settings, directory, inputs), directory)
     setup.model.check_exports(directory / "export", directory / "export_reference")
     settings = setup.settings
-    loop = Loop(setup, directory, values, notice)
+    runtime.log(run_summary.describe_start(setup, directory))
+    loop = Loop(setup, directory, values, notice, inputs.on_step)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
-        runtime.record_start(directory, _start_facts(setup))
+        inputs.save()
+        runtime.record_start(directory, run_summary.start_facts(setup))
     device_memory.save_layout(setup, directory)
     runtime.check_shared(directory)
-    if settings.method.samples:
-        runtime.log(f"objective: {update.describe(settings.objective)}")
     rollout_steps = loop.run()
     facts = training_facts(settings, rollout_steps)
-    setup.model.export(directory / "export", loop.state.params, facts)
-    setup.model.export(directory / "export_reference", loop.reference, facts)
+    setup.model.export(directory / "export", loop.at.state.params, facts)
+    setup.model.export(directory / "export_reference", loop.at.reference, facts)
     if loop.lines is not None:
         report.mark_finished(directory, rollout_steps, loop.lines, EXPORTS)
+        runtime.log(run_summary.describe_end(setup, directory))
     return directory
 
 
-def _start_facts(setup: RunSetup) -> dict[str, Any]:
-    """Return the facts of a run that the report names and its config does not hold."""
-    parameters = sum(leaf.size for leaf in trees.named_leaves(setup.model.params).values())
-    if not setup.settings.method.samples:
-        return {"parameters": parameters}
-    return {"parameters": parameters, "objective": update.describe(setup.settings.objective)}
+def open_steps(config: ConfigDict, inputs: Inputs) -> StepFunctions:
+    """Return the functions of a run's steps, for a loop of the calling program.
+
+    The run directory gets the config, prompts, the probe set, readings of it and ledgers.
+
+    Args:
+      config: see configs/base.py.
+      inputs: values of the calling program.
+
+    Raises:
+      ValueError: a mistake in the config or its files, a method without rollouts, or a directory
+        of another run.
+    """
+    settings = read_settings(config)
+    if not settings.method.samples:
+        raise ValueError(
+            f"steps are those of RL: sample, reward, weigh; method {settings.method.name!r} has "
+            "none. Use ntkrl.train."
+        )
+    directory, values = Path(config.run_dir), runtime.to_json(config)
+    runtime.check_run_dir(directory, values)
+    setup = device_memory.fit(set_up(settings, directory, inputs), directory)
+    steps = StepFunctions(setup, directory)
+    if runtime.is_writer():
+        runtime.claim_run_dir(directory, values)
+        inputs.save()
+        runtime.record_start(directory, run_summary.start_facts(setup))
+    if steps.probe_hook is not None:
+        steps.probe_hook.write_set()
+    return steps

@@ -57,7 +57,7 @@ def test_paper_of_another_model_and_in_miniature(desk):
     assert sum("llama-3.2-1b " in line for line in lines) == len(lines) - 1
     small = desk.run("paper", "--dry-run", "--config.mesh.fsdp=8", MINIATURE="1")[1]
     assert sum("--config=configs/paper/miniature.py:" in line for line in small) == len(small) - 2
-    assert small[0].endswith("-m configs.paper.made_up runs/miniature/inputs")
+    assert small[0].endswith("-m ntkrl.configs.paper.made_up runs/miniature/inputs")
     assert "--config.model.path=runs/miniature/inputs/pythia" in small[1]
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from configs.paper import made_up
 from ntkrl import data, models
+from ntkrl.configs.paper import made_up
 from ntkrl.data import PromptSet
 from ntkrl.main import main
 from ntkrl.models.scorers import GATE

@@ -36,7 +36,7 @@ START = {
     "command": "ntkrl train --config=rl --seed=1",
     "machine": "1 × NVIDIA H200, 16 CPU cores",
     "versions": {"ntkrl": "0.1.0", "jax": "0.10.2"},
-    "parameters": 1234567,
+    "model": "org/model: 1,234,567 parameters in float32",
     "objective": "advantage leave_one_out · kl_coefficient 0.05",
 }
 
@@ -57,7 +57,7 @@ def test_facts_by_hand(runs):
     table = facts_table(runs)
     rows = {words: cells for words, *cells in table.rows}
     assert table.heads == ("", "rl")
-    assert rows["model"] == ["org/model; org/model, 1,234,567 parameters"]
+    assert rows["model"] == [f"org/model; {START['model']}"]
     assert rows["data"] == ["prompts.jsonl"] and rows["rewards"] == ["my.py:score"]
     assert rows["objective"] == ["rloo · kl_coefficient 0.05; rloo: " + START["objective"]]
     assert rows["stage 1"] == ["classifier, 40 steps, adam: head/.* at 1e-5, .* frozen"]
@@ -81,12 +81,12 @@ def test_the_page_names_them(runs, tmp_path, monkeypatch):
 def test_other_methods_and_odd_configs(runs):
     """By hand: supervised runs, new models, and a config that is not of this version."""
     changed = dict(CONFIG, name="rl", seed=0, method="sft")
-    changed["model"] = {"path": None, "architecture": "X", "new": {"hidden_size": 8}}
+    changed["model"] = {"path": None, "architecture": "X"}
     changed["data"] = {"path": None, "prompts_per_step": 4}
     run = dataclasses.replace(runs[0], config=changed)
     rows = {words: cells[0] for words, *cells in facts_table([run]).rows}
-    assert rows["model"] == "new X, None layers of width 8"
-    assert rows["data"] == "the built-in task" and rows["each step"] == "4 examples"
+    assert rows["model"] == "new X"
+    assert rows["data"] == "built-in task" and rows["each step"] == "4 examples"
     assert rows["objective"].startswith("−log π")
     for odd in ({}, {"stages": 3, "model": [], "objective": "x"}, {"stages": [7, {}]}):
         table = facts_table([dataclasses.replace(runs[0], config=odd)])

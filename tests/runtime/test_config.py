@@ -55,7 +55,7 @@ def test_round_trip_through_json():
 @pytest.mark.parametrize(
     "words,message",
     [
-        ([], "--config=FILE is missing"),
+        ([], "--config=NAME is missing"),
         (["--config=configs/nope.py"], "configs/nope.py: no such file"),
         (["--config=configs/base.py", "--config.modle.path=x"], 'Did you mean "model"'),
         (["--config=configs/base.py", "--config.model.paht=x"], 'Did you mean "path"'),

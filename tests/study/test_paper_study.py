@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.evidence import claims, prompts
-from configs.evidence.paper_study import PaperStudy, StudySettings
 from ntkrl import main, reward, runtime, study
+from ntkrl.configs.evidence import claims, prompts
+from ntkrl.configs.evidence.paper_study import PaperStudy, StudySettings
 from ntkrl.settings import read_settings
 from tests.report.conftest import mark
 
@@ -71,7 +71,7 @@ def test_every_run_has_a_config(tmp_path, monkeypatch):
     paper = paper_study(tmp_path, seeds=(1,), tuning_seeds=(9,))
     skipped = ("prompts.write_prompts", "prompts.write_preferences", "similarity.write_all")
     for name in skipped:
-        monkeypatch.setattr(f"configs.evidence.{name}", lambda *arguments: None)
+        monkeypatch.setattr(f"ntkrl.configs.evidence.{name}", lambda *arguments: None)
     paper.chosen = lambda: {"rl": {"body": 1e-3}, "cfrl": {"head": 1e-2, "body": 1e-3}}
     places = {}
     for title, jobs in paper.phases():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from configs import rl
 from ntkrl import data, update
+from ntkrl.configs import rl
 from ntkrl.main import main
 from ntkrl.settings import read_settings
 from tests.toys import torch_neox
