@@ -84,6 +84,10 @@ def _model(run: Run) -> str:
     return str(path)
 
 
+def _data(run: Run) -> str:
+    return _recorded(run, "data") or _text(run, "data.path", none="built-in task")
+
+
 def _objective(run: Run) -> str:
     """Return the preset, and the settings that the run recorded or the config changes."""
     method = _value(run.config, "method")
