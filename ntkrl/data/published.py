@@ -23,6 +23,7 @@ from ntkrl.messages import joined
 
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 ENDINGS = (".jsonl", ".json", ".parquet")
+OTHER_TABLES = (".csv", ".tsv", ".xlsx", ".xls")
 FORMS = "JSON Lines, .json (a list of objects), .parquet, or a directory of a saved dataset"
 
 
@@ -68,6 +69,11 @@ def read_rows(path: str | Path) -> Rows:
       ValueError: errors of `files_of`, a file that is corrupt or not a list, or no pyarrow.
     """
     files = files_of(path)
+    if files[0].suffix.lower() in OTHER_TABLES:
+        raise ValueError(
+            f"{files[0]} is a table in a format that is not read; convert it to JSON Lines, for "
+            "example by pandas: read_csv(…).to_json('prompts.jsonl', orient='records', lines=True)."
+        )
     if files[0].suffix not in (".json", ".parquet", ".arrow"):
         return _json_lines(files[0])
     values = [value for file in files for value in READERS[file.suffix](file)]

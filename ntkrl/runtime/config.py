@@ -54,7 +54,14 @@ def read_config(
         )
     if saved is None and not (named and named[-1]):
         raise ValueError("--config=NAME is missing, for example --config=rl or --config=my_run.py.")
+    if len(named) > 1:
+        raise ValueError(f"--config is there {len(named)} times: {', '.join(named)}; give one.")
     config = load_config(named[-1]) if saved is None else saved
+    if "run_dir" not in config:
+        raise ValueError(
+            f"--config={named[-1]} has no run_dir; start from the defaults, as in "
+            "config = base.get_config() (from ntkrl.configs import base), and change some."
+        )
     apply_shorthands(config, {} if shorthands is None else shorthands)
     return _override(overrides, config)
 

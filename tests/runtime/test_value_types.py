@@ -102,3 +102,12 @@ def test_a_negative_seed():
     words = ["--config=rl", "--config.model.path=x", "--config.reward.function=expressions"]
     with pytest.raises(ValueError, match="seed must be ≥ 0, not -1"):
         read_settings(runtime.read_config([*words, "--config.seed=-1"]))
+
+
+def test_configs_that_cannot_be_meant(tmp_path):
+    """by hand: two configs, and one that does not start from the defaults."""
+    with pytest.raises(ValueError, match="--config is there 2 times: rl, cfrl; give one"):
+        runtime.read_config(["--config=rl", "--config=cfrl"])
+    (tmp_path / "mine.py").write_text("def get_config():\n    return {'seed': 1}\n")
+    with pytest.raises(ValueError, match=r"mine.py has no run_dir; start from the defaults"):
+        runtime.read_config([f"--config={tmp_path}/mine.py"])
