@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ntkrl import command_line, durable_files, settings_list, signals
@@ -193,12 +194,20 @@ def _report(words: Words) -> None:
 
 
 def _export(words: Words) -> None:
-    from ntkrl.evaluation import commands
+    from ntkrl.evaluation import commands, push
 
     _alone("export")
+    options = words.options
     if len(words.others) != 2:
         raise ValueError("export needs a run directory and an output directory.")
-    commands.export(words.others[0], words.others[1], _step(words.options))
+    run, out = words.others
+    if "push" in options:
+        push.check_push(options["push"])
+    elif "public" in options:
+        raise ValueError("--public is about an upload; add --push=ORG/NAME, or leave it out.")
+    commands.export(run, out, _step(options))
+    if "push" in options:
+        print(f"uploaded to {push.push(Path(out), options['push'], 'public' in options)}")
 
 
 def _step(options: Mapping[str, Any]) -> int | str | None:
