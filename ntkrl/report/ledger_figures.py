@@ -6,6 +6,7 @@ sample's terms; the similarity map shows cosines of the features of probe comple
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -190,7 +191,12 @@ def similarity(title: str, runs: Sequence[Run]) -> Figure | None:
             heading = ""
         for axis in axes[len(by_step) :]:
             axis.remove()
-    place = {"location": "bottom", "shrink": 0.7, "aspect": 30, "format": TickNumbers()}
+    place: dict[str, Any] = {
+        "location": "bottom",
+        "shrink": 0.7,
+        "aspect": 30,
+        "format": TickNumbers(),
+    }
     bar = figure.colorbar(image, ax=figure.axes, **place)
     bar.set_label("mean cosine of features", fontsize=12)
     bar.outline.set_visible(False)

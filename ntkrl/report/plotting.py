@@ -98,7 +98,7 @@ def titled_figure(title: str, inches: float) -> Figure:
 
 def head(axis: Axes, text: str, pad: float = 6.0) -> None:
     """Write a heading above axes, in as many lines as it needs."""
-    style = {"fontsize": 11, "fontfamily": families()}
+    style: dict[str, Any] = {"fontsize": 11, "fontfamily": families()}
     axis.set_title(fitted(text, 11, HEADING_INCHES), loc="left", pad=pad, **style)
 
 
