@@ -48,6 +48,7 @@ setup(
         "test": [
             "datasets",
             "equinox",
+            "marimo",
             "gguf>=0.17",
             "math-verify[antlr4_13_2]",
             "mypy==2.4.1",
@@ -66,6 +67,7 @@ setup(
         "tensorboard": ["tensorboardX>=2.6.2"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],
+        "notebooks": ["marimo"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "tpu-plan": ["jax[tpu]"],
