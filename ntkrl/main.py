@@ -110,7 +110,8 @@ def _evaluate(words: Words) -> None:
     config = runtime.read_config(words.config, saved, words.shorthands)
     with runtime.distributed_session(f"evaluate {config.run_dir}"), signals.restored():
         runtime.enable_compile_cache()
-        commands.evaluate(config, run, _step(options), "trust" in options)
+        with runtime.CompileNotices({}, "the sampler"):
+            commands.evaluate(config, run, _step(options), "trust" in options)
 
 
 def _prepare(words: Words) -> None:

@@ -351,7 +351,7 @@ def test_command_line_itself(capsys):
     assert main([]) == 0 and "usage: ntkrl" in capsys.readouterr().out
     assert main(["trian"]) == 2 and "unknown command 'trian'" in capsys.readouterr().err
     assert main(["report"]) == 2 and "at least one run directory" in capsys.readouterr().err
-    assert main(["report", "x", "--ot=y"]) == 2 and "--out=" in capsys.readouterr().err
+    assert main(["report", "x", "--ot=y"]) == 2 and "'--out'" in capsys.readouterr().err
     assert main(["report", "--glossary"]) == 0 and "| `reward` |" in capsys.readouterr().out
     assert main(["report", "--glossary", "x"]) == 2 and "no runs" in capsys.readouterr().err
 
