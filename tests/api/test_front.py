@@ -70,7 +70,7 @@ def assert_same_runs(one, other):
 @pytest.fixture(scope="module")
 def first(base):
     """A finished run."""
-    return train(base, "runs/first")
+    return train(base, "runs/base")
 
 
 def test_the_example_of_the_front_page(base):
@@ -100,7 +100,7 @@ def test_a_run(first):
     assert ledger.influence.shape == (len(ledger.actual["log_prob"]), 8)
     with pytest.raises(ValueError, match="ledgers are of steps 2"):
         first.ledger(1)
-    again = ntkrl.open_run("runs/first")
+    again = ntkrl.open_run("runs/base")
     assert repr(again) == repr(first)
     assert (first.export("out") / "model.safetensors").is_file()
 
@@ -108,12 +108,12 @@ def test_a_run(first):
 def test_the_same_bits_as_the_command_line(base, first):
     """story: the command line with the same settings writes the same metrics and weights."""
     Path("mine.py").write_text(SOURCE)
-    (rows,) = Path("runs/first/data").iterdir()
+    (rows,) = Path("runs/base/data").iterdir()
     words = [f"--config.{name}={value}" for name, value in SMALL.items()]
     words += [f"--config.model.path={base}", f"--config.data.path={rows}", "--steps=3"]
     words += ["--config.reward.function=mine.py:score", "--run_dir=runs/line"]
     assert main(["train", "--config=cfrl", *words]) == 0
-    assert_same_runs("runs/first", "runs/line")
+    assert_same_runs("runs/base", "runs/line")
 
 
 def test_the_loop_of_the_readme(base, first):
@@ -121,7 +121,7 @@ def test_the_loop_of_the_readme(base, first):
     text = block("ntkrl/api/README.md", "ntkrl.Steps(")
     assert len(text.splitlines()) <= 60
     names = executed(text, base)
-    written = lines("runs/first")
+    written = lines("runs/base")
     assert [line.pop("step") for line in written] == [0, 1, 2, 3]
     assert json.loads(json.dumps(names["lines"])) == written
     jax.tree.map(np.testing.assert_array_equal, names["params"], first.params)
@@ -145,7 +145,7 @@ def test_a_stopped_run_goes_on(base, first, capsys):
     thread.join()
     (run,) = runs
     # told of step 1 while step 2 was computed, so that it ends after that
-    assert run.stopped and steps[0] == (1, lines("runs/first")[1]["reward"]) and len(steps) == 2
+    assert run.stopped and steps[0] == (1, lines("runs/base")[1]["reward"]) and len(steps) == 2
     assert "stopped after step 2" in repr(run) and run.params.keys() == first.params.keys()
     Path("mine.py").write_text(SOURCE)
     words = [f"--config.{name}={value}" for name, value in SMALL.items()]
@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on(base, first, capsys):
     assert main(["train", *words, "--config.reward.function=python:score"]) == 2
     assert "--config.reward.function=FILE.py:score" in capsys.readouterr().err
     assert main(["train", *words, "--config.reward.function=mine.py:score"]) == 0
-    assert_same_runs("runs/first", "runs/stopped")
+    assert_same_runs("runs/base", "runs/stopped")
     assert not train(base, "runs/stopped").stopped  # finished, under either name
 
 
@@ -170,7 +170,7 @@ def test_an_interrupt_saves(base, first):
         train(base, "runs/interrupted", on_step=on_step)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert not train(base, "runs/interrupted").stopped
-    assert_same_runs("runs/first", "runs/interrupted")
+    assert_same_runs("runs/base", "runs/interrupted")
 
 
 def test_evaluations(base, first):
