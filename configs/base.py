@@ -49,7 +49,7 @@ def get_config():
     config.method = "rl"  # "rl", "sft" or "reward" (a reward model from preferences)
 
     config.model = ConfigDict()
-    # Hugging Face or PEFT directory, or a hub name (org/name); None: a new model, of model.new
+    # Hugging Face or PEFT directory, hub name (org/name), GGUF file; None: a new one, of model.new
     config.model.path = placeholder(str)
     config.model.architecture = "GPTNeoXForCausalLM"  # of a new model
     # fields of config.json of a new model
@@ -70,6 +70,8 @@ def get_config():
     # recomputed by the backward pass: "none"; "products", everything of a layer but its products
     # with weights; "all", the complete layer, which needs least memory
     config.model.remat = "products"
+    # a stage's pattern that matches adapters (".*") trains them alone; one that matches none
+    # ("head/.*") trains the base, and then no adapter/ is written
     config.model.lora = ConfigDict(
         {
             "rank": 0,  # of the adapters; 0: none
@@ -223,10 +225,13 @@ def get_config():
     config.checkpoint.failures = 3  # failed saves in a row that stop a run, as on a full disk
 
     config.eval = ConfigDict()
-    config.eval.every_steps = 20  # rollout steps between evaluations; None: no evaluation
+    # rollout steps between evaluations; None: no evaluation, while probes and ledgers stay
+    config.eval.every_steps = 20
     config.eval.prompts = 64  # held-out prompts at most
     config.eval.samples_per_prompt = 8  # k of pass@k and of the distinct counts
-    config.eval.repeats = 1  # independent samplings; their spread is the noise of the measurement
+    # independent samplings; the noise of the mean reward is its standard deviation over them, or
+    # of a single one is computed from the spread of each prompt's samples
+    config.eval.repeats = 1
     config.eval.success_threshold = 1.0  # a completion of at least this reward counts as solved
     config.eval.temperature = placeholder(float)  # of evaluations; None: rollout's; 0: greedy
     # .jsonl of an earlier evaluation on the same prompts, such as the starting model's, for win
@@ -256,6 +261,7 @@ def get_config():
     config.logging = ConfigDict()
     config.logging.tensorboard = False  # event files in RUN/tensorboard; extra tensorboard
     config.logging.wandb = placeholder(str)  # Weights & Biases project; extra wandb; None: off
-    # "trl", "trl012" or "verl": both also get that library's metric names; None: ours alone
+    config.logging.trackio = placeholder(str)  # project in trackio's local files; extra trackio
+    # "trl", "trl012" or "verl": these also get that library's metric names; None: ours alone
     config.logging.aliases = placeholder(str)
     return config

@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ntkrl.lease import Lease, look, new_lease
-from ntkrl.messages import print_last
+from ntkrl.messages import notify
 
 SILENCE_SECONDS = 60.0
 """Time without a heartbeat after which a lease of another host has ended; NTKRL_LEASE_TIMEOUT."""
@@ -37,6 +36,11 @@ NAME_SECONDS = 2.0
 OPEN_TRIES = 20
 LOST = 2
 """Exit status of a command whose lease another start took over."""
+PLACE_ERRORS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
+"""Errors of a path, which another path mends."""
 NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 _locks: list["DirectoryLock"] = []
@@ -72,7 +76,7 @@ class DirectoryLock:
         """
         self.limit = _read_limit()
         self.directory, self.name = Path(directory), name
-        self.log = _print if log is None else log
+        self.log = _notify if log is None else log
         self.lease = new_lease(command)
         self.lock_path = self.directory / f".{name}.lock"
         self.path: Path | None = None
@@ -86,14 +90,17 @@ class DirectoryLock:
 
         Raises:
           InUseError: another process has it.
-          OSError: the directory cannot be created or written.
+          ValueError: the directory is a file, or is in a place that cannot be written.
+          OSError: it cannot be created or written for another reason, such as a full disk.
         """
         try:
             self._take_flock()
             while not self._take_lease():
                 time.sleep(random.uniform(0.0, 0.05))
-        except BaseException:
+        except BaseException as error:
             self.release()
+            if isinstance(error, OSError) and error.errno in PLACE_ERRORS:
+                raise ValueError(self._unwritable(error)) from error
             raise
         _locks.append(self)
         self.thread.start()
@@ -101,6 +108,13 @@ class DirectoryLock:
 
     def __exit__(self, *exception: object) -> None:
         self.release()
+
+    def _unwritable(self, error: OSError) -> str:
+        where, fix = self.directory, "give a directory that you may write to (--config.run_dir)."
+        files = [path for path in (where, *where.parents) if path.exists() and not path.is_dir()]
+        if files:
+            return f"{where} cannot be a directory, since {files[0]} is a file; {fix}"
+        return f"{where} cannot be written ({error.strerror}: {error.filename}); {fix}"
 
     def release(self) -> None:
         """Give the lock back; a second call, or one in a forked process, does nothing."""
@@ -144,7 +158,8 @@ class DirectoryLock:
                     self.descriptor = descriptor
                     return
             os.close(descriptor)
-        raise OSError(f"{self.lock_path} was removed {OPEN_TRIES} times while it was opened.")
+        removed = "no file can be made there, or it was removed each time"
+        raise FileNotFoundError(errno.ENOENT, removed, str(self.lock_path))
 
     def _make_directory(self) -> None:
         missing, directory = [], self.directory
@@ -303,7 +318,7 @@ class DirectoryLock:
         return leases[max(leases)] if leases else None
 
     def _end_process(self) -> NoReturn:
-        print_last(
+        notify(
             f"\nntkrl: the lease of {self.directory} is gone: another start took it over after "
             f"{self.limit:g} s without a heartbeat, or the directory was removed. This process "
             "ends, since two must not write there."
@@ -330,5 +345,5 @@ def _read_limit() -> float:
     raise ValueError(f"NTKRL_LEASE_TIMEOUT={text} must be a positive number of seconds.")
 
 
-def _print(message: str) -> None:
-    print(f"ntkrl: {message}", file=sys.stderr, flush=True)
+def _notify(message: str) -> None:
+    notify(f"ntkrl: {message}")

@@ -20,6 +20,8 @@ def test_names():
     packaged = runtime.packaged_configs()
     assert set(NAMES) <= set(packaged)
     assert not [name for name in packaged if name.startswith("evidence") or "made_up" in name]
+    for name in packaged:
+        runtime.read_config([f"--config={name}"])
 
 
 @pytest.mark.parametrize("name", ["rl", "cfrl", "sft", "quickstart/rl", "paper/cfrl"])
@@ -35,8 +37,10 @@ def test_variants(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = runtime.read_config(["--config=paper/rl:pythia-1b"])
     assert runtime.to_json(config) != runtime.to_json(runtime.read_config(["--config=paper/rl"]))
-    with pytest.raises(ValueError, match="rl.py.*get_config"):
+    with pytest.raises(ValueError, match="rl.py: it has no variants; leave out ':pythia-1b'"):
         runtime.read_config(["--config=rl:pythia-1b"])
+    with pytest.raises(ValueError, match="'pythia-9b' is not a variant; known: pythia-2.8b"):
+        runtime.read_config(["--config=paper/rl:pythia-9b"])
 
 
 def test_configs_of_a_user(tmp_path, monkeypatch):

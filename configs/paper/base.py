@@ -87,14 +87,19 @@ VARIANTS["pythia-2.8b-bfloat16"] = VARIANTS["pythia-2.8b"]._replace(
 )
 
 
-def get_config(part, variant, files=()):
+def make_config(part, variant, files=()):
     """Return the shared settings.
 
     Args:
       part: the name of the run and of its directory.
       variant: a key of VARIANTS.
       files: (field, file or directory that another part wrote) pairs.
+
+    Raises:
+      ValueError: an unknown variant.
     """
+    if variant not in VARIANTS:
+        raise ValueError(f"{variant!r} is not a variant; known: {', '.join(VARIANTS)}.")
     config, chosen = base.get_config(), VARIANTS[variant]
     config.name = f"paper-{part}" if variant == "pythia-2.8b" else f"{variant}-{part}"
     config.seed = 372

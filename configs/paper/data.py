@@ -25,7 +25,7 @@ from ntkrl.configs.paper import base
 
 def get_config(variant="pythia-2.8b"):
     """Return the config."""
-    config = base.get_config("data", variant)
+    config = base.make_config("data", variant)
     config.reward.dtype = "bfloat16"
     config.reward.batch_size = 128
     config.prepare = ConfigDict(

@@ -20,7 +20,7 @@ FILES = (("data.path", "data/reward.jsonl"), ("data.eval_path", "data/test.jsonl
 
 def get_config(variant="pythia-2.8b"):
     """Return the config."""
-    config = base.get_config("reward", variant, FILES)
+    config = base.make_config("reward", variant, FILES)
     config.method = "reward"
     config.reward.function = None
     config.data.prompts_per_step = 32

@@ -22,7 +22,7 @@ FILES = (
 
 def get_config(variant="pythia-2.8b", part="rl"):
     """Return the config."""
-    config, chosen = base.get_config(part, variant, FILES), base.VARIANTS[variant]
+    config, chosen = base.make_config(part, variant, FILES), base.VARIANTS[variant]
     config.model.untie = chosen.untie
     config.objective.preset = "rloo_trl012"
     config.schedule.minibatches = 2

@@ -18,7 +18,7 @@ from ntkrl.configs.paper import base
 
 def get_config(variant="pythia-2.8b"):
     """Return the config."""
-    config = base.get_config("sft", variant, (("data.path", "data/sft.jsonl"),))
+    config = base.make_config("sft", variant, (("data.path", "data/sft.jsonl"),))
     config.method = "sft"
     config.model.vocab_size = base.VARIANTS[variant].vocab_size
     config.reward.function = None

@@ -38,7 +38,7 @@ def train(
     """Run or resume a training run, as `ntkrl train` does with the same settings.
 
     Args:
-      model: Hugging Face directory, hub name, or `(policy, params)` of `ntkrl.load`.
+      model: Hugging Face directory, hub name, GGUF file, or `(policy, params)` of `ntkrl.load`.
       prompts: list of dicts, `datasets.Dataset`, or a path; rows in memory are also written to the
         run directory.
       rewards: functions of TRL's signature, which are called in this process, or names as in
@@ -153,7 +153,7 @@ def kernels(
     """Compute kernels of a model on texts, as `ntkrl kernel` does; nothing is written.
 
     Args:
-      model: Hugging Face directory, hub name, or `(policy, params)` of `ntkrl.load`.
+      model: Hugging Face directory, hub name, GGUF file, or `(policy, params)` of `ntkrl.load`.
       texts: texts or lists of messages, or the path of a file of prompts.
       positions: "last" for one context per text, "all" for one per token.
       max_contexts: contexts at most, evenly spaced among all.

@@ -14,8 +14,8 @@ from ntkrl.numerics import GIB
 from ntkrl.types import Params, Policy
 
 FORMS = (
-    "a directory of Hugging Face files, a hub name such as 'EleutherAI/pythia-160m', or the "
-    "(policy, params) of ntkrl.load"
+    "a directory of Hugging Face files, a hub name such as 'EleutherAI/pythia-160m', a GGUF file, or "
+    "the (policy, params) of ntkrl.load"
 )
 COMPARED_GIB = 4.0
 """Params above this size are exported without reading their source to compare them."""
@@ -31,7 +31,6 @@ def read_model(model: Any) -> str | tuple[Policy, Params]:
       ValueError: of another type, or a network that has no files for a run to start from.
     """
     if isinstance(model, str | os.PathLike):
-        # files of other formats (GGUF) will be converted here
         return os.fspath(model)
     pair = isinstance(model, list | tuple) and len(model) == 2
     if not pair or not isinstance(model[0], Policy):

@@ -65,7 +65,7 @@ class MethodSummary:
     runs: number of runs.
     unfinished: number of runs that did not end normally.
     end_steps: steps of the last evaluations, rising, without repetition.
-    noise: standard deviation of eval/reward over repeated samplings of the starting models.
+    noise: standard deviation of eval/reward over samplings of the starting models, or NaN.
     reward_start, reward_end: eval/reward at step 0 and at the last evaluation.
     gain: mean of (end − start) over runs, in units of noise.
     pass_at_k, distinct: at the last evaluation.
@@ -105,6 +105,7 @@ def summaries(runs: Sequence[Run]) -> tuple[MethodSummary, ...]:
       names. Unmeasured numbers are NaN.
     """
     noise = _over(runs, lambda run: _at_start(run, "eval/reward_sd")).mean
+    noise = noise if noise > 0 else math.nan  # 0 of greedy samples is no measure of it
     base = _levels(BASE_LABEL, runs, noise, _at_start)
     return base, *(_method(name, group, noise) for name, group in by_name(runs).items())
 
@@ -139,7 +140,7 @@ def _method(name: str, runs: Sequence[Run], noise: float) -> MethodSummary:
         unfinished=sum(not run.finished for run in runs),
         end_steps=tuple(sorted(ends)),
         reward_end=_over(runs, lambda run: _at_end(run, "eval/reward")),
-        gain=gain.mean / noise if noise > 0 else math.nan,
+        gain=gain.mean / noise,
         head_share=_over(runs, lambda run: _last_stage_mean(run, "predict/head_share")),
         correlation=_over(runs, lambda run: _last_stage_mean(run, "predict/correlation")),
         seconds=_over(runs, _training_seconds),
@@ -187,8 +188,13 @@ def number(value: float) -> str:
     size = abs(value)
     for limit, digits in ((9.9995, 3), (99.995, 2), (999.95, 1), (99999.5, 0)):
         if size < limit:
-            return f"{value:.{digits}f}"
-    return f"{value:.0e}"
+            return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+    return f"{value:.0e}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """Format a number with its sign."""
+    return ("+" if value > 0 else "") + number(value)
 
 
 def spread(stat: Stat) -> str:
@@ -200,7 +206,7 @@ def spread(stat: Stat) -> str:
 
 def _end_cell(row: MethodSummary) -> str:
     if row.label == BASE_LABEL and not row.end_steps:
-        return f"± {number(row.noise)} noise"
+        return f"± {number(row.noise)} noise" if math.isfinite(row.noise) else NO_VALUE
     return spread(row.reward_end)
 
 
@@ -220,7 +226,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         ("Δ/", "noise"),
         "Δ in units of noise",
-        lambda row: f"{row.gain:+.1f}" if math.isfinite(row.gain) else number(row.gain),
+        lambda row: f"{row.gain:+.1f}".replace("-", "−") if math.isfinite(row.gain) else NO_VALUE,
     ),
     Column(("pass", "@k"), "pass@k", lambda row: number(row.pass_at_k.mean)),
     Column(("dis-", "tinct"), "distinct solutions", lambda row: number(row.distinct.mean)),
@@ -236,7 +242,7 @@ def summary_table(rows: Sequence[MethodSummary]) -> Table:
     """Return the summaries as a table, with sentences a reader needs beside it."""
     notes = [
         "end: last evaluation; ± sd over runs (n); Δ/noise: (end − start) / noise, noise = sd of "
-        "eval reward over repeated samplings of the starting model.",
+        "eval reward over samplings of the starting model, – where it was not measured.",
         "R share and corr.: means over the probed steps of the last stage; train s: without "
         "probes and evaluations.",
     ]

@@ -1,5 +1,6 @@
 """Config files: Python files of users, and the packaged ones by name (`rl`, `paper/cfrl`)."""
 
+import inspect
 import sys
 import traceback
 from pathlib import Path
@@ -89,6 +90,8 @@ def _result(path: Path, argument: list[str]) -> Any:
         module = user_files.execute(path)
         if not hasattr(module, "get_config"):
             raise ValueError("it has no function get_config(), which returns the config.")
+        if argument and not inspect.signature(module.get_config).parameters:
+            raise ValueError(f"it has no variants; leave out ':{argument[0]}'.")
         return module.get_config(*argument)
     except SyntaxError as error:
         raise ValueError(f"{path} is not valid Python: {error}.") from error

@@ -16,7 +16,7 @@ from jax._src import clusters, distributed
 from tqdm import tqdm
 
 from ntkrl import signals
-from ntkrl.messages import print_last
+from ntkrl.messages import notify
 from ntkrl.runtime.config import differences
 from ntkrl.runtime.health import OTHERS_FAILED, HealthMonitor, Limits, read_limits
 from ntkrl.runtime.rendezvous import Hello, StartupTimeoutError, rendezvous
@@ -65,7 +65,7 @@ def distributed_session(run: str = "") -> Iterator[None]:
     try:
         monitor = _start(read_limits(), run)
     except StartupTimeoutError as error:
-        print_last(f"ntkrl: {error}")
+        notify(f"ntkrl: {error}")
         os._exit(OTHERS_FAILED)
     try:
         yield
@@ -92,7 +92,8 @@ def is_writer() -> bool:
 def log(message: str) -> None:
     """Print a message once per run, above any progress bar."""
     if is_writer():
-        tqdm.write(message)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads: the run goes on
+            tqdm.write(message)
 
 
 def local_slice(count: int) -> slice:

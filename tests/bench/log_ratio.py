@@ -63,7 +63,7 @@ def difference(policy: Any, params: Any, cache: str) -> np.ndarray:
     lengths = generator.integers(PROMPT // 4, PROMPT + 1, PROMPTS)
     prompts = [generator.integers(3, min(policy.vocab_size, 500), n).tolist() for n in lengths]
     settings = SamplerSettings(
-        GROUP, COMPLETION, 1.0, eos_id=1, pad_id=2, cache_dtype=DTYPES[cache]
+        GROUP, COMPLETION, 1.0, end_ids=(1,), pad_id=2, cache_dtype=DTYPES[cache]
     )
     batch = data.prompt_batch(prompts, range(PROMPTS), 2, PROMPT, None)
     rollout = Sampler(policy, settings)(params, batch, jax.random.key(0))
