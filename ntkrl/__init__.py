@@ -1,19 +1,33 @@
 """RL post-training of language models that can say why a step did what it did.
 
-Imports neither RL nor data rooms: `ntkrl.ntk` serves any model on its own.
+`train`, `evaluate`, `kernels`, `open_run`, `Run` and `Steps` are the command line as calls; `load`,
+`load_scorer`, `build` and `export` handle models; `ntk` serves any network and imports no RL.
 """
 
 import importlib
 from typing import Any
 
-__all__ = ["build", "export", "load", "load_scorer", "ntk"]
+_ROOMS = {
+    "api": ("Run", "Steps", "evaluate", "kernels", "open_run", "train"),
+    "models": ("build", "export", "load", "load_scorer"),
+}
+__all__ = [
+    *("Run", "Steps", "build", "evaluate", "export", "kernels"),
+    *("load", "load_scorer", "ntk", "open_run", "train"),
+]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """Return the public names; rooms of the package are imported by their own."""
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:
     """Import a room when it is first asked for: processes that serve rewards do without JAX."""
-    if name not in __all__:
-        raise AttributeError(f"module 'ntkrl' has no attribute {name!r}")
     if name == "ntk":
         return importlib.import_module("ntkrl.ntk")
-    return getattr(importlib.import_module("ntkrl.models"), name)
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(importlib.import_module(f"ntkrl.{room}"), name)
+    raise AttributeError(f"module 'ntkrl' has no attribute {name!r}")

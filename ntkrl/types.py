@@ -112,6 +112,16 @@ class Policy:
     decode_params: Callable[[Params], Params] = lambda params: params
     decode_sharding: tuple[tuple[str, tuple[str | None, ...]], ...] | None = None
 
+    def __repr__(self) -> str:
+        name = "of a network" if self.config is None else self.config.architecture
+        source = "" if self.source is None else f" from {self.source}"
+        tied = ", tied to the input embedding" if self.tied else ""
+        return (
+            f"Policy {name}{source}\n"
+            f"  V = {self.vocab_size}, D = {self.feature_size}, at most {self.max_tokens} tokens\n"
+            f"  head {self.head_weight}{tied}"
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scorer:

@@ -76,6 +76,8 @@ def test_python_runs(name, block, tmp_path):
     if not re.search(r"^(import|from|def) ", block, re.MULTILINE):
         assert quoted_in_a_config(block), name
         return
+    if "ntkrl.train(" in block or "ntkrl.Steps(" in block:
+        return  # in tests/api, with small settings
     if '"DIR"' in block:
         torch_neox(tmp_path)
     names = {}
@@ -83,9 +85,6 @@ def test_python_runs(name, block, tmp_path):
     if "kernel" in names:
         assert names["kernel"].head.shape == (2, 2)
         assert names["kernel"].dense(rows=[5, 8], columns=[0, 1]).shape == (2, 2, 2, 2)
-    if "score" in names:
-        answers = names["score"](completions=["4 ", "5"], answer=["4", "4"], prompts=[])
-        assert answers == [1.0, 0.0]
 
 
 def test_kinds_of_python_block():

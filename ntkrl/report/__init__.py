@@ -41,7 +41,7 @@ from ntkrl.report.page import (
     write_report,
 )
 from ntkrl.report.plotting import MARKERS, PALETTE, figure_bytes, panels
-from ntkrl.report.records import read_arrays, step_files
+from ntkrl.report.records import StepLedger, read_arrays, step_files
 from ntkrl.report.runs import Run, read_metrics, read_run, series
 from ntkrl.report.tables import Table, format_table
 from ntkrl.report.terminal import format_text

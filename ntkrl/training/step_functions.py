@@ -54,6 +54,14 @@ class RunPosition:
     batches: int
     key: Array | None = None
 
+    def __repr__(self) -> str:
+        steps = f"{self.progress.steps} steps of stage {self.progress.stage}"
+        return (
+            f"RunPosition in rollout step {self.rollout_step}: {steps} done\n"
+            f"  {self.optimizer_steps} optimizer steps taken\n"
+            f"  {self.batches} batches of prompts drawn, {self.tokens} tokens trained on"
+        )
+
     def saved(self) -> dict[str, Any]:
         """Return the JSON values that a checkpoint holds besides the arrays."""
         return {

@@ -1,0 +1,89 @@
+"""The model of a call as files: runs start from a directory, so that they can be resumed."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ntkrl import models, runtime, trees
+from ntkrl.messages import quoted
+from ntkrl.numerics import GIB
+from ntkrl.types import Params, Policy
+
+FORMS = (
+    "a directory of Hugging Face files, a hub name such as 'EleutherAI/pythia-160m', a GGUF file, or "
+    "the (policy, params) of ntkrl.load"
+)
+COMPARED_GIB = 4.0
+"""Params above this size are exported without reading their source to compare them."""
+
+
+def read_model(model: Any) -> str | tuple[Policy, Params]:
+    """Return the path or name of a model, or its policy and params.
+
+    Args:
+      model: of the caller.
+
+    Raises:
+      ValueError: of another type, or a network that has no files for a run to start from.
+    """
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    pair = isinstance(model, list | tuple) and len(model) == 2
+    if not pair or not isinstance(model[0], Policy):
+        kind = type(model).__name__
+        raise ValueError(f"model is {quoted(model)} ({kind}); pass {FORMS}.")
+    policy, params = model
+    if policy.config is None or policy.source is None:
+        raise ValueError(
+            "the model's policy was not loaded from files, so that it has no tokenizer; write it "
+            "with ntkrl.export(DIR, policy, params, source=TOKENIZER_DIR), and pass DIR."
+        )
+    if policy.config.adapters is not None or policy.rebuild is None:
+        raise ValueError(
+            "the model's policy has adapters or whitened features, which a run adds itself: pass "
+            "the directory, and config={'model.lora.rank': …} or {'model.whiten': …}."
+        )
+    return policy, params
+
+
+def export_start(policy: Policy, params: Params, run_dir: str) -> str:
+    """Return the directory of a model: its source if that holds these params, or an export.
+
+    Args:
+      policy, params: of `read_model`.
+      run_dir: the export is `start-DIGEST` there; other params have another digest, so that a
+        resumed run refuses them.
+    """
+    if _unchanged(policy, params):
+        return policy.source or ""
+    directory = Path(run_dir) / f"start-{_digest(policy, params)}"
+    if not directory.exists() and runtime.is_writer():
+        models.export(directory, policy, params)
+    return str(directory)
+
+
+def _unchanged(policy: Policy, params: Params) -> bool:
+    leaves = jax.tree.leaves(params)
+    if sum(leaf.nbytes for leaf in leaves) > COMPARED_GIB * GIB:
+        return False
+    assert policy.source is not None  # as `read_model` checks
+    _, stored = models.load(policy.source, leaves[0].dtype)
+    if jax.tree.structure(stored) != jax.tree.structure(params):
+        return False
+    pairs = zip(leaves, jax.tree.leaves(stored), strict=True)
+    return all(a.shape == b.shape and bool(jnp.array_equal(a, b)) for a, b in pairs)
+
+
+def _digest(policy: Policy, params: Params) -> str:
+    """Return the first digits of the SHA-256 of the params; raise ValueError if not finite."""
+    wrong = trees.not_finite(params)
+    if wrong:
+        raise ValueError(f"the model's params hold NaN or infinity in {', '.join(wrong[:10])}.")
+    sha = hashlib.sha256()
+    for name, tensor in sorted(models.stored_tensors(policy, params).items()):
+        sha.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
+    return sha.hexdigest()[:12]
