@@ -16,11 +16,11 @@ PROCESSES="${PROCESSES:-1}"               # processes of one run, over loopback
 PORT="${PORT:-}"                          # of their coordinator; empty: a free one
 
 # the paper's runs (paper.sh)
-MODEL="${MODEL:-}"                        # directory of the base model, or its name on the hub
+MODEL="${MODEL:-}"                        # directory of the base model, its name on the hub, or a GGUF file
 DATA="${DATA:-}"                          # directory of alpaca_farm and ultrafeedback_binarized
 REWARD="${REWARD:-}"                      # directory of the reward model
 VARIANT="${VARIANT:-pythia-2.8b}"         # recipe of pythia-2.8b, pythia-1b or llama-3.2-1b
-RUNS="${RUNS:-}"                          # directory of the runs; empty: runs/paper, see --help
+RUNS="${RUNS:-}"                          # directory of the runs; empty: runs/NAME of the script
 MINIATURE="${MINIATURE:-}"                # 1: tiny models and made-up data
 SEEDS="${SEEDS:-0}"                       # one run of each method per seed: "0 1 2"
 

@@ -14,8 +14,8 @@ from ntkrl.numerics import GIB
 from ntkrl.types import Params, Policy
 
 FORMS = (
-    "a directory of Hugging Face files, a hub name such as 'EleutherAI/pythia-160m', a GGUF file, or "
-    "the (policy, params) of ntkrl.load"
+    "a directory of Hugging Face files, a hub name such as 'EleutherAI/pythia-160m', a GGUF file, "
+    "or the (policy, params) of ntkrl.load"
 )
 COMPARED_GIB = 4.0
 """Params above this size are exported without reading their source to compare them."""
@@ -72,7 +72,8 @@ def _unchanged(policy: Policy, params: Params) -> bool:
         return False
     assert policy.source is not None  # as `read_model` checks
     _, stored = models.load(policy.source, leaves[0].dtype)
-    if jax.tree.structure(stored) != jax.tree.structure(params):
+    same: bool = jax.tree.structure(stored) == jax.tree.structure(params)
+    if not same:
         return False
     pairs = zip(leaves, jax.tree.leaves(stored), strict=True)
     return all(a.shape == b.shape and bool(jnp.array_equal(a, b)) for a, b in pairs)

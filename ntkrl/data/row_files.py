@@ -61,7 +61,7 @@ def row_file(values: Iterable[Any], source: str) -> RowFile:
         else:
             rows.append((number, dict(value)))
     columns = dict.fromkeys(name for _, row in rows for name in row)
-    other = {}
+    other: dict[str, Any] = {}
     for name in columns:
         for _, row in rows:
             kind = _kind_without_json(row[name]) if name in row else None

@@ -146,7 +146,7 @@ def _with_functions(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Mapp
     texts = [section["function"] if "function" in section else None for section in sections]
     if texts[0] == texts[1] or None in texts:
         return saved
-    pairs = list(itertools.zip_longest(*(text.split(",") for text in texts), fillvalue=""))
+    pairs = list(itertools.zip_longest(*((text or "").split(",") for text in texts), fillvalue=""))
     same = all(
         before == after
         or (

@@ -204,8 +204,13 @@ class StepFunctions:
         per_term = snapshot is not None and snapshot.with_ledger
         step = self._jitted_step(at, batch, reference, per_term)
         result = step(at.state, batch, reference)
-        taken = {"optimizer_steps": at.optimizer_steps + 1, "stage_updates": at.stage_updates + 1}
-        return dataclasses.replace(at, state=result.state, **taken), result
+        moved = dataclasses.replace(
+            at,
+            state=result.state,
+            optimizer_steps=at.optimizer_steps + 1,
+            stage_updates=at.stage_updates + 1,
+        )
+        return moved, result
 
     def _jitted_step(
         self, at: RunPosition, batch: Batch, head: OutputHead | None, per_term: bool

@@ -11,7 +11,7 @@ import pytest
 
 from tests.launch.desk import GOOGLE, ODD, ROOT, SCRIPTS
 
-PUBLIC = ["quickstart", "local", "tpu_vm", "worker", "gke", "slurm", "paper"]
+PUBLIC = ["quickstart", "pretrained", "local", "tpu_vm", "worker", "gke", "slurm", "paper"]
 
 
 def test_scripts_are_clean():
@@ -85,6 +85,7 @@ def test_the_worse_status(statuses):
             {"DATA": "/none"},
             ["MODEL", "REWARD", "/none/alpaca_farm", "mesh=1"],
         ),
+        ("pretrained", ["x"], {"MODEL": "/none"}, ["x is not an argument", "MODEL=/none does not"]),
         ("paper", [], {"VARIANT": "gpt-5"}, ["VARIANT=gpt-5 is neither pythia-2.8b, pythia-1b"]),
     ],
 )
