@@ -67,16 +67,16 @@ def export_start(policy: Policy, params: Params, run_dir: str) -> str:
 
 
 def _unchanged(policy: Policy, params: Params) -> bool:
-    leaves = jax.tree.leaves(params)
-    if sum(leaf.nbytes for leaf in leaves) > COMPARED_GIB * GIB:
+    leaves = trees.named_leaves(params)
+    if sum(leaf.nbytes for leaf in leaves.values()) > COMPARED_GIB * GIB:
         return False
     assert policy.source is not None  # as `read_model` checks
-    _, stored = models.load(policy.source, leaves[0].dtype)
-    same: bool = jax.tree.structure(stored) == jax.tree.structure(params)
-    if not same:
-        return False
-    pairs = zip(leaves, jax.tree.leaves(stored), strict=True)
-    return all(a.shape == b.shape and bool(jnp.array_equal(a, b)) for a, b in pairs)
+    _, params_of_files = models.load(policy.source, jax.tree.leaves(params)[0].dtype)
+    stored = trees.named_leaves(params_of_files)
+    return stored.keys() == leaves.keys() and all(
+        leaf.shape == stored[name].shape and bool(jnp.array_equal(leaf, stored[name]))
+        for name, leaf in leaves.items()
+    )
 
 
 def _digest(policy: Policy, params: Params) -> str:
