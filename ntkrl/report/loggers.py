@@ -24,11 +24,13 @@ class LoggingSettings:
     tensorboard: write event files to `tensorboard/` of the run directory.
     wandb: project at Weights & Biases, or None; with WANDB_MODE=offline the run stays local.
     aliases: key of ALIASES; both loggers also get each metric under that library's name. Or None.
+    rollouts_mib: MiB that the log of completions may take, > 0; None for no log.
     """
 
     tensorboard: bool
     wandb: str | None
     aliases: str | None
+    rollouts_mib: float | None = None
 
     def __post_init__(self):
         problems = []
@@ -40,6 +42,10 @@ class LoggingSettings:
             problems.append(
                 "logging.aliases needs logging.tensorboard or logging.wandb: metrics.jsonl has one "
                 "name per metric"
+            )
+        if self.rollouts_mib is not None and not self.rollouts_mib > 0:
+            problems.append(
+                f"logging.rollouts_mib must be > 0 MiB, or None for no log, not {self.rollouts_mib}"
             )
         if problems:
             raise ValueError("; ".join(problems) + ".")
