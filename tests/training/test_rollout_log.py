@@ -7,7 +7,9 @@ import re
 import numpy as np
 import pytest
 
+from ntkrl import runtime, training
 from ntkrl.main import main
+from ntkrl.setup import Inputs
 from tests.training.test_train import base, lines, one_device, words
 
 __all__ = ["base", "one_device"]  # fixtures
@@ -63,3 +65,37 @@ def test_every_completion_is_kept(base, tmp_path, capsys):
 def timings(run):
     """The lines of timings of a run."""
     return [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_has_the_same_files(base, tmp_path, capsys):
+    """story: stopped after a step, later steps and half of one on the disk: equal in the end."""
+    more = [*FEW, "--config.stages[0].steps=6"]
+    assert main(words(base, tmp_path / "a", *more)) == 0, capsys.readouterr().err
+    run = tmp_path / "b"
+    config = runtime.read_config(words(base, run, *more)[1:])
+    with pytest.raises(runtime.PreemptedError):
+        training.train(config, Inputs(on_step=lambda step, _: "stop" if step == 3 else None))
+    done = int(lines(run)[-1]["rollout_step"])
+    assert done < 6 and [step["rollout_step"] for step in steps_of(run)] == [*range(1, done + 1)]
+    (path,) = (run / "rollouts").iterdir()
+    later = gzip.decompress(path.read_bytes()).splitlines(keepends=True)[-1]
+    step = later.replace(b'"rollout_step":%d' % done, b'"rollout_step":%d' % (done + 1))
+    path.write_bytes(path.read_bytes() + gzip.compress(step) + gzip.compress(step)[:30])
+    assert main(words(base, run, *more)) == 0, capsys.readouterr().err
+    assert path.read_bytes() == (tmp_path / "a" / "rollouts" / path.name).read_bytes()
+    assert [step["rollout_step"] for step in steps_of(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_log(base, tmp_path, capsys):
+    """story: None keeps nothing, and the metrics are the same bits; 0 is refused."""
+    more = [*FEW, "--config.stages[0].steps=2"]
+    runs = [tmp_path / name for name in ("with", "without")]
+    assert main(words(base, runs[0], *more)) == 0, capsys.readouterr().err
+    assert main(words(base, runs[1], *more, "--config.logging.rollouts_mib=None")) == 0
+    assert not (runs[1] / "rollouts").exists()
+    first, second = ((run / "metrics.jsonl").read_bytes() for run in runs)
+    assert first == second
+    assert main(words(base, tmp_path / "x", *more, "--config.logging.rollouts_mib=0")) == 2
+    assert "logging.rollouts_mib must be > 0 MiB, or None for no log, not 0" in "".join(
+        capsys.readouterr()
+    )
