@@ -8,35 +8,11 @@ import zlib
 import numpy as np
 import pytest
 
-from ntkrl.report import RolloutsWriter, encode_rollouts, shorten_rollouts
+from ntkrl.report import RolloutsWriter, StepRollouts, encode_rollouts, shorten_rollouts
 from ntkrl.report import rollouts_writer as files
-from ntkrl.report.rollouts_records import StepRollouts, decode_rollouts
+from ntkrl.report.rollouts_records import decode_rollouts
 from ntkrl.report.rollouts_writer import is_kept, members, paths, read_every
-
-
-def rollouts(rollout_step, seed=0, prompts=2, group=2, length=3, **changes):
-    """Completions of made-up tokens; the last completion is empty."""
-    rng = np.random.default_rng((rollout_step, seed))
-    lengths = np.full(prompts * group, length)
-    lengths[-1] = 0
-    tokens = rng.integers(0, 9, lengths.sum())
-    fields = {
-        "rollout_step": rollout_step,
-        "step": 2 * rollout_step,
-        "stage": "all",
-        "prompts": [f"prompt {number} </script>" for number in range(prompts)],
-        "rows": np.arange(prompts),
-        "texts": [f"text {number}" for number in range(prompts * group)],
-        "reward": rng.normal(size=prompts * group).astype(np.float32),
-        "rewards": {"score": np.where(lengths > 0, 1.0, np.nan)},
-        "finished": lengths < length,
-        "lengths": lengths,
-        "tokens": tokens,
-        "vocabulary": {token: f" t{token}" for token in set(tokens.tolist())},
-        "sampler_log_probs": -rng.exponential(size=len(tokens)),
-        "advantages": np.repeat(rng.normal(size=len(lengths)), lengths),
-    }
-    return StepRollouts(**(fields | changes))
+from tests.report.made_rollouts import rollouts
 
 
 def test_records_return():
