@@ -48,6 +48,7 @@ setup(
         "test": [
             "datasets",
             "equinox",
+            "gguf>=0.17",
             "math-verify[antlr4_13_2]",
             "mypy==2.4.1",
             "peft",
@@ -61,8 +62,10 @@ setup(
         "bench": ["torch==2.13.0", "trl==1.16.0"],
         "math": ["math-verify[antlr4_13_2]"],
         "data": ["pyarrow"],
+        "gguf": ["gguf>=0.17"],
         "tensorboard": ["tensorboardX>=2.6.2"],
         "wandb": ["wandb"],
+        "trackio": ["trackio"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "tpu-plan": ["jax[tpu]"],

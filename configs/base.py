@@ -49,7 +49,7 @@ def get_config():
     config.method = "rl"  # "rl", "sft" or "reward" (a reward model from preferences)
 
     config.model = ConfigDict()
-    # Hugging Face or PEFT directory, or a hub name (org/name); None: a new model, of model.new
+    # Hugging Face or PEFT directory, hub name (org/name), GGUF file; None: a new one, of model.new
     config.model.path = placeholder(str)
     config.model.architecture = "GPTNeoXForCausalLM"  # of a new model
     # fields of config.json of a new model
@@ -260,6 +260,7 @@ def get_config():
     config.logging.rollouts_mib = 256.0
     config.logging.tensorboard = False  # event files in RUN/tensorboard; extra tensorboard
     config.logging.wandb = placeholder(str)  # Weights & Biases project; extra wandb; None: off
-    # "trl", "trl012" or "verl": both also get that library's metric names; None: ours alone
+    config.logging.trackio = placeholder(str)  # project in trackio's local files; extra trackio
+    # "trl", "trl012" or "verl": these also get that library's metric names; None: ours alone
     config.logging.aliases = placeholder(str)
     return config

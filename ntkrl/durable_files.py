@@ -27,6 +27,14 @@ FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "os error 28", "
 """A full disk, in the words of libraries that do not raise OSError."""
 
 
+def user_cache() -> Path:
+    """Return the directory of this package's files that can be made again: XDG_CACHE_HOME/ntkrl."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():
+        base = Path(os.path.expanduser("~"), ".cache")
+    return base / "ntkrl"
+
+
 def save_text(path: Path, text: str) -> None:
     """Write a text file; create its directory."""
     with replacing(path) as file:

@@ -4,10 +4,11 @@ import contextlib
 import difflib
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 MAX_PROBLEMS = 10
+LONGEST_REASON = 300  # characters of a parser's message
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -31,8 +32,8 @@ def printable(text: str) -> str:
     return "".join(c if harmless(c) else "?" for c in text)
 
 
-def print_last(message: str) -> None:
-    """Print a message before the process ends, if anybody still reads standard error."""
+def notify(message: str) -> None:
+    """Print a message on standard error, unless its terminal or pipe is closed."""
     with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
@@ -59,3 +60,18 @@ def joined(problems: Iterable[str], separator: str = "; ", most: int = 20) -> st
     distinct = list(dict.fromkeys(problems))
     text = separator.join(_shortened(problem) for problem in distinct[:most])
     return text + (f"{separator}and {len(distinct) - most} more" if len(distinct) > most else "")
+
+
+@contextlib.contextmanager
+def parser_sentences(problem: str, remedy: str) -> Iterator[None]:
+    """Turn exceptions of a tokenizer's parsers, and panics of Rust code, into a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        # a panic is no Exception; malformed files raise any
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ValueError(
+            f"{problem} ({type(error).__name__}: {reason}). Remote code is never run; {remedy}."
+        ) from error

@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ntkrl.lease import Lease, look, new_lease
-from ntkrl.messages import print_last
+from ntkrl.messages import notify
 
 SILENCE_SECONDS = 60.0
 """Time without a heartbeat after which a lease of another host has ended; NTKRL_LEASE_TIMEOUT."""
@@ -72,7 +71,7 @@ class DirectoryLock:
         """
         self.limit = _read_limit()
         self.directory, self.name = Path(directory), name
-        self.log = _print if log is None else log
+        self.log = _notify if log is None else log
         self.lease = new_lease(command)
         self.lock_path = self.directory / f".{name}.lock"
         self.path: Path | None = None
@@ -303,7 +302,7 @@ class DirectoryLock:
         return leases[max(leases)] if leases else None
 
     def _end_process(self) -> NoReturn:
-        print_last(
+        notify(
             f"\nntkrl: the lease of {self.directory} is gone: another start took it over after "
             f"{self.limit:g} s without a heartbeat, or the directory was removed. This process "
             "ends, since two must not write there."
@@ -330,5 +329,5 @@ def _read_limit() -> float:
     raise ValueError(f"NTKRL_LEASE_TIMEOUT={text} must be a positive number of seconds.")
 
 
-def _print(message: str) -> None:
-    print(f"ntkrl: {message}", file=sys.stderr, flush=True)
+def _notify(message: str) -> None:
+    notify(f"ntkrl: {message}")

@@ -55,7 +55,7 @@ def format_settings(words: Sequence[str], columns: int) -> str:
         if all(word in _plain(f"{setting.name} {setting.comment}") for word in wanted)
     ]
     if not chosen:
-        names = {_plain(name): name for setting in settings for name in _names(setting)}
+        names = {_plain(part): s.name for s in settings for part in (s.name, s.name.split(".")[-1])}
         near = difflib.get_close_matches(" ".join(wanted), names, n=5, cutoff=0.5)
         listed = ", ".join(dict.fromkeys(names[name] for name in near))
         hint = f"; nearest are {listed}" if near else "; `ntkrl settings` lists all"
@@ -72,10 +72,6 @@ def format_settings(words: Sequence[str], columns: int) -> str:
 
 def _plain(text: str) -> str:
     return text.lower().replace("_", " ")
-
-
-def _names(setting: Setting) -> tuple[str, str]:
-    return setting.name, setting.name.rpartition(".")[2]
 
 
 class _Reader:

@@ -10,7 +10,6 @@ import ctypes
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ntkrl import run_lock
-from ntkrl.messages import print_last
+from ntkrl.messages import notify
 
 INTERRUPTED = 130
 """Exit status of a command that SIGINT ended."""
@@ -121,7 +120,7 @@ def command_signals() -> Iterator[None]:
 
     def remind() -> None:
         if not ended.wait(QUIET_SECONDS):
-            print(f"\nfinishing the current computation; {AGAIN}", file=sys.stderr, flush=True)
+            notify(f"\nfinishing the current computation; {AGAIN}")
 
     def enforce(number: signal.Signals) -> None:
         if not ended.wait(GRACE_SECONDS):
@@ -155,7 +154,7 @@ def restored() -> Iterator[None]:
 def end_at_once() -> NoReturn:
     """End the process after a second SIGINT."""
     run_lock.release_all()
-    print_last("\nended at once")
+    notify("\nended at once")
     os._exit(INTERRUPTED)
 
 

@@ -20,6 +20,7 @@ FLOORS = [
     },
     {"signals", "command_line"},
     {"softmax", "json_files"},
+    {"gguf"},
     {"models", "scoring", "ntk", "runtime", "chat_templates"},
     # one pipeline, in order: a room may import those before it
     {"data"},
@@ -48,10 +49,12 @@ OWNERS = {
         *("runtime", "settings", "training", "evaluation", "prepare", "study", "shorthands"),
     },
     "pyarrow": {"data", "prepare"},
-    "transformers": {"data", "chat_templates"},
+    "transformers": {"data", "chat_templates", "gguf"},
+    "gguf": {"gguf"},
     "safetensors": {"models"},
     "tensorboardX": {"report"},
     "wandb": {"report"},
+    "trackio": {"report"},
 }
 FILE_LINES, FUNCTION_LINES, ARGUMENTS, FILE_BYTES = 400, 60, 6, 300_000
 

@@ -4,14 +4,12 @@ transformers reads a tokenizer's files without limits, sizes the lists of a mode
 config.json, and passes files on to parsers in Rust and C++ that raise exceptions of any kind.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ntkrl.chat_templates import import_transformers
 from ntkrl.json_files import check_regular, read_object
-from ntkrl.messages import quoted
+from ntkrl.messages import parser_sentences, quoted
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Files of which a tokenizer needs one."""
@@ -26,7 +24,6 @@ LARGE_FILES = (
 )
 TEMPLATES = ("chat_template*.jinja", "additional_chat_templates/*.jinja")
 MAX_VOCABULARY_BYTES, MAX_TEMPLATE_BYTES = 256 * 2**20, 2**20
-LONGEST_REASON = 300  # characters of a parser's message
 
 
 def check_tokenizer_files(path: Path) -> None:
@@ -53,7 +50,8 @@ def open_tokenizer(path: Path) -> Any:
     import_transformers()
     from transformers import AutoTokenizer
 
-    with _sentences(f"{path}: the tokenizer does not load", "tokenizer.json must be complete"):
+    problem = f"{path}: the tokenizer does not load"
+    with parser_sentences(problem, "tokenizer.json must be complete"):
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False, **_options(path)
         )
@@ -72,23 +70,8 @@ def token_ids(tokenizer: Any, texts: Any, special: bool = False) -> Any:
     Raises:
       ValueError: the tokenizer has no tokens for a text, or is broken.
     """
-    with _sentences("the tokenizer cannot encode", "the tokenizer must fit the texts"):
+    with parser_sentences("the tokenizer cannot encode", "the tokenizer must fit the texts"):
         return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-
-
-@contextlib.contextmanager
-def _sentences(problem: str, remedy: str) -> Iterator[None]:
-    """Turn exceptions of a tokenizer's parsers, and panics of Rust code, into a ValueError."""
-    try:
-        yield
-    except BaseException as error:
-        # a panic is no Exception; malformed files raise any
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:LONGEST_REASON]
-        raise ValueError(
-            f"{problem} ({type(error).__name__}: {reason}). Remote code is never run; {remedy}."
-        ) from error
 
 
 def _options(path: Path) -> dict[str, Any]:

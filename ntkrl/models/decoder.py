@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ntkrl.models import layers as nn
 from ntkrl.models.activations import ACTIVATIONS
 from ntkrl.models.experts import Mixture, Routing
+from ntkrl.models.positions import Positions, token_positions
 from ntkrl.models.rope import Rope, rotary_tables, rotate
 from ntkrl.types import Array, Cache
 
@@ -68,7 +69,7 @@ class Config:
     parallel_residual: the MLP reads the layer's input, not the sum after attention.
     learned_positions: embeddings of positions are added to those of tokens.
     embedding_scale: factor on token embeddings.
-    name: of the checkpoint as the user gave it, for export: a directory or a hub name.
+    name: of the checkpoint as the user gave it, for export: a directory, hub name or file.
     extra: config.json as read, for export.
     """
 
@@ -249,7 +250,7 @@ class Transformer(nnx.Module):
 
     def features(self, tokens_BT: Array, mask_BT: Array, execution: nn.Execution) -> Array:
         """Return the output `[B, T, D]` of the final norm."""
-        positions, _ = nn.token_positions(mask_BT, None)
+        positions, _ = token_positions(mask_BT, None)
         x_BTD, inputs = self._layer_inputs(tokens_BT, positions, execution.mesh)
         kinds = self.config.layer_kinds
         return self.final_norm(nn.scan_layers(self.layers, x_BTD, inputs, kinds, execution))
@@ -268,7 +269,7 @@ class Transformer(nnx.Module):
           layers: separate layers, in place of the stacked ones.
           tokens_BT, mask_BT, cache, mesh: as in `types.Policy`.
         """
-        positions, extended = nn.token_positions(mask_BT, cache)
+        positions, extended = token_positions(mask_BT, cache)
         assert extended is not None  # as there was a cache
         x_BTD, inputs = self._layer_inputs(tokens_BT, positions, mesh)
         kinds = self.config.layer_kinds
@@ -276,7 +277,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x_BTD), cache
 
     def _layer_inputs(
-        self, tokens_BT: Array, positions: nn.Positions, mesh: Mesh | None
+        self, tokens_BT: Array, positions: Positions, mesh: Mesh | None
     ) -> tuple[Array, list[nn.AttentionInputs]]:
         """Return the input `[B, T, D]` of the first layer, and one AttentionInputs per kind."""
         config = self.config

@@ -125,8 +125,31 @@ def write_model(
 
     Args:
       directory: target; an earlier export there is replaced.
+      config, tensors, companions, shard_bytes, files: as for `write_files`.
+
+    Raises:
+      ValueError: as `check_target`.
+    """
+    if jax.process_index() != 0:
+        return
+    write_files(directory, config, tensors, companions, shard_bytes, files)
+
+
+def write_files(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    companions: Companions,
+    shard_bytes: int = 5 * 2**30,
+    files: tuple[str, str] = ("config.json", STEM),
+) -> None:
+    """Write a model directory atomically.
+
+    Args:
+      directory: target; an earlier export there is replaced.
       config: entries of config.json.
-      tensors: stored name → array.
+      tensors: stored name → array, or an object with `nbytes` and `__array__`, which is read when
+        its shard is written.
       companions: files to write beside them.
       shard_bytes: largest shard; several shards get an index.
       files: names of the config, and of the file of tensors without its ending.
@@ -134,8 +157,6 @@ def write_model(
     Raises:
       ValueError: as `check_target`.
     """
-    if jax.process_index() != 0:
-        return
     check_target(directory, (companions.tokenizer, companions.model))
     config_file, stem = files
     with replacing_directory(directory) as fresh:
@@ -147,22 +168,22 @@ def write_model(
 
 
 def _write_tensors(
-    directory: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int, stem: str
+    directory: Path, tensors: Mapping[str, Any], shard_bytes: int, stem: str
 ) -> None:
-    shards: list[dict[str, np.ndarray]] = [{}]
+    shards: list[dict[str, Any]] = [{}]
     for name, array in tensors.items():
         if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
             shards.append({})
-        shards[-1][name] = np.ascontiguousarray(array)
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        save_file(shards[0], directory / f"{stem}.safetensors", metadata)
-        return
+        shards[-1][name] = array
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file, metadata)
+        part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        file = f"{stem}{part}.safetensors"
+        arrays = {name: np.ascontiguousarray(array) for name, array in shard.items()}
+        save_file(arrays, directory / file, {"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
+    if len(shards) == 1:
+        return
     size = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     index_path(directory, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""Reading of Hugging Face directories: config.json and safetensors; hub names fetched.
+"""Reading of Hugging Face directories: config.json and safetensors. Hub names, GGUF files.
 
 Nothing executable is read. Every missing, misshapen or unknown tensor is in one error.
 """
@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ntkrl.gguf import is_gguf
 from ntkrl.json_files import read_object
 from ntkrl.messages import joined, quoted
 from ntkrl.models.family import MOST, Family
@@ -51,16 +52,22 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def local_directory(path: str | Path) -> Path:
-    """Return a directory as it is, or the local copy of a model on the Hugging Face hub.
+    """Return a directory as it is, or that of a model on the hub or in a GGUF file.
 
     Args:
-      path: a directory, or a hub name such as `EleutherAI/pythia-160m`. `huggingface_hub` caches
-        downloads; HF_HUB_OFFLINE=1 disables the network.
+      path: a directory; a hub name such as `EleutherAI/pythia-160m`: `huggingface_hub` caches
+        downloads, HF_HUB_OFFLINE=1 disables the network; or a GGUF file, converted once into the
+        user's cache.
 
     Raises:
-      ValueError: a name that is not a directory and could not be fetched.
+      ValueError: a name that is not a directory and could not be fetched, or a GGUF file that
+        cannot be converted.
     """
     directory = Path(path)
+    if is_gguf(directory):
+        from ntkrl.models import gguf_files  # imports the families, which import this module
+
+        return gguf_files.converted_directory(directory)
     if directory.exists() or not HUB_NAME.fullmatch(str(path)):
         return directory
     import huggingface_hub  # slow to import, and seldom needed
@@ -94,13 +101,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise ValueError(
             f"model.path {str(directory)!r} is not a directory; give a Hugging Face model "
-            "directory (config.json, *.safetensors, tokenizer files)."
+            "directory (config.json, *.safetensors, tokenizer files) or a GGUF file."
         )
     path = directory / "config.json"
     if not path.is_file():
         entries = sorted(entry.name for entry in directory.iterdir())
         names = joined(entries, ", ") or "nothing"
-        raise ValueError(f"{directory} has no config.json; it holds {names}.")
+        hint = "; give the GGUF file itself" if any(n.endswith(".gguf") for n in entries) else ""
+        raise ValueError(f"{directory} has no config.json; it holds {names}{hint}.")
     return read_object(path)
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ntkrl import trees
 from ntkrl.models.activations import softmax
 from ntkrl.models.grouped import is_grouped
+from ntkrl.models.positions import Visible
 from ntkrl.numerics import at_least_float32, dense_product
 from ntkrl.types import Array, Cache
 
@@ -27,8 +28,6 @@ REMAT = ("none", "products", "all")
 """Rematerialisation in the backward pass: nothing; all but products with weights; whole layers."""
 
 
-LONG = 1024
-"""Tokens from which attention is computed for a chunk of queries at a time."""
 QUERIES = 256
 """Queries of such a chunk."""
 LONG_ATTENTION = "long_attention"
@@ -58,31 +57,6 @@ class Adapters:
     modules: tuple[str, ...]
     rank: int
     scaling: float
-
-
-class Visible(NamedTuple):
-    """Keys visible to each query: real, no later, within a window, of the same segment.
-
-    real: `[B, S]` bool. columns: `[T]` of the queries and `[S]` of the keys.
-    segments: `[B, T]` of the queries and `[B, S]` of the keys; None for one sequence per row.
-    window: tokens that a query sees, itself included; None for all.
-    """
-
-    real: Array
-    columns: tuple[Array, Array]
-    segments: tuple[Array, Array] | None
-    window: int | Array | None
-
-    def table(self) -> Array:
-        """Return the visibility `[B, T, S]` as bools."""
-        distance_TS = self.columns[0][:, None] - self.columns[1][None, :]
-        allowed_BTS = (distance_TS >= 0)[None] & self.real[:, None, :]
-        if self.segments is not None:
-            queries_BT, keys_BS = self.segments
-            allowed_BTS &= queries_BT[:, :, None] == keys_BS[:, None, :]
-        return (
-            allowed_BTS if self.window is None else allowed_BTS & (distance_TS < self.window)[None]
-        )
 
 
 def attention(
@@ -333,59 +307,3 @@ def decode_layers(
 
         x_BTD = trees.spread_rows(layer(x_BTD, inputs[kind], update_cache, mesh), mesh)
     return x_BTD, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
-
-
-class Positions(NamedTuple):
-    """Positions of the new tokens among all tokens so far.
-
-    position: `[B, T]`, counted over the real tokens of a segment.
-    length: `[B, T]` or `[B, 1]`, real tokens of each token's segment so far.
-    visible: real keys no later than each query, of its segment.
-    """
-
-    position: Array
-    length: Array
-    visible: Visible
-
-    def within(self, window: int | None) -> Array | Visible:
-        """Return `allowed` of queries that see their last `window` tokens, themselves included."""
-        if self.position.shape[1] < LONG:
-            return self.visible._replace(window=window).table()
-        # an array, so that kinds of layers with a window and without stack
-        most = jnp.iinfo(jnp.int32).max
-        return self.visible._replace(window=jnp.int32(most if window is None else window))
-
-
-def token_positions(mask_BT: Array, cache: Cache | None) -> tuple[Positions, Cache | None]:
-    """Return the positions of new tokens, and the cache with their mask written.
-
-    Args:
-      mask_BT: bool, or segment numbers (see types.Policy).
-      cache: state before these tokens, or None.
-
-    Raises:
-      ValueError: segment numbers together with a cache.
-    """
-    packed = mask_BT.dtype != bool
-    if cache is None:
-        before_B1, mask_BS, first = jnp.int32(0), mask_BT, jnp.int32(0)
-    elif packed:
-        raise ValueError(
-            f"decode continues one sequence per row and takes a bool mask, not {mask_BT.dtype}; "
-            "rows of several sequences are read by features alone."
-        )
-    else:
-        before_B1 = jnp.sum(cache.mask, axis=1, keepdims=True)
-        mask_BS = jax.lax.dynamic_update_slice(cache.mask, mask_BT, (0, cache.length))
-        first = cache.length
-        cache = dataclasses.replace(cache, mask=mask_BS, length=cache.length + mask_BT.shape[1])
-    columns_T, columns_S = first + jnp.arange(mask_BT.shape[1]), jnp.arange(mask_BS.shape[1])
-    segments = (mask_BT, mask_BS) if packed else None
-    visible = Visible(mask_BS.astype(bool), (columns_T, columns_S), segments, None)
-    if packed:
-        same_BTS = mask_BT[:, :, None] == mask_BS[:, None, :]
-        counted_BT, length = jnp.sum(visible.table(), axis=2), jnp.sum(same_BTS, axis=2)
-    else:
-        counted_BT = before_B1 + jnp.cumsum(mask_BT, axis=1)
-        length = counted_BT[:, -1:]
-    return Positions(jnp.maximum(counted_BT - 1, 0), length, visible), cache

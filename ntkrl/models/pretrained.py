@@ -34,8 +34,8 @@ def load(
 
     Args:
       path: directory with config.json and safetensors (one file or shards with an index), in
-        float32, bfloat16 or float16, or a hub name such as `EleutherAI/pythia-160m`. Pickle
-        checkpoints are refused.
+        float32, bfloat16 or float16; a hub name such as `EleutherAI/pythia-160m`; or a GGUF file,
+        dequantised to float32. Pickle checkpoints are refused.
       dtype: of the params; float32 for training (masters).
       mesh: shard the params over it by the family's patterns, or None for one device.
       options: compute_dtype, remat, an untied head, new adapters.

@@ -88,8 +88,8 @@ def read_entries(path: str) -> dict[str, Any]:
     directory = Path(path)
     if (directory / models.ADAPTER_CONFIG).is_file():
         raise ValueError(f"{path} holds adapters; plan with their base model and model.lora.rank.")
-    if directory.is_dir():
-        return models.read_config(directory)
+    if directory.exists():
+        return models.read_config(models.local_directory(directory))
     if models.HUB_NAME.fullmatch(path):
         cached = huggingface_hub.try_to_load_from_cache(path, "config.json")
         if isinstance(cached, str):

@@ -10,7 +10,7 @@ import numpy as np
 
 from ntkrl.intervals import Paired, paired_difference
 from ntkrl.report.runs import Run, by_name, series
-from ntkrl.report.tables import Table, number
+from ntkrl.report.tables import Table, signed
 
 METRICS = {
     "eval/reward": "held-out reward",
@@ -106,8 +106,8 @@ def comparison_table(runs: Sequence[Run]) -> Table | None:
             f"{second} − {first}",
             METRICS[metric],
             str(seeds),
-            _signed(test.difference),
-            f"{_signed(test.low)} to {_signed(test.high)}",
+            signed(test.difference),
+            f"{signed(test.low)} to {signed(test.high)}",
             f"{test.p_value:.2g}" + ("" if test.exact else " (drawn)"),
         )
         rows.append(cells)
@@ -126,7 +126,3 @@ def comparison_table(runs: Sequence[Run]) -> Table | None:
             "of these tests."
         )
     return Table("Methods seed by seed", HEADS, tuple(rows), tuple(notes))
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)

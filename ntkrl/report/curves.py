@@ -13,8 +13,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ntkrl.intervals import mean_interval
+from ntkrl.report.figure_text import plain
 from ntkrl.report.plotting import (
     REFERENCE_GREY,
+    STAGE_POINTS,
     add_legend,
     column,
     draw_curves,
@@ -23,14 +25,15 @@ from ntkrl.report.plotting import (
     draw_thin,
     dress,
     has,
+    head,
     label_steps,
     label_values,
     looks,
     panels,
     recorded,
-    shown,
 )
 from ntkrl.report.runs import Run, by_name, groups_with, mean_words
+from ntkrl.report.tables import number
 
 Plot = Callable[[str, Sequence[Run]], Figure | None]
 """Draws runs under a title."""
@@ -82,10 +85,9 @@ def method_panels(words: str, lines: dict[str, Line], levels: Sequence[float] = 
                 if curves:
                     draw_mean(axis, curves, color=color, linestyle=style, **marks)
             band = ", lowest to highest" if len(group) > 1 else ""
-            heading = f"{shown(name)}{mean_words(group)}{band}"
-            axis.set_title(heading, fontsize=11, loc="left", pad=16)
+            names = draw_stages([axis], group)
+            head(axis, f"{plain(name)}{mean_words(group)}{band}", pad=6 + STAGE_POINTS * names)
             axis.set_ylabel(words, fontsize=12)
-            draw_stages([axis], group)
         label_steps(axes[-1])
         handles = [
             Line2D([], [], color=color, linestyle=style, linewidth=1.8, label=label)
@@ -128,9 +130,9 @@ def prediction(title: str, runs: Sequence[Run]) -> Figure | None:
     for axis, (name, probes) in zip(axes, groups.items(), strict=True):
         predicted, actual = pooled_changes(probes)
         correlation, error = agreement(predicted, actual)
-        words = f"{shown(name)}: correlation {correlation:.3f}, rel. error {error:.2f}"
+        words = f"{plain(name)}: correlation {number(correlation)}, rel. error {number(error)}"
         _scatter(axis, looks(runs)[name].color, predicted, actual)
-        axis.set_title(words, fontsize=11, loc="left", pad=16)
+        head(axis, words)
     return figure
 
 
@@ -183,7 +185,6 @@ def _scatter(axis: Axes, color: str, predicted: np.ndarray, actual: np.ndarray) 
     axis.plot([-limit, limit], [-limit, limit], color=REFERENCE_GREY, linewidth=1)
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     axis.locator_params(nbins=5)
-    axis.ticklabel_format(style="sci", scilimits=(-2, 3))
     axis.set_xlabel("predicted Δ log π (nats)", fontsize=12)
     axis.set_ylabel("actual Δ log π (nats)", fontsize=12)
 

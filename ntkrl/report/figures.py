@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from ntkrl.report import curves, ledger_figures
+from ntkrl.report.captions import changes
 from ntkrl.report.plotting import PALETTE
 from ntkrl.report.runs import Run
 from ntkrl.report.tables import PAIRS
@@ -35,18 +36,24 @@ class FigureSpec:
 
     stem: name of its file, without suffix.
     title: heading of the figure.
-    caption: how to read it, in plain words.
+    caption: definition of what it shows, true of any runs.
     plot: its drawing function.
+    metrics: names and words of metrics whose changes are listed below the caption.
     """
 
     stem: str
     title: str
     caption: str
     plot: curves.Plot
+    metrics: tuple[tuple[str, str], ...] = ()
 
     def draw(self, runs: Sequence[Run]) -> Figure | None:
         """Draw the runs; None where no run has data for the figure."""
         return self.plot(self.title, runs)
+
+    def describe(self, runs: Sequence[Run]) -> str:
+        """Return the caption, with what the runs measured."""
+        return f"{self.caption} {changes(runs, self.metrics)}".strip()
 
 
 FIGURES: tuple[FigureSpec, ...] = (
@@ -54,34 +61,38 @@ FIGURES: tuple[FigureSpec, ...] = (
         "reward",
         "Reward in training and on held-out prompts",
         "Bold lines with markers: mean reward on held-out prompts. Thin lines: mean reward of "
-        "the completions trained on at each step. Training the classifier alone (the first "
-        "stage of CF-RL) is expected to move the reward little; what counts is how fast it "
-        "rises afterwards, and where both methods are after the same number of steps.",
+        "the completions trained on at each step. Dashed lines: ends of stages.",
         curves.reward,
+        (("eval/reward", "held-out reward"),),
     ),
     FigureSpec(
         "entropy",
         "Entropy of the next-token distribution",
         "How undecided the policy is per token. On its own samples the text changes along with "
-        "the policy; on the probe set the text is fixed, so only the policy changes. A steady "
-        "fall means that the policy narrows down.",
+        "the policy; on the probe set the text is fixed, so only the policy changes. 0: always "
+        "the same token; ln V: all V tokens alike.",
         curves.metric_panels(("entropy", "own samples"), ("probe/entropy", "probe set")),
+        (("entropy", "own samples"), ("probe/entropy", "probe set")),
     ),
     FigureSpec(
         "confidence",
         "Confidence: probability of the likeliest token",
-        "Mean probability of the likeliest next token. Where features are alike, reinforcing a "
-        "token at one position pushes it up at the others too, whether or not it belongs there; "
-        "tokens that are sampled often gain most.",
+        "Mean probability of the likeliest next token, on the policy's own samples and on the "
+        "fixed text of the probe set.",
         curves.metric_panels(("confidence", "own samples"), ("probe/confidence", "probe set")),
+        (("confidence", "own samples"), ("probe/confidence", "probe set")),
     ),
     FigureSpec(
         "distinct_solutions",
         "Diversity of answers to held-out prompts",
         "How many different successful completions the samples of one prompt contain, and which "
-        "fraction of the samples differ at all. If reward rises while distinct solutions fall, "
-        "the policy became surer of fewer answers.",
+        "fraction of the samples differ at all. To be read beside the reward.",
         curves.metric_panels(
+            ("eval/distinct_solutions", "distinct solutions"),
+            ("eval/distinct_completions", "distinct texts"),
+        ),
+        (
+            ("eval/reward", "held-out reward"),
             ("eval/distinct_solutions", "distinct solutions"),
             ("eval/distinct_completions", "distinct texts"),
         ),
@@ -91,18 +102,19 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Similarity of features between tokens",
         "Features are the vectors the classifier (the last linear layer) reads. The panels show "
         "their mean cosine for pairs of positions in the same response, in other responses to "
-        "the same prompt, and for other prompts. The nearer to 1, the more the classifier's part "
-        "of an update at one position pushes the same token up everywhere else.",
+        "the same prompt, and for other prompts. The classifier's part of a step of SGD at one "
+        "position changes the logits at another by the same vector times the inner product of "
+        "their features.",
         curves.metric_panels(*((f"probe/cosine_{kind}", words) for kind, words in PAIRS.items())),
     ),
     FigureSpec(
         "head_share",
-        "Who causes the change: head or body",
+        "Predicted change of one step: head and body",
         "The change that one optimizer step makes to the probe tokens' log-probabilities is "
         "predicted to first order and split in two: the part of the classifier (R) and the part "
         "of all other layers (G); a classifier tied to the embedding adds a cross part. Shares "
-        "add up to 1. One below 0 or above 1 means that the parts oppose each other. While the "
-        "classifier is trained alone its share is 1 by construction.",
+        "add up to 1. One below 0 or above 1 means that the parts oppose each other. In a stage "
+        "that trains an untied classifier alone its share is 1 by construction.",
         curves.metric_panels(
             ("predict/head_share", "head part, R"),
             ("predict/body_share", "body part, G"),
@@ -114,19 +126,21 @@ FIGURES: tuple[FigureSpec, ...] = (
         "predicted_actual",
         "Predicted and actual change in one step",
         "Each point is one probe token at one step, all probed steps and runs of a method "
-        "together. On the diagonal the first-order prediction is exact. Far from it the step "
-        "was too large for the shares above to be trusted. Relative error: length of the "
-        "difference over length of the actual change.",
+        "together. On the diagonal the first-order prediction is exact; the shares of the figure "
+        "above are parts of this prediction. Relative error: length of the difference over "
+        "length of the actual change.",
         curves.prediction,
     ),
     FigureSpec(
         "features_classifier",
         "How far features and classifier move",
         "Feature distortion is the mean distance of the probe set's features from those of the "
-        "starting model; the classifier norm is that of its weight matrix. In supervised "
-        "fine-tuning, training the classifier first helps by distorting features less. Compare "
-        "with the reward figure before giving the same account of a difference in RL.",
+        "starting model; the classifier norm is that of its weight matrix.",
         curves.metric_panels(
+            ("probe/feature_distortion", "feature distortion"),
+            ("probe/head_norm", "classifier norm"),
+        ),
+        (
             ("probe/feature_distortion", "feature distortion"),
             ("probe/head_norm", "classifier norm"),
         ),
@@ -150,7 +164,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "neighbours",
         "Influence among completions of a prompt",
         "Influence through the classifier alone. CHES: similarity of the features of a prompt's "
-        "best and worst completion; above 0, lowering the worst also lowers the best. Good → "
+        "best and worst completion, less that of the best one with itself. Good → "
         "good and bad → good: effect of completions above and below the mean reward on the "
         "log-probs of tokens of those above it. Good → bad: effect of good completions on the "
         "tokens of bad ones.",
@@ -174,8 +188,7 @@ FIGURES: tuple[FigureSpec, ...] = (
     FigureSpec(
         "ledger_entropy",
         "What moved the entropy in one step",
-        "The same decomposition of the entropy on the probe set. A negative bar lowers entropy; "
-        "the remedy depends on its source: samples, the KL term or momentum.",
+        "The same decomposition of the entropy on the probe set: a negative bar lowers it.",
         functools.partial(ledger_figures.waterfalls, "entropy"),
     ),
     FigureSpec(
@@ -190,10 +203,9 @@ FIGURES: tuple[FigureSpec, ...] = (
         "probe_families",
         "Log-probability by kind of probe completion",
         "Mean log-probability of the tokens of the policy's own first samples, of samples of other "
-        "prompts, of reference and rejected answers, of paraphrases and of shuffled tokens. If "
-        "shuffled text falls with all others, mass moves to texts outside the probe set; if "
-        "samples of other prompts rise, updates generalise across prompts.",
+        "prompts, of reference and rejected answers, of paraphrases and of shuffled tokens.",
         curves.method_panels("mean log π (nats)", FAMILY_LOG_PROBS),
+        tuple((metric, words) for metric, (words, _, _) in FAMILY_LOG_PROBS.items()),
     ),
     FigureSpec(
         "influence",
@@ -208,17 +220,16 @@ FIGURES: tuple[FigureSpec, ...] = (
         "feature_similarity",
         "Similarity of probe completions' features",
         "Mean cosine of the features of any two probe completions, at the first and the last "
-        "probe, of the first seed. Where a column is near 1, the classifier's part of an update "
-        "spills over to that completion.",
+        "probe, of the first seed. 1: features of one direction; 0: orthogonal ones.",
         ledger_figures.similarity,
     ),
     FigureSpec(
         "sampling_curves",
         "What many samples of one prompt reach",
         "Pass@k: chance that one of k samples succeeds; best of N: mean of the largest reward of "
-        "N. Dashed: starting model, bold: last evaluation. If bold lies above at the left and "
-        "below at the right, the policy became surer of fewer answers. Bands: 95 % bootstrap "
-        "over seeds; with few seeds they are too narrow.",
+        "N. Dashed: starting model, bold: last evaluation. Bands: 95 % bootstrap over seeds; with "
+        "few seeds they are too narrow.",
         curves.sampling,
+        (("eval/pass@1", "pass@1"), ("eval/pass@k", "pass@k")),
     ),
 )

@@ -1,7 +1,6 @@
 """Figure and table of the kernels in a `kernel.npz`, as `ntkrl kernel` writes it."""
 
 import os
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,14 +10,15 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from ntkrl import durable_files
+from ntkrl.report.figure_text import POINTS, TickNumbers, families, fitted
 from ntkrl.report.plotting import (
     MARKERS,
     PALETTE,
     REFERENCE_GREY,
+    WIDTH_INCHES,
     dress,
     figure_bytes,
     label_bar,
-    shown,
     titled_figure,
 )
 
@@ -27,10 +27,13 @@ Arrays = Mapping[str, np.ndarray]
 PARTS = ("head", "body", "cross", "full")
 NAMES = {"head": "head, R", "body": "body, G", "cross": "cross", "full": "full, K"}
 COLORS = {"head": PALETTE[0], "body": PALETTE[1], "cross": PALETTE[2], "full": "#000000"}
-LABELLED_CONTEXTS = 16
-"""Most contexts labelled with words beside the heat map; more are numbered."""
-LABEL_WIDTH = 13
-ANNOTATED_CONTEXTS = 8
+KEY_LINES = 16
+"""Most contexts, or else prompts, named below the heat map."""
+KEY_CHARACTERS = 110
+"""Of a text in the key; of a longer one the middle is left out."""
+KEY_SIZE, KEY_SPACING = 9, 1.35
+"""Points, and height of a line in these."""
+ANNOTATED_CONTEXTS = 12
 """Most contexts whose cosines are written into the cells."""
 
 
@@ -44,10 +47,14 @@ def draw_kernel(arrays: Arrays) -> Figure:
     """Draw the cosines of features, the largest eigenvalues, and the shares of the parts."""
     count = len(arrays["positions"])
     title = f"Neural tangent kernel of {count} context{'s' if count > 1 else ''}"
-    figure = titled_figure(title, 9.4)
-    # subfigures: long labels of the map must not narrow the other panels
-    top, middle, bottom = np.asarray(figure.subfigures(3, 1, height_ratios=(4.2, 2.6, 2.1)))
+    key = _key(arrays)
+    inches = KEY_SIZE * KEY_SPACING / POINTS * (1 + key.count("\n")) + 0.15 if key else 0.01
+    figure = titled_figure(title, 9.4 + inches)
+    heights = (4.4, inches, 2.6, 2.1)
+    top, below, middle, bottom = np.asarray(figure.subfigures(4, 1, height_ratios=heights))
     _draw_cosines(_titled(top, "Head kernel R, as cosines of features φ"), arrays)
+    style = {"fontsize": KEY_SIZE, "linespacing": KEY_SPACING, "fontfamily": families()}
+    below.text(0.03, 1.0, key, va="top", **style)
     _draw_spectrum(_titled(middle, "Largest eigenvalues"), arrays)
     _draw_shares(_titled(bottom, "Shares of the parts in the kernel"), arrays)
     return figure
@@ -110,55 +117,72 @@ def _draw_cosines(axis: Axes, arrays: Arrays) -> None:
     axis.tick_params(labelsize=10, length=2)
     axis.set_xlabel("context u", fontsize=12)
     axis.set_ylabel("context o", fontsize=12)
-    bar = axis.figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02)
+    bar = axis.figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02, format=TickNumbers())
     bar.ax.tick_params(labelsize=10)
     bar.outline.set_visible(False)
     axis.spines[:].set_visible(False)
     _label_contexts(axis, arrays)
     if count <= ANNOTATED_CONTEXTS:
+        size = 9 if count <= 8 else 7
         for o, u in np.ndindex(count, count):
             dark = abs(cosines[o, u] - (0.0 if signed else low)) > 0.6 * (1.0 - max(low, 0.0))
             color = "white" if dark else "black"
             text = _two_digits(float(cosines[o, u]))
-            axis.text(u, o, text, ha="center", va="center", fontsize=9, color=color)
+            axis.text(u, o, text, ha="center", va="center", fontsize=size, color=color)
 
 
 def _label_contexts(axis: Axes, arrays: Arrays) -> None:
-    """Label few contexts with words, several of one prompt with the prompt, others by number."""
-    rows, count = arrays["rows"], len(arrays["rows"])
-    starts = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
-    single = len(starts) == count
-    if count <= LABELLED_CONTEXTS:
-        labels = _prompt_words(arrays)[rows] if single else arrays["endings"]
-        axis.set_xticks(
-            range(count), [str(i) for i in range(count)], fontsize=10 if count < 12 else 8
-        )
-        axis.set_yticks(range(count), [f"{_plain(w)}  {i}" for i, w in enumerate(labels)])
-        return
-    axis.locator_params(integer=True)
-    if single:
-        return
-    for start in starts[1:]:
-        axis.axhline(start - 0.5, color="white", linewidth=1.0)
-        axis.axvline(start - 0.5, color="white", linewidth=1.0)
-    if len(starts) <= LABELLED_CONTEXTS:
-        middles = (starts + np.r_[starts[1:], count] - 1) / 2
-        axis.set_yticks(middles, [_plain(text) for text in _prompt_words(arrays)[rows[starts]]])
+    """Number the contexts as in the arrays, and draw lines between those of different prompts."""
+    count, starts = len(arrays["rows"]), _starts(arrays)
+    every = 1 if count <= KEY_LINES else -(-count // 80) * 5
+    axis.set_xticks(range(0, count, every))
+    axis.set_yticks(range(0, count, every))
+    if len(starts) < count:
+        for start in starts[1:]:
+            axis.axhline(start - 0.5, color="white", linewidth=1.0)
+            axis.axvline(start - 0.5, color="white", linewidth=1.0)
 
 
-def _prompt_words(arrays: Arrays) -> np.ndarray:
-    """Return the prompts without their common prefix, such as a template's."""
-    texts = [str(text) for text in arrays["texts"]]
+def _starts(arrays: Arrays) -> np.ndarray:
+    """Return the first context of each prompt."""
+    rows = arrays["rows"]
+    return np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
+
+
+def _key(arrays: Arrays) -> str:
+    """Return the texts of the contexts by number, or of the prompts by range; "" for too many."""
+    rows, count, starts = arrays["rows"], len(arrays["rows"]), _starts(arrays)
+    texts = _without_shared_start([str(text) for text in arrays["texts"]])
+    if len(starts) == count:
+        pairs = [(str(i), texts[row]) for i, row in enumerate(rows)]
+    elif count <= KEY_LINES:
+        endings = [repr(str(ending)) for ending in arrays["endings"]]
+        pairs = [(str(i), f"{endings[i]} in: {texts[row]}") for i, row in enumerate(rows)]
+    else:
+        ends = np.r_[starts[1:], count] - 1
+        pairs = [(f"{a}–{b}", texts[rows[a]]) for a, b in zip(starts, ends, strict=True)]
+    if len(pairs) > KEY_LINES:
+        return ""
+    lines = [
+        fitted(f"{number}: {_readable(text)}", KEY_SIZE, 0.9 * WIDTH_INCHES)
+        for number, text in pairs
+    ]
+    return "\n".join(line.replace("\n", "\n      ") for line in lines)
+
+
+def _without_shared_start(texts: list[str]) -> list[str]:
+    """Return texts without their common prefix, such as a template's."""
     shared = len(os.path.commonprefix(texts)) if len(texts) > 1 else 0
-    return np.array([f"…{text[shared:]}" for text in texts] if shared > LABEL_WIDTH // 2 else texts)
+    return [f"…{text[shared:]}" for text in texts] if shared > 6 else texts
 
 
-def _plain(text: str) -> str:
-    """Shorten to one line; white space alone is quoted."""
-    line = " ".join(str(text).split())
-    # ideographs are as wide as two letters
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in line[:LABEL_WIDTH])
-    return shown(line, LABEL_WIDTH - wide // 2) if line else repr(str(text))
+def _readable(text: str) -> str:
+    """Return a text on a line, without the middle of a long one; white space alone is quoted."""
+    line = " ".join(text.split())
+    if len(line) > KEY_CHARACTERS:
+        first = KEY_CHARACTERS // 3
+        line = f"{line[:first]} … {line[first - KEY_CHARACTERS :]}"
+    return line if line else repr(text)
 
 
 def _two_digits(value: float) -> str:

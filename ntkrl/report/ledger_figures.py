@@ -11,13 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import ScalarFormatter
 
+from ntkrl.report.figure_text import TickNumbers, families, fitted, plain, short_exponent
 from ntkrl.report.plotting import (
+    HEADING_INCHES,
     PALETTE,
     REFERENCE_GREY,
     column,
     dress,
+    head,
     label_bar,
     shown,
     titled_figure,
@@ -78,8 +80,7 @@ def waterfalls(measure: str, title: str, runs: Sequence[Run]) -> Figure | None:
     for axis, (name, ledgers) in zip(axes, groups.items(), strict=True):
         _waterfall(axis, means[name])
         axis.set_xlabel(f"{QUANTITY[measure]} of the probe tokens (nats)", fontsize=12)
-        words = f"{shown(name)}, step {steps_of(ledgers)}{mean_words(ledgers)}"
-        axis.set_title(words, fontsize=11, loc="left")
+        head(axis, f"{plain(name)}, step {steps_of(ledgers)}{mean_words(ledgers)}")
     return figure
 
 
@@ -93,7 +94,7 @@ def _waterfall(axis: Axes, values: dict[str, float]) -> None:
         if row + 1 < len(names):
             axis.plot([end, end], [row, row + 1], color=REFERENCE_GREY, linewidth=0.8)
         background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-        text = f"{values[name]:+.2g}".replace("-", "−")
+        text = short_exponent(f"{values[name]:+.2g}").replace("-", "−")
         label_bar(axis, max(start, end), row, text, bbox=background)
     axis.axvline(0, color=REFERENCE_GREY, linewidth=0.8)
     axis.set_yticks(range(len(names)), [shown(name, 16) for name in names])
@@ -103,7 +104,6 @@ def _waterfall(axis: Axes, values: dict[str, float]) -> None:
     span = high - low if high > low else 1.0
     axis.set_xlim(low - 0.05 * span, high + 0.25 * span)  # room for the numbers at the bars
     axis.locator_params(axis="x", nbins=4)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "−"))
 
 
 def first_by_sample(runs: Sequence[Run]) -> list[tuple[Run, StepLedger]]:
@@ -155,8 +155,7 @@ def influence(title: str, runs: Sequence[Run]) -> Figure | None:
         axis.set_yticks(range(len(rows)), labels, fontsize=8)
         axis.set_ylabel("sample", fontsize=12)
         _label_completions(axis, values.shape[1])
-        words = f"{shown(run.name)}, seed {run.seed}, step {ledger.step}"
-        axis.set_title(words, fontsize=11, loc="left")
+        head(axis, f"{plain(run.name)}, seed {run.seed}, step {ledger.step}")
         _color_bar(axis, image, "Σ Δ log π (nats)")
     return figure
 
@@ -180,15 +179,19 @@ def similarity(title: str, runs: Sequence[Run]) -> Figure | None:
     largest = min(1.0, max(1.0, np.ceil(20 * max(high, -low))) / 20)
     low, cmap = (-largest, "RdBu_r") if low < 0 else (np.floor(20 * low - 0.5) / 20, "Blues")
     for axes, (name, by_step) in zip(grid, first.items(), strict=True):
+        heading = f"{fitted(plain(name), 11, HEADING_INCHES)}\n"  # above both panels
         for axis, (step, cosines) in zip(axes, by_step.items(), strict=False):
             image = axis.imshow(cosines, cmap=cmap, vmin=low, vmax=largest, interpolation="nearest")
             _label_completions(axis, len(cosines))
             axis.set_yticks(*_numbers(len(cosines)))
             axis.set_ylabel("probe completion", fontsize=10)
-            axis.set_title(f"{shown(name, 14)}, step {step}", fontsize=11, loc="left")
+            style = {"fontsize": 11, "fontfamily": families()}
+            axis.set_title(f"{heading}step {step}", loc="left", **style)
+            heading = ""
         for axis in axes[len(by_step) :]:
             axis.remove()
-    bar = figure.colorbar(image, ax=figure.axes, location="bottom", shrink=0.7, aspect=30)
+    place = {"location": "bottom", "shrink": 0.7, "aspect": 30, "format": TickNumbers()}
+    bar = figure.colorbar(image, ax=figure.axes, **place)
     bar.set_label("mean cosine of features", fontsize=12)
     bar.outline.set_visible(False)
     return figure
@@ -208,9 +211,7 @@ def _numbers(count: int) -> tuple[list[int], list[str]]:
 
 
 def _color_bar(axis: Axes, image: AxesImage, words: str) -> None:
-    formatter = ScalarFormatter()
-    formatter.set_powerlimits((-2, 3))
-    bar = axis.figure.colorbar(image, ax=axis, pad=0.02, shrink=0.9, format=formatter)
+    bar = axis.figure.colorbar(image, ax=axis, pad=0.02, shrink=0.9, format=TickNumbers())
     bar.ax.tick_params(labelsize=9)
     bar.ax.set_ylabel(words, fontsize=10)
     bar.outline.set_visible(False)

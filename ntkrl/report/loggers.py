@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases loggers; their packages are imported on first use."""
+"""TensorBoard, Weights & Biases and trackio loggers; packages are imported on first use."""
 
 import contextlib
 import dataclasses
@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from ntkrl import durable_files, json_files
 from ntkrl.report.metric_names import ALIASES, aliased
 
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 """Package by the extra that installs it."""
-WANDB_ID_FILE = "wandb_id"
+WANDB_ID_FILE, TRACKIO_ID_FILE = "wandb_id", "trackio_id"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,25 +23,35 @@ class LoggingSettings:
 
     tensorboard: write event files to `tensorboard/` of the run directory.
     wandb: project at Weights & Biases, or None; with WANDB_MODE=offline the run stays local.
-    aliases: key of ALIASES; both loggers also get each metric under that library's name. Or None.
+    trackio: project in the local database of trackio, or None.
+    aliases: key of ALIASES; the loggers also get each metric under that library's name. Or None.
     rollouts_mib: MiB that the log of completions may take, > 0; None for no log.
     """
 
     tensorboard: bool
     wandb: str | None
+    trackio: str | None
     aliases: str | None
     rollouts_mib: float | None = None
 
+    @property
+    def enabled(self) -> tuple[str, ...]:
+        """Names of the enabled loggers, which are those of the extras."""
+        enabled = {"tensorboard": self.tensorboard}
+        enabled |= {"wandb": self.wandb is not None, "trackio": self.trackio is not None}
+        return tuple(name for name, enable in enabled.items() if enable)
+
     def __post_init__(self):
         problems = []
-        if self.wandb == "":
-            problems.append("logging.wandb is empty; name a project, or None for none")
+        for name, project in (("wandb", self.wandb), ("trackio", self.trackio)):
+            if project is not None and not project.strip():
+                problems.append(f"logging.{name} is empty; name a project, or None for none")
         if self.aliases is not None and self.aliases not in ALIASES:
             problems.append(f"logging.aliases {self.aliases!r} is not among {', '.join(ALIASES)}")
-        if self.aliases is not None and not self.tensorboard and self.wandb is None:
+        if self.aliases is not None and not self.enabled:
             problems.append(
-                "logging.aliases needs logging.tensorboard or logging.wandb: metrics.jsonl has one "
-                "name per metric"
+                "logging.aliases needs logging.tensorboard, logging.wandb or logging.trackio: "
+                "metrics.jsonl has one name per metric"
             )
         if self.rollouts_mib is not None and not self.rollouts_mib > 0:
             problems.append(
@@ -60,9 +70,8 @@ def check_loggers(settings: LoggingSettings) -> None:
     Raises:
       ValueError: packages are missing; all at once, with the extras that install them.
     """
-    enabled = {"tensorboard": settings.tensorboard, "wandb": settings.wandb is not None}
     problems = []
-    for extra in (extra for extra, enable in enabled.items() if enable):
+    for extra in settings.enabled:
         try:
             importlib.import_module(PACKAGES[extra])
         except ImportError as error:
@@ -96,11 +105,13 @@ def open_loggers(
       resume_step: optimizer steps of the restored state, −1 for a new run.
 
     Raises:
-      ValueError: Weights & Biases refuses the run.
+      ValueError: Weights & Biases or trackio refuses the run.
     """
     loggers: list[Logger] = []
     if settings.wandb is not None:
         loggers.append(WeightsAndBiases(directory, settings.wandb, group))
+    if settings.trackio is not None:
+        loggers.append(Trackio(directory, settings.trackio, group))
     if settings.tensorboard:
         loggers.append(TensorBoard(directory / "tensorboard", resume_step))
     if settings.aliases is None:
@@ -219,6 +230,48 @@ class WeightsAndBiases:
         self._run.finish(exit_code=int(failed))
 
 
+class Trackio:
+    """A run in the local database of trackio, continued when the run directory is resumed.
+
+    Steps that a resumed run repeats are logged again, with the same values. Nothing is sent unless
+    trackio's own variables (TRACKIO_SPACE_ID, TRACKIO_SERVER_URL) name a server.
+    """
+
+    def __init__(self, directory: Path, project: str, group: str):
+        """Start the run, or continue the one whose id is in the run directory.
+
+        Raises:
+          ValueError: trackio refuses it.
+        """
+        import trackio
+
+        try:
+            self._run = trackio.init(
+                project=project,
+                group=group,
+                # runs are continued by name, and two directories may have the same one
+                name=f"{directory.name}-{_run_id(directory / TRACKIO_ID_FILE)}",
+                resume="allow",
+                config=json_files.read_object(directory / "config.json", finite=False),
+                embed=False,
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"trackio did not start the run: {str(error).rstrip('.')}. Name another project "
+                "in logging.trackio, or leave it out."
+            ) from error
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log the values of a step."""
+        self._run.log(dict(values), step=step)
+
+    def close(self, failed: bool) -> None:
+        """End the run after writing pending values."""
+        import trackio
+
+        trackio.finish()  # of this module: it forgets the run, and does not end it again at exit
+
+
 class Aliased:
     """A logger that also gets values under another library's names."""
 
@@ -237,7 +290,7 @@ class Aliased:
 
 
 def _run_id(path: Path) -> str:
-    """Read the run's id at Weights & Biases, or draw one.
+    """Read the run's id in a logger, or draw one.
 
     Random instead of derived from the config: a removed directory must not continue the old run,
     and W&B never accepts the id of a deleted run again.

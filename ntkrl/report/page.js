@@ -46,6 +46,10 @@
     element.style.backgroundColor = `rgba(${color}, ${(0.7 * share).toFixed(3)})`;
   }
 
+  function short(text) {
+    return text.length <= 40 ? text : `${text.slice(0, 39)}…`;
+  }
+
   function largest(values) {
     return values.reduce((limit, value) => Math.max(limit, Math.abs(value)), 0);
   }
@@ -59,6 +63,17 @@
     make("span", line, `${number(-limit)} lowers`);
     make("span", line, undefined, "ramp");
     make("span", line, `${number(limit)} raises (${unit})`);
+  }
+
+  // A box that scrolls sideways, with a hint while its content is wider.
+  function scroller(parent) {
+    const hint = make("p", parent, "wider than the screen: scroll sideways →", "hint");
+    const box = make("div", parent, undefined, "scroll");
+    box.tabIndex = 0;
+    new ResizeObserver(() => {
+      hint.classList.toggle("shown", box.scrollWidth > box.clientWidth + 1);
+    }).observe(box);
+    return box;
   }
 
   function control(parent, words, element) {
@@ -174,7 +189,7 @@
     const given = Object.entries(step().measures[state.measure]);
     const means = given.map(([, values]) => mean(values));
     const limit = largest(means);
-    const table = make("table", make("div", parts, undefined, "scroll"), undefined, "bars");
+    const table = make("table", scroller(parts), undefined, "bars");
     const head = make("tr", make("thead", table));
     for (const name of ["part", "mean (nats)"]) make("th", head, name).scope = "col";
     const sides = make("th", head, undefined, "bar");
@@ -193,20 +208,19 @@
     });
   }
 
-  // The map's head: axes, families of probe completions that stand together, and numbers.
+  // The map's head: families of probe completions that stand together, and numbers.
   function drawColumns(head) {
-    const [names, families, numbers] = [1, 2, 3].map(() => make("tr", head));
-    const samples = make("th", names, "sample: its advantage", "side");
-    Object.assign(samples, { scope: "col", rowSpan: 3 });
-    const all = make("th", names, "probe completion: kind and number", "over");
-    Object.assign(all, { scope: "colgroup", colSpan: run().completions.length });
+    const [families, numbers] = [1, 2].map(() => make("tr", head));
+    const samples = make("th", families, "A", "side");
+    Object.assign(samples, { scope: "col", rowSpan: 2 });
     let last = null;
     run().completions.forEach(({ family }, index) => {
       if (last && last.textContent === family) {
         last.colSpan += 1;
       } else {
-        last = make("th", families, family, "over");
-        Object.assign(last, { scope: "colgroup", title: family });
+        last = make("th", families, undefined, "family");
+        make("span", last, family);
+        last.scope = "colgroup";
       }
       make("th", numbers, index + 1).scope = "col";
     });
@@ -222,8 +236,9 @@
     }
     const limit = largest(step().rows.flat());
     scale(map, limit, "nats");
-    const box = make("div", map, undefined, "scroll");
-    const table = make("table", box, undefined, "map");
+    make("p", map, "Rows: samples of the minibatch, by advantage A. Columns: probe completions, by kind "
+      + "and number.", "small");
+    const table = make("table", scroller(map), undefined, "map");
     table.setAttribute("role", "grid");
     drawColumns(make("thead", table));
     const body = make("tbody", table);
@@ -264,7 +279,7 @@
     make("h3", tokens, `A probe completion, token by token: ${MEASURES[state.measure]} of each`);
     const bar = make("div", tokens, undefined, "controls");
     const completions = run().completions
-      .map((one, index) => [index, `${index + 1} · ${one.family} · ${one.text.slice(0, 40)}`])
+      .map((one, index) => [index, `${index + 1} · ${one.family} · ${short(one.text)}`])
       .filter(([index]) => run().completions[index].tokens);
     choice(bar, "completion", completions, state.completion, (value) => {
       Object.assign(state, { completion: Number(value), token: null });

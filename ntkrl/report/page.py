@@ -20,9 +20,11 @@ from markupsafe import Markup
 
 from ntkrl import durable_files
 from ntkrl.report import metric_names
+from ntkrl.report.captions import SIGNS
 from ntkrl.report.comparisons import comparison_table
 from ntkrl.report.figures import FIGURES
 from ntkrl.report.plotting import FORMATS, figure_bytes
+from ntkrl.report.provenance import command, facts_table
 from ntkrl.report.rollouts_page import (
     RolloutsView,
     check_rollouts_view,
@@ -189,17 +191,18 @@ def _compose(
     base, *rows = summaries(runs)
     methods = ", ".join(row.label for row in rows)
     tables = [comparison_table(runs), similarity_table(runs), best_of_table(runs)]
-    figures = [figure_section(s.stem, s.title, s.caption, images[s.stem]) for s in FIGURES]
+    figures = [figure_section(s.stem, s.title, s.describe(runs), images[s.stem]) for s in FIGURES]
     lead = f"{methods} · {len(runs)} run{'s' if len(runs) > 1 else ''}"
     parts = [
         heading("Learning dynamics of RL post-training", lead, refusal),
-        _html("summary", base, rows),
+        _html("summary", base, rows, SIGNS),
         table_section(summary_table([base, *rows])),
+        table_section(facts_table(runs)),
         *(table_section(table) for table in tables if table is not None),
         _html("figures", figures),
         *steps,
         *map(table_section, _evaluations(runs)),
-        _html("run_notes", runs),
+        _html("run_notes", [(run, command(run)) for run in runs]),
         _html("folded", _glossary()),
     ]
     return document(f"{methods}: learning dynamics", parts)

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ntkrl.messages import printable
+from ntkrl.report.figure_text import TickNumbers, families, fitted, plain
 from ntkrl.report.metric_names import GLOSSARY
 from ntkrl.report.runs import Run, by_name, mean_words, series, stage_ends
 
@@ -27,7 +28,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 WIDTH_INCHES = 5.2
 REFERENCE_GREY = "#555555"
 LABEL_CHARACTERS = 28
+HEADING_INCHES = 3.6
+"""Room above axes, whose left end the longest labels move furthest."""
+LINE_INCHES = 0.19
+"""Height of a line of a heading or legend, 11 points."""
 DOTS_PER_INCH = 180
+LEGEND_INCHES = 4.4
+STAGE_POINTS = 13.0
+"""Height of a line about the end of a stage, 10 points."""
 FORMATS = {"png": {"Software": None}, "svg": {"Creator": None, "Date": None}}
 """File formats of a figure, each without the metadata that would differ between equal figures."""
 
@@ -82,8 +90,16 @@ def column(title: str, inches: float, count: int, **layout: Any) -> tuple[Figure
 def titled_figure(title: str, inches: float) -> Figure:
     """Return an empty figure of a height, with its title."""
     figure = Figure(figsize=(WIDTH_INCHES, inches), layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=13, x=0.02, ha="left", fontweight="bold")
+    words = fitted(title, 13, 0.95 * WIDTH_INCHES, "bold")
+    style = {"fontsize": 13, "fontweight": "bold", "fontfamily": families()}
+    figure.suptitle(words, x=0.02, ha="left", **style)
     return figure
+
+
+def head(axis: Axes, text: str, pad: float = 6.0) -> None:
+    """Write a heading above axes, in as many lines as it needs."""
+    style = {"fontsize": 11, "fontfamily": families()}
+    axis.set_title(fitted(text, 11, HEADING_INCHES), loc="left", pad=pad, **style)
 
 
 def panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -102,6 +118,8 @@ def dress(axis: Axes) -> None:
     axis.tick_params(labelsize=11)
     axis.grid(True, color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
+    axis.xaxis.set_major_formatter(TickNumbers())
+    axis.yaxis.set_major_formatter(TickNumbers())
 
 
 def label_steps(axis: Axes) -> None:
@@ -182,27 +200,38 @@ def coinciding(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
     return common, np.stack([values[np.isin(steps, common)] for steps, values in curves])
 
 
-def draw_stages(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
-    """Mark the ends of stages with dashed lines, each named once in the first panel."""
+def draw_stages(axes: Sequence[Axes], runs: Sequence[Run]) -> int:
+    """Mark the ends of stages with dashed lines, each named once above the first panel.
+
+    Returns:
+      Lines of text above that panel.
+    """
     ends = sorted({(step, stage) for run in runs for stage, step in stage_ends(run)})
     last = max((line["step"] for run in runs for line in run.metrics), default=0)
+    lines = 0
     for number, (step, stage) in enumerate(ends):
         for axis in axes:
             axis.axvline(step, color=REFERENCE_GREY, linestyle=(0, (4, 3)), linewidth=1.1)
         if stage in {name for _, name in ends[:number]}:  # runs differ in its length
             continue
-        # Above the panel, where no curve can run through it.
+        # Above the panel, where no curve can run through it, and the names below each other.
+        right = step < 0.5 * last
+        share = step / last if last > 0 else 0.0
+        words = fitted(f"stage “{plain(stage)}” ends", 10, HEADING_INCHES * max(share, 1 - share))
         axes[0].annotate(
-            f"stage “{shown(stage, 20)}” ends",
+            words,
             xy=(step, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
+            xytext=(0, 3 + STAGE_POINTS * lines),
             textcoords="offset points",
             fontsize=10,
+            fontfamily=families(),
             color=REFERENCE_GREY,
-            ha="left" if step < 0.6 * last else "right",
+            ha="left" if right else "right",
             va="bottom",
         )
+        lines += 1 + words.count("\n")
+    return lines
 
 
 def add_legend(
@@ -215,18 +244,22 @@ def add_legend(
     groups, entries = by_name(runs), list[tuple[Artist, str]]()
     for name, look in looks(runs).items():
         line = Line2D([], [], color=look.color, marker=look.marker, linewidth=2.2, markersize=5)
-        entries.append((line, shown(name + mean_words(groups[name]))))
+        words = fitted(plain(name) + mean_words(groups[name]), 11, LEGEND_INCHES)
+        entries.append((line, words))
     entries += extra
     if any(len(group) > 1 for group in groups.values()):
         entries.append((Patch(color=REFERENCE_GREY, alpha=0.18), f"band: {band}"))
     handles, labels = zip(*entries, strict=True)
     columns = 2 if len(labels) > 1 and max(map(len, labels)) <= 26 else 1
+    lines = sum(1 + label.count("\n") for label in labels) / columns
+    # a figure has room for three lines; more must not take the panels'
+    figure.set_figheight(figure.get_figheight() + LINE_INCHES * max(0.0, lines - 3))
     figure.legend(
         handles,
         labels,
         loc="outside lower left",
         ncols=columns,
-        fontsize=11,
+        prop={"family": families(), "size": 11},
         frameon=False,
         handlelength=1.8,
     )

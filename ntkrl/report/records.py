@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkrl.json_files import MAX_RECORD_BYTES, read_json
+from ntkrl.json_files import MAX_RECORD_BYTES, parse_json, read_json
 
 FORMAT = 1
 """Version of `probes/set.json` and of a ledger's JSON."""
@@ -185,6 +185,24 @@ def read_ledgers(run: Path, texts: ProbeTexts | None) -> tuple[dict[int, StepLed
         if step not in files
     ]
     return ledgers, notes
+
+
+def read_starts(run: Path) -> tuple[tuple[dict[str, Any], ...], list[str]]:
+    """Read `starts.jsonl`: command, versions and machine of each start; return it with notes."""
+    path = run / "starts.jsonl"
+    if not path.exists():
+        return (), []
+    starts, notes = list[dict[str, Any]](), []
+    for number, text in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+        try:
+            line = parse_json(text, finite=False)
+        except ValueError:
+            line = None
+        if isinstance(line, dict):
+            starts.append(line)
+        else:
+            notes.append(f"line {number} of {path.name} cannot be read and was left out")
+    return tuple(starts), notes
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -17,7 +17,14 @@ import numpy as np
 from ntkrl.json_files import parse_json, read_object
 from ntkrl.report.line_record import METRICS_FILE, TIMINGS_FILE, finished_problems
 from ntkrl.report.metric_names import is_known
-from ntkrl.report.records import ProbeTexts, StepLedger, read_ledgers, read_probes, read_texts
+from ntkrl.report.records import (
+    ProbeTexts,
+    StepLedger,
+    read_ledgers,
+    read_probes,
+    read_starts,
+    read_texts,
+)
 
 PROBE_METRICS = ("probe/", "predict/", "ledger/")
 """Prefixes of metrics that are measured on the probe set."""
@@ -38,6 +45,7 @@ class Run:
     evaluations: metrics of `ntkrl evaluate`, by name of the evaluation.
     finished: whether the run ended normally.
     notes: missing or unusable parts, in words.
+    starts: command, versions and machine of each start, as JSON objects; none in older runs.
     """
 
     path: Path
@@ -52,6 +60,7 @@ class Run:
     evaluations: dict[str, dict[str, float]]
     finished: bool
     notes: tuple[str, ...]
+    starts: tuple[dict[str, Any], ...] = ()
 
 
 def read_run(path: str | os.PathLike) -> Run:
@@ -74,9 +83,10 @@ def read_run(path: str | os.PathLike) -> Run:
     probes, probe_notes = read_probes(path, texts)
     ledgers, ledger_notes = read_ledgers(path, texts)
     evaluations, evaluation_notes = _read_evaluations(path / "evaluations")
+    starts, start_notes = read_starts(path)
     problems = finished_problems(path, exports=False)
     notes = [*metric_notes, *_content_notes(metrics), *timing_notes, *text_notes]
-    notes += [*probe_notes, *ledger_notes, *evaluation_notes]
+    notes += [*probe_notes, *ledger_notes, *evaluation_notes, *start_notes]
     if problems:
         damages = f"marked as finished, but {'; '.join(problems)}; run its command again to mend it"
         notes.insert(0, damages)
@@ -96,6 +106,7 @@ def read_run(path: str | os.PathLike) -> Run:
         evaluations=evaluations,
         finished=problems == [],
         notes=tuple(notes),
+        starts=starts,
     )
 
 

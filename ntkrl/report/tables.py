@@ -187,8 +187,13 @@ def number(value: float) -> str:
     size = abs(value)
     for limit, digits in ((9.9995, 3), (99.995, 2), (999.95, 1), (99999.5, 0)):
         if size < limit:
-            return f"{value:.{digits}f}"
-    return f"{value:.0e}"
+            return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+    return f"{value:.0e}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """Format a number with its sign."""
+    return ("+" if value > 0 else "") + number(value)
 
 
 def spread(stat: Stat) -> str:
@@ -220,7 +225,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         ("Δ/", "noise"),
         "Δ in units of noise",
-        lambda row: f"{row.gain:+.1f}" if math.isfinite(row.gain) else number(row.gain),
+        lambda row: f"{row.gain:+.1f}".replace("-", "−") if math.isfinite(row.gain) else NO_VALUE,
     ),
     Column(("pass", "@k"), "pass@k", lambda row: number(row.pass_at_k.mean)),
     Column(("dis-", "tinct"), "distinct solutions", lambda row: number(row.distinct.mean)),

@@ -48,3 +48,4 @@ from ntkrl.runtime.rundir import (
     locked,
 )
 from ntkrl.runtime.settings import CheckpointSettings
+from ntkrl.runtime.start_record import record_start

@@ -69,10 +69,7 @@ def cache_directory() -> Path:
     Programs for a processor use its instruction set, and a home directory may be shared by
     machines with others.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():
-        base = Path(os.path.expanduser("~"), ".cache")
-    return base / "ntkrl" / f"compiled-{_processor()}"
+    return durable_files.user_cache() / f"compiled-{_processor()}"
 
 
 def open_cache(directory: Path) -> None:

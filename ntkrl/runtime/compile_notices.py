@@ -14,18 +14,22 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 """Recorded as a scalar when JAX begins to compile a program, and as a duration when it ends."""
 PATIENCE_SECONDS = 3.0
 """Shorter compilations, and programs read from the cache, are not worth a line."""
+REPEAT_SECONDS = 600.0
+"""A part of a run has many programs; they are one message, until so long after it."""
 
 
 class CompileNotices:
-    """A context in which each compilation that takes long is announced, once it does.
+    """A context in which compilations that take long are announced while they do.
 
-    programs: by the name of a jitted function, what it computes, in words.
-    patience: seconds before the message.
+    parts: by the name of a jitted function, the part of the run that it belongs to.
+    other: part of all other functions.
+    patience: seconds of compilation before the message.
     """
 
-    def __init__(self, programs: Mapping[str, str], patience: float = PATIENCE_SECONDS):
-        self.programs, self.patience = programs, patience
-        self.pending: dict[int, _Notice] = {}
+    def __init__(self, parts: Mapping[str, str], other: str, patience: float = PATIENCE_SECONDS):
+        self.parts, self.other, self.patience = parts, other, patience
+        self.pending: dict[int, threading.Timer] = {}
+        self.announced: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         monitoring.register_scalar_listener(self._begin)
@@ -40,37 +44,25 @@ class CompileNotices:
     ) -> None:
         monitoring.unregister_scalar_listener(self._begin)
         monitoring.unregister_event_duration_listener(self._end)
-        for notice in self.pending.values():
-            notice.timer.cancel()
+        for timer in self.pending.values():
+            timer.cancel()
 
     def _begin(self, event: str, value: float, **details: Any) -> None:
         if event == COMPILE_EVENT:
-            name = str(details.get("fun_name", "")).removeprefix("jit_")
-            name = name.removeprefix("jit(").removesuffix(")")
-            notice = _Notice(self.programs.get(name, f"the program {name!r}"), self.patience)
-            self.pending[threading.get_ident()] = notice
+            # the name of the module: jit_NAME or jit(NAME)
+            name = str(details.get("fun_name", "")).removeprefix("jit")
+            part = self.parts.get(name.removeprefix("_").strip("()"), self.other)
+            timer = threading.Timer(self.patience, self._announce, [part])
+            timer.daemon = True
+            timer.start()
+            self.pending[threading.get_ident()] = timer
 
     def _end(self, event: str, duration_secs: float, **details: Any) -> None:
-        if event == COMPILE_EVENT:
-            notice = self.pending.pop(threading.get_ident(), None)
-            if notice is not None:
-                notice.end()
+        if event == COMPILE_EVENT and threading.get_ident() in self.pending:
+            self.pending.pop(threading.get_ident()).cancel()
 
-
-class _Notice:
-    """The notice of one compilation."""
-
-    def __init__(self, program: str, patience: float):
-        self.program, self.begin, self.shown = program, time.perf_counter(), False
-        self.timer = threading.Timer(patience, self._show)
-        self.timer.daemon = True
-        self.timer.start()
-
-    def _show(self) -> None:
-        self.shown = True
-        log(f"compiling {self.program}; this may take a minute or more …")
-
-    def end(self) -> None:
-        self.timer.cancel()
-        if self.shown:
-            log(f"compiled {self.program} in {time.perf_counter() - self.begin:.0f} s")
+    def _announce(self, part: str) -> None:
+        now = time.monotonic()
+        if now - self.announced.get(part, -REPEAT_SECONDS) >= REPEAT_SECONDS:
+            self.announced[part] = now
+            log(f"compiling {part}; the first time this takes a minute or more …")

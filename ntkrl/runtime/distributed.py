@@ -16,7 +16,7 @@ from jax._src import clusters, distributed
 from tqdm import tqdm
 
 from ntkrl import signals
-from ntkrl.messages import print_last
+from ntkrl.messages import notify
 from ntkrl.runtime.config import differences
 from ntkrl.runtime.health import OTHERS_FAILED, HealthMonitor, Limits, read_limits
 from ntkrl.runtime.rendezvous import Hello, StartupTimeoutError, rendezvous
@@ -65,7 +65,7 @@ def distributed_session(run: str = "") -> Iterator[None]:
     try:
         monitor = _start(read_limits(), run)
     except StartupTimeoutError as error:
-        print_last(f"ntkrl: {error}")
+        notify(f"ntkrl: {error}")
         os._exit(OTHERS_FAILED)
     try:
         yield

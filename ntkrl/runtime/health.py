@@ -160,7 +160,7 @@ class HealthMonitor:
         elif isinstance(error, ValueError | OSError) and not from_jax:
             status, message = MISTAKE, str(error)
         if status == FAILED or "NTKRL_TRACEBACK" in os.environ:
-            messages.print_last("".join(traceback.format_exception(error)))
+            messages.notify("".join(traceback.format_exception(error)))
         self._exit(status, message, f"{self.describe(self.index)} failed: {message}")
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ class HealthMonitor:
             threading.Event().wait()  # another thread is ending the process
         try:
             self.stopped.set()
-            messages.print_last(f"\nntkrl: {message}{self._advice()}")
+            messages.notify(f"\nntkrl: {message}{self._advice()}")
             publisher = threading.Thread(target=self._publish_exit, args=(verdict,), daemon=True)
             publisher.start()
             publisher.join(RPC_SECONDS + self.limits.grace + 2 * self.limits.period)

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import NoReturn
 
-from ntkrl.messages import print_last
+from ntkrl.messages import notify
 from ntkrl.runtime.health import OTHERS_FAILED
 
 CONNECTED = b"connected\n"
@@ -68,7 +68,7 @@ class StartWatch:
     def _end(self, message: str) -> NoReturn:
         for link in self.links.values():
             _send(link, message.encode())
-        print_last(f"\nntkrl: {message}")
+        notify(f"\nntkrl: {message}")
         os._exit(OTHERS_FAILED)
 
 

@@ -35,7 +35,7 @@ def train(config: ConfigDict, inputs: Inputs | None = None) -> Path:
     settings = read_settings(config)
     alone = inputs is None or runtime.is_distributed()
     lock = runtime.locked(Path(config.run_dir), "train", "finished")
-    with PreemptionNotice(alone) as notice, lock, runtime.CompileNotices(run_summary.PROGRAMS):
+    with PreemptionNotice(alone) as notice, lock, run_summary.compile_notices():
         return _train(config, settings, NO_INPUTS if inputs is None else inputs, notice)
 
 
@@ -55,13 +55,14 @@ def _train(
     setup = device_memory.fit(set_up(settings, directory, inputs), directory)
     setup.model.check_exports(directory / "export", directory / "export_reference")
     settings = setup.settings
+    runtime.log(run_summary.describe_start(setup, directory))
     loop = Loop(setup, directory, values, notice, inputs.on_step)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
         inputs.save()
+        runtime.record_start(directory, run_summary.start_facts(setup))
     device_memory.save_layout(setup, directory)
     runtime.check_shared(directory)
-    runtime.log(run_summary.describe_start(setup, loop.steps.bound_stages, directory))
     rollout_steps = loop.run()
     facts = training_facts(settings, rollout_steps)
     setup.model.export(directory / "export", loop.at.state.params, facts)
@@ -98,6 +99,7 @@ def open_steps(config: ConfigDict, inputs: Inputs) -> StepFunctions:
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
         inputs.save()
+        runtime.record_start(directory, run_summary.start_facts(setup))
     if steps.probe_hook is not None:
         steps.probe_hook.write_set()
     return steps

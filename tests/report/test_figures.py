@@ -122,7 +122,7 @@ def test_prediction_by_hand(runs):
     assert predicted.shape == (2 * 2 * 50,)
     assert agreement(predicted, actual) == pytest.approx((1.0, 0.2))
     titles = [axis.get_title(loc="left") for axis in DRAW["predicted_actual"](runs).axes]
-    assert titles == [f"{n}: correlation 1.000, rel. error 0.20" for n in ("cfrl", "rl")]
+    assert titles == [f"{n}: correlation 1.000, rel. error 0.200" for n in ("cfrl", "rl")]
 
 
 def test_cross_part_is_part_of_the_prediction(runs):

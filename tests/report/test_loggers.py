@@ -40,7 +40,7 @@ def shown(directory):
 
 def write(run, resume_step, steps, aliases=None):
     """Write a reward of step / 4 and timings to TensorBoard, as a run that is resumed would."""
-    loggers = open_loggers(LoggingSettings(True, None, aliases), run, "rl", resume_step)
+    loggers = open_loggers(LoggingSettings(True, None, None, aliases), run, "rl", resume_step)
     with MetricsWriter(run, resume_step, loggers) as writer:
         for step in steps:
             writer.write(step, {"reward": step / 4, "kl": math.nan, "stage": "ab"[step // 2]})
@@ -116,7 +116,7 @@ def wandb(monkeypatch):
 
 def open_wandb(run, aliases=None):
     """Open W&B alone."""
-    return open_loggers(LoggingSettings(False, "project", aliases), run, "rl", -1)
+    return open_loggers(LoggingSettings(False, "project", None, aliases), run, "rl", -1)
 
 
 def test_wandb_goes_on_with_its_run(tmp_path, wandb):
@@ -124,7 +124,7 @@ def test_wandb_goes_on_with_its_run(tmp_path, wandb):
     run = tmp_path / "rl-0"
     run.mkdir()
     (run / "config.json").write_text('{"seed": 3}')
-    check_loggers(LoggingSettings(False, "project", None))
+    check_loggers(LoggingSettings(False, "project", None, None))
     with pytest.raises(KeyError), MetricsWriter(run, -1, open_wandb(run)) as writer:
         writer.write(1, {"reward": 0.5, "stage": "all"})
         raise KeyError
@@ -157,16 +157,102 @@ def test_wandb_refuses(tmp_path, wandb):
         open_wandb(tmp_path)
 
 
+class FakeTrackio(types.ModuleType):
+    """A recorder with the functions of trackio 0.36 that are used, as its `Run` has them."""
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.started, self.rows, self.ended = [], [], 0
+        self.refusal = None
+
+    def init(self, project, name, group, config, resume, embed):
+        """Start or continue a run, which is the module itself."""
+        if self.refusal is not None:
+            raise ValueError(self.refusal)
+        fields = {"project": project, "group": group, "config": config, "resume": resume}
+        self.started.append((name, fields | {"embed": embed}))
+        return self
+
+    def log(self, metrics, step=None):
+        """Remember a row."""
+        self.rows.append((step, metrics))
+
+    def finish(self):
+        """Count the ends."""
+        self.ended += 1
+
+
+def open_trackio(run, aliases=None):
+    """Open trackio alone."""
+    return open_loggers(LoggingSettings(False, None, "project", aliases), run, "rl", -1)
+
+
+def test_trackio_goes_on_with_its_run(tmp_path, monkeypatch):
+    """Story: a run fails and is resumed under one name, which another directory does not get."""
+    trackio = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    runs = [tmp_path / place / "rl-0" for place in "ab"]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "config.json").write_text('{"seed": 3}')
+    with pytest.raises(KeyError), MetricsWriter(runs[0], -1, open_trackio(runs[0])) as writer:
+        writer.write(1, {"reward": 0.5, "stage": "all"})
+        raise KeyError
+    with MetricsWriter(runs[0], -1, open_trackio(runs[0], "verl")) as writer:
+        writer.write(0, {"reward": 0.25})
+    open_trackio(runs[1])
+    (first, fields), (second, _), (other, _) = trackio.started
+    assert first == second != other and first.startswith("rl-0-") and len(first) == len("rl-0-") + 8
+    expected = {"project": "project", "group": "rl", "config": {"seed": 3}, "resume": "allow"}
+    assert fields == expected | {"embed": False}
+    assert trackio.rows == [
+        (1, {"reward": 0.5, "stage": "all"}),
+        (0, {"reward": 0.25, "critic/score/mean": 0.25}),
+    ]
+    assert trackio.ended == 2
+    trackio.refusal = "Project name 'project' is not allowed."
+    with pytest.raises(ValueError, match="did not start the run: Project name .* allowed. "):
+        open_trackio(runs[1])
+
+
+def test_trackio_itself(tmp_path, monkeypatch):
+    """Story: the real package, where it is installed, keeps the values of both halves of a run."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trackio = pytest.importorskip("trackio")
+    (tmp_path / "config.json").write_text("{}")
+    for start in (0, 2):
+        with MetricsWriter(tmp_path, -1, open_trackio(tmp_path)) as writer:
+            for step in range(start, start + 3):
+                writer.write(step, {"reward": step / 4, "kl": math.nan})
+    (run,) = trackio.Api().runs("project")
+    assert run.name.startswith(tmp_path.name)
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    logged = [row for row in storage.get_logs("project", run.name) if "reward" in row]
+    assert [row["step"] for row in logged] == [0, 1, 2, 2, 3, 4]
+    assert [row["reward"] for row in logged] == [0, 0.25, 0.5, 0.5, 0.75, 1.0]
+
+
 def test_missing_packages(monkeypatch):
-    """Law: both are named at once, with the extras to install; neither is needed by default."""
-    for package in ("tensorboardX", "wandb"):
+    """Law: all are named at once, with the extras to install; none is needed by default."""
+    for package in ("tensorboardX", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, package, None)
-    check_loggers(LoggingSettings(False, None, None))
+    check_loggers(LoggingSettings(False, None, None, None))
     with pytest.raises(ValueError) as caught:
-        check_loggers(LoggingSettings(True, "project", None))
-    first, second = str(caught.value).splitlines()
+        check_loggers(LoggingSettings(True, "project", "project", None))
+    first, second, third = str(caught.value).splitlines()
     assert "logging.tensorboard needs the package tensorboardX" in first
     assert "pip install 'ntkrl[tensorboard]'" in first and "pip install 'ntkrl[wandb]'" in second
+    assert "logging.trackio needs the package trackio" in third and "'ntkrl[trackio]'" in third
+
+
+def test_settings():
+    """By hand: empty projects and aliases without a logger are refused, all at once."""
+    with pytest.raises(ValueError) as caught:
+        LoggingSettings(False, "", " ", None)
+    assert str(caught.value).count("is empty; name a project, or None for none") == 2
+    with pytest.raises(ValueError, match="needs logging.tensorboard, logging.wandb or logging.tra"):
+        LoggingSettings(False, None, None, "trl")
+    assert LoggingSettings(False, None, "project", "trl").enabled == ("trackio",)
 
 
 def test_a_full_disk(small_disk, capfd):

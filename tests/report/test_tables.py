@@ -96,8 +96,8 @@ def test_only_a_start(run_paths):
 
 def test_number_by_hand():
     """By hand: six characters at most, rounding included."""
-    texts = {0.0: "0.000", 9.9996: "10.00", -3.14159: "-3.142", 999.96: "1000", math.nan: "–"}
-    texts |= {99.9951: "100.0", 12345.6: "12346", -9.87: "-9.870", 1e7: "1e+07"}
+    texts = {0.0: "0.000", 9.9996: "10.00", -3.14159: "−3.142", 999.96: "1000", math.nan: "–"}
+    texts |= {99.9951: "100.0", 12345.6: "12346", -9.87: "−9.870", 1e7: "1e+07"}
     assert {value: number(value) for value in texts} == texts
 
 
@@ -147,9 +147,9 @@ def test_best_of_several_counts(tmp_path):
         ("<rl>, seed 3: test, after", "0.500", "0.750", "1.000"),
         (
             "<rl>, seed 3: test, gap",
-            "0.250 (-0.250 to 0.750)",
-            "0.125 (-0.375 to 0.625)",
-            "0.000 (-0.500 to 0.500)",
+            "0.250 (−0.250 to 0.750)",
+            "0.125 (−0.375 to 0.625)",
+            "0.000 (−0.500 to 0.500)",
         ),
     )
     page = table_section(result)

@@ -1,6 +1,7 @@
 """Runs through the command line: a user's files, other devices, mistakes."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -80,6 +81,22 @@ STAGES = [
 ]
 
 
+def check_lines_about_the_run(text, model, run):
+    """Check that a run says what it will do, and where it ended."""
+    for line in (
+        f"model     {model}: 4.53 k parameters in float32",
+        "prompts.jsonl: 11 prompts, 1 held out; 4 a step × 2 completions of ≤ 5 tokens",
+        "my_rewards.py:even",
+        "stages    all: 2 steps of adam, all parameters at 1e-06",
+        "devices   1 × cpu",
+        f"writes    {run}",
+        f"exported to {run / 'export'}",
+        f"next:\n  ntkrl report {run}\n  ntkrl evaluate --run={run}\n",
+    ):
+        assert line in text, text
+    assert re.search(r"^  eval/reward +\S+ → \S+ \(steps 0 and 4\)$", text, re.MULTILINE), text
+
+
 def test_a_users_own_model_prompts_and_rewards(tmp_path, capsys):
     """story: conversational prompts with a column, two reward functions, None, an export."""
     model = tmp_path / "model"
@@ -114,6 +131,7 @@ def test_a_users_own_model_prompts_and_rewards(tmp_path, capsys):
         "--config.schedule.minibatches=2",
     )
     assert main(arguments) == 0, capsys.readouterr().err
+    check_lines_about_the_run(capsys.readouterr().out, model, run)
     last = lines(run)[-1]
     assert last["step"] == 4 and last["rollout_step"] == 2  # two minibatches each
     assert last["rewards/even/mean"] == 1.0 and last["rewards/short/mean"] < 0
