@@ -70,6 +70,8 @@ def get_config():
     # recomputed by the backward pass: "none"; "products", everything of a layer but its products
     # with weights; "all", the complete layer, which needs least memory
     config.model.remat = "products"
+    # a stage's pattern that matches adapters (".*") trains them alone; one that matches none
+    # ("head/.*") trains the base, and then no adapter/ is written
     config.model.lora = ConfigDict(
         {
             "rank": 0,  # of the adapters; 0: none
@@ -223,10 +225,13 @@ def get_config():
     config.checkpoint.failures = 3  # failed saves in a row that stop a run, as on a full disk
 
     config.eval = ConfigDict()
-    config.eval.every_steps = 20  # rollout steps between evaluations; None: no evaluation
+    # rollout steps between evaluations; None: no evaluation, while probes and ledgers stay
+    config.eval.every_steps = 20
     config.eval.prompts = 64  # held-out prompts at most
     config.eval.samples_per_prompt = 8  # k of pass@k and of the distinct counts
-    config.eval.repeats = 1  # independent samplings; their spread is the noise of the measurement
+    # independent samplings; the noise of the mean reward is its standard deviation over them, or
+    # of a single one is computed from the spread of each prompt's samples
+    config.eval.repeats = 1
     config.eval.success_threshold = 1.0  # a completion of at least this reward counts as solved
     config.eval.temperature = placeholder(float)  # of evaluations; None: rollout's; 0: greedy
     # .jsonl of an earlier evaluation on the same prompts, such as the starting model's, for win

@@ -20,4 +20,5 @@ def get_config():
     config.stages = (base.stage("all", 200, ((".*", 1e-5),)),)
     config.eval.every_steps = placeholder(int)
     config.probe.every_steps = placeholder(int)
+    config.probe.ledger_every_steps = placeholder(int)
     return config

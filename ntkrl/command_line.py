@@ -178,10 +178,14 @@ COMMANDS = {
         words=("RUN", "run directories"),
     ),
     "export": Command(
-        "write a checkpoint of a run as a Hugging Face directory",
-        ("RUN OUT [--step=N|best]",),
-        "ntkrl export runs/rl my_model --step=best",
-        (STEP,),
+        "write a checkpoint of a run as a Hugging Face directory; upload it if asked to",
+        ("RUN OUT [--step=N|best] [--push=ORG/NAME [--public]]",),
+        "ntkrl export runs/rl my_model --step=best --push=my-name/my-model",
+        (
+            STEP,
+            Option("push", "repository of the Hugging Face Hub to upload to (none)", "ORG/NAME"),
+            Option("public", "let everybody read a repository that --push creates (private)", None),
+        ),
         words=("RUN OUT", "run directory, and the directory to write"),
     ),
     "presets": Command(

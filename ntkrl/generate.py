@@ -196,7 +196,10 @@ def add_rewards(setup: RunSetup, sampled: SampledTexts) -> RewardedRollout:
     group = len(texts) // len(sampled.request.rows)
     repeated = np.repeat(np.asarray(sampled.request.rows), group)
     assert setup.rewards is not None  # as in every run that samples completions
-    result = setup.rewards(
+    rewards = dataclasses.replace(
+        setup.rewards, place=lambda number: prompts.prompt_set.place(repeated[number])
+    )
+    result = rewards(
         [prompts.prompt_set.prompts[row] for row in repeated],
         texts,
         sampled.ids,

@@ -4,15 +4,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ntkrl import command_line, durable_files, settings_list, signals
 from ntkrl.command_line import COMMANDS, Words
-from ntkrl.messages import did_you_mean, printable
+from ntkrl.messages import did_you_mean, output_is_closed, printable
 
 PREEMPTED = 75
 """Exit status of a run that a signal ended, and of a study whose runs it ended: EX_TEMPFAIL, try
 again."""
+OUTPUT_CLOSED = 141
+"""Exit status where nobody reads the output any more: as of a process that SIGPIPE ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,14 +23,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 2: a user's mistake, or a full disk. 75: a run saved and stopped after SIGTERM, SIGHUP
     or SIGINT; a study stopped, and its runs so. 130: interrupted, by SIGINT or, in a run, by a
-    second one. 129, 143: another command ended by SIGHUP or SIGTERM. After all but 2 the same
-    command resumes. If one of several processes fails, it ends at once and the others exit with 70
-    (see runtime.distributed_session).
+    second one. 129, 143: another command ended by SIGHUP or SIGTERM. 141: the output was closed.
+    After all but 2 the same command resumes. If one of several processes fails, it ends at once
+    and the others exit with 70 (see runtime.distributed_session).
 
     Args:
       argv: words after the program's name; None for the process's own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    status = _run(words)
+    return OUTPUT_CLOSED if output_is_closed() else status
+
+
+def _run(words: Sequence[str]) -> int:
     text = _help(words)
     if text is not None:
         print(text)
@@ -47,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nntkrl {name}: stopped by {request.signal.name}", file=sys.stderr)
         return PREEMPTED if name == "study" else 128 + request.signal
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            return OUTPUT_CLOSED
         full = durable_files.full_disk(error)
         if "NTKRL_TRACEBACK" in os.environ or (
             full is None and not isinstance(error, ValueError | OSError)
@@ -184,12 +194,20 @@ def _report(words: Words) -> None:
 
 
 def _export(words: Words) -> None:
-    from ntkrl.evaluation import commands
+    from ntkrl.evaluation import commands, push
 
     _alone("export")
+    options = words.options
     if len(words.others) != 2:
         raise ValueError("export needs a run directory and an output directory.")
-    commands.export(words.others[0], words.others[1], _step(words.options))
+    run, out = words.others
+    if "push" in options:
+        push.check_push(options["push"])
+    elif "public" in options:
+        raise ValueError("--public is about an upload; add --push=ORG/NAME, or leave it out.")
+    commands.export(run, out, _step(options))
+    if "push" in options:
+        print(f"uploaded to {push.push(Path(out), options['push'], 'public' in options)}")
 
 
 def _step(options: Mapping[str, Any]) -> int | str | None:

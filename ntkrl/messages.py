@@ -2,13 +2,17 @@
 
 import contextlib
 import difflib
+import os
+import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 MAX_PROBLEMS = 10
 LONGEST_REASON = 300  # characters of a parser's message
+ROW = re.compile(r"^  row (\d+)\b", re.MULTILINE)
+"""Beginning of a line of `listed` about a row."""
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -17,6 +21,16 @@ def listed(problems: Sequence[str]) -> str:
     if len(problems) > MAX_PROBLEMS:
         lines.append(f"\n  and {len(problems) - MAX_PROBLEMS} more")
     return "".join(lines)
+
+
+def with_places(message: str, place: Callable[[int], str]) -> str:
+    """Return a message whose lines of `listed` name places of rows for their numbers.
+
+    Args:
+      message: its lines begin with "row 5" where they are about a row.
+      place: from a row's number to its place, such as "prompts.jsonl:6".
+    """
+    return ROW.sub(lambda match: f"  {place(int(match[1]))}", message)
 
 
 def printable(text: str) -> str:
@@ -38,6 +52,19 @@ def notify(message: str) -> None:
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
         print(message, file=sys.stderr, flush=True)
+
+
+def output_is_closed() -> bool:
+    """Return whether nobody reads standard output any more, as after `| head`.
+
+    What it still holds is then dropped, so that nothing fails when the process ends.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

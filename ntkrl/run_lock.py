@@ -36,6 +36,11 @@ NAME_SECONDS = 2.0
 OPEN_TRIES = 20
 LOST = 2
 """Exit status of a command whose lease another start took over."""
+PLACE_ERRORS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
+"""Errors of a path, which another path mends."""
 NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 _locks: list["DirectoryLock"] = []
@@ -85,14 +90,17 @@ class DirectoryLock:
 
         Raises:
           InUseError: another process has it.
-          OSError: the directory cannot be created or written.
+          ValueError: the directory is a file, or is in a place that cannot be written.
+          OSError: it cannot be created or written for another reason, such as a full disk.
         """
         try:
             self._take_flock()
             while not self._take_lease():
                 time.sleep(random.uniform(0.0, 0.05))
-        except BaseException:
+        except BaseException as error:
             self.release()
+            if isinstance(error, OSError) and error.errno in PLACE_ERRORS:
+                raise ValueError(self._unwritable(error)) from error
             raise
         _locks.append(self)
         self.thread.start()
@@ -100,6 +108,13 @@ class DirectoryLock:
 
     def __exit__(self, *exception: object) -> None:
         self.release()
+
+    def _unwritable(self, error: OSError) -> str:
+        where, fix = self.directory, "give a directory that you may write to (--config.run_dir)."
+        files = [path for path in (where, *where.parents) if path.exists() and not path.is_dir()]
+        if files:
+            return f"{where} cannot be a directory, since {files[0]} is a file; {fix}"
+        return f"{where} cannot be written ({error.strerror}: {error.filename}); {fix}"
 
     def release(self) -> None:
         """Give the lock back; a second call, or one in a forked process, does nothing."""
@@ -143,7 +158,8 @@ class DirectoryLock:
                     self.descriptor = descriptor
                     return
             os.close(descriptor)
-        raise OSError(f"{self.lock_path} was removed {OPEN_TRIES} times while it was opened.")
+        removed = "no file can be made there, or it was removed each time"
+        raise FileNotFoundError(errno.ENOENT, removed, str(self.lock_path))
 
     def _make_directory(self) -> None:
         missing, directory = [], self.directory

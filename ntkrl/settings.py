@@ -142,14 +142,17 @@ class RunSettings:
     @property
     def holds_out(self) -> bool:
         """True if prompts are held out, for evaluations and probes."""
-        files = self.data
-        exist = files.path is None or files.eval_path is not None or files.held_out > 0
-        return self.evaluates and exist
+        return self.probes or (self.evaluates and self._can_hold_out)
 
     @property
     def probes(self) -> bool:
-        """True if steps are probed, which needs held-out prompts."""
-        return self.probe.enabled and self.holds_out and not self.method.reward_model
+        """True if steps are probed, which needs held-out prompts but no evaluation."""
+        return self.probe.enabled and self._can_hold_out and not self.method.reward_model
+
+    @property
+    def _can_hold_out(self) -> bool:
+        files = self.data
+        return files.path is None or files.eval_path is not None or files.held_out > 0
 
     def make_mesh(self, devices: list[jax.Device] | None = None) -> Mesh:
         """Arrange devices, or all of them, in the mesh of the config.
@@ -258,7 +261,9 @@ def _method_problems(config: ConfigDict, settings: RunSettings) -> Iterator[str]
 
 
 def _joint_problems(settings: RunSettings) -> Iterator[str]:
-    """List values that do not fit those of another section."""
+    """List values of no section, and those that do not fit another section's."""
+    if settings.seed < 0:
+        yield f"seed must be ≥ 0, not {settings.seed}."
     prompts, schedule = settings.data.prompts_per_step, settings.schedule
     if prompts % schedule.minibatches:
         yield (

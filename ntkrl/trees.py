@@ -42,6 +42,12 @@ def not_finite(tree: Params) -> list[str]:
     return [name for name, each in named_leaves(finite).items() if not each]
 
 
+def changed(before: Params, after: Params) -> list[str]:
+    """Return the names of the leaves that differ between two trees of one structure."""
+    equal = jax.jit(lambda *pair: jax.tree.map(jnp.array_equal, *pair))(before, after)
+    return [name for name, each in named_leaves(equal).items() if not each]
+
+
 def same_structure(first: Params, second: Params) -> bool:
     """Test whether two trees have the same structure."""
     # Any, since jaxlib does not declare the type of a structure

@@ -17,7 +17,7 @@ from ntkrl import data
 from ntkrl.main import main
 from tests.hosts import ends, start
 from tests.models.test_scorers import torch_scorer
-from tests.training.test_train import ROOT, base, lines, words  # noqa: F401
+from tests.training.test_train import ROOT, UNWATCHED, base, lines, words  # noqa: F401
 from tests.training.test_train_models import preferences
 
 MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
@@ -217,7 +217,7 @@ def test_a_reward_that_hangs_on_one_host(base, tmp_path):  # noqa: F811
         "    return [0.0 for _ in completions]\n"
     )
     more = [f"--config.reward.function={rewards}:score", "--config.reward.timeout=3"]
-    more += ["--config.eval.every_steps=None", "--config.mesh.data=2"]
+    more += [*UNWATCHED, "--config.mesh.data=2"]
     result = ends(start(2, ["-m", "ntkrl", *words(base, tmp_path / "run", *more)]))
     (first, other_output), (second, hung_output) = result
     assert (first, second) == (70, 2), result

@@ -135,7 +135,8 @@ def hold_out(prompt_set: PromptSet, fraction: float) -> tuple[PromptSet, PromptS
     if size < 2:
         raise ValueError(
             f"{prompt_set.source} has {size} prompt, too few to hold any out; add prompts, set "
-            "data.eval_path, or set eval.every_steps to None."
+            "data.eval_path, or hold none out: eval.every_steps=None, probe.every_steps=None and "
+            "probe.ledger_every_steps=None."
         )
     count = min(max(round(fraction * size), 1), size - 1)
     held_out = np.random.default_rng(0).permutation(size)[:count]
@@ -163,4 +164,5 @@ def take(prompt_set: PromptSet, rows: np.ndarray) -> PromptSet:
         columns={
             name: [values[row] for row in rows] for name, values in prompt_set.columns.items()
         },
+        places=tuple(prompt_set.place(row) for row in rows),
     )

@@ -5,13 +5,14 @@ Two forms, as in TRL: *standard* (`{"prompt": "text"}`) and *conversational*
 one prompt per line and no columns.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ntkrl.data.published import Rows, read_bytes, read_rows
-from ntkrl.messages import listed
+from ntkrl.messages import listed, with_places
 
 Message = dict[str, Any]
 
@@ -29,16 +30,30 @@ class PromptSet:
     prompts: a text each (standard) or a list of messages each (conversational).
     columns: name to one value per prompt; None if the row has no value.
     source: of the prompts, for messages.
+    places: name of each row in its file, such as "prompts.jsonl:6"; empty if rows have none.
     """
 
     prompts: tuple[str | list[Message], ...]
     columns: dict[str, list[Any]]
     source: str
+    places: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def conversational(self) -> bool:
         """Return whether prompts are lists of messages."""
         return len(self.prompts) > 0 and isinstance(self.prompts[0], list)
+
+    def place(self, row: int) -> str:
+        """Return the name of a row for messages."""
+        return self.places[row] if self.places else f"row {row} of {self.source}"
+
+    @contextlib.contextmanager
+    def named_rows(self) -> Iterator[None]:
+        """Name rows by their places in the errors that a block raises about their numbers."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(with_places(str(error), self.place)) from error
 
 
 def read_set(path: str | Path, required: Sequence[str] = ("prompt",)) -> PromptSet:
@@ -75,6 +90,7 @@ def validate_rows(table: Rows, required: Sequence[str] = ("prompt",)) -> PromptS
         prompts=tuple(row["prompt"] for _, row in rows),
         columns={name: [row[name] if name in row else None for _, row in rows] for name in names},
         source=table.source,
+        places=tuple(table.place(number) for number, _ in rows),
     )
 
 
@@ -100,6 +116,7 @@ def join(prompt_sets: Sequence[PromptSet]) -> PromptSet:
         prompts=tuple(prompt for each in prompt_sets for prompt in each.prompts),
         columns=columns,
         source=", ".join(each.source for each in prompt_sets),
+        places=tuple(each.place(row) for each in prompt_sets for row in range(len(each.prompts))),
     )
 
 
@@ -124,10 +141,11 @@ def read_prompts(path: str | Path) -> PromptSet:
             f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8."
         ) from error
     lines = [line.removesuffix("\r") for line in text.split("\n")]
-    prompts = tuple(line for line in lines if line.strip())
-    if not prompts:
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
         raise ValueError(f"{path}: the file is empty. Expected one prompt per line.")
-    return PromptSet(prompts=prompts, columns={}, source=str(path))
+    places = tuple(f"{path}:{number}" for number, _ in numbered)
+    return PromptSet(tuple(line for _, line in numbered), {}, str(path), places)
 
 
 def _form(table: Rows) -> tuple[Any, str] | None:

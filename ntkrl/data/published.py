@@ -12,15 +12,18 @@
 the shards `DIR/data/NAME-00000-of-00002.parquet` and `DIR/data/NAME-00001-of-00002.parquet`.
 """
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ntkrl.json_files import parse_json
+from ntkrl.messages import joined
 
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 ENDINGS = (".jsonl", ".json", ".parquet")
+OTHER_TABLES = (".csv", ".tsv", ".xlsx", ".xls")
 FORMS = "JSON Lines, .json (a list of objects), .parquet, or a directory of a saved dataset"
 
 
@@ -66,6 +69,11 @@ def read_rows(path: str | Path) -> Rows:
       ValueError: errors of `files_of`, a file that is corrupt or not a list, or no pyarrow.
     """
     files = files_of(path)
+    if files[0].suffix.lower() in OTHER_TABLES:
+        raise ValueError(
+            f"{files[0]} is a table in a format that is not read; convert it to JSON Lines, for "
+            "example by pandas: read_csv(…).to_json('prompts.jsonl', orient='records', lines=True)."
+        )
     if files[0].suffix not in (".json", ".parquet", ".arrow"):
         return _json_lines(files[0])
     values = [value for file in files for value in READERS[file.suffix](file)]
@@ -135,10 +143,27 @@ def _named_split(path: Path) -> list[Path]:
         listed = ", ".join(str(files[0]) for files in matches)
         raise ValueError(f"{path} is ambiguous: {listed}; give the path of one.")
     if not matches:
-        splits = _all_splits(directory) if directory.is_dir() else []
-        hint = f" {directory} has {', '.join(splits)}." if splits else ""
-        raise ValueError(f"{path}: no such file.{hint} Allowed are {FORMS}.")
+        raise ValueError(f"{path}: no such file{_nearest_file(path)} Allowed are {FORMS}.")
     return matches[0]
+
+
+def _nearest_file(path: Path) -> str:
+    """Return the name in the same directory, or the split, of nearest spelling, or what is missing.
+
+    Where a directory is missing, the names beside that are compared.
+    """
+    directory = path.parent
+    if not directory.is_dir():
+        return f": {directory} does not exist{_nearest_file(directory)}"
+    names = sorted(part.name for part in directory.iterdir() if not part.name.startswith("."))
+    splits = _all_splits(directory)
+    for known in (names, splits):
+        for name, of in ((path.name, known), (path.stem, [Path(each).stem for each in known])):
+            near = difflib.get_close_matches(name, of, n=1, cutoff=0.6)
+            if near:
+                return f"; did you mean {directory / known[of.index(near[0])]}?"
+    files = [name for name in names if Path(name).suffix in ENDINGS] or splits
+    return f". {directory} has {joined(files, ', ')}." if files else "."
 
 
 def _split_of(path: Path) -> str | None:

@@ -17,7 +17,7 @@ from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
 from ntkrl.json_files import read_object
 from ntkrl.json_values import readable
-from ntkrl.messages import joined
+from ntkrl.messages import did_you_mean, joined
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import (
     NO_INPUTS,
@@ -87,7 +87,7 @@ def _evaluate(
 ) -> dict[str, float]:
     settings, steps = setup.settings, 0 if checkpoint is None else int(checkpoint.step)
     setup = setup.during(steps * settings.schedule.updates, steps)
-    if setup.held_out is None:
+    if setup.held_out is None or not settings.evaluates:
         raise ValueError(
             "there is nothing to evaluate on: set eval.every_steps, reward.function and either "
             "data.eval_path or data.held_out."
@@ -184,9 +184,19 @@ def config_of(run: str) -> ConfigDict:
     """
     path = Path(run) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{run} is not a run directory: it has no config.json.")
+        wrong = "it has no config.json" if Path(run).exists() else "it does not exist"
+        raise ValueError(
+            f"{run} is not a run directory: {wrong}"
+            f"{did_you_mean(run, _run_directories(run)) or '.'}"
+        )
+    values = read_object(path, finite=False)
+    if "run_dir" not in values and ("model_type" in values or "architectures" in values):
+        raise ValueError(
+            f"{run} is a Hugging Face directory, not a run directory of `ntkrl train`: it needs no "
+            f"export, and `ntkrl evaluate --config=… --config.model.path={run}` scores it."
+        )
     try:
-        config = runtime.from_json(read_object(path, finite=False))
+        config = runtime.from_json(values)
         config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
         config.rollout.mesh = runtime.from_json({"data": None, "tensor": None})
         config.run_dir = run
@@ -194,6 +204,12 @@ def config_of(run: str) -> ConfigDict:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not the config of a run ({reason}).") from error
     return config
+
+
+def _run_directories(run: str) -> list[str]:
+    """Return the run directories beside one that does not exist."""
+    parent = Path(run).parent
+    return [str(path.parent) for path in parent.glob("*/config.json")]
 
 
 def _check_code(settings: RunSettings, run: str, trusted: bool) -> None:

@@ -108,9 +108,9 @@ def evaluate_policy(
       progress: show a bar.
 
     Returns:
-      `(metrics, samples)`: the `eval/…` and `diversity/…` metrics (`eval/reward_sd` is the
-      standard deviation of the mean reward over repeats, 0 for one repeat), with those of
-      `compare` where the config has a base, and the samples they are computed from.
+      `(metrics, samples)`: the `eval/…` and `diversity/…` metrics, `eval/reward_sd` if it can be
+      measured (see `sampling_noise`), with those of `compare` where the config has a base, and
+      the samples they are computed from.
     """
     settings = setup.settings.evaluation
     count = min(settings.prompts, setup.held_out_prompts.size)
@@ -123,12 +123,34 @@ def evaluate_policy(
     measures = [prompt_measures(r.texts, r.result.rewards, settings) for r in repeats]
     by_prompt = {name: np.mean([m[name] for m in measures], axis=0) for name in measures[0]}
     metrics = {name: float(np.mean(values)) for name, values in by_prompt.items()}
-    means = [np.mean(m["eval/reward"]) for m in measures]
-    metrics["eval/reward_sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+    noise = sampling_noise([r.result.rewards.reshape(count, -1) for r in repeats])
+    if noise is not None:
+        metrics["eval/reward_sd"] = noise
     if setup.base is not None:
         samples = _pooled(repeats, settings.samples_per_prompt)
         metrics |= compare(setup.base, samples, settings.success_threshold)
     return metrics, EvaluationSamples(repeats, by_prompt)
+
+
+def sampling_noise(rewards: Sequence[np.ndarray]) -> float | None:
+    """Return the standard deviation of a sampling's mean reward, the prompts fixed.
+
+    Of several samplings, that of their means; of one, √(Σ_p s_p² / k) / P with the variance s_p²
+    of the k rewards of prompt p. None for a single sample of each prompt, which has no spread.
+
+    Args:
+      rewards: `[P, k]` of each sampling.
+    """
+    if len(rewards) > 1:
+        # mean over prompts of means over samples, as `eval/reward`
+        means = [np.mean(np.mean(np.asarray(r, np.float64), axis=1)) for r in rewards]
+        return float(np.std(means, ddof=1))
+    rewards_PN = np.asarray(rewards[0], np.float64)
+    prompts, samples = rewards_PN.shape
+    if samples < 2:
+        return None
+    variances_P = np.var(rewards_PN, axis=1, ddof=1)
+    return float(np.sqrt(np.sum(variances_P) / samples) / prompts)
 
 
 def _pooled(repeats: Sequence[RewardedRollout], group: int) -> Samples:

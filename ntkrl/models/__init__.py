@@ -8,7 +8,7 @@ from ntkrl.models.hf_export import check_target
 from ntkrl.models.hf_files import HUB_NAME, generation_end_ids, local_directory, read_config
 from ntkrl.models.layers import REMAT
 from ntkrl.models.lora import CONFIG_FILE as ADAPTER_CONFIG
-from ntkrl.models.lora import Lora
+from ntkrl.models.lora import Lora, is_adapter
 from ntkrl.models.model_card import Training
 from ntkrl.models.policy import ModelOptions, build, describe, resized, untied, whitened
 from ntkrl.models.pretrained import (

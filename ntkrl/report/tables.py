@@ -65,7 +65,7 @@ class MethodSummary:
     runs: number of runs.
     unfinished: number of runs that did not end normally.
     end_steps: steps of the last evaluations, rising, without repetition.
-    noise: standard deviation of eval/reward over repeated samplings of the starting models.
+    noise: standard deviation of eval/reward over samplings of the starting models, or NaN.
     reward_start, reward_end: eval/reward at step 0 and at the last evaluation.
     gain: mean of (end − start) over runs, in units of noise.
     pass_at_k, distinct: at the last evaluation.
@@ -105,6 +105,7 @@ def summaries(runs: Sequence[Run]) -> tuple[MethodSummary, ...]:
       names. Unmeasured numbers are NaN.
     """
     noise = _over(runs, lambda run: _at_start(run, "eval/reward_sd")).mean
+    noise = noise if noise > 0 else math.nan  # 0 of greedy samples is no measure of it
     base = _levels(BASE_LABEL, runs, noise, _at_start)
     return base, *(_method(name, group, noise) for name, group in by_name(runs).items())
 
@@ -139,7 +140,7 @@ def _method(name: str, runs: Sequence[Run], noise: float) -> MethodSummary:
         unfinished=sum(not run.finished for run in runs),
         end_steps=tuple(sorted(ends)),
         reward_end=_over(runs, lambda run: _at_end(run, "eval/reward")),
-        gain=gain.mean / noise if noise > 0 else math.nan,
+        gain=gain.mean / noise,
         head_share=_over(runs, lambda run: _last_stage_mean(run, "predict/head_share")),
         correlation=_over(runs, lambda run: _last_stage_mean(run, "predict/correlation")),
         seconds=_over(runs, _training_seconds),
@@ -205,7 +206,7 @@ def spread(stat: Stat) -> str:
 
 def _end_cell(row: MethodSummary) -> str:
     if row.label == BASE_LABEL and not row.end_steps:
-        return f"± {number(row.noise)} noise"
+        return f"± {number(row.noise)} noise" if math.isfinite(row.noise) else NO_VALUE
     return spread(row.reward_end)
 
 
@@ -241,7 +242,7 @@ def summary_table(rows: Sequence[MethodSummary]) -> Table:
     """Return the summaries as a table, with sentences a reader needs beside it."""
     notes = [
         "end: last evaluation; ± sd over runs (n); Δ/noise: (end − start) / noise, noise = sd of "
-        "eval reward over repeated samplings of the starting model.",
+        "eval reward over samplings of the starting model, – where it was not measured.",
         "R share and corr.: means over the probed steps of the last stage; train s: without "
         "probes and evaluations.",
     ]

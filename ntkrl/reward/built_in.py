@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ntkrl.messages import listed
 from ntkrl.reward.row_limits import RowScores
 
 THINK = re.compile(r"^<think>(?!.*<think>)(.*?)</think>.*$", re.DOTALL)
@@ -251,9 +252,7 @@ def expression_score(
     """
     wrong = [f"row {row}: {value!r}" for row, value in enumerate(target) if not _is_target(value)]
     if wrong:
-        raise ValueError(
-            f"the column 'target' must be integers (None where absent), but {'; '.join(wrong[:10])}"
-        )
+        raise ValueError(f"the column 'target' must be integers (None where absent){listed(wrong)}")
     return [
         None if value is None else float(_solves(completion, value))
         for completion, value in zip(completions, target, strict=True)

@@ -16,10 +16,12 @@ import numpy as np
 from ntkrl import durable_files
 from ntkrl.json_files import MAX_RECORD_BYTES, read_json
 from ntkrl.json_values import from_json, to_json
-from ntkrl.messages import did_you_mean, listed
+from ntkrl.messages import did_you_mean, listed, with_places
 from ntkrl.reward.contract import CONTRACT, CallLog, RewardError, RewardFunction, TrainerState
 
 EPSILON = 1e-8
+ANSWERS = ("answer", "solution", "ground_truth", "label", "target", "reference", "gold")
+"""Usual names of one column: the right answer."""
 FORM = 'expected {"rewards": {"NAME": [numbers]}}, as `ntkrl evaluate` writes it'
 
 
@@ -58,12 +60,14 @@ class RewardSet:
     functions: one or more, with different names.
     local_slice, allgather_object: of `runtime`, which workers must not import; the prompts that
       this process calls the functions for, and the exchange of results between processes.
+    place: from a completion's number to the name of its row, such as "prompts.jsonl:6".
     trainer_state: progress of the run, see `during`; None before it is known.
     """
 
     functions: tuple[RewardFunction, ...]
     local_slice: Callable[[int], slice] = lambda count: slice(0, count)
     allgather_object: Callable[[str, Any], list[Any]] = lambda name, value: [value]
+    place: Callable[[int], str] = lambda row: f"row {row}"
     trainer_state: TrainerState | None = None
 
     def __post_init__(self) -> None:
@@ -98,7 +102,7 @@ class RewardSet:
         ]
         for function in self.functions:
             for name in function.missing(columns):
-                hint = did_you_mean(name, (*columns, *CONTRACT))
+                hint = _nearest_column(name, columns)
                 problems.append(f"{function.label} requires {name!r}, which is not a column{hint}")
         if problems:
             raise ValueError(
@@ -152,7 +156,8 @@ class RewardSet:
             }
             if not texts:
                 return _FunctionResult(np.zeros(0), {}, {})
-            return _call_function(function, arguments, texts)
+            first = 0 if function.on_mesh else local_rows.start
+            return _call_function(function, arguments, texts, lambda row: self.place(first + row))
 
         results = self._score_all(score)
         per_function = {name: result.rewards for name, result in results.items()}
@@ -216,7 +221,7 @@ class RewardSet:
         absent_FB = np.isnan(values_FB)
         empty = np.flatnonzero(absent_FB.all(axis=0))
         if empty.size:
-            rows = [f"row {row}, {completions[row]!r:.60}" for row in empty.tolist()]
+            rows = [f"{self.place(row)}, {completions[row]!r:.60}" for row in empty.tolist()]
             raise ValueError(
                 f"every reward function returned None for {empty.size} completions{listed(rows)}\n"
                 "At least one must apply to each row: return a number there, or remove such "
@@ -230,8 +235,19 @@ class RewardSet:
         return np.sum(weighted_FB, axis=0).astype(np.float32)
 
 
+def _nearest_column(name: str, columns: Sequence[str]) -> str:
+    """Return a question that names the column of the same meaning, or else of near spelling."""
+    same = [column for column in columns if name in ANSWERS and column in ANSWERS]
+    if same:
+        return f"; did you mean {same[0]!r}?"
+    return did_you_mean(name, columns) or did_you_mean(name, CONTRACT, cutoff=0.8)
+
+
 def _call_function(
-    function: RewardFunction, arguments: dict[str, Any], completions: Sequence[str]
+    function: RewardFunction,
+    arguments: dict[str, Any],
+    completions: Sequence[str],
+    place: Callable[[int], str],
 ) -> _FunctionResult:
     """Call a function; a failure is its default reward in every row, if it has one."""
     log = CallLog()
@@ -239,10 +255,11 @@ def _call_function(
         arguments |= {"log_metric": log.log_metric, "log_extra": log.log_extra}
         return _FunctionResult(function.rewards(arguments, completions), log.metrics, log.extra)
     except RewardError as error:
+        reason = with_places(str(error), place)
         if function.on_failure is None:
-            raise
+            raise RewardError(reason) from error.__cause__ or error
         default = np.full(len(completions), function.on_failure, np.float32)
-        return _FunctionResult(default, {}, {}, str(error))
+        return _FunctionResult(default, {}, {}, reason)
 
 
 def _check_sizes(completions: Sequence[Any], **others: Sequence[Any]) -> None:

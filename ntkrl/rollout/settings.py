@@ -60,7 +60,7 @@ class SamplerSettings:
         if self.greedy and self.truncates:
             problems.append("temperature 0 takes the likeliest token: set top_k, top_p, min_p None")
         if problems:
-            raise ValueError("rollout settings: " + "; ".join(problems) + ".")
+            raise ValueError("; ".join(problems) + ".")
 
     def chunk_length(self, platform: str) -> int:
         """Return the steps of every chunk: chunks of equal length waste the fewest steps.

@@ -43,9 +43,13 @@ from ntkrl.runtime.rundir import (
     check_run_dir,
     check_shared,
     claim_run_dir,
+    clear_untrained,
     config_changes,
     config_identity,
+    is_longer,
     locked,
+    stage_lengths,
+    unclaimed,
 )
 from ntkrl.runtime.settings import CheckpointSettings
 from ntkrl.runtime.start_record import record_start

@@ -5,6 +5,7 @@ Rooms below `setup` see frozen dataclasses, one per section, never a ConfigDict.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from ml_collections.config_flags import config_path
 
 from ntkrl.messages import did_you_mean
 from ntkrl.runtime.config_files import load_config
+from ntkrl.runtime.value_types import flag_problem, type_problems
 from ntkrl.shorthands import apply_shorthands
 
 if TYPE_CHECKING:
@@ -52,7 +54,14 @@ def read_config(
         )
     if saved is None and not (named and named[-1]):
         raise ValueError("--config=NAME is missing, for example --config=rl or --config=my_run.py.")
+    if len(named) > 1:
+        raise ValueError(f"--config is there {len(named)} times: {', '.join(named)}; give one.")
     config = load_config(named[-1]) if saved is None else saved
+    if "run_dir" not in config:
+        raise ValueError(
+            f"--config={named[-1]} has no run_dir; start from the defaults, as in "
+            "config = base.get_config() (from ntkrl.configs import base), and change some."
+        )
     apply_shorthands(config, {} if shorthands is None else shorthands)
     return _override(overrides, config)
 
@@ -67,7 +76,11 @@ def join_config_flag(arguments: Sequence[str]) -> list[str]:
 
 
 def _override(arguments: Sequence[str], config: ConfigDict) -> ConfigDict:
-    problems = [problem for word in arguments if (problem := _unknown_key(word, config))]
+    problems = [
+        problem
+        for word in arguments
+        if (problem := _unknown_key(word, config) or _wrong_value(word, config))
+    ]
     if problems:
         raise ValueError("\n".join(problems))
     # None is not a value of a typed flag, but turns many settings off; the last of several counts
@@ -99,8 +112,30 @@ def _unknown_key(argument: str, config: ConfigDict) -> str | None:
     try:
         config_path.get_value(name.removeprefix("config."), config)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        return f"--{name} does not exist. {_text(error)}"
+        return f"--{name} does not exist{_known_rows(name, config) or f'. {_text(error)}'}"
     return None
+
+
+def _known_rows(name: str, config: ConfigDict) -> str:
+    """Return how many rows a list has whose row an override names, if that is what is wrong."""
+    parent, bracket, number = name.removeprefix("config.").partition("[")
+    with contextlib.suppress(Exception):
+        count = len(config_path.get_value(parent, config))
+        if bracket and int(number.partition("]")[0]) >= count:
+            last = f"{parent}[{count - 1}]"
+            rows = "row" if count == 1 else "rows"
+            return f": {parent} has {count} {rows}, up to {last}; add more in a config file."
+    return ""
+
+
+def _wrong_value(argument: str, config: ConfigDict) -> str | None:
+    """Return a message if the value of an override is not of the type of its setting."""
+    flag, equals, text = argument.partition("=")
+    name = flag.lstrip("-").removeprefix("config.")
+    if not flag.startswith("--config.") or not equals or text == "None":
+        return None
+    default = config_path.get_value(name, config)
+    return flag_problem(flag, text, config_path.get_type(name, config), default)
 
 
 def _text(error: Exception) -> str:
@@ -126,8 +161,7 @@ def parse_section(kind: type[Settings], section: ConfigDict, name: str) -> Setti
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
         if key not in values and not optional:
             problems.append(f"{name}.{key} is missing")
-        elif key in values and values[key] is None and "None" not in str(field.type):
-            problems.append(f"{name}.{key} must not be None")
+    problems += type_problems(kind, values, name)
     if problems:
         raise ValueError("; ".join(problems) + ".")
     try:
@@ -155,17 +189,28 @@ def _typed(value: Any) -> Any:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List the fields in which two configs differ, as `section.field: old -> new`."""
+    """List the fields in which two configs differ, as `stages[0].steps: old -> new`."""
     changed = []
     for key in sorted({*old, *new}):
-        name = f"{prefix}{key}"
         before = old[key] if key in old else "(absent)"
         after = new[key] if key in new else "(absent)"
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changed += differences(before, after, f"{name}.")
-        elif before != after:
-            changed.append(f"{name}: {before!r} -> {after!r}")
+        changed += _difference(f"{prefix}{key}", before, after)
     return changed
+
+
+def _difference(name: str, before: Any, after: Any) -> list[str]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        return differences(before, after, f"{name}.")
+    if before == after:
+        return []
+    if isinstance(before, list) and isinstance(after, list):
+        pairs = list(enumerate(zip(before, after, strict=False)))
+        rows = all(isinstance(entry, Mapping) for entry in (*before, *after))
+        if len(before) == len(after) or rows:
+            changed = [d for i, pair in pairs for d in _difference(f"{name}[{i}]", *pair)]
+            lengths = f"{name}: {len(before)} -> {len(after)} entries"
+            return changed if len(before) == len(after) else [lengths, *changed]
+    return [f"{name}: {before!r} -> {after!r}"]
 
 
 def _json(value: Any) -> Any:

@@ -92,7 +92,8 @@ def is_writer() -> bool:
 def log(message: str) -> None:
     """Print a message once per run, above any progress bar."""
     if is_writer():
-        tqdm.write(message)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads: the run goes on
+            tqdm.write(message)
 
 
 def local_slice(count: int) -> slice:

@@ -48,4 +48,4 @@ class ErrorCollector:
     def finish(self) -> None:
         """Raise one ValueError with every recorded message, one per line, if there are any."""
         if self.messages:
-            raise ValueError("\n".join(self.messages))
+            raise ValueError("\n".join(dict.fromkeys(self.messages)))

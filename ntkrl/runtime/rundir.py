@@ -3,16 +3,17 @@
 import contextlib
 import itertools
 import json
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ntkrl.durable_files import save_text
-from ntkrl.json_files import read_object
+from ntkrl.json_files import parse_json, read_object
 from ntkrl.run_lock import DirectoryLock
 from ntkrl.runtime.config import differences
-from ntkrl.runtime.distributed import allgather_object, is_writer
+from ntkrl.runtime.distributed import allgather_object, is_writer, log
 from ntkrl.user_files import IN_PROCESS
 
 SHARED_SECONDS = 60.0
@@ -31,7 +32,17 @@ ALLOWED = {
     "schedule.log_ratio_tolerance": "a check only, not the computation",
 }
 """Sections and fields of a config that a resumed run may change, and why: the run computes what it
-would have computed. Any other difference would mix two runs, and is refused."""
+would have computed. Any other difference but a longer last stage would mix two runs, and is
+refused."""
+LENGTHS = ("steps", "epochs")
+"""Fields of a stage that may grow when a run is resumed: it goes on."""
+TRAINED = ("finished", "export", "export_reference", "adapter", "ledger")
+"""Files and directories that only a run has that has trained."""
+UNTRAINED = (
+    *("metrics.jsonl", "timings.jsonl", "starts.jsonl", "layout.json"),
+    *("probes", "checkpoints", "tokenizer"),
+)
+"""Files and directories of a run before its first step, besides config.json."""
 
 
 def locked(
@@ -52,7 +63,9 @@ def locked(
 
 
 def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject: str) -> list[str]:
-    """Return the differences that are ALLOWED between two configs, with the reason.
+    """Return the allowed differences between two configs, with the reason.
+
+    Stages may become longer, and what is ALLOWED may change.
 
     Args:
       saved, config: as JSON values.
@@ -62,9 +75,10 @@ def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject:
       ValueError: any other difference; the message lists all of both kinds.
     """
     renamed = _with_functions(saved, config)
-    refused = differences(config_identity(renamed), config_identity(config))
+    allowed, refused = stage_lengths(saved, config)
+    refused = differences(config_identity(renamed), config_identity(config)) + refused
     reason = "the same function by its name"
-    allowed = [f"{change} ({reason})" for change in differences(saved, renamed)]
+    allowed += [f"{change} ({reason})" for change in differences(saved, renamed)]
     allowed += [
         f"{change} ({reason})"
         for name, reason in ALLOWED.items()
@@ -77,6 +91,49 @@ def config_changes(saved: Mapping[str, Any], config: Mapping[str, Any], subject:
         f"{subject} was begun with another config: {'; '.join(refused)}.{also} Undo these changes, "
         "set another --config.run_dir, or remove the directory to start over."
     )
+
+
+def stage_lengths(
+    saved: Mapping[str, Any], config: Mapping[str, Any], ended: int = 0
+) -> tuple[list[str], list[str]]:
+    """Return the changes of the lengths of stages: those with which a run goes on, and others.
+
+    Args:
+      saved, config: as JSON values.
+      ended: stages that have ended before the current one, whose length is past.
+    """
+    allowed, refused = [], []
+    pairs = zip(_stages(saved), _stages(config), strict=False)
+    for number, (before, after) in enumerate(pairs):
+        for field in LENGTHS:
+            old, new = before.get(field), after.get(field)
+            if old == new:
+                continue
+            change = f"stages[{number}].{field}: {old!r} -> {new!r}"
+            if old is None or new is None:
+                refused.append(change)
+            elif new < old:
+                refused.append(f"{change} (a run goes on for more {field}, never for fewer)")
+            elif number < ended:
+                refused.append(f"{change} (that stage has ended; lengthen the last stage alone)")
+            else:
+                schedule = after.get("schedule")
+                constant = schedule in (None, "constant")
+                also = "" if constant else f", its {schedule} schedule over the new length"
+                allowed.append(f"{change} (the run goes on{also})")
+    return allowed, refused
+
+
+def is_longer(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether a config makes stages of the run in a directory longer."""
+    path = directory / "config.json"
+    return path.is_file() and bool(stage_lengths(read_object(path, finite=False), config)[0])
+
+
+def _stages(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    stages = values.get("stages")
+    rows = stages if isinstance(stages, list) else []
+    return [row if isinstance(row, Mapping) else {} for row in rows]
 
 
 def _with_functions(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -102,8 +159,12 @@ def _with_functions(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Mapp
 
 
 def config_identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a config that must not change within a run: all but ALLOWED."""
+    """Return the part of a config that must not change within a run: all but ALLOWED, LENGTHS."""
     identity = {name: value for name, value in values.items() if name not in ALLOWED}
+    identity["stages"] = [
+        {name: value for name, value in stage.items() if name not in LENGTHS}
+        for stage in _stages(values)
+    ]
     for name in ALLOWED:
         section, _, field = name.partition(".")
         if field and section in identity:
@@ -146,6 +207,53 @@ def check_run_dir(
             )
         return None
     return config_changes(read_object(path, finite=False), config, str(directory))
+
+
+def clear_untrained(directory: Path, config: Mapping[str, Any]) -> None:
+    """Remove the files of a run of another config that has trained nothing.
+
+    A run that fails before its first step does so with files of its own, which claim nothing.
+    """
+    path = directory / "config.json"
+    if not path.is_file() or not _is_untrained(directory):
+        return
+    try:
+        config_changes(read_object(path, finite=False), config, str(directory))
+    except ValueError:
+        log(f"{directory} is of another config, under which nothing was trained: beginning anew")
+        for name in UNTRAINED:
+            place = directory / name
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        path.unlink()  # last, since files without it are nobody's
+
+
+def _is_untrained(directory: Path) -> bool:
+    """Return whether a run has neither a checkpoint nor metrics of a step."""
+    if any((directory / name).exists() for name in TRAINED):
+        return False
+    if any(path.name.isdigit() for path in (directory / "checkpoints").glob("*")):
+        return False
+    metrics = directory / "metrics.jsonl"
+    for line in metrics.read_bytes().splitlines() if metrics.is_file() else ():
+        try:
+            row = parse_json(line.decode(), finite=False)
+        except ValueError:
+            return False
+        if not isinstance(row, dict) or row.get("step") != 0:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def unclaimed(directory: Path) -> Iterator[None]:
+    """Remove the tokenizer that a block wrote into a directory, if it fails before config.json."""
+    before = (directory / "tokenizer").exists()
+    try:
+        yield
+    except BaseException:
+        if is_writer() and not before and not (directory / "config.json").exists():
+            shutil.rmtree(directory / "tokenizer", ignore_errors=True)
+        raise
 
 
 def _has_content(path: Path) -> bool:

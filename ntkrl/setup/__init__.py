@@ -1,5 +1,6 @@
 """Load a run's model, prompts and rewards from its settings, checked before anything is traced."""
 
+from ntkrl.setup.adapters import describe_adapters
 from ntkrl.setup.inputs import NO_INPUTS, Inputs
 from ntkrl.setup.rewards import Samples, is_python_function, load_rewards
 from ntkrl.setup.run_setup import Prompts, RunSetup, set_up

@@ -50,7 +50,7 @@ class RunSetup:
     """The parts of a run.
 
     settings: the config, read. model: the starting model. train: prompts.
-    held_out: prompts of the evaluation, or None for no evaluation.
+    held_out: prompts of the evaluation and the probe set, or None for neither.
     rewards: None for a supervised run without rewards.
     base: samples that evaluations are compared with, or None.
     """
@@ -64,7 +64,7 @@ class RunSetup:
 
     @property
     def held_out_prompts(self) -> Prompts:
-        """The prompts of a run that has an evaluation."""
+        """The prompts of a run that has an evaluation or a probe set."""
         assert self.held_out is not None
         return self.held_out
 
@@ -129,8 +129,14 @@ def set_up(settings: RunSettings, run_dir: Path, inputs: Inputs = NO_INPUTS) -> 
             if stored_rows is not None:
                 rows = vocabulary_rows(settings, tokenizer, stored_rows)
                 check_vocabulary(tokenizer, rows, tokenizer_dir)
+    if train is not None and settings.method.samples:
+        _warn_of_continued(train.prompt_set)
     if train is not None and rewards is not None and not settings.method.reward_model:
-        for prompts in (held_out, train if settings.method.samples else None):
+        scored = (
+            held_out if settings.evaluates else None,
+            train if settings.method.samples else None,
+        )
+        for prompts in scored:
             with errors:
                 if prompts is not None:
                     rewards.check_columns(prompts.columns)
@@ -142,6 +148,20 @@ def set_up(settings: RunSettings, run_dir: Path, inputs: Inputs = NO_INPUTS) -> 
     assert train is not None  # else its error was raised
     model = load_network(settings, mesh, tokenizer, tokenizer_dir)
     return RunSetup(settings, model, train, held_out, rewards, base)
+
+
+def _warn_of_continued(prompt_set: data.PromptSet) -> None:
+    """Log a warning if conversations end with a message of the assistant's."""
+    if not prompt_set.conversational:
+        return
+    turns = enumerate(prompt_set.prompts)
+    rows = [row for row, turn in turns if turn[-1]["role"] == "assistant"]  # type: ignore[index]
+    if rows:
+        runtime.log(
+            f"warning: {len(rows)} of {len(prompt_set.prompts)} prompts end with the assistant's "
+            f"message, the first at {prompt_set.place(rows[0])}: completions continue it; remove "
+            "it if they are to answer"
+        )
 
 
 def _load_prompts(
@@ -165,7 +185,7 @@ def _load_prompts(
 def _read_prompt_sets(
     settings: RunSettings, inputs: Inputs
 ) -> tuple[list[data.PromptSet], list[data.PromptSet]]:
-    """Return the training sets and, for a run with evaluations, held-out ones; one per file."""
+    """Return the training sets and, for evaluations and probes, held-out ones; one per file."""
     files, method = settings.data, settings.method
     if files.path is None:
         held_out = [data.expression_prompts("test")] if settings.holds_out else []
@@ -197,10 +217,11 @@ def _encode(
         size, completions = (len(prompt_set.prompts),), []
         if settings.method.reward_model:
             return Prompts(prompt_set, [], [], size)
-        if with_completions:
-            budget = settings.rollout.max_completion_tokens
-            completions = data.encode_completions(tokenizer, prompt_set, budget)
-        ids = data.encode_prompts(tokenizer, prompt_set, settings.data.max_prompt_tokens)
+        with prompt_set.named_rows():
+            if with_completions:
+                budget = settings.rollout.max_completion_tokens
+                completions = data.encode_completions(tokenizer, prompt_set, budget)
+            ids = data.encode_prompts(tokenizer, prompt_set, settings.data.max_prompt_tokens)
         return Prompts(prompt_set, ids, completions, size)
 
     return runtime.ErrorCollector().map(encode, prompt_sets)

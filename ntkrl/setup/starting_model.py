@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 import ntkrl
 from ntkrl import data, durable_files, models, rollout, runtime, trees, update
+from ntkrl.messages import joined
 from ntkrl.numerics import DTYPES, at_least_float32, einsum
 from ntkrl.scoring import completion_features
 from ntkrl.settings import RunSettings
@@ -34,6 +35,7 @@ class StartingModel:
     tokenizer: transformers'. tokenizer_dir: directory whose tokenizer files export copies.
     end_ids: tokens that end a completion.
     mesh: mesh of all devices. rollout_mesh: of the same devices, to sample on.
+    base_rows: vocabulary rows of the base that adapters were added to, or None.
     """
 
     network: Policy | Scorer
@@ -43,6 +45,7 @@ class StartingModel:
     end_ids: tuple[int, ...]
     mesh: Mesh
     rollout_mesh: Mesh
+    base_rows: int | None = None
 
     @property
     def policy(self) -> Policy:
@@ -63,12 +66,25 @@ class StartingModel:
 
     def export_paths(self, path: Path) -> list[Path]:
         """Return the directories that `export` writes: the model's, and the adapters' if any."""
-        if isinstance(self.network, Scorer) or self.policy.config.adapters is None:
-            return [path]
-        return [
-            path,
-            path.with_name("adapter" if path.name == "export" else f"{path.name}-adapter"),
-        ]
+        return [path, _adapter_path(path)] if self.has_adapters else [path]
+
+    @property
+    def has_adapters(self) -> bool:
+        """True if the network has low-rank adapters."""
+        return isinstance(self.network, Policy) and self.network.config.adapters is not None
+
+    def adapter_obstacle(self, params: Params | None = None) -> str | None:
+        """Return why adapters on their base would not be the exported model; None if they are it.
+
+        Args:
+          params: to be exported; None for those of the start.
+        """
+        rows = self.policy.vocab_size
+        if self.base_rows not in (None, rows):
+            return f"its vocabulary has {rows} rows, that of the base {self.base_rows}"
+        changed = [] if params is None else trees.changed(self.params, params)
+        moved = [name for name in changed if not models.is_adapter(name)]
+        return f"{joined(moved, ', ', most=4)} of the base moved too" if moved else None
 
     def check_exports(self, *paths: Path) -> None:
         """Check that `export` to these paths would replace nothing but earlier exports.
@@ -80,7 +96,7 @@ class StartingModel:
             models.check_target(target, (self.tokenizer_dir, self.network.source))
 
     def export(self, path: Path, params: Params | None, training: models.Training) -> None:
-        """Write a Hugging Face directory, and one of the adapters beside it if there are any.
+        """Write a Hugging Face directory, and one of the adapters beside it if they reproduce it.
 
         Args:
           path: directory.
@@ -95,8 +111,18 @@ class StartingModel:
             models.export_scorer(path, self.network, params, self.tokenizer_dir, training)
             return
         models.export(path, self.policy, params, self.tokenizer_dir, training)
-        for adapter in self.export_paths(path)[1:]:
-            models.export_adapter(adapter, self.policy, params, self.tokenizer_dir, training)
+        if not self.has_adapters:
+            return
+        obstacle, adapter = self.adapter_obstacle(params), _adapter_path(path)
+        if obstacle is not None:
+            runtime.log(f"{path} is complete; {adapter.name}/ is not written: {obstacle}")
+            return
+        models.export_adapter(adapter, self.policy, params, self.tokenizer_dir, training)
+
+
+def _adapter_path(path: Path) -> Path:
+    """Return the directory of the adapters beside an export."""
+    return path.with_name("adapter" if path.name == "export" else f"{path.name}-adapter")
 
 
 def training_facts(settings: RunSettings, rollout_steps: int) -> models.Training:
@@ -206,6 +232,7 @@ def load_network(
         scorer, params = _load_scorer(settings, tokenizer, mesh)
         return StartingModel(scorer, params, tokenizer, tokenizer_dir, (), mesh, mesh)
     policy, params = _load_policy(settings, tokenizer, mesh)
+    base_rows = None if policy.source is None else policy.vocab_size
     rows = vocabulary_rows(settings, tokenizer, policy.vocab_size)
     if rows != policy.vocab_size:
         policy, params = models.resized(policy, params, rows, mesh)
@@ -215,7 +242,9 @@ def load_network(
     generation_ids = () if policy.source is None else models.generation_end_ids(policy.source)
     end_ids = data.end_ids(tokenizer, generation_ids, settings.rollout.stop)
     sampling_mesh = choose_rollout_mesh(settings, policy, params, mesh)
-    return StartingModel(policy, params, tokenizer, tokenizer_dir, end_ids, mesh, sampling_mesh)
+    return StartingModel(
+        policy, params, tokenizer, tokenizer_dir, end_ids, mesh, sampling_mesh, base_rows
+    )
 
 
 def choose_rollout_mesh(settings: RunSettings, policy: Policy, params: Params, mesh: Mesh) -> Mesh:

@@ -122,6 +122,10 @@ class RunCheckpointer:
             )
         if position["config_hash"] != self.provenance["config_hash"]:
             runtime.config_changes(position["config"], self.config, place)
+        stage = position["progress"].get("stage", 0)
+        _, refused = runtime.stage_lengths(position["config"], self.config, stage)
+        if refused:
+            raise ValueError(f"{place} is of another config: {'; '.join(refused)}.")
 
     def _log_changes(self, step: int, position: Mapping[str, Any]) -> None:
         """Log changed files and packages; the numbers of the run may differ from here on."""
@@ -222,12 +226,13 @@ class RunCheckpointer:
         return f"stopped by {signal}; {saved}; run the same command again."
 
 
-def is_finished(directory: Path, has_config: bool) -> bool:
+def is_finished(directory: Path, has_config: bool, longer: bool = False) -> bool:
     """Return whether the run is finished and intact; report damage that running it again mends.
 
     Args:
       directory: the run directory.
       has_config: whether it has a config.json, which the caller has compared.
+      longer: whether its stages are longer than when it was finished.
 
     Raises:
       ValueError: it is damaged, and has no checkpoint to mend it from.
@@ -238,6 +243,8 @@ def is_finished(directory: Path, has_config: bool) -> bool:
     problems = runtime.allgather_object("whether it is finished", problems)[0]
     if problems is not None and not has_config:
         problems.append("config.json is missing")
+    if problems is not None and longer:
+        problems.append("its stages have become longer")
     if not problems:
         return problems is not None
     listed = f"{directory} is marked as finished, but {'; '.join(problems)}"

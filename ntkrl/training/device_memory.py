@@ -2,7 +2,7 @@
 
 The compiler states the peak memory of the update at full length. Where that exceeds the devices'
 memory, a minibatch is read in more parts. Devices that report no limit, as CPUs, read it at once.
-A run that cannot sample in the devices' memory is refused.
+A run that cannot sample in the memory of devices and host is refused.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from ntkrl.numerics import GIB
 from ntkrl.settings import RunSettings
 from ntkrl.setup import RunSetup, decoding_work
 from ntkrl.training.abstract_run import AbstractRun, device_bytes
+from ntkrl.training.host_memory import check_host
 from ntkrl.training.programs import peak_bytes, resident_bytes, updates
 
 LAYOUT_FILE = "layout.json"
@@ -33,7 +34,7 @@ def fit(setup: RunSetup, directory: Path) -> RunSetup:
       directory: of the run; a number chosen there for the same mesh is kept.
 
     Raises:
-      ValueError: sampling does not fit the devices' memory.
+      ValueError: sampling does not fit the devices' memory, or a rollout the host's.
     """
     settings, mesh = setup.settings, setup.model.mesh
     limit = None if settings.method.reward_model else runtime.device_memory(mesh)
@@ -43,6 +44,7 @@ def fit(setup: RunSetup, directory: Path) -> RunSetup:
             runtime.log(f"sampling on data={parts['data']} × tensor={parts['tensor']} devices")
         if limit is not None:
             check_sampling(run, limit)
+        check_host(setup, run, _update_peak)
     if settings.schedule.microbatches is not None:
         return setup
     saved = _saved_count(directory, setup)

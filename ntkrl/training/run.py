@@ -1,13 +1,14 @@
 """A training run: checks of its directory, its parts, the loop, and the exported models."""
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from ntkrl import report, runtime
+from ntkrl import report, runtime, update
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import RunSettings, read_settings
-from ntkrl.setup import NO_INPUTS, Inputs, set_up, training_facts
+from ntkrl.setup import NO_INPUTS, Inputs, describe_adapters, set_up, training_facts
 from ntkrl.training import device_memory, run_summary
 from ntkrl.training.checkpointing import is_finished
 from ntkrl.training.loop import Loop
@@ -15,6 +16,8 @@ from ntkrl.training.step_functions import StepFunctions
 
 EXPORTS = ("export", "adapter", "export_reference", "export_reference-adapter")
 """Directories of exported models, as far as a run has them."""
+FINISHED = "finished"
+"""File of a run directory that says that the run is finished."""
 
 
 def train(config: ConfigDict, inputs: Inputs | None = None) -> Path:
@@ -32,37 +35,55 @@ def train(config: ConfigDict, inputs: Inputs | None = None) -> Path:
       PreemptedError: a signal was received, or `on_step` returned "stop"; the run was saved
         after the current rollout step.
     """
-    settings = read_settings(config)
-    alone = inputs is None or runtime.is_distributed()
-    lock = runtime.locked(Path(config.run_dir), "train", "finished")
+    settings, directory = read_settings(config), Path(config.run_dir)
+    values, alone = runtime.to_json(config), inputs is None or runtime.is_distributed()
+    done = None if runtime.is_longer(directory, values) else FINISHED
+    lock = runtime.locked(directory, "train", done)
     with PreemptionNotice(alone) as notice, lock, run_summary.compile_notices():
-        return _train(config, settings, NO_INPUTS if inputs is None else inputs, notice)
+        runtime.check_consistent("config", values)
+        if runtime.is_writer():
+            runtime.clear_untrained(directory, values)
+        runtime.allgather_object("the run directory as it is", None)
+        with runtime.unclaimed(directory):
+            loop = _prepare(values, settings, NO_INPUTS if inputs is None else inputs, notice)
+        return directory if loop is None else _run(loop)
 
 
-def _train(
-    config: ConfigDict, settings: RunSettings, inputs: Inputs, notice: PreemptionNotice
-) -> Path:
-    directory = Path(config.run_dir)
-    values = runtime.to_json(config)
-    runtime.check_consistent("config", values)
+def _prepare(
+    values: dict[str, Any], settings: RunSettings, inputs: Inputs, notice: PreemptionNotice
+) -> Loop | None:
+    """Check the run directory, set up the run and claim its directory; None if it is finished."""
+    directory = Path(values["run_dir"])
     changes = runtime.check_run_dir(directory, values)
-    if is_finished(directory, changes is not None):
-        runtime.log(f"{directory} is finished; remove it to run again.")
-        return directory
+    longer = runtime.is_longer(directory, values)
+    if is_finished(directory, changes is not None, longer):
+        runtime.log(f"{directory} is finished; give it more steps, or remove it to run again.")
+        return None
     for change in changes or ():
         runtime.log(f"the config has changed: {change}")
+    for warning in update.rate_warnings(settings.stages):
+        runtime.log(warning)
     report.check_loggers(settings.logging)
     setup = device_memory.fit(set_up(settings, directory, inputs), directory)
     setup.model.check_exports(directory / "export", directory / "export_reference")
-    settings = setup.settings
     runtime.log(run_summary.describe_start(setup, directory))
     loop = Loop(setup, directory, values, notice, inputs.on_step)
     if runtime.is_writer():
+        if longer:
+            (directory / FINISHED).unlink(missing_ok=True)
         runtime.claim_run_dir(directory, values)
         inputs.save()
         runtime.record_start(directory, run_summary.start_facts(setup))
     device_memory.save_layout(setup, directory)
     runtime.check_shared(directory)
+    return loop
+
+
+def _run(loop: Loop) -> Path:
+    """Train to the end, and export."""
+    setup, settings, directory = loop.setup, loop.setup.settings, loop.directory
+    for sentence in describe_adapters(setup.model, loop.steps.bound_stages):
+        runtime.log(sentence)
     rollout_steps = loop.run()
     facts = training_facts(settings, rollout_steps)
     setup.model.export(directory / "export", loop.at.state.params, facts)

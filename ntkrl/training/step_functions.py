@@ -87,13 +87,13 @@ class StepFunctions:
         self.states = TrainStates(self.settings, self.model)
         self.probe_hook: ProbeHook | None = None
         self.eval_sampler: SampleFn | None = None
-        if setup.held_out is not None and not self.settings.method.reward_model:
+        held_out, term_losses = setup.held_out is not None, self.source.term_losses
+        if held_out and self.settings.evaluates and not self.settings.method.reward_model:
             self.eval_sampler = make_evaluation_sampler(self.settings, self.model)
-            term_losses = self.source.term_losses
-            if self.settings.probes and term_losses is not None:
-                # the same seed for every run of a model, so that runs share one probe set
-                key = _stream(0, PROBE_STREAM, 0)
-                self.probe_hook = ProbeHook(setup, term_losses, self.bound_stages, directory, key)
+        if held_out and self.settings.probes and term_losses is not None:
+            # the same seed for every run of a model, so that runs share one probe set
+            key = _stream(0, PROBE_STREAM, 0)
+            self.probe_hook = ProbeHook(setup, term_losses, self.bound_stages, directory, key)
 
     def start(self) -> RunPosition:
         """Return the position of a new run."""
@@ -107,7 +107,7 @@ class StepFunctions:
             # not part of what the step donates, since the step may read its head
             state=dataclasses.replace(state, reference=None),
             reference=state.reference,
-            progress=update.Progress(**saved["progress"]),
+            progress=update.reopened(self.stages, update.Progress(**saved["progress"])),
             rollout_step=rollout_step,
             # counted on the host from here on, so that no step waits for the devices
             optimizer_steps=int(state.step),

@@ -29,6 +29,7 @@ from ntkrl.update.settings import (
     enter_stage,
     is_due,
     read_stages,
+    reopened,
     steps_left,
 )
 from ntkrl.update.stages import (
@@ -37,6 +38,7 @@ from ntkrl.update.stages import (
     bind_stage,
     bind_stages,
     check_stages,
+    rate_warnings,
 )
 from ntkrl.update.train_step import (
     Gradients,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ntkrl import runtime
+from ntkrl.messages import quoted
 from ntkrl.update.stages import Stage, check_stages
 
 LOG_RATIO_TOLERANCES = {"float32": 1e-3, "float16": 0.25, "bfloat16": 2.0}
@@ -95,6 +96,12 @@ def read_stages(rows: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
         raise ValueError("stages is empty; give at least one row (see configs/base.py).")
     stages, problems = [], []
     for number, row in enumerate(rows):
+        if not (isinstance(row, Mapping) or hasattr(row, "to_dict")):  # or a ConfigDict
+            problems.append(
+                f"stages[{number}] is {quoted(row)}; rows are those of base.stage(...) in a config "
+                f"file. On the command line set one field: --config.stages[{number}].steps=10."
+            )
+            continue
         try:
             stages.append(runtime.parse_section(Stage, row, f"stages[{number}]"))
         except ValueError as error:
@@ -131,7 +138,7 @@ def advance(stage: Stage, progress: Progress, metrics: Mapping[str, Any]) -> Pro
         an update may have no `kl`.
     """
     steps, window, rewards = progress.steps + 1, stage.plateau_window, ()
-    reasons = [f"its {steps} steps are done"] if steps >= stage.max_steps else []
+    reasons = [_steps_are_done(steps)] if steps >= stage.max_steps else []
     if window is not None:
         rewards = (*progress.rewards, metrics["reward"])[-2 * window :]
         before, last = sum(rewards[:window]) / window, sum(rewards[window:]) / window
@@ -145,6 +152,21 @@ def advance(stage: Stage, progress: Progress, metrics: Mapping[str, Any]) -> Pro
         reasons.append(f"kl {metrics['kl']:.4g} exceeds its budget of {stage.kl_budget:.4g}")
     ended = " and ".join(reasons) if reasons else None
     return Progress(progress.stage, steps, rewards, ended)
+
+
+def _steps_are_done(steps: int) -> str:
+    return f"its {steps} steps are done"
+
+
+def reopened(stages: Sequence[Stage], progress: Progress) -> Progress:
+    """Return the progress of a resumed run, whose stage may have become longer since it ended.
+
+    A stage that a rule ended stays at its end.
+    """
+    longer = progress.steps < stages[progress.stage].max_steps
+    if longer and progress.ended == _steps_are_done(progress.steps):
+        return dataclasses.replace(progress, ended=None)
+    return progress
 
 
 def enter_stage(progress: Progress) -> Progress:

@@ -3,6 +3,9 @@
 A stage's parameters are an ordered `(pattern, learning rate or None)` list that covers the tree;
 None freezes. Classifier-first RL has two stages: the head, then all parameters. Freezing is a
 partition: frozen leaves are not differentiated and not part of the optimizer's state.
+
+Of a model with low-rank adapters a pattern that matches any of them, such as ".*", trains adapters
+alone; one that matches none, such as "head/.*", trains parameters of the base.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import optax
 
-from ntkrl import trees
+from ntkrl import models, trees
 from ntkrl.types import Params, Policy, Scorer
 from ntkrl.update import optimizers
 from ntkrl.update.optimizers import OPTIMIZERS, OPTIONS, SCHEDULES
@@ -25,6 +29,8 @@ from ntkrl.update.optimizers import OPTIMIZERS, OPTIONS, SCHEDULES
 RATES = ("b1", "b2", "momentum")
 OPTIMIZER_STATES = ("reset", "keep")
 ROUNDING_LOSS_LIMIT = 0.1
+HIGH_RATES = (0.1, 100.0)
+"""Learning rates above which a stage is warned of: of normalised steps, and of sgd."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +111,7 @@ def _length(stage: Stage) -> Iterator[str]:
 def _optimizer(stage: Stage) -> Iterator[str]:
     values = vars(stage)
     for pattern, rate in stage.parameters:
-        if rate is not None and not rate > 0:
+        if rate is not None and not 0 < rate < math.inf:
             yield f"learning rate of {pattern!r} must be > 0, or None to freeze, not {rate}"
     if stage.max_grad_norm is not None and not stage.max_grad_norm > 0:
         yield f"max_grad_norm must be > 0 or None, not {stage.max_grad_norm}"
@@ -152,6 +158,18 @@ def _rules(stage: Stage) -> Iterator[str]:
         yield "plateau_tolerance needs a plateau_window"
     if stage.kl_budget is not None and not stage.kl_budget > 0:
         yield f"kl_budget must be > 0 or None, not {stage.kl_budget}"
+
+
+def rate_warnings(stages: Sequence[Stage]) -> list[str]:
+    """Return a warning for each learning rate with which nothing is known to train."""
+    return [
+        f"warning: stage {stage.name!r}: the learning rate of {pattern!r} is {rate:g}; "
+        f"{stage.optimizer} usually has less than {limit:g}"
+        for stage in stages
+        for limit in (HIGH_RATES[stage.optimizer == "sgd"],)
+        for pattern, rate in stage.parameters
+        if rate is not None and rate > limit
+    ]
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
@@ -248,7 +266,7 @@ def bind_stage(
     """
     _refuse_tied_head(stage, network, params)
     label = f"stage {stage.name!r}"
-    rates = trees.match(stage.parameters, params, label)
+    rates = _rates(stage, params, label)
     rows = ((".*", stage.weight_decay),) if stage.decay is None else stage.decay
     decays = trees.match(rows, params, f"{label}, decay")
     trained = tuple(rate is not None for rate in rates)
@@ -279,6 +297,22 @@ def bind_stage(
         head_alone=isinstance(network, Policy) and _is_head(network, leaves),
         learning_rate=lambda count: first * float(schedule(count)),
     )
+
+
+def _rates(stage: Stage, params: Params, label: str) -> list[Any]:
+    """Return the rate of every leaf; a row that matches adapters freezes the base's leaves."""
+    rows = [(pattern, (pattern, rate)) for pattern, rate in stage.parameters]
+    matched, names = trees.match(rows, params, label), trees.names(params)
+    adapters = [name for name in names if models.is_adapter(name)]
+    general = {
+        pattern
+        for pattern, _ in stage.parameters
+        if any(re.fullmatch(pattern, name) for name in adapters)
+    }
+    return [
+        rate if pattern not in general or models.is_adapter(name) else None
+        for name, (pattern, rate) in zip(names, matched, strict=True)
+    ]
 
 
 def _is_head(policy: Policy, trained: Params) -> bool:

@@ -180,3 +180,10 @@ def test_sets_of_two_forms_are_not_joined():
     sets = [PromptSet((prompt,), {}, name) for prompt, name in ((USER, "a"), ("text", "b"))]
     with pytest.raises(ValueError, match="text in b and lists of messages in a; use one"):
         join(sets)
+
+
+def test_a_table_in_another_format(tmp_path):
+    """by hand: one sentence with the way to convert it, not a fault for every line."""
+    (tmp_path / "rows.csv").write_text("prompt,answer\n1,2\n")
+    with pytest.raises(ValueError, match=r"rows.csv is a table in a format .* convert it to JSON"):
+        read_set(tmp_path / "rows.csv")

@@ -86,6 +86,8 @@ def test_splits_by_name(tmp_path):
     with pytest.raises(
         ValueError, match=r"no such file. .* has .*sft, test_prefs, train_prefs, val"
     ):
+        read_rows(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"train: no such file; did you mean .*/train_prefs\?"):
         read_rows(tmp_path / "train")
     with pytest.raises(ValueError, match=r"is a directory; give one of .*sft"):
         read_rows(tmp_path)

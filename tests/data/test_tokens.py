@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ntkrl.data import save_tokenizer, turn_end_id
+from ntkrl.data import join, read_set, save_tokenizer, take, turn_end_id
 from ntkrl.data.arithmetic_task import END, PADDING
 from ntkrl.data.prompts import PromptSet
 from ntkrl.data.tokens import (
@@ -338,3 +338,13 @@ def test_texts_that_a_tokenizer_cannot_encode_are_named(tmp_path):
 
     with pytest.raises(ValueError, match="(?s)of 2 rows.*PanicException: out of bounds"):
         encode_texts(panic, ["1", "2"], "x.jsonl")
+
+
+def test_errors_name_lines_of_the_file(tokenizer, tmp_path):
+    """by hand: rows keep the line of their file when others were held out or taken before them."""
+    lines = ['{"prompt": "1+1="}', "", '{"prompt": "1"}', '{"prompt": "1+2+3+4="}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = take(read_set(tmp_path / "rows.jsonl"), np.array([1, 2]))
+    assert join([rows, rows]).place(3) == f"{tmp_path}/rows.jsonl:4"
+    with pytest.raises(ValueError, match=r"\n  \S+/rows.jsonl:4: 8 tokens\n"), rows.named_rows():
+        encode_prompts(tokenizer, rows, 4)

@@ -10,6 +10,7 @@ import pytest
 from ntkrl import runtime
 from ntkrl.evaluation import comparison as against
 from ntkrl.evaluation import sampling as evaluation
+from ntkrl.evaluation.sampling import sampling_noise
 from ntkrl.main import main
 from ntkrl.report import is_known
 from ntkrl.settings import EvalSettings
@@ -55,6 +56,22 @@ def test_measures_of_prompts():
     for name, values in expected.items():
         np.testing.assert_allclose(result[name], values, rtol=1e-12, err_msg=name)
     assert all(map(is_known, result))
+
+
+def test_noise_of_a_sampling():
+    """by hand: two samplings of means 1 and 2; of one, √((1/2 + 2) / 2) / 2; none of one sample."""
+    ones, twos = np.ones((2, 3)), np.full((2, 3), 2.0)
+    assert sampling_noise([ones, twos]) == pytest.approx(math.sqrt(0.5))
+    # variances of 1, 2 and of 1, 3 are 1/2 and 2
+    one = np.array([[1.0, 2.0], [1.0, 3.0]])
+    assert sampling_noise([one]) == pytest.approx(math.sqrt(1.25) / 2)
+    assert sampling_noise([ones[:, :1]]) is None
+    # law: of many samplings of 0 or 1 it is that of their means, √(1/4 / 8 / 16)
+    rewards = np.random.default_rng(0).integers(0, 2, (400, 16, 8)).astype(float)
+    several = sampling_noise(list(rewards))
+    single = np.mean([sampling_noise([each]) for each in rewards])
+    assert several == pytest.approx(math.sqrt(1 / 512), rel=0.1)  # 1/√800 is 0.035
+    assert single == pytest.approx(math.sqrt(1 / 512), rel=0.01)
 
 
 @pytest.mark.parametrize(("samples", "ks"), [(1, [1]), (8, [1, 2, 4, 8]), (10, [1, 2, 4, 8, 10])])
@@ -224,6 +241,18 @@ def test_code_named_by_a_run_needs_trust(run, capsys):
     assert main(["evaluate", f"--run={run}", "--step=3", "--trust"]) == 2
     text = capsys.readouterr().err
     assert f"toy_rewards.py:score, named by {run}/config.json" in text
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--run=MODEL"], ["export", "MODEL", "out"]])
+def test_a_model_directory_is_no_run(tmp_path, monkeypatch, capsys, command):
+    """by hand: its config.json is transformers', and what scores it is named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "llama"}')
+    assert main([word.replace("MODEL", "m") for word in command]) == 2
+    text = capsys.readouterr().err
+    assert "m is a Hugging Face directory, not a run directory" in text
+    assert "--config.model.path=m` scores it" in text and len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())

@@ -9,7 +9,8 @@ import threading
 import pytest
 from huggingface_hub import constants
 
-from ntkrl.evaluation import push
+from ntkrl.evaluation import commands, push
+from ntkrl.main import main
 
 NAME = "team/model"
 
@@ -207,3 +208,21 @@ def test_no_network(upload, hub, monkeypatch):
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set; unset it"):
         upload()
     assert hub.requests == []
+
+
+def test_command_line(upload, hub, exported, monkeypatch, capsys):
+    """Story: `export --push` uploads what it wrote; a wrong name is refused before the export."""
+    written = []
+    monkeypatch.setattr(commands, "export", lambda *words: written.append(words))
+    words = ["export", "run", str(exported)]
+    assert main(words) == 0 and hub.requests == []  # never unless asked
+    assert main([*words, f"--push={NAME}"]) == 0
+    assert capsys.readouterr().out == f"uploaded to {hub.endpoint}/{NAME} (private)\n"
+    assert written == [("run", str(exported), None)] * 2 and "config.json" in hub.files
+    for wrong, message in (
+        (["--push=model"], "it needs one slash"),
+        (["--public"], "--public is about an upload; add --push=ORG/NAME"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert len(written) == 2

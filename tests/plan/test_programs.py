@@ -243,7 +243,7 @@ def test_a_ledger_by_hand(settings):
     assert watched.peak_gib - alone.peak_gib == pytest.approx(watched.copies_gib)
 
 
-@pytest.mark.parametrize("change", ["every_steps", "eval", "held_out"])
+@pytest.mark.parametrize("change", ["every_steps", "held_out"])
 def test_no_looks_no_copies(settings, change):
     """by hand: without probes, or held-out prompts for them, no copy is made and no ledger."""
     words = {
@@ -251,7 +251,6 @@ def test_no_looks_no_copies(settings, change):
             "--config.probe.every_steps=None",
             "--config.probe.ledger_every_steps=None",
         ],
-        "eval": ["--config.eval.every_steps=None"],
         "held_out": ["--config.data.path=x.jsonl", "--config.data.held_out=0.0"],
     }
     run = run_of(settings("rl", *words[change]), 1)

@@ -94,6 +94,19 @@ def test_only_a_start(run_paths):
     assert rl.reward_end.count == 0 and math.isnan(rl.entropy.mean) and math.isnan(rl.gain)
 
 
+def test_a_noise_that_was_not_measured_is_not_printed(run_paths):
+    """by hand: 0 of one sampling and an absent figure give neither ± nor Δ/noise."""
+    for change in (lambda line: line | {"eval/reward_sd": 0.0}, lambda line: line):
+        metrics = run_paths[0] / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        rows = [{n: v for n, v in row.items() if n != "eval/reward_sd"} for row in rows]
+        metrics.write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
+        base, _ = summaries([read_run(run_paths[0])])
+        assert math.isnan(base.noise)
+        text = format_table([read_run(run_paths[0])])
+        assert "± 0" not in text and "noise  " not in text.splitlines()[3]
+
+
 def test_number_by_hand():
     """By hand: six characters at most, rounding included."""
     texts = {0.0: "0.000", 9.9996: "10.00", -3.14159: "−3.142", 999.96: "1000", math.nan: "–"}

@@ -1,5 +1,6 @@
 """By hand: arguments of reward functions, sums of rewards, and every error message."""
 
+import dataclasses
 import json
 import math
 import threading
@@ -325,3 +326,42 @@ def test_files_that_do_not_serve(tmp_path, content, message):
         read_normalisation(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_normalisation(tmp_path / "none.json")
+
+
+def test_rows_are_named_by_their_place():
+    """by hand: of the user's file, in errors and in causes of failures; the second of two."""
+
+    def broken(completions):
+        return [1.0, "good"]
+
+    rewards = RewardSet(
+        (RewardFunction("broken", broken),), place=lambda row: f"prompts.jsonl:{row + 6}"
+    )
+    with pytest.raises(ValueError, match=r"\n  prompts.jsonl:7 is 'good' for the completion 'bb'"):
+        rewards(PROMPTS, TEXTS, IDS, {})
+    counted = dataclasses.replace(
+        rewards, functions=(RewardFunction("broken", broken, on_failure=0.0),)
+    )
+    assert "prompts.jsonl:7 is" in counted(PROMPTS, TEXTS, IDS, {}).failures["broken"]
+    with pytest.raises(ValueError, match=r"\n  prompts.jsonl:6, 'a'"):
+        dataclasses.replace(
+            rewards, functions=(RewardFunction("none", lambda completions: [None, 1]),)
+        )(PROMPTS, TEXTS, IDS, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "hint"),
+    [
+        ("solution", ("answer", "level"), "did you mean 'answer'"),
+        ("ground_truth", ("label",), "did you mean 'label'"),
+        ("answers", ("answer",), "did you mean 'answer'"),
+        ("completion", ("answer",), "did you mean 'completions'"),
+        ("solution", ("level",), "which is not a column\n"),
+    ],
+)
+def test_the_column_that_was_meant(name, columns, hint):
+    """by hand: of the same meaning before one of near spelling; no name of the contract by luck."""
+    code = {}
+    exec(f"def needs(completions, {name}): return []", code)  # noqa: S102
+    with pytest.raises(ValueError, match=hint):
+        _set(code["needs"]).check_columns(columns)

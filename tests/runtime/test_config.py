@@ -64,7 +64,7 @@ def test_round_trip_through_json():
             ["--config=configs/base.py", "--config.sed=2", "--config.data.pth=x"],
             'config.sed does not exist.*\n.*config.data.pth does not exist.*mean "path"',
         ),
-        (["--config=configs/base.py", "--config.stages[3].steps=2"], r"stages\[3\].* out of range"),
+        (["--config=configs/base.py", "--config.stages[3].steps=2"], r"stages has 1 rows?, up to"),
         (["--config=configs/base.py", "train"], "train is not a flag"),
         (["--config=configs/base.py", "--confg.seed=1"], "confg"),
     ],
@@ -167,7 +167,7 @@ def test_logging_may_change_on_resume(tmp_path):
     "word,message",
     [
         ("aliases=tlr", "logging.aliases 'tlr' is not among trl, trl012, verl"),
-        ("aliases=trl", "logging.aliases needs logging.tensorboard or logging.wandb"),
+        ("aliases=trl", "logging.aliases needs logging.tensorboard, logging.wandb or"),
         ("wandb=", "logging.wandb is empty"),
     ],
 )

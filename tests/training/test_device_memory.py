@@ -8,8 +8,8 @@ import pytest
 
 from ntkrl import runtime
 from ntkrl.settings import read_settings
-from ntkrl.setup import set_up
-from ntkrl.training import device_bytes, device_memory
+from ntkrl.setup import Prompts, RunSetup, set_up
+from ntkrl.training import device_bytes, device_memory, host_memory
 from tests.plan.test_programs import run_of, settings  # noqa: F401
 
 
@@ -74,3 +74,28 @@ def test_what_cannot_be_sampled_is_refused(settings):  # noqa: F811
     full = run_of(settings("rl", "--config.rollout.mesh.tensor=2"))
     with pytest.raises(ValueError, match=r"set rollout.cache_dtype=bfloat16 or model.compute"):
         device_memory.check_sampling(full, kept)
+
+
+def test_memory_of_a_rollout_is_linear_in_its_rows():
+    """by hand: 100 and 3 a row; 1000 hold 300 rows, 90 none."""
+    memory = host_memory.RolloutMemory(fixed=100.0, sampled=2.0, updated=3.0)
+    assert memory.needed(10) == 130.0
+    assert (memory.most_rows(1000.0), memory.most_rows(90.0)) == (300, 0)
+
+
+def test_rollouts_that_do_not_fit_the_host_are_refused(settings, monkeypatch):  # noqa: F811
+    """by hand: with memory for 500 of 640 rows a prompt may have six completions, not eight."""
+    words = ["--config.data.prompts_per_step=80", "--config.rollout.completions_per_prompt=8"]
+    run = run_of(settings("rl", *words), 1)
+    prompts = Prompts(None, [[1, 2, 3]], [], (1,))
+    setup = RunSetup(run.settings, run.model, prompts, None, None, None)
+    memory = host_memory.rollout_memory(run, 8)
+    assert memory.fixed > 0 and memory.sampled > run.budget * 29
+    monkeypatch.setattr(host_memory, "host_memory", lambda: memory.needed(500))
+    with pytest.raises(ValueError, match=r"rollout.completions_per_prompt=6 is the most that fits"):
+        host_memory.check_host(setup, run, lambda setup, count: None)
+    # the compiler's figure counts where the arrays alone would fit
+    monkeypatch.setattr(host_memory, "host_memory", lambda: memory.needed(640))
+    host_memory.check_host(setup, run, lambda setup, count: memory.fixed)
+    with pytest.raises(ValueError, match="does not fit this host's memory: 80 prompts × 8"):
+        host_memory.check_host(setup, run, lambda setup, count: 2 * memory.needed(640))

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from ntkrl.main import main
 from tests.children import Children
-from tests.training.test_train import ROOT, STAGES, base, lines, words
+from tests.training.test_train import ROOT, STAGES, UNWATCHED, base, lines, words
 
 __all__ = ["base"]  # a fixture
 
@@ -31,8 +31,7 @@ PROBED.append("--config.probe.ledger_every_steps=5")
 
 def arguments(base, run, *more):
     """A classifier-first run that saves after every step, and neither evaluates nor probes."""
-    unprobed = ["--config.eval.every_steps=None", "--config.probe.every_steps=None"]
-    more = [*STAGES, *unprobed, "--config.checkpoint.every_steps=1", *more]
+    more = [*STAGES, *UNWATCHED, "--config.checkpoint.every_steps=1", *more]
     return words(base, run, *more, config="cfrl")
 
 
@@ -300,8 +299,7 @@ def test_another_number_of_devices(base, children, tmp_path):
         "--config.stages[0].steps=6",
         "--config.stages[0].optimizer=sgd",
         "--config.stages[0].parameters=(('.*', 1e-1),)",
-        "--config.eval.every_steps=None",
-        "--config.probe.every_steps=None",
+        *UNWATCHED,
         "--config.checkpoint.every_steps=1",
     ]
     status, output = children.run(words(base, alone, *more))

@@ -32,6 +32,11 @@ SMALL = [
     "--config.checkpoint.every_steps=2",
     "--config.mesh.data=1",
 ]
+UNWATCHED = [
+    "--config.eval.every_steps=None",
+    "--config.probe.every_steps=None",
+    "--config.probe.ledger_every_steps=None",
+]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from ntkrl import data, models, trees
 from ntkrl.main import main
 from tests.models.families import torch_model
 from tests.models.test_scorers import torch_scorer
-from tests.training.test_train import ROOT, lines, one_device, words  # noqa: F401
+from tests.training.test_train import ROOT, UNWATCHED, lines, one_device, words  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +25,21 @@ def llama(tmp_path_factory):
     return place
 
 
+LORA = ["--config.model.lora.rank=2", "--config.model.lora.modules=q_proj|v_proj|mlp/.*"]
+
+
 def test_adapters_train_alone_and_come_out_twice(llama, tmp_path, capsys):
-    """story: of a Llama with LoRA adapters alone move; merged model and PEFT directory come out."""
+    """story: a Llama's adapters alone move by default; merged model and PEFT directory come out."""
     run = tmp_path / "run"
     arguments = words(
         llama,
         run,
-        "--config.model.lora.rank=2",
-        "--config.model.lora.modules=q_proj|v_proj|mlp/.*",
+        *LORA,
         "--config.stages[0].steps=2",
-        "--config.stages[0].parameters=(('.*/lora_[ab]', 1e-2), ('.*', None))",
+        "--config.stages[0].parameters=(('.*', 1e-2),)",
     )
     assert main(arguments) == 0, capsys.readouterr().err
+    assert "stage 'all' trains the adapters alone" in capsys.readouterr().out
     adapted, params = ntkrl.load(run / "adapter")
     base, base_params = ntkrl.load(llama)
     leaves = trees.named_leaves(params)
@@ -53,6 +56,25 @@ def test_adapters_train_alone_and_come_out_twice(llama, tmp_path, capsys):
     np.testing.assert_allclose(features[0], features[1], atol=1e-5)
     assert np.abs(features[0] - features[2]).max() > 1e-5
     assert transformers.AutoModelForCausalLM.from_pretrained(run / "export").config.vocab_size == 18
+
+
+def test_an_adapter_that_is_not_the_export_is_not_written(llama, tmp_path, capsys):
+    """story: classifier-first RL moves the base's head, so that export/ alone is the model."""
+    run = tmp_path / "run"
+    stages = ["--config.stages[0].steps=1", "--config.stages[1].steps=1", *UNWATCHED]
+    rates = "--config.stages[0].parameters=(('head/.*', 1e-2), ('.*', None))"
+    assert main(words(llama, run, *LORA, *stages, rates, config="cfrl")) == 0
+    before, _, after = capsys.readouterr().out.partition("there will be no adapter/")
+    assert "stage 'classifier' trains head/weight of the base" in before
+    assert "stage 'all' trains the adapters alone" in before
+    assert "adapter/ is not written: head/weight of the base moved too" in after
+    assert not (run / "adapter").exists()
+    exported, start = (
+        trees.named_leaves(ntkrl.load(place)[1]) for place in (run / "export", llama)
+    )
+    assert np.abs(exported["head/weight"] - start["head/weight"]).max() > 1e-3
+    # the second stage trains adapters alone, merged into the export
+    np.testing.assert_array_equal(exported["embed/embedding"], start["embed/embedding"])
 
 
 def test_pythias_template_adds_tokens_and_rows(tmp_path, capsys):

@@ -13,15 +13,10 @@ from ntkrl.configs import rl
 from ntkrl.main import main
 from ntkrl.settings import read_settings
 from tests.toys import torch_neox
-from tests.training.test_train import base, lines, one_device, words
+from tests.training.test_train import UNWATCHED, base, lines, one_device, words
 
 __all__ = ["base", "one_device"]  # fixtures
-ONE_STEP = [
-    "--config.stages[0].steps=1",
-    "--config.eval.every_steps=None",
-    "--config.probe.every_steps=None",
-    "--config.probe.ledger_every_steps=None",
-]
+ONE_STEP = ["--config.stages[0].steps=1", *UNWATCHED]
 REWARDS = """
 import datetime, decimal, math
 

@@ -10,11 +10,11 @@ from safetensors.numpy import load_file
 from ntkrl.main import main
 from ntkrl.training import BATCH_SOURCES, RolloutSource
 from ntkrl.training import loop as training_loop
-from tests.training.test_train import ROOT, base, lines, one_device, words
+from tests.training.test_train import ROOT, UNWATCHED, base, lines, one_device, words
 
 __all__ = ["base", "one_device"]  # fixtures
 REWARDS = ROOT / "tests" / "toy_rewards.py"
-SHORT = ["--config.stages[0].steps=3", "--config.eval.every_steps=None"]
+SHORT = ["--config.stages[0].steps=3", *UNWATCHED]
 
 
 def run_of(base, place, *more, reward="score"):

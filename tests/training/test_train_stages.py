@@ -12,9 +12,7 @@ from ntkrl.main import main
 from ntkrl.models import ModelOptions
 from ntkrl.training import RolloutSource
 from tests.toys import torch_neox
-from tests.training.test_train import base, lines, one_device, words  # noqa: F401
-
-PLAIN = ["--config.eval.every_steps=None", "--config.probe.every_steps=None"]
+from tests.training.test_train import UNWATCHED, base, lines, one_device, words  # noqa: F401
 
 
 class KilledError(Exception):
@@ -41,7 +39,7 @@ def test_a_stage_that_ends_early_resumes_alike(base, tmp_path, monkeypatch, caps
         "    return [float(i % 2) for i, _ in enumerate(completions)]\n"
     )
     more = [
-        *PLAIN,
+        *UNWATCHED,
         f"--config.reward.function={constant}:score",
         "--config.checkpoint.every_steps=1",
         "--config.schedule.minibatches=2",
@@ -93,7 +91,7 @@ def test_lengths_budgets_and_rounding(base, tmp_path, capsys):  # noqa: F811
     prompts.write_text("".join(json.dumps({"prompt": f"{n}="}) + "\n" for n in range(10, 34)))
     run = tmp_path / "run"
     more = [
-        *PLAIN,
+        *UNWATCHED,
         f"--config.data.path={prompts}",
         "--config.data.held_out=0.0",
         "--config.model.dtype=bfloat16",
@@ -128,7 +126,7 @@ def test_a_tied_head_by_choice(tmp_path, capsys, untie):
     arguments = words(
         model,
         run,
-        *PLAIN,
+        *UNWATCHED,
         "--config.stages[0].steps=1",
         "--config.schedule.reference_sync_steps=1",
         "--config.schedule.reference_mixup_alpha=0.25",

@@ -1,8 +1,10 @@
 """Stages as data: lengths, options, order; an error message for every mistake."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from ntkrl import update
+from ntkrl import trees, update
 from tests.toys import toy_params, toy_policy
 
 ROW = {"name": "x", "steps": 5, "parameters": ((".*", 1e-2),)}
@@ -120,3 +122,46 @@ def test_order_of_stages():
     text = str(caught.value)
     assert "lasts 10 optimizer steps, fewer than its warmup_steps = 11" in text
     assert "stage 'z': 'haed' matches no parameter" in text
+
+
+LEAF = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32)
+ADAPTED = {
+    "head": {"weight": LEAF},
+    "layers": {"mlp": {"kernel": LEAF, "lora_a": LEAF, "lora_b": LEAF}, "norm": {"scale": LEAF}},
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "trained"),
+    [
+        (((".*", 1e-2),), ["layers/mlp/lora_a", "layers/mlp/lora_b"]),
+        ((("head/.*", 1e-2), (".*", None)), ["head/weight"]),
+        ((("layers/.*", 1e-2), (".*", 1e-3)), ["layers/mlp/lora_a", "layers/mlp/lora_b"]),
+        ((("head/.*", 1e-2), (".*", 1e-3)), ["head/weight", "layers/mlp/lora_a"]),
+        (((".*/lora_a", 1e-2), ("(?!.*lora_).*", 1e-3), (".*", None)), ["head/weight"]),
+    ],
+)
+def test_of_a_model_with_adapters_a_stage_trains_these_alone(rows, trained):
+    """by hand: a pattern that matches adapters is no pattern of the base; another is."""
+    stage = update.Stage(**ROW | {"parameters": rows})
+    bound = update.bind_stage(stage, toy_policy(), ADAPTED)
+    names = [n for n, moves in zip(trees.names(ADAPTED), bound.trained, strict=True) if moves]
+    assert names[: len(trained)] == trained
+    assert ("layers/mlp/kernel" in names) == ("(?!.*lora_).*" in dict(rows))
+
+
+def test_high_rates_are_warned_of():
+    """by hand: 1e6 of adam and 200 of sgd; 1e-2, a frozen row and 1.0 of sgd are usual."""
+    stages = [
+        update.Stage(**ROW | {"parameters": (("a", 1e6), ("b", 1e-2), (".*", None))}),
+        update.Stage(**ROW | {"optimizer": "sgd", "parameters": (("a", 200.0), (".*", 1.0))}),
+    ]
+    first, second = update.rate_warnings(stages)
+    assert "the learning rate of 'a' is 1e+06; adam usually has less than 0.1" in first
+    assert "is 200; sgd usually has less than 100" in second
+
+
+def test_rows_that_are_no_stages():
+    """by hand: the row is quoted, with the way to set a field on the command line."""
+    with pytest.raises(ValueError, match=r"stages\[0\] is \('all', 10\); rows are those of base"):
+        update.read_stages((("all", 10),))

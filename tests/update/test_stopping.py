@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from ntkrl.update import Progress, Stage, advance, enter_stage, steps_left
+from ntkrl.update import Progress, Stage, advance, enter_stage, reopened, steps_left
 
 ROWS = ((".*", 1e-2),)
 
@@ -80,3 +80,13 @@ def test_interrupted_anywhere():
         stored = json.dumps(dataclasses.asdict(through(stage, rewards[:cut])))
         again = through(stage, rewards[cut:], progress=Progress(**json.loads(stored)))
         assert (again.steps, again.ended) == (uninterrupted.steps, uninterrupted.ended)
+
+
+def test_a_stage_that_has_become_longer_goes_on():
+    """by hand: after its three steps, not after its rule, and not if it is no longer."""
+    done = Progress(0, 3, (), "its 3 steps are done")
+    assert reopened([Stage("a", 5, ROWS)], done) == Progress(0, 3, ())
+    assert reopened([Stage("a", 3, ROWS)], done) == done
+    ruled = dataclasses.replace(done, ended="kl 2 exceeds its budget of 1")
+    assert reopened([Stage("a", 5, ROWS)], ruled) == ruled
+    assert steps_left([Stage("a", 5, ROWS)], reopened([Stage("a", 5, ROWS)], done)) == 2
