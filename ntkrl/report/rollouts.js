@@ -173,7 +173,7 @@
   }
 
   if (!runs.length) {
-    make("p", list, "The list of completions, rollouts/index.js, is missing or damaged.", "refusal");
+    make("p", list, "The list of completions, rollouts_view/index.js, is missing or damaged.", "refusal");
     return;
   }
   const count = runs.reduce((sum, run) => sum + run.reward.values.length, 0);

@@ -21,13 +21,13 @@ const rollouts = (() => {
         waiting.set(name, resolve);
         script.addEventListener("error", () => {
           loaded.delete(name);
-          reject(new Error(`rollouts/${name}.js is missing: copy the report's directory with it`));
+          reject(new Error(`rollouts_view/${name}.js is missing: copy the report's directory with it`));
         });
         script.addEventListener("load", () => {
           script.remove();
           waiting.delete(name);
         });
-        script.src = `rollouts/${name}.js`;
+        script.src = `rollouts_view/${name}.js`;
         document.head.append(script);
       }));
       if (loaded.size > KEPT) loaded.delete(loaded.keys().next().value);

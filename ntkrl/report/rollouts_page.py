@@ -1,4 +1,4 @@
-"""The rollouts view of a report: `rollouts.html` and the files of `rollouts/` beside the page.
+"""The rollouts view of a report: `rollouts.html` and the files of `rollouts_view/`.
 
 Without a server, a page opened from a disk may load scripts and nothing else: each data file is a
 script that calls `ntkrlData` with a name and JSON. Files of steps are loaded when they are shown.
@@ -21,7 +21,8 @@ from ntkrl.report.rollouts_records import decode_rollouts, packed
 from ntkrl.report.rollouts_writer import DIRECTORY, members, paths, read_every
 from ntkrl.report.runs import Run
 
-PAGE = "rollouts.html"
+PAGE, DATA = "rollouts.html", "rollouts_view"
+"""Names in the directory of a report."""
 STATIC = (
     *("page.css", "rollouts.css", "view_parts.js", "rollouts_data.js"),
     *("rollouts_tokens.js", "rollouts_group.js", "rollouts_ledger.js", "rollouts.js"),
@@ -49,7 +50,7 @@ class RolloutsView:
 
     def write(self, directory: Path) -> None:
         """Write the view into the directory of a report; see `check_rollouts_view`."""
-        with durable_files.replacing_directory(directory / DIRECTORY) as fresh:
+        with durable_files.replacing_directory(directory / DATA) as fresh:
             for name, content in self.files.items():
                 durable_files.save_text(fresh / name, content)
         durable_files.save_text(directory / PAGE, _resource(PAGE))
@@ -61,7 +62,7 @@ def check_rollouts_view(directory: Path) -> None:
     Raises:
       ValueError: they are others.
     """
-    data = directory / DIRECTORY
+    data = directory / DATA
     durable_files.check_replaceable(
         directory / PAGE, lambda text: b'content="ntkrl"' in text[:1000], "a page of this program"
     )
@@ -79,8 +80,8 @@ def check_rollouts_view(directory: Path) -> None:
 def remove_rollouts_view(directory: Path) -> None:
     """Remove the view of an earlier report; see `check_rollouts_view`."""
     (directory / PAGE).unlink(missing_ok=True)
-    if (directory / DIRECTORY).exists():
-        shutil.rmtree(directory / DIRECTORY)
+    if (directory / DATA).exists():
+        shutil.rmtree(directory / DATA)
 
 
 def rollouts_view(runs: Sequence[Run]) -> RolloutsView | None:

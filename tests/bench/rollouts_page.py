@@ -29,12 +29,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         run = write_run(Path(place) / "rl", "rl", 0)
         steps = range(1, options.completions // (PROMPTS * GROUP) + 1)
-        write_rollouts(run, steps, prompts=PROMPTS, group=GROUP, length=LENGTH)
+        write_rollouts(run, steps, count=PROMPTS, group=GROUP, length=LENGTH)
         size = sum(path.stat().st_size for path in (run / "rollouts").iterdir())
         begin = time.perf_counter()
         page = write_report([run], Path(place) / "report").with_name("rollouts.html")
         seconds = time.perf_counter() - begin
-        files = list((page.parent / "rollouts").iterdir())
+        files = list((page.parent / "rollouts_view").iterdir())
         print(f"{len(steps) * PROMPTS * GROUP} completions, {size / 2**20:.1f} MiB in the run")
         total = sum(path.stat().st_size for path in files) / 2**20
         print(f"report: {seconds:.1f} s, {len(files)} files of {total:.1f} MiB")

@@ -9,10 +9,10 @@ from ntkrl.report import RolloutsWriter, StepRollouts, encode_rollouts
 WORDS = [f" w{number}" for number in range(300)]
 
 
-def rollouts(rollout_step, prompts=2, group=2, length=3, **changes):
-    """Completions whose last one is empty, with a number of the step in every text."""
+def rollouts(rollout_step, count=2, group=2, length=3, **changes):
+    """Completions of `count` prompts, the last of which is empty; `changes` replace fields."""
     rng = np.random.default_rng(rollout_step)
-    completions = prompts * group
+    completions = count * group
     lengths = np.full(completions, length)
     lengths[-1] = 0
     tokens = rng.integers(0, len(WORDS), lengths.sum())
@@ -25,8 +25,8 @@ def rollouts(rollout_step, prompts=2, group=2, length=3, **changes):
         "rollout_step": rollout_step,
         "step": rollout_step,
         "stage": "all",
-        "prompts": [f"prompt {number} of {rollout_step} </script>" for number in range(prompts)],
-        "rows": rollout_step % 50 * prompts + np.arange(prompts),
+        "prompts": [f"prompt {number} of {rollout_step} </script>" for number in range(count)],
+        "rows": rollout_step % 50 * count + np.arange(count),
         "texts": texts,
         "reward": rng.normal(size=completions).round(2),
         "rewards": {"score": np.where(lengths > 0, 1.0, np.nan), "length": lengths * 1.0},
