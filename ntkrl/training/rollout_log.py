@@ -82,7 +82,7 @@ class RolloutLog:
         mask_BC = np.asarray(drawn.completion_mask)
         length = mask_BC.shape[1]
         firsts_P = np.arange(0, len(rewarded.texts), self.group)
-        tokens_n = drawn.tokens[:, -length:][mask_BC]
+        tokens_n = np.asarray(drawn.tokens)[:, -length:][mask_BC]
         log_ratio = weighted.log_ratio
         return report.StepRollouts(
             rollout_step=step.rollout_step,
@@ -99,7 +99,7 @@ class RolloutLog:
             lengths=mask_BC.sum(axis=1),
             tokens=tokens_n,
             vocabulary=self._texts(tokens_n),
-            sampler_log_probs=drawn.sampler_log_probs[mask_BC],
+            sampler_log_probs=np.asarray(drawn.sampler_log_probs)[mask_BC],
             advantages=weighted.advantages[mask_BC],
             log_ratio=None if log_ratio is None else log_ratio[mask_BC],
         )
