@@ -77,8 +77,8 @@ def completions_of(ledger: StepLedger, rollouts: StepRollouts) -> list[int] | No
 
     A minibatch is a part of consecutive completions; the last of a rollout step is analysed.
     """
-    prompts = np.repeat(np.arange(len(rollouts.prompts)), rollouts.group)
-    pairs = [(rollouts.prompts[p], text) for p, text in zip(prompts, rollouts.texts, strict=True)]
+    prompts = [text for text in rollouts.prompts for _ in range(rollouts.group)]
+    pairs = list(zip(prompts, rollouts.texts, strict=True))
     samples = [(sample.prompt, sample.completion) for sample in ledger.samples]
     size = len(samples)
     for start in range(len(pairs) - size, -1, -max(1, size)):

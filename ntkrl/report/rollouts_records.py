@@ -1,7 +1,7 @@
 """The completions of a rollout step as a line of JSON, and back.
 
 Arrays of numbers per token are whole numbers of a unit, enough to look at: log-probs are rounded to
-0.001 nats, other values to four digits of the largest beside them; rewards to six digits.
+0.001 nats, other values to four digits of the largest beside them, rewards to six.
 """
 
 import dataclasses
@@ -64,7 +64,8 @@ def encode_rollouts(rollouts: StepRollouts) -> bytes:
     """Return the completions of a step as a line of JSON in UTF-8."""
     starts = np.cumsum(rollouts.lengths) - rollouts.lengths
     firsts_B = np.append(rollouts.advantages, 0.0)[starts]  # of an empty completion, any number
-    if np.allclose(np.repeat(firsts_B, rollouts.lengths), rollouts.advantages, 1e-4, 0.0):
+    gaps_n = np.abs(np.repeat(firsts_B, rollouts.lengths) - rollouts.advantages)
+    if np.all(gaps_n <= 1e-4 * np.abs(rollouts.advantages)):
         advantages: Any = _rounded(firsts_B)  # equal for all tokens of a completion, as usual
     else:
         advantages = packed(rollouts.advantages)
@@ -135,8 +136,14 @@ def _refuse(constant: str) -> None:
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """Round to six digits; None where a value is not finite."""
-    return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values.tolist()]
+    """Round to six digits of the largest; None where a value is not finite."""
+    finite = np.isfinite(values)
+    largest = float(np.abs(values, where=finite, out=np.zeros(values.shape)).max(initial=0.0))
+    digits = 5 - math.floor(math.log10(largest)) if largest > 0 else 0
+    numbers: list[float | None] = np.asarray(values, np.float64).round(digits).tolist()
+    if finite.all():
+        return numbers
+    return [n if f else None for n, f in zip(numbers, finite.tolist(), strict=True)]
 
 
 def _decoded(record: Mapping[str, Any]) -> StepRollouts:
