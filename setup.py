@@ -20,7 +20,7 @@ setup(
     package_dir={"ntkrl.configs": "configs"},
     package_data={
         "ntkrl.plan": ["published_models.json", "gpus/*.txtpb"],
-        "ntkrl.report": ["metrics.toml", "page.css", "page.html", "page.js"],
+        "ntkrl.report": ["metrics.toml", "*.css", "*.html", "*.js"],
     },
     install_requires=[
         "absl-py",

@@ -259,6 +259,10 @@ def get_config():
 
     # in addition to metrics.jsonl; may change when a run is resumed
     config.logging = ConfigDict()
+    # RUN/rollouts: the completions of training, compressed. At this size, or 4000 steps, only every
+    # second step is kept, then every fourth, and so on, of earlier and of later ones; steps with a
+    # ledger stay longest. None: no completions are kept
+    config.logging.rollouts_mib = 256.0
     config.logging.tensorboard = False  # event files in RUN/tensorboard; extra tensorboard
     config.logging.wandb = placeholder(str)  # Weights & Biases project; extra wandb; None: off
     config.logging.trackio = placeholder(str)  # project in trackio's local files; extra trackio

@@ -72,12 +72,13 @@ class RewardedRollout:
     """A rollout on the host, with its texts and rewards.
 
     rollout: numpy arrays, but features stay on the devices. texts: B completions.
-    result: their rewards.
+    result: their rewards. rows: `[B]` of the prompt set, of their prompts.
     """
 
     rollout: Rollout
     texts: list[str]
     result: reward.RewardResult
+    rows: np.ndarray
 
     def take(self, rows: np.ndarray) -> RewardedRollout:
         """Return some of the completions."""
@@ -88,7 +89,8 @@ class RewardedRollout:
             per_function={name: values[rows] for name, values in functions.items()},
         )
         rollout = jax.tree.map(lambda leaf: leaf[rows], self.rollout)
-        return RewardedRollout(rollout, [self.texts[row] for row in rows], result)
+        texts = [self.texts[row] for row in rows]
+        return RewardedRollout(rollout, texts, result, self.rows[rows])
 
 
 def joined(first: RewardedRollout, second: RewardedRollout, pad_id: int) -> RewardedRollout:
@@ -112,7 +114,8 @@ def joined(first: RewardedRollout, second: RewardedRollout, pad_id: int) -> Rewa
         failures=first.result.failures | second.result.failures,
     )
     rollout = jax.tree.map(lambda a, b: np.concatenate([a, b]), *padded)
-    return RewardedRollout(rollout, first.texts + second.texts, result)
+    rows = np.concatenate([first.rows, second.rows])
+    return RewardedRollout(rollout, first.texts + second.texts, result, rows)
 
 
 def make_sampler(
@@ -204,7 +207,7 @@ def add_rewards(setup: RunSetup, sampled: SampledTexts) -> RewardedRollout:
         prompts.prompt_set.conversational,
         group=group,
     )
-    return RewardedRollout(rollout=sampled.rollout, texts=texts, result=result)
+    return RewardedRollout(sampled.rollout, texts, result, repeated)
 
 
 def collect(

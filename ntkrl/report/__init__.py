@@ -42,6 +42,8 @@ from ntkrl.report.page import (
 )
 from ntkrl.report.plotting import MARKERS, PALETTE, figure_bytes, panels
 from ntkrl.report.records import StepLedger, read_arrays, step_files
+from ntkrl.report.rollouts_records import StepRollouts, encode_rollouts
+from ntkrl.report.rollouts_writer import RolloutsWriter, shorten_rollouts
 from ntkrl.report.runs import Run, read_metrics, read_run, series
 from ntkrl.report.tables import Table, format_table
 from ntkrl.report.terminal import format_text

@@ -25,12 +25,14 @@ class LoggingSettings:
     wandb: project at Weights & Biases, or None; with WANDB_MODE=offline the run stays local.
     trackio: project in the local database of trackio, or None.
     aliases: key of ALIASES; the loggers also get each metric under that library's name. Or None.
+    rollouts_mib: MiB that the log of completions may take, > 0; None for no log.
     """
 
     tensorboard: bool
     wandb: str | None
     trackio: str | None
     aliases: str | None
+    rollouts_mib: float | None = None
 
     @property
     def enabled(self) -> tuple[str, ...]:
@@ -50,6 +52,10 @@ class LoggingSettings:
             problems.append(
                 "logging.aliases needs logging.tensorboard, logging.wandb or logging.trackio: "
                 "metrics.jsonl has one name per metric"
+            )
+        if self.rollouts_mib is not None and not self.rollouts_mib > 0:
+            problems.append(
+                f"logging.rollouts_mib must be > 0 MiB, or None for no log, not {self.rollouts_mib}"
             )
         if problems:
             raise ValueError("; ".join(problems) + ".")

@@ -25,6 +25,12 @@ from ntkrl.report.comparisons import comparison_table
 from ntkrl.report.figures import FIGURES
 from ntkrl.report.plotting import FORMATS, figure_bytes
 from ntkrl.report.provenance import command, facts_table
+from ntkrl.report.rollouts_page import (
+    RolloutsView,
+    check_rollouts_view,
+    remove_rollouts_view,
+    rollouts_view,
+)
 from ntkrl.report.runs import Run, comparable, read_runs
 from ntkrl.report.step_views import EXPLANATION, step_data
 from ntkrl.report.tables import (
@@ -50,7 +56,7 @@ CODE = Markup("<code>{}</code>")
 
 
 def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os.PathLike) -> Path:
-    """Write the figures and `index.html` of a comparison of runs.
+    """Write the figures, `index.html` and the rollouts view of a comparison of runs.
 
     Args:
       run_paths: run directories in any order; runs whose configs have the same name are seeds
@@ -69,6 +75,7 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
     page = Path(out_directory) / "index.html"
     files = [page.with_name(f"{spec.stem}.{suffix}") for spec in FIGURES for suffix in FORMATS]
     _check_replaceable(page, files)
+    check_rollouts_view(page.parent)
     contents: dict[Path, bytes] = {}
     images = {}
     for spec in FIGURES:
@@ -82,7 +89,8 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
     # base64 writes three bytes as four
     image_bytes = sum(len(image) * 4 // 3 for image in images.values() if image is not None)
     steps = step_section(all_runs, max(PAGE_BYTES - image_bytes, LEAST_STEP_BYTES))
-    save_page(page, _compose(runs, images, refusal, steps))
+    view = rollouts_view(all_runs)
+    save_page(page, _compose(runs, images, refusal, [rollouts_link(view), steps]))
     # after the page, which shows that the figures beside it are a report's
     for target in files:
         if target in contents:
@@ -90,6 +98,10 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
                 file.write(contents[target])
         else:
             target.unlink(missing_ok=True)  # of an earlier report in the same directory
+    if view is None:
+        remove_rollouts_view(page.parent)
+    else:
+        view.write(page.parent)
     return page
 
 
@@ -167,8 +179,15 @@ def step_section(runs: Sequence[Run], room: int) -> str:
     return _html("steps", EXPLANATION, limits, data, _resource("page.js"))
 
 
-def _compose(runs: Sequence[Run], images: dict[str, bytes | None], refusal: str, steps: str) -> str:
-    """Put the page together from PNG bytes per figure stem and the section of single steps."""
+def rollouts_link(view: RolloutsView | None) -> str:
+    """Return a section that links to a rollouts view, "" without one."""
+    return "" if view is None else _html("rollouts_link", view.completions)
+
+
+def _compose(
+    runs: Sequence[Run], images: dict[str, bytes | None], refusal: str, steps: Sequence[str]
+) -> str:
+    """Put the page together from PNG bytes per figure stem and the sections of single steps."""
     base, *rows = summaries(runs)
     methods = ", ".join(row.label for row in rows)
     tables = [comparison_table(runs), similarity_table(runs), best_of_table(runs)]
@@ -181,7 +200,7 @@ def _compose(runs: Sequence[Run], images: dict[str, bytes | None], refusal: str,
         table_section(facts_table(runs)),
         *(table_section(table) for table in tables if table is not None),
         _html("figures", figures),
-        steps,
+        *steps,
         *map(table_section, _evaluations(runs)),
         _html("run_notes", [(run, command(run)) for run in runs]),
         _html("folded", _glossary()),

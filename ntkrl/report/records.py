@@ -90,6 +90,7 @@ class StepLedger:
         "momentum", "decay", "optimizer", "curvature"; they add up to `actual`.
     actual: measure → `[O]` nats.
     influence: `[O, B]` nats, Δ log π by sample over all terms; None unless `by` is "sample".
+    head_influence: its part through the classifier, R.
     """
 
     step: int
@@ -100,6 +101,7 @@ class StepLedger:
     parts: dict[str, dict[str, np.ndarray]]
     actual: dict[str, np.ndarray]
     influence: np.ndarray | None
+    head_influence: np.ndarray | None
 
 
 def step_files(directory: Path, suffix: str) -> Iterator[tuple[int, Path]]:
@@ -270,8 +272,14 @@ def _read_ledger(step: int, path: Path, texts: ProbeTexts | None) -> StepLedger:
                 f"{name} has {measure} parts that do not add up to the change; left out"
             )
     terms = sorted(key for key in arrays if key.startswith("log_prob/") and _is_term(key))
-    influence = np.sum([arrays[key].astype(float) for key in terms], 0) if by == "sample" else None
-    return StepLedger(step, by, stage, texts, samples, parts, actual, influence)
+    influence, head_influence = None, None
+    if by == "sample":
+        zeros = np.zeros((texts.size, len(samples)))
+        influence, head_influence = (
+            np.sum([zeros, *(arrays[key] for key in terms if key.endswith(end))], 0)
+            for end in ("", "/head")
+        )
+    return StepLedger(step, by, stage, texts, samples, parts, actual, influence, head_influence)
 
 
 def _ledger_problem(

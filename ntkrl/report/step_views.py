@@ -1,7 +1,6 @@
 """Data of the page's views of single steps: ledgers and texts as compact JSON for `page.js`."""
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from ntkrl.report.ledger_figures import MAX_SAMPLES, influence_map
 from ntkrl.report.records import MEASURES, StepLedger
+from ntkrl.report.rollouts_records import packed
 from ntkrl.report.runs import Run, groups_with
 
 MAX_TEXT = 400
@@ -118,13 +118,6 @@ def _roles(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         role = part.split(" ")[-1]
         sums[role] = sums[role] + values if role in sums else values
     return sums
-
-
-def packed(values: np.ndarray) -> dict[str, Any]:
-    """Return an array as integers of a unit, four digits for the largest."""
-    largest = float(np.abs(values).max(initial=0))
-    unit = 10.0 ** (math.floor(math.log10(largest)) - 3) if largest > 0 else 1.0
-    return {"unit": float(f"{unit:.0e}"), "values": np.rint(values / unit).astype(int).tolist()}
 
 
 def _cut(text: str) -> str:

@@ -20,7 +20,7 @@ SHARED_SECONDS = 60.0
 """Time until a new file is visible on every host."""
 TRAINING_FILES = (
     *("metrics.jsonl", "timings.jsonl", "layout.json", "finished", "checkpoints"),
-    *("probes", "ledger", "export", "export_reference", "starts.jsonl"),
+    *("probes", "ledger", "rollouts", "export", "export_reference", "starts.jsonl"),
 )
 """Files and directories that a run replaces or shortens."""
 ALLOWED = {

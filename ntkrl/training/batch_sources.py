@@ -18,6 +18,7 @@ from ntkrl.reward import RewardTexts
 from ntkrl.settings import RunSettings
 from ntkrl.setup import Prompts, RunSetup, StartingModel
 from ntkrl.softmax import OutputHead
+from ntkrl.training.rollout_step import WeightedRollout
 from ntkrl.types import Array, Params, PreferenceBatch, Total, UpdateBatch
 
 Batch = UpdateBatch | PreferenceBatch
@@ -58,11 +59,13 @@ class StepBatches(NamedTuple):
     batches: minibatches in host memory, one optimizer step each and epoch.
     metrics: metrics of the data, logged with the step.
     reference: head of the reference policy, where the loss compares whole distributions.
+    rollouts: the completions that it was made of, where it samples.
     """
 
     batches: Sequence[Batch]
     metrics: dict[str, float]
     reference: OutputHead | None = None
+    rollouts: WeightedRollout | None = None
 
 
 class BatchSource(Protocol):

@@ -17,6 +17,7 @@ from ntkrl.setup import RunSetup
 from ntkrl.training.analysed_step import CompletedStep
 from ntkrl.training.checkpointing import RunCheckpointer
 from ntkrl.training.progress_bar import StepBar
+from ntkrl.training.rollout_log import RolloutLog
 from ntkrl.training.rollout_step import RolloutStep
 from ntkrl.training.step_functions import RunPosition, StepFunctions
 from ntkrl.update import is_due
@@ -27,12 +28,14 @@ OnStep = Callable[[int, dict[str, Any]], Any]
 class Loop:
     """The state of one run.
 
-    at: position. writer, bar: metrics file and progress bar, while `run` trains.
+    at: position. writer, rollout_log, bar: metrics, log of completions and progress bar, while
+      `run` trains.
     lines: record of the lines written, after `run`; None in processes that write none.
     """
 
     at: RunPosition
     writer: report.MetricsWriter | report.NoWriter
+    rollout_log: RolloutLog
     bar: StepBar
     lines: report.LineRecord | None
 
@@ -69,8 +72,9 @@ class Loop:
         previous: RolloutStep | None = None
         total, name, quiet = start + self._steps_left(), self.settings.name, not runtime.is_writer()
         bar = StepBar(total=total, initial=start, desc=name, mininterval=0.5, disable=quiet)
-        with bar, self.checkpointer, self._open_writer(start) as writer:
-            self.writer, self.bar = writer, bar
+        log = RolloutLog(self.setup, self.directory, start)
+        with bar, self.checkpointer, log, self._open_writer(start) as writer:
+            self.writer, self.rollout_log, self.bar = writer, log, bar
             if self.steps.probe_hook is not None:
                 self.steps.probe_hook.write_set()
             if start == 0 and self.notice.received is None:
@@ -86,6 +90,8 @@ class Loop:
                 previous, bar.total = current, rollout_step + self._steps_left()
                 last = self._steps_left() == 0
                 self._analyse(current)
+                log.write(current)
+                self.clock("log")
                 if last or is_due(self.settings.evaluation.every_steps, rollout_step):
                     self._fetch(current)
                     current.counters |= self._evaluate()
@@ -99,6 +105,7 @@ class Loop:
             left = self._steps_left() > 0
             if left and rollout_step > 0:
                 self._save(rollout_step, {} if previous is None else previous.metrics)
+            log.sync()
             self.lines = writer.sync(runtime.log)
         if left:
             text = self.checkpointer.preemption_message(rollout_step, self.notice.signal_name())
@@ -125,7 +132,7 @@ class Loop:
         stage = self.steps.stages[self.at.progress.stage]
         taken = self.at.optimizer_steps
         current = RolloutStep(rollout_step, taken, stage.name, data.metrics, metrics)
-        current.completed = completed
+        current.completed, current.rollouts = completed, data.rollouts
         if stage.kl_budget is not None:
             self._fetch(current)  # whether the stage ends depends on it
         self.at, current.counters = self.steps.end(self.at, current.metrics)
@@ -224,6 +231,7 @@ class Loop:
         return self.at.rollout_step
 
     def _save(self, rollout_step: int, metrics: dict[str, Any]) -> None:
+        self.rollout_log.sync()
         lines = self.writer.sync(runtime.log)
         state, position = self.at.full_state(), self.at.saved()
         self.checkpointer.save(rollout_step, state, position, metrics, lines)

@@ -29,6 +29,7 @@ from ntkrl.training.batch_sources import (
     step_rows,
 )
 from ntkrl.training.rollout_functions import RolloutFunctions
+from ntkrl.training.rollout_log import weighted_rollout
 from ntkrl.types import Array, Rollout, UpdateBatch
 
 WEIGHTS_STREAM = 1 << 20
@@ -103,7 +104,8 @@ class RolloutSource(BatchSource):
                 f"{metrics['completions/clipped_ratio']:.0%} of the completions were cut); "
                 'schedule.on_no_signal="skip" goes on with the next prompts.'
             )
-        return StepBatches(batches, metrics, self._reference_head(context))
+        rollouts = weighted_rollout(rewarded, batch)
+        return StepBatches(batches, metrics, self._reference_head(context), rollouts)
 
     def summary(
         self, step_metrics: Sequence[dict[str, float]], rollout_step: int

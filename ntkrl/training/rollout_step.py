@@ -3,8 +3,25 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
+from ntkrl.generate import RewardedRollout
 from ntkrl.training.analysed_step import CompletedStep
 from ntkrl.types import Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightedRollout:
+    """A rewarded rollout and the weights of its tokens, on the host.
+
+    rewarded: without features. advantages: `[B, C]`, 0 where a token does not count.
+    log_ratio: `[B, C]` log-prob of the trainer before the update less the sampler's (nats); None
+      where the step does not read the trainer's.
+    """
+
+    rewarded: RewardedRollout
+    advantages: np.ndarray
+    log_ratio: np.ndarray | None
 
 
 @dataclasses.dataclass
@@ -16,6 +33,7 @@ class RolloutStep:
     pending: metrics of its optimizer steps, on the devices until they are fetched, then None.
     counters: logged after those metrics.
     completed: its last optimizer step, where the probe hook analyses that.
+    rollouts: its completions, until they are logged; None without any.
     """
 
     rollout_step: int
@@ -25,3 +43,4 @@ class RolloutStep:
     pending: list[dict[str, Array]] | None
     counters: dict[str, Any] = dataclasses.field(default_factory=dict)
     completed: CompletedStep | None = None
+    rollouts: WeightedRollout | None = None

@@ -176,6 +176,7 @@ def _minibatch(source, setup, stage):
         rollout=rollout,
         texts=["x"] * 8,
         result=reward.RewardResult(np.arange(8.0), {}, {}, {}, frozenset()),
+        rows=np.repeat(rows, 2),
     )
     params, key = setup.model.params, jax.random.key(2)
     context = StepContext(params, params, stage, True, 1, key, lambda name: None)

@@ -57,10 +57,15 @@ def completed(children, command, run):
 
 
 def assert_same(uninterrupted, broken):
-    """Metrics, probes and exported weights are the same bits."""
+    """Metrics, probes, completions and exported weights are the same bits."""
     assert (uninterrupted / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
     exported = [run / "export" / "model.safetensors" for run in (uninterrupted, broken)]
     assert exported[0].read_bytes() == exported[1].read_bytes()
+    logged = [
+        {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()}
+        for run in (uninterrupted, broken)
+    ]
+    assert logged[0] == logged[1] and logged[0].keys() == {"steps_000001.jsonl.gz"}
     looks = [
         sorted(p.relative_to(run) for p in run.glob("[pl]*/*.*")) for run in (uninterrupted, broken)
     ]

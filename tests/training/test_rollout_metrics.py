@@ -22,7 +22,8 @@ def collected(lengths, finished, rewards, **result):
         finished=np.asarray(finished),
     )
     parts = {"per_function": {}, "logged": {}, "extra": {}, "failures": {}} | result
-    return RewardedRollout(rollout, [], RewardResult(np.asarray(rewards, np.float32), **parts))
+    result = RewardResult(np.asarray(rewards, np.float32), **parts)
+    return RewardedRollout(rollout, [], result, np.arange(0))
 
 
 def test_by_hand():

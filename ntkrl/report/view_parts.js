@@ -1,0 +1,54 @@
+// Parts of the report's views that scripts draw. Every text comes from the run and is set as text.
+"use strict";
+const parts = (() => {
+  function make(tag, parent, text, className) {
+    const element = document.createElement(tag);
+    if (text !== undefined) element.textContent = text;
+    if (className) element.className = className;
+    parent.append(element);
+    return element;
+  }
+
+  // Arrays come as whole numbers of a unit, null where a value is not known.
+  function unpack(packed) {
+    return packed.values.map((value) => value === null ? NaN : value * packed.unit);
+  }
+
+  function number(value) {
+    if (!Number.isFinite(value)) return "not known";
+    const text = Math.abs(value) > 0 && Math.abs(value) < 1e-3
+      ? value.toExponential(1) : String(Number(value.toPrecision(3)));
+    return text.replace(/-/g, "−");
+  }
+
+  function signed(value) {
+    return (value > 0 ? "+" : "") + number(value);
+  }
+
+  // Red raises, blue lowers; see-through, so that text stays readable on light and dark.
+  function tint(element, value, limit) {
+    const share = limit > 0 && Number.isFinite(value) ? Math.min(1, Math.abs(value) / limit) : 0;
+    const color = value > 0 ? "215, 70, 50" : "30, 120, 220";
+    element.style.backgroundColor = `rgba(${color}, ${(0.7 * share).toFixed(3)})`;
+  }
+
+  function control(parent, words, element) {
+    const label = make("label", parent, words);
+    label.append(element);
+    return element;
+  }
+
+  function choice(parent, words, options, chosen, change) {
+    const select = control(parent, words, document.createElement("select"));
+    for (const [value, text, disabled] of options) {
+      const option = make("option", select, text);
+      option.value = value;
+      option.selected = String(value) === String(chosen);
+      option.disabled = Boolean(disabled);
+    }
+    select.addEventListener("change", () => change(select.value));
+    return select;
+  }
+
+  return { make, unpack, number, signed, tint, control, choice };
+})();
