@@ -120,7 +120,7 @@ def test_a_second_run_repeats_nothing(runs, children):
     assert left == ["train"] * 4 + ["report"]
     before = {path: path.stat().st_mtime_ns for path in (runs / "cfrl-0").rglob("*")}
     status, output = children.run(commands(runs)[-4])
-    assert status == 0 and "is finished; remove it to run again" in output
+    assert status == 0 and "is finished; give it more steps" in output
     assert {path: path.stat().st_mtime_ns for path in (runs / "cfrl-0").rglob("*")} == before
 
 

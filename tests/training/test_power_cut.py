@@ -112,7 +112,7 @@ def test_power_cuts(base, children, uninterrupted, disk, tmp_path, capsys, seed)
         status, output = children.run(command)
         assert status == 0 and "Traceback" not in output, output
         if marked:
-            assert "is finished; remove it" in output
+            assert "is finished; give it more steps" in output
             outcome = "finished"
         elif "resuming" in output:
             step = int(output.partition("after rollout step ")[2].split()[0])

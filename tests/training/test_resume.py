@@ -277,7 +277,7 @@ def test_a_finished_run_is_checked(base, children, uninterrupted, tmp_path):
     assert "resuming from the last checkpoint" in output and "after rollout step 10" in output
     assert_same(uninterrupted, run)
     status, output = children.run(arguments(base, run))
-    assert status == 0 and "is finished; remove it to run again" in output
+    assert status == 0 and "is finished; give it more steps" in output
     shutil.rmtree(run / "export")
     shutil.rmtree(run / "checkpoints")
     status, output = children.run(arguments(base, run))
