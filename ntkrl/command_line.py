@@ -207,6 +207,8 @@ class _Parser(argparse.ArgumentParser):
     """Raises ValueError for the command line to print, instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
+        # argparse's words for a switch with a value
+        message = message.replace("ignored explicit argument", "it takes no value, not")
         raise ValueError(f"{message}; see `{self.prog} --help`.")
 
 

@@ -79,7 +79,7 @@ def test_options_of_kernel():
         (["evaluate", "--run=x", "--steps=3"], "--steps=3 is not an option of evaluate"),
         (["report", "--txt", "x"], "--txt is not an option of report; did you mean '--text'?"),
         (["presets", "--all"], "--all is not an option of presets. It has no options"),
-        (["plan", "--config=rl", "--search=1"], "--search: ignored explicit argument '1'"),
+        (["plan", "--config=rl", "--search=1"], "--search: it takes no value, not '1'"),
         (["settings", "temprature"], "no setting has 'temprature'; nearest are .*temperature"),
         (["settings", "xyzzy"], "`ntkrl settings` lists all"),
     ],

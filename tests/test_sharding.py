@@ -229,7 +229,7 @@ def test_moments_wait_on_the_host(tmp_path):
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         result.append([json.loads(line) for line in lines])
         setup = set_up(read_settings(config), directory)
-        moments = jax.tree.leaves(begun(setup, directory, config).state.opt_state)
+        moments = jax.tree.leaves(begun(setup, directory, config).at.state.opt_state)
         kinds = {leaf.sharding.memory_kind for leaf in moments if leaf.ndim}
         assert kinds == ({"pinned_host"} if offload == "True" else {"device"})
     assert result[0] == result[1] and result[0][-1]["step"] == 2

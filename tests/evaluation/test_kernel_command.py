@@ -148,7 +148,10 @@ def test_every_option_arrives(monkeypatch):
 
 
 MISTAKES = {
-    "unknown option": (["--postions=all"], "--postions=all is not understood; allowed are --prom"),
+    "unknown option": (
+        ["--postions=all"],
+        "--postions=all is not an option of kernel; did you mean '--positions'? Allowed",
+    ),
     "no prompts": ([], "--prompts=FILE is missing"),
     "missing file": (["--prompts=nowhere.txt"], "nowhere.txt: no such file"),
     "no model": (["--prompts=x", "second"], "needs one model directory"),
@@ -159,7 +162,7 @@ MISTAKES = {
     "no memory": (["--memory_gib=nan"], "--memory_gib must be a positive number, not nan"),
     "dtype": (["--dtype=float16"], "float32 or float64 or bfloat16, not 'float16'"),
     "positions": (["--positions=first"], "--positions must be last or all, not 'first'"),
-    "switch": (["--layers=1"], "--layers=1 is not understood"),
+    "switch": (["--layers=1"], "--layers: it takes no value, not '1'"),
 }
 
 

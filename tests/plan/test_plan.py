@@ -118,7 +118,7 @@ MISTAKES = [
     (["--topology=cpu:8", "--config.data.max_prompt_tokens=90"], "exceed the model's context"),
     (["--topology=cpu:8", "--config.reward.function=org/name"], "its shape is not known; give"),
     (["--topology=cpu:8", "--table=x.md"], "takes no other option"),
-    (["--topology=cpu:8", "x"], "plan takes options only"),
+    (["--topology=cpu:8", "x"], "x is not an option, which begins with --"),
     ([], "plan needs --topology=NAME"),
 ]
 

@@ -310,5 +310,5 @@ def test_score_reads_messages_and_passes_over_absent_targets():
 
 
 def test_score_refuses_targets_that_are_no_integers():
-    with pytest.raises(ValueError, match="must be integers .* but row 1: '24'; row 2: 24.0"):
+    with pytest.raises(ValueError, match=r"must be integers .*\n  row 1: '24'\n  row 2: 24\.0"):
         expression_score([""] * 3, ["3*8"] * 3, [[]] * 3, target=[24, "24", 24.0])

@@ -1,5 +1,6 @@
 """RL runs at the edges: groups of equal rewards, truncation, resampled prompts."""
 
+import dataclasses
 import json
 import re
 
@@ -133,7 +134,7 @@ def test_stage_one_from_stored_features(base, tmp_path, monkeypatch):
             rewarded, metrics = super()._collect(context)
             assert rewarded.rollout.features is not None
             drawn = rewarded.rollout.replace(features=None)
-            return type(rewarded)(drawn, rewarded.texts, rewarded.result), metrics
+            return dataclasses.replace(rewarded, rollout=drawn), metrics
 
     monkeypatch.setitem(BATCH_SOURCES, "rl", Blind)
     assert run_of(base, again, *head) == 0
