@@ -122,4 +122,4 @@ def test_a_column_no_file_has(base, files, tmp_path, capsys):  # noqa: F811
     assert main(arguments) == 2
     output = capsys.readouterr().err
     assert "score requires 'solution', which is not a column" in output
-    assert "Columns are: answer, hard" in output and "'answer'" not in output
+    assert "Columns are: answer, hard" in output and "requires 'answer'" not in output
