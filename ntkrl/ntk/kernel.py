@@ -239,7 +239,10 @@ class Kernel:
         return self._sum(diagonals, shape)
 
     def trace(self, part: str = "full") -> Array:
-        """Return tr K(o, u): V⟨φ, φ'⟩ for a plain head, ⟨WᵀW, M⟩ for the body.
+        """Return tr K(o, u): V⟨φ, φ'⟩ for a plain head, ⟨WᵀW, M⟩ for the body (see traces.py).
+
+        The traces of all groups together cost one pass backward for D cotangents of each context;
+        M is not computed, but for capped or preconditioned heads.
 
         Returns:
           `[O, U]`.
@@ -252,11 +255,8 @@ class Kernel:
         total = jnp.zeros(self._shape(), problem.dtype)
         if roles.output_input or roles.input_output:
             total += self._crossed(roles, operands, tied.cross_trace)
-        if roles.body and problem.capped:
-            diagonal = forms.body_diagonal(problem.network, operands, self.body(part))
-            total += jnp.sum(diagonal, axis=-1)
-        elif roles.body:
-            total += forms.body_trace(problem.network, operands, self.body(part))
+        if roles.body:
+            total += self._body_trace(part, operands)
         if not (roles.output or roles.bias):
             return total
         if operands.head.scalar and not problem.capped:
@@ -268,6 +268,15 @@ class Kernel:
     def estimate(self, part: str = "body", chunk: int | None = None) -> Estimate:
         """Return algorithm, chunk, FLOPs and memory of `body(part, chunk)` before it runs."""
         return self.problem.estimate(self.problem.gram_inputs(part), chunk)
+
+    def _body_trace(self, part: str, operands: forms.Operands) -> Array:
+        trace = self.problem.body_trace(part)
+        if trace is not None:
+            return trace
+        network, body = self.problem.network, self.body(part)
+        if self.problem.capped:
+            return jnp.sum(forms.body_diagonal(network, operands, body), axis=-1)
+        return forms.body_trace(network, operands, body)
 
     def _crossed(self, roles: Roles, operands: forms.Operands, form: Callable[..., Array]) -> Array:
         """Return a diagonal form `[O, U, …]` of the cross terms, computed once where symmetric."""

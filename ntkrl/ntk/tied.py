@@ -16,19 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ntkrl.jaxpr import value_counts
 from ntkrl.ntk import forms
 from ntkrl.ntk.contexts import Contexts
 from ntkrl.ntk.cotangents import replay, value_of, zeros
+from ntkrl.ntk.estimates import estimate_lookup
 from ntkrl.ntk.forms import Operands, feature_cotangents
 from ntkrl.ntk.jacobian_gram import add_axis
 from ntkrl.ntk.network import FeatureFunction
 from ntkrl.ntk.taps import TapPlan, plan_taps
 from ntkrl.numerics import at_least_float32, einsum
 from ntkrl.types import Array, Params
-
-WORKING_FRACTION = 0.25
-"""Fraction of the memory for cotangents that go backward together."""
 
 
 class Lookup(NamedTuple):
@@ -106,11 +103,9 @@ def lookup_products(
       cotangents: of the features at the contexts' positions.
       budget: bytes of working memory.
     """
-    plan = plan_taps(tied, operands.params, operands.updated, None)
-    _, values = value_counts(plan.traced)
-    chunk = int(WORKING_FRACTION * budget / (4 * values))
     width = operands.left.features.shape[1] if cotangents is None else cotangents.shape[1]
-    return _lookup_products(tied, operands, cotangents, max(1, min(width, chunk)))
+    estimate = estimate_lookup(tied, operands.params, operands.updated, width, budget)
+    return _lookup_products(tied, operands, cotangents, estimate.chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("tied", "chunk"))
