@@ -172,23 +172,38 @@ def estimate_algorithms(
         size = largest if chunk is None else min(chunk, max(a, b))
         if size < a and name != "jvp_vjp":
             sides = 2
-        blocks = -(-a // size)
-        work: float = {
-            "jvp_vjp": b * 2 * counts.forward * (1 + observed.sequences),
-            "jacobian": (a + b * blocks) * 2 * counts.forward + 2 * a * b * counts.params,
-            "layerwise": (a * -(-b // size) + b * blocks) * counts.forward + mixing + inner,
-        }[name]
-        if symmetric and name != "jvp_vjp":
-            work *= (blocks + 1) / (2 * blocks)
-            if blocks == 1:
-                pairs = (observed.sequences + 1) / (2 * observed.sequences)
-                work = {
-                    "jacobian": a * 2 * counts.forward + 2 * a * b * counts.params,
-                    "layerwise": a * counts.forward + (mixing + inner) * pairs,
-                }[name]
+        work = _work(name, counts, inputs, size, mixing + inner)
         memory = output + item * (fixed[name] + size * sides * per_cotangent[name])
         estimates[name] = Estimate(name, int(size), float(work), int(memory), int(output))
     return estimates
+
+
+def _work(
+    name: str, counts: _NetworkCounts, inputs: GramInputs, size: int, contraction: int
+) -> float:
+    """Return the FLOPs of an algorithm in blocks of `size` cotangents.
+
+    Args:
+      name: the algorithm.
+      counts: of the network.
+      inputs: the Γ to compute.
+      size: cotangents at a time.
+      contraction: FLOPs of the layer-wise contraction of all pairs of cotangents.
+    """
+    observed, updated, forward = inputs.observed, inputs.columns, counts.forward
+    a, b = (side.sequences * side.per_sequence for side in (observed, updated))
+    if name == "jvp_vjp":
+        return b * 2 * forward * (1 + observed.sequences)
+    blocks, symmetric = -(-a // size), inputs.updated is None
+    if symmetric and blocks == 1:
+        pairs = (observed.sequences + 1) / (2 * observed.sequences)
+        gradients = a * 2 * forward + 2 * a * b * counts.params
+        return gradients if name == "jacobian" else a * forward + contraction * pairs
+    if name == "jacobian":
+        work = (a + b * blocks) * 2 * forward + 2 * a * b * counts.params
+    else:
+        work = (a * -(-b // size) + b * blocks) * forward + contraction
+    return work * (blocks + 1) / (2 * blocks) if symmetric else work
 
 
 def estimate_traces(

@@ -278,7 +278,9 @@ def _shares(plan: KernelPlan, arrays: Mapping[str, Any]) -> dict[str, Any]:
         diagonal = np.trace(values_OO)
         sums.append(np.array([diagonal, np.nan if single else np.sum(values_OO) - diagonal]))
     result = {f"trace_{part}": values_OO for part, values_OO in parts.items()}
-    result |= {f"share_{part}": own / sums[-1] for part, own in zip(parts, sums, strict=False)}
+    result |= {
+        f"share_{part}": values / sums[-1] for part, values in zip(parts, sums, strict=False)
+    }
     return {**result, "trace_full": full_OO}
 
 
