@@ -18,12 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ntkrl import directory_kinds
 from ntkrl.json_files import parse_json
 from ntkrl.messages import joined
 
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 ENDINGS = (".jsonl", ".json", ".parquet")
 OTHER_TABLES = (".csv", ".tsv", ".xlsx", ".xls")
+KINDS = {
+    "a run directory of `ntkrl train`": directory_kinds.is_run,
+    "a Hugging Face model directory": directory_kinds.is_model,
+}
 FORMS = "JSON Lines, .json (a list of objects), .parquet, or a directory of a saved dataset"
 
 
@@ -96,6 +101,9 @@ def _directory_files(path: Path) -> list[Path]:
     tables = sorted(path.glob("*.parquet"))
     if tables:
         return _split_shards(path, tables)
+    for kind, suits in KINDS.items():
+        if suits(path):
+            raise ValueError(f"{path} is {kind}, not prompts. Allowed are {FORMS}.")
     splits = _all_splits(path)
     hint = f"; {_choices(path, splits)}" if splits else " without a data file"
     raise ValueError(f"{path} is a directory{hint}. Allowed are {FORMS}.")
