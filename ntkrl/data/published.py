@@ -24,6 +24,7 @@ from ntkrl.messages import joined
 
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 ENDINGS = (".jsonl", ".json", ".parquet")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 OTHER_TABLES = (".csv", ".tsv", ".xlsx", ".xls")
 KINDS = {
     "a run directory of `ntkrl train`": directory_kinds.is_run,
@@ -74,6 +75,8 @@ def read_rows(path: str | Path) -> Rows:
       ValueError: errors of `files_of`, a file that is corrupt or not a list, or no pyarrow.
     """
     files = files_of(path)
+    if files[0].suffix.lower() in PACKED:
+        raise ValueError(f"{files[0]} is compressed; unpack it. Allowed are {FORMS}.")
     if files[0].suffix.lower() in OTHER_TABLES:
         raise ValueError(
             f"{files[0]} is a table in a format that is not read; convert it to JSON Lines, for "
@@ -161,6 +164,8 @@ def _nearest_file(path: Path) -> str:
     Where a directory is missing, the names beside that are compared.
     """
     directory = path.parent
+    if set("*?[") & set(path.name):
+        return ": names are not expanded; give the files, separated by commas."
     if not directory.is_dir():
         return f": {directory} does not exist{_nearest_file(directory)}"
     names = sorted(part.name for part in directory.iterdir() if not part.name.startswith("."))
