@@ -3,13 +3,16 @@
 import dataclasses
 from typing import Any
 
+MAX_TIMEOUT = 1e6
+"""Seconds; the system's waits are limited to little more."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings:
     """Reward functions and how they are called.
 
     functions: `(specification, weight)` pairs; none for supervised runs without a reward.
-    timeout: seconds a call of a user's function may take.
+    timeout: seconds a call of a user's function may take, at most MAX_TIMEOUT.
     on_failure: reward of every row of a failed call, or None to stop.
     normalisation: file of precomputed rewards, or None.
     dtype, batch_size: of reward models.
@@ -25,5 +28,12 @@ class RewardSettings:
     options: dict[str, dict[str, Any]]
 
     def __post_init__(self):
-        if not self.timeout > 0 or self.batch_size < 1:
-            raise ValueError("reward.timeout must be positive and reward.batch_size ≥ 1.")
+        problems = []
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            problems.append(
+                f"reward.timeout is {self.timeout:g}; set seconds above 0, at most {MAX_TIMEOUT:g}"
+            )
+        if self.batch_size < 1:
+            problems.append(f"reward.batch_size is {self.batch_size}; set at least 1")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
