@@ -3,8 +3,8 @@
 Prompts of random tokens, left-padded to different lengths; completions are sampled at temperature 1
 and scored by the trainer's forward pass. Prints the largest and the mean |log π(trainer) −
 log π(sampler)| over the tokens (nats) by model, compute dtype and cache dtype. Arguments are
-Hugging Face directories to measure too, with the params in float32. Lengths are options, as in
-`--prompt=512 --completion=512 --prompts=4 --group=1`.
+Hugging Face directories to measure too, with the params in float32. Lengths and models are options,
+as in `--prompt=512 --completion=512 --prompts=2 --group=2 --only="Llama 128"`.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("directories", nargs="*")
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--only", default="", help="part of the names of random models")
     options = parser.parse_args()
     measured = []
     for architecture in ("LlamaForCausalLM", "GPTNeoXForCausalLM"):
@@ -112,7 +113,8 @@ def main() -> None:
                 return models.build(name, values, jax.random.key(0), jnp.float32, None, options)
 
             label = f"{architecture.removesuffix('ForCausalLM')} {shape[0]} × {shape[1]}"
-            measured += rows(f"{label}, weights {shape[2]}", build, options)
+            if options.only in label:
+                measured += rows(f"{label}, weights {shape[2]}", build, options)
     for directory in options.directories:
 
         def load(compute: Any, directory: str = directory) -> Any:
