@@ -127,7 +127,7 @@ def evaluate(
     call = read_call(arguments)
     values = call.config
     path, named = values.data.path, call.inputs.rows
-    size = rows.count(named[path] if path in named else path)
+    size = rows.count_rows(named[path] if path in named else path)
     values.data.eval_path = path
     # no step is taken: any number that the prompts fill
     values.data.prompts_per_step = max(min(values.data.prompts_per_step, size), 1)

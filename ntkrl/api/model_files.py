@@ -70,6 +70,7 @@ def export_start(policy: Policy, params: Params, run_dir: str) -> str:
 
 
 def _unchanged(policy: Policy, params: Params) -> bool:
+    """Return whether the files of a policy hold these params; False above COMPARED_GIB."""
     leaves = trees.named_leaves(params)
     if sum(leaf.nbytes for leaf in leaves.values()) > COMPARED_GIB * GIB:
         return False

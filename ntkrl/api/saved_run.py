@@ -141,7 +141,7 @@ class TrainingRun:
         if prompts is not None:
             read = rows.read_rows(prompts, "prompts")
             named = name_rows(values, {"eval_path": read})
-            values.eval.prompts = rows.count(read)
+            values.eval.prompts = rows.count_rows(read)
         if rewards is not None:
             values.reward.function, in_memory = functions.read_rewards(rewards)
         overrides.override(values, changes)

@@ -176,7 +176,9 @@ def step_section(runs: Sequence[Run], room: int) -> str:
     data, limits = views
     if not data:
         return _html("no_steps", f"{room / 1e6:.1f}")
-    return _html("steps", EXPLANATION, limits, data, resource("view_parts.js") + resource("page.js"))
+    return _html(
+        "steps", EXPLANATION, limits, data, resource("view_parts.js") + resource("page.js")
+    )
 
 
 def rollouts_link(view: RolloutsView | None) -> str:

@@ -29,11 +29,11 @@ STATIC = (
 )
 INDEX = "index.js"
 START = 'ntkrlData("index", '
-"""Of the index, which marks a directory as this program's."""
+"""Beginning of the index, by which the directory of an earlier report is recognised."""
 PAGE_BYTES = 96 * 2**20
 """Most bytes of completions in the view, of all runs together."""
 FILE_BYTES = 500_000
-"""Of a data file, unless a step alone is larger."""
+"""Most bytes of a data file, unless a step alone is larger."""
 MAX_PROMPT = 160
 """Characters of a prompt in the list."""
 

@@ -128,7 +128,7 @@ def test_the_loop_of_the_readme(base, first):
     assert len(names["ledger"]) > 4 and ntkrl.open_run("runs/steps").ledger(2).step == 2
     assert len(repr(names["steps"]).splitlines()) == len(repr(names["at"]).splitlines()) == 3
     settings = {"method": "cfrl", "steps": 3, "config": SMALL}
-    with pytest.raises(ValueError, match="runs/base is the run of a training command, whose probes"):
+    with pytest.raises(ValueError, match="runs/base is the run of a training command, whose"):
         ntkrl.Steps(base, ROWS, score, run_dir="runs/base", **settings)  # was accepted
 
 

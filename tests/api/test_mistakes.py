@@ -200,11 +200,11 @@ def test_configs(base):
 
 def test_data_sets(base):
     """law: a datasets.Dataset gives the rows of a list, whose file has the digest as its name."""
-    from ntkrl.api.rows import in_run, read_rows
+    from ntkrl.api.rows import path_in_run, read_rows
 
     file, same = read_rows(Split(), "prompts"), read_rows(ROWS, "prompts")
     assert file.content == same.content and isinstance(file, data.RowFile)
-    assert re.fullmatch(r"runs/x/data/prompts-[0-9a-f]{12}\.jsonl", in_run(file, "runs/x"))
+    assert re.fullmatch(r"runs/x/data/prompts-[0-9a-f]{12}\.jsonl", path_in_run(file, "runs/x"))
 
 
 def test_public_names():
