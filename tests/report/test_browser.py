@@ -251,6 +251,6 @@ def test_axes_have_names_and_units(by_sample):
         by_sample.run(words)
     )
     assert heads[1] == ["A", "own", "other", "own", "shuffled", *"12345"]
-    spans = "() => [...document.querySelectorAll('.map .over')].map((one) => one.colSpan)"
-    assert by_sample.run(spans) == [5, 2, 1, 1, 1]
+    spans = "() => [...document.querySelectorAll('.map .family')].map((th) => th.colSpan)"
+    assert by_sample.run(spans) == [2, 1, 1, 1]
     assert all("(nats)" in text for text in by_sample.run(TEXTS, ".scale"))
