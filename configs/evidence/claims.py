@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ntkrl.configs.evidence.similarity import read_similarities
+from ntkrl.configs.evidence.similarity import DEPTH, read_similarities
 from ntkrl.configs.evidence.verdict import (
     NO_NUMBER,
     UNKNOWN,
@@ -266,7 +266,7 @@ def depths(rl: Arm) -> Verdict:
     ends = (np.mean([seed["across_prompts"] for seed in seeds], axis=0) for seeds in by_seed)
     layers = [
         f"{depth}: {before:.3g} to {after:.3g}"
-        for depth, (before, after) in enumerate(zip(*ends, strict=True), start=1)
+        for depth, before, after in zip(by_seed[0][0][DEPTH], *ends, strict=True)
     ]
     return number_only(1, rl.task, claim, f"layers {'; '.join(layers)}")
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ntkrl import report, study
 from ntkrl.configs.evidence.claims import Plan, head_share
-from ntkrl.configs.evidence.similarity import KINDS, read_similarities
+from ntkrl.configs.evidence.similarity import DEPTH, KINDS, read_similarities
 from ntkrl.configs.evidence.verdict import FAILS, HOLDS, PARTLY, UNKNOWN, Verdict
 from ntkrl.evaluation import powers
 from ntkrl.study import ArmGroup, Results
@@ -178,8 +178,7 @@ def _layers(results: Results, size: str) -> Figure | None:
     figure, axes = report.panels(len(KINDS), "Similarity of features by depth")
     for axis, kind in zip(axes, KINDS, strict=True):
         for i, (arm, seeds) in enumerate(by_arm.items()):
-            rows = np.array([seed[kind] for seed in seeds])
-            depth = 1 + np.arange(rows.shape[1])
+            rows, depth = np.array([seed[kind] for seed in seeds]), seeds[0][DEPTH]
             style = {"color": report.PALETTE[i], "marker": report.MARKERS[i], "linewidth": 2.2}
             axis.plot(depth, rows.mean(axis=0), label=arm, **style)
             low, high = rows.min(axis=0), rows.max(axis=0)

@@ -306,7 +306,9 @@ def resized(
     return _rebuilt(policy, vocab_size=rows), {**params, **tables}
 
 
-def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Params]:
+def whitened(
+    policy: Policy, params: Params, moments: Array, mean: Array | None = None
+) -> tuple[Policy, Params]:
     """Return the same function with features in whitened coordinates.
 
     φ' = C φ and W' = W C⁻¹ with C = s (S + ρ (tr S/D) I)^(−1/2), and s such that ‖φ'‖² has the mean
@@ -314,9 +316,13 @@ def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Pa
     ⟨φ', φ''⟩ of the head's kernel become small between contexts and of either sign. A control for
     the effect of features with little variation.
 
+    With a mean, C = s (I + (1/r − 1) m mᵀ) along its direction m alone: r² is mᵀ S m over the mean
+    second moment of the directions at right angles, which keep their proportions.
+
     Args:
       policy, params: of an untied model.
       moments: S `[D, D]`, mean of φ φᵀ over the contexts to whiten on.
+      mean: `[D]` mean of φ over them, or None to whiten all directions.
 
     Returns:
       The policy, and params with `whitening/matrix` (C, to be frozen); `export` multiplies it into
@@ -327,12 +333,8 @@ def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Pa
     """
     if policy.tied:
         raise ValueError("features are whitened with an untied head; set model.untie=True.")
-    values_D, vectors_DD = jnp.linalg.eigh(moments.astype(jnp.float32))
-    roots_D = jnp.sqrt(jnp.maximum(values_D, 0) + RIDGE * jnp.mean(values_D))
-    # mean ‖C φ‖² is Σ values / roots²
-    scale = jnp.sqrt(jnp.sum(values_D) / jnp.sum(values_D / roots_D**2))
-    matrix_DD = einsum("dk,ek->de", vectors_DD * (scale / roots_D)[None], vectors_DD)
-    inverse_DD = einsum("dk,ek->de", vectors_DD * (roots_D / scale)[None], vectors_DD)
+    moments = moments.astype(jnp.float32)
+    matrix_DD, inverse_DD = _whitening(moments) if mean is None else _shrinkage(moments, mean)
     weight_VD = params["head"]["weight"]
     dtype = weight_VD.dtype
     weight_VD = einsum("vd,de->ve", weight_VD, inverse_DD).astype(dtype)
@@ -342,6 +344,30 @@ def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Pa
         WHITENING: {"matrix": matrix_DD.astype(dtype)},
     }
     return _whitened_policy(policy), params
+
+
+def _whitening(moments: Array) -> tuple[Array, Array]:
+    """Return C of all directions, and its inverse."""
+    values_D, vectors_DD = jnp.linalg.eigh(moments)
+    roots_D = jnp.sqrt(jnp.maximum(values_D, 0) + RIDGE * jnp.mean(values_D))
+    # mean ‖C φ‖² is Σ values / roots²
+    scale = jnp.sqrt(jnp.sum(values_D) / jnp.sum(values_D / roots_D**2))
+    matrix_DD = einsum("dk,ek->de", vectors_DD * (scale / roots_D)[None], vectors_DD)
+    return matrix_DD, einsum("dk,ek->de", vectors_DD * (roots_D / scale)[None], vectors_DD)
+
+
+def _shrinkage(moments: Array, mean: Array) -> tuple[Array, Array]:
+    """Return C along the mean's direction alone, and its inverse."""
+    size, total = moments.shape[0], jnp.trace(moments)
+    direction_D = mean.astype(jnp.float32) / jnp.linalg.norm(mean.astype(jnp.float32))
+    along = einsum("d,de,e->", direction_D, moments, direction_D)
+    across = (total - along) / (size - 1)
+    root = jnp.sqrt(along / across)
+    # mean ‖C φ‖² is s² (D across)
+    scale = jnp.sqrt(total / (size * across))
+    outer_DD = jnp.outer(direction_D, direction_D)
+    matrix_DD = scale * (jnp.eye(size) + (1 / root - 1) * outer_DD)
+    return matrix_DD, (jnp.eye(size) + (root - 1) * outer_DD) / scale
 
 
 def _whitened_policy(policy: Policy) -> Policy:
