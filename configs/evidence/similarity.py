@@ -85,7 +85,7 @@ def similarities(
     mean_D = jnp.mean(phi_OD, axis=0)
     share = jnp.sum(mean_D**2) / jnp.mean(jnp.sum(phi_OD**2, axis=1))
     result, first = {MEAN_SHARE: float(share)}, columns == 0
-    for prefix, features in (("", phi_OD), ("centred_", phi_OD - mean_D)):
+    for prefix, features in (("", phi_OD), ("centred_", phi_OD - mean_D[None])):
         places = jnp.asarray(rows), jnp.asarray(groups)
         measures = probe.feature_measures(features, features, *places)
         result |= {prefix + kind: float(measures[f"cosine_{kind}"]) for kind in KINDS[1:]}

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -146,9 +147,9 @@ def test_prompts_and_preferences(tmp_path):
 
 def test_similarities_of_known_features():
     """by hand: two prompts with an answer of two tokens each; the mean is (1/2, 3/4)."""
-    phi = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 2.0]], np.float32)
+    phi = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 2.0]])
     rows, columns = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
-    values = evidence.similarities(phi, rows, columns, rows)
+    values = evidence.similarities(jnp.asarray(phi), rows, columns, rows)
     # first tokens are equal; of the four pairs across prompts two are parallel, two orthogonal
     assert values["first_token"] == 1 and values["across_prompts"] == 0.5
     assert values["within_response"] == 0 and values["across_responses"] == 0
