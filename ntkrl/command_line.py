@@ -186,7 +186,7 @@ COMMANDS = {
             Option("push", "repository of the Hugging Face Hub to upload to (none)", "ORG/NAME"),
             Option("public", "let everybody read a repository that --push creates (private)", None),
         ),
-        words=("RUN OUT", "run directory, and the directory to write"),
+        words=("RUN OUT", "run directory or GGUF file, and the directory to write"),
     ),
     "presets": Command(
         "list objectives: formula, source, settings",

@@ -13,7 +13,8 @@ import pytest
 from ntkrl import main, reward, runtime, study
 from ntkrl.configs.evidence import claims, prompts
 from ntkrl.configs.evidence import similarity as evidence
-from ntkrl.configs.evidence.paper_study import PaperStudy, StudySettings
+from ntkrl.configs.evidence.arm_study import StudySettings
+from ntkrl.configs.evidence.paper_study import PaperStudy
 from ntkrl.settings import read_settings
 from tests.report.conftest import mark
 
@@ -193,7 +194,7 @@ def test_verdicts_of_known_numbers(tmp_path):
         sign = 1 if seed < 5 else -1.5  # ahead on average alone
         change = {"probe/feature_distortion_relative": 0.1 - 0.02 * sign, "probe/head_norm": 4.0}
         fabricate(paper, "small", "cfrl", seed, change=lambda step, change=change: change)
-        for number, rate in enumerate(paper.settings.sgd_rates):
+        for number, rate in enumerate(paper.settings.step_rates["sgd"]):
             error = {"predict/relative_error": (1 + 0.1 * seed) * rate}
             fabricate(paper, "small", f"sgd_{number}", seed, "sgd", lambda step, e=error: e)
     verdicts = verdicts_of(paper)
