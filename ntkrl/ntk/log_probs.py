@@ -68,7 +68,7 @@ def predict(
         list that does not cover the parameters.
     """
     network, observed, weights = _checked(model, params, direction, observed, targets, groups)
-    return _predict(network, params, direction, observed, targets, weights)
+    return _predict(network, params, direction, (observed, targets), weights)
 
 
 def predict_changes(
@@ -87,7 +87,7 @@ def predict_changes(
       `{group: TokenChanges}`; the sum over groups is the total first-order change.
     """
     network, observed, weights = _checked(model, params, direction, observed, targets, groups)
-    return _predict(network, params, direction, observed, targets, weights, every=True)
+    return _predict(network, params, direction, (observed, targets), weights, every=True)
 
 
 def _checked(
@@ -121,12 +121,12 @@ def _predict(
     network: Network,
     params: Params,
     direction: Params,
-    observed: Contexts,
-    targets_O: Array | None,
+    where: tuple[Contexts, Array | None],
     weights: dict[str, tuple[Array, ...]],
     every: bool = False,
 ) -> dict[str, Any]:
-    """Return of each group Δ log π, or with `every` TokenChanges."""
+    """Return of each group Δ log π, or with `every` TokenChanges; where: contexts and targets."""
+    observed, targets_O = where
     phi_OD, push_features = jax.linearize(lambda p: features_at(network, p, observed), params)
     logits_OV, push_head = jax.linearize(network.logits, params, phi_OD)
     probs_OV = jax.nn.softmax(logits_OV, axis=-1)
