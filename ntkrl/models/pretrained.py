@@ -98,8 +98,13 @@ def check(path: str | Path) -> int:
 
 
 def tokenizer_directory(path: str | Path) -> str:
-    """Return the directory of a model's tokenizer: the adapter's if it has one, or its base's."""
+    """Return the directory of a model's tokenizer: the adapter's if it has one, or its base's.
+
+    Raises:
+      ValueError: a path that cannot be a model's.
+    """
     _, directory, adapter_directory = _locate(path)
+    hf_files.check_directory(directory)
     if adapter_directory is None or not (adapter_directory / "tokenizer_config.json").is_file():
         return str(directory)
     return str(adapter_directory)

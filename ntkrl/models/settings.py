@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from ntkrl.messages import not_among
 from ntkrl.models.layers import REMAT
 from ntkrl.numerics import DTYPES
 
@@ -48,15 +49,13 @@ class ModelSettings:
                 "model.untie and model.lora do not go together; untie and export first."
             )
         if self.remat not in REMAT:
-            raise ValueError(f"model.remat {self.remat!r} is not among {', '.join(REMAT)}.")
+            raise ValueError(f"{not_among('model.remat', self.remat, REMAT)}.")
         if self.whiten_directions not in DIRECTIONS:
-            raise ValueError(
-                f"model.whiten_directions {self.whiten_directions!r} is not among "
-                f"{', '.join(DIRECTIONS)}."
-            )
+            name = "model.whiten_directions"
+            raise ValueError(f"{not_among(name, self.whiten_directions, DIRECTIONS)}.")
         if self.whiten is None and self.whiten_directions != "all":
             raise ValueError("model.whiten_directions needs model.whiten, a JSONL file of texts.")
         for name in ("dtype", "compute_dtype"):
             value = getattr(self, name)
             if value not in DTYPES and not (value is None and name == "compute_dtype"):
-                raise ValueError(f"model.{name} {value!r} is not among {', '.join(DTYPES)}.")
+                raise ValueError(f"{not_among(f'model.{name}', value, DTYPES)}.")

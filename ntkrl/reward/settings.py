@@ -1,6 +1,7 @@
 """The reward functions of a run: the config's reward section."""
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -25,5 +26,18 @@ class RewardSettings:
     options: dict[str, dict[str, Any]]
 
     def __post_init__(self):
-        if not self.timeout > 0 or self.batch_size < 1:
-            raise ValueError("reward.timeout must be positive and reward.batch_size ≥ 1.")
+        problems = []
+        if not self.timeout > 0:
+            problems.append(f"reward.timeout must be above 0 seconds, not {self.timeout}")
+        if self.batch_size < 1:
+            problems.append(f"reward.batch_size must be ≥ 1, not {self.batch_size}")
+        numbers = {f"reward.weights of {name}": weight for name, weight in self.functions}
+        if self.on_failure is not None:
+            numbers["reward.on_failure"] = self.on_failure
+        problems += [
+            f"{name} must be finite, not {number}"
+            for name, number in numbers.items()
+            if math.isinf(number)
+        ]
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
