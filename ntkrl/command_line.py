@@ -186,7 +186,7 @@ COMMANDS = {
             Option("push", "repository of the Hugging Face Hub to upload to (none)", "ORG/NAME"),
             Option("public", "let everybody read a repository that --push creates (private)", None),
         ),
-        words=("RUN OUT", "run directory, and the directory to write"),
+        words=("RUN OUT", "run directory or GGUF file, and the directory to write"),
     ),
     "presets": Command(
         "list objectives: formula, source, settings",
@@ -243,7 +243,7 @@ def parse(name: str, words: Sequence[str]) -> Words:
     if unknown:
         raise ValueError(_describe_unknown(name, unknown))
     if "config" in options:
-        overrides.insert(0, f"--config={options.pop('config')}")
+        overrides = [*(f"--config={named}" for named in options.pop("config")), *overrides]
     shorthands = {key: options.pop(key) for key in command.shorthands if key in options}
     return Words(overrides, shorthands, options, others)
 
@@ -278,7 +278,7 @@ def _parser(name: str) -> _Parser:
         metavar, meaning = command.words
         parser.add_argument("words", nargs="*", metavar=metavar, help=meaning)
     if command.config:
-        parser.add_argument("--config", metavar="NAME", help=CONFIG_HELP)
+        parser.add_argument("--config", action="append", metavar="NAME", help=CONFIG_HELP)
     for option in command.options:
         if option.value is None:
             parser.add_argument(f"--{option.name}", action="store_true", help=option.help)

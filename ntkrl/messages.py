@@ -69,8 +69,18 @@ def output_is_closed() -> bool:
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return "; did you mean …?" with the known name most similar to a wrong one, or ""."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    same = [each for each in names if each.casefold() == name.casefold()]  # as "GRPO" and "grpo"
+    best = [*same, *near]
+    return f"; did you mean {best[0]!r}?" if best else ""
+
+
+def not_among(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """Return that a setting's value is none of those allowed, with the nearest."""
+    names = list(allowed)
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    return f"{name} {quoted(value)} is not among {', '.join(names)}{hint}"
 
 
 def quoted(value: Any, width: int = 80) -> str:

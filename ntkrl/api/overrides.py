@@ -85,13 +85,10 @@ def _flat(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _set(config: ConfigDict, name: str, value: Any) -> None:
-    try:
-        before = config_path.get_value(name, config)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        hint = did_you_mean(name, _names(config)) or "; `ntkrl settings` lists all."
-        raise ValueError(f"config {name!r} does not exist{hint}") from error
-    if isinstance(before, ConfigDict):
-        raise ValueError(f"config {name!r} is a section; name a setting, such as '{name}.…'.")
+    problem = runtime.name_problem(name, config)
+    if problem is not None:
+        raise ValueError(f"config {name!r}{problem}")
+    before = config_path.get_value(name, config)
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, list):
@@ -105,16 +102,7 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
         else:
             config_path.set_value(name, config, value)
     except (TypeError, ValueError) as error:
-        kind = "another type" if before is None else f"{type(before).__name__}, as {before!r}"
+        kind = "another type" if before is None else f"{type(before).__name__}, as {quoted(before)}"
         raise ValueError(
             f"config {name!r} is {quoted(value)} ({type(value).__name__}); expected {kind}."
         ) from error
-
-
-def _names(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all settings."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _names(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"

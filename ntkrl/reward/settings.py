@@ -1,6 +1,7 @@
 """The reward functions of a run: the config's reward section."""
 
 import dataclasses
+import math
 from typing import Any
 
 MAX_TIMEOUT = 1e6
@@ -31,9 +32,17 @@ class RewardSettings:
         problems = []
         if not 0 < self.timeout <= MAX_TIMEOUT:
             problems.append(
-                f"reward.timeout is {self.timeout:g}; set seconds above 0, at most {MAX_TIMEOUT:g}"
+                f"reward.timeout must be above 0 seconds, not {self.timeout}; at most {MAX_TIMEOUT:g}"
             )
         if self.batch_size < 1:
-            problems.append(f"reward.batch_size is {self.batch_size}; set at least 1")
+            problems.append(f"reward.batch_size must be ≥ 1, not {self.batch_size}")
+        numbers = {f"reward.weights of {name}": weight for name, weight in self.functions}
+        if self.on_failure is not None:
+            numbers["reward.on_failure"] = self.on_failure
+        problems += [
+            f"{name} must be finite, not {number}"
+            for name, number in numbers.items()
+            if math.isinf(number)
+        ]
         if problems:
             raise ValueError("; ".join(problems) + ".")
