@@ -32,7 +32,8 @@ class RewardSettings:
         problems = []
         if not 0 < self.timeout <= MAX_TIMEOUT:
             problems.append(
-                f"reward.timeout must be above 0 seconds, not {self.timeout}; at most {MAX_TIMEOUT:g}"
+                f"reward.timeout must be above 0 seconds, not {self.timeout} "
+                f"(at most {MAX_TIMEOUT:g})"
             )
         if self.batch_size < 1:
             problems.append(f"reward.batch_size must be ≥ 1, not {self.batch_size}")
