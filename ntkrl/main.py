@@ -225,7 +225,7 @@ def _export(words: Words) -> None:
     _alone("export")
     options = words.options
     if len(words.others) != 2:
-        raise ValueError("export needs a run directory and an output directory.")
+        raise ValueError("export needs a run directory or a GGUF file, and an output directory.")
     run, out = words.others
     if "push" in options:
         push.check_push(options["push"])

@@ -24,6 +24,10 @@ from ntkrl.settings import read_settings
         ({"objective.kl_coefficient": math.inf}, "a finite kl_coefficient, not inf"),
         ({"reward.weights": (math.inf,)}, "reward.weights of f.py:f must be finite, not inf"),
         ({"reward.timeout": 0.0}, "reward.timeout must be above 0 seconds, not 0.0"),
+        (
+            {"reward.timeout": 1e7},
+            "reward.timeout must be above 0 seconds, not 10000000.0",
+        ),
         ({"reward.batch_size": 0}, "reward.batch_size must be ≥ 1, not 0"),
         ({"data.prompts_per_step": 0}, "data.prompts_per_step must be ≥ 1, not 0"),
     ],

@@ -80,4 +80,6 @@ def write(directory):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m ntkrl.configs.pretrained.lists DIRECTORY")
     write(sys.argv[1])

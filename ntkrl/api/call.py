@@ -124,11 +124,11 @@ def name_rows(
       read: setting to a path or rows in memory.
 
     Raises:
-      ValueError: as `rows.in_run`.
+      ValueError: as `rows.path_in_run`.
     """
     named = {}
     for setting, values in read.items():
-        path = values if isinstance(values, str) else rows.in_run(values, config.run_dir)
+        path = values if isinstance(values, str) else rows.path_in_run(values, config.run_dir)
         config.data[setting] = path
         if isinstance(values, data.RowFile):
             named[path] = values

@@ -89,12 +89,16 @@ def export_start(policy: Policy, params: Params, run_dir: str) -> str:
     if _unchanged(policy, params):
         return policy.source or ""
     directory = Path(run_dir) / f"start-{_digest(policy, params)}"
-    if not directory.exists() and runtime.is_writer():
+    # as process 0 sees it: all processes take part in an export, or none
+    exists = runtime.allgather_object("the model's files", directory.exists())[0]
+    if not exists:
         models.export(directory, policy, params)
+        runtime.allgather_object("the model's files, written")
     return str(directory)
 
 
 def _unchanged(policy: Policy, params: Params) -> bool:
+    """Return whether the files of a policy hold these params; False above COMPARED_GIB."""
     leaves = trees.named_leaves(params)
     if sum(leaf.nbytes for leaf in leaves.values()) > COMPARED_GIB * GIB:
         return False

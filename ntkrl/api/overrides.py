@@ -69,6 +69,12 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> None:
         raise ValueError("\n".join(problems))
 
 
+def changes_setting(config: Any, name: str) -> bool:
+    """Return whether the `config` of a call is a dict of changes that has a setting."""
+    changes = isinstance(config, Mapping) and not isinstance(config, ConfigDict)
+    return changes and name in dict(flat(config))
+
+
 def flat(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted name and the value of each change."""
     for key, value in changes.items():

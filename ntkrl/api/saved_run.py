@@ -69,8 +69,7 @@ class TrainingRun:
 
         `pandas.DataFrame(run.metrics)` is its table.
         """
-        path = self.directory / "metrics.jsonl"
-        lines = [row for _, row in data.read_rows(path).rows] if path.exists() else []
+        lines = report.read_metrics(self.directory)
         names = dict.fromkeys(("step", *(name for line in lines for name in line)))
         absent = {name: None if name == "stage" else math.nan for name in names}
 
@@ -101,10 +100,12 @@ class TrainingRun:
         record = report.read_run(self.directory)
         if step in record.ledgers:
             return record.ledgers[step]
-        steps = ", ".join(map(str, record.ledgers)) or "none (set probe.ledger_every_steps)"
+        steps = ", ".join(map(str, record.ledgers))
+        others = f"; ledgers are of steps {steps}" if steps else " or of any other"
         notes = "".join(f" {note}." for note in record.notes if note.startswith("ledger/"))
         raise ValueError(
-            f"{self.directory} has no ledger of step {step}; ledgers are of steps {steps}.{notes}"
+            f"{self.directory} has no ledger of step {step}{others}. probe.ledger_every_steps sets "
+            f"the rollout steps that get one.{notes}"
         )
 
     def evaluate(
@@ -142,7 +143,7 @@ class TrainingRun:
         if prompts is not None:
             read = rows.read_rows(prompts, "prompts")
             named = name_rows(values, {"eval_path": read})
-            values.eval.prompts = rows.count(read)
+            values.eval.prompts = rows.count_rows(read)
         if rewards is not None:
             values.reward.function, in_memory = functions.read_rewards(rewards)
         overrides.override(values, changes)

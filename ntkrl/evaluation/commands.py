@@ -15,6 +15,7 @@ from ntkrl import data, directory_kinds, durable_files, models, reward, runtime,
 from ntkrl.evaluation.comparison import mean_interval
 from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
+from ntkrl.gguf import is_gguf
 from ntkrl.json_files import read_object
 from ntkrl.json_values import readable
 from ntkrl.messages import joined
@@ -130,10 +131,10 @@ def _check_replaceable(path: Path) -> None:
 
 
 def export(run: str, out: str, step: int | str | None = None) -> None:
-    """Write a checkpoint of a run as a full Hugging Face directory.
+    """Write a checkpoint of a run, or the model of a GGUF file, as a full Hugging Face directory.
 
     Args:
-      run: run directory.
+      run: run directory, or GGUF file.
       out: directory to write.
       step: rollout step of a checkpoint that was kept, "best", or None for the newest.
 
@@ -144,6 +145,14 @@ def export(run: str, out: str, step: int | str | None = None) -> None:
     if not directory_kinds.is_run(Path(run)) and directory_kinds.is_run(Path(out)):
         raise ValueError(f"{out} is the run, not {run}: write `ntkrl export {out} {run}`.")
     _check_outside_runs(Path(out))
+    if is_gguf(Path(run)):
+        if step is not None:
+            raise ValueError(f"export: --step names a checkpoint, and {run} is a GGUF file.")
+        models.check_target(Path(out), (run,))
+        policy, params = models.load(run)
+        models.export(out, policy, params)
+        tqdm.write(f"{run} written to {out}")
+        return
     settings = _saved_settings(run, config_of(run))
     models.check_target(Path(out), (settings.model.path,))
     durable_files.check_place(Path(out).absolute().parent, "the second word of `ntkrl export`")

@@ -19,7 +19,8 @@ from ntkrl.models.families import FAMILIES, family_of
 from ntkrl.models.family import Family
 from ntkrl.models.layers import Adapters
 from ntkrl.models.model_card import Training, write_card
-from ntkrl.models.policy import DEFAULTS, ModelOptions, make_policy, untied, unwhitened
+from ntkrl.models.policy import DEFAULTS, ModelOptions, make_policy, untied
+from ntkrl.models.whitening import unwhitened
 from ntkrl.types import Array, Params, Policy
 
 

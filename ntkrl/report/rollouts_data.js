@@ -12,6 +12,7 @@ const rollouts = (() => {
     const value = JSON.parse(text);
     if (name === "index") index = value;
     else if (waiting.has(name)) waiting.get(name)(value);
+    waiting.delete(name);
   }
 
   function load(name) {
@@ -25,7 +26,9 @@ const rollouts = (() => {
         });
         script.addEventListener("load", () => {
           script.remove();
-          waiting.delete(name);
+          if (!waiting.has(name)) return;
+          loaded.delete(name); // it passed on nothing
+          reject(new Error(`rollouts_view/${name}.js is damaged: write the report again`));
         });
         script.src = `rollouts_view/${name}.js`;
         document.head.append(script);

@@ -239,11 +239,11 @@ def test_configs(base):
 
 def test_data_sets(base):
     """law: a datasets.Dataset gives the rows of a list, whose file has the digest as its name."""
-    from ntkrl.api.rows import in_run, read_rows
+    from ntkrl.api.rows import path_in_run, read_rows
 
     file, same = read_rows(Split(), "prompts"), read_rows(ROWS, "prompts")
     assert file.content == same.content and isinstance(file, data.RowFile)
-    assert re.fullmatch(r"runs/x/data/prompts-[0-9a-f]{12}\.jsonl", in_run(file, "runs/x"))
+    assert re.fullmatch(r"runs/x/data/prompts-[0-9a-f]{12}\.jsonl", path_in_run(file, "runs/x"))
 
 
 def test_public_names():
@@ -257,3 +257,36 @@ def test_public_names():
         assert inspect.getdoc(getattr(ntkrl, name))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = ntkrl.trian
+
+
+@pytest.mark.parametrize("changes", [{"eval.prompts": 2}, {"eval": {"prompts": 2}}])
+def test_evaluations_of_a_part(base, changes, monkeypatch):
+    """by hand: `eval.prompts` counts in both forms of `config`; all 81 prompts without it."""
+    from ntkrl.api import front
+
+    settings = []
+    monkeypatch.setattr(front.commands, "evaluate", lambda values, **_: settings.append(values))
+    ntkrl.evaluate(base, ROWS, score, config=changes)
+    ntkrl.evaluate(base, ROWS, score)
+    assert [values.eval.prompts for values in settings] == [2, 81]  # nested ones were ignored: 81
+
+
+def test_a_model_in_memory_in_two_processes(base, tmp_path, monkeypatch):
+    """law: every process takes part in an export that process 0 lacks, and waits for its end."""
+    from ntkrl.api import model_files
+
+    policy, params = ntkrl.load(base)
+    changed = {**params, "head": {"weight": params["head"]["weight"] * 0.5}}
+    exchanges, exports = [], []
+
+    def exchange(name, value=None):
+        exchanges.append((name, len(exports)))
+        return [False, value]  # of process 0, and of this one
+
+    monkeypatch.setattr(model_files.runtime, "allgather_object", exchange)
+    monkeypatch.setattr(model_files.models, "export", lambda *arguments: exports.append(arguments))
+    directory = model_files.export_start(policy, changed, str(tmp_path))
+    assert directory == exports[0][0].as_posix()
+    exports[0][0].mkdir()  # process 0 was faster
+    model_files.export_start(policy, changed, str(tmp_path))
+    assert len(exports) == 2 and [count for _, count in exchanges] == [0, 1, 1, 2]
