@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from ntkrl import settings_list
-from ntkrl.command_line import ELSEWHERE
+from ntkrl.command_line import OTHER_NAMES
 from ntkrl.messages import did_you_mean
 
 Parameters = ParamSpec("Parameters")
@@ -33,7 +33,7 @@ def with_hints(function: Callable[Parameters, Result]) -> Callable[Parameters, R
 
 def _hint(name: str, known: list[str]) -> str:
     """Return the argument or the setting that a name of no argument may mean."""
-    other = ELSEWHERE.get(name, name)
+    other = OTHER_NAMES.get(name, name)
     setting = other.removeprefix("config.")
     other = ARGUMENTS.get(other, other)
     if other in known:
