@@ -1,11 +1,12 @@
 """Kinds of directories: of a run, of a Hugging Face model; sentences where the other is meant."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ntkrl.json_files import read_object
-from ntkrl.messages import did_you_mean, joined
+from ntkrl.messages import joined
 
 RUN_KEYS = ("run_dir", "stages", "seed")
 """Fields of a run's config.json, of which a model's has none."""
@@ -72,8 +73,9 @@ def nearest(path: Path, suits: Callable[[Path], bool] = Path.exists) -> str:
     parent = path.parent
     if not parent.is_dir():
         return ""
-    known = [str(each) for each in parent.iterdir() if each.name[:1] != "." and suits(each)]
-    return did_you_mean(str(path), known)
+    known = [each.name for each in parent.iterdir() if each.name[:1] != "." and suits(each)]
+    near = difflib.get_close_matches(path.name, known, n=1)  # not of paths, which share their start
+    return f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
 
 
 def _config(path: Path) -> Mapping[str, Any]:

@@ -32,6 +32,7 @@ def places(tmp_path, monkeypatch):
         ("done", "done is a run directory of `ntkrl train`, not a model; its model is done/export"),
         ("done/checkpoints", "done/checkpoints is in the run directory done .*is done/export"),
         ("bsae", "'bsae' is not a directory; did you mean 'base'\\? Give a Hugging Face model"),
+        ("no", "'no' is not a directory; give a Hugging Face"),
         ("rows.jsonl", "'rows.jsonl' is a file; give a Hugging Face model directory"),
     ],
 )

@@ -12,6 +12,7 @@ import numpy as np
 from ntkrl import data, runtime, training
 from ntkrl.api import model_files, overrides, rows
 from ntkrl.api.call import Arguments, Call, read_call
+from ntkrl.api.keywords import with_hints
 from ntkrl.api.saved_run import TrainingRun
 from ntkrl.evaluation import commands, kernel_command
 from ntkrl.types import Params, Policy
@@ -21,6 +22,7 @@ PREEMPTED = 75
 Model = str | os.PathLike | tuple[Policy, Params]
 
 
+@with_hints
 def train(
     model: Model | None = None,
     prompts: Any = None,
@@ -96,6 +98,7 @@ def _train(call: Call) -> None:
         runtime.log(message)
 
 
+@with_hints
 def evaluate(
     model: Model,
     prompts: Any,
@@ -140,6 +143,7 @@ def evaluate(
         return commands.evaluate(values, inputs=call.inputs)
 
 
+@with_hints
 def kernels(
     model: Model,
     texts: Sequence[Any] | str | os.PathLike,

@@ -60,7 +60,7 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> None:
       ValueError: names that do not exist or values of another type, all in one message.
     """
     problems = []
-    for name, value in _flat(changes):
+    for name, value in flat(changes):
         try:
             _set(config, name, value)
         except ValueError as error:
@@ -72,14 +72,15 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> None:
 def changes_setting(config: Any, name: str) -> bool:
     """Return whether the `config` of a call is a dict of changes that has a setting."""
     changes = isinstance(config, Mapping) and not isinstance(config, ConfigDict)
-    return changes and name in dict(_flat(config))
+    return changes and name in dict(flat(config))
 
 
-def _flat(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of each change."""
     for key, value in changes.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name.count(".") < 2:
-            yield from _flat(value, f"{name}.")
+            yield from flat(value, f"{name}.")
         else:
             yield name, value
 

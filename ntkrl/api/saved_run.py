@@ -14,6 +14,7 @@ from ntkrl import data, models, report, runtime
 from ntkrl.api import functions, overrides, rows
 from ntkrl.api.call import name_rows
 from ntkrl.evaluation import commands
+from ntkrl.messages import path_text
 from ntkrl.report import StepLedger
 from ntkrl.setup import NO_INPUTS, Inputs
 from ntkrl.types import Params, Policy, Scorer
@@ -83,7 +84,8 @@ class TrainingRun:
         Args:
           out: directory; None for `report/` in the run's.
         """
-        target = self.directory / "report" if out is None else Path(out)
+        kind = "the name of a directory"
+        target = self.directory / "report" if out is None else Path(path_text(out, "out", kind))
         return Path(report.write_report([self.directory], target))
 
     def ledger(self, step: int) -> StepLedger:
@@ -180,8 +182,9 @@ class TrainingRun:
         Raises:
           ValueError: no such checkpoint, or a directory whose files would be lost.
         """
-        commands.export(str(self.directory), os.fspath(out), step)
-        return Path(out)
+        target = path_text(out, "out", "the name of a directory")
+        commands.export(str(self.directory), target, step)
+        return Path(target)
 
 
 def open_run(directory: str | os.PathLike) -> TrainingRun:
@@ -193,6 +196,4 @@ def open_run(directory: str | os.PathLike) -> TrainingRun:
     Raises:
       ValueError: no run there.
     """
-    if not isinstance(directory, str | os.PathLike):
-        raise ValueError(f"directory is {directory!r:.80}; pass the path of a run directory.")
-    return TrainingRun(directory)
+    return TrainingRun(path_text(directory, "directory", "the path of a run directory"))

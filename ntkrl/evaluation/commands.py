@@ -142,6 +142,8 @@ def export(run: str, out: str, step: int | str | None = None) -> None:
       ValueError: no run there, no such checkpoint, a damaged one, or an output directory whose
         files would be lost.
     """
+    if not directory_kinds.is_run(Path(run)) and directory_kinds.is_run(Path(out)):
+        raise ValueError(f"{out} is the run, not {run}: write `ntkrl export {out} {run}`.")
     _check_outside_runs(Path(out))
     if is_gguf(Path(run)):
         if step is not None:
@@ -153,6 +155,7 @@ def export(run: str, out: str, step: int | str | None = None) -> None:
         return
     settings = _saved_settings(run, config_of(run))
     models.check_target(Path(out), (settings.model.path,))
+    durable_files.check_place(Path(out).absolute().parent, "the second word of `ntkrl export`")
     model, params, restored = restore(run, step)
     model.export(Path(out), params, training_facts(settings, restored))
     tqdm.write(f"step {restored} of {run} written to {out}")

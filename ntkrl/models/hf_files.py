@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ntkrl import directory_kinds
 from ntkrl.gguf import is_gguf
 from ntkrl.json_files import read_object
-from ntkrl.messages import joined, quoted
+from ntkrl.messages import joined, path_text, quoted
 from ntkrl.models.family import MOST, Family
 from ntkrl.models.tensor_map import LAYER, TensorMap, count_names, tensor_names
 
@@ -64,7 +64,7 @@ def local_directory(path: str | Path) -> Path:
       ValueError: a name that is not a directory and could not be fetched, or a GGUF file that
         cannot be converted.
     """
-    directory = Path(path)
+    directory = Path(path_text(path, "path", "a directory of Hugging Face files"))
     if is_gguf(directory):
         from ntkrl.models import gguf_files  # imports the families, which import this module
 

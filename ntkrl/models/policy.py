@@ -16,7 +16,7 @@ from ntkrl.models.families import family_of
 from ntkrl.models.family import Family
 from ntkrl.models.layers import REMAT, Execution
 from ntkrl.models.lora import Lora
-from ntkrl.numerics import at_least_float32, einsum
+from ntkrl.numerics import at_least_float32, check_dtype, einsum
 from ntkrl.types import Array, Cache, Params, Policy
 
 HEAD_WEIGHT = "head/weight"
@@ -45,6 +45,8 @@ class ModelOptions:
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is not among {', '.join(REMAT)}.")
+        if self.compute_dtype is not None:
+            check_dtype(self.compute_dtype)
 
 
 DEFAULTS = ModelOptions()
@@ -130,6 +132,7 @@ def make_policy(
       mesh: for activations, or None.
       source: directory of the checkpoint, or None.
     """
+    check_dtype(dtype)
     abstract = nnx.eval_shape(lambda: family.model(config, nnx.Rngs(0), dtype))
     graphdef, state = nnx.split(abstract)
     shapes, tied = nnx.to_pure_dict(state), config.tie_word_embeddings

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax
 
+from ntkrl.messages import OUT_OF_MEMORY
 from ntkrl.numerics import GIB
 from ntkrl.plan import hlo
 from ntkrl.plan.chips import Chip
@@ -21,7 +22,6 @@ REFUSALS = (
 )
 CAUSES = ("compute", "operations", "memory", "launches", "links", "latency")
 NO_TILES = "Couldn't find output tile sizes"
-OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|Ran out of memory", re.I)
 
 
 @dataclasses.dataclass(frozen=True)

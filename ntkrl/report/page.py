@@ -74,6 +74,7 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
     runs, refusal = comparable(all_runs)
     page = Path(out_directory) / "index.html"
     files = [page.with_name(f"{spec.stem}.{suffix}") for spec in FIGURES for suffix in FORMATS]
+    durable_files.check_place(page.parent, "--out")
     _check_replaceable(page, files)
     check_rollouts_view(page.parent)
     contents: dict[Path, bytes] = {}
