@@ -86,6 +86,8 @@ def get_config():
     # JSONL of prompts with completions, such as an evaluation's samples: represent the same
     # function in coordinates in which the features of their tokens vary in all directions
     config.model.whiten = placeholder(str)
+    # "all", or "mean": shrink the direction of the mean feature to the size of the others
+    config.model.whiten_directions = "all"
 
     config.data = ConfigDict()
     # rows in TRL's formats: JSONL, .json, .parquet, or a split of a saved or published data set;

@@ -39,7 +39,8 @@ def get_config(run=None):
 def get_study(config, file):
     """Return the study that `ntkrl study` runs: its phases of runs, and its page of verdicts."""
     from ntkrl import runtime
-    from ntkrl.configs.evidence.paper_study import PaperStudy, StudySettings
+    from ntkrl.configs.evidence.arm_study import StudySettings
+    from ntkrl.configs.evidence.paper_study import PaperStudy
 
     return PaperStudy(runtime.parse_section(StudySettings, config, "study"), file)
 
@@ -52,7 +53,9 @@ def _plan():
             "seeds": (1, 2, 3, 4, 5, 6),  # a sign-flip test of five cannot reach p = 0.05
             "tuning_seeds": (101, 102),
             "steps": STEPS,
-            "base_steps": BASE_STEPS,
+            "task": "expressions",
+            "fields": {"base_steps": BASE_STEPS},
+            "control_seeds": placeholder(int),
             "samples": 64,  # of a test prompt; an evaluation draws them twice
             "tuned": "small",  # where rates are chosen
             "scales": {"small": 1.0, "medium": 0.5},  # factor on them, inverse to the width
@@ -72,7 +75,8 @@ def _plan():
             "cfrl": {"head": (1e-3, 3e-3, 1e-2), "body": (2e-4, 3e-4, 5e-4)},
         }
     )
-    plan.sgd_rates = (0.003, 0.01, 0.03, 0.1)
+    rates = (0.003, 0.01, 0.03, 0.1)
+    plan.step_rates = ConfigDict({"sgd": rates, "sgd_head": rates})
     return plan
 
 

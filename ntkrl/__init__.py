@@ -1,4 +1,4 @@
-"""RL post-training of language models that can say why a step did what it did.
+"""RL post-training of language models, with exact kernels that explain each optimizer step.
 
 `train`, `evaluate`, `kernels`, `open_run`, `Run` and `Steps` are the command line as calls; `load`,
 `load_scorer`, `build` and `export` handle models; `ntk` serves any network and imports no RL.
@@ -19,12 +19,12 @@ __version__ = "0.1.0"
 
 
 def __dir__() -> list[str]:
-    """Return the public names; rooms of the package are imported by their own."""
+    """Return the public names; other modules are imported by their full names."""
     return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a room when it is first asked for: processes that serve rewards do without JAX."""
+    """Import a room at the first use of its names, so that reward workers start without JAX."""
     if name == "ntk":
         return importlib.import_module("ntkrl.ntk")
     for room, names in _ROOMS.items():

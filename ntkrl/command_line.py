@@ -13,7 +13,7 @@ from ntkrl.shorthands import SHORTHANDS
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.")
 NUMBER = re.compile(r"-[\d.][\d.e+-]*")
-ELSEWHERE = {
+OTHER_NAMES = {
     "lr": "learning_rate",
     "model_name_or_path": "model",
     "model_path": "model",
@@ -42,7 +42,7 @@ ELSEWHERE = {
     "bf16": "config.model.compute_dtype",
     "dtype": "config.model.compute_dtype",
 }
-"""Options of other libraries, and guesses, by our option of the same purpose."""
+"""Options of other libraries and likely guesses, with our option of the same purpose."""
 STATUSES = """exit statuses:
   0 done; 2 a mistake of the user's, or a full disk; 70 another process of the run failed or was
   lost; 75 a run saved and stopped after SIGTERM, SIGHUP or SIGINT (Ctrl-C); 130 interrupted, by a
@@ -165,7 +165,7 @@ COMMANDS = {
             Option("dtype", "float32, float64 or bfloat16 (float32)", "DTYPE"),
             Option("memory_gib", "memory beyond the parameters, GiB (8)", "GIB"),
         ),
-        words=("MODEL", "Hugging Face directory, or a hub name"),
+        words=("MODEL", "Hugging Face directory, hub name or GGUF file"),
     ),
     "report": Command(
         "page, figures and table from run directories alone",
@@ -187,7 +187,7 @@ COMMANDS = {
             Option("push", "repository of the Hugging Face Hub to upload to (none)", "ORG/NAME"),
             Option("public", "let everybody read a repository that --push creates (private)", None),
         ),
-        words=("RUN OUT", "run directory, and the directory to write"),
+        words=("RUN OUT", "run directory or GGUF file, and the directory to write"),
     ),
     "presets": Command(
         "list objectives: formula, source, settings",
@@ -244,7 +244,7 @@ def parse(name: str, words: Sequence[str]) -> Words:
     if unknown:
         raise ValueError(_describe_unknown(name, unknown))
     if "config" in options:
-        overrides.insert(0, f"--config={options.pop('config')}")
+        overrides = [*(f"--config={named}" for named in options.pop("config")), *overrides]
     shorthands = {key: options.pop(key) for key in command.shorthands if key in options}
     return Words(overrides, shorthands, options, others)
 
@@ -279,7 +279,7 @@ def _parser(name: str) -> _Parser:
         metavar, meaning = command.words
         parser.add_argument("words", nargs="*", metavar=metavar, help=meaning)
     if command.config:
-        parser.add_argument("--config", metavar="NAME", help=CONFIG_HELP)
+        parser.add_argument("--config", action="append", metavar="NAME", help=CONFIG_HELP)
     for option in command.options:
         if option.value is None:
             parser.add_argument(f"--{option.name}", action="store_true", help=option.help)
@@ -300,7 +300,7 @@ def _describe_unknown(name: str, unknown: Sequence[str]) -> str:
             problems.append(f"{word} is not an option, which begins with --.")
             continue
         option = word.lstrip("-").partition("=")[0]
-        same = ELSEWHERE.get(option.replace("-", "_"), "")
+        same = OTHER_NAMES.get(option.replace("-", "_"), "")
         if same in known or (command.config and "." in same):
             hint = f"; did you mean '--{same}'?"
         else:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ntkrl.messages import PLACE_ERRORS, unwritable
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -86,6 +88,34 @@ def check_replaceable(path: Path, is_ours: Callable[[bytes], bool], kind: str) -
     raise ValueError(
         f"{path} exists and is not {kind}, so it is not replaced; move it, or write elsewhere."
     )
+
+
+def check_place(directory: Path, option: str) -> None:
+    """Refuse a directory in which no file can be made, before any work; nothing is left there.
+
+    Args:
+      directory: that will be written, made if needed.
+      option: that names another one, in words.
+
+    Raises:
+      ValueError: it is a file, below one, or cannot be written.
+      OSError: another failure, such as a full disk.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    probe = temporary_path(directory / "probe")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
+        raise ValueError(unwritable(directory, error, option)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        with contextlib.suppress(OSError):  # not made, or written by another in the meantime
+            for path in made:
+                path.rmdir()
 
 
 def temporary_path(path: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ntkrl import command_line, durable_files, settings_list, signals
 from ntkrl.command_line import COMMANDS, Words
-from ntkrl.messages import did_you_mean, output_is_closed, printable
+from ntkrl.messages import OUT_OF_MEMORY, did_you_mean, output_is_closed, printable
 
 PREEMPTED = 75
 """Exit status of a run that a signal ended, and of a study whose runs it ended: EX_TEMPFAIL, try
@@ -42,7 +42,8 @@ def _run(words: Sequence[str]) -> int:
         return 0
     name = words[1] if words[0] == "help" else words[0]
     if name not in COMMANDS:
-        hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        known = [*COMMANDS, "--help", "--version"]
+        hint = did_you_mean(name, known) or f"; there are {', '.join(COMMANDS)}"
         print(printable(f"ntkrl: unknown command {name!r}{hint}"), file=sys.stderr)
         return 2
     try:
@@ -57,7 +58,7 @@ def _run(words: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():
             return OUTPUT_CLOSED
-        full = durable_files.full_disk(error)
+        full = durable_files.full_disk(error) or _out_of_memory(error)
         if "NTKRL_TRACEBACK" in os.environ or (
             full is None and not isinstance(error, ValueError | OSError)
         ):
@@ -66,6 +67,18 @@ def _run(words: Sequence[str]) -> int:
         print(printable(message), file=sys.stderr)
         return 2
     return 0 if status is None else status
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """Return a sentence about an error of JAX's that memory is short, or None."""
+    if not isinstance(error, RuntimeError) or not OUT_OF_MEMORY.search(str(error)):
+        return None
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"memory is short ({reason:.200}); lower the sizes of the run (data.prompts_per_step, "
+        "rollout.completions_per_prompt, the numbers of tokens, model.vocab_size), or take more "
+        "devices. NTKRL_TRACEBACK=1 shows where."
+    )
 
 
 def _help(words: Sequence[str]) -> str | None:
@@ -105,8 +118,16 @@ def _evaluate(words: Words) -> None:
         raise ValueError("--step names a checkpoint of a run; give --run=RUN too.")
     if "trust" in options and "run" not in options:
         raise ValueError("--trust is about the code that a run's config names; give --run=RUN too.")
+    if "run" in options and "model" in words.shorthands:
+        raise ValueError(
+            f"--model={words.shorthands['model']} and --run={options['run']}: --run scores a "
+            "checkpoint of the run; leave out one of the two (where the run's base has moved, set "
+            "--config.model.path)."
+        )
     run = options["run"] if "run" in options else None
     saved = None if run is None else commands.config_of(run)
+    if saved is None and not words.config:
+        raise ValueError("evaluate needs --run=RUN, or --config=NAME with --model=DIR.")
     config = runtime.read_config(words.config, saved, words.shorthands)
     with runtime.distributed_session(f"evaluate {config.run_dir}"), signals.restored():
         runtime.enable_compile_cache()
@@ -158,7 +179,11 @@ def _kernel(words: Words) -> None:
 
     _alone("kernel")
     if len(words.others) != 1:
-        raise ValueError("kernel needs one model directory, and --prompts=FILE.")
+        count = f"{len(words.others)} ({', '.join(words.others)})" if words.others else "none"
+        raise ValueError(
+            f"kernel takes one model, not {count}: a directory, a hub name or a GGUF file; and "
+            "--prompts=FILE."
+        )
     settings = kernel_command.read_settings(words.others[0], words.options)
     runtime.enable_compile_cache()
     kernel_command.compute_kernels(settings)
@@ -200,7 +225,7 @@ def _export(words: Words) -> None:
     _alone("export")
     options = words.options
     if len(words.others) != 2:
-        raise ValueError("export needs a run directory and an output directory.")
+        raise ValueError("export needs a run directory or a GGUF file, and an output directory.")
     run, out = words.others
     if "push" in options:
         push.check_push(options["push"])
@@ -226,9 +251,9 @@ def _presets(words: Words) -> None:
 
     unknown = [word for word in words.others if word not in update.PRESETS]
     if unknown:
-        raise ValueError(
-            f"{', '.join(unknown)}: no such preset; there are {', '.join(update.PRESETS)}."
-        )
+        hint = "".join(did_you_mean(word, update.PRESETS) for word in unknown)
+        there = f"{hint or ';'} {'T' if hint else 't'}here are {', '.join(update.PRESETS)}."
+        raise ValueError(f"{', '.join(unknown)}: no such preset{there}")
     for name in words.others if words.others else update.PRESETS:
         print(f"{name}\n    {update.FORMULAS[name].strip()}\n")
         print(f"    {update.describe(update.PRESETS[name])}\n")

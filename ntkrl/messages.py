@@ -2,15 +2,24 @@
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 MAX_PROBLEMS = 10
 LONGEST_REASON = 300  # characters of a parser's message
+PLACE_ERRORS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
+"""Errors of a path, which another path mends."""
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|Ran out of memory", re.I)
+"""Messages of JAX's errors of memory."""
 ROW = re.compile(r"^  row (\d+)\b", re.MULTILINE)
 """Beginning of a line of `listed` about a row."""
 
@@ -69,8 +78,18 @@ def output_is_closed() -> bool:
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return "; did you mean …?" with the known name most similar to a wrong one, or ""."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    same = [each for each in names if each.casefold() == name.casefold()]  # as "GRPO" and "grpo"
+    best = [*same, *near]
+    return f"; did you mean {best[0]!r}?" if best else ""
+
+
+def not_among(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """Return that a setting's value is none of those allowed, with the nearest."""
+    names = list(allowed)
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    return f"{name} {quoted(value)} is not among {', '.join(names)}{hint}"
 
 
 def quoted(value: Any, width: int = 80) -> str:
@@ -102,3 +121,35 @@ def parser_sentences(problem: str, remedy: str) -> Iterator[None]:
         raise ValueError(
             f"{problem} ({type(error).__name__}: {reason}). Remote code is never run; {remedy}."
         ) from error
+
+
+def unwritable(directory: Path, error: OSError, option: str) -> str:
+    """Return a sentence about a directory that cannot be made or written.
+
+    Args:
+      directory: that a command writes.
+      error: one of PLACE_ERRORS.
+      option: that names another directory, in words.
+    """
+    fix = f"give a directory that you may write to ({option})."
+    places = (directory, *directory.parents)
+    files = [path for path in places if path.exists() and not path.is_dir()]
+    if files:
+        return f"{directory} cannot be a directory, since {files[0]} is a file; {fix}"
+    return f"{directory} cannot be written ({error.strerror}); {fix}"
+
+
+def path_text(value: Any, name: str, kind: str) -> str:
+    """Return the text of a path that a program passes.
+
+    Args:
+      value: text or a path object, not empty.
+      name: of the argument.
+      kind: of the path, in words.
+
+    Raises:
+      ValueError: anything else.
+    """
+    if isinstance(value, str | os.PathLike) and str(os.fspath(value)).strip():
+        return str(os.fspath(value))
+    raise ValueError(f"{name} is {quoted(value)} ({type(value).__name__}); pass {kind}.")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
+from ntkrl.messages import quoted
 from ntkrl.types import Array, Total
 
 
@@ -195,3 +196,18 @@ def _contract(
     """Multiply two arrays over an axis or axes of each."""
     first, second = ((a,) if isinstance(a, int) else a for a in (left_axes, right_axes))
     return jax.lax.dot_general(left, right, ((first, second), ((), ())), precision)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse a dtype of params or networks that is not of floating point.
+
+    Raises:
+      ValueError: no dtype, or one of whole numbers.
+    """
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        known = ", ".join(repr(name) for name in DTYPES)
+        raise ValueError(f"dtype is {quoted(dtype)}; pass one of floating point, such as {known}.")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ntkrl.lease import Lease, look, new_lease
-from ntkrl.messages import notify
+from ntkrl.messages import PLACE_ERRORS, notify, unwritable
 
 SILENCE_SECONDS = 60.0
 """Time without a heartbeat after which a lease of another host has ended; NTKRL_LEASE_TIMEOUT."""
@@ -36,11 +36,6 @@ NAME_SECONDS = 2.0
 OPEN_TRIES = 20
 LOST = 2
 """Exit status of a command whose lease another start took over."""
-PLACE_ERRORS = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
-    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
-}
-"""Errors of a path, which another path mends."""
 NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 _locks: list["DirectoryLock"] = []
@@ -100,7 +95,8 @@ class DirectoryLock:
         except BaseException as error:
             self.release()
             if isinstance(error, OSError) and error.errno in PLACE_ERRORS:
-                raise ValueError(self._unwritable(error)) from error
+                message = unwritable(self.directory, error, "--config.run_dir")
+                raise ValueError(message) from error
             raise
         _locks.append(self)
         self.thread.start()
@@ -108,13 +104,6 @@ class DirectoryLock:
 
     def __exit__(self, *exception: object) -> None:
         self.release()
-
-    def _unwritable(self, error: OSError) -> str:
-        where, fix = self.directory, "give a directory that you may write to (--config.run_dir)."
-        files = [path for path in (where, *where.parents) if path.exists() and not path.is_dir()]
-        if files:
-            return f"{where} cannot be a directory, since {files[0]} is a file; {fix}"
-        return f"{where} cannot be written ({error.strerror}: {error.filename}); {fix}"
 
     def release(self) -> None:
         """Give the lock back; a second call, or one in a forked process, does nothing."""

@@ -4,6 +4,7 @@ Each room owns the dataclass of its section; checks that need two sections are m
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ntkrl import data, models, probe, report, reward, rollout, runtime, trees, update
+from ntkrl.messages import not_among
 from ntkrl.numerics import DTYPES
 
 NAME = re.compile(r"\w[\w.-]*")
@@ -49,6 +51,8 @@ METHODS = {
         reward_model=True,
     ),
 }
+MOST_SEEDS = 2**32
+"""Seeds of a PRNG key: one of more digits would be cut to its last 32 bits."""
 MISSING = {
     "data.path": "the preferences to learn from",
     "model.path": "the Hugging Face directory to start from",
@@ -85,8 +89,8 @@ class EvalSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"eval.{name} must be ≥ 1, not {value}")
-        if self.temperature is not None and not self.temperature >= 0:
-            problems.append(f"eval.temperature must be ≥ 0 or None, not {self.temperature}")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            problems.append(f"eval.temperature must be finite, ≥ 0 or None, not {self.temperature}")
         if problems:
             raise ValueError("; ".join(problems) + ".")
 
@@ -237,7 +241,9 @@ def read_settings(config: ConfigDict) -> RunSettings:
 
 def _read_method(name: str) -> Method:
     if name not in METHODS:
-        raise ValueError(f"method {name!r} is not among {', '.join(METHODS)}.")
+        preset = isinstance(name, str) and name.lower() in update.PRESETS
+        hint = f"; {name} is an objective: set objective.preset, with method rl" if preset else ""
+        raise ValueError(f"{not_among('method', name, METHODS)}{hint}.")
     return METHODS[name]
 
 
@@ -262,8 +268,8 @@ def _method_problems(config: ConfigDict, settings: RunSettings) -> Iterator[str]
 
 def _joint_problems(settings: RunSettings) -> Iterator[str]:
     """List values of no section, and those that do not fit another section's."""
-    if settings.seed < 0:
-        yield f"seed must be ≥ 0, not {settings.seed}."
+    if not 0 <= settings.seed < MOST_SEEDS:
+        yield f"seed must be ≥ 0 and below 2^32 = {MOST_SEEDS}, not {settings.seed}."
     prompts, schedule = settings.data.prompts_per_step, settings.schedule
     if prompts % schedule.minibatches:
         yield (
@@ -334,8 +340,7 @@ def _read_reward(config: ConfigDict) -> reward.RewardSettings:
     settings = runtime.parse_section(reward.RewardSettings, section, "reward")
     if settings.dtype not in DTYPES:  # the reward room is imported without JAX
         raise ValueError(
-            f"config section reward: reward.dtype {settings.dtype!r} is not among "
-            f"{', '.join(DTYPES)}."
+            f"config section reward: {not_among('reward.dtype', settings.dtype, DTYPES)}."
         )
     return settings
 
@@ -360,9 +365,7 @@ def _read_objective(config: ConfigDict) -> update.Objective:
     section = config.objective.to_dict()
     preset = section.pop("preset")
     if preset not in update.PRESETS:
-        raise ValueError(
-            f"objective.preset {preset!r} is not among {', '.join(sorted(update.PRESETS))}."
-        )
+        raise ValueError(f"{not_among('objective.preset', preset, sorted(update.PRESETS))}.")
     changes = {name: value for name, value in section.items() if value is not None}
     axes = dataclasses.asdict(update.PRESETS[preset]) | changes
     return runtime.parse_section(update.Objective, axes, "objective")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 SHORTHANDS: dict[str, str] = {
-    "model": "model.path: Hugging Face or PEFT directory, or a hub name",
+    "model": "model.path: Hugging Face or PEFT directory, hub name or GGUF file",
     "data": "data.path: prompts, JSONL or another of TRL's formats; several with commas",
     "reward": "reward.function: FILE.py:NAME, a built-in name or a reward model; several with "
     "commas",

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,3 +120,17 @@ def test_a_full_disk_is_recognised(tmp_path):
         assert durable_files.full_disk(OSError("x cannot be written; make room.")) is None
     assert durable_files.full_disk(ValueError("no room")) is None
     assert durable_files.full_disk(OSError(errno.EACCES, "Permission denied", "a")) is None
+
+
+def test_a_place_is_checked_before_any_work(tmp_path):
+    """by hand: a file, a path below one and an unwritable place by name; nothing is left."""
+    file = tmp_path / "notes.txt"
+    file.write_text("x")
+    for place in (file, file / "out"):
+        with pytest.raises(ValueError, match=r"since .*notes.txt is a file; give .*\(--out\)"):
+            durable_files.check_place(place, "--out")
+    with pytest.raises(ValueError, match=r"/proc/out cannot be written \(No such file or dir"):
+        durable_files.check_place(Path("/proc/out"), "--out")
+    durable_files.check_place(tmp_path / "a" / "b", "--out")
+    durable_files.check_place(tmp_path, "--out")
+    assert list(tmp_path.iterdir()) == [file]

@@ -20,7 +20,7 @@ FLOORS = [
     },
     {"signals", "command_line"},
     {"softmax", "json_files"},
-    {"gguf"},
+    {"gguf", "directory_kinds"},
     {"models", "scoring", "ntk", "runtime", "chat_templates"},
     # one pipeline, in order: a room may import those before it
     {"data"},

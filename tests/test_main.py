@@ -155,3 +155,39 @@ def test_words_of_settings():
 def test_shorthands_are_options_of_train():
     """law: train and plan take all of them."""
     assert COMMANDS["train"].shorthands == COMMANDS["plan"].shorthands == tuple(SHORTHANDS)
+
+
+def test_memory_that_is_short_is_a_sentence(monkeypatch, capsys):
+    """by hand: JAX's error of memory, on its first line; other errors of the runtime are traces."""
+
+    def fail(words):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n  frames")
+
+    monkeypatch.setitem(main.RUNNERS, "settings", fail)
+    assert main.main(["settings"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "memory is short (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); lower" in line
+    monkeypatch.setitem(main.RUNNERS, "settings", lambda words: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(RuntimeError):
+        main.main(["settings"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["train", "--config=rl", "--config=cfrl"],
+            "--config is there 2 times: rl, cfrl",
+        ),
+        (["evaluate", "--run=a", "--model=b"], "--model=b and --run=a: --run scores a checkpoint"),
+        (["presets", "GRPO"], "GRPO: no such preset; did you mean 'grpo'?"),
+        (["--verison"], "unknown command '--verison'; did you mean '--version'?"),
+        (["evaluate"], "evaluate needs --run=RUN, or --config=NAME with --model=DIR"),
+        (["kernel", "a", "b"], "kernel takes one model, not 2 (a, b)"),
+        (["report", "--out=x"], "report needs at least one run directory"),
+    ],
+)
+def test_words_that_do_not_fit(words, message, capsys):
+    """by hand: what two options contradict, and the nearest word."""
+    assert main.main(words) == 2
+    assert message in capsys.readouterr().err

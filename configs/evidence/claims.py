@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ntkrl.configs.evidence.similarity import read_similarities
+from ntkrl.configs.evidence.arms import Arm, Plan
+from ntkrl.configs.evidence.feature_claims import feature_claims
+from ntkrl.configs.evidence.list_claims import list_claims
 from ntkrl.configs.evidence.verdict import (
     NO_NUMBER,
     UNKNOWN,
@@ -41,44 +42,10 @@ from ntkrl.study import (
     training_seconds,
 )
 
+PAIRS = (("rl", "cfrl"), ("rlhf", "rlhf_first"), ("tied_rl", "tied_cfrl"))
+"""Arms of RL, and of RL with the classifier first on the same task."""
 COSINE = "probe/cosine_across_prompts"
 DISTORTION = "probe/feature_distortion_relative"
-
-
-class Plan(Protocol):
-    """Settings that claims depend on; see `paper_study.StudySettings`."""
-
-    arms: dict[str, tuple[str, ...]]
-    samples: int
-    sgd_rates: tuple[float, ...]
-    sizes: list[str]
-
-
-class Arm(NamedTuple):
-    """An arm of a size, with the study it belongs to."""
-
-    results: Results
-    plan: Plan
-    size: str
-    name: str
-
-    @property
-    def task(self) -> str:
-        """Name of the runs' task."""
-        tasks = {"rlhf": "learned reward", "sft": "supervised"}
-        return f"{self.size}, {tasks.get(self.name.split('_')[0], 'expressions')}"
-
-    def other(self, name: str) -> Arm:
-        """Return another arm of the size."""
-        return self._replace(name=name)
-
-    def over_seeds(self, measure: Measure) -> np.ndarray:
-        """Return a measure of each seed's finished run `[seeds]`, NaN without one."""
-        return self.results.over_seeds(self.size, self.name, measure)
-
-    def mean(self, measure: Measure) -> str:
-        """Return the mean of a measure over seeds in words."""
-        return mean_text(self.over_seeds(measure))
 
 
 def verdicts(results: Results, plan: Plan) -> list[Verdict]:
@@ -86,9 +53,12 @@ def verdicts(results: Results, plan: Plan) -> list[Verdict]:
     listed = []
     for size in plan.sizes:
         arms = plan.arms[size]
-        for plain, classifier_first in (("rl", "cfrl"), ("rlhf", "rlhf_first")):
+        for plain, classifier_first in PAIRS:
             if plain == "rl" or plain in arms:
                 listed += _of_pair(Arm(results, plan, size, plain), classifier_first)
+                for name in (plain, classifier_first):
+                    listed += list_claims(Arm(results, plan, size, name))
+        listed += feature_claims(Arm(results, plan, size, "rl"))
         for name, claims in OF_ARMS:
             if name in arms:
                 listed.append(claims(Arm(results, plan, size, name)))
@@ -124,6 +94,11 @@ def _of_pair(rl: Arm, classifier_first: str) -> list[Verdict]:
     shares = rl.over_seeds(head_share)
     claim = "R makes most of the change of entropy: share > ½"
     listed.append(above(3, rl.task, claim, shares, 0.5))
+    for metric, claim in (
+        ("predict/entropy_head_share", "R makes most of a step's predicted change of entropy"),
+        ("predict/arg_max_head_share", "R makes most of that of log π of the arg-max token"),
+    ):
+        listed.append(above(3, rl.task, f"{claim}: share > ½", rl.over_seeds(mean_of(metric)), 0.5))
     listed += (_true_reward if learned else _rewards)(rl, classifier_first)
     for metric, words, sign in (
         (DISTORTION, "less feature distortion than RL", -1),
@@ -192,6 +167,12 @@ def sgd(arm: Arm) -> Verdict:
     return within(2, arm.task, claim, _slope(arm), 0.8, 1.2)
 
 
+def adam_steps(arm: Arm) -> Verdict:
+    """The same for one step of Adam, whose direction does not depend on the rate."""
+    claim = "error of the first-order prediction ∝ rate (Adam): slope 1 ± 0.2"
+    return within(2, arm.task, claim, _slope(arm), 0.8, 1.2)
+
+
 def sgd_head(arm: Arm) -> Verdict:
     """The same where the head moves alone and logits are linear in it."""
     claim = "the same with the head alone, whose logits are exactly linear"
@@ -200,7 +181,7 @@ def sgd_head(arm: Arm) -> Verdict:
 
 def _slope(arm: Arm) -> np.ndarray:
     """Return of each seed the slope of log relative error in log rate `[seeds]`."""
-    rates, measure = np.log(arm.plan.sgd_rates), mean_of("predict/relative_error")
+    rates, measure = np.log(arm.plan.step_rates[arm.name]), mean_of("predict/relative_error")
     names = [f"{arm.name}_{number}" for number in range(len(rates))]
     errors = np.log(np.array([arm.other(name).over_seeds(measure) for name in names]))
     return np.array([np.polyfit(rates, column, 1)[0] for column in errors.T])
@@ -257,24 +238,10 @@ def support(rl: Arm) -> Verdict:
     return verdict._replace(number=f"{', '.join(words)}; lost − gained: {verdict.number}")
 
 
-def depths(rl: Arm) -> Verdict:
-    """Cosines of features of other prompts by depth, before and after RL; no claim."""
-    claim = "cosine of features of other prompts by depth, before and after RL"
-    by_seed = [read_similarities(rl.results, rl.size, arm) for arm in ("base", "rl")]
-    if not all(by_seed):
-        return number_only(1, rl.task, claim, None)
-    ends = (np.mean([seed["across_prompts"] for seed in seeds], axis=0) for seeds in by_seed)
-    layers = [
-        f"{depth}: {before:.3g} to {after:.3g}"
-        for depth, (before, after) in enumerate(zip(*ends, strict=True), start=1)
-    ]
-    return number_only(1, rl.task, claim, f"layers {'; '.join(layers)}")
-
-
 OF_ARMS: tuple[tuple[str, Callable[[Arm], Verdict]], ...] = (
-    ("rl", depths),
     ("sgd", sgd),
     ("sgd_head", sgd_head),
+    ("adam", adam_steps),
     ("rl", adam),
     ("cfrl_long", lengths),
     ("grpo", objectives),
@@ -298,6 +265,13 @@ COMPARED: tuple[tuple[int, str, tuple[str, str], Measure, int], ...] = (
         -1,
     ),
     (3, "what diverse features do to held-out reward", ("rl", "whitened"), last("eval/reward"), 0),
+    (
+        3,
+        "with the mean feature shrunk confidence rises less",
+        ("rl", "shrunk"),
+        change("probe/confidence"),
+        -1,
+    ),
     (
         3,
         "negative advantages alone raise confidence less than positive ones alone",
@@ -359,4 +333,4 @@ def _rewards_of(arm: Arm, claim: str, arms: dict[str, str]) -> Verdict:
     texts = {words: NO_NUMBER if i is None else interval_text(i) for words, i in intervals.items()}
     number = "; ".join(f"{words}: {text}" for words, text in texts.items())
     known = any(interval is not None for interval in intervals.values())
-    return Verdict(4, f"{arm.size}, expressions", claim, number, "" if known else UNKNOWN)
+    return Verdict(4, arm.task, claim, number, "" if known else UNKNOWN)

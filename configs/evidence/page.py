@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ntkrl import report, study
 from ntkrl.configs.evidence.claims import Plan, head_share
-from ntkrl.configs.evidence.similarity import KINDS, read_similarities
+from ntkrl.configs.evidence.similarity import DEPTH, KINDS, read_similarities
 from ntkrl.configs.evidence.verdict import FAILS, HOLDS, PARTLY, UNKNOWN, Verdict
 from ntkrl.evaluation import powers
 from ntkrl.study import ArmGroup, Results
@@ -33,11 +33,17 @@ GROUPS = (
     ArmGroup("Length of stage 1", ("rl", "cfrl_short", "cfrl", "cfrl_long"), ("reward",)),
     ArmGroup("Objectives", ("rl", "grpo", "reinforce"), ("reward",)),
     ArmGroup("Diverse features", ("rl", "whitened"), ("confidence",)),
+    ArmGroup("Without the mean feature", ("rl", "shrunk"), ("confidence",)),
+    ArmGroup("Tied head", ("tied_rl", "tied_cfrl"), ("reward", "confidence")),
     ArmGroup("Signs of advantages", ("rl", "positive", "negative"), ("confidence",)),
     ArmGroup("Supervised control", ("sft", "sft_first"), ("features_classifier",)),
     ArmGroup("Learned reward", ("rlhf", "rlhf_first"), ("reward",)),
 )
-SGD_ARMS = {"sgd": "everything", "sgd_head": "the head alone"}
+STEP_ARMS = {
+    "sgd": "SGD on everything",
+    "sgd_head": "SGD on the head alone",
+    "adam": "Adam on everything",
+}
 MEASURES: dict[str, study.Measure] = {
     "seconds": study.training_seconds,
     "head_share": head_share,
@@ -53,6 +59,7 @@ def metrics(samples: int) -> tuple[str, ...]:
         *("probe/feature_distortion_relative", "probe/cosine_within_response"),
         *("probe/cosine_across_responses", "probe/cosine_across_prompts"),
         *("predict/correlation", "predict/relative_error", "predict/head_share"),
+        *("predict/entropy_head_share", "predict/arg_max_head_share"),
         *("diversity/distinct_answers", "diversity/support_kept"),
         *("diversity/support_lost", "diversity/support_gained"),
         *(f"diversity/best_of_{n}" for n in powers(samples)),
@@ -76,13 +83,19 @@ def markdown(verdicts: Sequence[Verdict], command: str) -> str:
 def write_page(results: Results, plan: Plan, verdicts: Sequence[Verdict], command: str) -> Path:
     """Write `index.html` in the study's directory, and return its path."""
     arms = {
-        size: [arm for arm in plan.arms[size] if not arm.startswith("sgd")] for size in plan.sizes
+        size: [arm for arm in plan.arms[size] if arm not in plan.step_rates] for size in plan.sizes
     }
-    missing = [text for size in plan.sizes for text in results.missing(size, arms[size])]
+    missing = [
+        text
+        for size in plan.sizes
+        for arm in arms[size]
+        for text in results.missing(size, arm, plan.seeds_of(arm))
+    ]
     warning = f"Not run, or not finished: {'; '.join(missing)}." if missing else ""
-    seeds = f"{len(results.seeds)} seeds, each with a base model of its own"
     parts = [
-        report.heading(TITLE, f"{len(verdicts)} numbers · {seeds} · {command}", warning),
+        report.heading(
+            TITLE, f"{len(verdicts)} numbers · {len(results.seeds)} seeds · {command}", warning
+        ),
         *(report.table_section(_question(number, verdicts)) for number in QUESTIONS),
     ]
     for size in plan.sizes:
@@ -141,20 +154,21 @@ ERRORS_CAPTION = (
 
 
 def _errors(results: Results, plan: Plan, size: str) -> Figure | None:
-    """Draw the relative error of the first-order prediction over the rate of one SGD step."""
-    rates, measure, curves = np.array(plan.sgd_rates), study.mean_of("predict/relative_error"), {}
-    for arm, words in SGD_ARMS.items():
+    """Draw the relative error of the first-order prediction over the rate of one step."""
+    measure, curves = study.mean_of("predict/relative_error"), {}
+    for arm, rates in plan.step_rates.items():
         rows = [results.over_seeds(size, f"{arm}_{i}", measure) for i in range(len(rates))]
         if np.isfinite(rows).any():
-            curves[words] = np.array(rows)
+            curves[STEP_ARMS[arm]] = np.array(rates), np.array(rows)
     if not curves:
         return None
-    figure, (axis,) = report.panels(1, "First-order error of one step of SGD")
-    for i, (words, rows) in enumerate(curves.items()):
+    figure, (axis,) = report.panels(1, "First-order error of one step")
+    for i, (words, (rates, rows)) in enumerate(curves.items()):
         axis.plot(rates, rows, color=report.PALETTE[i], linewidth=0.7, alpha=0.5)
         style = {"color": report.PALETTE[i], "marker": report.MARKERS[i], "linewidth": 2.2}
-        axis.plot(rates, np.nanmean(rows, axis=1), label=f"moving {words}", **style)
-    guide = np.nanmean(next(iter(curves.values()))[0]) * rates / rates[0]
+        axis.plot(rates, np.nanmean(rows, axis=1), label=words, **style)
+    rates, rows = next(iter(curves.values()))
+    guide = np.nanmean(rows[0]) * rates / rates[0]
     axis.plot(rates, guide, color="#555555", linestyle="--", label="slope 1")
     axis.set(xscale="log", yscale="log")
     axis.set_xlabel("learning rate", fontsize=12)
@@ -178,8 +192,7 @@ def _layers(results: Results, size: str) -> Figure | None:
     figure, axes = report.panels(len(KINDS), "Similarity of features by depth")
     for axis, kind in zip(axes, KINDS, strict=True):
         for i, (arm, seeds) in enumerate(by_arm.items()):
-            rows = np.array([seed[kind] for seed in seeds])
-            depth = 1 + np.arange(rows.shape[1])
+            rows, depth = np.array([seed[kind] for seed in seeds]), seeds[0][DEPTH]
             style = {"color": report.PALETTE[i], "marker": report.MARKERS[i], "linewidth": 2.2}
             axis.plot(depth, rows.mean(axis=0), label=arm, **style)
             low, high = rows.min(axis=0), rows.max(axis=0)

@@ -1,4 +1,4 @@
-"""Cosines of features of different contexts, at every depth of a network."""
+"""Cosines of features of different contexts, raw and without their mean, at every depth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from ntkrl.types import Params, Policy
 
 PER_PROMPT = 6
 """Samples of each prompt whose features are compared."""
-KINDS = ("within_response", "across_responses", "across_prompts")
+KINDS = ("first_token", "within_response", "across_responses", "across_prompts")
+"""Pairs of tokens: the first of answers to different prompts; two of an answer; of two answers to a
+prompt; of answers to different prompts. With `centred_` before it: the mean feature subtracted."""
+MEAN_SHARE = "mean_share"
+"""‖mean φ‖² over the mean of ‖φ‖²: the mean feature's part of R's trace."""
+DEPTH = "depth"
+MOST_DEPTHS = 8
 FILE = "similarity.json"
 
 
@@ -42,7 +48,8 @@ def write_similarities(export: Path, samples: Path, out: Path) -> None:
     Args:
       export: Hugging Face directory.
       samples: an evaluation's JSONL: prompt, completion.
-      out: JSON, `{kind: [cosine after 1, 2, …, L layers and the final norm]}`.
+      out: JSON of lists over depths: DEPTH, the number of layers before the final norm, at most
+        MOST_DEPTHS of them with 1 and all; the names of `similarities`.
     """
     policy, params = models.load(export)
     texts = _first_samples(data.read_set(samples, ("prompt", "completion")))
@@ -53,17 +60,39 @@ def write_similarities(export: Path, samples: Path, out: Path) -> None:
     rows = range(len(encoded))
     batch = data.supervised_batch(encoded, completions, rows, tokenizer.pad_token_id, *lengths)
     row_O, column_O = np.nonzero(np.asarray(batch.completion_mask))
-    _, group_B = np.unique(np.array(texts.prompts), return_inverse=True)
-    cosines: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for depth in range(1, policy.config.num_hidden_layers + 1):
+    _, group_B = np.unique([str(prompt) for prompt in texts.prompts], return_inverse=True)
+    listed: dict[str, list[float]] = {}
+    layers = policy.config.num_hidden_layers
+    for depth in np.unique(np.linspace(1, layers, min(layers, MOST_DEPTHS)).round()).astype(int):
         shallow, shallow_params = _truncated(policy, params, depth)
-        features = shallow.features(shallow_params, batch.tokens, batch.mask)
+        features = jax.jit(shallow.features)(shallow_params, batch.tokens, batch.mask)
         phi_OD = features[row_O, column_O + lengths[0] - 1]
-        places = jnp.asarray(row_O), jnp.asarray(group_B[row_O])
-        measures = probe.feature_measures(phi_OD, phi_OD, *places)
-        for kind in KINDS:
-            cosines[kind].append(float(measures[f"cosine_{kind}"]))
-    durable_files.save_text(out, json.dumps(cosines) + "\n")
+        measures = similarities(phi_OD, row_O, column_O, group_B[row_O])
+        for name, value in {DEPTH: int(depth), **measures}.items():
+            listed.setdefault(name, []).append(value)
+    durable_files.save_text(out, json.dumps(listed) + "\n")
+
+
+def similarities(
+    phi_OD: jax.Array, rows: np.ndarray, columns: np.ndarray, groups: np.ndarray
+) -> dict[str, float]:
+    """Return the mean cosines of KINDS, raw and centred, and MEAN_SHARE.
+
+    Args:
+      phi_OD: `[O, D]` features.
+      rows, columns, groups: `[O]` completion, place in it and prompt of each token.
+    """
+    mean_D = jnp.mean(phi_OD, axis=0)
+    share = jnp.sum(mean_D**2) / jnp.mean(jnp.sum(phi_OD**2, axis=1))
+    result, first = {MEAN_SHARE: float(share)}, columns == 0
+    for prefix, features in (("", phi_OD), ("centred_", phi_OD - mean_D[None])):
+        places = jnp.asarray(rows), jnp.asarray(groups)
+        measures = probe.feature_measures(features, features, *places)
+        result |= {prefix + kind: float(measures[f"cosine_{kind}"]) for kind in KINDS[1:]}
+        firsts = features[first]
+        measures = probe.feature_measures(firsts, firsts, *(place[first] for place in places))
+        result[f"{prefix}first_token"] = float(measures["cosine_across_prompts"])
+    return result
 
 
 def read_similarities(results: Results, size: str, arm: str) -> list[dict[str, list[float]]]:
@@ -73,18 +102,19 @@ def read_similarities(results: Results, size: str, arm: str) -> list[dict[str, l
 
 
 def _first_samples(texts: data.PromptSet) -> data.PromptSet:
-    counts: dict[object, int] = {}
+    counts: dict[str, int] = {}
     rows = []
     for row, prompt in enumerate(texts.prompts):
-        counts[prompt] = counts.setdefault(prompt, 0) + 1
-        if counts[prompt] <= PER_PROMPT:
+        text = str(prompt)  # a conversation is a list
+        counts[text] = counts.setdefault(text, 0) + 1
+        if counts[text] <= PER_PROMPT:
             rows.append(row)
     return data.take(texts, np.array(rows))
 
 
 def _truncated(policy: Policy, params: Params, depth: int) -> tuple[Policy, Params]:
     """Return the network of the first layers, followed by the final norm."""
-    shallow = policy.rebuild(dataclasses.replace(policy.config, num_hidden_layers=depth))
+    shallow = policy.rebuild(dataclasses.replace(policy.config, num_hidden_layers=int(depth)))
     return shallow, {
         name: jax.tree.map(lambda leaf: leaf[:depth], leaves) if name in policy.stacked else leaves
         for name, leaves in params.items()

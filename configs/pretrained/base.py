@@ -1,4 +1,4 @@
-"""What RL and CF-RL on a pretrained model share: SmolLM2-135M-Instruct, lists by category.
+"""Settings that RL and CF-RL share: SmolLM2-135M-Instruct, lists of members of categories.
 
 The head is untied from the embedding, so that both methods have the same parameters. Sampling is at
 temperature 0.7, at which the model starts with right lists for a part of the categories.

@@ -1,6 +1,6 @@
 """The package from Python: runs, evaluations, kernels and steps of runs as calls.
 
-`ntkrl` offers these names itself; the command line does without this room.
+`ntkrl` has these names too; the command line does not import this room.
 """
 
 from ntkrl.api.front import evaluate, kernels, train

@@ -1,6 +1,7 @@
 """Arguments of a call as the config and the inputs of a run."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,17 @@ class Arguments:
     eval_prompts: Any = None
     on_step: Callable[[int, dict[str, Any]], Any] | None = None
     config: Any = None
+
+
+BY_ARGUMENT = {
+    "model.path": "model",
+    "data.path": "prompts",
+    "data.eval_path": "eval_prompts",
+    "reward.function": "rewards",
+    "seed": "seed",
+    "run_dir": "run_dir",
+}
+"""Arguments by the setting that they are."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,12 +99,10 @@ def read_call(arguments: Arguments) -> Call:
     rewards = None
     if arguments.rewards is not None:
         rewards = errors.call(functions.read_rewards, arguments.rewards)
-    if arguments.on_step is not None and not callable(arguments.on_step):
-        kind = type(arguments.on_step).__name__
-        errors.messages.append(
-            f"on_step is {quoted(arguments.on_step)} ({kind}); pass a function of the step and its "
-            "metrics."
-        )
+    if arguments.on_step is not None:
+        errors.call(_check_on_step, arguments.on_step)
+    if isinstance(arguments.config, Mapping) and not isinstance(arguments.config, ConfigDict):
+        errors.call(_check_once, arguments)
     errors.finish()
     assert config is not None  # else its error was raised
     if isinstance(start, str):
@@ -114,15 +124,49 @@ def name_rows(
       read: setting to a path or rows in memory.
 
     Raises:
-      ValueError: as `rows.in_run`.
+      ValueError: as `rows.path_in_run`.
     """
     named = {}
     for setting, values in read.items():
-        path = values if isinstance(values, str) else rows.in_run(values, config.run_dir)
+        path = values if isinstance(values, str) else rows.path_in_run(values, config.run_dir)
         config.data[setting] = path
         if isinstance(values, data.RowFile):
             named[path] = values
     return named
+
+
+def _check_on_step(function: Any) -> None:
+    """Refuse what cannot be called with a step and its metrics.
+
+    Raises:
+      ValueError: no function, or one of other arguments.
+    """
+    fix = "pass a function of the step and its metrics, as in def on_step(step, metrics)"
+    if not callable(function):
+        kind = type(function).__name__
+        raise ValueError(f"on_step is {quoted(function)} ({kind}); {fix}.")
+    try:
+        inspect.signature(function).bind(0, {})
+    except TypeError as error:
+        raise ValueError(f"on_step cannot be called with two values ({error}); {fix}.") from error
+    except ValueError:  # a built-in function without a signature
+        return
+
+
+def _check_once(arguments: Arguments) -> None:
+    """Refuse settings that `config` changes and an argument sets.
+
+    Raises:
+      ValueError: any of them.
+    """
+    names = dict(overrides.flat(arguments.config))
+    both = [
+        f"{argument} and config {setting!r} set the same; leave out one."
+        for setting, argument in BY_ARGUMENT.items()
+        if setting in names and getattr(arguments, argument) is not None
+    ]
+    if both:
+        raise ValueError("\n".join(both))
 
 
 def _directory(path: Any) -> str:

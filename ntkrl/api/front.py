@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ntkrl import data, runtime, training
-from ntkrl.api import model_files, rows
+from ntkrl.api import model_files, overrides, rows
 from ntkrl.api.call import Arguments, Call, read_call
+from ntkrl.api.keywords import with_hints
 from ntkrl.api.saved_run import TrainingRun
 from ntkrl.evaluation import commands, kernel_command
 from ntkrl.types import Params, Policy
@@ -21,6 +22,7 @@ PREEMPTED = 75
 Model = str | os.PathLike | tuple[Policy, Params]
 
 
+@with_hints
 def train(
     model: Model | None = None,
     prompts: Any = None,
@@ -96,6 +98,7 @@ def _train(call: Call) -> None:
         runtime.log(message)
 
 
+@with_hints
 def evaluate(
     model: Model,
     prompts: Any,
@@ -108,7 +111,8 @@ def evaluate(
     """Sample and reward completions of prompts, as `ntkrl evaluate` does.
 
     Args:
-      model, prompts, rewards: as for `train`; all prompts are sampled unless `eval.prompts` is set.
+      model, prompts, rewards: as for `train`; all prompts are sampled unless `config` changes
+        `eval.prompts`.
       seed: ≥ 0.
       run_dir: `evaluations/NAME.json` (metrics) and `.jsonl` (every sample) are written there.
       config: as for `train`.
@@ -126,12 +130,12 @@ def evaluate(
     call = read_call(arguments)
     values = call.config
     path, named = values.data.path, call.inputs.rows
-    size = rows.count(named[path] if path in named else path)
+    size = rows.count_rows(named[path] if path in named else path)
     values.data.eval_path = path
     # no step is taken: any number that the prompts fill
     values.data.prompts_per_step = max(min(values.data.prompts_per_step, size), 1)
     values.schedule.minibatches, values.eval.every_steps = 1, 1
-    if not isinstance(config, dict) or "eval.prompts" not in config:
+    if not overrides.changes_setting(config, "eval.prompts"):
         values.eval.prompts = max(size, 1)
     with runtime.distributed_session(f"evaluate {values.run_dir}"):
         runtime.enable_compile_cache()
@@ -139,6 +143,7 @@ def evaluate(
         return commands.evaluate(values, inputs=call.inputs)
 
 
+@with_hints
 def kernels(
     model: Model,
     texts: Sequence[Any] | str | os.PathLike,

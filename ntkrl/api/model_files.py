@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl import models, runtime, trees
-from ntkrl.messages import quoted
+from ntkrl.messages import path_text, quoted
 from ntkrl.numerics import GIB
 from ntkrl.types import Params, Policy
 
@@ -31,12 +31,12 @@ def read_model(model: Any) -> str | tuple[Policy, Params]:
       ValueError: of another type, or a network that has no files for a run to start from.
     """
     if isinstance(model, str | os.PathLike):
-        return os.fspath(model)
+        return path_text(model, "model", FORMS)
     pair = isinstance(model, list | tuple) and len(model) == 2
     if not pair or not isinstance(model[0], Policy):
-        kind = type(model).__name__
-        raise ValueError(f"model is {quoted(model)} ({kind}); pass {FORMS}.")
+        raise ValueError(f"model is {_description(model)}; pass {FORMS}.")
     policy, params = model
+    _check_params(policy, params)
     if policy.config is None or policy.source is None:
         raise ValueError(
             "the model's policy was not loaded from files, so that it has no tokenizer; write it "
@@ -50,6 +50,34 @@ def read_model(model: Any) -> str | tuple[Policy, Params]:
     return policy, params
 
 
+def _description(model: Any) -> str:
+    """Return a value that is no model in words."""
+    if isinstance(model, Policy):
+        return "a policy without params"
+    if isinstance(model, list | tuple) and len(model) == 2 and isinstance(model[1], Policy):
+        return "(params, policy), in the wrong order"
+    if hasattr(model, "save_pretrained"):
+        return f"a {type(model).__name__} object, whose save_pretrained(DIR) writes a directory"
+    return f"{quoted(model)} ({type(model).__name__})"
+
+
+def _check_params(policy: Policy, params: Any) -> None:
+    """Refuse params that the policy cannot read.
+
+    Raises:
+      ValueError: missing or misshapen ones.
+    """
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    try:
+        jax.eval_shape(lambda tokens: policy.head(params, policy.features(params, tokens)), token)
+    except Exception as error:  # any, since a network of any family reads them
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the params do not fit the policy ({type(error).__name__}: {reason:.120}); pass the "
+            "two that one call of ntkrl.load returned."
+        ) from error
+
+
 def export_start(policy: Policy, params: Params, run_dir: str) -> str:
     """Return the directory of a model: its source if that holds these params, or an export.
 
@@ -61,12 +89,16 @@ def export_start(policy: Policy, params: Params, run_dir: str) -> str:
     if _unchanged(policy, params):
         return policy.source or ""
     directory = Path(run_dir) / f"start-{_digest(policy, params)}"
-    if not directory.exists() and runtime.is_writer():
+    # as process 0 sees it: all processes take part in an export, or none
+    exists = runtime.allgather_object("the model's files", directory.exists())[0]
+    if not exists:
         models.export(directory, policy, params)
+        runtime.allgather_object("the model's files, written")
     return str(directory)
 
 
 def _unchanged(policy: Policy, params: Params) -> bool:
+    """Return whether the files of a policy hold these params; False above COMPARED_GIB."""
     leaves = trees.named_leaves(params)
     if sum(leaf.nbytes for leaf in leaves.values()) > COMPARED_GIB * GIB:
         return False

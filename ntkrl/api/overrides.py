@@ -60,7 +60,7 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> None:
       ValueError: names that do not exist or values of another type, all in one message.
     """
     problems = []
-    for name, value in _flat(changes):
+    for name, value in flat(changes):
         try:
             _set(config, name, value)
         except ValueError as error:
@@ -69,23 +69,27 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _flat(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def changes_setting(config: Any, name: str) -> bool:
+    """Return whether the `config` of a call is a dict of changes that has a setting."""
+    changes = isinstance(config, Mapping) and not isinstance(config, ConfigDict)
+    return changes and name in dict(flat(config))
+
+
+def flat(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of each change."""
     for key, value in changes.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name.count(".") < 2:
-            yield from _flat(value, f"{name}.")
+            yield from flat(value, f"{name}.")
         else:
             yield name, value
 
 
 def _set(config: ConfigDict, name: str, value: Any) -> None:
-    try:
-        before = config_path.get_value(name, config)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        hint = did_you_mean(name, _names(config)) or "; `ntkrl settings` lists all."
-        raise ValueError(f"config {name!r} does not exist{hint}") from error
-    if isinstance(before, ConfigDict):
-        raise ValueError(f"config {name!r} is a section; name a setting, such as '{name}.…'.")
+    problem = runtime.name_problem(name, config)
+    if problem is not None:
+        raise ValueError(f"config {name!r}{problem}")
+    before = config_path.get_value(name, config)
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, list):
@@ -99,16 +103,7 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
         else:
             config_path.set_value(name, config, value)
     except (TypeError, ValueError) as error:
-        kind = "another type" if before is None else f"{type(before).__name__}, as {before!r}"
+        kind = "another type" if before is None else f"{type(before).__name__}, as {quoted(before)}"
         raise ValueError(
             f"config {name!r} is {quoted(value)} ({type(value).__name__}); expected {kind}."
         ) from error
-
-
-def _names(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all settings."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _names(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"

@@ -49,7 +49,7 @@ def _mapping_problem(values: Mapping[Any, Any], name: str) -> str:
     return f"{name} is one dict{hint}. Expected {FORMS}."
 
 
-def in_run(file: data.RowFile, run_dir: str | os.PathLike) -> str:
+def path_in_run(file: data.RowFile, run_dir: str | os.PathLike) -> str:
     """Return the path of a file of rows in a run directory.
 
     Raises:
@@ -60,7 +60,7 @@ def in_run(file: data.RowFile, run_dir: str | os.PathLike) -> str:
     return str(Path(run_dir) / "data" / f"prompts-{file.digest}{file.ending}")
 
 
-def count(values: str | data.RowFile) -> int:
+def count_rows(values: str | data.RowFile) -> int:
     """Return the number of rows.
 
     Raises:

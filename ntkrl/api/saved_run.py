@@ -14,6 +14,7 @@ from ntkrl import data, models, report, runtime
 from ntkrl.api import functions, overrides, rows
 from ntkrl.api.call import name_rows
 from ntkrl.evaluation import commands
+from ntkrl.messages import path_text
 from ntkrl.report import StepLedger
 from ntkrl.setup import NO_INPUTS, Inputs
 from ntkrl.types import Params, Policy, Scorer
@@ -68,8 +69,7 @@ class TrainingRun:
 
         `pandas.DataFrame(run.metrics)` is its table.
         """
-        path = self.directory / "metrics.jsonl"
-        lines = [row for _, row in data.read_rows(path).rows] if path.exists() else []
+        lines = report.read_metrics(self.directory)
         names = dict.fromkeys(("step", *(name for line in lines for name in line)))
         absent = {name: None if name == "stage" else math.nan for name in names}
 
@@ -84,7 +84,8 @@ class TrainingRun:
         Args:
           out: directory; None for `report/` in the run's.
         """
-        target = self.directory / "report" if out is None else Path(out)
+        kind = "the name of a directory"
+        target = self.directory / "report" if out is None else Path(path_text(out, "out", kind))
         return Path(report.write_report([self.directory], target))
 
     def ledger(self, step: int) -> StepLedger:
@@ -99,10 +100,12 @@ class TrainingRun:
         record = report.read_run(self.directory)
         if step in record.ledgers:
             return record.ledgers[step]
-        steps = ", ".join(map(str, record.ledgers)) or "none (set probe.ledger_every_steps)"
+        steps = ", ".join(map(str, record.ledgers))
+        others = f"; ledgers are of steps {steps}" if steps else " or of any other"
         notes = "".join(f" {note}." for note in record.notes if note.startswith("ledger/"))
         raise ValueError(
-            f"{self.directory} has no ledger of step {step}; ledgers are of steps {steps}.{notes}"
+            f"{self.directory} has no ledger of step {step}{others}. probe.ledger_every_steps sets "
+            f"the rollout steps that get one.{notes}"
         )
 
     def evaluate(
@@ -140,7 +143,7 @@ class TrainingRun:
         if prompts is not None:
             read = rows.read_rows(prompts, "prompts")
             named = name_rows(values, {"eval_path": read})
-            values.eval.prompts = rows.count(read)
+            values.eval.prompts = rows.count_rows(read)
         if rewards is not None:
             values.reward.function, in_memory = functions.read_rewards(rewards)
         overrides.override(values, changes)
@@ -179,8 +182,9 @@ class TrainingRun:
         Raises:
           ValueError: no such checkpoint, or a directory whose files would be lost.
         """
-        commands.export(str(self.directory), os.fspath(out), step)
-        return Path(out)
+        target = path_text(out, "out", "the name of a directory")
+        commands.export(str(self.directory), target, step)
+        return Path(target)
 
 
 def open_run(directory: str | os.PathLike) -> TrainingRun:
@@ -192,6 +196,4 @@ def open_run(directory: str | os.PathLike) -> TrainingRun:
     Raises:
       ValueError: no run there.
     """
-    if not isinstance(directory, str | os.PathLike):
-        raise ValueError(f"directory is {directory!r:.80}; pass the path of a run directory.")
-    return TrainingRun(directory)
+    return TrainingRun(path_text(directory, "directory", "the path of a run directory"))

@@ -11,6 +11,7 @@ import numpy as np
 
 from ntkrl import training
 from ntkrl.api.call import Arguments, read_call
+from ntkrl.api.keywords import with_hints
 from ntkrl.generate import Clock, RewardedRollout, SampledTexts
 from ntkrl.types import UpdateBatch
 from ntkrl.update import StepResult, describe, is_due
@@ -23,6 +24,7 @@ class Steps:
     donates the arrays of the position that it gets, which cannot be read afterwards.
     """
 
+    @with_hints
     def __init__(
         self,
         model: Any = None,

@@ -5,6 +5,7 @@ Two forms, as in TRL: *standard* (`{"prompt": "text"}`) and *conversational*
 one prompt per line and no columns.
 """
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,11 @@ from ntkrl.messages import listed, with_places
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_NAMES = {
+    "prompt": ("question", "problem", "instruction", "query", "input", "messages", "text"),
+    "completion": ("response", "output", "answer", "solution"),
+}
+"""Names of columns in data sets, by ours."""
 EXAMPLES = (
     '{"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}, '
     "one object per line or row, other keys become columns"
@@ -80,10 +86,11 @@ def validate_rows(table: Rows, required: Sequence[str] = ("prompt",)) -> PromptS
     form = _form(table)
     problems += [(number, fault) for number, row in rows for fault in _faults(row, required, form)]
     if problems:
-        problems.sort(key=lambda problem: problem[0])  # stable
-        lines = [f"{table.place(number)}: {fault}" for number, fault in problems]
+        others = [repr(name) for name in dict.fromkeys(required) if name != "prompt"]
+        also = f"; here with {', '.join(others)} too" if others else ""
+        lines = listed(_described(table, problems))
         raise ValueError(
-            f"{table.source}: problems: {len(problems)}{listed(lines)}\nExpected {EXAMPLES}."
+            f"{table.source}: problems: {len(problems)}{lines}\nExpected {EXAMPLES}{also}."
         )
     names = dict.fromkeys(name for _, row in rows for name in row if name != "prompt")
     return PromptSet(
@@ -92,6 +99,19 @@ def validate_rows(table: Rows, required: Sequence[str] = ("prompt",)) -> PromptS
         source=table.source,
         places=tuple(table.place(number) for number, _ in rows),
     )
+
+
+def _described(table: Rows, problems: list[tuple[int, str]]) -> list[str]:
+    """Return a line per problem in the order of the rows, and one for a problem of every row."""
+    rows = len({number for number, _ in problems} | {number for number, _ in table.rows})
+    counts = collections.Counter(fault for _, fault in problems)
+    lines: dict[Any, str] = {}  # by fault where every row has it
+    for number, fault in sorted(problems, key=lambda problem: problem[0]):  # stable
+        place, everywhere = table.place(number), counts[fault] == rows > 1
+        if everywhere:
+            place = f"each of {rows} rows, the first at {place}"
+        lines.setdefault(fault if everywhere else (number, fault), f"{place}: {fault}")
+    return list(lines.values())
 
 
 def join(prompt_sets: Sequence[PromptSet]) -> PromptSet:
@@ -162,6 +182,7 @@ def _faults(
     keys = dict.fromkeys(("prompt", *required))
     faults = [
         f"no {name!r} (missing or null); the row has {', '.join(row) if row else 'no keys'}"
+        f"{_renamed(name, row)}"
         for name in keys
         if name not in row or row[name] is None
     ]
@@ -171,6 +192,13 @@ def _faults(
         if name in keys and name in row and row[name] is not None:
             faults += _completion_faults(name, row[name], form)
     return faults
+
+
+def _renamed(name: str, row: dict[str, Any]) -> str:
+    """Return that a column is to be renamed which data sets call otherwise."""
+    names = OTHER_NAMES[name] if name in OTHER_NAMES else ()
+    same = [other for other in names if other in row]
+    return f"; rename {same[0]!r} to {name!r}" if same else ""
 
 
 def _prompt_faults(prompt: Any, form: tuple[Any, str] | None) -> list[str]:

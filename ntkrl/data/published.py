@@ -18,12 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ntkrl import directory_kinds
 from ntkrl.json_files import parse_json
 from ntkrl.messages import joined
 
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 ENDINGS = (".jsonl", ".json", ".parquet")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 OTHER_TABLES = (".csv", ".tsv", ".xlsx", ".xls")
+KINDS = {
+    "a run directory of `ntkrl train`": directory_kinds.is_run,
+    "a Hugging Face model directory": directory_kinds.is_model,
+}
 FORMS = "JSON Lines, .json (a list of objects), .parquet, or a directory of a saved dataset"
 
 
@@ -69,6 +75,8 @@ def read_rows(path: str | Path) -> Rows:
       ValueError: errors of `files_of`, a file that is corrupt or not a list, or no pyarrow.
     """
     files = files_of(path)
+    if files[0].suffix.lower() in PACKED:
+        raise ValueError(f"{files[0]} is compressed; unpack it. Allowed are {FORMS}.")
     if files[0].suffix.lower() in OTHER_TABLES:
         raise ValueError(
             f"{files[0]} is a table in a format that is not read; convert it to JSON Lines, for "
@@ -96,6 +104,9 @@ def _directory_files(path: Path) -> list[Path]:
     tables = sorted(path.glob("*.parquet"))
     if tables:
         return _split_shards(path, tables)
+    for kind, suits in KINDS.items():
+        if suits(path):
+            raise ValueError(f"{path} is {kind}, not prompts. Allowed are {FORMS}.")
     splits = _all_splits(path)
     hint = f"; {_choices(path, splits)}" if splits else " without a data file"
     raise ValueError(f"{path} is a directory{hint}. Allowed are {FORMS}.")
@@ -153,6 +164,8 @@ def _nearest_file(path: Path) -> str:
     Where a directory is missing, the names beside that are compared.
     """
     directory = path.parent
+    if set("*?[") & set(path.name):
+        return ": names are not expanded; give the files, separated by commas."
     if not directory.is_dir():
         return f": {directory} does not exist{_nearest_file(directory)}"
     names = sorted(part.name for part in directory.iterdir() if not part.name.startswith("."))

@@ -38,8 +38,11 @@ class DataSettings:
         problems = []
         if not 0 <= self.held_out < 1:
             problems.append(f"data.held_out must be in [0, 1), not {self.held_out}")
-        if self.prompts_per_step < 1 or self.max_prompt_tokens < 1:
-            problems.append("data.prompts_per_step and data.max_prompt_tokens must be ≥ 1")
+        problems += [
+            f"data.{name} must be ≥ 1, not {getattr(self, name)}"
+            for name in ("prompts_per_step", "max_prompt_tokens")
+            if getattr(self, name) < 1
+        ]
         files = 0 if self.path is None else len(split_names(self.path))
         weights = () if self.weights is None else self.weights
         positive = all(0 < weight < math.inf for weight in weights)

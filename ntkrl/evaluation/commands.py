@@ -11,13 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ntkrl import data, durable_files, models, reward, runtime, trees, user_files
+from ntkrl import data, directory_kinds, durable_files, models, reward, runtime, trees, user_files
 from ntkrl.evaluation.comparison import mean_interval
 from ntkrl.evaluation.sampling import evaluate_policy, make_evaluation_sampler
 from ntkrl.generate import RewardedRollout
+from ntkrl.gguf import is_gguf
 from ntkrl.json_files import read_object
 from ntkrl.json_values import readable
-from ntkrl.messages import did_you_mean, joined
+from ntkrl.messages import joined
 from ntkrl.settings import RunSettings, read_settings
 from ntkrl.setup import (
     NO_INPUTS,
@@ -130,10 +131,10 @@ def _check_replaceable(path: Path) -> None:
 
 
 def export(run: str, out: str, step: int | str | None = None) -> None:
-    """Write a checkpoint of a run as a full Hugging Face directory.
+    """Write a checkpoint of a run, or the model of a GGUF file, as a full Hugging Face directory.
 
     Args:
-      run: run directory.
+      run: run directory, or GGUF file.
       out: directory to write.
       step: rollout step of a checkpoint that was kept, "best", or None for the newest.
 
@@ -141,9 +142,20 @@ def export(run: str, out: str, step: int | str | None = None) -> None:
       ValueError: no run there, no such checkpoint, a damaged one, or an output directory whose
         files would be lost.
     """
+    if not directory_kinds.is_run(Path(run)) and directory_kinds.is_run(Path(out)):
+        raise ValueError(f"{out} is the run, not {run}: write `ntkrl export {out} {run}`.")
     _check_outside_runs(Path(out))
+    if is_gguf(Path(run)):
+        if step is not None:
+            raise ValueError(f"export: --step names a checkpoint, and {run} is a GGUF file.")
+        models.check_target(Path(out), (run,))
+        policy, params = models.load(run)
+        models.export(out, policy, params)
+        tqdm.write(f"{run} written to {out}")
+        return
     settings = _saved_settings(run, config_of(run))
     models.check_target(Path(out), (settings.model.path,))
+    durable_files.check_place(Path(out).absolute().parent, "the second word of `ntkrl export`")
     model, params, restored = restore(run, step)
     model.export(Path(out), params, training_facts(settings, restored))
     tqdm.write(f"step {restored} of {run} written to {out}")
@@ -183,18 +195,10 @@ def config_of(run: str) -> ConfigDict:
       ValueError: no run there, or a config.json that is not an object.
     """
     path = Path(run) / "config.json"
-    if not path.is_file():
-        wrong = "it has no config.json" if Path(run).exists() else "it does not exist"
-        raise ValueError(
-            f"{run} is not a run directory: {wrong}"
-            f"{did_you_mean(run, _run_directories(run)) or '.'}"
-        )
-    values = read_object(path, finite=False)
-    if "run_dir" not in values and ("model_type" in values or "architectures" in values):
-        raise ValueError(
-            f"{run} is a Hugging Face directory, not a run directory of `ntkrl train`: it needs no "
-            f"export, and `ntkrl evaluate --config=… --config.model.path={run}` scores it."
-        )
+    values = read_object(path, finite=False) if path.is_file() else {}
+    wrong = directory_kinds.not_a_run(Path(run))
+    if wrong is not None:
+        raise ValueError(f"{run} {wrong}")
     try:
         config = runtime.from_json(values)
         config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
@@ -204,12 +208,6 @@ def config_of(run: str) -> ConfigDict:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not the config of a run ({reason}).") from error
     return config
-
-
-def _run_directories(run: str) -> list[str]:
-    """Return the run directories beside one that does not exist."""
-    parent = Path(run).parent
-    return [str(path.parent) for path in parent.glob("*/config.json")]
 
 
 def _check_code(settings: RunSettings, run: str, trusted: bool) -> None:

@@ -127,15 +127,14 @@ def compute_kernels(settings: KernelSettings) -> dict[str, np.ndarray]:
       ValueError: a mistake in the settings, or in the files they name.
     """
     out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out={out} is a file; name a directory.")
+    durable_files.check_place(out, "--out")
     durable_files.check_replaceable(out / "kernel.npz", _is_kernel, "of an earlier kernel")
     if not (out / "kernel.npz").exists():
         durable_files.check_replaceable(out / "kernel.png", lambda _: False, "of an earlier kernel")
     with _precision(settings):
         problem = _load(settings)
         print(problem.description)
-        out.mkdir(parents=True, exist_ok=True)  # fails before the computation
+        out.mkdir(parents=True, exist_ok=True)
         keep = functools.partial(durable_files.save_arrays, out / "kernel.npz")
         arrays = _measure(problem, settings, print, keep)
     report.write_kernel(out / "kernel.png", arrays)
@@ -243,7 +242,13 @@ def _load(
     if model is None:
         model = models.load(settings.model, getattr(jnp, settings.dtype))
     policy, params = model
-    contexts, total = _contexts(settings, encoded, policy.max_tokens, tokenizer.pad_token_id)
+    lengths = list(map(len, encoded))
+    if max(lengths) > policy.max_tokens:
+        raise ValueError(
+            f"{prompts.place(int(np.argmax(lengths)))}: {max(lengths)} tokens, and the model reads "
+            f"at most {policy.max_tokens}; shorten or remove the prompt."
+        )
+    contexts, total = _contexts(settings, encoded, tokenizer.pad_token_id)
     description = (
         f"prompts: {len(encoded)} of {len(every_prompt.prompts)} (--limit={settings.limit})\n"
         f"contexts: {contexts.count} of {total} (--positions={settings.positions} "
@@ -260,17 +265,10 @@ def _load(
 
 
 def _contexts(
-    settings: KernelSettings, encoded: list[list[int]], max_tokens: int, pad_id: int
+    settings: KernelSettings, encoded: list[list[int]], pad_id: int
 ) -> tuple[ntk.Contexts, int]:
     """Pad the prompts; return the chosen contexts and the number of all."""
-    lengths = [len(ids) for ids in encoded]
-    longest = int(np.argmax(lengths))
-    if lengths[longest] > max_tokens:
-        raise ValueError(
-            f"{settings.prompts}: prompt {longest} (counted from 0) has {lengths[longest]} tokens "
-            f"and the model reads at most {max_tokens}; shorten or remove it."
-        )
-    batch = data.prompt_batch(encoded, range(len(encoded)), pad_id, lengths[longest])
+    batch = data.prompt_batch(encoded, range(len(encoded)), pad_id, max(map(len, encoded)))
     choose = ntk.last_positions if settings.positions == "last" else ntk.every_position
     every = choose(batch.tokens, batch.mask)
     rows = np.arange(len(encoded)) if every.rows is None else np.asarray(every.rows)

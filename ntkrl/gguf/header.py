@@ -25,9 +25,9 @@ from ntkrl.messages import quoted
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 32 * 2**20
-"""That of a vocabulary of 262 144 tokens, with its merges, has 10 MB."""
+"""A vocabulary of 262 144 tokens with its merges takes 10 MB."""
 MAX_DIMENSIONS = 4
-ALIGNMENT = 32  # bytes, of files that name none
+ALIGNMENT = 32  # bytes; the default of general.alignment
 STRING, ARRAY = 8, 9
 SCALARS = {
     **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
@@ -237,7 +237,7 @@ class _HeaderReader:
         return self.content[self.at - size : self.at]
 
     def _check_count(self, label: str, count: int, size: int) -> None:
-        """Refuse a count of things that the rest of the file, or of a header, cannot hold."""
+        """Refuse a count whose items of `size` bytes exceed the rest of the file or of a header."""
         rest = min(self.size, MAX_HEADER_BYTES) - self.at
         if count * size > rest:
             what = "damaged or cut short" if self.size <= MAX_HEADER_BYTES else "damaged"

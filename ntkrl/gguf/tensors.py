@@ -9,7 +9,7 @@ import numpy as np
 
 from ntkrl.gguf.header import GgufFile
 
-COMPARED = 2**24  # bytes at a time
+COMPARED_BYTES = 2**24  # at a time
 
 
 def library() -> Any:
@@ -72,13 +72,14 @@ def read_tensor(file: GgufFile, name: str, index: int | None = None) -> np.ndarr
 
 
 def same_bytes(file: GgufFile, first: str, second: str) -> bool:
-    """Return whether two tensors are stored alike, to the bit."""
+    """Return whether two tensors have the same shape, type and bytes."""
     left, right = file.tensors[first], file.tensors[second]
     if (left.shape, left.kind) != (right.shape, right.kind):
         return False
     numbers, size = block_sizes()[left.kind]
     length = math.prod(left.shape) // numbers * size
-    parts = [(start, min(COMPARED, length - start)) for start in range(0, length, COMPARED)]
+    starts = range(0, length, COMPARED_BYTES)
+    parts = [(start, min(COMPARED_BYTES, length - start)) for start in starts]
     return all(
         np.array_equal(
             _read(file, left.start + start, count), _read(file, right.start + start, count)
@@ -90,7 +91,7 @@ def same_bytes(file: GgufFile, first: str, second: str) -> bool:
 def tensor_names_of(
     architecture: str, layers: int, names: Collection[str]
 ) -> Mapping[str, str | None]:
-    """Return llama.cpp's names of tensors of Hugging Face's; None for unknown ones.
+    """Return llama.cpp's names of tensors by Hugging Face's; None for unknown ones.
 
     Args:
       architecture: `general.architecture` of a file.

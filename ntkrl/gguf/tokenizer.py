@@ -11,7 +11,7 @@ from ntkrl.gguf.header import GgufFile
 from ntkrl.messages import parser_sentences, quoted
 
 PREFIX = "tokenizer.ggml."
-LONGEST_TOKEN = 1024  # characters
+MAX_TOKEN_LENGTH = 1024  # characters
 LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
 """Metadata by key, and the type of their elements."""
 SPECIAL = {
@@ -21,7 +21,7 @@ SPECIAL = {
     "pad_token": "padding_token_id",
 }
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""Of the sequence, of a turn and of a message."""
+"""Ends of a sequence, of a turn and of a message."""
 
 
 def write_tokenizer(file: GgufFile, directory: Path) -> None:
@@ -42,7 +42,7 @@ def write_tokenizer(file: GgufFile, directory: Path) -> None:
     with parser_sentences(label, "copy the file again, or give the model's own directory"):
         backend = _converter()(file.entries["general.architecture"], entries)[0]
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=_without_strangers(backend, len(entries["tokens"])), **options
+            tokenizer_object=_within_vocabulary(backend, len(entries["tokens"])), **options
         )
         tokenizer.save_pretrained(directory)
 
@@ -77,8 +77,8 @@ def _converter() -> Any:
     return convert_gguf_tokenizer
 
 
-def _without_strangers(backend: Any, size: int) -> Any:
-    """Return a tokenizer without the special tokens that a class of transformers adds to any."""
+def _within_vocabulary(backend: Any, size: int) -> Any:
+    """Return a tokenizer without the special tokens that transformers adds after the vocabulary."""
     from tokenizers import Tokenizer
 
     raw = json.loads(backend.to_str())
@@ -118,9 +118,9 @@ def _entries(file: GgufFile) -> dict[str, Any]:
                 f"{file.path}: {PREFIX}{key} has {len(entries[key])} values for {count} tokens."
             )
     longest = max(entries["tokens"], key=len)
-    if len(longest) > LONGEST_TOKEN:
+    if len(longest) > MAX_TOKEN_LENGTH:
         raise ValueError(
-            f"{file.path}: a token of {len(longest)} characters, at most {LONGEST_TOKEN} are "
+            f"{file.path}: a token of {len(longest)} characters, at most {MAX_TOKEN_LENGTH} are "
             f"expected: {quoted(longest)}."
         )
     if len(set(entries["tokens"])) != count:
@@ -139,7 +139,7 @@ def _options(file: GgufFile) -> Mapping[str, Any]:
     options: dict[str, Any] = {
         name: None if token is None else tokens[token] for name, token in ids.items()
     }
-    # llama.cpp adds it to a sentencepiece vocabulary that does not say
+    # llama.cpp adds BOS to sentencepiece texts unless the file has the entry
     default = entries.get(f"{PREFIX}model") == "llama"
     for name, fallback in (("add_bos_token", default), ("add_eos_token", False)):
         value = entries.get(PREFIX + name, fallback)

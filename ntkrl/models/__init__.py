@@ -10,7 +10,7 @@ from ntkrl.models.layers import REMAT
 from ntkrl.models.lora import CONFIG_FILE as ADAPTER_CONFIG
 from ntkrl.models.lora import Lora, is_adapter
 from ntkrl.models.model_card import Training
-from ntkrl.models.policy import ModelOptions, build, describe, resized, untied, whitened
+from ntkrl.models.policy import ModelOptions, build, describe, resized, untied
 from ntkrl.models.pretrained import (
     check,
     export,
@@ -28,3 +28,4 @@ from ntkrl.models.scorers import (
     write_new_scorer,
 )
 from ntkrl.models.settings import ModelSettings
+from ntkrl.models.whitening import whitened

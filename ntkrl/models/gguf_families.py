@@ -24,11 +24,11 @@ HARMLESS = (
     *("attention.value_length", "rope.scaling.finetuned", "tensor_data_layout", "expert_count"),
     *("expert_used_count", "attention.causal", "rope.scaling.type", "rope.freq_base"),
 )
-"""Metadata that need not be read: other checks see to it, or it changes nothing."""
+"""Metadata that need not be read: it changes nothing, or the tensors are checked instead."""
 IGNORED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|.*attn_rot_embd.*")
 """Tensors that are no parameters."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Rotary scaling of all published Llama 3 models, up to the factor."""
+"""Rotary scaling that all published Llama 3 models have, besides their `factor`."""
 
 
 class Metadata:
@@ -230,7 +230,7 @@ def _stored_frequencies(metadata: Metadata, entries: Entries) -> Entries:
         expected = rope.theta ** (-np.arange(0, width, 2) / width) / rope.frequencies()
         if np.allclose(divisors, expected, rtol=1e-5):
             return {"rope_type": "llama3", "factor": factor, **LLAMA3}
-    # any others, in the only form of config.json that holds them
+    # other divisors: the only form of config.json for any numbers
     return _longrope(divisors, divisors, entries["max_position_embeddings"], 1.0)
 
 
@@ -272,9 +272,13 @@ def _qwen_moe(metadata: Metadata) -> Entries:
 
 
 def _gemma(generation: int, largest: int, metadata: Metadata) -> Entries:
-    """Return config.json of Gemma 2 or 3; `largest` is the number of layers of the 27B model.
+    """Return config.json of Gemma 2 or 3.
 
-    Its scores alone are divided by the root of width / heads.
+    Args:
+      generation: 2 or 3.
+      largest: layers of the 27B model, the one that divides scores by the root of width / heads
+        and not of the width of a head.
+      metadata: of the file.
     """
     entries = _sizes(metadata, f"Gemma{generation}ForCausalLM")
     count = entries["num_hidden_layers"]
@@ -286,13 +290,13 @@ def _gemma(generation: int, largest: int, metadata: Metadata) -> Entries:
         "sliding_window": metadata.get("attention.sliding_window", int),
         "attention_bias": _has(metadata, "attn_q.bias"),
     }
-    cap = metadata.optional("final_logit_softcapping", float)
     if generation == 2:
         score_cap = metadata.get("attn_logit_softcapping", float, 50.0)
-        caps = {"attn_logit_softcapping": score_cap, "final_logit_softcapping": cap or 30.0}
-        return entries | caps
+        cap = metadata.get("final_logit_softcapping", float, 30.0)
+        return entries | {"attn_logit_softcapping": score_cap, "final_logit_softcapping": cap}
+    cap = metadata.optional("final_logit_softcapping", float)
     entries |= {
-        "final_logit_softcapping": cap or None,
+        "final_logit_softcapping": cap or None,  # 0 for none
         "rope_local_base_freq": metadata.get("rope.freq_base_swa", float, 10000.0),
     }
     pattern = metadata.file.entries.get("gemma3.attention.sliding_window_pattern")

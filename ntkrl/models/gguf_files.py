@@ -37,7 +37,7 @@ from ntkrl.models.tensor_map import count_names, is_finite, tensor_names
 FORMAT = 1
 """Version of the converted directories; a higher one converts again."""
 SHARD_BYTES = 2**30
-"""Of the files written, one of which is in memory at a time."""
+"""Size of the files written, one of which is in memory at a time."""
 SPARE_BYTES = 64 * 2**20
 """Room for the tokenizer and the file system, beside the tensors."""
 EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
@@ -67,8 +67,11 @@ class Conversion:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Lazy:
-    """A tensor that is read when it is written."""
+class _LazyTensor:
+    """A tensor that is read and dequantised when it is written.
+
+    name: in the directory. done: called afterwards.
+    """
 
     conversion: Conversion
     name: str
@@ -157,14 +160,15 @@ def plan_conversion(path: Path) -> Conversion:
 def _stored_names(
     file: gguf.GgufFile, layers: int, places: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[str, int | None]]:
-    """Return llama.cpp's names, and the numbers of experts, which it stacks."""
+    """Return llama.cpp's names by ours, each with the number of its expert: those are stacked."""
     merged = {name: EXPERT_NUMBER.sub(".experts.", name) for name in places}
     table = gguf.tensor_names_of(file.entries["general.architecture"], layers, set(merged.values()))
     names = {}
     for name, short in merged.items():
         number = EXPERT_NUMBER.search(name)
         stored = table[short]
-        names[name] = short if stored is None else stored, number and int(number[1])
+        index = None if number is None else int(number[1])
+        names[name] = short if stored is None else stored, index
     return names
 
 
@@ -218,7 +222,9 @@ def _convert(conversion: Conversion, directory: Path, digest: str) -> None:
         _write_generation(conversion, Path(scratch))
         companions = hf_export.Companions(scratch, scratch, _card(conversion, digest))
         with tqdm(total=len(conversion.shapes), desc="tensors", disable=None, leave=False) as bar:
-            tensors = {name: _Lazy(conversion, name, bar.update) for name in conversion.shapes}
+            tensors = {
+                name: _LazyTensor(conversion, name, bar.update) for name in conversion.shapes
+            }
             hf_export.write_files(directory, conversion.raw, tensors, companions, SHARD_BYTES)
 
 
@@ -259,7 +265,7 @@ def _card(conversion: Conversion, digest: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _digest(path: Path, size: int, changed: int, inode: int) -> str:
-    """Return the SHA-256 of a file; the other arguments tell when it has been replaced."""
+    """Return the SHA-256 of a file; the other arguments differ once it has been replaced."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

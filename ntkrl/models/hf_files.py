@@ -14,9 +14,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ntkrl import directory_kinds
 from ntkrl.gguf import is_gguf
 from ntkrl.json_files import read_object
-from ntkrl.messages import joined, quoted
+from ntkrl.messages import joined, path_text, quoted
 from ntkrl.models.family import MOST, Family
 from ntkrl.models.tensor_map import LAYER, TensorMap, count_names, tensor_names
 
@@ -63,7 +64,7 @@ def local_directory(path: str | Path) -> Path:
       ValueError: a name that is not a directory and could not be fetched, or a GGUF file that
         cannot be converted.
     """
-    directory = Path(path)
+    directory = Path(path_text(path, "path", "a directory of Hugging Face files"))
     if is_gguf(directory):
         from ntkrl.models import gguf_files  # imports the families, which import this module
 
@@ -92,17 +93,32 @@ def local_directory(path: str | Path) -> Path:
         ) from error
 
 
+def check_directory(directory: Path) -> None:
+    """Refuse a path that cannot be a model's directory.
+
+    Raises:
+      ValueError: no such directory, a file, or a run directory, with the model that is meant.
+    """
+    if not directory.is_dir():
+        wrong = "is a file" if directory.is_file() else "is not a directory"
+        hint = directory_kinds.nearest(directory, directory_kinds.is_model)
+        raise ValueError(
+            f"model.path {str(directory)!r} {wrong}{hint or ';'} {'G' if hint else 'g'}ive a "
+            "Hugging Face model directory (config.json, *.safetensors, tokenizer files) or a GGUF "
+            "file."
+        )
+    other = directory_kinds.not_a_model(directory)
+    if other is not None:
+        raise ValueError(other)
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json of a model directory.
 
     Raises:
-      ValueError: no such directory, no config.json, or not a JSON object.
+      ValueError: as `check_directory`; no config.json, or not a JSON object.
     """
-    if not directory.is_dir():
-        raise ValueError(
-            f"model.path {str(directory)!r} is not a directory; give a Hugging Face model "
-            "directory (config.json, *.safetensors, tokenizer files) or a GGUF file."
-        )
+    check_directory(directory)
     path = directory / "config.json"
     if not path.is_file():
         entries = sorted(entry.name for entry in directory.iterdir())

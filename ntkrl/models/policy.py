@@ -16,17 +16,14 @@ from ntkrl.models.families import family_of
 from ntkrl.models.family import Family
 from ntkrl.models.layers import REMAT, Execution
 from ntkrl.models.lora import Lora
-from ntkrl.numerics import at_least_float32, einsum
+from ntkrl.numerics import at_least_float32, check_dtype, einsum
 from ntkrl.types import Array, Cache, Params, Policy
 
 HEAD_WEIGHT = "head/weight"
 EMBEDDING = "embed/embedding"
-WHITENING = "whitening"
 full_precision = functools.partial(jax.default_matmul_precision, "highest")
 """Context for products of float32: accelerators default to fewer bits, and log-probs of two
 programs for the same text would then differ by more than importance ratios tolerate."""
-RIDGE = 1e-3
-"""ρ of `whitened`, added to the spectrum of S, in units of its mean."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +45,8 @@ class ModelOptions:
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is not among {', '.join(REMAT)}.")
+        if self.compute_dtype is not None:
+            check_dtype(self.compute_dtype)
 
 
 DEFAULTS = ModelOptions()
@@ -133,6 +132,7 @@ def make_policy(
       mesh: for activations, or None.
       source: directory of the checkpoint, or None.
     """
+    check_dtype(dtype)
     abstract = nnx.eval_shape(lambda: family.model(config, nnx.Rngs(0), dtype))
     graphdef, state = nnx.split(abstract)
     shapes, tied = nnx.to_pure_dict(state), config.tie_word_embeddings
@@ -182,7 +182,7 @@ def _features(graphdef: Any, compute_dtype: Any, execution: Execution) -> Callab
     def features(params: Params, tokens: Array, mask: Array | None = None) -> Array:
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         with full_precision():
-            params = _without(params, "head")
+            params = without(params, "head")
             if compute_dtype is not None:
                 params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
             return nnx.merge(graphdef, params).features(tokens, mask, execution)
@@ -199,7 +199,7 @@ def _decode(abstract: Any, mesh: Mesh | None) -> Callable[..., tuple[Array, Cach
     def decode(copy: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
         with full_precision():
             layers = [nnx.merge(layer_graphdef, layer) for layer in copy["layers"]]
-            trunk = nnx.merge(graphdef, _without(copy, "head", "layers"))
+            trunk = nnx.merge(graphdef, without(copy, "head", "layers"))
             return trunk.decode(layers, tokens, mask, cache, mesh)
 
     return decode
@@ -306,83 +306,6 @@ def resized(
     return _rebuilt(policy, vocab_size=rows), {**params, **tables}
 
 
-def whitened(policy: Policy, params: Params, moments: Array) -> tuple[Policy, Params]:
-    """Return the same function with features in whitened coordinates.
-
-    φ' = C φ and W' = W C⁻¹ with C = s (S + ρ (tr S/D) I)^(−1/2), and s such that ‖φ'‖² has the mean
-    of ‖φ‖². As W'φ' = Wφ, the function and the body's kernel are unchanged; inner products
-    ⟨φ', φ''⟩ of the head's kernel become small between contexts and of either sign. A control for
-    the effect of features with little variation.
-
-    Args:
-      policy, params: of an untied model.
-      moments: S `[D, D]`, mean of φ φᵀ over the contexts to whiten on.
-
-    Returns:
-      The policy, and params with `whitening/matrix` (C, to be frozen); `export` multiplies it into
-      the head.
-
-    Raises:
-      ValueError: a tied model, whose head cannot change without its embedding.
-    """
-    if policy.tied:
-        raise ValueError("features are whitened with an untied head; set model.untie=True.")
-    values_D, vectors_DD = jnp.linalg.eigh(moments.astype(jnp.float32))
-    roots_D = jnp.sqrt(jnp.maximum(values_D, 0) + RIDGE * jnp.mean(values_D))
-    # mean ‖C φ‖² is Σ values / roots²
-    scale = jnp.sqrt(jnp.sum(values_D) / jnp.sum(values_D / roots_D**2))
-    matrix_DD = einsum("dk,ek->de", vectors_DD * (scale / roots_D)[None], vectors_DD)
-    inverse_DD = einsum("dk,ek->de", vectors_DD * (roots_D / scale)[None], vectors_DD)
-    weight_VD = params["head"]["weight"]
-    dtype = weight_VD.dtype
-    weight_VD = einsum("vd,de->ve", weight_VD, inverse_DD).astype(dtype)
-    params = {
-        **params,
-        "head": {**params["head"], "weight": weight_VD},
-        WHITENING: {"matrix": matrix_DD.astype(dtype)},
-    }
-    return _whitened_policy(policy), params
-
-
-def _whitened_policy(policy: Policy) -> Policy:
-    """Return a policy whose features the params' whitening matrix transforms."""
-
-    def transform(params: Params, phi: Array) -> Array:
-        return einsum("...d,ed->...e", phi, params[WHITENING]["matrix"]).astype(phi.dtype)
-
-    def features(params: Params, tokens: Array, mask: Array | None = None) -> Array:
-        return transform(params, policy.features(_without(params, WHITENING), tokens, mask))
-
-    def decode_params(params: Params) -> Params:
-        copy = policy.decode_params(_without(params, WHITENING))
-        return {**copy, WHITENING: params[WHITENING]}
-
-    def decode(copy: Params, cache: Cache, tokens: Array, mask: Array) -> tuple[Array, Cache]:
-        phi, cache = policy.decode(_without(copy, WHITENING), cache, tokens, mask)
-        return transform(copy, phi), cache
-
-    def on_mesh(mesh: Mesh | None) -> Policy:
-        assert policy.on_mesh is not None  # as of every family's policy
-        return _whitened_policy(policy.on_mesh(mesh))
-
-    return dataclasses.replace(
-        policy,
-        features=features,
-        decode_params=decode_params,
-        decode=decode,
-        rebuild=None,
-        on_mesh=on_mesh,
-    )
-
-
-def unwhitened(params: Params) -> Params:
-    """Return params with the whitening matrix, if any, multiplied into the head."""
-    if WHITENING not in params:
-        return params
-    weight_VD, matrix_DD = params["head"]["weight"], params[WHITENING]["matrix"]
-    weight_VD = einsum("vd,de->ve", weight_VD, matrix_DD).astype(weight_VD.dtype)
-    return {**_without(params, WHITENING), "head": {**params["head"], "weight": weight_VD}}
-
-
-def _without(params: Params, *names: str) -> Params:
+def without(params: Params, *names: str) -> Params:
+    """Return params less some subtrees of the top level."""
     return {name: leaves for name, leaves in params.items() if name not in names}

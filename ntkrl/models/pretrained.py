@@ -19,7 +19,8 @@ from ntkrl.models.families import FAMILIES, family_of
 from ntkrl.models.family import Family
 from ntkrl.models.layers import Adapters
 from ntkrl.models.model_card import Training, write_card
-from ntkrl.models.policy import DEFAULTS, ModelOptions, make_policy, untied, unwhitened
+from ntkrl.models.policy import DEFAULTS, ModelOptions, make_policy, untied
+from ntkrl.models.whitening import unwhitened
 from ntkrl.types import Array, Params, Policy
 
 
@@ -97,8 +98,13 @@ def check(path: str | Path) -> int:
 
 
 def tokenizer_directory(path: str | Path) -> str:
-    """Return the directory of a model's tokenizer: the adapter's if it has one, or its base's."""
+    """Return the directory of a model's tokenizer: the adapter's if it has one, or its base's.
+
+    Raises:
+      ValueError: a path that cannot be a model's.
+    """
     _, directory, adapter_directory = _locate(path)
+    hf_files.check_directory(directory)
     if adapter_directory is None or not (adapter_directory / "tokenizer_config.json").is_file():
         return str(directory)
     return str(adapter_directory)

@@ -3,8 +3,12 @@
 import dataclasses
 from typing import Any
 
+from ntkrl.messages import not_among
 from ntkrl.models.layers import REMAT
 from ntkrl.numerics import DTYPES
+
+DIRECTIONS = ("all", "mean")
+"""Directions of features that may be whitened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,7 @@ class ModelSettings:
     vocab_size: rows of the vocabulary, or None for what the model and the tokenizer need.
     whiten: JSONL of texts (prompt, completion) on whose tokens features are made diverse
         (see models.whitened), or None.
+    whiten_directions: "all", or "mean" for that of the mean feature alone.
     """
 
     path: str | None
@@ -36,6 +41,7 @@ class ModelSettings:
     template: str | None
     vocab_size: int | None
     whiten: str | None
+    whiten_directions: str
 
     def __post_init__(self):
         if self.untie and self.lora["rank"]:
@@ -43,8 +49,13 @@ class ModelSettings:
                 "model.untie and model.lora do not go together; untie and export first."
             )
         if self.remat not in REMAT:
-            raise ValueError(f"model.remat {self.remat!r} is not among {', '.join(REMAT)}.")
+            raise ValueError(f"{not_among('model.remat', self.remat, REMAT)}.")
+        if self.whiten_directions not in DIRECTIONS:
+            name = "model.whiten_directions"
+            raise ValueError(f"{not_among(name, self.whiten_directions, DIRECTIONS)}.")
+        if self.whiten is None and self.whiten_directions != "all":
+            raise ValueError("model.whiten_directions needs model.whiten, a JSONL file of texts.")
         for name in ("dtype", "compute_dtype"):
             value = getattr(self, name)
             if value not in DTYPES and not (value is None and name == "compute_dtype"):
-                raise ValueError(f"model.{name} {value!r} is not among {', '.join(DTYPES)}.")
+                raise ValueError(f"{not_among(f'model.{name}', value, DTYPES)}.")

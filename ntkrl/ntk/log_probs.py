@@ -5,7 +5,7 @@ any partition of the parameters; u may be a gradient step or the update of any o
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,18 @@ from ntkrl.numerics import at_least_float32
 from ntkrl.types import Array, Params, Policy
 
 BODY_GROUP: trees.Patterns = ((r".*", "body"),)
+
+
+class TokenChanges(NamedTuple):
+    """First-order changes of next-token distributions (nats), `[O]` each.
+
+    log_prob: of the target tokens. entropy: of the distributions. max_log_prob: of their arg-max
+    tokens.
+    """
+
+    log_prob: Array
+    entropy: Array
+    max_log_prob: Array
 
 
 def predict(
@@ -55,6 +67,38 @@ def predict(
       ValueError: contexts or targets that do not fit, a direction of another shape, a pattern
         list that does not cover the parameters.
     """
+    network, observed, weights = _checked(model, params, direction, observed, targets, groups)
+    return _predict(network, params, direction, (observed, targets), weights)
+
+
+def predict_changes(
+    model: Policy | Network,
+    params: Params,
+    direction: Params,
+    observed: Contexts,
+    targets: Array,
+    groups: trees.Patterns = BODY_GROUP,
+) -> dict[str, TokenChanges]:
+    """Predict the changes of log π, of the entropy and of the likeliest token, split by group.
+
+    ∂H/∂z = −π (log π + H). Arguments and errors as for `predict`, with targets.
+
+    Returns:
+      `{group: TokenChanges}`; the sum over groups is the total first-order change.
+    """
+    network, observed, weights = _checked(model, params, direction, observed, targets, groups)
+    return _predict(network, params, direction, (observed, targets), weights, every=True)
+
+
+def _checked(
+    model: Policy | Network,
+    params: Params,
+    direction: Params,
+    observed: Contexts,
+    targets: Array | None,
+    groups: trees.Patterns,
+) -> tuple[Network, Contexts, dict[str, tuple[Array, ...]]]:
+    """Check the arguments of `predict`; return network, contexts and factors of the groups."""
     network = as_network(model)
     observed = check_contexts(observed, "observed", network, params, isinstance(model, Policy))
     if not trees.same_structure(params, direction) or any(
@@ -69,35 +113,48 @@ def predict(
     weights = group_weights(groups, network, params)
     if "head" in weights:
         raise ValueError('groups: "head" is the name of the head\'s role; rename the group.')
-    return _predict(network, params, direction, observed, targets, weights)
+    return network, observed, weights
 
 
-@functools.partial(jax.jit, static_argnames=("network",))
+@functools.partial(jax.jit, static_argnames=("network", "every"))
 def _predict(
     network: Network,
     params: Params,
     direction: Params,
-    observed: Contexts,
-    targets_O: Array | None,
+    where: tuple[Contexts, Array | None],
     weights: dict[str, tuple[Array, ...]],
-) -> dict[str, Array]:
+    every: bool = False,
+) -> dict[str, Any]:
+    """Return of each group Δ log π, or with `every` TokenChanges; where: contexts and targets."""
+    observed, targets_O = where
     phi_OD, push_features = jax.linearize(lambda p: features_at(network, p, observed), params)
     logits_OV, push_head = jax.linearize(network.logits, params, phi_OD)
     probs_OV = jax.nn.softmax(logits_OV, axis=-1)
 
-    def log_prob_change(logit_change_OV: Array) -> Array:
+    def read(logit_change_OV: Array) -> Any:
         change_OV = at_least_float32(logit_change_OV)
         mean_O = jnp.sum(probs_OV * change_OV, axis=-1)
         if targets_O is None:
             return change_OV - mean_O[:, None]
-        return jnp.take_along_axis(change_OV, targets_O[:, None], axis=-1)[:, 0] - mean_O
+
+        def of_tokens(tokens_O: Array) -> Array:
+            return jnp.take_along_axis(change_OV, tokens_O[:, None], axis=-1)[:, 0] - mean_O
+
+        if not every:
+            return of_tokens(targets_O)
+        # H drops out of ∂H/∂z, as centred changes have the mean 0
+        log_probs_OV = jax.nn.log_softmax(at_least_float32(logits_OV), axis=-1)
+        centred_OV = change_OV - mean_O[:, None]
+        entropy_O = -jnp.sum(probs_OV * log_probs_OV * centred_OV, axis=-1)
+        likeliest_O = jnp.argmax(probs_OV, axis=-1)
+        return TokenChanges(of_tokens(targets_O), entropy_O, of_tokens(likeliest_O))
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    changes = {"head": log_prob_change(push_head(direction, jnp.zeros_like(phi_OD)))}
+    changes = {"head": read(push_head(direction, jnp.zeros_like(phi_OD)))}
     leaves, treedef = jax.tree.flatten(direction)
     for group, factors in weights.items():
         group_direction = jax.tree.unflatten(treedef, scale_leaves(leaves, factors))
-        changes[group] = log_prob_change(push_head(zeros, push_features(group_direction)))
+        changes[group] = read(push_head(zeros, push_features(group_direction)))
     return changes
 
 

@@ -26,6 +26,9 @@ from ntkrl.types import Array, Params, Policy, ProbeSet
 LOGIT_BYTES = 48
 """Peak memory per logit of a block: the logit, its statistics and their tangents."""
 
+PREDICTED = ("predicted_", "entropy_change_", "arg_max_change_")
+"""Prefixes of the arrays of predicted changes, in the order of `ntk.TokenChanges`."""
+
 
 class ProbeReading(NamedTuple):
     """The probe set under one set of params.
@@ -129,14 +132,20 @@ class Prober:
 
         Returns:
           `(metrics, arrays, readings)`: the `predict/…` metrics; `[O]` arrays `actual`,
-          `predicted_head`, `predicted_body`, `log_probs`, `entropy`, `max_prob` (nats), the
-          last three as read before the step, and `cosines` `[S, S]` after it, see
+          `predicted_head`, `predicted_body`, the same of the entropy and of the arg-max token's
+          log π after the other prefixes of PREDICTED, `log_probs`, `entropy`, `max_prob` (nats),
+          the last three as read before the step, and `cosines` `[S, S]` after it, see
           `completion_cosines`; and the readings before and after.
         """
         direction = jax.tree.map(jnp.subtract, after, before)
-        parts = self.map_blocks(functools.partial(ntk.predict, self.policy, before, direction))
+        predict = functools.partial(ntk.predict_changes, self.policy, before, direction)
+        parts: dict[str, ntk.TokenChanges] = self.map_blocks(predict)
         old, new = self.read(before), self.read(after)
-        arrays = {f"predicted_{name}": np.asarray(value) for name, value in parts.items()}
+        arrays = {
+            prefix + name: np.asarray(change)
+            for name, changes in parts.items()
+            for prefix, change in zip(PREDICTED, changes, strict=True)
+        }
         arrays["actual"] = np.asarray(new.statistics.log_probs - old.statistics.log_probs)
         completions = self.contexts.tokens.shape[0]
         arrays["cosines"] = np.asarray(completion_cosines(new.features, self.rows, completions))
@@ -158,17 +167,26 @@ def comparison(arrays: dict[str, np.ndarray]) -> dict[str, float]:
     and leave [0, 1] when parts oppose each other. A step that moved nothing gives NaN.
     """
     actual = arrays["actual"].astype(np.float64)
-    parts = {
-        name.removeprefix("predicted_"): value.astype(np.float64)
-        for name, value in arrays.items()
-        if name.startswith("predicted_")
-    }
+    parts, *others = (
+        {
+            name.removeprefix(prefix): value.astype(np.float64)
+            for name, value in arrays.items()
+            if name.startswith(prefix)
+        }
+        for prefix in PREDICTED
+    )
     total = functools.reduce(np.add, parts.values())
     with np.errstate(invalid="ignore", divide="ignore"):
         metrics = {
             f"predict/{name}_share": float(part @ total / (total @ total))
             for name, part in parts.items()
         }
+        for kind, changes in zip(("entropy_", "arg_max_"), others, strict=True):
+            change = functools.reduce(np.add, changes.values(), np.zeros_like(total))
+            metrics |= {
+                f"predict/{kind}{name}_share": float(part @ change / (change @ change))
+                for name, part in changes.items()
+            }
         error = np.linalg.norm(actual - total) / np.linalg.norm(actual)
         centred, predicted = actual - actual.mean(), total - total.mean()
         scale = np.linalg.norm(centred) * np.linalg.norm(predicted)

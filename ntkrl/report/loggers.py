@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ntkrl import durable_files, json_files
+from ntkrl.messages import not_among
 from ntkrl.report.metric_names import ALIASES, aliased
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -47,7 +48,7 @@ class LoggingSettings:
             if project is not None and not project.strip():
                 problems.append(f"logging.{name} is empty; name a project, or None for none")
         if self.aliases is not None and self.aliases not in ALIASES:
-            problems.append(f"logging.aliases {self.aliases!r} is not among {', '.join(ALIASES)}")
+            problems.append(not_among("logging.aliases", self.aliases, ALIASES))
         if self.aliases is not None and not self.enabled:
             problems.append(
                 "logging.aliases needs logging.tensorboard, logging.wandb or logging.trackio: "

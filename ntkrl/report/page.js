@@ -2,9 +2,10 @@
 // Every text comes from the run and is set as text alone. Without scripts the figures remain.
 "use strict";
 (() => {
+  const { make, unpack, signed, tint, control, choice, scroller, panel } = parts;
   const data = JSON.parse(document.getElementById("step-data").textContent);
   const views = document.getElementById("step-views");
-  // token: the one whose parts are told, null for that which changed most
+  // token: place of the token whose parts are shown, null for the one that changed most
   const state = { run: 0, step: 0, completion: 0, token: null };
   Object.assign(state, { measure: "log_prob", part: "actual" });
   const MEASURES = { log_prob: "Δ log π", entropy: "ΔH" };
@@ -14,36 +15,11 @@
     decay: "decay", optimizer: "optimizer", curvature: "curvature",
   };
 
-  // Arrays come as whole numbers of a unit.
-  function unpack(packed) {
-    return packed.values.map((value) => value * packed.unit);
-  }
-  for (const one of data.runs.flatMap((run) => run.steps)) {
-    for (const parts of Object.values(one.measures)) {
-      for (const part of Object.keys(parts)) parts[part] = unpack(parts[part]);
+  for (const ledger of data.runs.flatMap((run) => run.steps)) {
+    for (const values of Object.values(ledger.measures)) {
+      for (const part of Object.keys(values)) values[part] = unpack(values[part]);
     }
-    if (one.rows) one.rows = one.rows.map(unpack);
-  }
-
-  function make(tag, parent, text, className) {
-    const element = document.createElement(tag);
-    if (text !== undefined) element.textContent = text;
-    if (className) element.className = className;
-    parent.append(element);
-    return element;
-  }
-
-  function number(value) {
-    const text = Math.abs(value) > 0 && Math.abs(value) < 1e-3
-      ? value.toExponential(1) : String(Number(value.toPrecision(3)));
-    return (value > 0 ? "+" : "") + text.replace(/-/g, "−");
-  }
-
-  // Red raises, blue lowers; see-through, so that text stays readable on light and dark.
-  function tint(element, value, limit) {
-    const share = limit > 0 ? Math.min(1, Math.abs(value) / limit) : 0;
-    const color = value > 0 ? "215, 70, 50" : "30, 120, 220";
-    element.style.backgroundColor = `rgba(${color}, ${(0.7 * share).toFixed(3)})`;
+    if (ledger.rows) ledger.rows = ledger.rows.map(unpack);
   }
 
   function short(text) {
@@ -60,37 +36,9 @@
 
   function scale(parent, limit, unit) {
     const line = make("p", parent, undefined, "scale");
-    make("span", line, `${number(-limit)} lowers`);
+    make("span", line, `${signed(-limit)} lowers`);
     make("span", line, undefined, "ramp");
-    make("span", line, `${number(limit)} raises (${unit})`);
-  }
-
-  // A box that scrolls sideways, with a hint while its content is wider.
-  function scroller(parent) {
-    const hint = make("p", parent, "wider than the screen: scroll sideways →", "hint");
-    const box = make("div", parent, undefined, "scroll");
-    box.tabIndex = 0;
-    new ResizeObserver(() => {
-      hint.classList.toggle("shown", box.scrollWidth > box.clientWidth + 1);
-    }).observe(box);
-    return box;
-  }
-
-  function control(parent, words, element) {
-    const label = make("label", parent, words);
-    label.append(element);
-    return element;
-  }
-
-  function choice(parent, words, options, chosen, change) {
-    const select = control(parent, words, document.createElement("select"));
-    for (const [value, text] of options) {
-      const option = make("option", select, text);
-      option.value = value;
-      option.selected = String(value) === String(chosen);
-    }
-    select.addEventListener("change", () => change(select.value));
-    return select;
+    make("span", line, `${signed(limit)} raises (${unit})`);
   }
 
   // Where the largest change is, up or down.
@@ -99,13 +47,13 @@
       Math.abs(value) > Math.abs(values[best]) ? index : best, 0);
   }
 
-  // One tab stop for many cells, `first` to begin with: arrows move between them, and `tell` runs
-  // wherever one arrives.
-  function roving(cells, columns, first, tell) {
+  // One tab stop for many cells, `first` to begin with: arrows move between them, and `show` runs
+  // for the cell that they reach.
+  function roving(cells, columns, first, show) {
     function choose(index, event) {
       for (const other of cells) other.classList.remove("chosen");
       cells[index].classList.add("chosen");
-      tell(index, event);
+      show(index, event);
     }
     if (cells.length) choose(first, "start");
     cells.forEach((cell, index) => {
@@ -126,23 +74,8 @@
     });
   }
 
-  function details(parent, hint, className) {
-    make("p", parent, hint, "small");
-    const panel = make("div", parent, undefined, className);
-    panel.tabIndex = 0;
-    panel.setAttribute("aria-live", "polite");
-    return (rows) => {
-      panel.replaceChildren();
-      const list = make("dl", panel);
-      for (const [name, text] of rows) {
-        make("dt", list, name);
-        make("dd", list, text);
-      }
-    };
-  }
-
   const controls = make("div", views, undefined, "controls");
-  const parts = make("div", views);
+  const bars = make("div", views);
   const map = make("div", views);
   const tokens = make("div", views);
 
@@ -151,7 +84,7 @@
 
   function drawControls() {
     controls.replaceChildren();
-    const runs = data.runs.map((one, index) => [index, `${one.name}, seed ${one.seed}`]);
+    const runs = data.runs.map(({ name, seed }, index) => [index, `${name}, seed ${seed}`]);
     choice(controls, "run", runs, state.run, (value) => {
       Object.assign(state, { run: Number(value), completion: 0, token: null });
       state.step = run().steps.length - 1;
@@ -164,14 +97,14 @@
     slider.disabled = last === 0;
     const label = control(controls, "step", slider).parentElement;
     const shown = make("output", label);
-    const tell = () => {
+    const showStep = () => {
       shown.textContent = `${step().step} (stage ${step().stage})`;
       slider.setAttribute("aria-valuetext", shown.textContent);
     };
-    tell();
+    showStep();
     slider.addEventListener("input", () => {
       state.step = Number(slider.value);
-      tell();
+      showStep();
       draw();
     });
     const measures = Object.keys(MEASURES)
@@ -183,23 +116,23 @@
   }
 
   function drawParts() {
-    parts.replaceChildren();
+    bars.replaceChildren();
     const measure = MEASURES[state.measure];
-    make("h3", parts, `What the step was made of: mean ${measure} of the probe tokens`);
-    const given = Object.entries(step().measures[state.measure]);
-    const means = given.map(([, values]) => mean(values));
+    make("h3", bars, `What the step was made of: mean ${measure} of the probe tokens`);
+    const entries = Object.entries(step().measures[state.measure]);
+    const means = entries.map(([, values]) => mean(values));
     const limit = largest(means);
-    const table = make("table", scroller(parts), undefined, "bars");
+    const table = make("table", scroller(bars), undefined, "bars");
     const head = make("tr", make("thead", table));
     for (const name of ["part", "mean (nats)"]) make("th", head, name).scope = "col";
     const sides = make("th", head, undefined, "bar");
     sides.scope = "col";
     for (const side of ["lowers", "raises"]) make("span", sides, side);
     const body = make("tbody", table);
-    given.forEach(([part], index) => {
+    entries.forEach(([part], index) => {
       const row = make("tr", body);
       make("th", row, PARTS[part]).scope = "row";
-      make("td", row, number(means[index]));
+      make("td", row, signed(means[index]));
       const bar = make("span", make("td", row, undefined, "bar"));
       const width = limit > 0 ? 50 * Math.abs(means[index]) / limit : 0;
       bar.style.width = `${width}%`;
@@ -245,26 +178,26 @@
     const cells = [];
     step().rows.forEach((values, index) => {
       const row = make("tr", body);
-      make("th", row, number(step().samples[index].advantage), "side").scope = "row";
+      make("th", row, signed(step().samples[index].advantage), "side").scope = "row";
       for (const value of values) {
         const cell = make("td", row);
-        cell.setAttribute("aria-label", `${number(value)} nats`);
+        cell.setAttribute("aria-label", `${signed(value)} nats`);
         tint(cell, value, limit);
         cells.push(cell);
       }
     });
     const hint = "Point at a cell, tap it, or move with the arrow keys; a click shows the probe "
       + "completion below, token by token.";
-    const tell = details(map, hint, "details long");
+    const show = panel(map, hint, "details long");
     const columns = run().completions.length;
     roving(cells, columns, strongest(step().rows.flat()), (index, event) => {
       const column = index % columns;
       const sample = step().samples[Math.floor(index / columns)];
       const probe = run().completions[column];
-      tell([
-        ["sum of Δ log π", `${number(step().rows[Math.floor(index / columns)][column])} nats`],
+      show([
+        ["sum of Δ log π", `${signed(step().rows[Math.floor(index / columns)][column])} nats`],
         ["sample", `${sample.prompt}\n→ ${sample.completion}`],
-        ["its advantage", number(sample.advantage)],
+        ["its advantage", signed(sample.advantage)],
         [`probe completion ${column + 1}, ${probe.family}`, `${probe.prompt}\n→ ${probe.text}`],
       ]);
       if (event === "click" && probe.tokens && state.completion !== column) {
@@ -279,20 +212,20 @@
     make("h3", tokens, `A probe completion, token by token: ${MEASURES[state.measure]} of each`);
     const bar = make("div", tokens, undefined, "controls");
     const completions = run().completions
-      .map((one, index) => [index, `${index + 1} · ${one.family} · ${short(one.text)}`])
+      .map((probe, index) => [index, `${index + 1} · ${probe.family} · ${short(probe.text)}`])
       .filter(([index]) => run().completions[index].tokens);
     choice(bar, "completion", completions, state.completion, (value) => {
       Object.assign(state, { completion: Number(value), token: null });
       drawTokens();
     });
-    const given = step().measures[state.measure];
-    const options = Object.keys(given).map((part) => [part, PARTS[part]]);
+    const measured = step().measures[state.measure];
+    const options = Object.keys(measured).map((part) => [part, PARTS[part]]);
     choice(bar, "part", options, state.part, (value) => {
       state.part = value;
       drawTokens();
     });
     const probe = run().completions[state.completion];
-    const values = given[state.part].slice(probe.start, probe.start + probe.tokens.length);
+    const values = measured[state.part].slice(probe.start, probe.start + probe.tokens.length);
     const limit = largest(values);
     scale(tokens, limit, "nats");
     make("p", tokens, probe.prompt, "prompt");
@@ -304,13 +237,13 @@
     });
     const hint = "Point at a token, tap it, or move with the arrow keys; the parts of its change "
       + "add up to the actual one.";
-    const tell = details(tokens, hint, "details");
+    const show = panel(tokens, hint, "details");
     const first = state.token === null ? strongest(values) : state.token;
     roving(cells, 1, first, (index, event) => {
       if (event !== "start") state.token = index;
-      const rows = Object.entries(given).map(([part, all]) =>
-        [PARTS[part], `${number(all[probe.start + index])} nats`]);
-      tell([["token", JSON.stringify(probe.tokens[index])], ...rows]);
+      const rows = Object.entries(measured).map(([part, all]) =>
+        [PARTS[part], `${signed(all[probe.start + index])} nats`]);
+      show([["token", JSON.stringify(probe.tokens[index])], ...rows]);
     });
   }
 

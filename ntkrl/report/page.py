@@ -1,14 +1,13 @@
 """The report page: figures as files, and one HTML file that needs nothing beside it.
 
 The page refers to nothing outside it. Texts of runs are escaped by the template `page.html`, or
-passed to the script `page.js` as JSON, which it inserts as text. Equal run directories give equal
+passed as JSON to the script `page.js`, which inserts them as text. Equal run directories give equal
 bytes.
 """
 
 import base64
 import functools
 import html
-import importlib.resources
 import math
 import os
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from ntkrl.report.rollouts_page import (
     RolloutsView,
     check_rollouts_view,
     remove_rollouts_view,
+    resource,
     rollouts_view,
 )
 from ntkrl.report.runs import Run, comparable, read_runs
@@ -74,6 +74,7 @@ def write_report(run_paths: Sequence[str | os.PathLike], out_directory: str | os
     runs, refusal = comparable(all_runs)
     page = Path(out_directory) / "index.html"
     files = [page.with_name(f"{spec.stem}.{suffix}") for spec in FIGURES for suffix in FORMATS]
+    durable_files.check_place(page.parent, "--out")
     _check_replaceable(page, files)
     check_rollouts_view(page.parent)
     contents: dict[Path, bytes] = {}
@@ -134,7 +135,7 @@ def document(title: str, parts: Sequence[str]) -> str:
       title: of the window.
       parts: HTML of its sections.
     """
-    return _html("document", title, _resource("page.css"), Markup(POLICY), parts)
+    return _html("document", title, resource("page.css"), Markup(POLICY), parts)
 
 
 def heading(title: str, lead: str, refusal: str = "") -> str:
@@ -176,7 +177,9 @@ def step_section(runs: Sequence[Run], room: int) -> str:
     data, limits = views
     if not data:
         return _html("no_steps", f"{room / 1e6:.1f}")
-    return _html("steps", EXPLANATION, limits, data, _resource("page.js"))
+    return _html(
+        "steps", EXPLANATION, limits, data, resource("view_parts.js") + resource("page.js")
+    )
 
 
 def rollouts_link(view: RolloutsView | None) -> str:
@@ -243,14 +246,10 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": number, "spread": spread, "isfinite": math.isfinite}
-    return environment.from_string(_resource("page.html"))
+    return environment.from_string(resource("page.html"))
 
 
 def _escape(value: Any) -> Markup:
     """Escape like `html.escape`; Markup stays; a page cannot hold lone surrogates and NUL."""
     text = str(value if isinstance(value, Markup) else html.escape(str(value)))
     return Markup(text.encode("utf-8", "replace").decode("utf-8").replace("\0", "?"))
-
-
-def _resource(name: str) -> str:
-    return importlib.resources.files("ntkrl.report").joinpath(name).read_text("utf-8")

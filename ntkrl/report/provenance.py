@@ -26,7 +26,7 @@ def facts_table(runs: Sequence[Run]) -> Table:
             "data",
             lambda run: _recorded(run, "data") or _text(run, "data.path", none="built-in task"),
         ),
-        ("rewards", lambda run: _text(run, "reward.function")),
+        ("rewards", lambda run: _text(run, "reward.function").replace(",", ", ")),
         ("objective", _objective),
         *((f"stage {place + 1}", _StageWords(place)) for place in range(most_stages)),
         ("each step", _batch),

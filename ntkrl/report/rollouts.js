@@ -2,7 +2,7 @@
 // #RUN/STEP/gGROUP, #RUN/STEP/COMPLETION, #RUN/STEP/ledger or #RUN/STEP/ledger/COMPLETION.
 "use strict";
 (() => {
-  const { make, unpack, number, control, choice } = parts;
+  const { make, unpack, number, control, choice, scroller } = parts;
   const PAGE = 10;
   const ORDERS = {
     latest: ["last steps first", (a, b) => b.step - a.step || a.group - b.group],
@@ -25,12 +25,12 @@
     let row = 0;
     run.steps.forEach((step, place) => {
       step.prompts.forEach((prompt, group) => {
-        const own = rewards.slice(row, row + step.group).filter(Number.isFinite);
+        const known = rewards.slice(row, row + step.group).filter(Number.isFinite);
         row += step.group;
-        const sum = own.reduce((total, value) => total + value, 0);
+        const sum = known.reduce((total, value) => total + value, 0);
         run.groups.push({
-          place, step: step.rollout_step, group, prompt, rewards: own,
-          low: Math.min(...own), high: Math.max(...own), mean: own.length ? sum / own.length : NaN,
+          place, step: step.rollout_step, group, prompt, rewards: known,
+          low: Math.min(...known), high: Math.max(...known), mean: sum / known.length,
         });
       });
     });
@@ -93,10 +93,10 @@
     const groups = passing(run);
     const pages = Math.max(1, Math.ceil(groups.length / PAGE));
     list.replaceChildren();
-    const every = run.every > 1 ? `; every ${run.every}th step was kept, and steps with a ledger` : "";
+    const every = run.every > 1 ? `; one step in ${run.every} was kept, and steps with a ledger` : "";
     const words = `${groups.length} of ${groupsOf(run).length} prompts with their completions`;
     make("p", list, `${words}${every}`, "small").setAttribute("role", "status");
-    const table = make("table", make("div", list, undefined, "scroll"), undefined, "groups");
+    const table = make("table", scroller(list), undefined, "groups");
     const head = make("tr", make("thead", table));
     for (const name of ["step", "prompt", "rewards", "mean"]) make("th", head, name).scope = "col";
     const body = make("tbody", table);
@@ -122,7 +122,7 @@
       button.addEventListener("click", () => {
         state.page = goal;
         drawList();
-        [...list.querySelectorAll("button")].find((one) => one.textContent === words).focus();
+        [...list.querySelectorAll("button")].find(({ textContent }) => textContent === words).focus();
       });
     };
     turn("previous", state.page - 1);
@@ -135,7 +135,7 @@
     const match = /^#(\d+)\/(\d+)\/(?:g(\d+)|(\d+)|ledger(?:\/(\d+))?)$/.exec(hash);
     if (!match || !runs[match[1]]) return null;
     const run = Number(match[1]);
-    const step = runs[run].steps.findIndex((one) => one.rollout_step === Number(match[2]));
+    const step = runs[run].steps.findIndex((entry) => entry.rollout_step === Number(match[2]));
     if (step < 0) return null;
     const entry = runs[run].steps[step];
     const last = entry.prompts.length - 1;

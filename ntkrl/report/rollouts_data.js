@@ -12,6 +12,7 @@ const rollouts = (() => {
     const value = JSON.parse(text);
     if (name === "index") index = value;
     else if (waiting.has(name)) waiting.get(name)(value);
+    waiting.delete(name);
   }
 
   function load(name) {
@@ -25,7 +26,9 @@ const rollouts = (() => {
         });
         script.addEventListener("load", () => {
           script.remove();
-          waiting.delete(name);
+          if (!waiting.has(name)) return;
+          loaded.delete(name); // it passed on nothing
+          reject(new Error(`rollouts_view/${name}.js is damaged: write the report again`));
         });
         script.src = `rollouts_view/${name}.js`;
         document.head.append(script);
@@ -49,7 +52,7 @@ const rollouts = (() => {
     const cut = (values) => ends.map((end, row) => values.slice(end - record.lengths[row], end));
     record.tokens = cut(record.tokens);
     record.columns = {};
-    for (const name of ["sampler_log_probs", "entropy", "advantages", "log_ratio"]) {
+    for (const name of ["sampler_log_probs", "advantages", "log_ratio"]) {
       const packed = record[name];
       if (Array.isArray(packed)) {
         record.columns[name] = record.lengths.map((n, row) => Array(n).fill(packed[row]));

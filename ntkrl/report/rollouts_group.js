@@ -1,11 +1,10 @@
 // The completions of one prompt in one step, side by side.
 "use strict";
 const groupView = (() => {
-  const { make, number, signed, choice } = parts;
+  const { make, number, signed, quantity, choice, panel } = parts;
   const SHADES = {
     sampler_log_probs: ["log-prob of the sampler", "nats", "below"],
-    entropy: ["entropy", "nats", "above"],
-    advantages: ["advantage", "weight of the token", "both"],
+    advantages: ["advantage", "", "both"],
     log_ratio: ["sampler mismatch, trainer − sampler", "nats", "both"],
   };
   const state = { shade: "sampler_log_probs" };
@@ -20,9 +19,9 @@ const groupView = (() => {
       ["token", `${JSON.stringify(text(record, row, place))}, id ${token}`],
       ["place", `${place + 1} of ${record.lengths[row]} in completion ${row}`],
     ];
-    for (const [name, [words, unit]] of Object.entries(SHADES)) {
+    for (const [name, [words, unit, sides]] of Object.entries(SHADES)) {
       const values = record.columns[name];
-      if (values) rows.push([words, `${signed(values[row][place])} ${unit}`]);
+      if (values) rows.push([words, quantity(values[row][place], sides, unit)]);
       if (name === "sampler_log_probs") {
         rows.push(["probability", number(Math.exp(values[row][place]))]);
       }
@@ -30,7 +29,7 @@ const groupView = (() => {
     return rows;
   }
 
-  function card(parent, record, row, most, tell) {
+  function card(parent, record, row, most, show) {
     const box = make("article", parent, undefined, "card");
     box.id = `completion-${row}`;
     box.tabIndex = -1;
@@ -51,7 +50,7 @@ const groupView = (() => {
     const values = record.columns[state.shade];
     const texts = record.tokens[row].map((token) => record.vocabulary[token]);
     tokenViews.line(box, texts, values && values[row], most, (place) => {
-      tell(details(record, row, place));
+      show(details(record, row, place));
     });
   }
 
@@ -71,7 +70,7 @@ const groupView = (() => {
     if (!known.includes(state.shade)) state.shade = known[0];
     const bar = make("div", parent, undefined, "controls");
     const options = Object.entries(SHADES).map(([name, [label]]) =>
-      known.includes(name) ? [name, label] : [name, `${label}: not computed in this step`, true]);
+      known.includes(name) ? [name, label] : [name, `${label}: only with objective.correction`, true]);
     choice(bar, "shade tokens by", options, state.shade, (value) => {
       state.shade = value;
       draw(parent, { run: place.run, step: place.step, group }).then(() => {
@@ -86,13 +85,13 @@ const groupView = (() => {
     const most = tokenViews.limit(record.columns[state.shade].flat());
     tokenViews.legend(parent, sides, most, unit, label);
     const cards = make("div", parent, undefined, "cards");
-    const tell = tokenViews.panel(parent,
-      "Choose a token: click it, or move with Tab and the arrow keys.");
+    const hint = "Choose a token: click it, or move with Tab and the arrow keys.";
+    const show = panel(parent, hint, "details panel");
     const rows = record.texts.map((_, row) => row)
       .slice(group * record.group, (group + 1) * record.group);
-    for (const row of rows) card(cards, record, row, most, tell);
+    for (const row of rows) card(cards, record, row, most, show);
     const first = rows.find((row) => record.lengths[row] > 0);
-    if (first !== undefined) tell(details(record, first, 0));
+    if (first !== undefined) show(details(record, first, 0));
     const named = parent.querySelector(`#completion-${place.completion}`);
     if (named) named.classList.add("marked");
   }

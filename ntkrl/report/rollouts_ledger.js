@@ -1,7 +1,7 @@
 // What one optimizer step changed on the probe completions, and which samples caused it.
 "use strict";
 const ledgerView = (() => {
-  const { make, unpack, signed, choice } = parts;
+  const { make, unpack, signed, quantity, choice, panel } = parts;
   const CAUSES = 8;
   const SHADES = {
     sum: ["R + G, Δ log π", "both"],
@@ -20,7 +20,7 @@ const ledgerView = (() => {
     for (const name of ["actual", "log_probs", "entropy"]) {
       if (ledger[name]) ledger.values[name] = unpack(ledger[name]);
     }
-    const add = (one, other) => one.map((value, place) => value + other[place]);
+    const add = (left, right) => left.map((value, place) => value + right[place]);
     for (const role of ["R", "G"]) ledger.values[role] = unpack(ledger[role]);
     ledger.values.sum = add(ledger.values.R, ledger.values.G);
     ledger.samples.forEach((sample) => {
@@ -35,7 +35,7 @@ const ledgerView = (() => {
     return ledger;
   }
 
-  // The values that the tokens are shaded by; without a sample, of all together.
+  // The values that the tokens are shaded by: of the chosen sample, or of all together.
   function shaded(ledger) {
     const sample = ledger.samples[state.sample];
     return sample && sample[state.shade] ? sample[state.shade] : ledger.values[state.shade];
@@ -70,10 +70,10 @@ const ledgerView = (() => {
     const probe = ledger.completions[state.completion];
     const at = probe.start + token;
     const rows = [["token", JSON.stringify(probe.tokens[token])]];
-    const of = ledger.samples[state.sample];
-    if (of) {
+    const chosen = ledger.samples[state.sample];
+    if (chosen) {
       for (const role of ["R", "G"]) {
-        rows.push([`${role} of the chosen sample`, `${signed(of[role][at])} nats`]);
+        rows.push([`${role} of the chosen sample`, `${signed(chosen[role][at])} nats`]);
       }
     }
     for (const [name, words] of [["actual", "actual Δ log π"], ["R", "R, all samples"],
@@ -81,7 +81,8 @@ const ledgerView = (() => {
       rows.push([words, `${signed(ledger.values[name][at])} nats`]);
     }
     for (const name of ["log_probs", "entropy"]) {
-      if (ledger.values[name]) rows.push([SHADES[name][0], `${signed(ledger.values[name][at])} nats`]);
+      const [words, sides] = SHADES[name];
+      if (ledger.values[name]) rows.push([words, quantity(ledger.values[name][at], sides, "nats")]);
     }
     if (ledger.samples.length) rows.push(["top causes", causes(place, ledger, at)]);
     return rows;
@@ -140,13 +141,13 @@ const ledgerView = (() => {
     make("p", parent, probe.prompt, "prompt boxed").tabIndex = 0;
     const line = make("div", parent, undefined, "card");
     const hint = "Choose a token for its top causes: click it, or move with Tab and the arrow keys.";
-    const tell = tokenViews.panel(parent, hint);
+    const show = panel(parent, hint, "details panel");
     tokenViews.line(line, probe.tokens, values, most, (token) => {
-      tell(details(place, ledger, token));
+      show(details(place, ledger, token));
     });
     if (values.length) {
       const sizes = values.map((value) => Math.abs(value) || 0);
-      tell(details(place, ledger, sizes.indexOf(Math.max(...sizes))));
+      show(details(place, ledger, sizes.indexOf(Math.max(...sizes))));
     }
   }
 

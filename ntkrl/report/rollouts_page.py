@@ -29,11 +29,11 @@ STATIC = (
 )
 INDEX = "index.js"
 START = 'ntkrlData("index", '
-"""Of the index, which marks a directory as this program's."""
+"""Beginning of the index, by which the directory of an earlier report is recognised."""
 PAGE_BYTES = 96 * 2**20
 """Most bytes of completions in the view, of all runs together."""
 FILE_BYTES = 500_000
-"""Of a data file, unless a step alone is larger."""
+"""Most bytes of a data file, unless a step alone is larger."""
 MAX_PROMPT = 160
 """Characters of a prompt in the list."""
 
@@ -53,7 +53,7 @@ class RolloutsView:
         with durable_files.replacing_directory(directory / DATA) as fresh:
             for name, content in self.files.items():
                 durable_files.save_text(fresh / name, content)
-        durable_files.save_text(directory / PAGE, _resource(PAGE))
+        durable_files.save_text(directory / PAGE, resource(PAGE))
 
 
 def check_rollouts_view(directory: Path) -> None:
@@ -90,7 +90,7 @@ def rollouts_view(runs: Sequence[Run]) -> RolloutsView | None:
     kept = [run for run in runs if sizes[run.path]]
     if not kept:
         return None
-    files = {name: _resource(name) for name in STATIC}
+    files = {name: resource(name) for name in STATIC}
     entries: list[dict[str, Any]] = []
     limits: list[str] = []
     for number, run in enumerate(kept):
@@ -212,5 +212,6 @@ def _script(name: str, data: str) -> str:
     return f'ntkrlData("{name}", {text});\n'
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """Return a file of this room: markup, a style sheet or a script."""
     return importlib.resources.files("ntkrl.report").joinpath(name).read_text("utf-8")

@@ -1,7 +1,7 @@
-// Tokens shaded by a number each, the legend of the shades, and the panel that a token fills.
+// Tokens shaded by a number each, and the legend of the shades.
 "use strict";
 const tokenViews = (() => {
-  const { make, number, signed, tint } = parts;
+  const { make, number, tint } = parts;
   const SHOWN = 1500; // tokens of a completion before a button shows the rest
 
   // The largest size but for one token in a hundred, so that one outlier does not pale the others.
@@ -18,7 +18,7 @@ const tokenViews = (() => {
     make("span", line, undefined, `ramp ${sides}`);
     if (sides !== "below") make("span", line, `${number(most)} or higher`);
     else make("span", line, "0");
-    make("span", line, `${words} (${unit})`);
+    make("span", line, unit ? `${words} (${unit})` : words);
   }
 
   function shown(text) {
@@ -38,7 +38,7 @@ const tokenViews = (() => {
         cell.tabIndex = place === first ? 0 : -1;
         if (values) {
           tint(cell, values[place], most);
-          cell.title = signed(values[place]);
+          cell.title = number(values[place]);
         }
         cell.addEventListener("focus", () => {
           cells[first].tabIndex = -1;
@@ -73,23 +73,5 @@ const tokenViews = (() => {
     return cells;
   }
 
-  // A panel of names and values; a value is a text or an element.
-  function panel(parent, hint) {
-    make("p", parent, hint, "small");
-    const box = make("div", parent, undefined, "details panel");
-    box.tabIndex = 0;
-    box.setAttribute("role", "region");
-    box.setAttribute("aria-label", "the token");
-    box.setAttribute("aria-live", "polite");
-    return (rows) => {
-      const list = document.createElement("dl");
-      for (const [name, value] of rows) {
-        make("dt", list, name);
-        make("dd", list).append(value);
-      }
-      box.replaceChildren(list);
-    };
-  }
-
-  return { limit, legend, line, panel };
+  return { limit, legend, line };
 })();

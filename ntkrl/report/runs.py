@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkrl import directory_kinds
 from ntkrl.json_files import parse_json, read_object
 from ntkrl.report.line_record import METRICS_FILE, TIMINGS_FILE, finished_problems
 from ntkrl.report.metric_names import is_known
@@ -244,7 +245,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     )
     file = path / "config.json"
     if not path.is_dir():
-        raise ValueError(f"{path} is not a directory; {expected}")
+        wrong = "is a file, not a directory" if path.is_file() else "is not a directory"
+        hint = directory_kinds.nearest(path, directory_kinds.is_run)
+        raise ValueError(f"{path} {wrong}{hint or f'; {expected}'}")
+    if directory_kinds.is_model(path):
+        raise ValueError(f"{path} {directory_kinds.not_a_run(path)}")
     if not file.is_file():
         raise ValueError(f"{path} is not a run directory, it has no config.json; {expected}")
     try:

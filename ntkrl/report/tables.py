@@ -311,7 +311,7 @@ def similarity_table(runs: Sequence[Run]) -> Table | None:
         f"responses to a prompt, in responses to two prompts. {BASE_LABEL}: the starting model; "
         "methods at their last probe, means over runs."
     )
-    return Table("How alike features are", ("cosines of features", *heads), cells, (note,))
+    return Table("Cosines of features", ("features of", *heads), cells, (note,))
 
 
 def by_label(runs: Sequence[Run]) -> list[tuple[str, dict[str, float]]]:

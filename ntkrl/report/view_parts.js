@@ -25,6 +25,11 @@ const parts = (() => {
     return (value > 0 ? "+" : "") + number(value);
   }
 
+  // A sign where both are possible: sides is "below", "above" or "both".
+  function quantity(value, sides, unit) {
+    return `${sides === "both" ? signed(value) : number(value)} ${unit}`.trim();
+  }
+
   // Red raises, blue lowers; see-through, so that text stays readable on light and dark.
   function tint(element, value, limit) {
     const share = limit > 0 && Number.isFinite(value) ? Math.min(1, Math.abs(value) / limit) : 0;
@@ -50,5 +55,35 @@ const parts = (() => {
     return select;
   }
 
-  return { make, unpack, number, signed, tint, control, choice };
+  // A box that scrolls sideways, with a hint while its content is wider.
+  function scroller(parent) {
+    const hint = make("p", parent, "wider than the screen: scroll sideways →", "hint");
+    const box = make("div", parent, undefined, "scroll");
+    box.tabIndex = 0;
+    new ResizeObserver(() => {
+      hint.classList.toggle("shown", box.scrollWidth > box.clientWidth + 1);
+    }).observe(box);
+    return box;
+  }
+
+  // A panel below a hint; returns the function that shows names and values in it. A value is a
+  // text or an element.
+  function panel(parent, hint, className) {
+    make("p", parent, hint, "small");
+    const box = make("div", parent, undefined, className);
+    box.tabIndex = 0;
+    box.setAttribute("role", "region");
+    box.setAttribute("aria-label", "values");
+    box.setAttribute("aria-live", "polite");
+    return (rows) => {
+      const list = document.createElement("dl");
+      for (const [name, value] of rows) {
+        make("dt", list, name);
+        make("dd", list).append(value);
+      }
+      box.replaceChildren(list);
+    };
+  }
+
+  return { make, unpack, number, signed, quantity, tint, control, choice, scroller, panel };
 })();

@@ -1,8 +1,10 @@
 """Sampling settings, validated on construction."""
 
 import dataclasses
+import math
 from typing import Any
 
+from ntkrl.messages import not_among
 from ntkrl.numerics import DTYPES
 from ntkrl.rollout.rollout_mesh import AXES
 
@@ -49,8 +51,8 @@ class SamplerSettings:
             for name in names
             if getattr(self, name) < 1
         ]
-        if not self.temperature >= 0:
-            problems.append(f"temperature must be ≥ 0, not {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            problems.append(f"temperature must be finite and ≥ 0, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             problems.append(f"top_k must be ≥ 1, or None for all tokens, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -115,9 +117,7 @@ class RolloutSettings:
                 "groups of equal completions; for greedy evaluation set eval.temperature=0"
             )
         if self.cache_dtype is not None and self.cache_dtype not in DTYPES:
-            problems.append(
-                f"rollout.cache_dtype {self.cache_dtype!r} is not among {', '.join(DTYPES)}"
-            )
+            problems.append(not_among("rollout.cache_dtype", self.cache_dtype, DTYPES))
         if not all(self.stop):
             problems.append("rollout.stop holds an empty string")
         for axis, size in self.mesh.items():

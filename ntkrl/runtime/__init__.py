@@ -51,5 +51,6 @@ from ntkrl.runtime.rundir import (
     stage_lengths,
     unclaimed,
 )
+from ntkrl.runtime.setting_names import name_problem
 from ntkrl.runtime.settings import CheckpointSettings
 from ntkrl.runtime.start_record import record_start

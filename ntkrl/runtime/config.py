@@ -5,7 +5,6 @@ Rooms below `setup` see frozen dataclasses, one per section, never a ConfigDict.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from ml_collections.config_flags import config_path
 
 from ntkrl.messages import did_you_mean
 from ntkrl.runtime.config_files import load_config
+from ntkrl.runtime.setting_names import name_problem
 from ntkrl.runtime.value_types import flag_problem, type_problems
 from ntkrl.shorthands import apply_shorthands
 
@@ -105,27 +105,12 @@ def _override(arguments: Sequence[str], config: ConfigDict) -> ConfigDict:
 
 
 def _unknown_key(argument: str, config: ConfigDict) -> str | None:
-    """Return a message with the nearest known key if an override's key does not exist."""
+    """Return a message with the nearest known key if an override's key is not that of a setting."""
     name = argument.split("=")[0].lstrip("-")
     if not name.startswith("config."):
         return None
-    try:
-        config_path.get_value(name.removeprefix("config."), config)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        return f"--{name} does not exist{_known_rows(name, config) or f'. {_text(error)}'}"
-    return None
-
-
-def _known_rows(name: str, config: ConfigDict) -> str:
-    """Return how many rows a list has whose row an override names, if that is what is wrong."""
-    parent, bracket, number = name.removeprefix("config.").partition("[")
-    with contextlib.suppress(Exception):
-        count = len(config_path.get_value(parent, config))
-        if bracket and int(number.partition("]")[0]) >= count:
-            last = f"{parent}[{count - 1}]"
-            rows = "row" if count == 1 else "rows"
-            return f": {parent} has {count} {rows}, up to {last}; add more in a config file."
-    return ""
+    problem = name_problem(name.removeprefix("config."), config, "--config.")
+    return None if problem is None else f"--{name}{problem}"
 
 
 def _wrong_value(argument: str, config: ConfigDict) -> str | None:

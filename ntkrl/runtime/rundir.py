@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ntkrl import directory_kinds
 from ntkrl.durable_files import save_text
 from ntkrl.json_files import parse_json, read_object
 from ntkrl.run_lock import DirectoryLock
@@ -206,16 +207,24 @@ def check_run_dir(
                 "program's and would be replaced; move them, or set another --config.run_dir."
             )
         return None
-    return config_changes(read_object(path, finite=False), config, str(directory))
+    saved = read_object(path, finite=False)
+    if not directory_kinds.is_run_config(saved):
+        what = "a Hugging Face directory" if directory_kinds.is_model(directory) else "of no run"
+        raise ValueError(
+            f"{directory} is {what}, and a run would replace its config.json; set another "
+            "--config.run_dir."
+        )
+    return config_changes(saved, config, str(directory))
 
 
 def clear_untrained(directory: Path, config: Mapping[str, Any]) -> None:
     """Remove the files of a run of another config that has trained nothing.
 
-    A run that fails before its first step does so with files of its own, which claim nothing.
+    A run that fails before its first step does so with files of its own, which claim nothing. A
+    directory whose config.json is of no run, such as a model's, is left as it is.
     """
     path = directory / "config.json"
-    if not path.is_file() or not _is_untrained(directory):
+    if not directory_kinds.is_run(directory) or not _is_untrained(directory):
         return
     try:
         config_changes(read_object(path, finite=False), config, str(directory))

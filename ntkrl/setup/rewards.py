@@ -68,8 +68,8 @@ def _load_function(
     if spec.startswith(reward.IN_PROCESS):
         name = spec.removeprefix(reward.IN_PROCESS)
         raise ValueError(
-            f"reward {spec} is a function of the Python program that began the run: call "
-            "ntkrl.train or Run.evaluate there, or name the function's file, as in "
+            f"reward {spec} is a function of the Python program that began the run. In Python, "
+            "pass it again, as rewards=…; on the command line, name its file, as in "
             f"--config.reward.function=FILE.py:{name}."
         )
     name = spec

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from ntkrl import data, models, reward, runtime, update
 from ntkrl.settings import RunSettings
+from ntkrl.setup import prompt_warnings
 from ntkrl.setup.inputs import NO_INPUTS, Inputs
 from ntkrl.setup.rewards import Samples, load_rewards, read_base
 from ntkrl.setup.starting_model import (
@@ -130,7 +131,9 @@ def set_up(settings: RunSettings, run_dir: Path, inputs: Inputs = NO_INPUTS) -> 
                 rows = vocabulary_rows(settings, tokenizer, stored_rows)
                 check_vocabulary(tokenizer, rows, tokenizer_dir)
     if train is not None and settings.method.samples:
-        _warn_of_continued(train.prompt_set)
+        prompt_warnings.warn_of_continued(train.prompt_set)
+        others = None if held_out is None else held_out.prompt_set
+        prompt_warnings.warn_of_repeats(train.prompt_set, others)
     if train is not None and rewards is not None and not settings.method.reward_model:
         scored = (
             held_out if settings.evaluates else None,
@@ -150,20 +153,6 @@ def set_up(settings: RunSettings, run_dir: Path, inputs: Inputs = NO_INPUTS) -> 
     return RunSetup(settings, model, train, held_out, rewards, base)
 
 
-def _warn_of_continued(prompt_set: data.PromptSet) -> None:
-    """Log a warning if conversations end with a message of the assistant's."""
-    if not prompt_set.conversational:
-        return
-    turns = enumerate(prompt_set.prompts)
-    rows = [row for row, turn in turns if turn[-1]["role"] == "assistant"]  # type: ignore[index]
-    if rows:
-        runtime.log(
-            f"warning: {len(rows)} of {len(prompt_set.prompts)} prompts end with the assistant's "
-            f"message, the first at {prompt_set.place(rows[0])}: completions continue it; remove "
-            "it if they are to answer"
-        )
-
-
 def _load_prompts(
     settings: RunSettings, tokenizer: Any, inputs: Inputs
 ) -> tuple[Prompts, Prompts | None]:
@@ -174,11 +163,13 @@ def _load_prompts(
             f"{train_set.source} leaves {len(train_set.prompts)} training prompts, fewer than "
             f"data.prompts_per_step = {settings.data.prompts_per_step}; lower it or add prompts."
         )
-    held_out, columns = None, settings.method.columns
+    held_out, columns, errors = None, settings.method.columns, runtime.ErrorCollector()
     if held_out_sets:
-        parts = _encode(settings, tokenizer, held_out_sets, with_completions=False)
-        held_out = _interleaved(parts)
-    parts = _encode(settings, tokenizer, train_sets, with_completions="completion" in columns)
+        encoded = errors.call(_encode, settings, tokenizer, held_out_sets, False)
+        held_out = None if encoded is None else _interleaved(encoded)
+    parts = errors.call(_encode, settings, tokenizer, train_sets, "completion" in columns)
+    errors.finish()
+    assert parts is not None  # else its error was raised
     return _joined(parts), held_out
 
 

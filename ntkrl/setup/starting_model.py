@@ -329,22 +329,26 @@ def _whiten(
     budget = settings.rollout.max_completion_tokens + 1
     completions = data.encode_completions(tokenizer, texts, budget)
     widths = max(map(len, prompts)), max(map(len, completions))
-    total, count = jnp.float32(0), 0
+    sums, count = (jnp.float32(0), jnp.float32(0)), 0
     for start in range(0, len(prompts), TEXTS_PER_BATCH):
         rows = np.arange(start, min(start + TEXTS_PER_BATCH, len(prompts)))
         filled = np.resize(rows, TEXTS_PER_BATCH)
         batch = data.supervised_batch(prompts, completions, filled, tokenizer.pad_token_id, *widths)
         counted_BC = batch.completion_mask & (np.arange(len(filled)) < len(rows))[:, None]
-        total += _second_moment(policy, params, batch, counted_BC)
+        sums = jax.tree.map(jnp.add, sums, _feature_sums(policy, params, batch, counted_BC))
         count += int(jnp.sum(counted_BC))
-    policy, params = models.whitened(policy, params, total / count)
+    moments, mean = (total / count for total in sums)
+    only_mean = settings.model.whiten_directions == "mean"
+    policy, params = models.whitened(policy, params, moments, mean if only_mean else None)
     return policy, jax.device_put(params, trees.shardings(params, policy.sharding, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
-def _second_moment(policy: Policy, params: Params, batch: UpdateBatch, counted: Array) -> Array:
-    """Return the sum of φ φᵀ over counted tokens, `[D, D]`."""
+def _feature_sums(
+    policy: Policy, params: Params, batch: UpdateBatch, counted: Array
+) -> tuple[Array, Array]:
+    """Return the sums of φ φᵀ `[D, D]` and of φ `[D]` over counted tokens."""
     length = batch.completion_mask.shape[1]
     phi_BCD = completion_features(policy, params, batch.tokens, batch.mask, length)
     counted_BCD = at_least_float32(phi_BCD) * counted[..., None]
-    return einsum("bcd,bce->de", counted_BCD, counted_BCD)
+    return einsum("bcd,bce->de", counted_BCD, counted_BCD), jnp.sum(counted_BCD, axis=(0, 1))

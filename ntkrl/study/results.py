@@ -67,13 +67,12 @@ class Results:
             values.append(math.nan if metrics.get(metric) is None else metrics[metric])
         return np.array(values, float)
 
-    def missing(self, group: str, arms: Sequence[str]) -> Iterator[str]:
-        """Yield each arm with missing or unfinished runs, and their seeds."""
-        for arm in arms:
-            runs = zip(self.seeds, self.runs(group, arm), strict=True)
-            seeds = [str(seed) for seed, run in runs if run is None or not run.finished]
-            if seeds:
-                yield f"{group} {arm}: seeds {', '.join(seeds)}"
+    def missing(self, group: str, arm: str, seeds: Sequence[int]) -> Iterator[str]:
+        """Yield an arm with missing or unfinished runs, and their seeds."""
+        runs = {seed: self.at(self.place(group, arm, seed)) for seed in seeds}
+        open_seeds = [str(seed) for seed, run in runs.items() if run is None or not run.finished]
+        if open_seeds:
+            yield f"{group} {arm}: seeds {', '.join(open_seeds)}"
 
     def finished(self, group: str) -> Iterator[Run]:
         """Yield every finished run below the directory of a group, whatever its arm and seed."""

@@ -51,7 +51,7 @@ def fit(setup: RunSetup, directory: Path) -> RunSetup:
     if saved is not None:
         count, reason = saved, f"as chosen in {directory / LAYOUT_FILE}"
     elif limit is None:
-        count, reason = 1, "its devices report no limit of memory"
+        count, reason = 1, "the devices report no limit of memory"
     else:
         counts = settings.microbatch_counts(mesh)
         count, peak = fewest_microbatches(counts, limit, lambda count: _update_peak(setup, count))

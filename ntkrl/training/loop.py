@@ -61,7 +61,7 @@ class Loop:
           ValueError: stages or probes that do not fit the model.
         """
         self.setup, self.settings, self.directory = setup, setup.settings, directory
-        self.notice, self.on_step = notice, on_step
+        self.notice, self.on_step, self.puzzled = notice, on_step, False
         self.steps = StepFunctions(setup, directory)
         self.checkpointer = RunCheckpointer(self.settings, config, directory)
         self.clock = Clock()
@@ -194,7 +194,11 @@ class Loop:
             return
         stop = False
         if runtime.is_writer():
-            stop = self.on_step(step.optimizer_steps, dict(step.metrics)) == "stop"
+            result = self.on_step(step.optimizer_steps, dict(step.metrics))
+            stop = isinstance(result, str) and result == "stop"
+            if not stop and isinstance(result, str | bool) and result and not self.puzzled:
+                self.puzzled = True
+                runtime.log(f'warning: on_step returned {result!r}; only "stop" ends the run')
         if runtime.allgather_object("whether to stop", bool(stop))[0]:
             self.notice.stop()
 

@@ -105,7 +105,7 @@ def open_steps(config: ConfigDict, inputs: Inputs) -> StepFunctions:
 
     Raises:
       ValueError: a mistake in the config or its files, a method without rollouts, or a directory
-        of another run.
+        of another run or of one that `train` took steps of.
     """
     settings = read_settings(config)
     if not settings.method.samples:
@@ -115,6 +115,11 @@ def open_steps(config: ConfigDict, inputs: Inputs) -> StepFunctions:
         )
     directory, values = Path(config.run_dir), runtime.to_json(config)
     runtime.check_run_dir(directory, values)
+    if (directory / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{directory} is the run of a training command, whose probes and ledgers a loop of "
+            "your own would replace; give it another run_dir."
+        )
     setup = device_memory.fit(set_up(settings, directory, inputs), directory)
     steps = StepFunctions(setup, directory)
     if runtime.is_writer():

@@ -6,6 +6,9 @@ overlong completions × groups without signal. Formulas are in loss.py (per toke
 """
 
 import dataclasses
+import math
+
+from ntkrl.messages import not_among
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "advantage": (
@@ -98,7 +101,7 @@ class Objective:
 
     def __post_init__(self):
         problems = [
-            f"{name} {getattr(self, name)!r} is not among {', '.join(allowed)}"
+            not_among(name, getattr(self, name), allowed)
             for name, allowed in CHOICES.items()
             if getattr(self, name) not in allowed
         ]
@@ -120,6 +123,10 @@ class Objective:
             for name, least in at_least.items()
         ]
         share = self.covariance_fraction
+        rules += [
+            (getattr(self, name) < math.inf, f"a finite {name}, not {getattr(self, name)}")
+            for name in ("kl_coefficient", "entropy_coefficient", "covariance_penalty")
+        ]
         rules += [
             (0 < low <= 1 and high > 0, f"clip_low in (0, 1] and clip_high > 0, not {low}, {high}"),
             (0 < share < 1, f"covariance_fraction in (0, 1), not {share}"),

@@ -1,6 +1,7 @@
 """Settings of the schedule and its stages, and progress through the stages."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,9 +76,10 @@ class PreferenceSettings:
     centering_coefficient: float
 
     def __post_init__(self):
-        if not self.centering_coefficient >= 0:
+        if not 0 <= self.centering_coefficient < math.inf:
             raise ValueError(
-                f"preference.centering_coefficient must be ≥ 0, not {self.centering_coefficient}."
+                "preference.centering_coefficient must be finite and ≥ 0, not "
+                f"{self.centering_coefficient}."
             )
 
 

@@ -22,6 +22,7 @@ import jax
 import optax
 
 from ntkrl import models, trees
+from ntkrl.messages import not_among
 from ntkrl.types import Params, Policy, Scorer
 from ntkrl.update import optimizers
 from ntkrl.update.optimizers import OPTIMIZERS, OPTIONS, SCHEDULES
@@ -129,7 +130,7 @@ def _optimizer(stage: Stage) -> Iterator[str]:
     if stage.optimizer_state not in OPTIMIZER_STATES:
         yield f"optimizer_state {stage.optimizer_state!r} is not among reset, keep"
     if stage.optimizer not in OPTIMIZERS:
-        yield f"optimizer {stage.optimizer!r} is not among {', '.join(sorted(OPTIMIZERS))}"
+        yield not_among("optimizer", stage.optimizer, sorted(OPTIMIZERS))
         return
     defaults = {field.name: field.default for field in dataclasses.fields(stage)}
     read = optimizers.accepted(stage.optimizer)
@@ -140,7 +141,7 @@ def _optimizer(stage: Stage) -> Iterator[str]:
 
 def _schedule(stage: Stage) -> Iterator[str]:
     if stage.schedule not in SCHEDULES:
-        yield f"schedule {stage.schedule!r} is not among {', '.join(SCHEDULES)}"
+        yield not_among("schedule", stage.schedule, SCHEDULES)
     if stage.warmup_steps < 0:
         yield f"warmup_steps must be ≥ 0, not {stage.warmup_steps}"
     if not 0 <= stage.final_fraction <= 1:

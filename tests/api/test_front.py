@@ -98,7 +98,7 @@ def test_a_run(first):
     assert "finished after step 3" in repr(first) and "eval/reward" in repr(first)
     ledger = first.ledger(2)
     assert ledger.influence.shape == (len(ledger.actual["log_prob"]), 8)
-    with pytest.raises(ValueError, match="ledgers are of steps 2"):
+    with pytest.raises(ValueError, match="no ledger of step 1; ledgers are of steps 2. probe.led"):
         first.ledger(1)
     again = ntkrl.open_run("runs/base")
     assert repr(again) == repr(first)
@@ -127,6 +127,9 @@ def test_the_loop_of_the_readme(base, first):
     jax.tree.map(np.testing.assert_array_equal, names["params"], first.params)
     assert len(names["ledger"]) > 4 and ntkrl.open_run("runs/steps").ledger(2).step == 2
     assert len(repr(names["steps"]).splitlines()) == len(repr(names["at"]).splitlines()) == 3
+    settings = {"method": "cfrl", "steps": 3, "config": SMALL}
+    with pytest.raises(ValueError, match="runs/base is the run of a training command, whose"):
+        ntkrl.Steps(base, ROWS, score, run_dir="runs/base", **settings)  # was accepted
 
 
 def test_a_stopped_run_goes_on(base, first, capsys):

@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,10 @@ MISTAKES = [
     ({"model": 3}, "model is 3 (int); pass a directory"),
     ({"model": "missing"}, "missing"),
     ({"model": (1, 2)}, "model is (1, 2) (tuple)"),
+    ({"model": " "}, "model is ' ' (str); pass a directory"),
+    ({"model": toy_policy()}, "model is a policy without params; pass a directory"),
+    ({"model": ({}, toy_policy())}, "model is (params, policy), in the wrong order"),
+    ({"model": types.SimpleNamespace(save_pretrained=0)}, "whose save_pretrained(DIR) writes"),
     ({"prompts": 3}, "prompts is 3 (int); pass a list of dicts"),
     ({"prompts": []}, "prompts is empty"),
     ({"prompts": ROWS[0]}, "prompts is one dict; put it in a list"),
@@ -107,6 +112,13 @@ MISTAKES = [
     ({"run_dir": "file/run"}, "run_dir file/run: file is a file; name a directory"),
     ({"run_dir": "runs/a,b"}, "run_dir 'runs/a,b' has a comma"),
     ({"on_step": 3}, "on_step is 3 (int); pass a function"),
+    ({"on_step": lambda: None}, "on_step cannot be called with two values (too many positional"),
+    ({"on_step": lambda a, b, c: None}, "as in def on_step(step, metrics)"),
+    ({"config": {"model.path": "x"}}, "model and config 'model.path' set the same; leave out"),
+    ({"config": {"reward": {"function": "x"}}}, "rewards and config 'reward.function' set the"),
+    ({"config": {"stages": 5}}, "config 'stages' is 5 (int); expected tuple, as ("),
+    ({"config": {"stages[5].steps": 5}}, "stages has 1 row, up to stages[0]; add more in a"),
+    ({"config": {"temperature": 1.0}}, "mean 'eval.temperature' or 'rollout.temperature'?"),
     ({"config": 3}, "config is 3 (int); it is a dict of changes"),
     ({"config": "missing.py"}, "--config=missing.py: no such file"),
     ({"config": {"rollout.max_tokens": 3}}, "did you mean 'rollout.max_completion_tokens'?"),
@@ -143,7 +155,7 @@ def test_all_mistakes_at_once(base):
 
 def test_other_calls(base):
     """by hand: mistakes in the other calls, and in runs that do not exist."""
-    policy = toy_policy()
+    policy, loaded = toy_policy(), ntkrl.load(base)
     for call, words in (
         (
             lambda: ntkrl.train((policy, toy_params(policy)), ROWS, score),
@@ -158,11 +170,38 @@ def test_other_calls(base):
         (lambda: ntkrl.kernels(3, ["1"]), "model is 3 (int)"),
         (lambda: ntkrl.open_run("nowhere"), "nowhere is not a run directory"),
         (lambda: ntkrl.open_run(3), "directory is 3"),
+        (lambda: ntkrl.load(None), "path is None (NoneType); pass a directory of Hugging Face"),
+        (lambda: ntkrl.load(base, "bf16"), "dtype is 'bf16'; pass one of floating point, such"),
+        (lambda: ntkrl.load(base, np.int32), "pass one of floating point, such as 'float32'"),
+        (lambda: ntkrl.load_scorer(3), "path is 3 (int); pass a directory"),
+        (
+            lambda: ntkrl.kernels(base, ["1" * 65]),
+            "texts row 0: 65 tokens, and the model reads at most 64",
+        ),
+        (lambda: ntkrl.train((loaded[0], {}), ROWS, score), "the params do not fit the policy ("),
         (lambda: ntkrl.Steps(base, ROWS, method="sft"), "steps are those of RL"),
     ):
         with pytest.raises(ValueError) as error:
             call()
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ntkrl.train(temperature=0.8), "mean config={'rollout.temperature': …}?"),
+        (lambda: ntkrl.train(lr=1e-5), "train has no argument 'lr'; did you mean 'learning_rate'?"),
+        (lambda: ntkrl.train(reward_funcs=score), "did you mean 'rewards'?"),
+        (lambda: ntkrl.Steps(num_generations=8), "config={'rollout.completions_per_prompt': …}?"),
+        (lambda: ntkrl.evaluate(modle=3), "evaluate has no argument 'modle'; did you mean 'model'"),
+        (lambda: ntkrl.kernels(xyz=3), "'xyz'; there are model, texts, positions, max_contexts"),
+    ],
+)
+def test_arguments_that_do_not_exist(call, words):
+    """by hand: TRL's names and those of settings lead to ours; the signature stays."""
+    with pytest.raises(TypeError, match=re.escape(words)):
+        call()
+    assert "learning_rate" in inspect.signature(ntkrl.train).parameters
 
 
 def test_names_of_functions():
@@ -200,11 +239,11 @@ def test_configs(base):
 
 def test_data_sets(base):
     """law: a datasets.Dataset gives the rows of a list, whose file has the digest as its name."""
-    from ntkrl.api.rows import in_run, read_rows
+    from ntkrl.api.rows import path_in_run, read_rows
 
     file, same = read_rows(Split(), "prompts"), read_rows(ROWS, "prompts")
     assert file.content == same.content and isinstance(file, data.RowFile)
-    assert re.fullmatch(r"runs/x/data/prompts-[0-9a-f]{12}\.jsonl", in_run(file, "runs/x"))
+    assert re.fullmatch(r"runs/x/data/prompts-[0-9a-f]{12}\.jsonl", path_in_run(file, "runs/x"))
 
 
 def test_public_names():
@@ -218,3 +257,36 @@ def test_public_names():
         assert inspect.getdoc(getattr(ntkrl, name))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = ntkrl.trian
+
+
+@pytest.mark.parametrize("changes", [{"eval.prompts": 2}, {"eval": {"prompts": 2}}])
+def test_evaluations_of_a_part(base, changes, monkeypatch):
+    """by hand: `eval.prompts` counts in both forms of `config`; all 81 prompts without it."""
+    from ntkrl.api import front
+
+    settings = []
+    monkeypatch.setattr(front.commands, "evaluate", lambda values, **_: settings.append(values))
+    ntkrl.evaluate(base, ROWS, score, config=changes)
+    ntkrl.evaluate(base, ROWS, score)
+    assert [values.eval.prompts for values in settings] == [2, 81]  # nested ones were ignored: 81
+
+
+def test_a_model_in_memory_in_two_processes(base, tmp_path, monkeypatch):
+    """law: every process takes part in an export that process 0 lacks, and waits for its end."""
+    from ntkrl.api import model_files
+
+    policy, params = ntkrl.load(base)
+    changed = {**params, "head": {"weight": params["head"]["weight"] * 0.5}}
+    exchanges, exports = [], []
+
+    def exchange(name, value=None):
+        exchanges.append((name, len(exports)))
+        return [False, value]  # of process 0, and of this one
+
+    monkeypatch.setattr(model_files.runtime, "allgather_object", exchange)
+    monkeypatch.setattr(model_files.models, "export", lambda *arguments: exports.append(arguments))
+    directory = model_files.export_start(policy, changed, str(tmp_path))
+    assert directory == exports[0][0].as_posix()
+    exports[0][0].mkdir()  # process 0 was faster
+    model_files.export_start(policy, changed, str(tmp_path))
+    assert len(exports) == 2 and [count for _, count in exchanges] == [0, 1, 1, 2]

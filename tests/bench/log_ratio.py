@@ -3,11 +3,13 @@
 Prompts of random tokens, left-padded to different lengths; completions are sampled at temperature 1
 and scored by the trainer's forward pass. Prints the largest and the mean |log π(trainer) −
 log π(sampler)| over the tokens (nats) by model, compute dtype and cache dtype. Arguments are
-Hugging Face directories to measure too, with the params in float32.
+Hugging Face directories to measure too, with the params in float32. Lengths and models are options,
+as in `--prompt=512 --completion=512 --prompts=2 --group=2 --only="Llama 128"`.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -31,7 +33,8 @@ PAIRS = (
 """Compute dtype and cache dtype."""
 SHAPES = ((64, 2, 0.02), (128, 6, 0.1), (256, 12, 0.05))
 """Width, layers and standard deviation of the random weights."""
-PROMPT, COMPLETION, PROMPTS, GROUP = 32, 64, 4, 16
+SIZES = {"prompt": 32, "completion": 64, "prompts": 4, "group": 16}
+"""Tokens of a prompt and of a completion, prompts, and completions of each."""
 
 
 def config(architecture: str, width: int, layers: int, deviation: float) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def config(architecture: str, width: int, layers: int, deviation: float) -> dict
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 2 * width,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 2048,
         "initializer_range": deviation,
         "tie_word_embeddings": architecture == "GPTNeoXForCausalLM",
         "rotary_pct": 0.25,
@@ -57,15 +60,15 @@ def config(architecture: str, width: int, layers: int, deviation: float) -> dict
     }
 
 
-def difference(policy: Any, params: Any, cache: str) -> np.ndarray:
+def difference(policy: Any, params: Any, cache: str, sizes: argparse.Namespace) -> np.ndarray:
     """Return |log π(trainer) − log π(sampler)| of the sampled tokens."""
     generator = np.random.default_rng(0)
-    lengths = generator.integers(PROMPT // 4, PROMPT + 1, PROMPTS)
+    lengths = generator.integers(sizes.prompt // 4, sizes.prompt + 1, sizes.prompts)
     prompts = [generator.integers(3, min(policy.vocab_size, 500), n).tolist() for n in lengths]
     settings = SamplerSettings(
-        GROUP, COMPLETION, 1.0, end_ids=(1,), pad_id=2, cache_dtype=DTYPES[cache]
+        sizes.group, sizes.completion, 1.0, end_ids=(1,), pad_id=2, cache_dtype=DTYPES[cache]
     )
-    batch = data.prompt_batch(prompts, range(PROMPTS), 2, PROMPT, None)
+    batch = data.prompt_batch(prompts, range(sizes.prompts), 2, sizes.prompt, None)
     rollout = Sampler(policy, settings)(params, batch, jax.random.key(0))
     length = rollout.completion_mask.shape[1]
     trainer = jax.jit(score, static_argnums=(0, 4))
@@ -74,11 +77,11 @@ def difference(policy: Any, params: Any, cache: str) -> np.ndarray:
     return gap_BC[np.asarray(rollout.completion_mask)]
 
 
-def rows(name: str, load: Any) -> list[dict[str, Any]]:
+def rows(name: str, load: Any, sizes: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure a model at every pair of dtypes; `load(compute_dtype) -> policy, params`."""
     result = []
     for compute, cache in PAIRS:
-        gaps = difference(*load(DTYPES[compute]), cache)
+        gaps = difference(*load(DTYPES[compute]), cache, sizes)
         row = {
             "model": name,
             "compute": compute,
@@ -94,6 +97,12 @@ def rows(name: str, load: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print a row for every model and pair of dtypes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directories", nargs="*")
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--only", default="", help="part of the names of random models")
+    options = parser.parse_args()
     measured = []
     for architecture in ("LlamaForCausalLM", "GPTNeoXForCausalLM"):
         for shape in SHAPES:
@@ -104,13 +113,14 @@ def main() -> None:
                 return models.build(name, values, jax.random.key(0), jnp.float32, None, options)
 
             label = f"{architecture.removesuffix('ForCausalLM')} {shape[0]} × {shape[1]}"
-            measured += rows(f"{label}, weights {shape[2]}", build)
-    for directory in sys.argv[1:]:
+            if options.only in label:
+                measured += rows(f"{label}, weights {shape[2]}", build, options)
+    for directory in options.directories:
 
         def load(compute: Any, directory: str = directory) -> Any:
             return models.load(directory, options=models.ModelOptions(compute))
 
-        measured += rows(directory.rstrip("/").rpartition("/")[2], load)
+        measured += rows(directory.rstrip("/").rpartition("/")[2], load, options)
     print(measure.table(measured, tuple(measured[0])))
 
 

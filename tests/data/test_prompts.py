@@ -187,3 +187,19 @@ def test_a_table_in_another_format(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,answer\n1,2\n")
     with pytest.raises(ValueError, match=r"rows.csv is a table in a format .* convert it to JSON"):
         read_set(tmp_path / "rows.csv")
+
+
+def test_a_problem_of_every_row_is_one_line(tmp_path):
+    """by hand: with the number of rows, the first and the column to rename; others by their row."""
+    rows = [{"question": "a"} for _ in range(12)]
+    with pytest.raises(ValueError, match=r"problems: 12\n.*each of 12 rows.*rename 'question' to"):
+        read_set(_write(tmp_path, *rows))  # listed ten of them
+    with pytest.raises(ValueError, match="problems: 13") as caught:
+        read_set(_write(tmp_path, *rows, "nonsense"))
+    assert "each of" not in str(caught.value)
+    with pytest.raises(ValueError, match="problems: 4") as caught:
+        read_set(
+            _write(tmp_path, *[{"prompt": "a"}] * 2), required=("prompt", "chosen", "rejected")
+        )
+    assert str(caught.value).count("each of 2 rows, the first at") == 2
+    assert "here with 'chosen', 'rejected' too" in str(caught.value)

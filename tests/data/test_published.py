@@ -236,3 +236,12 @@ def test_values_without_a_python_type(tmp_path):
         "price ['1.50', 'None', '0.10']",
     ]
     assert "'prompt' is bytes; expected text" in run.stdout
+
+
+def test_packed_files_and_patterns_of_names(tmp_path):
+    """by hand: a compressed file is called that, not six lines that are no UTF-8; so is a glob."""
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz is compressed; unpack it"):
+        read_rows(tmp_path / "rows.jsonl.gz")
+    with pytest.raises(ValueError, match=r"\*.jsonl: no such file: names are not expanded; give"):
+        read_rows(tmp_path / "*.jsonl")

@@ -175,7 +175,7 @@ MISTAKES = {
     ),
     "no prompts": ([], "--prompts=FILE is missing"),
     "missing file": (["--prompts=nowhere.txt"], "nowhere.txt: no such file"),
-    "no model": (["--prompts=x", "second"], "needs one model directory"),
+    "no model": (["--prompts=x", "second"], "kernel takes one model, not 2 ("),
     "eigenpairs": (["--eigenpairs=0"], "--eigenpairs must be at least 1, not 0"),
     "too many eigenpairs": (["--eigenpairs=54"], "eigenpairs must be in [1, 54) for these"),
     "limit": (["--limit=2.5"], "--limit must be a whole number, not '2.5'"),
@@ -216,7 +216,7 @@ def test_files_that_do_not_fit(model, prompts, tmp_path, capsys):
     empty.write_text("\n \n")
     capsys.readouterr()
     for words, message in (
-        ([model, f"--prompts={long}"], "prompt 1 (counted from 0) has 65 tokens and the model re"),
+        ([model, f"--prompts={long}"], "long.txt:2: 65 tokens"),
         ([bare, f"--prompts={prompts}"], "has no tokenizer; expected tokenizer.json"),
         ([small, f"--prompts={prompts}"], "has 18 entries, the model's vocabulary 17"),
         ([model, f"--prompts={empty}"], "the file is empty. Expected one prompt per line"),
@@ -224,7 +224,10 @@ def test_files_that_do_not_fit(model, prompts, tmp_path, capsys):
             [tmp_path / "no", f"--prompts={prompts}"],
             "is not a directory; give a Hugging Face",
         ),
-        ([model, f"--prompts={prompts}", f"--out={long}"], "is a file; name a directory"),
+        (
+            [model, f"--prompts={prompts}", f"--out={long}"],
+            "is a file; give a directory that you may write to (--out)",
+        ),
     ):
         arguments = [f"--out={tmp_path / 'out'}", *map(str, words)]
         assert main(["kernel", *arguments]) == 2

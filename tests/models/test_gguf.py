@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file
 
 import ntkrl
-from ntkrl import data, models
+from ntkrl import data, main, models
 from tests.models.families import LLAMA3, tokens_and_mask, torch_logits, torch_model
 from tests.models.gguf_models import byte_level, metadata_json, sentencepiece, write_gguf
 
@@ -165,6 +165,10 @@ def test_export_is_a_hugging_face_directory(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", model, changes=ends)
     policy, params = ntkrl.load(str(path))
     ntkrl.export(tmp_path / "export", policy, params)
+    assert main.main(["export", str(path), str(tmp_path / "again")]) == 0
+    for file in (tmp_path / "export").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    assert main.main(["export", str(path), str(tmp_path / "again"), "--step=best"]) == 2
     card = (tmp_path / "export" / "README.md").read_text()
     assert f"- Base model: `{path}`" in card and "Converted by ntkrl from `model.gguf`" in card
     assert "license: mit" in card

@@ -48,6 +48,27 @@ def test_logits_stay_and_features_spread():
     np.testing.assert_allclose(read.reshape(phi_OD.shape), turned_OD, atol=1e-4)
 
 
+def test_the_mean_alone_shrinks():
+    """law: W'φ' = Wφ and mean ‖φ‖² stay; the mean has an average direction's size, others keep."""
+    policy, params, tokens, phi_OD, moments = drawn()
+    mean_D = phi_OD.mean(axis=0)
+    plain, shrunk = models.whitened(policy, params, moments, mean_D)
+    turned_OD = plain.features(shrunk, tokens).reshape(phi_OD.shape)
+    expected = policy.head(params, phi_OD)
+    np.testing.assert_allclose(plain.head(shrunk, turned_OD), expected, atol=2e-4)
+    again = turned_OD.T @ turned_OD / len(phi_OD)
+    np.testing.assert_allclose(np.trace(again), np.trace(moments), rtol=1e-4)
+    direction = mean_D / jnp.linalg.norm(mean_D)
+    # of a trace over D directions the mean's has 1/D; before it had more than half
+    np.testing.assert_allclose(
+        direction @ again @ direction, np.trace(again) / len(again), rtol=1e-3
+    )
+    assert direction @ moments @ direction > 0.5 * np.trace(moments)
+    across = jnp.eye(len(again)) - jnp.outer(direction, direction)
+    kept, before = turned_OD @ across, phi_OD @ across
+    np.testing.assert_allclose(mean_cosine(kept), mean_cosine(before), atol=1e-4)
+
+
 def test_the_head_comes_out_plain(tmp_path):
     """story: a whitened model is exported, and read back it is the function it was."""
     policy, params, tokens, phi_OD, moments = drawn()

@@ -133,6 +133,31 @@ def test_targets_and_groups():
     np.testing.assert_allclose(np.asarray(finer), np.asarray(picked["body"]), atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_changes_of_entropy_and_of_the_likeliest_token(kind):
+    """oracle: the sum over groups is the JVP of H and of max log π; log π as `predict` has it."""
+    policy, params = model(kind)
+    observed = ntk.Contexts(jnp.asarray(TOKENS), jnp.array([4, 2, 3]))
+    direction = jax.tree.map(
+        lambda leaf: 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
+    )
+    targets = jnp.array([2, 9, 0])
+    parts = ntk.predict_changes(policy, params, direction, observed, targets)
+    for name, expected in ntk.predict(policy, params, direction, observed, targets).items():
+        np.testing.assert_allclose(parts[name].log_prob, expected, atol=1e-14)
+
+    def measures(params):
+        phi = policy.features(params, observed.tokens)[jnp.arange(3), observed.positions]
+        log_probs = jax.nn.log_softmax(policy.head(params, phi))
+        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1), jnp.max(log_probs, axis=-1)
+
+    _, (entropy, likeliest) = jax.jvp(measures, (params,), (direction,))
+    assert np.abs(entropy).max() > 1e-3 and np.abs(likeliest).max() > 1e-3
+    for values, index in ((entropy, 1), (likeliest, 2)):
+        total = sum(changes[index] for changes in parts.values())
+        np.testing.assert_allclose(total, values, rtol=1e-10, atol=1e-13)
+
+
 def test_bad_input_is_named():
     """law: a direction of another shape, wrong targets, uncovered groups."""
     policy = toy_policy()

@@ -18,11 +18,15 @@ def test_comparison_by_hand():
         {
             "predicted_head": np.array([1.0, 0.0]),
             "predicted_body": np.array([1.0, 2.0]),
+            "entropy_change_head": np.array([0.0, 3.0]),
+            "entropy_change_body": np.array([4.0, -3.0]),
             "actual": np.array([2.1, 1.9]),
         }
     )
     np.testing.assert_allclose(result["predict/head_share"], 0.25)
     np.testing.assert_allclose(result["predict/body_share"], 0.75)
+    # ⟨(0, 3), (4, 0)⟩ = 0 and ⟨(4, −3), (4, 0)⟩ = ⟨(4, 0), (4, 0)⟩
+    assert result["predict/entropy_head_share"] == 0 and result["predict/entropy_body_share"] == 1
     expected = np.hypot(0.1, 0.1) / np.hypot(2.1, 1.9)
     np.testing.assert_allclose(result["predict/relative_error"], expected)
 

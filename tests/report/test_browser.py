@@ -246,8 +246,11 @@ def test_axes_have_names_and_units(by_sample):
     assert all(width > 500 and alt for width, alt in by_sample.run(images))
     heads = [by_sample.run(TEXTS, f".{name} thead th") for name in ("bars", "map")]
     assert heads[0][:2] == ["part", "mean (nats)"]
-    assert heads[1][:2] == ["sample: its advantage", "probe completion: kind and number"]
-    assert heads[1][2:] == ["own", "other", "own", "shuffled", *"12345"]
-    spans = "() => [...document.querySelectorAll('.map .over')].map((one) => one.colSpan)"
-    assert by_sample.run(spans) == [5, 2, 1, 1, 1]
+    words = "() => document.getElementById('step-views').textContent"
+    assert "samples of the minibatch, by advantage A. Columns: probe completions, by kind" in (
+        by_sample.run(words)
+    )
+    assert heads[1] == ["A", "own", "other", "own", "shuffled", *"12345"]
+    spans = "() => [...document.querySelectorAll('.map .family')].map((th) => th.colSpan)"
+    assert by_sample.run(spans) == [2, 1, 1, 1]
     assert all("(nats)" in text for text in by_sample.run(TEXTS, ".scale"))

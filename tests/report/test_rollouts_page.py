@@ -162,6 +162,24 @@ def test_it_can_be_read(run_paths, tmp_path, width, dark):
         assert shown.complaints() == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(browser.find() is None, reason="needs Chromium (apt install chromium)")
+@pytest.mark.parametrize("damage", ["damaged", "missing"])
+def test_a_data_file_without_data(run_paths, tmp_path, damage):
+    """by hand: a data file that is damaged or missing is named; the view waited for it for ever."""
+    page = hostile_view(run_paths, tmp_path).with_name("rollouts.html")
+    path = page.parent / "rollouts_view" / "run0_steps0000.js"
+    path.write_text(
+        path.read_text("utf-8")[:-200], "utf-8"
+    ) if damage == "damaged" else path.unlink()
+    with browser.Browser(browser.find(), tmp_path / "profile") as chromium:
+        shown = browser.Page(chromium, page, 1200)
+        shown.run("(hash) => { location.hash = hash; }", "#0/10/g0")
+        wait(shown, "#chosen .refusal")
+        words = shown.run("() => document.querySelector('#chosen .refusal').textContent")
+    assert words.startswith(f"rollouts_view/run0_steps0000.js is {damage}")
+
+
 def wait(shown, selector):
     """Return when an element stands."""
     script = """async (selector) => {

@@ -57,14 +57,30 @@ def test_round_trip_through_json():
     [
         ([], "--config=NAME is missing"),
         (["--config=configs/nope.py"], "configs/nope.py: no such file"),
-        (["--config=configs/base.py", "--config.modle.path=x"], 'Did you mean "model"'),
-        (["--config=configs/base.py", "--config.model.paht=x"], 'Did you mean "path"'),
+        (
+            ["--config=configs/base.py", "--config.modle.path=x"],
+            "did you mean '--config.model.path'",
+        ),
+        (
+            ["--config=configs/base.py", "--config.model.paht=x"],
+            "did you mean '--config.model.path'",
+        ),
         (["--config=configs/base.py", "--config.seed=two"], "seed"),
         (
             ["--config=configs/base.py", "--config.sed=2", "--config.data.pth=x"],
-            'config.sed does not exist.*\n.*config.data.pth does not exist.*mean "path"',
+            "config.sed does not exist.*\n.*config.data.pth does not exist.*config.data.path'",
         ),
         (["--config=configs/base.py", "--config.stages[3].steps=2"], r"stages has 1 rows?, up to"),
+        (
+            ["--config=configs/base.py", "--config.temperature=2"],  # of two sections
+            "did you mean '--config.eval.temperature' or '--config.rollout.temperature'",
+        ),
+        (["--config=configs/base.py", "--config.stages[0].stepz=2"], r"stages\[0\].steps'"),
+        (["--config=configs/base.py", "--config.stages.steps=2"], r"the first by .*stages\[0\].st"),
+        (["--config=configs/base.py", "--config.stages[a].steps=2"], "numbered from 0, as --conf"),
+        (["--config=configs/base.py", "--config.stages[-5].steps=2"], "stages has 1 rows?, up to"),
+        (["--config=configs/base.py", "--config.rollout=1"], "is a section; name a setting in it"),
+        (["--config=configs/base.py", "--config.stages[0]=1"], "is a row; name a setting in it"),
         (["--config=configs/base.py", "train"], "train is not a flag"),
         (["--config=configs/base.py", "--confg.seed=1"], "confg"),
     ],

@@ -1,5 +1,7 @@
 """Token statistics and their gradients against plain autodiff and numpy, in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,6 +157,45 @@ def test_half_precision_statistics_are_float32():
 
     d_weight, d_features = jax.grad(total, argnums=(0, 1))(weight, features)
     assert (d_weight.dtype, d_features.dtype) == (jnp.float32, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("statistics", ["logits", "features"])
+def test_half_precision_multiplies_in_half_precision(statistics):
+    """law: no product of the loss or of its gradient has a float32 operand under bfloat16."""
+
+    def total(weight, features, targets):
+        head = OutputHead(weight)
+        if statistics == "features":
+            return jnp.sum(token_statistics(head, features, targets).log_probs)
+        return jnp.sum(logit_statistics(logits(head, features), targets).log_probs)
+
+    shapes = ((5, 3), jnp.float32), ((2, 4, 3), jnp.bfloat16), ((2, 4), jnp.int32)
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*arguments).as_text()
+    operands = re.findall(r"dot_general .* : \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\)", text)
+    # autodiff of the product alone has two with f32: dz has the dtype of the logits
+    assert len(operands) >= 3 and set(operands) == {("bf16", "bf16")}
+
+
+def test_half_precision_gradients_of_logits():
+    """oracle: gradients of bfloat16 features equal float32's of the same numbers to rounding."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    features = jax.random.normal(keys[0], (2, 4, 16), jnp.bfloat16)
+    weight = jax.random.normal(keys[1], (8, 16), jnp.bfloat16).astype(jnp.float32)
+    targets = jnp.arange(8).reshape(2, 4)
+
+    def total(weight, features):
+        head = OutputHead(weight, jnp.arange(8.0), scale=0.5)
+        return jnp.sum(logit_statistics(logits(head, features), targets).log_probs)
+
+    half = jax.grad(total, argnums=(0, 1))(weight, features)
+    full = jax.grad(total, argnums=(0, 1))(weight, features.astype(jnp.float32))
+    assert (half[0].dtype, half[1].dtype) == (jnp.float32, jnp.bfloat16)
+    for values, exact in zip(half, full, strict=True):
+        # bfloat16 has 8 bits: 2⁻⁸ of the largest of dz, and of the result
+        np.testing.assert_allclose(
+            values.astype(jnp.float32), exact, atol=0.01 * np.abs(exact).max()
+        )
 
 
 def test_memory_does_not_grow_with_positions_times_vocabulary():

@@ -6,12 +6,15 @@ import math
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ntkrl import main, reward, runtime, study
 from ntkrl.configs.evidence import claims, prompts
-from ntkrl.configs.evidence.paper_study import PaperStudy, StudySettings
+from ntkrl.configs.evidence import similarity as evidence
+from ntkrl.configs.evidence.arm_study import StudySettings
+from ntkrl.configs.evidence.paper_study import PaperStudy
 from ntkrl.settings import read_settings
 from tests.report.conftest import mark
 
@@ -143,6 +146,24 @@ def test_prompts_and_preferences(tmp_path):
     assert all(int(pair["chosen"]) % 3 > int(pair["rejected"]) % 3 for pair in pairs)
 
 
+def test_similarities_of_known_features():
+    """by hand: two prompts with an answer of two tokens each; the mean is (1/2, 3/4)."""
+    phi = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 2.0]])
+    rows, columns = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    values = evidence.similarities(jnp.asarray(phi), rows, columns, rows)
+    # first tokens are equal; of the four pairs across prompts two are parallel, two orthogonal
+    assert values["first_token"] == 1 and values["across_prompts"] == 0.5
+    assert values["within_response"] == 0 and values["across_responses"] == 0
+    # ‖(1/2, 3/4)‖² = 13/16 of mean (1 + 1 + 1 + 4)/4 = 7/4
+    np.testing.assert_allclose(values["mean_share"], 13 / 28, rtol=1e-6)
+    # centred: (½, −¾), (−½, ¼), (½, −¾), (−½, 5/4)
+    centred = phi - phi.mean(axis=0)
+    norms = np.linalg.norm(centred, axis=1)
+    within = [centred[i] @ centred[i + 1] / (norms[i] * norms[i + 1]) for i in (0, 2)]
+    np.testing.assert_allclose(values["centred_within_response"], np.mean(within), rtol=1e-5)
+    np.testing.assert_allclose(values["centred_first_token"], 1, rtol=1e-5)
+
+
 def test_rates_are_chosen_by_the_last_evaluations(tmp_path):
     """by hand: the grid's point of highest mean over seeds of the last two evaluations."""
     paper = paper_study(tmp_path)
@@ -173,7 +194,7 @@ def test_verdicts_of_known_numbers(tmp_path):
         sign = 1 if seed < 5 else -1.5  # ahead on average alone
         change = {"probe/feature_distortion_relative": 0.1 - 0.02 * sign, "probe/head_norm": 4.0}
         fabricate(paper, "small", "cfrl", seed, change=lambda step, change=change: change)
-        for number, rate in enumerate(paper.settings.sgd_rates):
+        for number, rate in enumerate(paper.settings.step_rates["sgd"]):
             error = {"predict/relative_error": (1 + 0.1 * seed) * rate}
             fabricate(paper, "small", f"sgd_{number}", seed, "sgd", lambda step, e=error: e)
     verdicts = verdicts_of(paper)
@@ -226,8 +247,7 @@ def test_a_page_of_what_is_there(tmp_path):
     for arm in ("rl", "cfrl"):
         for seed in paper.settings.seeds:
             fabricate(paper, "small", arm, seed)
-    similarity = {f"{kind}": [0.9, 0.8] for kind in ("within_response", "across_responses")}
-    similarity["across_prompts"] = [0.7, 0.6]
+    similarity = {kind: [0.9, 0.8] for kind in evidence.KINDS} | {evidence.DEPTH: [1, 3]}
     place = paper.results.place("small", "rl", 1) / "similarity.json"
     place.write_text(json.dumps(similarity))
     command = f"ntkrl train --config={FILE}:small/rl,seed=2,root={tmp_path},steps=8"

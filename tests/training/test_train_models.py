@@ -157,7 +157,7 @@ def test_rewards_that_fail_are_counted(llama, tmp_path, capsys):
         ("--config.model.template=chatml", "model.template 'chatml' is unknown; give pythia or"),
         ("--config.model.lora.rank=-1", "lora: rank -1 and alpha 16.0 must be positive"),
         ("--config.reward.function=expresions", "did you mean 'expressions'"),
-        ("--config.reward.timeout=0.0", "reward.timeout must be positive"),
+        ("--config.reward.timeout=0.0", "reward.timeout must be above 0 seconds, not 0.0"),
         ("--config.model.vocab_size=5", "has 18 entries, the model's vocabulary 5"),
     ],
 )
