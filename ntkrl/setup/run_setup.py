@@ -7,7 +7,6 @@ from typing import Any, Self
 
 from ntkrl import data, models, reward, runtime, update
 from ntkrl.settings import RunSettings
-from ntkrl.setup import prompt_warnings
 from ntkrl.setup.inputs import NO_INPUTS, Inputs
 from ntkrl.setup.rewards import Samples, load_rewards, read_base
 from ntkrl.setup.starting_model import (
@@ -130,10 +129,6 @@ def set_up(settings: RunSettings, run_dir: Path, inputs: Inputs = NO_INPUTS) -> 
             if stored_rows is not None:
                 rows = vocabulary_rows(settings, tokenizer, stored_rows)
                 check_vocabulary(tokenizer, rows, tokenizer_dir)
-    if train is not None and settings.method.samples:
-        prompt_warnings.warn_of_continued(train.prompt_set)
-        others = None if held_out is None else held_out.prompt_set
-        prompt_warnings.warn_of_repeats(train.prompt_set, others)
     if train is not None and rewards is not None and not settings.method.reward_model:
         scored = (
             held_out if settings.evaluates else None,
