@@ -69,6 +69,12 @@ class RunSetup:
         assert self.held_out is not None
         return self.held_out
 
+    def warn_of_repeats(self) -> None:
+        """Log a warning if prompts of RL repeat, or held-out ones are trained on."""
+        if self.settings.method.samples:
+            held_out = None if self.held_out is None else self.held_out.prompt_set
+            prompt_warnings.warn_of_repeats(self.train.prompt_set, held_out)
+
     @property
     def stages(self) -> tuple[update.Stage, ...]:
         """The config's stages, their lengths in rollout steps."""
@@ -132,8 +138,6 @@ def set_up(settings: RunSettings, run_dir: Path, inputs: Inputs = NO_INPUTS) -> 
                 check_vocabulary(tokenizer, rows, tokenizer_dir)
     if train is not None and settings.method.samples:
         prompt_warnings.warn_of_continued(train.prompt_set)
-        others = None if held_out is None else held_out.prompt_set
-        prompt_warnings.warn_of_repeats(train.prompt_set, others)
     if train is not None and rewards is not None and not settings.method.reward_model:
         scored = (
             held_out if settings.evaluates else None,

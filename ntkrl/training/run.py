@@ -65,6 +65,7 @@ def _prepare(
         runtime.log(warning)
     report.check_loggers(settings.logging)
     setup = device_memory.fit(set_up(settings, directory, inputs), directory)
+    setup.warn_of_repeats()
     setup.model.check_exports(directory / "export", directory / "export_reference")
     runtime.log(run_summary.describe_start(setup, directory))
     loop = Loop(setup, directory, values, notice, inputs.on_step)
@@ -121,6 +122,7 @@ def open_steps(config: ConfigDict, inputs: Inputs) -> StepFunctions:
             "your own would replace; give it another run_dir."
         )
     setup = device_memory.fit(set_up(settings, directory, inputs), directory)
+    setup.warn_of_repeats()
     steps = StepFunctions(setup, directory)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)
