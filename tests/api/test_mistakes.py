@@ -60,6 +60,11 @@ class Table:
         return []
 
 
+LENGTHS = {
+    "data.prompts_per_step": 4,
+    "data.max_prompt_tokens": 8,
+    "rollout.max_completion_tokens": 5,
+}
 MISTAKES = [
     ({"model": 3}, "model is 3 (int); pass a directory"),
     ({"model": "missing"}, "missing"),
@@ -130,6 +135,10 @@ MISTAKES = [
         "config 'rollout.max_completion_tokens' is 'many' (str); expected int, as 512",
     ),
     ({"config": {"rollout.temperature": -1.0}}, "temperature"),
+    (
+        {"config": {**LENGTHS, "rollout.completions_per_prompt": 10**9}},
+        "need at least",  # was allocated before it was counted
+    ),
     ({"config": {"reward.weights": (1.0, 2.0)}}, "reward.weights has 2 entries for 1 reward"),
 ]
 
