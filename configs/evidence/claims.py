@@ -15,6 +15,7 @@ import numpy as np
 
 from ntkrl.configs.evidence.arms import Arm, Plan
 from ntkrl.configs.evidence.feature_claims import feature_claims
+from ntkrl.configs.evidence.list_claims import list_claims
 from ntkrl.configs.evidence.verdict import (
     NO_NUMBER,
     UNKNOWN,
@@ -55,6 +56,8 @@ def verdicts(results: Results, plan: Plan) -> list[Verdict]:
         for plain, classifier_first in PAIRS:
             if plain == "rl" or plain in arms:
                 listed += _of_pair(Arm(results, plan, size, plain), classifier_first)
+                for name in (plain, classifier_first):
+                    listed += list_claims(Arm(results, plan, size, name))
         listed += feature_claims(Arm(results, plan, size, "rl"))
         for name, claims in OF_ARMS:
             if name in arms:

@@ -9,8 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ntkrl import durable_files
-from ntkrl.configs.evidence import similarity
+from ntkrl.configs.evidence import list_claims, similarity
 from ntkrl.configs.evidence.arm_study import ArmStudy
+from ntkrl.configs.evidence.claims import PAIRS
 from ntkrl.configs.pretrained import lists
 from ntkrl.study import Job
 
@@ -32,6 +33,9 @@ class PretrainedStudy(ArmStudy):
         yield "the model's samples", [self.sample_model(size, seed) for seed in settings.seeds]
         yield "choice of rates", list(self.tuning())
         yield "runs", list(self.runs())
+        compared = [arm for pair in PAIRS for arm in pair if arm in settings.arms[size]]
+        runs = [(arm, seed) for arm in compared for seed in settings.seeds_of(arm)]
+        yield "their samples", [self.sample_end(size, arm, seed) for arm, seed in runs]
         yield "kernels", [self.kernel(size, arm) for arm in ("base", *COMPARED)]
         self.write_similarities(size, model)
 
@@ -60,6 +64,21 @@ class PretrainedStudy(ArmStudy):
         )
         done = place / "test" / "evaluations" / f"{place.name}.json"
         return Job(f"{size} {place.name}", words, done)
+
+    def sample_end(self, size: str, arm: str, seed: int) -> Job:
+        """Return the evaluation of a run's export on the test categories."""
+        place = self.results.place(size, arm, seed)
+        words = (
+            "evaluate",
+            self._config(size, arm, seed, {}),
+            "--config.eval.base=None",
+            f"--config.eval.name={place.name}",
+            "--config.model.untie=False",
+            f"--config.model.path={place / 'export'}",
+            f"--config.run_dir={place / list_claims.END}",
+        )
+        done = list_claims.samples_file(place, list_claims.END).with_suffix(".json")
+        return Job(f"{size} {place.name}, samples", words, done)
 
     def kernel(self, size: str, arm: str) -> Job:
         """Return the exact kernels of the test prompts, of the start or of a run's end."""

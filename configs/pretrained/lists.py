@@ -13,6 +13,7 @@ from ntkrl import durable_files
 from ntkrl.configs.pretrained import categories
 
 COUNT = 3  # members asked for
+QUESTION = "Name three {}, separated by commas."
 EXAMPLE = (
     {"role": "system", "content": "Answer with a list."},
     {"role": "user", "content": "Name three oceans, separated by commas."},
@@ -42,13 +43,17 @@ def normalised(item, right):
     return next((form for form in forms if form in right), name)
 
 
+def items(completion, category):
+    """Return the items of an answer of COUNT, as the category spells them; none of any other."""
+    texts = completion.strip().split(",")
+    if len(texts) != COUNT:
+        return []
+    return [normalised(text, MEMBERS[category]) for text in texts]
+
+
 def right_members(completion, category):
     """Return the distinct right members of an answer of COUNT items; none of any other."""
-    items = completion.strip().split(",")
-    if len(items) != COUNT:
-        return set()
-    right = MEMBERS[category]
-    return {normalised(item, right) for item in items} & right
+    return set(items(completion, category)) & MEMBERS[category]
 
 
 def reward(completions, category, **kwargs):
@@ -64,7 +69,7 @@ def rows(names):
         {
             "prompt": [
                 *EXAMPLE,
-                {"role": "user", "content": f"Name three {name}, separated by commas."},
+                {"role": "user", "content": QUESTION.format(name)},
             ],
             "category": name,
         }

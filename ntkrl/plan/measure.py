@@ -122,7 +122,7 @@ def measure(run: AbstractRun, program: Program, chip: Chip) -> ProgramCost:
         launches=counts.launches,
         received=counts.received,
         collectives={kind: (x.runs, x.size) for kind, x in counts.collectives.items()},
-        causes=predict(counts, chip),
+        causes=predict(counts, chip, program.unread),
     )
 
 
@@ -139,12 +139,17 @@ def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
-def predict(cost: hlo.HloCost, chip: Chip) -> dict[str, float]:
+def predict(cost: hlo.HloCost, chip: Chip, unread: float = 0.0) -> dict[str, float]:
     """Return the seconds of a program by cause; their sum is its time.
 
     Kernels run one after the other, each for its overhead and the longest of its arithmetic, its
     elementwise operations and its traffic. Copies in the background overlap with them, and so do
     collectives in the background; other collectives are waited for.
+
+    Args:
+      cost: of the compiled program.
+      chip: its rates.
+      unread: bytes that kernels bound by main memory move in the program, and not in a mean run.
 
     Returns:
       compute, operations, memory: of kernels bound by matrix products, by elementwise operations
@@ -172,6 +177,7 @@ def predict(cost: hlo.HloCost, chip: Chip) -> dict[str, float]:
     busy = sum(seconds.values())
     if cost.traffic / memory_rate > busy and copies:
         seconds["memory"] += cost.traffic / memory_rate - busy
+    seconds["memory"] = max(seconds["memory"] - unread / memory_rate, 0.0)
     if chip.links is not None:
         hidden = max(busy, sum(seconds.values()))
         for transfer in cost.transfers:

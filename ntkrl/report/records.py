@@ -103,6 +103,17 @@ class StepLedger:
     influence: np.ndarray | None
     head_influence: np.ndarray | None
 
+    def __repr__(self) -> str:
+        count, kept = len(self.texts.completions), "apart" if self.by == "sample" else "together"
+        parts = self.parts["log_prob"].items()
+        return (
+            f"StepLedger of optimizer step {self.step}, stage {self.stage}: "
+            f"{self.texts.size} tokens of {count} probe completions\n"
+            f"  mean Δ log π {self.actual['log_prob'].mean():+.2g} nats: "
+            f"{', '.join(f'{part} {values.mean():+.2g}' for part, values in parts)}\n"
+            f"  {len(self.samples)} samples, kept {kept}"
+        )
+
 
 def step_files(directory: Path, suffix: str) -> Iterator[tuple[int, Path]]:
     """Yield step and path of every `step_<number><suffix>`, by step."""

@@ -4,7 +4,6 @@ const groupView = (() => {
   const { make, number, signed, quantity, choice, panel } = parts;
   const SHADES = {
     sampler_log_probs: ["log-prob of the sampler", "nats", "below"],
-    entropy: ["entropy", "nats", "above"],
     advantages: ["advantage", "", "both"],
     log_ratio: ["sampler mismatch, trainer − sampler", "nats", "both"],
   };
@@ -71,7 +70,7 @@ const groupView = (() => {
     if (!known.includes(state.shade)) state.shade = known[0];
     const bar = make("div", parent, undefined, "controls");
     const options = Object.entries(SHADES).map(([name, [label]]) =>
-      known.includes(name) ? [name, label] : [name, `${label}: not computed in this step`, true]);
+      known.includes(name) ? [name, label] : [name, `${label}: only with objective.correction`, true]);
     choice(bar, "shade tokens by", options, state.shade, (value) => {
       state.shade = value;
       draw(parent, { run: place.run, step: place.step, group }).then(() => {

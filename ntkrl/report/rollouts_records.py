@@ -33,8 +33,6 @@ class StepRollouts:
     sampler_log_probs: `[n]` (nats).
     advantages: `[n]` weight on each token's score function, 0 where it does not count.
     log_ratio: `[n]` log-prob of the trainer, before any update, less the sampler's (nats); or None.
-    entropy: `[n]` of the distribution that the token was drawn from (nats), NaN where it was not
-      computed; or None.
     """
 
     rollout_step: int
@@ -52,7 +50,6 @@ class StepRollouts:
     sampler_log_probs: np.ndarray
     advantages: np.ndarray
     log_ratio: np.ndarray | None = None
-    entropy: np.ndarray | None = None
 
     @property
     def group(self) -> int:
@@ -87,10 +84,8 @@ def encode_rollouts(rollouts: StepRollouts) -> bytes:
         "sampler_log_probs": packed(rollouts.sampler_log_probs, LOG_PROB_UNIT),
         "advantages": advantages,
     }
-    for name in ("log_ratio", "entropy"):
-        values = getattr(rollouts, name)
-        if values is not None:
-            record[name] = packed(values)
+    if rollouts.log_ratio is not None:
+        record["log_ratio"] = packed(rollouts.log_ratio)
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "replace") + b"\n"
 
@@ -165,9 +160,7 @@ def _decoded(record: Mapping[str, Any]) -> StepRollouts:
     missing = set(tokens.tolist()) - vocabulary.keys()
     if missing:
         raise ValueError(f"no text of token {min(missing)}")
-    extra = {
-        name: _unpacked(record[name], total) for name in ("log_ratio", "entropy") if name in record
-    }
+    log_ratio = _unpacked(record["log_ratio"], total) if "log_ratio" in record else None
     return StepRollouts(
         rollout_step=int(record["rollout_step"]),
         step=int(record["step"]),
@@ -183,7 +176,7 @@ def _decoded(record: Mapping[str, Any]) -> StepRollouts:
         vocabulary=vocabulary,
         sampler_log_probs=_unpacked(record["sampler_log_probs"], total),
         advantages=advantages_n,
-        **extra,
+        log_ratio=log_ratio,
     )
 
 

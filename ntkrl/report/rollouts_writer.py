@@ -29,6 +29,7 @@ STEPS_PER_FILE = 100
 MAX_STEPS = 4000
 """Most steps kept, whatever their sizes: a page or a person looks at no more."""
 KEPT_FILE = "kept.json"
+FILE_NAME = re.compile(r"steps_\d{6,12}\.jsonl\.gz")
 COMPRESSION = 1
 """zlib's fastest level, which takes a third of the time of the usual one."""
 GZIP_BITS = 16 + zlib.MAX_WBITS
@@ -53,7 +54,7 @@ class RolloutsWriter:
           limit_mib: most MiB that the files take.
           start: rollout steps of the restored state.
           pinned_every: interval in rollout steps of steps that stay longer, or None.
-          log: gets a sentence where a step alone exceeds the limit.
+          log: gets a sentence where a step alone exceeds the limit, or earlier ones are damaged.
 
         Raises:
           OSError: a file cannot be written.
@@ -65,6 +66,7 @@ class RolloutsWriter:
             shorten_rollouts(directory, 0)
         self._every = read_every(directory)
         self._count = self._bytes = 0
+        self._report_lost(start)
         self._rewrite(start)
 
     def keeps(self, rollout_step: int) -> bool:
@@ -128,6 +130,22 @@ class RolloutsWriter:
         durable_files.sync_directory(self._directory)
         return self._file
 
+    def _report_lost(self, start: int) -> None:
+        """Log which steps up to `start` follow damage, and are lost with the rest of their file."""
+        for path in paths(self._directory):
+            stored = list(members(path))
+            if sum(len(member) for _, _, member in stored) == path.stat().st_size:
+                continue
+            first = first_step(path)
+            begin = stored[-1][0] + 1 if stored else first
+            steps = range(begin, min(start, first + STEPS_PER_FILE - 1) + 1)
+            lost = [step for step in steps if self.keeps(step)]
+            if lost:
+                self._log(
+                    f"{path} is damaged: its completions of rollout steps {lost[0]} to {lost[-1]} "
+                    "are lost"
+                )
+
     def _rewrite(self, last: int) -> None:
         """Drop steps after `last` and those that are not kept any more; count the others."""
         self.sync()
@@ -167,12 +185,13 @@ def file_name(rollout_step: int) -> str:
 
 def paths(directory: Path) -> list[Path]:
     """Return the files of steps in a directory, by step."""
-    numbers = {
-        path: re.fullmatch(r"steps_(\d{6,12})\.jsonl\.gz", path.name)
-        for path in directory.glob("steps_*.jsonl.gz")
-    }
-    steps = {path: int(match[1]) for path, match in numbers.items() if match is not None}
-    return sorted(steps, key=lambda path: steps[path])
+    named = [path for path in directory.glob("steps_*.jsonl.gz") if FILE_NAME.fullmatch(path.name)]
+    return sorted(named, key=first_step)
+
+
+def first_step(path: Path) -> int:
+    """Return the first step of the range that a file of steps has."""
+    return int(path.name.removeprefix("steps_").partition(".")[0])
 
 
 def members(path: Path) -> Iterator[tuple[int, bytes, bytes]]:

@@ -2,6 +2,7 @@
 
 from ntkrl.setup.adapters import describe_adapters
 from ntkrl.setup.inputs import NO_INPUTS, Inputs
+from ntkrl.setup.prompt_warnings import warn_of_prompts
 from ntkrl.setup.rewards import Samples, is_python_function, load_rewards
 from ntkrl.setup.run_setup import Prompts, RunSetup, set_up
 from ntkrl.setup.starting_model import (

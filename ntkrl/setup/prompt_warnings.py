@@ -4,9 +4,18 @@ import json
 
 from ntkrl import data, runtime
 from ntkrl.json_values import readable
+from ntkrl.setup.run_setup import RunSetup
 
 MANY = 0.1
 """Share of the training prompts that may repeat others without a warning."""
+
+
+def warn_of_prompts(setup: RunSetup) -> None:
+    """Log warnings of the prompts that a run samples from and is evaluated on."""
+    if setup.settings.method.samples:
+        train, held_out = setup.train.prompt_set, setup.held_out
+        warn_of_continued(train)
+        warn_of_repeats(train, None if held_out is None else held_out.prompt_set)
 
 
 def warn_of_continued(prompt_set: data.PromptSet) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 from ntkrl import data, models, reward, runtime, update
 from ntkrl.settings import RunSettings
-from ntkrl.setup import prompt_warnings
 from ntkrl.setup.inputs import NO_INPUTS, Inputs
 from ntkrl.setup.rewards import Samples, load_rewards, read_base
 from ntkrl.setup.starting_model import (
@@ -68,12 +67,6 @@ class RunSetup:
         """The prompts of a run that has an evaluation or a probe set."""
         assert self.held_out is not None
         return self.held_out
-
-    def warn_of_repeats(self) -> None:
-        """Log a warning if prompts of RL repeat, or held-out ones are trained on."""
-        if self.settings.method.samples:
-            held_out = None if self.held_out is None else self.held_out.prompt_set
-            prompt_warnings.warn_of_repeats(self.train.prompt_set, held_out)
 
     @property
     def stages(self) -> tuple[update.Stage, ...]:
@@ -136,8 +129,6 @@ def set_up(settings: RunSettings, run_dir: Path, inputs: Inputs = NO_INPUTS) -> 
             if stored_rows is not None:
                 rows = vocabulary_rows(settings, tokenizer, stored_rows)
                 check_vocabulary(tokenizer, rows, tokenizer_dir)
-    if train is not None and settings.method.samples:
-        prompt_warnings.warn_of_continued(train.prompt_set)
     if train is not None and rewards is not None and not settings.method.reward_model:
         scored = (
             held_out if settings.evaluates else None,

@@ -28,7 +28,7 @@ from ntkrl.training.abstract_run import (
 )
 from ntkrl.training.probe_hook import make_ledger
 from ntkrl.training.rollout_functions import RolloutFunctions
-from ntkrl.types import PromptBatch
+from ntkrl.types import Cache, PromptBatch
 
 GENERATION, SCORING, UPDATE, PROBE = PARTS = ("generation", "scoring", "update", "probe")
 
@@ -44,6 +44,7 @@ class Program:
     runs_per_step: mean number of runs in a rollout step.
     rows_per_device: rows that a device reads at a time.
     extra: trees on the devices while it runs, besides its arguments and the resident trees.
+    unread: bytes of a device's cache that a mean run does not read, since it has not grown so far.
     compiled: set by whoever compiles the program, before taking the next one: programs that read
         its results take their shardings from here, and are left out while this is None.
     """
@@ -58,6 +59,7 @@ class Program:
     rows_per_device: int = 1
     keywords: Mapping[str, object] = dataclasses.field(default_factory=dict)
     extra: object = ()
+    unread: float = 0.0
     compiled: jax.stages.Compiled | None = None
 
 
@@ -104,7 +106,7 @@ def run_programs(run: AbstractRun, probes: bool = True) -> Iterator[Program]:
 
 
 def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> Iterator[Program]:
-    """Yield a sampler's programs, with a cache that has grown to its full length.
+    """Yield a sampler's programs; decoding with a cache that has grown to its full length.
 
     Args:
       run: the run.
@@ -116,9 +118,8 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
         return  # sampled by another program
     assert isinstance(sampler, rollout.Sampler)
     stages, label = (run.stage_names, "") if part == GENERATION else ((), "evaluation ")
-    mesh = run.model.rollout_mesh
+    mesh, budget = run.model.rollout_mesh, run.budget
     prompts = run.rows(jax.eval_shape(lambda: _prompt_batch(count, run.width)), mesh)
-    chunk, budget = sampler.chunk_length, run.budget
     columns, programs = _cache_columns(run, sampler), sampler.programs
     copy = params = run.model.params
 
@@ -159,8 +160,11 @@ def generation(run: AbstractRun, sampler: SampleFn, count: int, part: str) -> It
             return
         live = _results(growth)
     start = run.replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)
-    chunks = -(-(budget - 1) // chunk)
-    yield program("decoding", programs.decode_chunk, (copy, live, written, start), chunks, rows)
+    chunks = -(-(budget - 1) // sampler.chunk_length)
+    arguments = (copy, live, written, start)
+    decoding = program("decoding", programs.decode_chunk, arguments, chunks, rows)
+    decoding.unread = _unread(run, sampler, live.cache, chunks)
+    yield decoding
 
 
 def reference_readings(run: AbstractRun, functions: RolloutFunctions) -> Iterator[Program]:
@@ -318,6 +322,14 @@ def _cache_columns(run: AbstractRun, sampler: rollout.Sampler) -> list[int]:
     chunk = sampler.chunk_length
     ends = range(1 + chunk, run.budget + chunk, chunk)
     return sorted({sampler.cache_columns(run.width, end) for end in ends})
+
+
+def _unread(run: AbstractRun, sampler: rollout.Sampler, cache: Cache, chunks: int) -> float:
+    """Return the bytes of a full cache that a mean chunk of decoding does not read yet."""
+    ends = (1 + sampler.chunk_length * (number + 1) for number in range(chunks))
+    mean = sum(sampler.cache_columns(run.width, end) for end in ends) / chunks
+    absent = 1 - mean / cache.mask.shape[1]
+    return sampler.chunk_length * absent * device_bytes((cache.keys, cache.values))
 
 
 def _prompt_batch(count: int, width: int) -> PromptBatch:

@@ -8,7 +8,15 @@ from ml_collections import ConfigDict
 from ntkrl import report, runtime, update
 from ntkrl.runtime import PreemptionNotice
 from ntkrl.settings import RunSettings, read_settings
-from ntkrl.setup import NO_INPUTS, Inputs, describe_adapters, set_up, training_facts
+from ntkrl.setup import (
+    NO_INPUTS,
+    Inputs,
+    RunSetup,
+    describe_adapters,
+    set_up,
+    training_facts,
+    warn_of_prompts,
+)
 from ntkrl.training import device_memory, run_summary
 from ntkrl.training.checkpointing import is_finished
 from ntkrl.training.loop import Loop
@@ -64,8 +72,7 @@ def _prepare(
     for warning in update.rate_warnings(settings.stages):
         runtime.log(warning)
     report.check_loggers(settings.logging)
-    setup = device_memory.fit(set_up(settings, directory, inputs), directory)
-    setup.warn_of_repeats()
+    setup = _load(settings, directory, inputs)
     setup.model.check_exports(directory / "export", directory / "export_reference")
     runtime.log(run_summary.describe_start(setup, directory))
     loop = Loop(setup, directory, values, notice, inputs.on_step)
@@ -78,6 +85,13 @@ def _prepare(
     device_memory.save_layout(setup, directory)
     runtime.check_shared(directory)
     return loop
+
+
+def _load(settings: RunSettings, directory: Path, inputs: Inputs) -> RunSetup:
+    """Load the parts of a run, in microbatches that fit the devices."""
+    setup = set_up(settings, directory, inputs)
+    warn_of_prompts(setup)
+    return device_memory.fit(setup, directory)
 
 
 def _run(loop: Loop) -> Path:
@@ -121,8 +135,7 @@ def open_steps(config: ConfigDict, inputs: Inputs) -> StepFunctions:
             f"{directory} is the run of a training command, whose probes and ledgers a loop of "
             "your own would replace; give it another run_dir."
         )
-    setup = device_memory.fit(set_up(settings, directory, inputs), directory)
-    setup.warn_of_repeats()
+    setup = _load(settings, directory, inputs)
     steps = StepFunctions(setup, directory)
     if runtime.is_writer():
         runtime.claim_run_dir(directory, values)

@@ -93,7 +93,7 @@ def test_a_run(first):
     kernel = ntkrl.ntk.kernel(
         first.policy, first.params, ntkrl.ntk.last_positions(jax.numpy.array([[3, 4]]))
     )
-    for value in (first, first.policy, kernel):
+    for value in (first, first.policy, kernel, first.ledger(2)):
         assert len(repr(value).splitlines()) == 3 and max(map(len, repr(value).splitlines())) < 200
     assert "finished after step 3" in repr(first) and "eval/reward" in repr(first)
     ledger = first.ledger(2)
@@ -177,7 +177,7 @@ def test_an_interrupt_saves(base, first):
     assert_same_runs("runs/base", "runs/interrupted")
 
 
-def test_evaluations(base, first):
+def test_evaluations(base, first, capsys):
     """story: a run's checkpoint on other prompts; a model in memory; the progress rewards get."""
     states = []
 
@@ -192,6 +192,9 @@ def test_evaluations(base, first):
     loaded = ntkrl.evaluate(ntkrl.load(base), ROWS[:3], seen, config=small)
     assert loaded == ntkrl.evaluate(base, ROWS[:3], seen, config=small, run_dir="runs/other")
     assert Path("runs/evaluate/evaluations").is_dir() and states[-1].global_step == 0
+    assert (
+        "trained on" not in capsys.readouterr().out
+    )  # as of a run whose data.eval_path is its data
 
 
 def test_kernels(base):

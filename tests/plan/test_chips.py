@@ -101,6 +101,14 @@ def test_a_small_kernel_is_served_by_the_cache():
         )
 
 
+def test_what_is_not_read_takes_no_time():
+    """by hand: of 11 bytes at 1 byte/s, 4 are columns that the cache does not have yet."""
+    chip = Chip(flops=1.0, memory_rate=1.0)
+    cost = hlo.HloCost((kernel(1, traffic=11.0),))
+    assert measure.predict(cost, chip, unread=4.0)["memory"] == 7
+    assert measure.predict(cost, chip, unread=40.0)["memory"] == 0
+
+
 def test_no_rates_no_time():
     """by hand: virtual devices have no published rates."""
     assert measure.predict(hlo.HloCost((kernel(1, 1.0),)), Chip()) == {}

@@ -120,6 +120,18 @@ def test_decoding_reads_every_token(settings):
     assert result["decoding"].flops == 4 * rows * 2 * (products + attention)
 
 
+def test_a_cache_is_read_as_far_as_it_has_grown(settings):
+    """by hand: of six chunks of 4 tokens four read 24 columns and two 31, not all 31."""
+    run = run_of(settings("rl"), 1)
+    for program in candidate_programs(run, probe=False):
+        if program.part == GENERATION:
+            measure(run, program, Chip())
+        if program.name == "decoding":
+            break
+    column = 2 * 2 * MODEL["hidden_size"] * 4 * 8  # keys and values of two layers, float32, 8 rows
+    assert program.unread == pytest.approx(4 * (31 - (4 * 24 + 2 * 31) / 6) * column)
+
+
 def test_no_tokens_are_scored_twice(settings):
     """law: the reading for a KL in the reward has the correction's log-probs; one in the loss is
     computed by the update, so that the policy is not read for it."""

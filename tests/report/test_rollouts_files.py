@@ -20,7 +20,7 @@ def test_records_return():
     tokens = 9
     for changes in (
         {},
-        {"log_ratio": 1e-6 * np.arange(tokens), "entropy": np.array([np.nan, *range(8)])},
+        {"log_ratio": np.array([np.nan, *1e-6 * np.arange(tokens - 1)])},
         {"advantages": np.arange(tokens) * 0.1, "reward": np.array([np.nan, 1, 2, 3])},
     ):
         step = rollouts(7, **changes)
@@ -206,6 +206,20 @@ def test_readers_stop_at_damage(tmp_path):
         assert [step for step, _, _ in members(path)] == [1, 2, 3, 4, 5]
     path.unlink()
     assert list(members(path)) == []
+
+
+@pytest.mark.parametrize(("start", "lost"), [(120, ["41 to 100"]), (30, [])])
+def test_lost_steps_are_reported(tmp_path, start, lost):
+    """by hand: steps after damage that a resumed run does not repeat; nothing was said of them."""
+    write(tmp_path, range(1, 151))
+    path = paths(tmp_path / "rollouts")[0]
+    size = sum(len(member) for _, _, member in list(members(path))[:40])
+    path.write_bytes(path.read_bytes()[:size] + b"\0" * 9)
+    messages = write(tmp_path, range(start + 1, start + 3), start=start)
+    assert messages == [
+        f"{path} is damaged: its completions of rollout steps {steps} are lost" for steps in lost
+    ]
+    assert kept(tmp_path)[-2:] == [start + 1, start + 2]
 
 
 def test_bombs_are_not_inflated(tmp_path, monkeypatch):

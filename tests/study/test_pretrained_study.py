@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ntkrl import main, runtime, study
-from ntkrl.configs.evidence import feature_claims, similarity
+from ntkrl.configs.evidence import feature_claims, list_claims, similarity
 from ntkrl.configs.evidence.arm_study import StudySettings
 from ntkrl.configs.evidence.arms import Arm
 from ntkrl.configs.evidence.pretrained_study import PretrainedStudy
@@ -46,7 +46,8 @@ def test_every_run_has_a_config(tmp_path, monkeypatch):
                 assert loaded.data.eval_path == f"{tmp_path}/data/validation.jsonl"
                 assert loaded.evaluation.base is None
     assert list(commands) == [
-        *("the model", "the model's samples", "choice of rates", "runs", "kernels")
+        *("the model", "the model's samples", "choice of rates", "runs", "their samples"),
+        "kernels",
     ]
     arms = [words[1].split("/")[2].split(",")[0] for words in commands["runs"]]
     # the grids' arms twice, each control once, Adam's step at four rates
@@ -98,6 +99,32 @@ def test_claims_on_features(tmp_path):
     share = next(verdict for claim, verdict in claims.items() if "R's trace" in claim)
     assert share.verdict == "does not hold"
     assert any("1: 0.5 to 0.5; 30: 0.835 to 0.835" in verdict.number for verdict in listed)
+
+
+def test_diversity_of_lists(tmp_path):
+    """by hand: four right members become two, two first items one; three lost, one gained."""
+    made = pretrained_study(tmp_path, seeds=(1, 2, 3, 4, 5, 6))
+    sides = {
+        "base": ["robin, eagle, wren", "The Robins, owls, wren", "sparrow, crow", "a, b, c"],
+        "rl": ["robin, robin, hawk", "robin, hawk, a tree"],
+    }
+    for seed in made.settings.seeds:
+        for arm, texts in sides.items():
+            place = made.results.place(SIZE, arm, seed)
+            directory = "test" if arm == "base" else list_claims.END
+            path = list_claims.samples_file(place, directory)
+            path.parent.mkdir(parents=True)
+            (row,) = lists.rows(["birds"])
+            rows = [{**row, "completion": text} for text in texts]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    members, entropy, support = list_claims.list_claims(
+        Arm(made.results, made.settings, SIZE, "rl")
+    )
+    assert members.number.startswith("4 to 2;") and members.verdict == "holds"
+    # of robin, robin, a: H = −2/3 log 2/3 − 1/3 log 1/3; afterwards robin alone
+    assert entropy.number.startswith("0.637 to 0;") and entropy.verdict == "holds"
+    # eagle, owl, wren; hawk
+    assert support.number.startswith("lost 3, gained 1;") and support.verdict == "holds"
 
 
 def test_share_by_position(tmp_path):
