@@ -160,6 +160,7 @@ COMMANDS = {
             Option("eigenpairs", "eigenvalues of the body and the full kernel (8)", "N"),
             Option("max_contexts", "contexts at most, evenly spaced (64)", "N"),
             Option("limit", "prompts at most, the first of the file (16)", "N"),
+            Option("measures", "head,traces,norms,eigenvalues, or some of them (all)", "NAMES"),
             Option("layers", "traces of each layer too", None),
             Option("dtype", "float32, float64 or bfloat16 (float32)", "DTYPE"),
             Option("memory_gib", "memory beyond the parameters, GiB (8)", "GIB"),
