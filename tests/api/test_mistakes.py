@@ -8,7 +8,6 @@ import sys
 import types
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -307,8 +306,10 @@ def test_values_of_other_steps(base):
     settings = {"data.prompts_per_step": 4, "data.max_prompt_tokens": 8}
     sizes = {"rollout.max_completion_tokens": 5, "probe.every_steps": None}
     steps = ntkrl.Steps(base, ROWS, score, steps=1, run_dir="s", config={**settings, **sizes})
-    at = steps.start()
+    start = steps.start()
+    at = steps.begin(start)
     for call, words in (
+        (lambda: steps.sample(start), "at has begun no rollout step; pass the position that b"),
         (lambda: steps.left(3), "left: at is 3 (int); pass the position that start, begin"),
         (lambda: steps.reward(at, None), "reward: sampled is None; pass what sample returned"),
         (lambda: steps.reward(at, at), "(RunPosition); pass what sample returned"),
@@ -318,7 +319,15 @@ def test_values_of_other_steps(base):
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             call()
-    for leaf in jax.tree.leaves(at.state.params):
-        leaf.delete()
+    with pytest.raises(
+        ValueError, match="at has begun no rollout step; pass the position that beg"
+    ):
+        steps.sample(at)
+    at = steps.begin(at)
+    rewarded = steps.reward(at, steps.sample(at))
+    after, step = steps.advantages(at, rewarded)
+    assert steps.snapshot(after, step.batches[0], step) is None
+    after, result = steps.update(after, step.batches[0], step, None)
+    steps.summary(after, [result])
     with pytest.raises(ValueError, match="at was donated to update; pass the position that upd"):
         steps.sample(at)
