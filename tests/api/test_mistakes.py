@@ -329,5 +329,7 @@ def test_values_of_other_steps(base):
     assert steps.snapshot(after, step.batches[0], step) is None
     after, result = steps.update(after, step.batches[0], step, None)
     steps.summary(after, [result])
+    for leaf in jax.tree.leaves(at.state.params):
+        leaf.delete()  # as an accelerator does with what it was given
     with pytest.raises(ValueError, match="at was donated to update; pass the position that upd"):
         steps.sample(at)
