@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 import ntkrl
@@ -160,6 +160,7 @@ COMMANDS = {
             Option("eigenpairs", "eigenvalues of the body and the full kernel (8)", "N"),
             Option("max_contexts", "contexts at most, evenly spaced (64)", "N"),
             Option("limit", "prompts at most, the first of the file (16)", "N"),
+            Option("measures", "head,traces,norms,eigenvalues, or some of them (all)", "NAMES"),
             Option("layers", "traces of each layer too", None),
             Option("dtype", "float32, float64 or bfloat16 (float32)", "DTYPE"),
             Option("memory_gib", "memory beyond the parameters, GiB (8)", "GIB"),
@@ -339,4 +340,8 @@ def overview() -> str:
 
 def versions() -> str:
     """Return the versions of this package and of JAX."""
-    return f"ntkrl {ntkrl.__version__} (jax {version('jax')})"
+    try:
+        jax = f"jax {version('jax')}"
+    except PackageNotFoundError:
+        jax = "jax is not installed"
+    return f"ntkrl {ntkrl.__version__} ({jax})"

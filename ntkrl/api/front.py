@@ -163,7 +163,7 @@ def kernels(
       positions: "last" for one context per text, "all" for one per token.
       max_contexts: contexts at most, evenly spaced among all.
       eigenpairs: eigenvalues of the body and the full kernel, ≥ 1.
-      layers: traces per layer too, each at the cost of another body kernel.
+      layers: traces per layer too.
       dtype: "float32", "float64" or "bfloat16", of a model that is loaded here.
       memory_gib: memory that the computation may use beyond the params (GiB).
 

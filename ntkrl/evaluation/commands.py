@@ -234,6 +234,14 @@ def _saved_settings(run: str, config: ConfigDict) -> RunSettings:
             f"{Path(run) / 'config.json'} is not the config of a run of this version "
             f"({type(error).__name__}: {error}); train the run again."
         ) from error
+    except ValueError as error:
+        missing = [line for line in str(error).splitlines() if line.endswith("is missing.")]
+        if not missing:
+            raise
+        raise ValueError(
+            f"{Path(run) / 'config.json'} lacks settings of this version of ntkrl: {error} Use the "
+            "version that wrote the run, or train it again."
+        ) from error
 
 
 class SavedParams:

@@ -5,11 +5,13 @@
     tokens, mask [N, T]    left-padded prompts         texts [N]    the prompts as text
     rows, positions [O]    prompt and column           endings [O]  the context's last token as text
 
-and the arrays of `probe.kernel_measures`: head, cosines, traces, shares, norms and eigenvalues.
+and the arrays of `probe.kernel_steps`: head, cosines, traces, shares, norms and eigenvalues, as
+far as they are computed: the file is written anew after every step.
 """
 
 import contextlib
 import dataclasses
+import functools
 import io
 import sys
 import zipfile
@@ -20,9 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from ntkrl import data, durable_files, models, ntk, probe, report
+from ntkrl.evaluation.kernel_run import KernelRun
 from ntkrl.setup import check_vocabulary
 from ntkrl.types import Params, Policy
 
@@ -44,7 +46,8 @@ class KernelSettings:
     dtype: dtype of params and network: float32, float64 or bfloat16; results are float32 or better.
     memory_gib: memory that a call may use beyond the params (GiB).
     limit: prompts at most, the first of the file.
-    layers: traces per layer too, each at the cost of another body kernel.
+    layers: traces per layer too.
+    measures: what to compute, of `probe.MEASURES`; the first, "head", always is.
     """
 
     model: str
@@ -57,6 +60,7 @@ class KernelSettings:
     memory_gib: float = 8.0
     limit: int = 16
     layers: bool = False
+    measures: tuple[str, ...] = probe.MEASURES
 
     def __post_init__(self):
         problems = [
@@ -70,6 +74,10 @@ class KernelSettings:
             if getattr(self, name) not in allowed:
                 known = " or ".join(allowed)
                 problems.append(f"--{name} must be {known}, not {getattr(self, name)!r}")
+        unknown = [name for name in self.measures if name not in probe.MEASURES]
+        if unknown or not self.measures:
+            names = ",".join(self.measures)
+            problems.append(f"--measures are some of {','.join(probe.MEASURES)}, not {names!r}")
         if problems:
             raise ValueError("; ".join(problems) + ".")
 
@@ -85,6 +93,8 @@ def read_settings(model: str, options: Mapping[str, str]) -> KernelSettings:
       ValueError: no prompts, text where numbers belong, or values out of range.
     """
     values: dict[str, Any] = {**options, "layers": "layers" in options}
+    if "measures" in values:
+        values["measures"] = tuple(values["measures"].split(","))
     problems = []
     if "prompts" not in values:
         problems.append(
@@ -104,7 +114,8 @@ def read_settings(model: str, options: Mapping[str, str]) -> KernelSettings:
 def compute_kernels(settings: KernelSettings) -> dict[str, np.ndarray]:
     """Compute the kernels of a model directory on prompts; write and print them.
 
-    Writes `kernel.npz` and `kernel.png` under `settings.out`, and nothing elsewhere.
+    Writes `kernel.npz`, after every step, and `kernel.png` under `settings.out`, and nothing
+    elsewhere.
 
     Args:
       settings: see KernelSettings.
@@ -124,8 +135,8 @@ def compute_kernels(settings: KernelSettings) -> dict[str, np.ndarray]:
         problem = _load(settings)
         print(problem.description)
         out.mkdir(parents=True, exist_ok=True)
-        arrays = _measure(problem, settings, print)
-    durable_files.save_arrays(out / "kernel.npz", arrays)
+        keep = functools.partial(durable_files.save_arrays, out / "kernel.npz")
+        arrays = _measure(problem, settings, print, keep)
     report.write_kernel(out / "kernel.png", arrays)
     print(f"\n{report.format_kernel(arrays)}\n")
     print(f"arrays: {out / 'kernel.npz'}\nfigure: {out / 'kernel.png'}")
@@ -148,7 +159,9 @@ def kernels(
       ValueError: a mistake in the settings, or in the files they name.
     """
     with _precision(settings):
-        return _measure(_load(settings, prompts, model), settings, lambda text: None)
+        return _measure(
+            _load(settings, prompts, model), settings, lambda text: None, lambda _: None
+        )
 
 
 def _precision(settings: KernelSettings) -> contextlib.AbstractContextManager[Any]:
@@ -171,31 +184,37 @@ class KernelProblem:
 
 
 def _measure(
-    problem: KernelProblem, settings: KernelSettings, log: Callable[[str], None]
+    problem: KernelProblem,
+    settings: KernelSettings,
+    log: Callable[[str], None],
+    keep: Callable[[dict[str, np.ndarray]], None],
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of kernel.npz."""
+    """Return the arrays of kernel.npz; `keep` is called with those known after every step."""
     contexts = problem.contexts
-    plan = probe.plan_kernel(
-        problem.policy, problem.params, contexts, settings.layers, settings.memory_gib
-    )
-    log(f"body kernel, {plan.body_kernels} ×: by {plan.estimate}")
-    with tqdm(total=plan.steps, disable=None) as bar:
-
-        def progress(done: int, doing: str) -> None:
-            bar.set_description(doing, refresh=False)
-            bar.update(done - bar.n)
-            bar.refresh()
-
-        measures = probe.kernel_measures(plan, settings.eigenpairs, progress)
-        bar.update(plan.steps - bar.n)
     places = {
         "tokens": contexts.tokens,
         "mask": contexts.mask,
         "rows": contexts.rows,
         "positions": contexts.positions,
     }
-    arrays = {name: np.asarray(array) for name, array in places.items()}
-    return arrays | problem.texts | measures
+    arrays = {name: np.asarray(array) for name, array in places.items()} | problem.texts
+    measures = tuple(name for name in probe.MEASURES if name in ("head", *settings.measures))
+    plan = functools.partial(
+        probe.plan_kernel,
+        problem.policy,
+        problem.params,
+        contexts,
+        settings.layers,
+        settings.memory_gib,
+    )
+    steps = probe.kernel_steps(plan(), settings.eigenpairs, measures)
+    run = KernelRun(steps, problem.params, log)
+    if run.is_long:  # layers are reported as they are finished; such programs are never cached
+        run.steps = probe.kernel_steps(plan(report=True), settings.eigenpairs, measures)
+    for known in run.results():
+        arrays |= known
+        keep(arrays)
+    return arrays
 
 
 def _is_kernel(content: bytes) -> bool:

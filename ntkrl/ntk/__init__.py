@@ -35,10 +35,12 @@ from ntkrl.ntk.contexts import (
     last_positions,
 )
 from ntkrl.ntk.estimates import ALGORITHMS, Estimate, cheapest
+from ntkrl.ntk.factors import Factored, can_factor, factored
 from ntkrl.ntk.kernel import Kernel
 from ntkrl.ntk.log_probs import BODY_GROUP, TokenChanges, predict, predict_changes, score_gram
 from ntkrl.ntk.make import kernel, kernel_program
 from ntkrl.ntk.network import Head, Network, as_network
 from ntkrl.ntk.parts import PARTS, by_layer, by_module, group_weights
 from ntkrl.ntk.problem import KernelOptions
-from ntkrl.ntk.spectrum import Factored, alignment, cka, eigenpairs, factored, frobenius
+from ntkrl.ntk.reports import listening
+from ntkrl.ntk.spectrum import alignment, cka, eigenpairs, frobenius

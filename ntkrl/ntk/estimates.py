@@ -7,9 +7,11 @@ outputs:
     jvp_vjp     B (2 F + 2 F S_o)                        chunk (P + S_o layer)
     jacobian    (A + B blocks) 2 F + 2 A B P             2 chunk (P + layer)
     layerwise   (A + B) F + Σ 2 f (A B t + S_u A t²)     2 chunk (Σ t f + max t f)
+    traces      (A + B) F + Σ 2 f D (O t) (U t)          2 chunk (Σ t f + max t f)
 
 A "layer" is all values computed within one; the second factor 2 is 1 where a symmetric Γ is
-computed in a single block. The cheapest algorithm whose smallest chunk fits the budget is chosen.
+computed in a single block, of which S (S + 1)/2 pairs of sequences are contracted; of n blocks
+n (n + 1)/2 pairs are. The cheapest algorithm whose smallest chunk fits the budget is chosen.
 FLOPs are those of matrix products; memory agrees with the compiler's count within a factor of
 three (tested).
 """
@@ -20,11 +22,16 @@ from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 from ntkrl.jaxpr import flops, value_counts
+from ntkrl.ntk.contexts import Contexts
 from ntkrl.ntk.jacobian_gram import GramInputs
 from ntkrl.ntk.network import FeatureFunction, Leaves
 from ntkrl.ntk.parts import Weights
 from ntkrl.ntk.taps import TapPlan, plan_taps
 from ntkrl.numerics import GIB
+from ntkrl.types import Params
+
+WORKING_FRACTION = 0.25
+"""Fraction of the memory for cotangents of a tied table's lookup that go backward together."""
 
 ALGORITHMS = ("jvp_vjp", "jacobian", "layerwise")
 
@@ -165,16 +172,82 @@ def estimate_algorithms(
         size = largest if chunk is None else min(chunk, max(a, b))
         if size < a and name != "jvp_vjp":
             sides = 2
-        blocks = -(-a // size)
-        work = {
-            "jvp_vjp": b * 2 * counts.forward * (1 + observed.sequences),
-            "jacobian": (a + b * blocks) * 2 * counts.forward + 2 * a * b * counts.params,
-            "layerwise": (a * -(-b // size) + b * blocks) * counts.forward + mixing + inner,
-        }[name]
-        halved = work / 2 if symmetric and name != "jvp_vjp" else work
+        work = _work(name, counts, inputs, size, mixing + inner)
         memory = output + item * (fixed[name] + size * sides * per_cotangent[name])
-        estimates[name] = Estimate(name, int(size), float(halved), int(memory), int(output))
+        estimates[name] = Estimate(name, int(size), float(work), int(memory), int(output))
     return estimates
+
+
+def _work(
+    name: str, counts: _NetworkCounts, inputs: GramInputs, size: int, contraction: int
+) -> float:
+    """Return the FLOPs of an algorithm in blocks of `size` cotangents.
+
+    Args:
+      name: the algorithm.
+      counts: of the network.
+      inputs: the Γ to compute.
+      size: cotangents at a time.
+      contraction: FLOPs of the layer-wise contraction of all pairs of cotangents.
+    """
+    observed, updated, forward = inputs.observed, inputs.columns, counts.forward
+    a, b = (side.sequences * side.per_sequence for side in (observed, updated))
+    if name == "jvp_vjp":
+        return b * 2 * forward * (1 + observed.sequences)
+    blocks, symmetric = -(-a // size), inputs.updated is None
+    if symmetric and blocks == 1:
+        pairs = (observed.sequences + 1) / (2 * observed.sequences)
+        gradients = a * 2 * forward + 2 * a * b * counts.params
+        return gradients if name == "jacobian" else a * forward + contraction * pairs
+    if name == "jacobian":
+        work = (a + b * blocks) * 2 * forward + 2 * a * b * counts.params
+    else:
+        work = (a * -(-b // size) + b * blocks) * forward + contraction
+    return work * (blocks + 1) / (2 * blocks) if symmetric else work
+
+
+def estimate_traces(
+    features: FeatureFunction, params: Params, observed: Contexts, updated: Contexts, budget: int
+) -> Estimate:
+    """Return the Estimate of `traces.leaf_traces`.
+
+    Args:
+      features: the features as a function of the used leaves.
+      params: the params.
+      observed, updated: the contexts, the same object for a symmetric kernel.
+      budget: bytes that the working memory should stay below.
+    """
+    leaves = features.leaves(params)
+    counts = _counts(plan_taps(features, params, observed, None), leaves)
+    width, symmetric = features.network.weight(params).shape[1], updated is observed
+    contexts = observed.count if symmetric else observed.count + updated.count
+    size = max(4, leaves[0].dtype.itemsize)
+    per_cotangent = 2 * size * (counts.tapped + counts.direct)
+    fixed = size * contexts * counts.layer
+    chunk = max(1, min(contexts * width, (budget - fixed) // per_cotangent))
+    positions = sum(2 * t * t * f * n for t, f, n in counts.taps)
+    work = contexts * width * counts.forward
+    work += positions * width * observed.count * updated.count
+    return Estimate("traces", int(chunk), float(work), int(fixed + chunk * per_cotangent), 0)
+
+
+def estimate_lookup(
+    features: FeatureFunction, params: Params, contexts: Contexts, cotangents: int, budget: int
+) -> Estimate:
+    """Return the Estimate of `tied.lookup_products`, one backward pass per cotangent.
+
+    Args:
+      features: the features as a function of the tied table alone.
+      params: the params.
+      contexts: the updated contexts.
+      cotangents: of each context.
+      budget: bytes that the working memory should stay below.
+    """
+    plan = plan_taps(features, params, contexts, None)
+    _, layer = value_counts(plan.traced)
+    chunk = max(1, min(cotangents, int(WORKING_FRACTION * budget) // (4 * layer)))
+    work = contexts.count * (1 + cotangents) * flops(plan.traced)
+    return Estimate("lookup", chunk, float(work), 4 * layer * chunk, 0)
 
 
 def choose(estimates: dict[str, Estimate], algorithm: str, budget: int) -> Estimate:

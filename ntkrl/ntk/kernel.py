@@ -19,14 +19,14 @@ layerwise
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl.ntk import forms
+from ntkrl.ntk import forms, tied
 from ntkrl.ntk.estimates import Estimate
-from ntkrl.ntk.parts import PARTS
+from ntkrl.ntk.parts import PARTS, Roles
 from ntkrl.ntk.problem import Problem
 from ntkrl.numerics import GIB, at_least_float32
 from ntkrl.types import Array
@@ -125,11 +125,11 @@ class Kernel:
             gram = problem.jacobian_gram(problem.gram_inputs(part, left, right), None)
             blocks.append(forms.body_dense(problem.network, operands, gram, rows_R, columns_C))
         if roles.output_input:
-            tied = problem.features.of_head()
-            blocks.append(forms.cross_dense(tied, operands, rows_R, columns_C))
+            form = functools.partial(tied.cross_dense, problem.features.of_head())
+            blocks.append(form(operands, rows_R, columns_C, problem.budget))
         if roles.input_output:
-            tied = problem.features.of_head()
-            swapped = forms.cross_dense(tied, operands.swapped(), columns_C, rows_R)
+            form = functools.partial(tied.cross_dense, problem.features.of_head())
+            swapped = form(operands.swapped(), columns_C, rows_R, problem.budget)
             blocks.append(jnp.transpose(swapped, (1, 0, 3, 2)))
         return self._sum(blocks, shape)
 
@@ -195,10 +195,11 @@ class Kernel:
         if roles.output or roles.bias:
             products.append(forms.head_bilinear(operands, roles, left, right))
         if roles.output_input:
-            products.append(forms.cross_bilinear(problem.features.of_head(), operands, left, right))
+            form = functools.partial(tied.cross_bilinear, problem.features.of_head())
+            products.append(form(operands, left, right, problem.budget))
         if roles.input_output:
-            tied = problem.features.of_head()
-            products.append(forms.cross_bilinear(tied, operands.swapped(), right, left).T)
+            form = functools.partial(tied.cross_bilinear, problem.features.of_head())
+            products.append(form(operands.swapped(), right, left, problem.budget).T)
         if summed:
             products = [problem.sum_sequences(product) for product in products]
         if roles.body:
@@ -233,15 +234,15 @@ class Kernel:
             diagonals.append(forms.head_diagonal(operands, roles, every))
         if roles.body:
             diagonals.append(forms.body_diagonal(problem.network, operands, self.body(part)))
-        if roles.output_input:
-            diagonals.append(forms.cross_diagonal(problem.features.of_head(), operands))
-        if roles.input_output:
-            swapped = forms.cross_diagonal(problem.features.of_head(), operands.swapped())
-            diagonals.append(jnp.swapaxes(swapped, 0, 1))
+        if roles.output_input or roles.input_output:
+            diagonals.append(self._crossed(roles, operands, tied.cross_diagonal))
         return self._sum(diagonals, shape)
 
     def trace(self, part: str = "full") -> Array:
-        """Return tr K(o, u): V⟨φ, φ'⟩ for a plain head, ⟨WᵀW, M⟩ for the body.
+        """Return tr K(o, u): V⟨φ, φ'⟩ for a plain head, ⟨WᵀW, M⟩ for the body (see traces.py).
+
+        The traces of all groups together cost one pass backward for D cotangents of each context;
+        M is not computed, but for capped or preconditioned heads.
 
         Returns:
           `[O, U]`.
@@ -251,12 +252,14 @@ class Kernel:
         """
         problem = self.problem
         roles, operands = problem.operands(part)
-        if roles.output_input or roles.input_output or problem.capped:
-            return jnp.sum(self.diagonal(part), axis=-1)
         total = jnp.zeros(self._shape(), problem.dtype)
+        if roles.output_input or roles.input_output:
+            total += self._crossed(roles, operands, tied.cross_trace)
         if roles.body:
-            total += forms.body_trace(problem.network, operands, self.body(part))
-        if operands.head.scalar:
+            total += self._body_trace(part, operands)
+        if not (roles.output or roles.bias):
+            return total
+        if operands.head.scalar and not problem.capped:
             inner = forms.inner_products(operands, roles)
             return total + problem.network.head.scale**2 * problem.vocab_size * inner
         every = jnp.arange(problem.vocab_size)
@@ -265,6 +268,27 @@ class Kernel:
     def estimate(self, part: str = "body", chunk: int | None = None) -> Estimate:
         """Return algorithm, chunk, FLOPs and memory of `body(part, chunk)` before it runs."""
         return self.problem.estimate(self.problem.gram_inputs(part), chunk)
+
+    def _body_trace(self, part: str, operands: forms.Operands) -> Array:
+        trace = self.problem.body_trace(part)
+        if trace is not None:
+            return trace
+        network, body = self.problem.network, self.body(part)
+        if self.problem.capped:
+            return jnp.sum(forms.body_diagonal(network, operands, body), axis=-1)
+        return forms.body_trace(network, operands, body)
+
+    def _crossed(self, roles: Roles, operands: forms.Operands, form: Callable[..., Array]) -> Array:
+        """Return a diagonal form `[O, U, …]` of the cross terms, computed once where symmetric."""
+        features, budget = self.problem.features.of_head(), self.problem.budget
+        terms = []
+        if roles.output_input:
+            terms.append(form(features, operands, budget))
+        if roles.input_output:
+            same = self.problem.symmetric and bool(terms)
+            swapped = terms[0] if same else form(features, operands.swapped(), budget)
+            terms.append(jnp.swapaxes(swapped, 0, 1))
+        return functools.reduce(jnp.add, terms)
 
     def _shape(self, *sizes: int) -> tuple[int, ...]:
         return (self.problem.observed.count, self.problem.updated.count, *sizes)

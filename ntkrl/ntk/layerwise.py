@@ -17,6 +17,7 @@ import numpy as np
 from ntkrl.ntk.cotangents import BlockCotangents, GradientFactors, ScanCotangents
 from ntkrl.ntk.jacobian_gram import Block, GramInputs, by_blocks, fill_symmetric
 from ntkrl.ntk.network import FeatureFunction
+from ntkrl.ntk.reports import report_layer
 from ntkrl.ntk.taps import plan_taps
 from ntkrl.numerics import HIGHEST, einsum
 from ntkrl.types import Array
@@ -25,9 +26,13 @@ Pairs = tuple[np.ndarray, np.ndarray]
 """Indices of the observed and the updated sequences that are contracted."""
 
 
-@functools.partial(jax.jit, static_argnames=("features", "chunk"))
-def layerwise(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Array:
+@functools.partial(jax.jit, static_argnames=("features", "chunk", "report"))
+def layerwise(
+    features: FeatureFunction, inputs: GramInputs, chunk: int, report: bool = False
+) -> Array:
     """Compute Γ layer by layer, `chunk` cotangents of each side at a time.
+
+    With `report`, each finished layer is reported (see reports.py).
 
     Weights of tapped leaves must be one number per leaf, or per layer of a stacked leaf.
 
@@ -50,7 +55,7 @@ def layerwise(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Arra
         terms = []
         for number in reversed(range(len(plan_o.segments()))):
             if sides[0].is_scan(number):
-                terms.append(_backward_scan(sides, number, pairs, by_leaf))
+                terms.append(_backward_scan(sides, number, pairs, by_leaf, report))
             else:
                 factors = [side.backward(number) for side in sides]
                 terms += [contract(pairs, factors, by_leaf)] if factors[0] else []
@@ -62,7 +67,11 @@ def layerwise(features: FeatureFunction, inputs: GramInputs, chunk: int) -> Arra
 
 
 def _backward_scan(
-    sides: list[BlockCotangents], number: int, pairs: Pairs, weights: dict[int, Array]
+    sides: list[BlockCotangents],
+    number: int,
+    pairs: Pairs,
+    weights: dict[int, Array],
+    report: bool,
 ) -> Array:
     """Go back through a scan over layers on both sides, contracting layer by layer."""
     scans = [ScanCotangents(side, number) for side in sides]
@@ -77,7 +86,10 @@ def _backward_scan(
         cotangents, total = carry
         results = [s.layer(c, x) for s, c, x in zip(scans, cotangents, xs[0], strict=True)]
         entering, by_layer, factors = zip(*results, strict=True)
-        return (list(entering), total + contract(pairs, factors, xs[1])), list(by_layer)
+        total = total + contract(pairs, factors, xs[1])
+        if report:
+            report_layer(total[0, 0, 0])
+        return (list(entering), total), list(by_layer)
 
     start = [scan.start() for scan in scans]
     wide = jnp.promote_types(jax.tree.leaves(start)[0].dtype, jnp.float32)

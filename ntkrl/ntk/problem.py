@@ -8,13 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from ntkrl import trees
+from ntkrl.jaxpr import flops
 from ntkrl.ntk import parts
 from ntkrl.ntk.contexts import Contexts, GroupedContexts, group_by_sequence
-from ntkrl.ntk.estimates import ALGORITHMS, Estimate, choose, estimate_algorithms
+from ntkrl.ntk.estimates import (
+    ALGORITHMS,
+    Estimate,
+    choose,
+    estimate_algorithms,
+    estimate_lookup,
+    estimate_traces,
+)
 from ntkrl.ntk.forms import HeadInputs, Operands, head_inputs, head_weights
 from ntkrl.ntk.jacobian_gram import GramInputs, arrange, jacobian, jvp_vjp
 from ntkrl.ntk.layerwise import layerwise
 from ntkrl.ntk.network import FeatureFunction, Network
+from ntkrl.ntk.taps import TapPlan, plan_taps
+from ntkrl.ntk.traces import LeafTraces, block_size, leaf_traces
 from ntkrl.numerics import GIB
 from ntkrl.types import Array, Params
 
@@ -33,6 +43,7 @@ class KernelOptions:
         becomes a VJP of a VJP.
     memory_gib: memory a call may use beyond the params (GiB, all devices together); chunks are
         chosen to fit, and larger results are refused.
+    report: report the layers that are finished (see reports.py), for progress bars.
     """
 
     groups: trees.Patterns = ()
@@ -40,6 +51,7 @@ class KernelOptions:
     algorithm: str = "auto"
     forward_mode: bool = True
     memory_gib: float = 8.0
+    report: bool = False
 
     def __post_init__(self) -> None:
         if self.algorithm not in ("auto", *ALGORITHMS):
@@ -133,6 +145,87 @@ class Problem:
         return roles, operands
 
     @functools.cached_property
+    def _plans(self) -> tuple[TapPlan, TapPlan]:
+        left = plan_taps(self.features, self.params, self.observed, None)
+        if self.symmetric:
+            return left, left
+        return left, plan_taps(self.features, self.params, self.updated, None)
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of the features of one observed sequence."""
+        return flops(self._plans[0].traced)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers in scans, 0 without."""
+        plan = self._plans[0]
+        return sum(plan.traced.operations[i].eqn.params["length"] for i in plan.scans)
+
+    def body_reports(self) -> int:
+        """Number of layers that `body()` reports, 0 where its algorithm does not."""
+        estimate = self.estimate(self.gram_inputs("body"), None)
+        if estimate.algorithm != "layerwise":
+            return 0
+        counts = [
+            -(-self.feature_size * side.count // estimate.chunk)
+            for side in (self.observed, self.updated)
+        ]
+        pairs = counts[0] * (counts[0] + 1) // 2 if self.symmetric else counts[0] * counts[1]
+        return self.layers * pairs
+
+    def trace_reports(self) -> int:
+        """Number of layers that the body's traces report."""
+        chunk, width = self.estimate_traces().chunk, self.feature_size
+        sequences = self.observed.count * (1 if self.symmetric else 2)
+        return self.layers * -(-width // block_size(width, chunk, sequences))
+
+    def estimate_traces(self) -> Estimate:
+        """Return the Estimate of the body's traces, of all groups together."""
+        sides = (self.observed, self.updated)
+        return estimate_traces(self.features, self.params, *sides, self.budget)
+
+    def estimate_cross(self, trace: bool) -> Estimate:
+        """Return the Estimate of the cross terms of a tied head, or of their trace."""
+        tied, total = self.features.of_head(), []
+        for side in (self.updated,) if self.symmetric else (self.updated, self.observed):
+            length = side.mask.shape[1] if side.mask is not None else 0
+            count = length if trace else self.feature_size
+            total.append(estimate_lookup(tied, self.params, side, count, self.budget))
+        work = sum(estimate.flops for estimate in total)
+        return dataclasses.replace(total[0], flops=work)
+
+    @property
+    def is_traceable(self) -> bool:
+        """True where `traces.leaf_traces` applies: M is not needed for traces."""
+        layerwise = self.options.algorithm in ("auto", "layerwise")
+        if self.capped or self.options.precondition is not None or not layerwise:
+            return False
+        return self._plans[0].signature() == self._plans[1].signature()
+
+    @functools.cached_property
+    def _leaf_traces(self) -> LeafTraces:
+        """Return the traces of WᵀMW by leaf."""
+        other = None if self.symmetric else self.updated
+        chunk = self.estimate_traces().chunk
+        report = self.options.report
+        return leaf_traces(self.features, self.params, self.observed, other, chunk, report)
+
+    def body_trace(self, part: str) -> Array | None:
+        """Return the trace of a part's body `[O, U]` without M; None where only M gives it."""
+        if not self.is_traceable:
+            return None
+        traces = self._leaf_traces
+        weights = parts.used_weights(self.part(part)[1], self.features.used)
+        total = jnp.zeros((self.observed.count, self.updated.count), self.dtype)
+        for leaf, by_layer in traces.items():
+            weight = jnp.ones(1) if weights is None else weights[leaf].reshape(-1)
+            if weight.size not in (1, by_layer.shape[0]):
+                return None
+            total += jnp.sum(by_layer * weight[:, None, None], axis=0)
+        return self.network.head.scale**2 * total
+
+    @functools.cached_property
     def _grouped(self) -> tuple[GroupedContexts, GroupedContexts]:
         left = group_by_sequence(self.observed)
         return left, left if self.symmetric else group_by_sequence(self.updated)
@@ -176,7 +269,7 @@ class Problem:
         elif estimate.algorithm == "jacobian":
             flat = jacobian(self.features, inputs, estimate.chunk)
         else:
-            flat = layerwise(self.features, inputs, estimate.chunk)
+            flat = layerwise(self.features, inputs, estimate.chunk, self.options.report)
         rows, columns = inputs.observed, inputs.columns
         if rows.summed:
             return flat

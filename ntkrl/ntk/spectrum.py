@@ -2,19 +2,21 @@
 
 Where a part is H ⊗ I + W M Wᵀ (plain heads, R + G) all follow from H, M and W: outside the range
 of W the matrix is H ⊗ I, so each eigenvalue of H has multiplicity V − D there; inside, it is a
-problem of O·D numbers.
+problem of O·D numbers. The cross terms of a tied head have this form as well, with unit vectors
+of the K tokens that the contexts read beside W's columns (see tied.py).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+from ntkrl.ntk.factors import Factored, can_factor, factor_weights, factored
 from ntkrl.ntk.forms import inner_products
 from ntkrl.ntk.kernel import Kernel
-from ntkrl.numerics import at_least_float32, einsum
+from ntkrl.numerics import einsum
 from ntkrl.types import Array
 
 EigenPairs = tuple[np.ndarray, np.ndarray]
@@ -24,51 +26,15 @@ MISSED = 1e-3
 """Eigenvalues above the last one by more than this, relative, are searched for again."""
 
 
-class Factored(NamedTuple):
-    """K(o, u) = diag(left_o) (head[o, u] I + weight M[o, u] weightᵀ) diag(right_u).
+def frobenius(kernel: Kernel | Factored, part: str = "full") -> Array:
+    """Return ‖K‖_F = (Σ over contexts and vocabulary of K²)^½, a scalar.
 
-    head: `[O, U]`.
-    body: M `[O, U, D, D]`.
-    weight: `[V, D]`, W times the head's scale.
-    left, right: `[O, V]` and `[U, V]` derivatives of the cap, or None without a cap.
+    Args:
+      kernel: a kernel, or the factors of a part (without a cap), which need no network.
+      part: a part of the kernel.
     """
-
-    head: Array
-    body: Array
-    weight: Array
-    left: Array | None
-    right: Array | None
-
-
-def factored(kernel: Kernel, part: str = "full") -> Factored:
-    """Return the factors of a part for every pair of contexts.
-
-    Raises:
-      ValueError: the cross terms of a tied head, or a preconditioned head, do not factor.
-    """
-    problem = kernel.problem
-    roles, operands = problem.operands(part)
-    if roles.output_input or roles.input_output or not operands.head.scalar:
-        raise ValueError(
-            f"part {part!r} does not factor (a tied or preconditioned head); take 'head' and "
-            "'body' of a tied head, or dense()."
-        )
-    scale = problem.network.head.scale
-    head_OU = scale**2 * inner_products(operands, roles)
-    width = problem.feature_size
-    if roles.body:
-        body = kernel.body(part)
-    else:
-        body = jnp.zeros((*head_OU.shape, width, width), head_OU.dtype)
-    weight_VD = scale * at_least_float32(problem.network.weight(problem.params))
-    if not problem.capped:
-        return Factored(head_OU, body, weight_VD, None, None)
-    left, right = operands.left.slopes / scale, operands.right.slopes / scale
-    return Factored(head_OU, body, weight_VD, left, right)
-
-
-def frobenius(kernel: Kernel, part: str = "full") -> Array:
-    """Return ‖K‖_F = (Σ over contexts and vocabulary of K²)^½, a scalar."""
+    if isinstance(kernel, Factored):
+        return jnp.sqrt(_inner_of_factors(kernel, kernel))
     return jnp.sqrt(_inner(kernel, kernel, part, False))
 
 
@@ -124,28 +90,42 @@ def _inner(first: Kernel, second: Kernel, part: str, centred: bool) -> Array:
         )
     if not (_is_factored(first, part) and _is_factored(second, part)):
         return _inner_of_rows(first, second, part, centred)
-    head_1, body_1, weight_1 = factors = _factors(first, part, centred)
-    head_2, body_2, weight_2 = factors if second is first else _factors(second, part, centred)
-    across_DE = einsum("vd,ve->de", weight_1, weight_2)
+    factors = _factors(first, part, centred)
+    others = factors if second is first else _factors(second, part, centred)
+    return _inner_of_factors(factors, others)
+
+
+@jax.jit
+def _inner_of_factors(first: Factored, second: Factored) -> Array:
+    """Return ⟨K₁, K₂⟩_F of factors without a cap, a pair of contexts at a time."""
+    weight_1, weight_2 = first.weight, second.weight
+    across_CE = einsum("vc,ve->ce", weight_1, weight_2)
     gram_1, gram_2 = (einsum("vd,ve->de", w, w) for w in (weight_1, weight_2))
-    body = einsum("oude,df,oufg,eg->", body_1, across_DE, body_2, across_DE)
-    mixed = einsum("ou,oude,de->", head_1, body_2, gram_2)
-    mixed += einsum("ou,oude,de->", head_2, body_1, gram_1)
-    return body + mixed + first.problem.vocab_size * jnp.sum(head_1 * head_2)
+
+    def pair(arrays: tuple[Array, Array, Array, Array]) -> Array:
+        head_1, body_1, head_2, body_2 = arrays
+        moved_CC = einsum("ce,ef,df->cd", across_CE, body_2, across_CE)
+        mixed = head_1 * jnp.sum(body_2 * gram_2) + head_2 * jnp.sum(body_1 * gram_1)
+        return jnp.sum(body_1 * moved_CC) + mixed + weight_1.shape[0] * head_1 * head_2
+
+    pairs = first.head.size
+    stacked = [
+        array.reshape(pairs, *array.shape[2:])
+        for array in (first.head, first.body, second.head, second.body)
+    ]
+    return jnp.sum(jax.lax.map(pair, tuple(stacked)))
 
 
 def _is_factored(kernel: Kernel, part: str) -> bool:
-    """Test whether the part is a multiple of I plus W M Wᵀ."""
-    roles, operands = kernel.problem.operands(part)
-    crossed = roles.output_input or roles.input_output
-    return not kernel.problem.capped and operands.head.scalar and not crossed
+    """Test whether the part is a multiple of I plus Z N Zᵀ."""
+    return not kernel.problem.capped and can_factor(kernel, part)
 
 
-def _factors(kernel: Kernel, part: str, centred: bool) -> tuple[Array, Array, Array]:
-    head_OU, body_OUDD, weight_VD, _, _ = factored(kernel, part)
+def _factors(kernel: Kernel, part: str, centred: bool) -> Factored:
+    factors = factored(kernel, part)
     if centred:
-        head_OU, body_OUDD = _centre(head_OU), _centre(body_OUDD)
-    return head_OU, body_OUDD, weight_VD
+        factors = factors._replace(head=_centre(factors.head), body=_centre(factors.body))
+    return factors
 
 
 def _centre(values: Array) -> Array:
@@ -170,12 +150,17 @@ def _inner_of_rows(first: Kernel, second: Kernel, part: str, centred: bool) -> A
 
 
 def eigenpairs(
-    kernel: Kernel, count: int = 8, part: str = "full", tolerance: float = 0.0, seed: int = 0
+    kernel: Kernel | Factored,
+    count: int = 8,
+    part: str = "full",
+    tolerance: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Array, Array]:
     """Return the largest eigenvalues and their eigenvectors, by Lanczos on `apply`.
 
-    Each iteration is one VJP and one JVP. Implicitly restarted Lanczos is scipy's (ARPACK); vectors
-    of O·D numbers (O·V for capped, tied or preconditioned heads) pass through the host. Computed
+    Each iteration is one VJP and one JVP, or with factors a product with M. Implicitly restarted
+    Lanczos is scipy's (ARPACK); vectors of O·C numbers (see Factored; O·V for capped or
+    preconditioned heads) pass through the host. Computed
     pairs are deflated and the search is repeated until nothing above the last is left, so repeated
     eigenvalues are returned with their multiplicity.
 
@@ -185,7 +170,8 @@ def eigenpairs(
     (True, (3, 2))
 
     Args:
-      kernel: a symmetric kernel (without `updated`).
+      kernel: a symmetric kernel (without `updated`), or the factors of a part of one (without a
+        cap), which need no network.
       count: number of eigenpairs, in [1, O·V).
       part: a symmetric part: not "output_input" or "input_output".
       tolerance: relative accuracy of the eigenvalues; 0 for machine precision.
@@ -198,6 +184,8 @@ def eigenpairs(
       ValueError: a kernel between different contexts, a part that is not symmetric, or `count` out
         of range.
     """
+    if isinstance(kernel, Factored):
+        return _pairs_of_factors(kernel, count, tolerance, np.random.default_rng(seed))
     problem = kernel.problem
     if not problem.symmetric:
         raise ValueError("eigenpairs need ntk.kernel(model, params, observed) without updated.")
@@ -205,8 +193,7 @@ def eigenpairs(
         raise ValueError(f"part {part!r} is not symmetric; use 'cross', their sum.")
     shape = (problem.observed.count, problem.vocab_size)
     size = shape[0] * shape[1]
-    if not 1 <= count < size:
-        raise ValueError(f"count must be in [1, {size}) for {shape[0]} contexts, not {count}.")
+    _check_count(count, *shape)
     rng = np.random.default_rng(seed)
     if _is_factored(kernel, part):
         values, vectors = _factored_pairs(kernel, part, count, tolerance, rng)
@@ -221,40 +208,79 @@ def _apply(kernel: Kernel, logits_OV: np.ndarray, part: str) -> np.ndarray:
     return np.asarray(kernel.apply(jnp.asarray(logits_OV), part))
 
 
+def _check_count(count: int, contexts: int, vocab: int) -> None:
+    size = contexts * vocab
+    if not 1 <= count < size:
+        raise ValueError(f"count must be in [1, {size}) for {contexts} contexts, not {count}.")
+
+
 def _factored_pairs(
     kernel: Kernel, part: str, count: int, tolerance: float, rng: np.random.Generator
 ) -> EigenPairs:
-    """Return the largest eigenpairs of H ⊗ I + W M Wᵀ, inside and outside the range of W."""
-    basis_VD, contexts = _head_range(kernel, part), kernel.problem.observed.count
-    width = basis_VD.shape[1]
-    inside = min(count, contexts * width)
+    """Return the largest eigenpairs of H ⊗ I + Z N Zᵀ by `apply`, in the range of Z."""
+    roles, operands = kernel.problem.operands(part)
+    head_OO = kernel.problem.network.head.scale**2 * inner_products(operands, roles)
+    weight_VC = np.asarray(factor_weights(kernel, roles)[1])
+    crossed = roles.body or roles.output_input or roles.input_output
+    basis_VC = np.linalg.qr(weight_VC if crossed else weight_VC[:, :0])[0]
+    shape = (kernel.problem.observed.count, basis_VC.shape[1])
 
     def reduced(flat: np.ndarray) -> np.ndarray:
-        logits_OV = flat.reshape(contexts, width) @ basis_VD.T
-        return (_apply(kernel, logits_OV, part) @ basis_VD).ravel()
+        logits_OV = flat.reshape(shape) @ basis_VC.T
+        return (_apply(kernel, logits_OV, part) @ basis_VC).ravel()
 
-    values, flat = _largest(reduced, contexts * width, inside, tolerance, rng, kernel.problem.dtype)
-    vectors = flat.T.reshape(inside, contexts, width) @ basis_VD.T
-    more = _outside(kernel, part, basis_VD, count, rng)
+    return _inside_and_outside(reduced, np.asarray(head_OO), basis_VC, count, tolerance, rng)
+
+
+def _pairs_of_factors(
+    factors: Factored, count: int, tolerance: float, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Return the largest eigenpairs of factors.
+
+    Raises:
+      ValueError: factors with a cap, or `count` out of range.
+    """
+    if factors.left is not None:
+        raise ValueError("eigenpairs of a capped head need the kernel, not its factors.")
+    head_OO, weight_VC = np.asarray(factors.head), np.asarray(factors.weight)
+    contexts, columns = len(head_OO), weight_VC.shape[1]
+    _check_count(count, contexts, len(weight_VC))
+    basis_VC, mixing_CC = np.linalg.qr(weight_VC)
+    matrix = jnp.transpose(factors.body, (0, 2, 1, 3)).reshape(contexts * columns, -1)
+    inner = np.asarray(matrix)
+
+    def reduced(flat: np.ndarray) -> np.ndarray:
+        x_OC = flat.reshape(contexts, -1)
+        product_OC = (inner @ (x_OC @ mixing_CC).ravel()).reshape(contexts, columns)
+        return (head_OO @ x_OC + product_OC @ mixing_CC.T).ravel()
+
+    values, vectors = _inside_and_outside(reduced, head_OO, basis_VC, count, tolerance, rng)
+    return jnp.asarray(values), jnp.asarray(vectors)
+
+
+def _inside_and_outside(
+    reduced: Callable[[np.ndarray], np.ndarray],
+    head_OO: np.ndarray,
+    basis_VC: np.ndarray,
+    count: int,
+    tolerance: float,
+    rng: np.random.Generator,
+) -> EigenPairs:
+    """Return the largest eigenpairs inside the span of a basis and outside, where K is H ⊗ I."""
+    contexts, width = len(head_OO), basis_VC.shape[1]
+    inside, dtype = min(count, contexts * width), basis_VC.dtype
+    values, flat = _largest(reduced, contexts * width, inside, tolerance, rng, dtype)
+    vectors = flat.T.reshape(inside, contexts, width) @ basis_VC.T
+    more = _outside(head_OO, basis_VC, count, rng)
     values, vectors = (np.concatenate(both) for both in zip((values, vectors), more, strict=True))
     order = np.argsort(-values, kind="stable")[:count]
     return values[order], vectors[order]
 
 
-def _head_range(kernel: Kernel, part: str) -> np.ndarray:
-    """Return an orthonormal basis `[V, ≤ D]` that spans W's range; empty without body."""
-    problem = kernel.problem
-    weight_VD = np.asarray(at_least_float32(problem.network.weight(problem.params)))
-    return np.linalg.qr(weight_VD if problem.part(part)[0].body else weight_VD[:, :0])[0]
-
-
 def _outside(
-    kernel: Kernel, part: str, basis_VD: np.ndarray, count: int, rng: np.random.Generator
+    head_OO: np.ndarray, basis_VD: np.ndarray, count: int, rng: np.random.Generator
 ) -> EigenPairs:
     """Return the eigenpairs of H ⊗ I outside the basis, `[n]` and `[n, O, V]`, n ≤ count."""
-    roles, operands = kernel.problem.operands(part)
-    scale = kernel.problem.network.head.scale
-    head_OO = np.asarray(scale**2 * inner_products(operands, roles))
     values_O, vectors_OO = np.linalg.eigh(head_OO)
     vocab, width = basis_VD.shape
     copies = min(count, vocab - width)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax.numpy as jnp
 
 from ntkrl.jaxpr import Constant, Operation, TracedFunction, flatten, is_inexact, scan_counts
+from ntkrl.ntk.contexts import Contexts
 from ntkrl.ntk.jacobian_gram import SequenceCotangents
 from ntkrl.ntk.network import FeatureFunction, trace_features
 from ntkrl.ntk.parts import Weights
@@ -139,7 +140,10 @@ MayTap = Callable[[int, bool], bool]
 
 
 def plan_taps(
-    features: FeatureFunction, params: Params, side: SequenceCotangents, weights: Weights
+    features: FeatureFunction,
+    params: Params,
+    side: SequenceCotangents | Contexts,
+    weights: Weights,
 ) -> TapPlan:
     """Return the TapPlan of one sequence of a side."""
     leaves = features.leaves(params)

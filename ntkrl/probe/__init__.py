@@ -4,7 +4,8 @@ Other rooms use these names. The modules hold more, for your own analysis:
 
     distributions             next-token distributions: entropy, divergence, probability mass
     features, parameters      geometry of features, of weight updates and of the head's matrix
-    exact_kernels             traces, norms, eigenvalues of the kernel of some contexts; drift
+    kernel_steps              traces, norms, eigenvalues of the kernel of some contexts
+    exact_kernels             its drift in training, its alignment with advantages
     batch_measures            reward variance, gradient noise, one step on its own batch
     samples                   statistics over sampled completions
 """
@@ -15,16 +16,18 @@ from ntkrl.probe.batch_measures import (
     reward_signal,
     step_measures,
 )
-from ntkrl.probe.exact_kernels import (
+from ntkrl.probe.exact_kernels import batch_alignment, kernel_drift, layer_shares
+from ntkrl.probe.features import feature_measures
+from ntkrl.probe.kernel_steps import (
+    MEASURES,
     KernelPlan,
-    batch_alignment,
-    kernel_drift,
+    KernelStep,
     kernel_measures,
+    kernel_steps,
     kernel_traces,
-    layer_shares,
+    on_host,
     plan_kernel,
 )
-from ntkrl.probe.features import feature_measures
 from ntkrl.probe.parameters import (
     LineSums,
     SingularTriple,

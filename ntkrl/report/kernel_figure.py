@@ -55,8 +55,17 @@ def draw_kernel(arrays: Arrays) -> Figure:
     _draw_cosines(_titled(top, "Head kernel R, as cosines of features φ"), arrays)
     style = {"fontsize": KEY_SIZE, "linespacing": KEY_SPACING, "fontfamily": families()}
     below.text(0.03, 1.0, key, va="top", **style)
-    _draw_spectrum(_titled(middle, "Largest eigenvalues"), arrays)
-    _draw_shares(_titled(bottom, "Shares of the parts in the kernel"), arrays)
+    spectrum = _titled(middle, "Largest eigenvalues")
+    shares = _titled(bottom, "Shares of the parts in the kernel")
+    for axis, name, draw in (
+        (spectrum, "eigenvalues_full", _draw_spectrum),
+        (shares, "share_body", _draw_shares),
+    ):
+        if name in arrays:
+            draw(axis, arrays)
+        else:
+            axis.set_axis_off()
+            axis.text(0.5, 0.5, "not computed", ha="center", fontsize=12)
     return figure
 
 
@@ -67,7 +76,7 @@ def format_kernel(arrays: Arrays) -> str:
     lines.append("-" * len(lines[0]))
     for part in PARTS:
         if f"trace_{part}" in arrays:
-            cells = _traces(arrays[f"trace_{part}"], arrays["trace_full"])
+            cells = _traces(arrays[f"trace_{part}"], arrays.get("trace_full"))
             for name in (f"frobenius_{part}", f"eigenvalues_{part}"):
                 cells.append(float(arrays[name].flat[0]) if name in arrays else np.nan)
             lines.append(_line(NAMES[part], cells))
@@ -84,13 +93,16 @@ def format_kernel(arrays: Arrays) -> str:
     return "\n".join(lines)
 
 
-def _traces(part: np.ndarray, full: np.ndarray) -> list[float]:
-    """Return mean and share of a part's traces on, and then off the diagonal."""
+def _traces(part: np.ndarray, full: np.ndarray | None) -> list[float]:
+    """Return mean and share of a part's traces on, and then off the diagonal; NaN for none."""
     cells = []
-    for entries in (np.eye(len(full), dtype=bool), ~np.eye(len(full), dtype=bool)):
+    for entries in (np.eye(len(part), dtype=bool), ~np.eye(len(part), dtype=bool)):
         some = entries.any()
         cells.append(float(part[entries].mean()) if some else np.nan)
-        cells.append(float(part[entries].sum() / full[entries].sum()) if some else np.nan)
+        share = np.nan
+        if some and full is not None:
+            share = float(part[entries].sum() / full[entries].sum())
+        cells.append(share)
     return cells
 
 

@@ -82,13 +82,31 @@ def test_arrays_are_those_of_ntk(model, prompts, tmp_path, capsys, loaded_once):
 
     text = capsys.readouterr().out
     assert "prompts: 3 of 3" in text and "contexts: 3 of 3" in text
-    assert f"body kernel, 1 ×: by {kernel.estimate()}" in text
+    assert "features: " in text and "traces of body: " in text and "FLOPs" in text
     assert "head, R" in text and "cosines of the features" in text
 
 
 def tied_head(params, phi):
     """Read the embedding."""
     return jnp.einsum("...d,vd->...v", phi, params["embed"])
+
+
+def test_an_interrupted_command_leaves_what_it_computed(model, prompts, tmp_path, monkeypatch):
+    """story: the search for eigenvalues fails; traces and norms are in the file, and readable."""
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ntk, "eigenpairs", fail)
+    out = tmp_path / "out"
+    settings = kernel_command.KernelSettings(str(model), str(prompts), str(out))
+    with pytest.raises(KeyboardInterrupt):
+        kernel_command.compute_kernels(settings)
+    known = set(np.load(out / "kernel.npz"))
+    assert {"tokens", "texts", "head", "trace_full", "share_body", "frobenius_full"} <= known
+    assert not any(name.startswith("eigenvalues_full") for name in known)
+    chosen = run(model, prompts, out, "--measures=traces")  # replaces the file
+    assert "trace_full" in chosen and "frobenius_full" not in chosen
 
 
 def test_a_tied_model_in_float64(model, tmp_path, capsys, monkeypatch):
@@ -142,8 +160,11 @@ def test_every_option_arrives(monkeypatch):
     monkeypatch.setattr(kernel_command, "compute_kernels", calls.append)
     words = ["--prompts=p", "--out=o", "--positions=all", "--eigenpairs=3", "--max_contexts=4"]
     words += ["--dtype=bfloat16", "--memory_gib=0.5", "--limit=6", "--layers"]
+    words += ["--measures=head,norms"]
     assert main(["kernel", "m", *words]) == main(["kernel", "m", "--prompts=p"]) == 0
-    first = kernel_command.KernelSettings("m", "p", "o", "all", 3, 4, "bfloat16", 0.5, 6, True)
+    first = kernel_command.KernelSettings(
+        "m", "p", "o", "all", 3, 4, "bfloat16", 0.5, 6, True, ("head", "norms")
+    )
     assert calls == [first, kernel_command.KernelSettings("m", "p")]
 
 
@@ -162,6 +183,10 @@ MISTAKES = {
     "no memory": (["--memory_gib=nan"], "--memory_gib must be a positive number, not nan"),
     "dtype": (["--dtype=float16"], "float32 or float64 or bfloat16, not 'float16'"),
     "positions": (["--positions=first"], "--positions must be last or all, not 'first'"),
+    "measures": (
+        ["--measures=head,norm"],
+        "--measures are some of head,traces,norms,eigenvalues, not 'head,norm'",
+    ),
     "switch": (["--layers=1"], "--layers: it takes no value, not '1'"),
 }
 

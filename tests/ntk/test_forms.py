@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from ntkrl import ntk
+from ntkrl.ntk.tied import is_lookup
 from tests.ntk.networks import HEADS, VOCAB, close, contexts, expected, network
+from tests.oracles import kernel_by_gradients
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -51,6 +53,32 @@ def test_forms_are_contractions_of_the_dense_kernel(kind, tied):
         close(few, dense[:, :, [2, 7]][..., [0, 7, 8]], scale=size)
         many = kernel.dense(part, rows=list(range(6)), columns=[1])
         close(many, dense[:, :, :6][..., [1]], scale=size)
+
+
+@pytest.mark.parametrize("used", ["looked up", "looked up and averaged"])
+def test_cross_terms_of_a_table(used):
+    """oracle: rows looked up take a closed form, any other use of the table another; all equal."""
+    _, params = network("plain", True)
+    params = {name: params[name] for name in ("embed", "mlp")}
+
+    def features(params, tokens):
+        x = jnp.cumsum(params["embed"][tokens], axis=1)
+        x = x + jnp.mean(params["embed"]) if used.endswith("averaged") else x
+        return x + jnp.tanh(x @ params["mlp"])
+
+    tied = ntk.Network(features, ntk.Head("embed"))
+    kernel = ntk.kernel(tied, params, *contexts(False))
+    problem = kernel.problem
+    closed = is_lookup(problem.features.of_head(), params, problem.updated)
+    assert closed == (used == "looked up")
+    dense = kernel_by_gradients(kernel) - kernel.dense("head") - kernel.dense("body")
+    close(kernel.dense("cross"), dense)
+    close(kernel.dense("cross", rows=[3, 1], columns=[2]), dense[:, :, [3, 1]][..., [2]])
+    close(kernel.trace("cross"), np.einsum("ouvv->ou", dense))
+    close(kernel.diagonal("cross"), np.einsum("ouvv->ouv", dense))
+    right = np.random.default_rng(4).normal(size=(4, VOCAB))
+    bilinear = np.einsum("ov,ouvw,uw->ou", right[:3], dense, right)
+    close(kernel.bilinear(right[:3], right, "cross"), bilinear)
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("plain", False), ("all", True)])

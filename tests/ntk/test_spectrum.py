@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntkrl import ntk
-from tests.ntk.networks import TOKENS, VOCAB, close, contexts, layered, network
+from tests.ntk.networks import TOKENS, VOCAB, close, contexts, expected, layered, network
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -63,13 +63,44 @@ def test_norms_and_alignments(kind, tied):
     for part in ("full", "body", "head"):
         a, b = flat(first, part), flat(second, part)
         close(ntk.frobenius(first, part), np.linalg.norm(a))
-        expected = np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
-        close(ntk.alignment(first, second, part), expected, 1e-9)
+        aligned = np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+        close(ntk.alignment(first, second, part), aligned, 1e-9)
         centred = [_centred(k, part) for k in (first, second)]
-        expected = np.sum(centred[0] * centred[1])
-        expected /= np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
-        close(ntk.cka(first, second, part), expected, 1e-9)
+        aligned = np.sum(centred[0] * centred[1])
+        aligned /= np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
+        close(ntk.cka(first, second, part), aligned, 1e-9)
     assert abs(float(ntk.cka(first, first)) - 1) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["plain", "scale", "bias"])
+def test_factors_of_a_tied_head(kind):
+    """oracle: entries, norms, alignment, CKA, spectra of all parts with cross terms, padded."""
+    result, params = network(kind, True)
+    between = ntk.kernel(result, params, *contexts(True))
+    where = contexts(True)[0]
+    elsewhere = jax.tree.map(lambda leaf: leaf * 0.7 + 0.1, params)
+    kernel, moved = (ntk.kernel(result, p, where) for p in (params, elsewhere))
+    for part in ("full", "cross", "output_input", "head", "body"):
+        factors = ntk.factored(between, part)
+        written = np.einsum("vc,oucd,wd->ouvw", factors.weight, factors.body, factors.weight)
+        written += np.asarray(factors.head)[..., None, None] * np.eye(VOCAB)
+        close(written, expected(kind, True, True, part))
+    for part in ("full", "cross"):
+        factors, matrix = ntk.factored(kernel, part), flat(kernel, part)
+        assert factors.weight.shape[1] > 4  # with unit vectors of the tokens
+        close(ntk.frobenius(kernel, part), np.linalg.norm(matrix))
+        close(ntk.frobenius(factors), np.linalg.norm(matrix))
+        for count in (5, 26):
+            values, vectors = ntk.eigenpairs(factors, count)
+            close(values, np.linalg.eigvalsh(matrix)[::-1][:count])
+            stacked = np.asarray(vectors).reshape(count, -1)
+            close(stacked @ matrix, np.asarray(values)[:, None] * stacked, 1e-9)
+        a, b = matrix, flat(moved, part)
+        aligned = np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+        close(ntk.alignment(kernel, moved, part), aligned, 1e-9)
+        a, b = (_centred(k, part) for k in (kernel, moved))
+        aligned = np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+        close(ntk.cka(kernel, moved, part), aligned, 1e-9)
 
 
 def _centred(kernel, part):

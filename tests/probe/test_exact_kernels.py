@@ -1,4 +1,4 @@
-"""Measures of kernels and of their drift, against dense kernels in float64."""
+"""Drift of kernels and their alignment, against dense kernels in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -10,72 +10,13 @@ from ntkrl.probe.exact_kernels import (
     advantage_alignment,
     centred_alignment,
     kernel_drift,
-    kernel_measures,
     layer_shares,
     laziness,
-    plan_kernel,
 )
 from tests.ntk.networks import VOCAB, contexts, network
 from tests.toys import toy_params, toy_policy
 
 HERE = contexts(True)[0]
-
-
-def flat(dense):
-    """`[O, U, V, V]` as one symmetric matrix."""
-    return dense.transpose(0, 2, 1, 3).reshape(dense.shape[0] * dense.shape[2], -1)
-
-
-@pytest.mark.usefixtures("x64")
-def test_parts_of_a_capped_head():
-    """oracle: slopes vary over the vocabulary, so norms and spectra take another algorithm."""
-    kernel = ntk.kernel(*network("cap", False), HERE)
-    result = kernel_measures(plan_kernel(*network("cap", False), HERE), 6)
-    shares = np.zeros(2)
-    for part in ("head", "body", "full"):
-        dense = np.asarray(kernel.dense(part))
-        traces = np.einsum("ouvv->ou", dense)
-        np.testing.assert_allclose(result[f"trace_{part}"], traces, rtol=1e-9)
-        assert result[f"frobenius_{part}"] == pytest.approx(np.linalg.norm(dense), rel=1e-9)
-        values = np.linalg.eigvalsh(flat(dense))[::-1][:6]
-        np.testing.assert_allclose(result[f"eigenvalues_{part}"], values, rtol=1e-8)
-        shares += result[f"share_{part}"] if part != "full" else 0.0
-    np.testing.assert_allclose(shares, 1.0, rtol=1e-9)
-
-
-@pytest.mark.usefixtures("x64")
-def test_blocks_and_groups_and_a_small_head():
-    """oracle: memory for one context at a time gives the same result; groups sum up."""
-    here = ntk.Contexts(HERE.tokens, HERE.positions[:2], np.arange(2), HERE.mask)
-    described, params = network("plain", False)
-    # so small a W that the largest eigenvalue of the head kernel, V-fold, is most of the spectrum
-    params = {**params, "head": 0.05 * params["head"]}
-    # a quarter of 1.2 KB holds M of one pair (16 numbers of 8 bytes), not of four
-    plan = plan_kernel(described, params, here, layers=True, memory_gib=1.2e3 / 2**30)
-    assert len(plan.pairs) == 3 and plan.body_kernels == 3 * (1 + len(plan.kernel.problem.groups))
-    steps = []
-    result = kernel_measures(plan, 8, lambda done, doing: steps.append((done, doing)))
-    assert [done for done, _ in steps] == list(range(plan.steps))
-    assert steps[0][1] == "body" and steps[-1][1] == "eigenvalues of full"
-    kernel = ntk.kernel(described, params, here, groups=ntk.by_layer(described, params))
-    dense = np.asarray(kernel.dense())
-    np.testing.assert_allclose(result["trace_full"], np.einsum("ouvv->ou", dense), rtol=1e-9)
-    assert result["frobenius_full"] == pytest.approx(np.linalg.norm(dense), rel=1e-9)
-    np.testing.assert_allclose(result["trace_layers"].sum(axis=0), result["trace_full"], rtol=1e-9)
-    query = list(result["layers"]).index("query")
-    np.testing.assert_allclose(result["trace_layers"][query], kernel.trace("query"), rtol=1e-9)
-    values = np.linalg.eigvalsh(flat(dense))[::-1][:8]
-    np.testing.assert_allclose(result["eigenvalues_full"], values, rtol=1e-8)
-    head = np.linalg.eigvalsh(np.kron(result["head"], np.eye(VOCAB)))[::-1]
-    np.testing.assert_allclose(np.repeat(result["eigenvalues_head"], VOCAB), head, rtol=1e-8)
-
-
-@pytest.mark.usefixtures("x64")
-def test_too_many_eigenvalues():
-    """law: there are O·V of them, and Lanczos finds fewer."""
-    plan = plan_kernel(*network("plain", False), HERE)
-    with pytest.raises(ValueError, match=r"eigenpairs must be in \[1, 27\) for these contexts"):
-        kernel_measures(plan, 3 * VOCAB)
 
 
 def test_kernel_drift_by_hand():
