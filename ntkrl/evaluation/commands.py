@@ -322,16 +322,18 @@ def _write(
 
 
 def _sample_rows(setup: RunSetup, rewarded: RewardedRollout, repeat: int) -> list[dict[str, Any]]:
-    prompts = setup.held_out_prompts.prompt_set.prompts
+    """Return rows in TRL's formats: the completion of a conversation is a list of messages."""
+    prompt_set = setup.held_out_prompts.prompt_set
     group = setup.settings.evaluation.samples_per_prompt
+    completions = reward.completion_values(rewarded.texts, prompt_set.conversational)
     return [
         {
-            "prompt": prompts[i // group],
-            "completion": text,
+            "prompt": prompt_set.prompts[i // group],
+            "completion": completion,
             "reward": float(rewarded.result.rewards[i]),
             "repeat": repeat,
         }
-        for i, text in enumerate(rewarded.texts)
+        for i, completion in enumerate(completions)
     ]
 
 
