@@ -51,6 +51,19 @@ require_number() {
     done
 }
 
+# Add to `mistakes` an argument, of a script that takes none.
+refuse_arguments() {
+    [ ${#arguments[@]} -eq 0 ] || mistakes+=("${arguments[*]} is not an argument of this script")
+}
+
+# Add to `mistakes` seeds that are not whole numbers.
+require_seeds() {
+    local seed
+    for seed in $SEEDS; do
+        [[ "$seed" =~ ^[0-9]+$ ]] || mistakes+=("SEEDS=$SEEDS has $seed, which is not a whole number")
+    done
+}
+
 # Add to `mistakes` every listed program that is not installed.
 require_program() {
     local name

@@ -68,6 +68,7 @@ if [ -z "$RUNS" ]; then
     RUNS="${RUNS%-pythia-2.8b}"
 fi
 require MODEL DATA REWARD VARIANT SEEDS
+require_seeds
 for part in alpaca_farm ultrafeedback_binarized; do
     [ -z "$DATA" ] || [ -n "$dry_run$MINIATURE" ] || [ -d "$DATA/$part" ] ||
         mistakes+=("$DATA/$part is not a directory")

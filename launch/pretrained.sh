@@ -10,7 +10,7 @@ source "$(dirname "$0")/common.sh"
 read_arguments "$@"
 runs="${RUNS:-runs/pretrained}"
 model="${MODEL:-$runs/model.gguf}"
-[ ${#arguments[@]} -eq 0 ] || mistakes+=("${arguments[*]} is not an argument of this script")
+refuse_arguments
 if [ -n "$MODEL" ] && [[ "$MODEL" == /* || "$MODEL" == *.gguf ]] && [ ! -e "$MODEL" ]; then
     mistakes+=("MODEL=$MODEL does not exist")
 fi

@@ -7,6 +7,9 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 read_arguments "$@"
+refuse_arguments
+require_seeds
+check_mistakes
 [ -n "$dry_run" ] || prepare ""
 
 runs=runs/quickstart

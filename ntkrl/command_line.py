@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 import ntkrl
@@ -340,4 +340,8 @@ def overview() -> str:
 
 def versions() -> str:
     """Return the versions of this package and of JAX."""
-    return f"ntkrl {ntkrl.__version__} (jax {version('jax')})"
+    try:
+        jax = f"jax {version('jax')}"
+    except PackageNotFoundError:
+        jax = "jax is not installed"
+    return f"ntkrl {ntkrl.__version__} ({jax})"

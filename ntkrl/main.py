@@ -31,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: words after the program's name; None for the process's own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    status = _run(words)
+    try:
+        status = _run(words)
+    except BrokenPipeError:
+        if not output_is_closed(failed=True):
+            raise
+        return OUTPUT_CLOSED
     return OUTPUT_CLOSED if output_is_closed() else status
 
 
@@ -56,9 +61,9 @@ def _run(words: Sequence[str]) -> int:
         print(f"\nntkrl {name}: stopped by {request.signal.name}", file=sys.stderr)
         return PREEMPTED if name == "study" else 128 + request.signal
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and output_is_closed():
+        if isinstance(error, BrokenPipeError) and output_is_closed(failed=True):
             return OUTPUT_CLOSED
-        full = durable_files.full_disk(error) or _out_of_memory(error)
+        full = durable_files.full_disk(error) or _out_of_memory(error) or _broken(error)
         if "NTKRL_TRACEBACK" in os.environ or (
             full is None and not isinstance(error, ValueError | OSError)
         ):
@@ -78,6 +83,22 @@ def _out_of_memory(error: Exception) -> str | None:
         f"memory is short ({reason:.200}); lower the sizes of the run (data.prompts_per_step, "
         "rollout.completions_per_prompt, the numbers of tokens, model.vocab_size), or take more "
         "devices. NTKRL_TRACEBACK=1 shows where."
+    )
+
+
+def _broken(error: Exception) -> str | None:
+    """Return a sentence about a package that is missing or does not load, or None.
+
+    Modules of ntkrl itself are not meant: those would be mistakes of its own.
+    """
+    text = " ".join(str(error).split())
+    wrong_pair = isinstance(error, RuntimeError) and text.startswith("jaxlib")  # of other versions
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    if not wrong_pair and (not isinstance(error, ImportError) or name == "ntkrl"):
+        return None
+    return (
+        f"a package that it needs cannot be loaded ({type(error).__name__}: {text:.200}); install "
+        "it again, as in pip install --force-reinstall ntkrl. NTKRL_TRACEBACK=1 shows where."
     )
 
 

@@ -5,6 +5,7 @@ import difflib
 import errno
 import os
 import re
+import select
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,17 +64,31 @@ def notify(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def output_is_closed() -> bool:
+def output_is_closed(failed: bool = False) -> bool:
     """Return whether nobody reads standard output any more, as after `| head`.
 
     What it still holds is then dropped, so that nothing fails when the process ends.
+
+    Args:
+      failed: whether a write failed already, after which standard output may hold nothing.
     """
     try:
         sys.stdout.flush()
+        closed = failed and _has_no_reader(sys.stdout.fileno())
     except BrokenPipeError:
+        closed = True
+    except (OSError, ValueError):  # no file, as a program's
+        return False
+    if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return closed
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    """Return whether a descriptor is a pipe or a socket that nobody reads."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from ntkrl.command_line import COMMANDS
 from ntkrl.evaluation.kernel_command import KernelSettings
 from ntkrl.settings_list import format_settings, read_settings_list
 from ntkrl.shorthands import SHORTHANDS
+
+ROOT = Path(main.__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -191,3 +194,51 @@ def test_words_that_do_not_fit(words, message, capsys):
     """by hand: what two options contradict, and the nearest word."""
     assert main.main(words) == 2
     assert message in capsys.readouterr().err
+
+
+BROKEN = {
+    "missing": ("import sys; sys.modules['jax'] = None", "ModuleNotFoundError: import of jax halt"),
+    "broken": (
+        "import sys; sys.path.insert(0, 'fake')",
+        "ImportError: libfoo.so: cannot open shared object",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_jax_that_does_not_load(before, message, tmp_path, capsys):
+    """by hand: the version and help need none; a command says so, without a trace."""
+    (tmp_path / "fake" / "jax").mkdir(parents=True)
+    text = 'raise ImportError("libfoo.so: cannot open shared object")'
+    (tmp_path / "fake" / "jax" / "__init__.py").write_text(text)
+    call = f"{before}; from ntkrl.main import main; sys.exit(main(sys.argv[1:]))"
+    place = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}}
+    for words, status in ((["--version"], 0), (["train", "--help"], 0), (["presets"], 2)):
+        program = [sys.executable, "-c", call, *words]
+        done = subprocess.run(program, check=False, capture_output=True, text=True, **place)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+    assert f"a package that it needs cannot be loaded ({message}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_versions_without_jax(monkeypatch):
+    """by hand: a package that is not there has no version."""
+
+    def version(name):
+        raise command_line.PackageNotFoundError(name)
+
+    monkeypatch.setattr(command_line, "version", version)
+    assert command_line.versions().endswith("(jax is not installed)")
+
+
+@pytest.mark.parametrize("command", ["settings", "report --glossary", "train --help"])
+def test_output_that_nobody_reads(command):
+    """law: a reader that goes away after a byte, or at once, is no error."""
+    words = [sys.executable, "-m", "ntkrl", *command.split()]
+    for size in (0, 1):
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.read(size)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() in (0, main.OUTPUT_CLOSED)

@@ -57,7 +57,8 @@ def read_lists(path: Path) -> dict[str, list[list[str]]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         category = categories[row["prompt"][-1]["content"]]
-        by_category.setdefault(category, []).append(lists.items(row["completion"], category))
+        answer = row["completion"][-1]["content"]
+        by_category.setdefault(category, []).append(lists.items(answer, category))
     return by_category
 
 

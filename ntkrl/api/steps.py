@@ -12,6 +12,7 @@ import numpy as np
 from ntkrl import training
 from ntkrl.api.call import Arguments, read_call
 from ntkrl.api.keywords import with_hints
+from ntkrl.api.step_arguments import checked
 from ntkrl.generate import Clock, RewardedRollout, SampledTexts
 from ntkrl.types import UpdateBatch
 from ntkrl.update import StepResult, describe, is_due
@@ -86,18 +87,22 @@ class Steps:
         """Return the position of a new run: params, optimizer, PRNG key, place in the prompts."""
         return self.functions.start()
 
+    @checked
     def left(self, at: training.RunPosition) -> int:
         """Return the rollout steps that are left, at most."""
         return self.functions.steps_left(at)
 
+    @checked
     def begin(self, at: training.RunPosition) -> training.RunPosition:
         """Begin a rollout step: enter the next stage where one has ended, and split the key."""
         return self.functions.begin(at)
 
+    @checked
     def sample(self, at: training.RunPosition) -> SampledTexts:
         """Sample completions of the step's prompts."""
         return self.source.sample(self._context(at))
 
+    @checked
     def reward(self, at: training.RunPosition, sampled: SampledTexts) -> RewardedRollout:
         """Reward completions: each function's rewards, and their weighted sum.
 
@@ -108,6 +113,7 @@ class Steps:
         self.source.position += 1  # the prompts of these completions are drawn
         return self.source.reward(context, sampled)
 
+    @checked
     def advantages(
         self, at: training.RunPosition, rewarded: RewardedRollout
     ) -> tuple[training.RunPosition, training.StepBatches]:
@@ -122,12 +128,14 @@ class Steps:
         epochs = self.functions.settings.schedule.inner_epochs
         return at, data._replace(batches=[*data.batches] * epochs)
 
+    @checked
     def snapshot(
         self, at: training.RunPosition, batch: UpdateBatch, data: training.StepBatches
     ) -> training.StepSnapshot | None:
         """Copy what a probe needs of the position before an update; None at steps without one."""
         return self.functions.snapshot(at, batch, data.reference)
 
+    @checked
     def update(
         self,
         at: training.RunPosition,
@@ -145,6 +153,7 @@ class Steps:
         """
         return self.functions.take(at, batch, data.reference, before)
 
+    @checked
     def summary(self, at: training.RunPosition, results: Sequence[StepResult]) -> dict[str, float]:
         """Return the metrics of a step's updates.
 
@@ -154,6 +163,7 @@ class Steps:
         values = [{name: float(v) for name, v in r.metrics.items()} for r in results]
         return self.source.summary(values, at.rollout_step)
 
+    @checked
     def end(
         self, at: training.RunPosition, metrics: dict[str, Any]
     ) -> tuple[training.RunPosition, dict[str, Any]]:
@@ -165,6 +175,7 @@ class Steps:
         """
         return self.functions.end(at, metrics)
 
+    @checked
     def probe(
         self, at: training.RunPosition, before: training.StepSnapshot, result: StepResult
     ) -> training.StepReading:
@@ -180,6 +191,7 @@ class Steps:
         step = training.CompletedStep(before, result.state, result.term_gradients)
         return hook.read(step, at.rollout_step)
 
+    @checked
     def ledger(
         self, reading: training.StepReading
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -192,15 +204,18 @@ class Steps:
         assert hook is not None  # as of every run with snapshots
         return hook.account(reading)
 
+    @checked
     def evaluates(self, at: training.RunPosition) -> bool:
         """Return whether `ntkrl.train` evaluates after this rollout step."""
         every = self.functions.settings.evaluation.every_steps
         return self.left(at) == 0 or is_due(every, at.rollout_step)
 
+    @checked
     def evaluate(self, at: training.RunPosition) -> dict[str, Any]:
         """Return the metrics of completions of the held-out prompts."""
         return self.functions.evaluate(at)
 
+    @checked
     def measures(self, at: training.RunPosition) -> dict[str, float]:
         """Return the measures of the probe set."""
         return self.functions.measures(at)

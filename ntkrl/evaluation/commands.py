@@ -234,6 +234,14 @@ def _saved_settings(run: str, config: ConfigDict) -> RunSettings:
             f"{Path(run) / 'config.json'} is not the config of a run of this version "
             f"({type(error).__name__}: {error}); train the run again."
         ) from error
+    except ValueError as error:
+        missing = [line for line in str(error).splitlines() if line.endswith("is missing.")]
+        if not missing:
+            raise
+        raise ValueError(
+            f"{Path(run) / 'config.json'} lacks settings of this version of ntkrl: {error} Use the "
+            "version that wrote the run, or train it again."
+        ) from error
 
 
 class SavedParams:
@@ -314,16 +322,18 @@ def _write(
 
 
 def _sample_rows(setup: RunSetup, rewarded: RewardedRollout, repeat: int) -> list[dict[str, Any]]:
-    prompts = setup.held_out_prompts.prompt_set.prompts
+    """Return rows in TRL's formats: the completion of a conversation is a list of messages."""
+    prompt_set = setup.held_out_prompts.prompt_set
     group = setup.settings.evaluation.samples_per_prompt
+    completions = reward.completion_values(rewarded.texts, prompt_set.conversational)
     return [
         {
-            "prompt": prompts[i // group],
-            "completion": text,
+            "prompt": prompt_set.prompts[i // group],
+            "completion": completion,
             "reward": float(rewarded.result.rewards[i]),
             "repeat": repeat,
         }
-        for i, text in enumerate(rewarded.texts)
+        for i, completion in enumerate(completions)
     ]
 
 

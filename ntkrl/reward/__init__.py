@@ -21,6 +21,7 @@ from ntkrl.reward.options import fit_budget
 from ntkrl.reward.reward_set import (
     RewardResult,
     RewardSet,
+    completion_values,
     read_normalisation,
     read_rewards,
     write_rewards,
@@ -37,6 +38,7 @@ __all__ = [
     "RewardSet",
     "RewardSettings",
     "TrainerState",
+    "completion_values",
     "evaluate",
     "expression_score",
     "final_answer",

@@ -150,7 +150,7 @@ class RewardSet:
             }
             arguments |= {
                 "prompts": list(prompts[rows]),
-                "completions": _format(texts, conversational),
+                "completions": completion_values(texts, conversational),
                 "completion_ids": [list(ids) for ids in completion_ids[rows]],
                 "trainer_state": self.trainer_state,
             }
@@ -272,7 +272,8 @@ def _check_sizes(completions: Sequence[Any], **others: Sequence[Any]) -> None:
         raise ValueError(f"there are {len(completions)} completions, but {', '.join(wrong)} rows.")
 
 
-def _format(completions: Sequence[str], conversational: bool) -> list[Any]:
+def completion_values(completions: Sequence[str], conversational: bool) -> list[Any]:
+    """Return texts as rows have them: as they are, or each a list of one assistant message."""
     if not conversational:
         return list(completions)
     return [[{"role": "assistant", "content": text}] for text in completions]

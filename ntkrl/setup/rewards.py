@@ -138,7 +138,7 @@ def read_base(
         errors.call(_check_counts, place, len(samples.prompts), raw)
     errors.finish()
     assert samples is not None and raw is not None and rows is not None  # else an error was raised
-    texts = samples.columns["completion"]
+    texts = [_text_of(completion) for completion in samples.columns["completion"]]
     rewards_B = rewards.total(raw, texts)
     return Samples([[texts[i] for i in group] for group in rows], rewards_B[np.array(rows)])
 
@@ -150,10 +150,20 @@ def _read_samples(path: Path, place: str) -> data.PromptSet:
             "runs/sft/evaluations/sft.jsonl."
         )
     samples = data.read_set(path)
-    texts = samples.columns["completion"] if "completion" in samples.columns else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{place}: every row needs a 'completion' of text.")
+    completions = samples.columns["completion"] if "completion" in samples.columns else [None]
+    if not all(isinstance(_text_of(completion), str) for completion in completions):
+        raise ValueError(f"{place}: every row needs a 'completion': text, or one message.")
     return samples
+
+
+def _text_of(completion: Any) -> Any:
+    """Return the text of a completion, of a conversation too; None where there is none."""
+    match completion:
+        case str():
+            return completion
+        case [{"content": text}]:
+            return text
+    return None
 
 
 def _rows_by_prompt(

@@ -53,8 +53,11 @@ class RolloutFunctions:
         shards = settings.row_shards(model.mesh)
         self.options = SoftmaxOptions(self.temperature, schedule.chunk_tokens * shards)
         # a group too small for the estimator fails here, before anything is sampled
-        column = jnp.zeros((self.group, 1))
-        update.advantages(objective, self.group, column[:, 0], column, column == 0)
+        # (by shapes alone, since it may also be larger than the memory)
+        row = jax.ShapeDtypeStruct((self.group,), jnp.float32)
+        column, mask = (jax.ShapeDtypeStruct((self.group, 1), kind) for kind in (row.dtype, bool))
+        estimate = functools.partial(update.advantages, objective, self.group)
+        jax.eval_shape(estimate, row, column, mask)
         self.samplers = {
             keep: make_sampler(settings, model, self.group, self.temperature, keep)
             for keep in (False, True)

@@ -192,9 +192,9 @@ def test_evaluations(base, first, capsys):
     loaded = ntkrl.evaluate(ntkrl.load(base), ROWS[:3], seen, config=small)
     assert loaded == ntkrl.evaluate(base, ROWS[:3], seen, config=small, run_dir="runs/other")
     assert Path("runs/evaluate/evaluations").is_dir() and states[-1].global_step == 0
-    assert (
-        "trained on" not in capsys.readouterr().out
-    )  # as of a run whose data.eval_path is its data
+    assert "trained on" not in capsys.readouterr().out  # was said of every evaluation
+    ntkrl.Steps(base, ROWS, seen, eval_prompts=ROWS[:3], run_dir="runs/warned", config=small)
+    assert "3 of 3 held-out prompts are trained on too" in capsys.readouterr().out
 
 
 def test_kernels(base):

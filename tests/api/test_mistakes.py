@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -59,6 +60,11 @@ class Table:
         return []
 
 
+LENGTHS = {
+    "data.prompts_per_step": 4,
+    "data.max_prompt_tokens": 8,
+    "rollout.max_completion_tokens": 5,
+}
 MISTAKES = [
     ({"model": 3}, "model is 3 (int); pass a directory"),
     ({"model": "missing"}, "missing"),
@@ -129,6 +135,10 @@ MISTAKES = [
         "config 'rollout.max_completion_tokens' is 'many' (str); expected int, as 512",
     ),
     ({"config": {"rollout.temperature": -1.0}}, "temperature"),
+    (
+        {"config": {**LENGTHS, "rollout.completions_per_prompt": 10**9}},
+        "need at least",  # was allocated before it was counted
+    ),
     ({"config": {"reward.weights": (1.0, 2.0)}}, "reward.weights has 2 entries for 1 reward"),
 ]
 
@@ -290,3 +300,32 @@ def test_a_model_in_memory_in_two_processes(base, tmp_path, monkeypatch):
     exports[0][0].mkdir()  # process 0 was faster
     model_files.export_start(policy, changed, str(tmp_path))
     assert len(exports) == 2 and [count for _, count in exchanges] == [0, 1, 1, 2]
+
+
+def test_values_of_other_steps(base):
+    """by hand: what no function returned, and a position whose arrays are gone."""
+    settings = {"data.prompts_per_step": 4, "data.max_prompt_tokens": 8}
+    sizes = {"rollout.max_completion_tokens": 5, "probe.every_steps": None}
+    steps = ntkrl.Steps(base, ROWS, score, steps=1, run_dir="s", config={**settings, **sizes})
+    start = steps.start()
+    at = steps.begin(start)
+    for call, words in (
+        (lambda: steps.sample(start), "at has begun no rollout step; pass the position that b"),
+        (lambda: steps.left(3), "left: at is 3 (int); pass the position that start, begin"),
+        (lambda: steps.reward(at, None), "reward: sampled is None; pass what sample returned"),
+        (lambda: steps.reward(at, at), "(RunPosition); pass what sample returned"),
+        (lambda: steps.advantages(at, [1.0]), "rewarded is [1.0] (list); pass what reward ret"),
+        (lambda: steps.update(at, at, 3), "data is 3 (int); pass the second value that advan"),
+        (lambda: steps.ledger(None), "ledger: reading is None; pass what probe returned"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
+    rewarded = steps.reward(at, steps.sample(at))
+    after, step = steps.advantages(at, rewarded)
+    assert steps.snapshot(after, step.batches[0], step) is None
+    after, result = steps.update(after, step.batches[0], step, None)
+    steps.summary(after, [result])
+    for leaf in jax.tree.leaves(at.state.params):
+        leaf.delete()  # as an accelerator does with what it was given
+    with pytest.raises(ValueError, match="at was donated to update; pass the position that upd"):
+        steps.sample(at)

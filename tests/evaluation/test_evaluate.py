@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from ntkrl import runtime
+from ntkrl import data, runtime
 from ntkrl.evaluation import comparison as against
 from ntkrl.evaluation import sampling as evaluation
 from ntkrl.evaluation.sampling import sampling_noise
@@ -285,6 +285,35 @@ def test_mistakes_of_a_base_are_told_together(run, saved, tmp_path, capsys):
     path.with_suffix(".rewards.json").write_text('{"rewards": {"score": [[]]}}')
     assert main(["evaluate", f"--run={run}", "--trust", f"--config.eval.base={path}"]) == 2
     assert "'score' is not a list of numbers" in capsys.readouterr().err
+
+
+def test_samples_of_conversations_are_data(base, tmp_path, monkeypatch):
+    """story: samples of conversations are rows in TRL's form, and a base to compare with."""
+    alone(monkeypatch)
+    prompts = tmp_path / "prompts.jsonl"
+    turns = [[{"role": "user", "content": text}] for text in ("12=", "7=")]
+    prompts.write_text("".join(json.dumps({"prompt": turn}) + "\n" for turn in turns))
+    (tmp_path / "reward.py").write_text(
+        "def score(completions, **kwargs):\n"
+        "    return [float(len(turn[0]['content'])) for turn in completions]\n"
+    )
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    arguments = [
+        f"--config.data.path={prompts}",
+        f"--config.data.eval_path={prompts}",
+        f"--config.reward.function={tmp_path / 'reward.py'}:score",
+        f"--config.model.template={tmp_path / 'plain.jinja'}",
+        "--config.data.prompts_per_step=2",
+    ]
+    assert main(["evaluate", *words(base, tmp_path / "first", *arguments)[1:]]) == 0
+    path = next(samples(tmp_path / "first"))
+    rows = data.read_set(path, ("prompt", "completion"))
+    assert rows.conversational and rows.prompts[0] == turns[0]
+    assert [message["role"] for message in rows.columns["completion"][0]] == ["assistant"]
+    compared = [*arguments, f"--config.eval.base={path}"]
+    assert main(["evaluate", *words(base, tmp_path / "second", *compared)[1:]]) == 0
+    metrics = json.loads(next(samples(tmp_path / "second")).with_suffix(".json").read_text())
+    assert metrics["eval/reward_difference"] == 0
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])

@@ -86,6 +86,8 @@ def test_the_worse_status(statuses):
             ["MODEL", "REWARD", "/none/alpaca_farm", "mesh=1"],
         ),
         ("pretrained", ["x"], {"MODEL": "/none"}, ["x is not an argument", "MODEL=/none does not"]),
+        ("quickstart", ["x"], {"SEEDS": "0 one"}, ["x is not an argument", "SEEDS=0 one has one"]),
+        ("paper", [], {"SEEDS": "-1"}, ["SEEDS=-1 has -1, which is not a whole number"]),
         ("paper", [], {"VARIANT": "gpt-5"}, ["VARIANT=gpt-5 is neither pythia-2.8b, pythia-1b"]),
     ],
 )

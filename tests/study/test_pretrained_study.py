@@ -115,7 +115,8 @@ def test_diversity_of_lists(tmp_path):
             path = list_claims.samples_file(place, directory)
             path.parent.mkdir(parents=True)
             (row,) = lists.rows(["birds"])
-            rows = [{**row, "completion": text} for text in texts]
+            turns = [[{"role": "assistant", "content": text}] for text in texts]
+            rows = [{**row, "completion": turn} for turn in turns]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     members, entropy, support = list_claims.list_claims(
         Arm(made.results, made.settings, SIZE, "rl")
