@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ntkrl import ntk, probe
 from ntkrl.types import Params
 
-EFFICIENCY = {"head": 0.5, "traces": 0.55, "norms": 0.75, "eigenvalues": 0.3}
+EFFICIENCY = {"head": 0.5, "traces": 0.55, "norms": 0.75, "eigenvalues": 0.08}
 LONG_SECONDS = 10.0
 """Expected time from which on layers are reported and every step is logged."""
 RATE_SIZE = 2048
