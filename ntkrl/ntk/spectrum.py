@@ -222,7 +222,7 @@ def _factored_pairs(
     head_OO = kernel.problem.network.head.scale**2 * inner_products(operands, roles)
     weight_VC = np.asarray(factor_weights(kernel, roles)[1])
     crossed = roles.body or roles.output_input or roles.input_output
-    basis_VC = np.linalg.qr(weight_VC if crossed else weight_VC[:, :0])[0]
+    basis_VC = _orthonormal(weight_VC if crossed else weight_VC[:, :0])[0]
     shape = (kernel.problem.observed.count, basis_VC.shape[1])
 
     def reduced(flat: np.ndarray) -> np.ndarray:
@@ -245,7 +245,7 @@ def _pairs_of_factors(
     head_OO, weight_VC = np.asarray(factors.head), np.asarray(factors.weight)
     contexts, columns = len(head_OO), weight_VC.shape[1]
     _check_count(count, contexts, len(weight_VC))
-    basis_VC, mixing_CC = np.linalg.qr(weight_VC)
+    basis_VC, mixing_CC = _orthonormal(weight_VC)
     matrix = jnp.transpose(factors.body, (0, 2, 1, 3)).reshape(contexts * columns, -1)
     inner = np.asarray(matrix)
 
@@ -256,6 +256,21 @@ def _pairs_of_factors(
 
     values, vectors = _inside_and_outside(reduced, head_OO, basis_VC, count, tolerance, rng)
     return jnp.asarray(values), jnp.asarray(vectors)
+
+
+def _orthonormal(weight_VC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return an orthonormal basis Q `[V, r]` of the range of Z, and QᵀZ `[r, C]`.
+
+    From ZᵀZ in float64, twice, at a tenth of the time of a QR decomposition.
+    """
+    wide_VC = weight_VC.astype(np.float64)
+    basis_VC = wide_VC
+    for _ in range(2):  # a single pass is not orthogonal to rounding
+        values, axes = np.linalg.eigh(basis_VC.T @ basis_VC)
+        spanned = values > len(values) * np.finfo(float).eps * values.max(initial=0.0)
+        basis_VC = basis_VC @ (axes[:, spanned] / np.sqrt(values[spanned]))
+    mixing_CC = basis_VC.T @ wide_VC
+    return basis_VC.astype(weight_VC.dtype), mixing_CC.astype(weight_VC.dtype)
 
 
 def _inside_and_outside(

@@ -10,17 +10,22 @@ before timing; memory is the growth of the process during a call, result include
     scores     Gram matrix of ∇ log π of 16 × 32 tokens, against stacked gradients
 
 `--only=small,scores` selects, `--json=FILE` writes the rows, `--algorithms` times each on small.
+`--model=DIR` times the steps of `ntkrl kernel` on twelve prompts (`--limit=N`) of a model instead,
+beside the floor: the arithmetic of each step at the rate of this machine's products.
 """
 
 import argparse
 import tempfile
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import ntk
+import ntkrl
+from ntkrl import data, models, ntk, probe
+from ntkrl.evaluation.kernel_run import product_rate
 from tests.bench import measure, peers
 
 SMALL = {
@@ -40,8 +45,21 @@ LARGE = {
     "intermediate_size": 2048,
 }
 CONTEXTS, LENGTH = 4, 16
+MODEL_GIB = 3.0
 SEQUENCES, COMPLETION = 16, 32
 MINUTES = 20 * 60
+PROMPTS = """The capital of France is
+Name three birds, separated by commas.
+The opposite of hot is
+Two plus two equals
+Write one sentence about the sea.
+My favourite colour is
+List four fruits, separated by commas.
+The sun rises in the
+Once upon a time there was a
+Water boils at a temperature of
+The largest planet is called
+A good reason to read books is"""
 
 
 def ours(
@@ -120,6 +138,29 @@ def agreement(config: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(("dense", "factored"), map(float, errors), strict=True))
 
 
+def model_steps(model: str, limit: int) -> list[dict[str, Any]]:
+    """Time the steps of the kernel of a model directory on prompts; compilation included."""
+    policy, params = ntkrl.load(model)
+    tokenizer = data.load_tokenizer(models.tokenizer_directory(model))
+    encoded = [tokenizer.encode(text) for text in PROMPTS.split("\n")[:limit]]
+    batch = data.prompt_batch(
+        encoded, range(len(encoded)), tokenizer.pad_token_id, max(map(len, encoded))
+    )
+    where = ntk.last_positions(batch.tokens, batch.mask)
+    plan = probe.plan_kernel(policy, params, where, layers=True, memory_gib=MODEL_GIB)
+    arrays: dict[str, Any] = {}
+    rows = []
+    with measure.peak_memory() as peak:
+        for step in probe.kernel_steps(plan):
+            floor, start = step.flops / product_rate(jnp.dtype("float32")), time.monotonic()
+            arrays |= probe.on_host(step.run(arrays))
+            seconds = time.monotonic() - start
+            print(f"  {step.name}: {seconds:.1f} s, floor {floor:.1f} s", flush=True)
+            rows.append({"method": step.name, "seconds": seconds, "floor": floor})
+    total = {name: sum(row[name] for row in rows) for name in ("seconds", "floor")}
+    return [*rows, {"method": "all", **total, "MiB": round(peak.mib)}]
+
+
 def _models(config: dict[str, Any]) -> tuple[peers.Jax, peers.Torch]:
     with tempfile.TemporaryDirectory() as directory:
         return peers.models(directory, **config)
@@ -190,7 +231,15 @@ def main() -> None:
     parser.add_argument("--only", default="small,large,vocabulary,scores")
     parser.add_argument("--json")
     parser.add_argument("--algorithms", action="store_true")
+    parser.add_argument("--model")
+    parser.add_argument("--limit", type=int, default=12)
     options = parser.parse_args()
+    if options.model is not None:
+        rows = model_steps(options.model, options.limit)
+        print(f"\n{measure.table(rows, ('method', 'seconds', 'floor', 'MiB'))}\n")
+        if options.json is not None:
+            measure.write_json(options.json, rows)
+        return
     asked, known = options.only.split(","), questions(options.algorithms)
     if not set(asked) <= set(known):
         parser.error(f"--only takes {', '.join(known)}, separated by commas")
