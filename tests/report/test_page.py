@@ -214,4 +214,5 @@ def test_imports():
     assert result.returncode == 0, result.stderr
     assert "ntkrl.report.page" in result.stdout
     rooms = {name.split(".")[1] for name in ast.literal_eval(result.stdout)}
-    assert rooms == {"durable_files", "intervals", "json_files", "messages", "report"}
+    helpers = {"directory_kinds", "durable_files", "intervals", "json_files", "messages"}
+    assert rooms == {*helpers, "report"}
