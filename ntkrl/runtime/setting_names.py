@@ -10,6 +10,8 @@ from ntkrl.messages import did_you_mean
 
 ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError)
 """Exceptions of a path that leads nowhere."""
+MOST_NAMES = 3
+"""Settings suggested for the beginning of a name."""
 
 
 def name_problem(name: str, config: ConfigDict, prefix: str = "") -> str | None:
@@ -65,6 +67,9 @@ def _nearest(name: str, config: ConfigDict, prefix: str) -> str:
     same = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]]
     if same and "." not in name:
         return f"; did you mean {' or '.join(repr(prefix + each) for each in same)}?"
+    longer = [each for each in names if each.startswith(name) and "." in name]
+    if 0 < len(longer) <= MOST_NAMES:
+        return f"; did you mean {' or '.join(repr(prefix + each) for each in longer)}?"
     hint = did_you_mean(prefix + name, [prefix + each for each in names])
     return hint or "; `ntkrl settings` lists all."
 

@@ -209,7 +209,7 @@ MISTAKES = {
     "word": (["--run=RUN", "--step=last"], "--step=last must be a whole number, or best."),
     "trust alone": (["--trust"], "--trust is about the code that a run's config names"),
     "two configs": (["--run=RUN", "--config=configs/rl.py"], "the run has its own config"),
-    "key": (["--run=RUN", "--config.eval.promts=3"], 'Did you mean "prompts"'),
+    "key": (["--run=RUN", "--config.eval.promts=3"], "did you mean '--config.eval.prompts'?"),
     "type": (["--run=RUN", "--config.eval.prompts=many"], "many"),
     "counts": (
         ["--run=RUN", "--config.eval.samples_per_prompt=0", "--config.eval.repeats=0"],

@@ -75,6 +75,10 @@ def test_round_trip_through_json():
             ["--config=configs/base.py", "--config.temperature=2"],  # of two sections
             "did you mean '--config.eval.temperature' or '--config.rollout.temperature'",
         ),
+        (
+            ["--config=configs/base.py", "--config.eval.sample=2"],  # the start of a name
+            "did you mean '--config.eval.samples_per_prompt'",
+        ),
         (["--config=configs/base.py", "--config.stages[0].stepz=2"], r"stages\[0\].steps'"),
         (["--config=configs/base.py", "--config.stages.steps=2"], r"the first by .*stages\[0\].st"),
         (["--config=configs/base.py", "--config.stages[a].steps=2"], "numbered from 0, as --conf"),
