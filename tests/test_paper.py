@@ -102,7 +102,7 @@ def test_the_chain(runs):
     scores = json.loads((runs / "cfrl-0/evaluations/test.json").read_text())
     assert {"eval/win_rate", "diversity/gap_best_of_2", "diversity/best_of_2"} <= set(scores)
     page = (runs / "report" / "index.html").read_text()
-    assert "How alike features are" in page and "Best of N" in page
+    assert "Cosines of features" in page and "Best of N" in page
     assert "paper-cfrl, seed 0: test, gap" in page
 
 

@@ -342,7 +342,7 @@ def test_errors():
     with pytest.raises(ValueError) as caught:
         settings(temperature=-1.0, completions_per_prompt=0, top_k=0, top_p=0.0, min_p=1.0)
     for problem in (
-        "temperature must be ≥ 0, not -1.0",
+        "temperature must be finite and ≥ 0, not -1.0",
         "completions_per_prompt must be ≥ 1, not 0",
         "top_k must be ≥ 1, or None",
         "top_p must be in (0, 1], or None",

@@ -100,7 +100,7 @@ def test_all_wrong_flags_are_listed():
 def test_a_negative_seed():
     """by hand: refused before anything is loaded."""
     words = ["--config=rl", "--config.model.path=x", "--config.reward.function=expressions"]
-    with pytest.raises(ValueError, match="seed must be ≥ 0, not -1"):
+    with pytest.raises(ValueError, match=r"seed must be ≥ 0 and below .*, not -1"):
         read_settings(runtime.read_config([*words, "--config.seed=-1"]))
 
 
