@@ -10,6 +10,8 @@ from importlib.metadata import version
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if version("jaxlib").startswith("0.10."):  # unknown flags end the process
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # compiles four times as fast
+    # eight devices share two cores with other tests: after 40 s of waiting XLA would abort
+    FLAGS.append("--xla_cpu_collective_call_terminate_timeout_seconds=240")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"

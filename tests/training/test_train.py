@@ -290,7 +290,7 @@ MISTAKES = {
         ["--config.stages[0].parameters=(('layers/.*', 1e-3),)"],
         "no pattern covers embed/embedding",
     ),
-    "key": (["--config.model.pth=x"], 'Did you mean "path"'),
+    "key": (["--config.model.pth=x"], "did you mean '--config.model.path'?"),
     "minibatches": (["--config.schedule.minibatches=3"], "must divide data.prompts_per_step = 4"),
 }
 
