@@ -7,7 +7,8 @@ Parts, each of which may fail without the others: `tests` (the suite `-m gpu`), 
 the first step of a new process, without and with a compilation cache), `decode` at 1, 16 and 128
 rows, `score` and `update` at each of `--lengths`, `kernel`. A part that would begin after
 `--minutes` is left out. `--compile-only` counts scoring and updates as compiled for an H200 that
-need not exist (the extra `gpu-plan`), or for the processor without that extra.
+need not exist (the extra `gpu-plan`), with the seconds that a plan predicts, or for the processor
+without that extra.
 
 The model has random weights, float32 masters and bfloat16 compute. The chip's limits are measured
 in the same run: bytes/s of adding one to a large array (read and written), FLOP/s of a bfloat16
@@ -36,6 +37,9 @@ import numpy as np
 from ntkrl import models, ntk, rollout, scoring, update
 from ntkrl.plan import hlo
 from ntkrl.plan.abstract_models import PUBLISHED_MODELS
+from ntkrl.plan.chips import Chip
+from ntkrl.plan.hardware import Machine, machine
+from ntkrl.plan.measure import predict
 from ntkrl.types import Params, Policy, PromptBatch, UpdateBatch
 from tests.bench import measure
 
@@ -52,7 +56,12 @@ TOKENS = 32768  # of a batch that is scored or learned from
 CHUNK_TOKENS = 8192
 REPEATS = 3
 PARTS = ("tests", "start", "decode", "score", "update", "kernel")
-COLUMNS = ("what", "seconds", "floor", "limit", "of floor", "tokens/s", "launches", "GB", "GiB")
+PASSES = {"score": 1, "update": 3}
+"""Forward passes that a reading takes, in FLOPs."""
+COLUMNS = (
+    *("what", "seconds", "predicted", "floor", "limit", "of floor", "tokens/s"),
+    *("launches", "GB", "GiB"),
+)
 
 
 class Bench(NamedTuple):
@@ -245,11 +254,10 @@ def reading(bench: Bench, part: str, total: int, tokens: int) -> Iterator[dict[s
             return metrics["loss"]
 
         each = timed(once)
-    passes = 1 if part == "score" else 3
     yield {
         "what": f"{part}, {rows} × {total} tokens",
         "seconds": each,
-        "floor": passes * forward_flops(bench, rows, total) / bench.flops_rate,
+        "floor": PASSES[part] * forward_flops(bench, rows, total) / bench.flops_rate,
         "limit": "compute",
         "tokens/s": rows * total / each,
     }
@@ -265,28 +273,33 @@ def compiled_reading(bench: Bench, part: str, total: int, tokens: int) -> Iterat
     else:
         function, start = updated(bench, length)
         arguments = (jax.eval_shape(start, bench.params), batch)
-    device = gpu_device()
-    if device is not None:
-        place = jax.sharding.SingleDeviceSharding(device)
+    gpu = gpu_machine()
+    if gpu is not None:
+        place = jax.sharding.SingleDeviceSharding(gpu.devices[0])
         arguments = jax.tree.map(lambda leaf: leaf.update(sharding=place), arguments)
     begin = time.perf_counter()
     compiled = function.lower(*arguments).compile()
-    seconds, cost = time.perf_counter() - begin, hlo.count(compiled.as_text())
-    yield {
+    seconds, chip = time.perf_counter() - begin, Chip() if gpu is None else gpu.chip
+    cost = hlo.count(compiled.as_text(), passes=chip.passes)
+    row = {
         "what": f"{part}, {rows} × {total} tokens, compiled in {seconds:.0f} s",
         "launches": cost.launches,
         "GB": cost.traffic / 1e9,
         "GiB": compiled.memory_analysis().temp_size_in_bytes / 2**30,
     }
+    if chip.flops is not None:
+        flops = PASSES[part] * forward_flops(bench, rows, total)
+        row["predicted"] = sum(predict(cost, chip).values())
+        row["floor"] = flops / (chip.flops * chip.flops_reached)
+        row["of floor"] = row["floor"] / row["predicted"]
+    yield row
 
 
 @functools.cache
-def gpu_device() -> jax.Device | None:
+def gpu_machine() -> Machine | None:
     """Return the H200 of the GPU compiler, or None where that is not installed."""
-    from ntkrl.plan.hardware import machine
-
     try:
-        return machine("h200").devices[0]
+        return machine("h200")
     except ValueError as error:
         print(f"compiled for the processor: {error}")
         return None
@@ -366,7 +379,7 @@ def main() -> int:
             continue
         try:
             for row in part():
-                if "floor" in row:
+                if "floor" in row and "seconds" in row:
                     row["of floor"] = row["floor"] / row["seconds"]
                 rows.append(row)
                 print(row, flush=True)
