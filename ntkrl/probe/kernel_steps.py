@@ -35,7 +35,7 @@ Progress = Callable[[int, str], None]
 """Called with the number of steps done and the name of the next."""
 
 MEASURES = ("head", "traces", "norms", "eigenvalues")
-"""What can be computed, cheapest first; norms and eigenvalues need M, traces do not."""
+"""Measures by rising cost; norms and eigenvalues need M, traces do not."""
 BODY_FRACTION = 0.25
 """Fraction of the memory for a block of M `[O, U, D, D]`, of which about three copies exist."""
 LANCZOS_PRODUCTS = 150
