@@ -23,7 +23,7 @@ def get_config():
     config.data.path = f"{RUNS}/data/train.jsonl"
     config.data.eval_path = f"{RUNS}/data/test.jsonl"
     config.data.prompts_per_step = 4
-    config.data.max_prompt_tokens = 64
+    config.data.max_prompt_tokens = 56
     config.rollout.completions_per_prompt = 4
     config.rollout.max_completion_tokens = 16
     config.rollout.temperature = 0.7

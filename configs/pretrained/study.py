@@ -17,7 +17,7 @@ from ntkrl.configs import base as defaults
 from ntkrl.configs.pretrained import base
 
 SIZE = "smollm2"
-STEPS = 30
+STEPS = 20
 
 
 def get_config(run=None):
@@ -38,7 +38,7 @@ def _plan():
     plan = ConfigDict(
         {
             "run_dir": "runs/pretrained-study",
-            "jobs": 1,  # a run uses both cores
+            "jobs": 2,  # runs at a time, each on separate cores
             "seeds": (1, 2, 3, 4, 5, 6),
             "tuning_seeds": (101,),
             "control_seeds": 3,
@@ -54,7 +54,7 @@ def _plan():
     plan.grids = ConfigDict(
         {
             "rl": {"body": (1e-5, 2e-5, 4e-5, 8e-5)},
-            "cfrl": {"head": (1e-4, 3e-4), "body": (2e-5, 4e-5)},
+            "cfrl": {"head": (3e-4, 1e-3), "body": (2e-5, 4e-5)},
         }
     )
     plan.step_rates = ConfigDict({"adam": (3e-6, 1e-5, 3e-5, 1e-4)})
@@ -90,9 +90,9 @@ def _rl(arm, values):
     config.data.eval_path = f"{root}/data/{values['part']}.jsonl"
     config.stages = (defaults.stage("all", steps, ((".*", values["body"]),)),)
     config.checkpoint.every_steps = max(steps, 1)
-    config.eval.every_steps = max(steps // 3, 1)
+    config.eval.every_steps = max(steps // 2, 1)
     config.eval.samples_per_prompt, config.eval.repeats = values["samples"], 1
-    config.probe.every_steps = max(steps // 6, 1)
+    config.probe.every_steps = max(steps // 3, 1)
     config.probe.prompts = 8
     if values["part"] == "test":
         config.eval.base = _base_samples(values)
