@@ -181,6 +181,8 @@ class Rollout:
         so that tokens were drawn with sampler_log_probs − kept_log_mass; 0 where masked.
     finished: `[B]` bool, False where the completion was cut by the budget.
     features: `[B, C, D]` that predicted each token, or None if they were not requested.
+    entropy: `[B, C]` float32, of the distribution at the sampling temperature that each token was
+        sampled from, before any truncation (nats), 0 where masked; None from `rollout.engine`.
     """
 
     tokens: Array
@@ -190,6 +192,7 @@ class Rollout:
     kept_log_mass: Array
     finished: Array
     features: Array | None = None
+    entropy: Array | None = None
 
 
 @chex.dataclass(frozen=True)

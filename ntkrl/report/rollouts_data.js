@@ -52,7 +52,7 @@ const rollouts = (() => {
     const cut = (values) => ends.map((end, row) => values.slice(end - record.lengths[row], end));
     record.tokens = cut(record.tokens);
     record.columns = {};
-    for (const name of ["sampler_log_probs", "advantages", "log_ratio"]) {
+    for (const name of ["sampler_log_probs", "entropy", "advantages", "log_ratio"]) {
       const packed = record[name];
       if (Array.isArray(packed)) {
         record.columns[name] = record.lengths.map((n, row) => Array(n).fill(packed[row]));

@@ -4,8 +4,13 @@ const groupView = (() => {
   const { make, number, signed, quantity, choice, panel } = parts;
   const SHADES = {
     sampler_log_probs: ["log-prob of the sampler", "nats", "below"],
+    entropy: ["entropy of the sampler", "nats", "above"],
     advantages: ["advantage", "", "both"],
     log_ratio: ["sampler mismatch, trainer − sampler", "nats", "both"],
+  };
+  const MISSING = {
+    entropy: "not recorded by this run",
+    log_ratio: "only with objective.correction",
   };
   const state = { shade: "sampler_log_probs" };
 
@@ -70,7 +75,7 @@ const groupView = (() => {
     if (!known.includes(state.shade)) state.shade = known[0];
     const bar = make("div", parent, undefined, "controls");
     const options = Object.entries(SHADES).map(([name, [label]]) =>
-      known.includes(name) ? [name, label] : [name, `${label}: only with objective.correction`, true]);
+      known.includes(name) ? [name, label] : [name, `${label}: ${MISSING[name]}`, true]);
     choice(bar, "shade tokens by", options, state.shade, (value) => {
       state.shade = value;
       draw(parent, { run: place.run, step: place.step, group }).then(() => {

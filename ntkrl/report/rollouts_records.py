@@ -1,7 +1,7 @@
 """The completions of a rollout step as a line of JSON, and back.
 
-Arrays of numbers per token are whole numbers of a unit, enough to look at: log-probs are rounded to
-0.001 nats, other values to four digits of the largest beside them, rewards to six.
+Arrays of numbers per token are whole numbers of a unit, enough to look at: log-probs and entropies
+are rounded to 0.001 nats, other values to four digits of the largest beside them, rewards to six.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ class StepRollouts:
     sampler_log_probs: `[n]` (nats).
     advantages: `[n]` weight on each token's score function, 0 where it does not count.
     log_ratio: `[n]` log-prob of the trainer, before any update, less the sampler's (nats); or None.
+    entropy: `[n]` of the sampler's distribution (nats); or None.
     """
 
     rollout_step: int
@@ -50,6 +51,7 @@ class StepRollouts:
     sampler_log_probs: np.ndarray
     advantages: np.ndarray
     log_ratio: np.ndarray | None = None
+    entropy: np.ndarray | None = None
 
     @property
     def group(self) -> int:
@@ -86,6 +88,8 @@ def encode_rollouts(rollouts: StepRollouts) -> bytes:
     }
     if rollouts.log_ratio is not None:
         record["log_ratio"] = packed(rollouts.log_ratio)
+    if rollouts.entropy is not None:
+        record["entropy"] = packed(rollouts.entropy, LOG_PROB_UNIT)
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "replace") + b"\n"
 
@@ -160,7 +164,10 @@ def _decoded(record: Mapping[str, Any]) -> StepRollouts:
     missing = set(tokens.tolist()) - vocabulary.keys()
     if missing:
         raise ValueError(f"no text of token {min(missing)}")
-    log_ratio = _unpacked(record["log_ratio"], total) if "log_ratio" in record else None
+    log_ratio, entropy = (
+        _unpacked(record[name], total) if name in record else None
+        for name in ("log_ratio", "entropy")
+    )
     return StepRollouts(
         rollout_step=int(record["rollout_step"]),
         step=int(record["step"]),
@@ -177,6 +184,7 @@ def _decoded(record: Mapping[str, Any]) -> StepRollouts:
         sampler_log_probs=_unpacked(record["sampler_log_probs"], total),
         advantages=advantages_n,
         log_ratio=log_ratio,
+        entropy=entropy,
     )
 
 

@@ -55,6 +55,7 @@ class Columns:
     kept_log_mass: Array | None
     mask: Array
     features: Array | None
+    entropy: Array
 
 
 @chex.dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Decoder:
         Returns:
           `(active, output, remaining)` as `decode_chunk`.
         """
-        written, kept = output.columns, output.columns.kept_log_mass
+        written = output.columns
         ended_B = lengths <= jnp.sum(written.mask, axis=1)
         columns_1C = jnp.arange(written.mask.shape[1])[None]
         mask_BC = written.mask & (columns_1C < lengths[:, None])
@@ -207,8 +208,9 @@ class Decoder:
             written,
             tokens=jnp.where(mask_BC, written.tokens, self.settings.pad_id),
             log_probs=jnp.where(mask_BC, written.log_probs, 0.0),
-            kept_log_mass=None if kept is None else jnp.where(mask_BC, kept, 0.0),
+            kept_log_mass=_zeroed(written.kept_log_mass, mask_BC),
             mask=mask_BC,
+            entropy=jnp.where(mask_BC, written.entropy, 0.0),
         )
         output = Output(columns=written, finished=output.finished | ended_B)
         active = replace(active, done=active.done | ended_B[active.rows])
@@ -233,6 +235,7 @@ class Decoder:
             kept_log_mass=jnp.zeros_like(written.log_probs) if kept is None else kept,
             finished=output.finished,
             features=written.features,
+            entropy=written.entropy,
         )
         return trees.spread_rows(result, self.results_mesh)
 
@@ -252,13 +255,14 @@ class Decoder:
         ended_R = jnp.zeros_like(real_R)
         for end_id in self.settings.end_ids:
             ended_R |= tokens_R == end_id
-        kept, keep_features = drawn.kept_log_mass, self.settings.keep_features
+        keep_features = self.settings.keep_features
         columns_R = Columns(
             tokens=tokens_R,
             log_probs=jnp.where(real_R, drawn.log_probs, 0.0),
-            kept_log_mass=None if kept is None else jnp.where(real_R, kept, 0.0),
+            kept_log_mass=_zeroed(drawn.kept_log_mass, real_R),
             mask=real_R,
             features=jnp.where(real_R[:, None], phi_RD, 0) if keep_features else None,
+            entropy=jnp.where(real_R, drawn.entropy, 0.0),
         )
         # pad_id may be one of end_ids, and no row ends past the budget
         done_R = active.done | (ended_R & real_R)
@@ -317,6 +321,10 @@ class Decoder:
             mask=mask,
         )
         return ActiveRows(cache=cache, last=last, done=done, keys=keys, rows=rows)
+
+
+def _zeroed(values: Array | None, mask: Array) -> Array | None:
+    return None if values is None else jnp.where(mask, values, 0.0)
 
 
 def _map_rows(function: Callable[[Array], Array], cache: Cache) -> Cache:

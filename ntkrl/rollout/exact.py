@@ -50,13 +50,14 @@ class UpdateReading:
 class UpdateRows:
     """The rows of a minibatch, R of them.
 
-    tokens, mask: `[R, P + C]` prompt and completion. kept_log_mass: `[R, C]`.
+    tokens, mask: `[R, P + C]` prompt and completion. kept_log_mass, entropy: `[R, C]`.
     done: `[R]` bool. keys: `[R, …]` data of one PRNG key per completion.
     """
 
     tokens: Array
     mask: Array
     kept_log_mass: Array
+    entropy: Array
     done: Array
     keys: Array
 
@@ -104,6 +105,7 @@ class ExactSampler:
             tokens=padded[0],
             mask=padded[1],
             kept_log_mass=kept,
+            entropy=kept,
             done=done,
             keys=key_data,
         )
@@ -125,8 +127,9 @@ class ExactSampler:
         log_probs = self.read(params, rows.tokens, rows.mask, jnp.int32(0))[0]
         rows, log_probs_RC = runtime.fetch((rows, log_probs))
         completion_mask = rows.mask[:, -budget:]
-        log_probs, kept = jax.tree.map(
-            lambda leaf: np.where(completion_mask, leaf, 0), (log_probs_RC, rows.kept_log_mass)
+        log_probs, kept, entropy = jax.tree.map(
+            lambda leaf: np.where(completion_mask, leaf, 0),
+            (log_probs_RC, rows.kept_log_mass, rows.entropy),
         )
         return Rollout(
             tokens=rows.tokens,
@@ -136,6 +139,7 @@ class ExactSampler:
             kept_log_mass=kept,
             finished=rows.done,
             features=None,
+            entropy=entropy,
         )
 
     def _ended(self, rows: UpdateRows, searched: int) -> UpdateRows:
@@ -241,6 +245,7 @@ class ExactSampler:
             tokens=set_column(rows.tokens, tokens_R, column),
             mask=set_column(rows.mask, real_R, column),
             kept_log_mass=set_column(rows.kept_log_mass, kept_R, t),
+            entropy=set_column(rows.entropy, drawn.entropy, t),
             done=done_R,
             keys=rows.keys,
         )

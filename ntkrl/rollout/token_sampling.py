@@ -21,12 +21,14 @@ class SampledTokens(NamedTuple):
     """One token per row, all `[B]`.
 
     tokens: int32. log_probs: at the temperature, before truncation (nats). kept_log_mass: log of
-    the probability mass after truncation (nats, ≤ 0); None without truncation.
+    the probability mass after truncation (nats, ≤ 0); None without truncation. entropy: of the
+    distribution at the temperature, before truncation (nats).
     """
 
     tokens: Array
     log_probs: Array
     kept_log_mass: Array | None
+    entropy: Array
 
 
 def draw_uniforms(keys: Array, numbers: Array) -> Array:
@@ -57,18 +59,28 @@ def sample_tokens(
     z_BV = logits if settings.greedy else logits / settings.temperature
     peak_B1 = jnp.max(z_BV, axis=1, keepdims=True)
     e_BV = jnp.exp(z_BV - peak_B1)
+    entropy_B = _entropy(z_BV - peak_B1, e_BV)
     if uniforms is None:
         tokens_B = jnp.argmax(z_BV, axis=1).astype(jnp.int32)
-        return SampledTokens(tokens_B, -jnp.log(jnp.sum(e_BV, axis=1)), None)
+        return SampledTokens(tokens_B, -jnp.log(jnp.sum(e_BV, axis=1)), None, entropy_B)
     table_BKW = _blocks(truncated(settings, e_BV))
     masses_BK = jnp.sum(table_BKW, axis=2)
     tokens_B = _pick(table_BKW, masses_BK, uniforms)
     mass_B = jnp.sum(masses_BK, axis=1)
     chosen_B = jnp.take_along_axis(z_BV, tokens_B[:, None], axis=1)[:, 0] - peak_B1[:, 0]
     if not settings.truncates:
-        return SampledTokens(tokens_B, chosen_B - jnp.log(mass_B), None)
+        return SampledTokens(tokens_B, chosen_B - jnp.log(mass_B), None, entropy_B)
     log_total_B = jnp.log(jnp.sum(e_BV, axis=1))
-    return SampledTokens(tokens_B, chosen_B - log_total_B, jnp.log(mass_B) - log_total_B)
+    kept_B = jnp.log(mass_B) - log_total_B
+    return SampledTokens(tokens_B, chosen_B - log_total_B, kept_B, entropy_B)
+
+
+def _entropy(shifted_BV: Array, weights_BV: Array) -> Array:
+    """Return the entropy `[B]` of exp(shifted) / Σ exp(shifted), from the exponentials."""
+    mass_B = jnp.sum(weights_BV, axis=1)
+    # a logit of −∞ has weight 0
+    terms_BV = jnp.where(weights_BV > 0, weights_BV * shifted_BV, 0.0)
+    return jnp.log(mass_B) - jnp.sum(terms_BV, axis=1) / mass_B
 
 
 def truncated(settings: SamplerSettings, weights: Array) -> Array:

@@ -126,6 +126,7 @@ class AbstractRun:
                 features=jnp.zeros((*shape, policy.feature_size), features.dtype)
                 if keep_features
                 else None,
+                entropy=jnp.zeros(shape, jnp.float32),
             )
 
         return self.rows(jax.eval_shape(drawn))

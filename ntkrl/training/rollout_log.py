@@ -102,6 +102,7 @@ class RolloutLog:
             sampler_log_probs=np.asarray(drawn.sampler_log_probs)[mask_BC],
             advantages=weighted.advantages[mask_BC],
             log_ratio=None if log_ratio is None else log_ratio[mask_BC],
+            entropy=None if drawn.entropy is None else np.asarray(drawn.entropy)[mask_BC],
         )
 
     def _texts(self, tokens: np.ndarray) -> dict[int, str]:

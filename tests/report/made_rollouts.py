@@ -36,6 +36,7 @@ def rollouts(rollout_step, count=2, group=2, length=3, **changes):
         "vocabulary": {token: WORDS[token] for token in set(tokens.tolist())},
         "sampler_log_probs": -rng.exponential(size=len(tokens)),
         "advantages": np.repeat(rng.normal(size=completions), lengths),
+        "entropy": rng.exponential(size=len(tokens)),
         "log_ratio": 1e-6 * rng.normal(size=len(tokens)),
     }
     return StepRollouts(**(fields | changes))

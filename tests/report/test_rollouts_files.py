@@ -20,6 +20,7 @@ def test_records_return():
     tokens = 9
     for changes in (
         {},
+        {"log_ratio": None, "entropy": None},
         {"log_ratio": np.array([np.nan, *1e-6 * np.arange(tokens - 1)])},
         {"advantages": np.arange(tokens) * 0.1, "reward": np.array([np.nan, 1, 2, 3])},
     ):
@@ -33,7 +34,8 @@ def test_records_return():
                 np.testing.assert_equal(after, before)
                 continue
             # half a unit: 0.0005 nats of log-probs, half of the fourth digit of the largest
-            largest = 1.0 if field.name == "sampler_log_probs" else np.nanmax(np.abs(before))
+            nats = field.name in ("sampler_log_probs", "entropy")
+            largest = 1.0 if nats else np.nanmax(np.abs(before))
             np.testing.assert_allclose(after, before, rtol=0, atol=0.5005e-3 * largest)
         assert encode_rollouts(again) == line
 

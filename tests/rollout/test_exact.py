@@ -119,3 +119,4 @@ def test_log_probs_are_the_updates_in_bits(run):
     assert np.array_equal(np.asarray(plain.finished), exact.finished)
     gap = np.asarray(plain.sampler_log_probs) - exact.sampler_log_probs
     assert np.abs(gap).max() <= 2e-5
+    np.testing.assert_allclose(plain.entropy, exact.entropy, atol=2e-5)

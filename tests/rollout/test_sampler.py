@@ -64,6 +64,8 @@ def test_log_probs_equal_rescored_ones(family, temperature):
     assert mask.sum() > 6  # more than the first token of each row
     gap = np.abs(np.asarray(result.log_probs - drawn.sampler_log_probs))[mask]
     assert gap.max() < 2e-5
+    np.testing.assert_allclose(drawn.entropy[mask], result.entropy[mask], atol=2e-5)
+    assert (np.asarray(drawn.entropy)[~mask] == 0).all() and np.std(drawn.entropy[mask]) > 0.01
 
 
 def test_shapes_and_ends():

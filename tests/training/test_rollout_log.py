@@ -55,6 +55,9 @@ def test_every_completion_is_kept(base, tmp_path, capsys):
             assert re.sub(r"<\|\w+\|>", "", joined) == text
         log_probs = step["sampler_log_probs"]
         assert log_probs["unit"] == 1e-3 and max(log_probs["values"]) <= 0
+        entropy = step["entropy"]
+        assert entropy["unit"] == 1e-3 and min(entropy["values"]) >= 0 < max(entropy["values"])
+        assert len(entropy["values"]) == len(step["tokens"])
         gaps = np.abs(step["log_ratio"]["values"]) * step["log_ratio"]["unit"]
         assert gaps.max() < 1e-4  # nats: sampler and trainer agree
         groups = np.reshape(step["advantages"], (4, 2))
