@@ -151,21 +151,24 @@ class ArmStudy:
         return rates
 
     def runs(self) -> Iterator[Job]:
-        """Yield the runs that are compared, seed by seed."""
+        """Yield the runs that are compared, seed by seed, the arms of the grids first."""
         settings, chosen = self.settings, self.chosen()
         for size in settings.sizes:
             scale = settings.scales[size]
             scaled = {arm: {k: rate * scale for k, rate in chosen[arm].items()} for arm in chosen}
-            for seed in settings.seeds:
-                for arm in settings.arms[size]:
-                    if seed not in settings.seeds_of(arm):
-                        continue
-                    if arm not in settings.step_rates:
-                        yield self.train(size, arm, seed, scaled[self.grid_of(arm)])
-                        continue
-                    for number, rate in enumerate(settings.step_rates[arm]):
-                        place = self.results.place(size, f"{arm}_{number}", seed)
-                        yield self.train(size, arm, seed, {"body": rate}, place)
+            for seed, arm in self._ordered(size):
+                if arm not in settings.step_rates:
+                    yield self.train(size, arm, seed, scaled[self.grid_of(arm)])
+                    continue
+                for number, rate in enumerate(settings.step_rates[arm]):
+                    place = self.results.place(size, f"{arm}_{number}", seed)
+                    yield self.train(size, arm, seed, {"body": rate}, place)
+
+    def _ordered(self, size: str) -> list[tuple[int, str]]:
+        settings = self.settings
+        pairs = [(seed, arm) for seed in settings.seeds for arm in settings.arms[size]]
+        pairs = [(seed, arm) for seed, arm in pairs if seed in settings.seeds_of(arm)]
+        return sorted(pairs, key=lambda pair: pair[1] not in settings.grids)
 
     def grid_of(self, arm: str) -> str:
         """Return the arm whose rates an arm takes."""

@@ -1,4 +1,4 @@
-"""Claims about the similarity of features, by place in the text, by depth and without the mean.
+"""Claims about the similarity of features, and about what R does on other prompts.
 
 Criteria as in `claims`, written before any run.
 """
@@ -12,7 +12,8 @@ import numpy as np
 
 from ntkrl.configs.evidence.arms import Arm
 from ntkrl.configs.evidence.similarity import DEPTH, KINDS, MEAN_SHARE, read_similarities
-from ntkrl.configs.evidence.verdict import Verdict, above, number_only
+from ntkrl.configs.evidence.spread import PARTS, QUANTITIES, Spread, read_spreads
+from ntkrl.configs.evidence.verdict import Verdict, above, difference, interval_text, number_only
 from ntkrl.report import Run, read_arrays, step_files
 from ntkrl.study import mean_interval
 
@@ -41,7 +42,7 @@ def feature_claims(rl: Arm) -> list[Verdict]:
     listed.append(above(1, rl.task, claim, _last(by_arm["base"], MEAN_SHARE), 0.5))
     listed += [_by_depth(rl, by_arm, kind) for kind in KINDS]
     listed += _by_position(rl)
-    return listed
+    return listed + _on_other_prompts(rl)
 
 
 def _last(seeds: list[dict[str, list[float]]], name: str) -> np.ndarray:
@@ -79,10 +80,43 @@ def _by_position(rl: Arm) -> Iterator[Verdict]:
             measure = functools.partial(position_share, prefix=prefix, later=later)
             interval = mean_interval(rl.over_seeds(measure))
             if interval is not None:
-                ends = f"[{interval.low:.3g}, {interval.high:.3g}]"
-                texts.append(f"{place} {interval.value:.3g} {ends}")
+                texts.append(f"{place} {interval_text(interval)}")
         claim = f"R's share of the predicted {words}, by position in the answer"
         yield number_only(3, rl.task, claim, "; ".join(texts) or None)
+
+
+def _on_other_prompts(rl: Arm) -> list[Verdict]:
+    """Return the claims on what one prompt's gradient does to the answers to other prompts."""
+    listed = []
+    for quantity, words in QUANTITIES.items():
+        before, after = (read_spreads(rl.results, rl.size, arm, quantity) for arm in ("base", "rl"))
+        reach = {part: _reach(before, part) for part in PARTS}
+        claim = (
+            f"a gradient changes the {words} of other prompts by more than half of what it does to "
+            "its own prompt's (root mean square per token)"
+        )
+        listed.append(above(3, rl.task, claim, reach["total"], 0.5))
+        claim = f"of the change of the {words}, R reaches other prompts more than G does"
+        listed.append(difference(3, rl.task, claim, reach["G"], reach["R"]))
+        texts = [
+            f"{words}: {interval_text(interval)}"
+            for words, seeds, side in (
+                ("own prompt", before, "share_own"),
+                ("other prompts", before, "share_other"),
+                ("own prompt after RL", after, "share_own"),
+                ("other prompts after RL", after, "share_other"),
+            )
+            if (interval := mean_interval(np.array([seed[side] for seed in seeds]))) is not None
+        ]
+        claim = f"R's share of the change of the {words} by a gradient"
+        listed.append(number_only(3, rl.task, claim, "; ".join(texts) or None))
+    return listed
+
+
+def _reach(seeds: list[Spread], part: str) -> np.ndarray:
+    """Return the root mean square of other prompts over that of the gradient's own, by seed."""
+    ratios = [seed[f"{part}_other"] / seed[f"{part}_own"] for seed in seeds]
+    return np.sqrt(np.array(ratios or [np.nan]))
 
 
 def position_share(run: Run, prefix: str, later: bool) -> float:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from ntkrl import durable_files
-from ntkrl.configs.evidence import list_claims, similarity
+from ntkrl.configs.evidence import list_claims, similarity, spread
 from ntkrl.configs.evidence.arm_study import ArmStudy
 from ntkrl.configs.evidence.claims import PAIRS
 from ntkrl.configs.pretrained import lists
@@ -18,6 +19,8 @@ from ntkrl.study import Job
 CONTEXTS = 12
 """Prompts of the exact kernels."""
 COMPARED = ("rl", "cfrl")
+SUPERVISED = 8
+"""Right answers of each training category, for supervised training."""
 
 
 class PretrainedStudy(ArmStudy):
@@ -36,8 +39,8 @@ class PretrainedStudy(ArmStudy):
         compared = [arm for pair in PAIRS for arm in pair if arm in settings.arms[size]]
         runs = [(arm, seed) for arm in compared for seed in settings.seeds_of(arm)]
         yield "their samples", [self.sample_end(size, arm, seed) for arm, seed in runs]
+        self.write_features(size, model)
         yield "kernels", [self.kernel(size, arm) for arm in ("base", *COMPARED)]
-        self.write_similarities(size, model)
 
     def write_prompts(self) -> None:
         """Write the prompts of training, of the choice of rates and of tests, and the kernels'."""
@@ -49,6 +52,13 @@ class PretrainedStudy(ArmStudy):
         for name, categories in parts.items():
             rows = [json.dumps(row) + "\n" for row in lists.rows(categories)]
             durable_files.save_text(self.root / "data" / f"{name}.jsonl", "".join(rows))
+        rng = np.random.default_rng(0)
+        rows = [
+            json.dumps({**row, "completion": [{"role": "assistant", "content": answer}]}) + "\n"
+            for row in lists.rows(parts["train"])
+            for answer in right_answers(row["category"], rng)
+        ]
+        durable_files.save_text(self.root / "data" / "supervised.jsonl", "".join(rows))
         rows = [json.dumps(row) + "\n" for row in lists.rows(lists.TEST[:CONTEXTS])]
         durable_files.save_text(self.root / "data" / "contexts.jsonl", "".join(rows))
 
@@ -92,9 +102,9 @@ class PretrainedStudy(ArmStudy):
         )
         return Job(f"{size} {place.name}, kernels", words, place / "kernel" / "kernel.png")
 
-    def write_similarities(self, size: str, model: Path) -> None:
-        """Write the similarity of features by place and depth, at the start and after training."""
-        for seed in tqdm(self.settings.seeds, desc="similarity by layer"):
+    def write_features(self, size: str, model: Path) -> None:
+        """Write what features are alike, and reach, at the start and after training."""
+        for seed in tqdm(self.settings.seeds, desc="features by place"):
             base = self.results.place(size, "base", seed)
             samples = base / "test" / "evaluations" / f"{base.name}.jsonl"
             for arm in ("base", *COMPARED):
@@ -102,3 +112,13 @@ class PretrainedStudy(ArmStudy):
                 export = model if arm == "base" else place / "export"
                 if not (place / similarity.FILE).exists():
                     similarity.write_similarities(export, samples, place / similarity.FILE)
+                control = seed in self.settings.seeds[: self.settings.control_seeds]
+                if control and not (place / spread.FILE).exists():
+                    spread.write_spread(export, samples, place / spread.FILE)
+
+
+def right_answers(category: str, rng: np.random.Generator) -> list[str]:
+    """Return right answers for supervised training."""
+    members = sorted(lists.MEMBERS[category])
+    drawn = [rng.choice(members, lists.COUNT, replace=False) for _ in range(SUPERVISED)]
+    return [", ".join(answer).capitalize() for answer in drawn]

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ntkrl import data, durable_files, models, probe
+from ntkrl.configs.evidence.answers import encode_answers, first_answers
 from ntkrl.study import Results
 from ntkrl.types import Params, Policy
 
@@ -52,22 +53,16 @@ def write_similarities(export: Path, samples: Path, out: Path) -> None:
         MOST_DEPTHS of them with 1 and all; the names of `similarities`.
     """
     policy, params = models.load(export)
-    texts = _first_samples(data.read_set(samples, ("prompt", "completion")))
-    tokenizer = data.load_tokenizer(str(export))
-    encoded = data.encode_prompts(tokenizer, texts, policy.max_tokens)
-    completions = data.encode_completions(tokenizer, texts, policy.max_tokens)
-    lengths = max(map(len, encoded)), max(map(len, completions))
-    rows = range(len(encoded))
-    batch = data.supervised_batch(encoded, completions, rows, tokenizer.pad_token_id, *lengths)
-    row_O, column_O = np.nonzero(np.asarray(batch.completion_mask))
-    _, group_B = np.unique([str(prompt) for prompt in texts.prompts], return_inverse=True)
+    texts = first_answers(data.read_set(samples, ("prompt", "completion")), PER_PROMPT)
+    answers = encode_answers(export, texts, policy.max_tokens)
+    batch, row_O, column_O = answers.batch, answers.rows, answers.columns
     listed: dict[str, list[float]] = {}
     layers = policy.config.num_hidden_layers
     for depth in np.unique(np.linspace(1, layers, min(layers, MOST_DEPTHS)).round()).astype(int):
         shallow, shallow_params = _truncated(policy, params, depth)
         features = jax.jit(shallow.features)(shallow_params, batch.tokens, batch.mask)
-        phi_OD = features[row_O, column_O + lengths[0] - 1]
-        measures = similarities(phi_OD, row_O, column_O, group_B[row_O])
+        phi_OD = features[row_O, column_O + answers.prompt_length - 1]
+        measures = similarities(phi_OD, row_O, column_O, answers.groups[row_O])
         for name, value in {DEPTH: int(depth), **measures}.items():
             listed.setdefault(name, []).append(value)
     durable_files.save_text(out, json.dumps(listed) + "\n")
@@ -99,17 +94,6 @@ def read_similarities(results: Results, size: str, arm: str) -> list[dict[str, l
     """Return the cosines by kind and depth of each seed of an arm that has them."""
     files = [results.place(size, arm, seed) / FILE for seed in results.seeds]
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-
-
-def _first_samples(texts: data.PromptSet) -> data.PromptSet:
-    counts: dict[str, int] = {}
-    rows = []
-    for row, prompt in enumerate(texts.prompts):
-        text = str(prompt)  # a conversation is a list
-        counts[text] = counts.setdefault(text, 0) + 1
-        if counts[text] <= PER_PROMPT:
-            rows.append(row)
-    return data.take(texts, np.array(rows))
 
 
 def _truncated(policy: Policy, params: Params, depth: int) -> tuple[Policy, Params]:

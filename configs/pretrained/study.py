@@ -140,6 +140,18 @@ def _signs(which):
     return change
 
 
+def _supervised(config, values):
+    config.method = "sft"
+    config.data.path = f"{values['root']}/data/supervised.jsonl"
+    config.data.prompts_per_step = 16
+    config.eval.base = None
+
+
+def _supervised_first(config, values):
+    _supervised(config, values)
+    _classifier_first(0.75)(config, values)
+
+
 def _tied(config, values):
     config.model.untie = False
 
@@ -167,6 +179,8 @@ ARMS = {
     "shrunk": _whitened("mean"),
     "negative": _signs("negative"),
     "positive": _signs("positive"),
+    "sft": _supervised,
+    "sft_first": _supervised_first,
     "tied_rl": _tied,
     "tied_cfrl": _tied_first,
     "adam": _one_step,

@@ -30,7 +30,7 @@ def test_every_run_has_a_config(tmp_path, monkeypatch):
     """law: configs of the plan load, each with a directory of its run; nothing tunes on test."""
     made = pretrained_study(tmp_path, seeds=(1, 2), tuning_seeds=(9,), control_seeds=1)
     made.chosen = lambda: {"rl": {"body": 1e-3}, "cfrl": {"head": 1e-2, "body": 1e-4}}
-    monkeypatch.setattr(made, "write_similarities", lambda *arguments: None)
+    monkeypatch.setattr(made, "write_features", lambda *arguments: None)
     places, commands = {}, {}
     for title, jobs in made.phases():
         for job in jobs:
