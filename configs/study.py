@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from ntkrl.configs import base
+from ntkrl.configs.evidence.run_words import read_run_words
 from ntkrl.configs.quickstart import base as quickstart_base
 from ntkrl.configs.quickstart import rl as quickstart_rl
 
@@ -82,20 +83,11 @@ def _plan():
 
 def _run(text):
     """Read `SIZE/ARM,key=value,…` with seed, root, steps, base_steps, samples and rates."""
-    name, *pairs = text.split(",")
-    size, _, arm = name.partition("/")
-    known = {"seed": "1", "root": "runs/study", "steps": STEPS, "base_steps": BASE_STEPS}
+    known = {"seed": 1, "root": "runs/study", "steps": STEPS, "base_steps": BASE_STEPS}
     known |= {"samples": 64, "head": 1e-3, "body": 3e-4, "part": "test"}
-    options = dict(pair.split("=", 1) for pair in pairs)
-    wrong = sorted(set(options) - set(known))
-    if size not in SIZES or arm not in ARMS or wrong:
-        raise ValueError(
-            f"{text}: expected SIZE/ARM,key=value,… with sizes {', '.join(SIZES)}, arms "
-            f"{', '.join(ARMS)} and keys {', '.join(known)}."
-        )
-    values = {key: type(known[key])(value) for key, value in {**known, **options}.items()}
+    size, arm, values = read_run_words(text, SIZES, ARMS, known)
     config = ARMS[arm](size, values)
-    config.name, config.seed = arm, int(values["seed"])
+    config.name, config.seed = arm, values["seed"]
     return config
 
 

@@ -14,6 +14,7 @@ except in the arms `tied_…`. Grids, lengths and rates of controls are our choi
 from ml_collections import ConfigDict
 
 from ntkrl.configs import base as defaults
+from ntkrl.configs.evidence.run_words import read_run_words
 from ntkrl.configs.pretrained import base
 
 SIZE = "smollm2"
@@ -63,21 +64,12 @@ def _plan():
 
 def _run(text):
     """Read `SIZE/ARM,key=value,…` with seed, root, steps, samples, model, part and rates."""
-    name, *pairs = text.split(",")
-    size, _, arm = name.partition("/")
-    known = {"seed": "1", "root": "runs/pretrained-study", "steps": STEPS, "samples": 16}
+    known = {"seed": 1, "root": "runs/pretrained-study", "steps": STEPS, "samples": 16}
     known |= {"model": "", "head": 3e-4, "body": 2e-5, "part": "test"}
-    options = dict(pair.split("=", 1) for pair in pairs)
-    wrong = sorted(set(options) - set(known))
-    if size != SIZE or arm not in ARMS or wrong:
-        raise ValueError(
-            f"{text}: expected {SIZE}/ARM,key=value,… with arms {', '.join(ARMS)} and keys "
-            f"{', '.join(known)}."
-        )
-    values = {key: type(known[key])(value) for key, value in {**known, **options}.items()}
+    _, arm, values = read_run_words(text, (SIZE,), ARMS, known)
     config = _rl(arm, values)
     ARMS[arm](config, values)
-    config.name, config.seed = arm, int(values["seed"])
+    config.name, config.seed = arm, values["seed"]
     return config
 
 
