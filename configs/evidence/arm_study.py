@@ -19,6 +19,7 @@ from ntkrl.study import (
     Results,
     grid_points,
     rank_points,
+    save_archive,
     started_commands,
     write_run_metrics,
 )
@@ -105,7 +106,7 @@ class ArmStudy:
         self.results = Results(self.root, settings.seeds)
 
     def write_page(self, command: str) -> Path:
-        """Write the page, the verdicts and every run's metrics."""
+        """Write the page, the verdicts, every run's metrics and the archive of small files."""
         settings = self.settings
         listed = verdicts(self.results, settings)
         text = json.dumps([verdict._asdict() for verdict in listed], indent=2)
@@ -119,6 +120,7 @@ class ArmStudy:
         ]
         metrics = page.metrics(settings.samples)
         write_run_metrics(self.root / "runs.jsonl", runs, page.MEASURES, metrics)
+        save_archive(self.root, self.root / "runs.tar.gz")
         return page.write_page(self.results, settings, listed, command)
 
     def tuning(self) -> Iterator[Job]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ntkrl import runtime, user_files
 from ntkrl.messages import printable
 from ntkrl.run_lock import DirectoryLock
+from ntkrl.study.archive import save_archive
 from ntkrl.study.jobs import Job, run_jobs, started_commands
 from ntkrl.study.overview import ArmGroup, figure_html, group_sections
 from ntkrl.study.results import (

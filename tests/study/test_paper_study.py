@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import tarfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -269,6 +270,28 @@ def test_a_page_of_what_is_there(tmp_path):
     assert [run["command"] for run in runs] == [None, None, None, command]
     assert runs[3]["eval/reward"] == [0.302, 0.502, 0.402]
     assert runs[3]["seconds"] == 12.0
+
+
+def test_the_page_of_an_archive(tmp_path):
+    """law: the archive of small files gives the same page, and none of models or checkpoints."""
+    paper = paper_study(tmp_path / "a", seeds=(1, 2))
+    for arm in ("rl", "cfrl"):
+        for seed in paper.settings.seeds:
+            place = fabricate(paper, "small", arm, seed)
+            for name in ("export", "checkpoints", "probes"):
+                (place / name).mkdir()
+                (place / name / "small.json").write_text("{}")
+    (place / "large.jsonl").write_text("x" * 2**19)
+    (tmp_path / "a" / "commands.txt").write_text(f"ntkrl train --config={FILE}:small/rl,seed=2\n")
+    paper.write_page("ntkrl study")
+    with tarfile.open(tmp_path / "a" / "runs.tar.gz") as archive:
+        names = archive.getnames()
+        archive.extractall(tmp_path / "b", filter="data")
+    assert "small/rl-1/probes/small.json" in names and "commands.txt" in names
+    assert not [name for name in names if "export" in name or "check" in name or "large" in name]
+    paper_study(tmp_path / "b", seeds=(1, 2)).write_page("ntkrl study")
+    for name in ("verdicts.md", "verdicts.json", "runs.jsonl", "runs.tar.gz", "index.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
 def test_hostile_texts(tmp_path):

@@ -1,0 +1,44 @@
+"""An archive of the small files of a study's runs, from which its page can be written again."""
+
+import gzip
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ntkrl import durable_files
+from ntkrl.study.jobs import COMMANDS_FILE
+
+LEFT_OUT = ("checkpoints", "export", "model", "rollouts", "logs", "report")
+"""Directories of which nothing is archived."""
+MOST_BYTES = 2**18
+"""Size of the largest file that is archived."""
+
+
+def save_archive(root: Path, path: Path) -> None:
+    """Write the metrics, probes and evaluations of a study's runs; equal files give equal bytes.
+
+    Args:
+      root: directory of the study.
+      path: of the archive, a gzipped tar file whose names are relative to `root`.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for file in _files(root):
+            entry = tarfile.TarInfo(file.relative_to(root).as_posix())
+            content = file.read_bytes()
+            entry.size, entry.mode = len(content), 0o644
+            archive.addfile(entry, io.BytesIO(content))
+    with durable_files.replacing(path) as file:
+        file.write(gzip.compress(buffer.getvalue(), mtime=0))
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for file in sorted(root.glob("**/*")):
+        parts = file.relative_to(root).parts
+        hidden = any(part.startswith(".") for part in parts)
+        made_by_page = len(parts) == 1 and file.name != COMMANDS_FILE
+        if made_by_page or hidden or set(parts) & set(LEFT_OUT) or file.is_symlink():
+            continue
+        if file.is_file() and file.stat().st_size <= MOST_BYTES:
+            yield file
