@@ -96,6 +96,26 @@ def linearize_update(
     )
 
 
+def with_realised_factors(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Return the optimizer with derivatives through the linear operations of its update alone.
+
+    Linear in gradients, state and params together; others, such as √v and the clip factor, are
+    constants at their realised values. Its values are unchanged.
+    """
+
+    def update(grads: Params, opt_state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        arguments = (grads, opt_state, params)
+        traced = trace(optimizer.update, *arguments)
+        leaves = jax.tree.leaves(arguments)
+        results, _ = _evaluate(traced, leaves, [True] * len(leaves))
+        structure = jax.tree.structure((grads, opt_state))
+        return jax.tree.unflatten(structure, results)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def _depend_on(traced: TracedFunction, slots: set[int]) -> list[bool]:
     """Flag the results that depend on some of the inputs."""
     for operation in traced.operations:

@@ -24,9 +24,9 @@ def save_archive(root: Path, path: Path) -> None:
     """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for file in _files(root):
-            entry = tarfile.TarInfo(file.relative_to(root).as_posix())
-            content = file.read_bytes()
+        for member in _files(root):
+            entry = tarfile.TarInfo(member.relative_to(root).as_posix())
+            content = member.read_bytes()
             entry.size, entry.mode = len(content), 0o644
             archive.addfile(entry, io.BytesIO(content))
     with durable_files.replacing(path) as file:
