@@ -54,8 +54,8 @@ def _plan():
     plan.arms = ConfigDict({SIZE: tuple(ARMS)})
     plan.grids = ConfigDict(
         {
-            "rl": {"body": (1e-5, 2e-5, 4e-5, 8e-5)},
-            "cfrl": {"head": (3e-4, 1e-3), "body": (2e-5, 4e-5)},
+            "rl": {"body": (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4)},
+            "cfrl": {"head": (1e-4, 3e-4), "body": (2e-5, 4e-5, 8e-5)},
         }
     )
     plan.step_rates = ConfigDict({"adam": (3e-6, 1e-5, 3e-5, 1e-4)})
