@@ -3,4 +3,4 @@
 from ntkrl.attribution.decomposition import COLUMNS, AttributionInputs, OptimizerStep, Terms
 from ntkrl.attribution.ledger import Account, Ledger, ledger_measures, split_kl
 from ntkrl.attribution.linear_maps import MEASURES
-from ntkrl.attribution.unrolled import Chain, Influence
+from ntkrl.attribution.unrolled import FACTORS, Chain, Influence

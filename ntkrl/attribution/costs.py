@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ntkrl import ntk, trees
-from ntkrl.attribution import decomposition, linear_maps
+from ntkrl.attribution import decomposition, linear_maps, optimizer_maps
 from ntkrl.attribution.decomposition import AttributionInputs, AttributionSpec, OptimizerStep
 from ntkrl.jaxpr import flops, trace, value_counts
 from ntkrl.numerics import GIB
@@ -131,7 +131,7 @@ def _counts(spec: AttributionSpec, inputs: AttributionInputs, has_body: bool) ->
         return decomposition.term_gradients(spec, sample, batch)[0]
 
     def change(grads: Params, state: Any, params: Params) -> Params:
-        update = linear_maps.linearize_update(spec.optimizer, grads, state, params)
+        update = optimizer_maps.linearize_update(spec.optimizer, grads, state, params)
         return update.from_gradient(grads)
 
     batch, tokens, mask = row(step.batch), row(sequences.tokens), row(sequences.mask)

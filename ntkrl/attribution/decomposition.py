@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from ntkrl import ntk, trees
-from ntkrl.attribution import linear_maps
+from ntkrl.attribution import linear_maps, optimizer_maps
 from ntkrl.attribution.linear_maps import ParameterGroups, TokenCotangents
 from ntkrl.numerics import at_least_float32, scan_microbatches, split_rows
 from ntkrl.probe import GradientNoise, noise_from_squares
@@ -163,7 +163,7 @@ class _LinearizedStep:
         before = inputs.step.before
         self.trained, self.frozen = trees.partition(before.params, spec.trained)
         self.gradients_T, self.counts_T = self._batch_gradients()
-        self.update = linear_maps.linearize_update(
+        self.update = optimizer_maps.linearize_update(
             spec.optimizer,
             jax.tree.map(_sum_terms, self.gradients_T),
             before.opt_state,

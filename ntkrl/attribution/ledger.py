@@ -2,7 +2,7 @@
 
 With every factor of the optimizer at its realised value, the change θ → θ' of a step is a sum over
 training samples, terms of the loss, momentum, weight decay and a remainder of the optimizer (see
-ntkrl.attribution.linear_maps). At the probe tokens,
+ntkrl.attribution.optimizer_maps). At the probe tokens,
 
     Δ log π(o) = Σ_i Σ_terms + momentum + decay + optimizer + curvature
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from ntkrl import ntk, trees
-from ntkrl.attribution import linear_maps
+from ntkrl.attribution import linear_maps, optimizer_maps
 from ntkrl.attribution.decomposition import Terms
 from ntkrl.types import Array, Params, Policy, TrainState
 
@@ -107,7 +107,7 @@ def _influence(
     spec: Influence, chain: Chain, later: Any, probes: tuple[ntk.Contexts, Array]
 ) -> Array:
     """Return ∂m(θ_n)/∂w_i `[B, 2, O]`."""
-    steps = _Steps(spec, chain)
+    steps = _ChainSteps(spec, chain)
     (batch,) = chain.batches
     rows = jax.tree.leaves(batch)[0].shape[0]
     counts = steps.counts(steps.trained, batch)
@@ -128,19 +128,21 @@ def _influence(
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _retrain(spec: Influence, chain: Chain, later: Any, weights: Array) -> Params:
-    steps = _Steps(dataclasses.replace(spec, factors="exact"), chain)
+    steps = _ChainSteps(dataclasses.replace(spec, factors="exact"), chain)
     return steps.run(steps.gradient(steps.trained, chain.batches[0], weights), later)
 
 
-class _Steps:
+class _ChainSteps:
     """The optimizer steps of a chain, as functions of trained leaves."""
 
     def __init__(self, spec: Influence, chain: Chain):
         self.spec, self.chain, self.network = spec, chain, ntk.as_network(spec.policy)
         self.trained, self.frozen = trees.partition(chain.before.params, spec.trained)
-        self.optimizer = spec.optimizer
-        if spec.factors == "realised":
-            self.optimizer = linear_maps.with_realised_factors(spec.optimizer)
+        convert = {
+            "realised": optimizer_maps.with_realised_factors,
+            "exact": optimizer_maps.with_finite_roots,
+        }
+        self.optimizer = convert[spec.factors](spec.optimizer)
 
     def counts(self, trained: Params, batch: Any) -> dict[str, Array]:
         """Return the divisors of the terms of a batch."""

@@ -23,7 +23,7 @@ def save_archive(root: Path, path: Path) -> None:
       path: of the archive, a gzipped tar file whose names are relative to `root`.
     """
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.TarFile(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for member in _files(root):
             entry = tarfile.TarInfo(member.relative_to(root).as_posix())
             content = member.read_bytes()

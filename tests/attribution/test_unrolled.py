@@ -95,6 +95,19 @@ def test_realised_factors():
         assert np.allclose(realised, exact, rtol=1e-9, atol=0) == same
 
 
+@pytest.mark.parametrize("factors", attribution.FACTORS)
+def test_tokens_that_never_occur(factors):
+    """law: second moments of 0 give finite numbers."""
+    case = Case("untied", steps=1, max_grad_norm=None)
+    # embeddings of the upper half of the vocabulary have no gradient in any step
+    steps = chain(case, later=1)
+    low = [b.replace(tokens=b.tokens % (case.policy.vocab_size // 2)) for b in steps.batches]
+    opt_state = case.bound_stage.optimizer.init(case.before.params)
+    steps = attribution.Chain(case.before.replace(opt_state=opt_state), tuple(low))
+    result = influence(case, factors=factors).read(steps, case.prober.contexts, case.prober.targets)
+    assert np.isfinite(result).all() and np.abs(result).max() > 0
+
+
 def test_mistakes():
     """by hand: unknown factors, a chunk of none, batches of different shapes."""
     case = Case("toy", steps=1)

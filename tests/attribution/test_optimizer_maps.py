@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ntkrl.attribution.linear_maps import linearize_update
+from ntkrl.attribution.optimizer_maps import linearize_update
 from tests.update.test_optimizers import draw, gradient, program_of
 
 CASES = {
