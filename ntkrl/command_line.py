@@ -178,6 +178,20 @@ COMMANDS = {
         ),
         words=("RUN", "run directories"),
     ),
+    "explain": Command(
+        "say which samples, parameters and tokens changed what in an optimizer step, by its ledger",
+        ("RUN [--step=N] [--measure=NAME] [--prompt=TEXT|N] [--completion=N [--token=N]] ...",),
+        "ntkrl explain runs/rl --step=150 --measure=entropy",
+        (
+            Option("step", "optimizer step with a ledger (the last)", "N"),
+            Option("measure", "entropy or log_prob (entropy)", "NAME"),
+            Option("prompt", "probe prompt: a part of its text, or its number (most changed)", "N"),
+            Option("completion", "number of a probe completion (all of the prompt)", "N"),
+            Option("token", "number of a token of the completion (all)", "N"),
+            Option("top", "samples and tokens listed (5)", "N"),
+        ),
+        words=("RUN", "run directory"),
+    ),
     "export": Command(
         "write a checkpoint of a run as a Hugging Face directory; upload it if asked to",
         ("RUN OUT [--step=N|best] [--push=ORG/NAME [--public]]",),

@@ -240,6 +240,27 @@ def _report(words: Words) -> None:
     print(f"\nreport: {page}")
 
 
+def _explain(words: Words) -> None:
+    from ntkrl import report
+
+    options = words.options
+    if len(words.others) != 1:
+        raise ValueError("explain needs one run directory, for example runs/rl.")
+    for name in ("step", "completion", "token", "top"):
+        if name in options and not options[name].isdigit():
+            raise ValueError(f"--{name}={options[name]} must be a whole number.")
+    numbers = {name: int(value) for name, value in options.items() if value.isdigit()}
+    place = report.Place(
+        numbers["prompt"] if "prompt" in numbers else options.get("prompt"),
+        numbers.get("completion"),
+        numbers.get("token"),
+    )
+    step, top = numbers.get("step"), numbers.get("top", 5)
+    measure = options.get("measure", "entropy")
+    explanation = report.explain(report.read_run(words.others[0]), step, measure, place, top)
+    print(printable(str(explanation)))
+
+
 def _export(words: Words) -> None:
     from ntkrl.evaluation import commands, push
 
@@ -293,6 +314,7 @@ RUNNERS: dict[str, Callable[[Words], int | None]] = {
     "study": _study,
     "kernel": _kernel,
     "report": _report,
+    "explain": _explain,
     "export": _export,
     "presets": _presets,
     "settings": _settings,

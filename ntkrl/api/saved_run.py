@@ -15,7 +15,7 @@ from ntkrl.api import functions, overrides, rows
 from ntkrl.api.call import name_rows
 from ntkrl.evaluation import commands
 from ntkrl.messages import path_text
-from ntkrl.report import StepLedger
+from ntkrl.report import Explanation, StepLedger
 from ntkrl.setup import NO_INPUTS, Inputs
 from ntkrl.types import Params, Policy, Scorer
 
@@ -97,16 +97,37 @@ class TrainingRun:
         Raises:
           ValueError: there is none.
         """
-        record = report.read_run(self.directory)
-        if step in record.ledgers:
-            return record.ledgers[step]
-        steps = ", ".join(map(str, record.ledgers))
-        others = f"; ledgers are of steps {steps}" if steps else " or of any other"
-        notes = "".join(f" {note}." for note in record.notes if note.startswith("ledger/"))
-        raise ValueError(
-            f"{self.directory} has no ledger of step {step}{others}. probe.ledger_every_steps sets "
-            f"the rollout steps that get one.{notes}"
-        )
+        return report.find_ledger(report.read_run(self.directory), step)
+
+    def explain(
+        self,
+        step: int | None = None,
+        measure: str = "entropy",
+        *,
+        prompt: int | str | None = None,
+        completion: int | None = None,
+        token: int | None = None,
+        top: int = 5,
+    ) -> Explanation:
+        """Explain the change of a quantity in an optimizer step: its parts, samples and places.
+
+        Args:
+          step: an optimizer step with a ledger; None for the last.
+          measure: "entropy" or "log_prob".
+          prompt: number of a probe prompt, or a part of its text; None for the one that changed
+            most.
+          completion: number of a probe completion, or None for all of the prompt.
+          token: number of one of its tokens, from 0, or None for all.
+          top: most samples and places listed.
+
+        Returns:
+          The explanation; `print` shows it.
+
+        Raises:
+          ValueError: no such ledger, measure, prompt, completion or token.
+        """
+        place = report.Place(prompt, completion, token)
+        return report.explain(report.read_run(self.directory), step, measure, place, top)
 
     def evaluate(
         self,

@@ -8,6 +8,7 @@ May import numpy, matplotlib, jinja2, the loggers' packages, the standard librar
 """
 
 from ntkrl.report.comparisons import comparison_table
+from ntkrl.report.explanation import Explanation, Place, explain, find_ledger
 from ntkrl.report.figures import FIGURES
 from ntkrl.report.kernel_figure import format_kernel, write_kernel
 from ntkrl.report.line_record import (

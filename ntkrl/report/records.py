@@ -6,6 +6,7 @@ were probed on different tokens (see `runs.comparable`).
 """
 
 import dataclasses
+import functools
 import re
 import zipfile
 from collections.abc import Iterator
@@ -89,8 +90,8 @@ class StepLedger:
     parts: measure → part → `[O]` nats: "policy R", "policy G" (likewise each term of the loss),
         "momentum", "decay", "optimizer", "curvature"; they add up to `actual`.
     actual: measure → `[O]` nats.
-    influence: `[O, B]` nats, Δ log π by sample over all terms; None unless `by` is "sample".
-    head_influence: its part through the classifier, R.
+    groups: measure → group of parameters → `[O]` nats, all terms: "head" for R, others make up G.
+    by_sample: measure → "R" or "G" → `[O, B]` nats, all terms; empty unless `by` is "sample".
     """
 
     step: int
@@ -100,8 +101,20 @@ class StepLedger:
     samples: tuple[LedgerSample, ...]
     parts: dict[str, dict[str, np.ndarray]]
     actual: dict[str, np.ndarray]
-    influence: np.ndarray | None
-    head_influence: np.ndarray | None
+    groups: dict[str, dict[str, np.ndarray]]
+    by_sample: dict[str, dict[str, np.ndarray]]
+
+    @functools.cached_property
+    def influence(self) -> np.ndarray | None:
+        """Δ log π by sample `[O, B]` (nats); None unless `by` is "sample"."""
+        if not self.by_sample:
+            return None
+        return self.by_sample["log_prob"]["R"] + self.by_sample["log_prob"]["G"]
+
+    @property
+    def head_influence(self) -> np.ndarray | None:
+        """The part of `influence` through the classifier, R."""
+        return self.by_sample["log_prob"]["R"] if self.by_sample else None
 
     def __repr__(self) -> str:
         count, kept = len(self.texts.completions), "apart" if self.by == "sample" else "together"
@@ -282,15 +295,19 @@ def _read_ledger(step: int, path: Path, texts: ProbeTexts | None) -> StepLedger:
             raise ValueError(
                 f"{name} has {measure} parts that do not add up to the change; left out"
             )
-    terms = sorted(key for key in arrays if key.startswith("log_prob/") and _is_term(key))
-    influence, head_influence = None, None
+    terms = {measure: _terms_by_group(arrays, measure) for measure in MEASURES}
+    by_sample = {}
     if by == "sample":
         zeros = np.zeros((texts.size, len(samples)))
-        influence, head_influence = (
-            np.sum([zeros, *(arrays[key] for key in terms if key.endswith(end))], 0)
-            for end in ("", "/head")
-        )
-    return StepLedger(step, by, stage, texts, samples, parts, actual, influence, head_influence)
+        for measure, named in terms.items():
+            body = [values for group, values in named.items() if group != "head"]
+            head = [named["head"]] if "head" in named else []
+            by_sample[measure] = {"R": np.sum([zeros, *head], 0), "G": np.sum([zeros, *body], 0)}
+    groups = {
+        measure: {group: v.sum(axis=1) if v.ndim == 2 else v for group, v in named.items()}
+        for measure, named in terms.items()
+    }
+    return StepLedger(step, by, stage, texts, samples, parts, actual, groups, by_sample)
 
 
 def _ledger_problem(
@@ -309,6 +326,15 @@ def _ledger_problem(
     if by == "sample" and not any(_is_term(key) for key in arrays):
         return "has no terms"
     return None
+
+
+def _terms_by_group(arrays: dict[str, np.ndarray], measure: str) -> dict[str, np.ndarray]:
+    """Sum the terms of the loss, by group of parameters."""
+    totals: dict[str, np.ndarray] = {}
+    for key in sorted(key for key in arrays if key.startswith(f"{measure}/") and _is_term(key)):
+        group = key.split("/", 2)[2]
+        totals[group] = totals.get(group, 0.0) + arrays[key].astype(float)
+    return totals
 
 
 def _is_term(key: str) -> bool:

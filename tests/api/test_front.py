@@ -98,8 +98,12 @@ def test_a_run(first):
     assert "finished after step 3" in repr(first) and "eval/reward" in repr(first)
     ledger = first.ledger(2)
     assert ledger.influence.shape == (len(ledger.actual["log_prob"]), 8)
-    with pytest.raises(ValueError, match="no ledger of step 1; ledgers are of steps 2. probe.led"):
-        first.ledger(1)
+    made = first.explain(2, "log_prob", completion=0)
+    assert sum(part.change for part in made.parts) == pytest.approx(made.change, abs=1e-5)
+    assert len(made.samples) == 5 and str(made) in str(first.explain(2, "log_prob", completion=0))
+    for call in (first.ledger, first.explain):
+        with pytest.raises(ValueError, match="no ledger of step 1; ledgers are of steps 2. probe."):
+            call(1)
     again = ntkrl.open_run("runs/base")
     assert repr(again) == repr(first)
     assert (first.export("out") / "model.safetensors").is_file()
