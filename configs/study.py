@@ -2,9 +2,10 @@
 
 Command:
     ntkrl study --config=study
+    ntkrl study --config=study:gpu
 One of its runs alone (the study prints and stores all of these commands):
     ntkrl train --config=study:small/cfrl,seed=1,head=1e-3,body=3e-4
-Hardware: two CPU cores.
+Hardware: two CPU cores; with `:gpu`, which has four sizes and more seeds, one GPU.
 
 Two tasks. "Expressions" (built in): the reward checks if a completion evaluates to its target. Of
 the 30 training targets, 6 are set aside for choosing learning rates; the 10 test targets are never
@@ -24,17 +25,22 @@ from ntkrl.configs.evidence.run_words import read_run_words
 from ntkrl.configs.quickstart import base as quickstart_base
 from ntkrl.configs.quickstart import rl as quickstart_rl
 
-SIZES = {  # hidden size, layers: 0.33, 1.8 and 6.4 million parameters
+SIZES = {  # hidden size, layers: 0.33, 1.8, 6.4 and 11 million parameters
     "small": (96, 3),
     "medium": (192, 4),
     "large": (320, 5),
+    "larger": (384, 6),
 }
 STEPS, BASE_STEPS = 200, 1800
+GPU = {"run_dir": "runs/study-gpu", "jobs": 1, "seeds": tuple(range(1, 11))}
+"""Settings of the variant for a GPU, beside its sizes."""
 
 
-def get_config(run=None):
-    """Return the plan of the study, or the config of one run of it."""
-    return _plan() if run is None else _run(run)
+def get_config(variant=None):
+    """Return the plan of the study, of its variant "gpu", or the config of one run of it."""
+    if variant in (None, "gpu"):
+        return _plan({} if variant is None else GPU)
+    return _run(variant)
 
 
 def get_study(config, file):
@@ -43,10 +49,11 @@ def get_study(config, file):
     from ntkrl.configs.evidence.arm_study import StudySettings
     from ntkrl.configs.evidence.paper_study import PaperStudy
 
-    return PaperStudy(runtime.parse_section(StudySettings, config, "study"), file)
+    settings = runtime.parse_section(StudySettings, config, "study")
+    return PaperStudy(settings, file.removesuffix(":gpu"))
 
 
-def _plan():
+def _plan(changes):
     plan = ConfigDict(
         {
             "run_dir": "runs/study",
@@ -59,14 +66,15 @@ def _plan():
             "control_seeds": placeholder(int),
             "samples": 64,  # of a test prompt; an evaluation draws them twice
             "tuned": "small",  # where rates are chosen
-            "scales": {"small": 1.0, "medium": 0.5},  # factor on them, inverse to the width
+            # factor on them, inverse to the width
+            "scales": {size: SIZES["small"][0] / width for size, (width, _) in SIZES.items()},
         }
     )
-    # arms of each size
+    larger = [size for size in SIZES if size != "small"] if changes else ["medium"]
     plan.arms = ConfigDict(
         {
             "small": tuple(name for name in ARMS if name not in PREPARED),
-            "medium": ("rl", "cfrl"),
+            **dict.fromkeys(larger, ("rl", "cfrl")),
         }
     )
     # rates by grid: equally many points for both
@@ -78,6 +86,7 @@ def _plan():
     )
     rates = (0.003, 0.01, 0.03, 0.1)
     plan.step_rates = ConfigDict({"sgd": rates, "sgd_head": rates})
+    plan.update(changes)
     return plan
 
 

@@ -3,7 +3,8 @@
 Commands (the first fetches the model):
     bash launch/pretrained.sh
     ntkrl study --config=pretrained/study
-Hardware: two CPU cores.
+    ntkrl study --config=pretrained/study:gpu
+Hardware: two CPU cores; with `:gpu`, which has more steps and seeds, one GPU.
 
 As `configs/study.py`, with one starting model for all seeds, which differ in prompts and samples.
 Of the training categories every fourth chooses rates; the test categories are used for no choice.
@@ -19,11 +20,21 @@ from ntkrl.configs.pretrained import base
 
 SIZE = "smollm2"
 STEPS = 20
+GPU = {
+    "run_dir": "runs/pretrained-study-gpu",
+    "jobs": 1,
+    "seeds": tuple(range(1, 11)),
+    "control_seeds": 6,
+    "steps": 100,
+}
+"""Settings of the variant for a GPU."""
 
 
-def get_config(run=None):
-    """Return the plan of the study, or the config of one run of it."""
-    return _plan() if run is None else _run(run)
+def get_config(variant=None):
+    """Return the plan of the study, of its variant "gpu", or the config of one run of it."""
+    if variant in (None, "gpu"):
+        return _plan({} if variant is None else GPU)
+    return _run(variant)
 
 
 def get_study(config, file):
@@ -32,10 +43,11 @@ def get_study(config, file):
     from ntkrl.configs.evidence.arm_study import StudySettings
     from ntkrl.configs.evidence.pretrained_study import PretrainedStudy
 
-    return PretrainedStudy(runtime.parse_section(StudySettings, config, "study"), file)
+    settings = runtime.parse_section(StudySettings, config, "study")
+    return PretrainedStudy(settings, file.removesuffix(":gpu"))
 
 
-def _plan():
+def _plan(changes):
     plan = ConfigDict(
         {
             "run_dir": "runs/pretrained-study",
@@ -59,6 +71,7 @@ def _plan():
         }
     )
     plan.step_rates = ConfigDict({"adam": (3e-6, 1e-5, 3e-5, 1e-4)})
+    plan.update(changes)
     return plan
 
 

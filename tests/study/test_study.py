@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from ntkrl import main
+from ntkrl import main, runtime, study
 from ntkrl.study import Job
 from ntkrl.study.jobs import environment, run_jobs
 from tests.report.conftest import write_run
@@ -90,3 +90,17 @@ def test_a_config_file_offers_its_study(tmp_path, capsys):
     file.write_text(STUDY.replace("get_study", "get_nothing"))
     assert main.main(words) == 2
     assert "is not the config of a study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["study", "pretrained/study"])
+def test_the_variant_for_a_gpu(name):
+    """law: more seeds, another directory, and commands that read the same config file."""
+    plain, gpu = (
+        study.load_study(runtime.read_config([f"--config={file}"]), file)
+        for file in (name, f"{name}:gpu")
+    )
+    assert len(gpu.settings.seeds) > len(plain.settings.seeds) and gpu.settings.jobs == 1
+    assert gpu.root != plain.root and set(gpu.settings.sizes) >= set(plain.settings.sizes)
+    for size in gpu.settings.sizes:
+        config = runtime.read_config(list(gpu.train(size, "cfrl", 7).words[1:]))
+        assert config.run_dir.startswith(str(gpu.root)) and config.seed == 7
