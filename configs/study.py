@@ -50,7 +50,7 @@ def get_study(config, file):
     from ntkrl.configs.evidence.paper_study import PaperStudy
 
     settings = runtime.parse_section(StudySettings, config, "study")
-    return PaperStudy(settings, file.removesuffix(":gpu"))
+    return PaperStudy(settings, file)
 
 
 def _plan(changes):

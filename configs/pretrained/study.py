@@ -44,7 +44,7 @@ def get_study(config, file):
     from ntkrl.configs.evidence.pretrained_study import PretrainedStudy
 
     settings = runtime.parse_section(StudySettings, config, "study")
-    return PretrainedStudy(settings, file.removesuffix(":gpu"))
+    return PretrainedStudy(settings, file)
 
 
 def _plan(changes):

@@ -82,6 +82,7 @@ def load_study(config: ConfigDict, file: str) -> Study:
     Raises:
       ValueError: it defines none, or the config is refused.
     """
+    file = file.partition(":")[0]  # its variant is in the config
     module = user_files.execute(runtime.find_config(file))
     if not hasattr(module, "get_study"):
         raise ValueError(
