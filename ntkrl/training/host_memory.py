@@ -59,7 +59,7 @@ class RolloutMemory:
 def check_host(
     setup: RunSetup, run: AbstractRun, update_peak: Callable[[RunSetup, int], float | None]
 ) -> None:
-    """Refuse a run whose rollouts do not fit the host's memory.
+    """Refuse a run whose rollouts or evaluations do not fit the host's memory.
 
     Args:
       setup: the run, with prompts. run: the same, by shapes.
@@ -69,6 +69,8 @@ def check_host(
       ValueError: they do not fit; the message has the figures and the largest group that fits.
     """
     settings, limit = setup.settings, host_memory()
+    if settings.evaluates and setup.held_out is not None:
+        check_evaluation(setup, limit)
     width = bucket_length(max(map(len, setup.train.encoded)), settings.data.max_prompt_tokens)
     memory = rollout_memory(run, width)
     prompts, group = settings.data.prompts_per_step, settings.rollout.completions_per_prompt
@@ -100,11 +102,38 @@ def check_host(
     )
 
 
+def check_evaluation(setup: RunSetup, limit: float) -> None:
+    """Refuse an evaluation whose samples do not fit a limit of memory (bytes).
+
+    Raises:
+      ValueError: they do not fit; the message has the figures and the most samples that fit.
+    """
+    settings, prompts = setup.settings, setup.held_out_prompts
+    evaluation, budget = settings.evaluation, settings.rollout.max_completion_tokens
+    count = min(evaluation.prompts, prompts.size)
+    width = bucket_length(max(map(len, prompts.encoded)), settings.data.max_prompt_tokens)
+    row = token_bytes(width, budget)
+    needed = count * evaluation.samples_per_prompt * row
+    if needed > limit:
+        most = int(limit / (count * row))
+        raise ValueError(
+            f"an evaluation does not fit this host's memory: {count} held-out prompts × "
+            f"{evaluation.samples_per_prompt} samples of up to {budget} tokens need at least "
+            f"{needed / GIB:.1f} of {limit / GIB:.1f} GiB; eval.samples_per_prompt={most} is the "
+            "most that fits."
+        )
+
+
+def token_bytes(width: int, budget: int) -> int:
+    """Return the bytes on the host of a row of `width` prompt and `budget` completion tokens."""
+    any_token, completion_token = HOST_BYTES
+    return any_token * (width + budget) + completion_token * budget
+
+
 def rollout_memory(run: AbstractRun, width: int) -> RolloutMemory:
     """Return the memory of a run's rollouts whose longest prompts have `width` tokens."""
     settings, policy, budget = run.settings, run.model.policy, run.budget
-    any_token, completion_token = HOST_BYTES
-    arrays = any_token * (width + budget) + completion_token * budget
+    arrays = token_bytes(width, budget)
     if jax.local_devices()[0].platform != "cpu":
         return RolloutMemory(0.0, arrays, arrays)
     devices, rows = len(run.mesh.local_devices), 64 * run.mesh.size

@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from ntkrl import runtime
+from ntkrl import data, runtime
 from ntkrl.settings import read_settings
 from ntkrl.setup import Prompts, RunSetup, set_up
 from ntkrl.training import device_bytes, device_memory, host_memory
@@ -99,3 +99,16 @@ def test_rollouts_that_do_not_fit_the_host_are_refused(settings, monkeypatch):  
     host_memory.check_host(setup, run, lambda setup, count: memory.fixed)
     with pytest.raises(ValueError, match="does not fit this host's memory: 80 prompts × 8"):
         host_memory.check_host(setup, run, lambda setup, count: 2 * memory.needed(640))
+
+
+def test_evaluations_that_do_not_fit_the_host_are_refused(settings):  # noqa: F811
+    """by hand: two prompts × 3 samples of a row's bytes each, with memory for 5 of the 6."""
+    words = ["--config.eval.samples_per_prompt=3", "--config.data.max_prompt_tokens=8"]
+    run = run_of(settings("rl", *words), 1)
+    texts = data.PromptSet(("a b c", "d"), {}, "made")
+    held_out = Prompts(texts, [[1, 2, 3], [1]], [], (2,))
+    setup = RunSetup(run.settings, run.model, held_out, held_out, None, None)
+    row = host_memory.token_bytes(8, run.budget)
+    host_memory.check_evaluation(setup, 6.0 * row)
+    with pytest.raises(ValueError, match=r"2 held-out prompts × 3 .*eval.samples_per_prompt=2 is"):
+        host_memory.check_evaluation(setup, 5.0 * row)
