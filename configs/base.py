@@ -188,6 +188,8 @@ def get_config():
     config.objective.group_filter = placeholder(str)  # equal rewards: "off", "drop", "resample"
     # of the advantages to learn from: "both", "positive", "negative"
     config.objective.signs = placeholder(str)
+    # nats that the entropy may fall in a step by prediction; weights of samples keep to it
+    config.objective.entropy_budget = placeholder(float)
 
     config.schedule = ConfigDict()
     config.schedule.minibatches = 1  # equal parts of a rollout, one optimizer step each

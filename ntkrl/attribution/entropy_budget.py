@@ -1,13 +1,13 @@
 """Weights on the samples of a step that keep the predicted change of entropy above a budget.
 
-With h_i the first-order change of the mean entropy of some tokens by sample i, and h_0 that by
-momentum and decay, the change by a step whose samples have weights w_i is h_0 + Σ_i w_i h_i. The
-weights are the nearest to one that keep it above −ε:
+With h_i the first-order change of the mean entropy of some tokens by the policy gradient of sample
+i, and h_0 that by other terms of the loss, momentum and decay, the change by a step whose samples
+have weights w_i is h_0 + Σ_i w_i h_i. The weights are the nearest to one that keep it above −ε:
 
-    min ½ Σ_i (w_i − 1)²   subject to   h_0 + Σ_i w_i h_i ≥ −ε   and   w_i ≥ 0.
+    min ½ Σ_i (w_i − 1)²   subject to   h_0 + Σ_i w_i h_i ≥ −ε   and   0 ≤ w_i ≤ 2.
 
-Its solution is w_i = max(0, 1 + λ h_i), with the smallest λ ≥ 0 that meets the budget: the change
-is linear in λ between the values −1/h_i at which a sample's weight becomes zero.
+The solution is 1 + λ h_i, clipped to [0, 2], with the smallest λ ≥ 0 that meets the budget: the
+change is linear in λ between the values 1/|h_i| at which a sample's weight reaches a bound.
 
 `EntropyShares` computes all h_i exactly, for the tokens of the batch itself, without a ledger. With
 P the realised linear map of the optimizer (see optimizer_maps) and g_i the gradient of sample i,
@@ -35,9 +35,9 @@ Entropy = Callable[[Params, Any], Array]
 class BudgetWeights(NamedTuple):
     """Weights of a step's samples.
 
-    weights: `[B]` ≥ 0; of the least fall of entropy where no weights meet the budget.
+    weights: `[B]` in [0, 2]; those of the least fall of entropy where no weights meet the budget.
     change: predicted change of the mean entropy with them (nats).
-    least: the smallest ε that some weights meet (nats); −∞ where any is met.
+    least: the smallest ε that weights in [0, 2] meet (nats).
     """
 
     weights: Array
@@ -51,37 +51,35 @@ def budget_weights(shares: Array, rest: Array, budget: Array) -> BudgetWeights:
 
     Args:
       shares: `[B]` h_i, of each sample at weight one (nats).
-      rest: h_0, of momentum and decay (nats).
+      rest: h_0, of all else (nats).
       budget: ε ≥ 0 (nats).
     """
-    missing = -budget - rest
-    vanish_B = jnp.where(shares < 0, -1 / jnp.where(shares < 0, shares, -1), jnp.inf)
-    order_B = jnp.argsort(vanish_B)
-    falling_B = jnp.where(jnp.isfinite(vanish_B), shares, 0)[order_B]
-    # sums over the samples that are left before the k-th one vanishes
-    left_B = jnp.sum(shares) - jnp.cumsum(falling_B) + falling_B
-    squares_B = jnp.sum(shares**2) - jnp.cumsum(falling_B**2) + falling_B**2
-    lambdas_B = (missing - left_B) / jnp.where(squares_B > 0, squares_B, 1)
-    ends_B = vanish_B[order_B]
-    reached_B = (squares_B > 0) & (lambdas_B <= ends_B)
-    # after the last has vanished: those that rise
-    risers = jnp.sum(jnp.where(shares > 0, shares, 0))
-    rising = jnp.sum(jnp.where(shares > 0, shares**2, 0))
-    last = (missing - risers) / jnp.where(rising > 0, rising, 1)
-    chosen = jnp.where(jnp.any(reached_B), lambdas_B[jnp.argmax(reached_B)], last)
-    scaled_B = jnp.maximum(1 + jnp.maximum(chosen, 0) * shares, 0)
-    feasible = (rising > 0) | (missing <= 0)
-    weights_B = jnp.where(feasible, scaled_B, jnp.where(shares < 0, 0.0, 1.0))
+    sizes_B = jnp.abs(shares)
+    order_B = jnp.argsort(-sizes_B)  # in which samples reach their bounds
+    sorted_B, ends_B = shares[order_B], 1 / sizes_B[order_B]
+    bounds_B = jnp.maximum(2 * sorted_B, 0)  # their changes there
+    # the change is fixed + λ slope until the k-th sample reaches its bound
+    fixed_B = rest + jnp.cumsum(bounds_B) - bounds_B + _sum_from(sorted_B)
+    slopes_B = _sum_from(sorted_B**2)
+    lambdas_B = (-budget - fixed_B) / jnp.where(slopes_B > 0, slopes_B, 1)
+    meets_B = (slopes_B > 0) & (lambdas_B <= ends_B)
+    rate = jnp.maximum(lambdas_B[jnp.argmax(meets_B)], 0)
+    bound_B = jnp.where(shares > 0, 2.0, jnp.where(shares < 0, 0.0, 1.0))
+    weights_B = jnp.where(jnp.any(meets_B), jnp.clip(1 + rate * shares, 0, 2), bound_B)
     weights_B = jnp.where(rest + jnp.sum(shares) >= -budget, 1.0, weights_B)
-    change = rest + jnp.sum(weights_B * shares)
-    return BudgetWeights(weights_B, change, jnp.where(rising > 0, -jnp.inf, -rest))
+    return BudgetWeights(weights_B, rest + weights_B @ shares, -rest - jnp.sum(bounds_B))
+
+
+def _sum_from(values_B: Array) -> Array:
+    """Return the sums from each entry to the last."""
+    return jnp.cumsum(values_B[::-1])[::-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class EntropyShares:
     """The change of the entropy of a batch's tokens by its samples, bound to a stage.
 
-    terms, optimizer, trained: as in Ledger.
+    terms, optimizer, trained: as in Ledger; weights are of the term "policy".
     entropy: of the batch's tokens.
     """
 
@@ -91,7 +89,7 @@ class EntropyShares:
     trained: tuple[bool, ...]
 
     def read(self, before: TrainState, batch: Any, reference: Any = None) -> tuple[Array, Array]:
-        """Return h_i `[B]` of the samples, and h_0 of momentum and decay (nats).
+        """Return h_i `[B]` of the samples, and h_0 (nats).
 
         Args:
           before: params and optimizer state that the step begins with.
@@ -105,18 +103,20 @@ class EntropyShares:
 
         counts = {n: jnp.maximum(t.count, 1) for n, t in totals(trained, batch).items()}
 
-        def losses(trained: Params) -> Array:
-            def of_row(row: Any) -> Any:
+        def losses(trained: Params) -> tuple[Array, Array]:
+            def of_row(row: Any) -> tuple[Any, Any]:
                 alone = totals(trained, jax.tree.map(lambda leaf: leaf[None], row))
-                return sum(total.total / counts[name] for name, total in alone.items())
+                means = {name: total.total / counts[name] for name, total in alone.items()}
+                policy = means.pop("policy")
+                return policy, sum(means.values(), jnp.zeros_like(policy))
 
             return jax.vmap(of_row)(batch)
 
-        losses_B, pull = jax.vjp(losses, trained)
-        (grads,) = pull(jnp.ones_like(losses_B))
+        losses_2B, pull = jax.vjp(losses, trained)
+        (grads,) = pull(jax.tree.map(jnp.ones_like, losses_2B))
         update = optimizer_maps.linearize_update(self.optimizer, grads, before.opt_state, trained)
         rises = jax.grad(lambda t: self.entropy(trees.merge(t, frozen), batch))(trained)
         (direction,) = jax.linear_transpose(update.from_gradient, grads)(rises)
-        (shares_B,) = jax.linear_transpose(lambda weights: pull(weights)[0], losses_B)(direction)
+        ((policy_B, others_B),) = jax.linear_transpose(lambda w: pull(w)[0], losses_2B)(direction)
         rest = optax.tree.vdot(rises, optax.tree.add(update.momentum, update.decay))
-        return shares_B, rest
+        return policy_B, rest + jnp.sum(others_B)

@@ -21,6 +21,7 @@ from ntkrl.training.analysed_step import StepSnapshot
 from ntkrl.training.batch_sources import Batch, StepBatches, StepContext
 from ntkrl.training.probe_hook import ProbeHook
 from ntkrl.training.rollout_source import BATCH_SOURCES
+from ntkrl.training.sample_weights import SampleWeights
 from ntkrl.training.train_state import JittedStep, TrainStates
 from ntkrl.types import Array, Params, TrainState, UpdateBatch
 from ntkrl.update import is_due
@@ -93,11 +94,17 @@ class StepFunctions:
         self.update_reference = jax.jit(optax.incremental_update, donate_argnums=1)
         self.jitted_steps: dict[tuple[int, int, bool], JittedStep] = {}
         self.states = TrainStates(self.settings, self.model)
+        self.sample_weights: SampleWeights | None = None
         self.probe_hook: ProbeHook | None = None
         self.eval_sampler: SampleFn | None = None
         held_out, term_losses = setup.held_out is not None, self.source.term_losses
         if held_out and self.settings.evaluates and not self.settings.method.reward_model:
             self.eval_sampler = make_evaluation_sampler(self.settings, self.model)
+        if self.settings.method.samples and self.settings.objective.entropy_budget is not None:
+            assert term_losses is not None  # as of every run that samples
+            self.sample_weights = SampleWeights(
+                self.settings, self.model, term_losses, self.bound_stages
+            )
         if held_out and self.settings.probes and term_losses is not None:
             # the same seed for every run of a model, so that runs share one probe set
             key = _stream(0, PROBE_STREAM, 0)
@@ -170,6 +177,19 @@ class StepFunctions:
         """Count the tokens of a step's batches, and the prompts that the source has drawn."""
         tokens = int(sum(np.count_nonzero(batch.mask) for batch in data.batches))
         return dataclasses.replace(at, tokens=at.tokens + tokens, batches=self.source.position)
+
+    def weigh(
+        self, at: RunPosition, minibatch: Batch, reference: OutputHead | None
+    ) -> tuple[Batch, dict[str, Any]]:
+        """Weigh the samples of a minibatch by `objective.entropy_budget`, where that is set.
+
+        Returns:
+          The minibatch and the metrics of the weights.
+        """
+        if self.sample_weights is None:
+            return minibatch, {}
+        assert isinstance(minibatch, UpdateBatch)  # as of every run that samples
+        return self.sample_weights.weigh(at.state, minibatch, reference, at.progress.stage)
 
     def snapshot(
         self, at: RunPosition, minibatch: Batch, reference: OutputHead | None

@@ -74,6 +74,8 @@ class Objective:
       prompts to replace them.
     signs: signs of the advantages to learn from: "both", or only "positive" or "negative", the
       others being set to 0 (Zhu et al. 2506.01347).
+    entropy_budget: ε ≥ 0 (nats): each step's samples get the weights nearest to one with which the
+      predicted change of the entropy is above −ε (see attribution.entropy_budget); None for none.
     """
 
     advantage: str = "leave_one_out"
@@ -98,6 +100,7 @@ class Objective:
     overlong: str = "keep"
     group_filter: str = "off"
     signs: str = "both"
+    entropy_budget: float | None = None
 
     def __post_init__(self):
         problems = [
@@ -131,6 +134,10 @@ class Objective:
             (0 < low <= 1 and high > 0, f"clip_low in (0, 1] and clip_high > 0, not {low}, {high}"),
             (0 < share < 1, f"covariance_fraction in (0, 1), not {share}"),
             (first < last, f"covariance_range increasing, not {first}, {last}"),
+            (
+                self.entropy_budget is None or 0 <= self.entropy_budget < math.inf,
+                f"entropy_budget finite and ≥ 0, not {self.entropy_budget}",
+            ),
             (self.correction_cap > 0, f"correction_cap > 0, not {self.correction_cap}"),
             (
                 self.dual_clip is None or self.dual_clip > 1 + high,

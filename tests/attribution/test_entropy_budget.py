@@ -18,24 +18,26 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def test_by_hand():
-    """by hand: nothing to do; one sample is scaled; one vanishes and another grows."""
+    """by hand: nothing to do; one sample is scaled; one vanishes and another doubles."""
     shares = jnp.array([-0.3, 0.1])
     enough = budget_weights(shares, 0.0, 0.2)
     np.testing.assert_array_equal(enough.weights, [1, 1])
     assert enough.change == pytest.approx(-0.2)
-    # λ of −0.2 + λ 0.1 = −0.1 is 1
+    # −0.2 + 0.1 λ = −0.1 at λ = 1
     np.testing.assert_allclose(budget_weights(shares, 0.0, 0.1).weights, [0.7, 1.1])
-    # the first vanishes at λ = 10/3, where the change is 0.1 + 0.01 λ
-    gone = budget_weights(shares, -0.2, 0.0)
-    np.testing.assert_allclose(gone.weights, [0.0, 2.0])
-    assert gone.change == pytest.approx(0.0) and gone.least == -np.inf
+    # the first vanishes at λ = 10/3, where the change is −0.15 + 0.1 + 0.01 λ
+    gone = budget_weights(shares, -0.15, 0.0)
+    np.testing.assert_allclose(gone.weights, [0.0, 1.5])
+    assert gone.change == pytest.approx(0.0) and gone.least == pytest.approx(-0.05)
 
 
 def test_a_budget_that_cannot_be_met():
-    """by hand: without a sample that raises entropy the least is what momentum takes."""
-    result = budget_weights(jnp.array([-0.3, 0.0]), -0.05, 0.01)
-    np.testing.assert_array_equal(result.weights, [0, 1])
-    assert result.change == pytest.approx(-0.05) and result.least == pytest.approx(0.05)
+    """by hand: the bounds, and the least budget that they meet."""
+    result = budget_weights(jnp.array([-0.3, 0.0, 0.02]), -0.05, 0.001)
+    np.testing.assert_array_equal(result.weights, [0, 1, 2])
+    assert result.change == pytest.approx(-0.01) and result.least == pytest.approx(0.01)
+    none = budget_weights(jnp.zeros(3), -0.05, 0.01)
+    np.testing.assert_array_equal(none.weights, [1, 1, 1])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -45,12 +47,15 @@ def test_equals_a_solver(seed):
     shares, rest = rng.normal(-0.3, 1.0, 8), rng.normal()
     budget = abs(rng.normal()) * 0.5
     result = budget_weights(jnp.asarray(shares), rest, budget)
+    if budget < result.least:
+        np.testing.assert_array_equal(result.weights, np.where(shares > 0, 2, 0))
+        return
     constraint = {"type": "ineq", "fun": lambda w: rest + w @ shares + budget}
     solved = minimize(
         lambda w: 0.5 * np.sum((w - 1) ** 2),
         np.ones(8),
         jac=lambda w: w - 1,
-        bounds=[(0, None)] * 8,
+        bounds=[(0, 2)] * 8,
         constraints=[constraint],
         method="SLSQP",
         options={"ftol": 1e-12, "maxiter": 500},
@@ -72,10 +77,10 @@ def test_shares_are_the_ledgers(name):
     samples, others = 0.0, 0.0
     for key, values in arrays.items():
         measure, column, *group = key.split("/", 2)
-        if measure == "entropy" and values.ndim == 2:
+        if measure == "entropy" and column == "policy":
             samples = samples + values.mean(axis=0)
-        elif measure == "entropy" and column in ("momentum", "decay"):
-            others = others + values.mean()
+        elif measure == "entropy" and column in ("momentum", "decay", "kl", "bonus"):
+            others = others + np.sum(values) / len(rows)
 
     def entropy(params, batch):
         values = scoring.score(case.policy, params, batch.tokens, batch.mask, BUDGET).entropy
