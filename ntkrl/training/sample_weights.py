@@ -76,8 +76,8 @@ class SampleWeights:
             self.warned = True
             runtime.log(
                 f"no weights in [0, 2] meet objective.entropy_budget={self.budget:g} at this step; "
-                f"the least that they meet is {float(result.least):.3g} nats. Samples that lower the "
-                "entropy got weight 0, the others 2."
+                f"the least that they meet is {float(result.least):.3g} nats. Samples that lower "
+                "the entropy got weight 0, the others 2."
             )
         metrics = {
             "entropy_budget/change": result.change,
