@@ -90,12 +90,11 @@ def find_ledger(run: Run, step: int) -> StepLedger:
     """
     if step in run.ledgers:
         return run.ledgers[step]
-    steps = ", ".join(map(str, run.ledgers))
-    others = f"; ledgers are of steps {steps}" if steps else " or of any other"
+    problem = f"no ledger of step {step}; ledgers are of steps {', '.join(map(str, run.ledgers))}"
     notes = "".join(f" {note}." for note in run.notes if note.startswith("ledger/"))
     raise ValueError(
-        f"{run.path} has no ledger of step {step}{others}. probe.ledger_every_steps sets the "
-        f"rollout steps that get one.{notes}"
+        f"{run.path} has {problem if run.ledgers else 'no ledgers'}. probe.ledger_every_steps sets "
+        f"the rollout steps that get one.{notes}"
     )
 
 
@@ -128,7 +127,7 @@ def explain(
     tokens, words = _chosen(ledger, measure, place or Place())
     parts = [Cause(name, _sum(v, tokens)) for name, v in ledger.parts[measure].items()]
     groups = [Cause(name, _sum(v, tokens)) for name, v in ledger.groups[measure].items()]
-    if len(groups) == 1 + (groups[0].name == "head"):
+    if len([group for group in groups if group.name != "head"]) < 2:
         groups = []  # R and G themselves
     return Explanation(
         title=f"{run.name}, seed {run.seed}, optimizer step {ledger.step}, {words}",

@@ -115,4 +115,4 @@ def test_a_run_without_ledgers(run, capsys):
     for file in (run / "ledger").iterdir():
         file.unlink()
     assert main(["explain", str(run)]) == 2
-    assert "or of any other. probe.ledger_every_steps sets" in capsys.readouterr().err
+    assert "rl-0 has no ledgers. probe.ledger_every_steps sets" in capsys.readouterr().err
