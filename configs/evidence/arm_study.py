@@ -120,7 +120,8 @@ class ArmStudy:
         ]
         metrics = page.metrics(settings.samples)
         write_run_metrics(self.root / "runs.jsonl", runs, page.MEASURES, metrics)
-        save_archive(self.root, self.root / "runs.tar.gz")
+        # of the runs that choose rates, metrics are enough
+        save_archive(self.root, self.root / "runs.tar.gz", left_out=("*/tuning/*/probes/*",))
         return page.write_page(self.results, settings, listed, command)
 
     def tuning(self) -> Iterator[Job]:

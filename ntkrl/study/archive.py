@@ -1,9 +1,10 @@
 """An archive of the small files of a study's runs, from which its page can be written again."""
 
+import fnmatch
 import gzip
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ntkrl import durable_files
@@ -15,17 +16,21 @@ MOST_BYTES = 2**18
 """Size of the largest file that is archived."""
 
 
-def save_archive(root: Path, path: Path) -> None:
+def save_archive(root: Path, path: Path, left_out: Sequence[str] = ()) -> None:
     """Write the metrics, probes and evaluations of a study's runs; equal files give equal bytes.
 
     Args:
       root: directory of the study.
       path: of the archive, a gzipped tar file whose names are relative to `root`.
+      left_out: patterns of further names, such as "*/probes/*".
     """
     buffer = io.BytesIO()
     with tarfile.TarFile(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for member in _files(root):
-            entry = tarfile.TarInfo(member.relative_to(root).as_posix())
+            name = member.relative_to(root).as_posix()
+            if any(fnmatch.fnmatch(name, pattern) for pattern in left_out):
+                continue
+            entry = tarfile.TarInfo(name)
             content = member.read_bytes()
             entry.size, entry.mode = len(content), 0o644
             archive.addfile(entry, io.BytesIO(content))

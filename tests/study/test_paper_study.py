@@ -282,6 +282,10 @@ def test_the_page_of_an_archive(tmp_path):
                 (place / name).mkdir()
                 (place / name / "small.json").write_text("{}")
     (place / "large.jsonl").write_text("x" * 2**19)
+    tuning = paper.tuning_place("rl", {"body": 1e-4}, 101)
+    (tuning / "probes").mkdir(parents=True)
+    for name in ("finished", "probes/step.npz"):
+        (tuning / name).write_text("{}")
     (tmp_path / "a" / "commands.txt").write_text(f"ntkrl train --config={FILE}:small/rl,seed=2\n")
     paper.write_page("ntkrl study")
     with tarfile.open(tmp_path / "a" / "runs.tar.gz") as archive:
@@ -289,6 +293,8 @@ def test_the_page_of_an_archive(tmp_path):
         archive.extractall(tmp_path / "b", filter="data")
     assert "small/rl-1/probes/small.json" in names and "commands.txt" in names
     assert not [name for name in names if "export" in name or "check" in name or "large" in name]
+    chosen = [name.partition("101/")[2] for name in names if "tuning" in name]
+    assert chosen == ["finished"]
     paper_study(tmp_path / "b", seeds=(1, 2)).write_page("ntkrl study")
     for name in ("verdicts.md", "verdicts.json", "runs.jsonl", "runs.tar.gz", "index.html"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
