@@ -258,6 +258,11 @@ def _method_problems(config: ConfigDict, settings: RunSettings) -> Iterator[str]
             "data.packing is for given completions (method sft); set it to False for "
             f"{method.name}."
         )
+    if config.objective.entropy_budget is not None and not method.samples:
+        yield (
+            "objective.entropy_budget weighs the samples of RL; leave it out of method "
+            f"{method.name}."
+        )
     ruled = [s.name for s in stages if (s.plateau_window, s.kl_budget) != (None, None)]
     if ruled and not method.samples:
         yield (

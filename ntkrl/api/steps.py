@@ -129,20 +129,6 @@ class Steps:
         return at, data._replace(batches=[*data.batches] * epochs)
 
     @checked
-    def weigh(
-        self, at: training.RunPosition, batch: UpdateBatch, data: training.StepBatches
-    ) -> tuple[UpdateBatch, dict[str, float]]:
-        """Weigh the samples of a minibatch by `objective.entropy_budget`, before its snapshot.
-
-        Returns:
-          The minibatch, and metrics to add to those of its update; without a budget the same
-          minibatch and none.
-        """
-        weighed, metrics = self.functions.weigh(at, batch, data.reference)
-        assert isinstance(weighed, UpdateBatch)
-        return weighed, metrics
-
-    @checked
     def snapshot(
         self, at: training.RunPosition, batch: UpdateBatch, data: training.StepBatches
     ) -> training.StepSnapshot | None:

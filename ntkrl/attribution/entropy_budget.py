@@ -9,10 +9,11 @@ have weights w_i is h_0 + Σ_i w_i h_i. The weights are the nearest to one that 
 The solution is 1 + λ h_i, clipped to [0, 2], with the smallest λ ≥ 0 that meets the budget: the
 change is linear in λ between the values 1/|h_i| at which a sample's weight reaches a bound.
 
-`EntropyShares` computes all h_i exactly, for the tokens of the batch itself, without a ledger. With
-P the realised linear map of the optimizer (see optimizer_maps) and g_i the gradient of sample i,
-h_i = ⟨∇H, P g_i⟩ = ⟨Pᵀ∇H, g_i⟩: a backward pass for ∇H, and the transpose of the backward pass of
-the samples' losses, since those have no forward-mode derivative.
+`EntropyShares` computes all h_i for the tokens of the batch itself, without a ledger. With P the
+linear map of the optimizer (see optimizer_maps) and g_i the gradient of sample i,
+h_i = ⟨∇H, P g_i⟩ = ⟨Pᵀ∇H, g_i⟩: a backward pass for ∇H, one for the batch, and one for each sample.
+The factors in P (1/√v, clipping) are those of the step with all weights one. Adam divides a
+gradient among this step and later ones, and h_i counts this step alone.
 """
 
 import dataclasses
@@ -26,16 +27,20 @@ import optax
 from ntkrl import trees
 from ntkrl.attribution import optimizer_maps
 from ntkrl.attribution.decomposition import Terms
-from ntkrl.types import Array, Params, TrainState
+from ntkrl.numerics import scan_microbatches, split_rows
+from ntkrl.types import Array, Params, Total, TrainState
 
-Entropy = Callable[[Params, Any], Array]
-"""`(params, batch) -> ` mean entropy of the batch's completion tokens (nats)."""
+ENTROPY = "entropy"
+"""Name of the entropy among the totals of a batch."""
+
+Entropy = Callable[[Params, Any], Total]
+"""`(params, rows of the batch) -> ` sum of the entropies of their completion tokens, and count."""
 
 
 class BudgetWeights(NamedTuple):
     """Weights of a step's samples.
 
-    weights: `[B]` in [0, 2]; those of the least fall of entropy where no weights meet the budget.
+    weights: `[B]` in [0, 2]; where none meet the budget, those with the smallest predicted fall.
     change: predicted change of the mean entropy with them (nats).
     least: the smallest ε that weights in [0, 2] meet (nats).
     """
@@ -79,7 +84,7 @@ def _sum_from(values_B: Array) -> Array:
 class EntropyShares:
     """The change of the entropy of a batch's tokens by its samples, bound to a stage.
 
-    terms, optimizer, trained: as in Ledger; weights are of the term "policy".
+    terms, optimizer, trained, microbatches: as in Ledger; weights are of the term "policy".
     entropy: of the batch's tokens.
     """
 
@@ -87,6 +92,7 @@ class EntropyShares:
     entropy: Entropy
     optimizer: optax.GradientTransformation
     trained: tuple[bool, ...]
+    microbatches: int = 1
 
     def read(self, before: TrainState, batch: Any, reference: Any = None) -> tuple[Array, Array]:
         """Return h_i `[B]` of the samples, and h_0 (nats).
@@ -98,25 +104,47 @@ class EntropyShares:
         """
         trained, frozen = trees.partition(before.params, self.trained)
 
-        def totals(trained: Params, rows: Any) -> Any:
-            return self.terms(trees.merge(trained, frozen), rows, reference)[0]
+        def totals(trained: Params, rows: Any) -> dict[str, Total]:
+            params = trees.merge(trained, frozen)
+            return {**self.terms(params, rows, reference)[0], ENTROPY: self.entropy(params, rows)}
 
-        counts = {n: jnp.maximum(t.count, 1) for n, t in totals(trained, batch).items()}
+        counts, gradients = self._gradients(totals, trained, batch)
+        rises = gradients.pop(ENTROPY)
+        total = jax.tree.map(lambda *leaves: sum(leaves), *gradients.values())
+        update = optimizer_maps.linearize_update(self.optimizer, total, before.opt_state, trained)
+        (direction,) = jax.linear_transpose(update.from_gradient, total)(rises)
 
-        def losses(trained: Params) -> tuple[Array, Array]:
-            def of_row(row: Any) -> tuple[Any, Any]:
-                alone = totals(trained, jax.tree.map(lambda leaf: leaf[None], row))
-                means = {name: total.total / counts[name] for name, total in alone.items()}
-                policy = means.pop("policy")
-                return policy, sum(means.values(), jnp.zeros_like(policy))
+        def share(row: Any) -> Array:
+            alone = jax.tree.map(lambda leaf: leaf[None], row)
+            gradient = jax.grad(lambda t: totals(t, alone)["policy"].total)(trained)
+            return optax.tree.vdot(gradient, direction) / counts["policy"]
 
-            return jax.vmap(of_row)(batch)
+        shares_B = jax.lax.map(share, batch)
+        others = optax.tree.vdot(total, direction) - jnp.sum(shares_B)
+        kept = optax.tree.vdot(rises, optax.tree.add(update.momentum, update.decay))
+        return shares_B, others + kept
 
-        losses_2B, pull = jax.vjp(losses, trained)
-        (grads,) = pull(jax.tree.map(jnp.ones_like, losses_2B))
-        update = optimizer_maps.linearize_update(self.optimizer, grads, before.opt_state, trained)
-        rises = jax.grad(lambda t: self.entropy(trees.merge(t, frozen), batch))(trained)
-        (direction,) = jax.linear_transpose(update.from_gradient, grads)(rises)
-        ((policy_B, others_B),) = jax.linear_transpose(lambda w: pull(w)[0], losses_2B)(direction)
-        rest = optax.tree.vdot(rises, optax.tree.add(update.momentum, update.decay))
-        return policy_B, rest + jnp.sum(others_B)
+    def _gradients(
+        self, totals: Callable[[Params, Any], dict[str, Total]], trained: Params, batch: Any
+    ) -> tuple[dict[str, Array], dict[str, Params]]:
+        """Return the counts of the totals of a batch, and the gradient of the mean of each."""
+
+        def part(rows: Any) -> tuple[Any, None]:
+            def sums(trained: Params) -> tuple[dict[str, Array], dict[str, Array]]:
+                named = totals(trained, rows)
+                values = {name: total.total for name, total in named.items()}
+                return values, {name: total.count for name, total in named.items()}
+
+            gradients, counts = jax.jacrev(sums, has_aux=True)(trained)
+            return (counts, gradients), None
+
+        (counts, gradients), _ = scan_microbatches(
+            part,
+            split_rows(batch, self.microbatches),
+            lambda left, right: jax.tree.map(jnp.add, left, right),
+        )
+        counts = {name: jnp.maximum(count, 1) for name, count in counts.items()}
+        return counts, {
+            name: jax.tree.map(lambda leaf, n=counts[name]: leaf / n, gradient)
+            for name, gradient in gradients.items()
+        }

@@ -4,7 +4,8 @@ With w_i the weight of sample i in the gradient of the first step, and the batch
 they were, the params θ_n after n steps are a function of w. `read` returns its derivative at w = 1
 at the probe tokens, ∂m(θ_n)/∂w_i for a measure m: forward mode through the optimizer of the first
 step, and through the gradients (products with their Hessians) and optimizers of all later ones. To
-first order, a run without the samples in S ends with m less Σ_{i∈S} ∂m/∂w_i.
+first order, a run in which the samples in S have weight 0 (and the divisors of the full batch) ends
+with m less Σ_{i∈S} ∂m/∂w_i.
 
 What this neglects: all beyond first order in w; that another model would have sampled other
 completions; and with `factors="realised"` that the factors of the optimizer that are not linear in
@@ -32,7 +33,7 @@ class Chain(NamedTuple):
 
     before: params and optimizer state that the first step begins with.
     batches: of each step; all of the same shapes (see `data.widened`), B rows in the first.
-    reference: the Head that the loss compares with, passed to the terms; or None.
+    reference: the Head that the loss compares with, the same in all steps; or None.
     """
 
     before: TrainState
@@ -78,7 +79,7 @@ class Influence:
         contexts = ntk.check_contexts(
             contexts, "contexts", ntk.as_network(self.policy), chain.before.params, is_policy=True
         )
-        influence_B2O = _influence(self, *_arrays(chain), (contexts, targets))
+        influence_B2O = _influence(self, *_split_first(chain), (contexts, targets))
         return jnp.moveaxis(influence_B2O, 0, -1)
 
     def retrain(self, chain: Chain, weights: Array) -> Params:
@@ -87,11 +88,13 @@ class Influence:
         Raises:
           ValueError: batches of different shapes.
         """
-        return _retrain(self, *_arrays(chain), weights)
+        return _retrain(self, *_split_first(chain), weights)
 
 
-def _arrays(chain: Chain) -> tuple[Chain, Any]:
+def _split_first(chain: Chain) -> tuple[Chain, Any]:
     """Return the chain of its first step alone, and the later batches in one tree."""
+    if not chain.batches:
+        raise ValueError("influence: a chain has one step or more.")
     first, *later = chain.batches
     shapes = [[leaf.shape for leaf in jax.tree.leaves(batch)] for batch in chain.batches]
     if any(shape != shapes[0] for shape in shapes):
@@ -107,11 +110,8 @@ def _influence(
     spec: Influence, chain: Chain, later: Any, probes: tuple[ntk.Contexts, Array]
 ) -> Array:
     """Return ∂m(θ_n)/∂w_i `[B, 2, O]`."""
-    steps = _ChainSteps(spec, chain)
-    (batch,) = chain.batches
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    counts = steps.counts(steps.trained, batch)
-    grads = steps.gradient(steps.trained, batch, jnp.ones(rows))
+    steps, (batch,) = _ChainSteps(spec, chain), chain.batches
+    counts, grads = steps.counts(steps.trained, batch), steps.gradient(steps.trained, batch)
 
     def measured(grads: Params) -> Array:
         params = steps.run(grads, later)
@@ -119,8 +119,7 @@ def _influence(
         return linear_maps.token_cotangents(steps.network, params, phi_OD, probes[1]).values
 
     def of_sample(row: Any) -> Array:
-        alone = jax.tree.map(lambda leaf: leaf[None], row)
-        tangent = steps.gradient(steps.trained, alone, jnp.ones(1), counts)
+        tangent = steps.row_gradient(row, counts)
         return jax.jvp(measured, (grads,), (tangent,))[1]
 
     return jax.lax.map(of_sample, batch, batch_size=spec.chunk)
@@ -128,8 +127,16 @@ def _influence(
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _retrain(spec: Influence, chain: Chain, later: Any, weights: Array) -> Params:
-    steps = _ChainSteps(dataclasses.replace(spec, factors="exact"), chain)
-    return steps.run(steps.gradient(steps.trained, chain.batches[0], weights), later)
+    steps, (batch,) = _ChainSteps(dataclasses.replace(spec, factors="exact"), chain), chain.batches
+    counts = steps.counts(steps.trained, batch)
+
+    def add(total: Params, row: tuple[Any, Array]) -> tuple[Params, None]:
+        gradient = steps.row_gradient(row[0], counts)
+        return jax.tree.map(lambda t, g: (t + row[1] * g).astype(t.dtype), total, gradient), None
+
+    zeros = jax.tree.map(jnp.zeros_like, steps.trained)
+    grads, _ = jax.lax.scan(add, zeros, (batch, weights))
+    return steps.run(grads, later)
 
 
 class _ChainSteps:
@@ -150,24 +157,23 @@ class _ChainSteps:
         return {name: jnp.maximum(total.count, 1) for name, total in totals.items()}
 
     def gradient(
-        self, trained: Params, batch: Any, weights: Array, counts: dict[str, Array] | None = None
+        self, trained: Params, rows: Any, counts: dict[str, Array] | None = None
     ) -> Params:
-        """Return the gradient of the loss of weighted rows, divided by the counts of them all."""
+        """Return the gradient of the loss of some rows; counts: divisors, None for their own."""
         if counts is None:
-            counts = self.counts(jax.lax.stop_gradient(trained), batch)
+            counts = self.counts(jax.lax.stop_gradient(trained), rows)
 
         def loss(trained: Params) -> Array:
             params = trees.merge(trained, self.frozen)
-
-            def of_row(row: Any) -> Array:
-                alone = jax.tree.map(lambda leaf: leaf[None], row)
-                totals, _ = self.spec.terms(params, alone, self.chain.reference)
-                sums: Any = sum(total.total / counts[name] for name, total in totals.items())
-                return sums
-
-            return jnp.sum(weights * jax.vmap(of_row)(batch))
+            totals, _ = self.spec.terms(params, rows, self.chain.reference)
+            sums: Any = sum(total.total / counts[name] for name, total in totals.items())
+            return sums
 
         return jax.grad(loss)(trained)
+
+    def row_gradient(self, row: Any, counts: dict[str, Array]) -> Params:
+        """Return the part of a row in the gradient of the first step."""
+        return self.gradient(self.trained, jax.tree.map(lambda leaf: leaf[None], row), counts)
 
     def run(self, grads: Params, later: Any) -> Params:
         """Return the params after a step with this gradient and steps on the later batches."""
@@ -179,9 +185,7 @@ class _ChainSteps:
             return optax.apply_updates(trained, updates), opt_state
 
         def step(carry: tuple[Params, Any], batch: Any) -> tuple[tuple[Params, Any], None]:
-            rows = jax.tree.leaves(batch)[0].shape[0]
-            grads = self.gradient(carry[0], batch, jnp.ones(rows))
-            return apply(carry, grads), None
+            return apply(carry, self.gradient(carry[0], batch)), None
 
         carry = apply((self.trained, state), grads)
         if later is not None:

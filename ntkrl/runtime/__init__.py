@@ -33,6 +33,7 @@ from ntkrl.runtime.mesh import (
     fetch,
     make_mesh,
     offload_to_host,
+    on_device,
     place,
     place_rows,
     replicated,

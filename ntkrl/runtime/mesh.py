@@ -36,6 +36,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
+def on_device(leaf: jax.Array) -> jax.Array:
+    """Return an array in device memory, also where it is offloaded to the host's."""
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+
+
 def place_rows(tree: Any, mesh: Mesh) -> Any:
     """Shard the rows of a batch over the data and fsdp axes, see `row_sharding`.
 

@@ -1,6 +1,8 @@
 """Optimizer steps that are analysed: their beginning, their end and what was read of them."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,7 @@ class StepSnapshot:
     reference: head of the reference policy that its loss compares with, or None.
     stage: number of the stage.
     kl_shares: see `update.kl_shares`; None where a ledger has the KL's part as a term of its own.
+    weight_metrics: of the weights in its batch, see `SampleWeights`; empty without a budget.
     """
 
     before: TrainState
@@ -25,6 +28,7 @@ class StepSnapshot:
     reference: OutputHead | None
     stage: int
     kl_shares: np.ndarray | None
+    weight_metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def with_ledger(self) -> bool:

@@ -120,13 +120,12 @@ class Loop:
         self.at = self.steps.count(self.at, data)
         batches = [*data.batches] * self.settings.schedule.inner_epochs
         metrics, completed = [], None
-        for number, batch in enumerate(batches, start=1):
-            minibatch, weighed = self.steps.weigh(self.at, batch, data.reference)
+        for number, minibatch in enumerate(batches, start=1):
             snapshot = None
             if number == len(batches):
                 snapshot = self.steps.snapshot(self.at, minibatch, data.reference)
             self.at, result = self.steps.take(self.at, minibatch, data.reference, snapshot)
-            metrics.append(result.metrics | weighed)
+            metrics.append(result.metrics)
             if snapshot is not None:
                 completed = CompletedStep(snapshot, result.state, result.term_gradients)
         self.clock("update")

@@ -132,7 +132,9 @@ class ProbeHook:
         opt_state, shares = None, None
         ledger_due = update.is_due(self.settings.ledger_every_steps, rollout_step)
         if ledger_due and self._ledger_fits(state, self.bound_stages[stage]):
-            opt_state = jax.tree.map(lambda leaf: jnp.copy(_on_device(leaf)), state.opt_state)
+            opt_state = jax.tree.map(
+                lambda leaf: jnp.copy(runtime.on_device(leaf)), state.opt_state
+            )
             shares = update.kl_shares(batch) if self.settings.ledger_by == "sample" else None
         if opt_state is None or shares is not None:
             batch = dataclasses.replace(batch, kl_advantages=None)
@@ -349,11 +351,6 @@ class ProbeHook:
                 for prompt, text, value in zip(prompts, texts, advantages, strict=True)
             ],
         }
-
-
-def _on_device(leaf: Array) -> Array:
-    """Return an array that may be offloaded to host memory."""
-    return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
 
 
 def _free_bytes(device: jax.Device) -> int | None:

@@ -1,26 +1,26 @@
 """Weights of a minibatch's samples under an entropy budget."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ntkrl import attribution, runtime, scoring, update
+from ntkrl import attribution, runtime, update
+from ntkrl.numerics import masked_total
+from ntkrl.scoring import completion_features, head_of
 from ntkrl.settings import RunSettings
 from ntkrl.setup import StartingModel
-from ntkrl.softmax import OutputHead, SoftmaxOptions
-from ntkrl.types import Array, Params, Total, TrainState, UpdateBatch
+from ntkrl.softmax import OutputHead, SoftmaxOptions, token_statistics
+from ntkrl.types import Params, Total, TrainState, UpdateBatch
 
 
 class SampleWeights:
     """The weights that keep each step's predicted change of entropy above `-entropy_budget`.
 
     The entropy is that of the minibatch's tokens at the sampling temperature. A weight multiplies
-    the advantages of its sample. The shares of all rows are computed together, in no microbatches.
+    the advantages of its sample.
     """
 
     def __init__(
@@ -30,36 +30,35 @@ class SampleWeights:
         terms: update.LossFn[dict[str, Total]],
         bound_stages: Sequence[update.BoundStage],
     ):
-        budget, temperature = settings.objective.entropy_budget, settings.rollout.temperature
-        self.mesh, self.budget, self.warned = model.mesh, budget, False
+        """Bind the weights to the stages of a run with `objective.entropy_budget`."""
+        self.mesh, self.budget, self.warned = model.mesh, settings.objective.entropy_budget, False
         tokens = settings.schedule.chunk_tokens * settings.row_shards(model.mesh)
-        options = SoftmaxOptions(temperature, tokens)
+        options = SoftmaxOptions(settings.rollout.temperature, tokens)
 
-        def entropy(params: Params, batch: UpdateBatch) -> Array:
-            mask = batch.completion_mask
-            values = scoring.score(
-                model.policy, params, batch.tokens, batch.mask, mask.shape[1], options
-            )
-            total = jnp.sum(jnp.where(mask, values.entropy, 0))
-            return total / jnp.maximum(jnp.sum(mask), 1)
-
-        def weigh(
-            shares: attribution.EntropyShares,
-            state: TrainState,
-            batch: UpdateBatch,
-            reference: OutputHead | None,
-        ) -> attribution.BudgetWeights:
-            return attribution.budget_weights(*shares.read(state, batch, reference), budget)
+        def entropy(params: Params, rows: UpdateBatch) -> Total:
+            length, features = rows.completion_mask.shape[1], rows.features
+            if features is None:
+                features = completion_features(model.policy, params, rows.tokens, rows.mask, length)
+            head, targets = head_of(model.policy, params), rows.tokens[:, -length:]
+            values = token_statistics(head, features, targets, options).entropy
+            return masked_total(values, rows.completion_mask)
 
         self.by_stage = [
-            jax.jit(
-                functools.partial(
-                    weigh,
-                    attribution.EntropyShares(terms, entropy, stage.optimizer, stage.trained),
+            self._function(
+                attribution.EntropyShares(
+                    terms, entropy, stage.optimizer, stage.trained, settings.microbatches
                 )
             )
             for stage in bound_stages
         ]
+
+    def _function(self, shares: attribution.EntropyShares) -> Callable[..., Any]:
+        def weigh(
+            state: TrainState, batch: UpdateBatch, reference: OutputHead | None
+        ) -> attribution.BudgetWeights:
+            return attribution.budget_weights(*shares.read(state, batch, reference), self.budget)
+
+        return jax.jit(weigh)
 
     def weigh(
         self, state: TrainState, batch: UpdateBatch, reference: OutputHead | None, stage: int
@@ -67,7 +66,9 @@ class SampleWeights:
         """Return the minibatch with weighted advantages, and the metrics of the weights."""
         plain = dataclasses.replace(batch, kl_advantages=None)
         placed = runtime.place_rows(plain, self.mesh)
-        result = runtime.fetch(self.by_stage[stage](state, placed, reference))
+        opt_state = jax.tree.map(runtime.on_device, state.opt_state)
+        on_device = dataclasses.replace(state, opt_state=opt_state)
+        result = runtime.fetch(self.by_stage[stage](on_device, placed, reference))
         weights_B1 = np.asarray(result.weights)[:, None]
         parts = {"advantages": batch.advantages * weights_B1}
         if batch.kl_advantages is not None:

@@ -178,14 +178,10 @@ class StepFunctions:
         tokens = int(sum(np.count_nonzero(batch.mask) for batch in data.batches))
         return dataclasses.replace(at, tokens=at.tokens + tokens, batches=self.source.position)
 
-    def weigh(
+    def _weigh(
         self, at: RunPosition, minibatch: Batch, reference: OutputHead | None
-    ) -> tuple[Batch, dict[str, Any]]:
-        """Weigh the samples of a minibatch by `objective.entropy_budget`, where that is set.
-
-        Returns:
-          The minibatch and the metrics of the weights.
-        """
+    ) -> tuple[Batch, Mapping[str, Any]]:
+        """Return a minibatch with the weights of `objective.entropy_budget`, and their metrics."""
         if self.sample_weights is None:
             return minibatch, {}
         assert isinstance(minibatch, UpdateBatch)  # as of every run that samples
@@ -198,9 +194,11 @@ class StepFunctions:
         hook = self.probe_hook
         if hook is None or not hook.is_due(at.rollout_step):
             return None
+        minibatch, weighed = self._weigh(at, minibatch, reference)
         assert isinstance(minibatch, UpdateBatch)  # as of every source with term losses
         # copy the buffers that the jitted step donates
-        return hook.snapshot(at.state, minibatch, reference, at.progress.stage, at.rollout_step)
+        snapshot = hook.snapshot(at.state, minibatch, reference, at.progress.stage, at.rollout_step)
+        return dataclasses.replace(snapshot, weight_metrics=weighed)
 
     def take(
         self,
@@ -217,9 +215,12 @@ class StepFunctions:
           reference: head of the reference policy, see StepBatches.
           snapshot: of the step, or None.
         """
-        plain = minibatch if snapshot is None else snapshot.batch
-        if snapshot is None and isinstance(minibatch, UpdateBatch):  # for ledgers alone
-            plain = dataclasses.replace(minibatch, kl_advantages=None)
+        if snapshot is None:
+            plain, weighed = self._weigh(at, minibatch, reference)
+            if isinstance(plain, UpdateBatch):  # for ledgers alone
+                plain = dataclasses.replace(plain, kl_advantages=None)
+        else:
+            plain, weighed = snapshot.batch, snapshot.weight_metrics
         batch = runtime.place_rows(plain, self.model.mesh)
         per_term = snapshot is not None and snapshot.with_ledger
         step = self._jitted_step(at, batch, reference, per_term)
@@ -230,7 +231,7 @@ class StepFunctions:
             optimizer_steps=at.optimizer_steps + 1,
             stage_updates=at.stage_updates + 1,
         )
-        return moved, result
+        return moved, result._replace(metrics={**result.metrics, **weighed})
 
     def _jitted_step(
         self, at: RunPosition, batch: Batch, head: OutputHead | None, per_term: bool

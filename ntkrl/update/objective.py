@@ -173,6 +173,11 @@ class Objective:
                 "covariance compares with the policy that sampled and needs a ratio_level",
             ),
             (
+                self.covariance == "kl" and self.entropy_budget is not None,
+                "entropy_budget weighs advantages, and covariance kl adds a term that it does not "
+                "weigh: leave one of them out",
+            ),
+            (
                 self.advantage in UNGROUPED and self.group_filter != "off",
                 f"group_filter {self.group_filter} needs an advantage within groups; equal rewards "
                 f"carry signal under advantage {self.advantage}",

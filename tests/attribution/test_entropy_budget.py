@@ -7,6 +7,7 @@ from scipy.optimize import minimize
 
 from ntkrl import ntk, scoring
 from ntkrl.attribution.entropy_budget import EntropyShares, budget_weights
+from ntkrl.numerics import masked_total
 from tests.attribution.test_ledger import BUDGET, Case
 
 CASES = {
@@ -84,9 +85,11 @@ def test_shares_are_the_ledgers(name):
 
     def entropy(params, batch):
         values = scoring.score(case.policy, params, batch.tokens, batch.mask, BUDGET).entropy
-        return jnp.sum(jnp.where(batch.completion_mask, values, 0)) / batch.completion_mask.sum()
+        return masked_total(values, batch.completion_mask)
 
     static = case.bound_stage.optimizer, case.bound_stage.trained
-    shares, rest = EntropyShares(case.terms, entropy, *static).read(case.before, batch)
-    np.testing.assert_allclose(shares, samples, rtol=1e-8, atol=1e-12)
-    assert float(rest) == pytest.approx(others, rel=1e-8)
+    for microbatches in (1, 2):
+        measure = EntropyShares(case.terms, entropy, *static, microbatches)
+        shares, rest = measure.read(case.before, batch)
+        np.testing.assert_allclose(shares, samples, rtol=1e-8, atol=1e-12)
+        assert float(rest) == pytest.approx(others, rel=1e-8)

@@ -115,6 +115,8 @@ def test_mistakes():
         influence(case, factors="none")
     with pytest.raises(ValueError, match="chunk must be ≥ 1, not 0"):
         influence(case, chunk=0)
+    with pytest.raises(ValueError, match="a chain has one step or more"):
+        influence(case).retrain(attribution.Chain(case.before, ()), jnp.ones(1))
     shorter = jax.tree.map(lambda leaf: leaf[:2], case.batch)
     steps = attribution.Chain(case.before, (case.batch, shorter))
     with pytest.raises(ValueError, match="different shapes; pad them by data.widened"):

@@ -36,7 +36,34 @@ def test_a_budget_of_zero(base, tmp_path, preset, capsys):
     assert max(line["entropy_budget/weight_spread"] for line in steps) > 0.01
 
 
-def test_mistakes(base, tmp_path, capsys):
-    """by hand: a negative budget is refused before anything runs."""
-    assert main(words(base, tmp_path / "x", *SHORT, "--config.objective.entropy_budget=-1.")) == 2
-    assert "needs entropy_budget finite and ≥ 0, not -1.0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--config.schedule.offload_optimizer=True"],
+        ["--config.schedule.microbatches=4"],
+        ["--config.stages[0].parameters=(('head/.*',3e-3),('.*',None))"],
+    ],
+    ids=["offloaded moments", "microbatches", "classifier"],
+)
+def test_other_steps(base, tmp_path, more):
+    """story: moments in host memory, accumulated gradients, a stage with recorded features."""
+    assert run_of(base, tmp_path / "run", "--config.objective.entropy_budget=1e-3", *more) == 0
+    steps = lines(tmp_path / "run")[1:]
+    assert all(NAMES <= set(line) for line in steps)
+
+
+MISTAKES = {
+    ("rl", "--config.objective.entropy_budget=-1."): "needs entropy_budget finite and ≥ 0, not -1.",
+    ("rl", "--config.objective.entropy_budget=1.", "--config.objective.covariance=kl"): (
+        "covariance kl adds a term that it does not weigh"
+    ),
+    ("sft", "--config.objective.entropy_budget=1."): "leave it out of method sft",
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=" ".join)
+def test_mistakes(base, tmp_path, capsys, case):
+    """by hand: refused before anything runs."""
+    config, *more = case
+    assert main(words(base, tmp_path / "x", *SHORT, *more, config=config)) == 2
+    assert MISTAKES[case] in capsys.readouterr().err
