@@ -179,7 +179,7 @@ COMMANDS = {
         words=("RUN", "run directories"),
     ),
     "explain": Command(
-        "say which samples, parameters and tokens changed what in an optimizer step, by its ledger",
+        "list the causes of a change in an optimizer step: samples, parameters and tokens",
         ("RUN [--step=N] [--measure=NAME] [--prompt=TEXT|N] [--completion=N [--token=N]] ...",),
         "ntkrl explain runs/rl --step=150 --measure=entropy",
         (

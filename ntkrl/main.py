@@ -246,10 +246,11 @@ def _explain(words: Words) -> None:
     options = words.options
     if len(words.others) != 1:
         raise ValueError("explain needs one run directory, for example runs/rl.")
-    for name in ("step", "completion", "token", "top"):
-        if name in options and not options[name].isdigit():
-            raise ValueError(f"--{name}={options[name]} must be a whole number.")
-    numbers = {name: int(value) for name, value in options.items() if value.isdigit()}
+    names = ("step", "completion", "token", "top")
+    for name in names:
+        if name in options and not options[name].isdecimal():
+            raise ValueError(f"--{name}={options[name]} must be a whole number ≥ 0.")
+    numbers = {n: int(v) for n, v in options.items() if n in (*names, "prompt") and v.isdecimal()}
     place = report.Place(
         numbers["prompt"] if "prompt" in numbers else options.get("prompt"),
         numbers.get("completion"),
@@ -258,7 +259,7 @@ def _explain(words: Words) -> None:
     step, top = numbers.get("step"), numbers.get("top", 5)
     measure = options.get("measure", "entropy")
     explanation = report.explain(report.read_run(words.others[0]), step, measure, place, top)
-    print(printable(str(explanation)))
+    print(report.encodable(printable(str(explanation)), sys.stdout.encoding))
 
 
 def _export(words: Words) -> None:

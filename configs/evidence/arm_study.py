@@ -120,8 +120,10 @@ class ArmStudy:
         ]
         metrics = page.metrics(settings.samples)
         write_run_metrics(self.root / "runs.jsonl", runs, page.MEASURES, metrics)
-        # of the runs that choose rates, metrics are enough
-        save_archive(self.root, self.root / "runs.tar.gz", left_out=("*/tuning/*/probes/*",))
+        archive = self.root / "runs.tar.gz"
+        large = save_archive(self.root, archive, left_out=("*/tuning/*/probes/*",))
+        if large:
+            print(f"too large for {archive}: {', '.join(large)}")
         return page.write_page(self.results, settings, listed, command)
 
     def tuning(self) -> Iterator[Job]:

@@ -92,11 +92,14 @@ def _on_other_prompts(rl: Arm) -> list[Verdict]:
         before, after = (read_spreads(rl.results, rl.size, arm, quantity) for arm in ("base", "rl"))
         reach = {part: _reach(before, part) for part in PARTS}
         claim = (
-            f"a gradient changes the {words} of other prompts by more than half of what it does to "
-            "its own prompt's (root mean square per token)"
+            f"a prompt's gradient changes the {words} at other prompts by more than half of its "
+            "change at its own (root mean square per token)"
         )
         listed.append(above(3, rl.task, claim, reach["total"], 0.5))
-        claim = f"of the change of the {words}, R reaches other prompts more than G does"
+        claim = (
+            f"R's change of the {words} at other prompts is a larger part of that at its own than "
+            "G's is"
+        )
         listed.append(difference(3, rl.task, claim, reach["G"], reach["R"]))
         texts = [
             f"{words}: {interval_text(interval)}"
@@ -108,7 +111,7 @@ def _on_other_prompts(rl: Arm) -> list[Verdict]:
             )
             if (interval := mean_interval(np.array([seed[side] for seed in seeds]))) is not None
         ]
-        claim = f"R's share of the change of the {words} by a gradient"
+        claim = f"R's share of a gradient's change of the {words}"
         listed.append(number_only(3, rl.task, claim, "; ".join(texts) or None))
     return listed
 

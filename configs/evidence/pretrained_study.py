@@ -103,7 +103,7 @@ class PretrainedStudy(ArmStudy):
         return Job(f"{size} {place.name}, kernels", words, place / "kernel" / "kernel.png")
 
     def write_features(self, size: str, model: Path) -> None:
-        """Write what features are alike, and reach, at the start and after training."""
+        """Write similarities of features and spreads of gradients, before and after training."""
         for seed in tqdm(self.settings.seeds, desc="features by place"):
             base = self.results.place(size, "base", seed)
             samples = base / "test" / "evaluations" / f"{base.name}.jsonl"

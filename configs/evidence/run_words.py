@@ -23,10 +23,11 @@ def read_run_words(
     name, *pairs = text.split(",")
     size, _, arm = name.partition("/")
     options = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
-    if size not in sizes or arm not in arms or set(options) - set(defaults):
+    empty = [key for key, value in options.items() if not value]
+    if size not in sizes or arm not in arms or set(options) - set(defaults) or empty:
         raise ValueError(
-            f"{text}: expected SIZE/ARM,key=value,… with sizes {', '.join(sizes)}, arms "
-            f"{', '.join(arms)} and keys {', '.join(defaults)}."
+            f"{text}: expected the variant gpu, or SIZE/ARM,key=value,… with sizes "
+            f"{', '.join(sizes)}, arms {', '.join(arms)} and keys {', '.join(defaults)}."
         )
     values = {}
     for key, value in {**defaults, **options}.items():

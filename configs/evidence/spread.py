@@ -35,7 +35,7 @@ of the prompt that the gradient is of, and over those of other prompts; `share_o
 
 
 def write_spread(export: Path, samples: Path, out: Path) -> None:
-    """Write the effect of each prompt's gradient on own and other prompts.
+    """Write the effect of each prompt's gradient on own and other prompts; nothing without two.
 
     Args:
       export: Hugging Face directory.
@@ -44,6 +44,9 @@ def write_spread(export: Path, samples: Path, out: Path) -> None:
     """
     policy, params = models.load(export)
     texts = _with_gradients(data.read_set(samples, ("prompt", "completion", "reward")))
+    if len({str(prompt) for prompt in texts.prompts}) < 2:
+        tqdm.write(f"{samples}: fewer than two prompts have answers of different rewards")
+        return
     answers = encode_answers(export, texts, policy.max_tokens)
     advantage_B = leave_one_out(np.array(texts.columns["reward"], float), answers.groups)
     durable_files.save_text(out, json.dumps(spread(policy, params, answers, advantage_B)) + "\n")

@@ -1,4 +1,4 @@
-"""The step ledger: per-sample, momentum and decay contributions to one optimizer step."""
+"""Attribution of optimizer steps: ledgers, influence through later steps, weights of samples."""
 
 from ntkrl.attribution.decomposition import COLUMNS, AttributionInputs, OptimizerStep, Terms
 from ntkrl.attribution.entropy_budget import BudgetWeights, EntropyShares, budget_weights

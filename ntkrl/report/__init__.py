@@ -47,4 +47,4 @@ from ntkrl.report.rollouts_records import StepRollouts, encode_rollouts
 from ntkrl.report.rollouts_writer import RolloutsWriter, shorten_rollouts
 from ntkrl.report.runs import Run, read_metrics, read_run, series
 from ntkrl.report.tables import Table, format_table
-from ntkrl.report.terminal import format_text
+from ntkrl.report.terminal import encodable, format_text

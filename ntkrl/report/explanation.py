@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import numpy as np
 
@@ -64,10 +65,10 @@ class Explanation:
 
     def __str__(self) -> str:
         verb = "rose" if self.change > 0 else "fell"
+        words = f"{verb} by {abs(self.change):.3g} nats:" if self.change else "did not change:"
         lines = [
             self.title,
-            f"Σ {QUANTITIES[self.measure]} over {self.tokens} tokens {verb} by "
-            f"{abs(self.change):.3g} nats:",
+            f"Σ {QUANTITIES[self.measure]} over {self.tokens} tokens {words}",
             *waterfall_lines(
                 {**{part.name: part.change for part in self.parts}, "actual": self.change}, WIDTH
             ),
@@ -118,15 +119,15 @@ def explain(
       ValueError: no such ledger, measure, prompt, completion or token.
     """
     if measure not in MEASURES:
-        hint = did_you_mean(measure, MEASURES) or "."
+        hint = did_you_mean(str(measure), MEASURES) or "."
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, not {measure!r}{hint}")
-    if top < 1:
-        raise ValueError(f"top must be ≥ 1, not {top}.")
+    if not _is_number(top) or top < 1:
+        raise ValueError(f"top must be a whole number ≥ 1, not {top!r}.")
     last = max(run.ledgers, default=0)
     ledger = find_ledger(run, last if step is None else step)
     tokens, words = _chosen(ledger, measure, place or Place())
     parts = [Cause(name, _sum(v, tokens)) for name, v in ledger.parts[measure].items()]
-    groups = [Cause(name, _sum(v, tokens)) for name, v in ledger.groups[measure].items()]
+    groups = [Cause(name, _sum(v, tokens)) for name, v in ledger.terms[measure].items()]
     if len([group for group in groups if group.name != "head"]) < 2:
         groups = []  # R and G themselves
     return Explanation(
@@ -147,6 +148,8 @@ def _chosen(ledger: StepLedger, measure: str, place: Place) -> tuple[np.ndarray,
     prompts = list(dict.fromkeys(completion.prompt for completion in completions))
     rows = list(range(len(completions)))
     if place.completion is not None:
+        if place.prompt is not None:
+            raise ValueError("choose a prompt or a completion, not both.")
         _check(place.completion, len(completions), "completion", "probe completions")
         rows = [place.completion]
         words = f"probe completion {place.completion}: {_text(ledger, place.completion)}"
@@ -180,7 +183,7 @@ def _prompt(
             for p in prompts
         ]
         return int(np.argmax(sums))
-    if isinstance(prompt, int):
+    if not isinstance(prompt, str):
         _check(prompt, len(prompts), "prompt", "probe prompts")
         return prompt
     matching = [number for number, text in enumerate(prompts) if prompt in text]
@@ -191,15 +194,21 @@ def _prompt(
     return matching[0]
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _check(number: int, count: int, kind: str, things: str) -> None:
+    if not _is_number(number):
+        raise ValueError(f"{kind} must be a whole number, not {number!r}.")
     if not 0 <= number < count:
         raise ValueError(f"{kind} {number} does not exist: there are {count} {things}, from 0.")
 
 
 def _samples(ledger: StepLedger, measure: str, tokens: np.ndarray) -> list[Cause]:
-    if not ledger.by_sample:
+    if ledger.by != "sample":
         return []
-    head_B, body_B = (ledger.by_sample[measure][role][tokens].sum(axis=0) for role in ("R", "G"))
+    head_B, body_B = (values[tokens].sum(axis=0) for values in ledger.roles(measure))
     return [
         Cause(
             f"#{number}, A {sample.advantage:+.2f}: "
@@ -229,7 +238,7 @@ def _largest(causes: list[Cause], count: int) -> list[Cause]:
 
 
 def _sum(values: np.ndarray, tokens: np.ndarray) -> float:
-    return float(values[tokens].sum())
+    return float(values[tokens].sum(dtype=float))
 
 
 def _line(cause: Cause) -> str:

@@ -90,8 +90,8 @@ class StepLedger:
     parts: measure → part → `[O]` nats: "policy R", "policy G" (likewise each term of the loss),
         "momentum", "decay", "optimizer", "curvature"; they add up to `actual`.
     actual: measure → `[O]` nats.
-    groups: measure → group of parameters → `[O]` nats, all terms: "head" for R, others make up G.
-    by_sample: measure → "R" or "G" → `[O, B]` nats, all terms; empty unless `by` is "sample".
+    terms: measure → group of parameters → `[O, B]` nats, or `[O]` by group, over all terms of the
+        loss: "head" for R, others make up G.
     """
 
     step: int
@@ -101,20 +101,26 @@ class StepLedger:
     samples: tuple[LedgerSample, ...]
     parts: dict[str, dict[str, np.ndarray]]
     actual: dict[str, np.ndarray]
-    groups: dict[str, dict[str, np.ndarray]]
-    by_sample: dict[str, dict[str, np.ndarray]]
+    terms: dict[str, dict[str, np.ndarray]]
+
+    def roles(self, measure: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return R and G of a measure, by sample `[O, B]` or by group `[O]` (nats)."""
+        shape = (self.texts.size, len(self.samples))[: 2 if self.by == "sample" else 1]
+        roles = {"R": np.zeros(shape), "G": np.zeros(shape)}
+        for group, values in self.terms[measure].items():
+            roles["R" if group == "head" else "G"] += values
+        return roles["R"], roles["G"]
 
     @functools.cached_property
     def influence(self) -> np.ndarray | None:
         """Δ log π by sample `[O, B]` (nats); None unless `by` is "sample"."""
-        if not self.by_sample:
-            return None
-        return self.by_sample["log_prob"]["R"] + self.by_sample["log_prob"]["G"]
+        head, body = self.roles("log_prob")
+        return head + body if self.by == "sample" else None
 
     @property
     def head_influence(self) -> np.ndarray | None:
         """The part of `influence` through the classifier, R."""
-        return self.by_sample["log_prob"]["R"] if self.by_sample else None
+        return self.roles("log_prob")[0] if self.by == "sample" else None
 
     def __repr__(self) -> str:
         count, kept = len(self.texts.completions), "apart" if self.by == "sample" else "together"
@@ -296,18 +302,7 @@ def _read_ledger(step: int, path: Path, texts: ProbeTexts | None) -> StepLedger:
                 f"{name} has {measure} parts that do not add up to the change; left out"
             )
     terms = {measure: _terms_by_group(arrays, measure) for measure in MEASURES}
-    by_sample = {}
-    if by == "sample":
-        zeros = np.zeros((texts.size, len(samples)))
-        for measure, named in terms.items():
-            body = [values for group, values in named.items() if group != "head"]
-            head = [named["head"]] if "head" in named else []
-            by_sample[measure] = {"R": np.sum([zeros, *head], 0), "G": np.sum([zeros, *body], 0)}
-    groups = {
-        measure: {group: v.sum(axis=1) if v.ndim == 2 else v for group, v in named.items()}
-        for measure, named in terms.items()
-    }
-    return StepLedger(step, by, stage, texts, samples, parts, actual, groups, by_sample)
+    return StepLedger(step, by, stage, texts, samples, parts, actual, terms)
 
 
 def _ledger_problem(
@@ -333,7 +328,7 @@ def _terms_by_group(arrays: dict[str, np.ndarray], measure: str) -> dict[str, np
     totals: dict[str, np.ndarray] = {}
     for key in sorted(key for key in arrays if key.startswith(f"{measure}/") and _is_term(key)):
         group = key.split("/", 2)[2]
-        totals[group] = totals.get(group, 0.0) + arrays[key].astype(float)
+        totals[group] = totals[group] + arrays[key] if group in totals else arrays[key]
     return totals
 
 

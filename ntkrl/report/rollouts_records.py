@@ -31,7 +31,8 @@ class StepRollouts:
       second, …
     tokens: `[n]` ids. vocabulary: text by id.
     sampler_log_probs: `[n]` (nats).
-    advantages: `[n]` weight on each token's score function, 0 where it does not count.
+    advantages: `[n]` weight on each token's score function, before those of an entropy budget; 0
+      where it does not count.
     log_ratio: `[n]` log-prob of the trainer, before any update, less the sampler's (nats); or None.
     entropy: `[n]` of the sampler's distribution (nats); or None.
     """

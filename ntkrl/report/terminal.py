@@ -65,6 +65,11 @@ def format_text(
         notes = "; ".join(run.notes) if run.notes else "complete"
         lines += _wrap(f"{run.name}, seed {run.seed} ({run.path.name}): {notes}", width)
     text = "\n".join(printable(line.replace("\n", " ")) for line in lines)
+    return encodable(text, encoding)
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Return a text with replacements for the characters that an encoding lacks."""
     try:
         "".join(PLAIN).encode(encoding)
     except UnicodeEncodeError:

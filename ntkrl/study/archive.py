@@ -16,26 +16,32 @@ MOST_BYTES = 2**18
 """Size of the largest file that is archived."""
 
 
-def save_archive(root: Path, path: Path, left_out: Sequence[str] = ()) -> None:
+def save_archive(root: Path, path: Path, left_out: Sequence[str] = ()) -> list[str]:
     """Write the metrics, probes and evaluations of a study's runs; equal files give equal bytes.
 
     Args:
       root: directory of the study.
       path: of the archive, a gzipped tar file whose names are relative to `root`.
       left_out: patterns of further names, such as "*/probes/*".
+
+    Returns:
+      Names of files that are too large and were left out.
     """
-    buffer = io.BytesIO()
+    buffer, large = io.BytesIO(), []
     with tarfile.TarFile(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for member in _files(root):
             name = member.relative_to(root).as_posix()
             if any(fnmatch.fnmatch(name, pattern) for pattern in left_out):
                 continue
-            entry = tarfile.TarInfo(name)
-            content = member.read_bytes()
+            if member.stat().st_size > MOST_BYTES:
+                large.append(name)
+                continue
+            entry, content = tarfile.TarInfo(name), member.read_bytes()
             entry.size, entry.mode = len(content), 0o644
             archive.addfile(entry, io.BytesIO(content))
     with durable_files.replacing(path) as file:
         file.write(gzip.compress(buffer.getvalue(), mtime=0))
+    return large
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -45,5 +51,5 @@ def _files(root: Path) -> Iterator[Path]:
         made_by_page = len(parts) == 1 and file.name != COMMANDS_FILE
         if made_by_page or hidden or set(parts) & set(LEFT_OUT) or file.is_symlink():
             continue
-        if file.is_file() and file.stat().st_size <= MOST_BYTES:
+        if file.is_file():
             yield file

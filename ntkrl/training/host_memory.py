@@ -18,8 +18,10 @@ from ntkrl.numerics import DTYPES, GIB, bucket_length
 from ntkrl.setup import RunSetup
 from ntkrl.training.abstract_run import AbstractRun, device_bytes
 
-HOST_BYTES = (5, 29)
+HOST_BYTES = (5, 33)
 """Bytes on the host of a token of a rollout: of any token, and more of a completion's."""
+SAMPLE_BYTES = (5, 13)
+"""The same of a sample of an evaluation."""
 COMPILED_ABOVE = 0.125
 """Share of the host's memory from which on the update is compiled for its peak."""
 LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -112,28 +114,36 @@ def check_evaluation(setup: RunSetup, limit: float) -> None:
     evaluation, budget = settings.evaluation, settings.rollout.max_completion_tokens
     count = min(evaluation.prompts, prompts.size)
     width = bucket_length(max(map(len, prompts.encoded)), settings.data.max_prompt_tokens)
-    row = token_bytes(width, budget)
-    needed = count * evaluation.samples_per_prompt * row
-    if needed > limit:
-        most = int(limit / (count * row))
-        raise ValueError(
-            f"an evaluation does not fit this host's memory: {count} held-out prompts × "
-            f"{evaluation.samples_per_prompt} samples of up to {budget} tokens need at least "
-            f"{needed / GIB:.1f} of {limit / GIB:.1f} GiB; eval.samples_per_prompt={most} is the "
-            "most that fits."
-        )
+    # every sampling is kept until its metrics are computed
+    sample = count * evaluation.repeats * token_bytes(SAMPLE_BYTES, width, budget)
+    needed, most = evaluation.samples_per_prompt * sample, int(limit / sample)
+    if needed <= limit:
+        return
+    advice = "lower eval.prompts, eval.repeats or rollout.max_completion_tokens"
+    if most:
+        advice = f"eval.samples_per_prompt={most} is the most that fits"
+    raise ValueError(
+        f"an evaluation does not fit this host's memory: {count} held-out prompts × "
+        f"{evaluation.samples_per_prompt} samples × {evaluation.repeats} repeats of up to {budget} "
+        f"tokens need at least {needed / GIB:.1f} of {limit / GIB:.1f} GiB; {advice}."
+    )
 
 
-def token_bytes(width: int, budget: int) -> int:
-    """Return the bytes on the host of a row of `width` prompt and `budget` completion tokens."""
-    any_token, completion_token = HOST_BYTES
+def token_bytes(kinds: tuple[int, int], width: int, budget: int) -> int:
+    """Return the bytes of a row of `width` prompt and `budget` completion tokens.
+
+    Args:
+      kinds: bytes of any token, and more of a completion's.
+      width, budget: tokens.
+    """
+    any_token, completion_token = kinds
     return any_token * (width + budget) + completion_token * budget
 
 
 def rollout_memory(run: AbstractRun, width: int) -> RolloutMemory:
     """Return the memory of a run's rollouts whose longest prompts have `width` tokens."""
     settings, policy, budget = run.settings, run.model.policy, run.budget
-    arrays = token_bytes(width, budget)
+    arrays = token_bytes(HOST_BYTES, width, budget)
     if jax.local_devices()[0].platform != "cpu":
         return RolloutMemory(0.0, arrays, arrays)
     devices, rows = len(run.mesh.local_devices), 64 * run.mesh.size

@@ -1,15 +1,16 @@
 """Attribution against the truth: `python -m tests.bench.attribution`.
 
-A real run's optimizer step is taken again without random halves of its batch, from the same params
-and optimizer state. Measured are the changes of log π and of the entropy of every probe token, and
-of the expected reward of the probe prompts (by importance weights over their completions). The
-linear datamodelling score (LDS) of a prediction is Spearman's correlation over the subsets between
-the predicted and the measured change of a quantity, averaged over quantities, with a 95 % bootstrap
-interval over them.
+A real run's optimizer step is taken again with random halves of its batch at weight 0 and the
+divisors of the full batch, from the same params and optimizer state. Measured are the changes of
+log π and of the entropy of every probe token, and of the expected reward of the probe prompts (by
+importance weights over their completions). The linear datamodelling score (LDS) of a prediction is
+Spearman's correlation over the subsets between the predicted and the measured change of a quantity,
+averaged over quantities, with a 95 % bootstrap interval over them.
 
 kept: the advantages of the full batch; recomputed: those of what is left of each group, where the
-prediction of a sample is scaled by its new advantage. steps: later steps on the batches of the run,
-through which the first step's subset is carried. Predictions:
+prediction of a sample is scaled by its new advantage over its old one (0 where the old one is 0).
+steps: later steps on the batches of the run, through which the first step's subset is carried.
+Predictions:
 
     ledger          the samples' columns, R + G
     ledger, R       those of the head's role alone
@@ -35,7 +36,8 @@ import optax
 from scipy.stats import rankdata
 
 import ntkrl
-from ntkrl import attribution, data, intervals, main, ntk, runtime
+from ntkrl import advantage, attribution, data, intervals, main, ntk, runtime
+from ntkrl.attribution import linear_maps
 from ntkrl.generate import RewardedRollout, SampleRequest, collect, make_sampler
 from ntkrl.types import Params
 from tests.bench import measure
@@ -133,7 +135,7 @@ def advantage_weights(recording: Recording, kept_B: np.ndarray, preset: str) -> 
             fresh = (net - net.mean()) * len(left) / (len(left) - 1)
         else:
             rewards = recording.rewards[left]
-            fresh = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+            fresh = (rewards - rewards.mean()) / (rewards.std(ddof=1) + advantage.EPSILON)
         moved = full_B[left] != 0
         weights_B[left[moved]] = fresh[moved] / full_B[left[moved]]
     return weights_B
@@ -151,9 +153,7 @@ class Quantities:
         @jax.jit
         def read(params: Params) -> jax.Array:
             phi_OD = ntk.features_at(network, params, recording.contexts)
-            log_pi_OV = jax.nn.log_softmax(network.logits(params, phi_OD), axis=-1)
-            chosen = jnp.take_along_axis(log_pi_OV, recording.targets[:, None], axis=-1)[:, 0]
-            return jnp.stack([chosen, -jnp.sum(jnp.exp(log_pi_OV) * log_pi_OV, axis=-1)])
+            return linear_maps.token_cotangents(network, params, phi_OD, recording.targets).values
 
         self.read = read
 
@@ -199,9 +199,9 @@ def predictions(recording: Recording, quantities: Quantities) -> dict[str, list[
     step = attribution.OptimizerStep(chain.before, after, chain.batches[0])
     static = influence.policy, influence.terms
     account = attribution.Ledger(*static, influence.optimizer, influence.trained).read(step, *where)
-    ascent = optax.sgd(1.0)
-    state = dataclasses.replace(chain.before, opt_state=ascent.init(chain.before.params))
-    plain = attribution.Ledger(*static, ascent, (True,) * len(influence.trained))
+    descent = optax.sgd(1.0)
+    state = dataclasses.replace(chain.before, opt_state=descent.init(chain.before.params))
+    plain = attribution.Ledger(*static, descent, (True,) * len(influence.trained))
     gradient = plain.read(step._replace(before=state), *where)
     products_2OB = sample_columns(gradient)
     sizes_B = _sample_norms(influence, chain)
@@ -242,14 +242,14 @@ def _sample_norms(influence: attribution.Influence, chain: attribution.Chain) ->
     """Return the norm of each sample's gradient `[B]`; 1 where it is 0."""
     (batch, *_), params = chain.batches, chain.before.params
 
-    def square(row: Any) -> jax.Array:
+    def norm(row: Any) -> jax.Array:
         def loss(params: Params) -> Any:
             totals, _ = influence.terms(params, jax.tree.map(lambda leaf: leaf[None], row), None)
             return sum(total.total for total in totals.values())
 
         return optax.tree.norm(jax.grad(loss)(params))
 
-    norms_B = np.asarray(jax.jit(lambda rows: jax.lax.map(square, rows))(batch), float)
+    norms_B = np.asarray(jax.jit(lambda rows: jax.lax.map(norm, rows))(batch), float)
     return np.where(norms_B > 0, norms_B, 1.0)
 
 

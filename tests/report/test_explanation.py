@@ -78,7 +78,9 @@ def test_groups_of_parameters(run):
 
 MISTAKES = {
     ("--step=7",): "no ledger of step 7; ledgers are of steps 5, 10",
-    ("--step=x",): "--step=x must be a whole number",
+    ("--step=x",): "--step=x must be a whole number ≥ 0",
+    ("--step=²",): "--step=² must be a whole number ≥ 0",
+    ("--completion=1", "--prompt=say"): "choose a prompt or a completion, not both",
     ("--measure=entropi",): "measure must be one of log_prob, entropy, not 'entropi'; did you mean",
     ("--prompt=nothing",): "no probe prompt with 'nothing'; there are 0: 2+2=; 1: say <hi>",
     ("--prompt=9",): "prompt 9 does not exist: there are 2 probe prompts, from 0",
@@ -88,7 +90,7 @@ MISTAKES = {
         "--completion=1",
         "--token=10",
     ): "token 10 does not exist: there are 10 tokens in completion 1",
-    ("--top=0",): "top must be ≥ 1, not 0",
+    ("--top=0",): "top must be a whole number ≥ 1, not 0",
 }
 
 
@@ -116,3 +118,15 @@ def test_a_run_without_ledgers(run, capsys):
         file.unlink()
     assert main(["explain", str(run)]) == 2
     assert "rl-0 has no ledgers. probe.ledger_every_steps sets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "place", [Place(prompt=1.5), Place(prompt=True), Place(completion="1"), Place(completion=2.0)]
+)
+def test_numbers_of_other_types(run, place):
+    """by hand: a whole number of any kind is taken, others are a sentence."""
+    with pytest.raises(ValueError, match="must be a whole number, not"):
+        explain(read_run(run), STEP, place=place)
+    assert explain(read_run(run), STEP, place=Place(prompt=np.int64(1))).tokens == 2 * LENGTH
+    with pytest.raises(ValueError, match="top must be a whole number ≥ 1, not '3'"):
+        explain(read_run(run), STEP, top="3")

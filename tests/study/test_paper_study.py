@@ -113,7 +113,7 @@ def test_mistakes_in_the_settings(tmp_path, changes, message):
 def test_mistakes_in_a_word(capsys):
     """by hand: an unknown arm, size or key is reported with the known ones, and no trace."""
     assert main.main(["train", "--config=configs/study.py:small/ppo,rate=3"]) == 2
-    assert "expected SIZE/ARM,key=value" in capsys.readouterr().err
+    assert "expected the variant gpu, or SIZE/ARM,key=value" in capsys.readouterr().err
 
 
 def test_prompts_and_preferences(tmp_path):
@@ -272,7 +272,7 @@ def test_a_page_of_what_is_there(tmp_path):
     assert runs[3]["seconds"] == 12.0
 
 
-def test_the_page_of_an_archive(tmp_path):
+def test_the_page_of_an_archive(tmp_path, capsys):
     """law: the archive of small files gives the same page, and none of models or checkpoints."""
     paper = paper_study(tmp_path / "a", seeds=(1, 2))
     for arm in ("rl", "cfrl"):
@@ -288,6 +288,7 @@ def test_the_page_of_an_archive(tmp_path):
         (tuning / name).write_text("{}")
     (tmp_path / "a" / "commands.txt").write_text(f"ntkrl train --config={FILE}:small/rl,seed=2\n")
     paper.write_page("ntkrl study")
+    assert "runs.tar.gz: small/cfrl-2/large.jsonl" in capsys.readouterr().out
     with tarfile.open(tmp_path / "a" / "runs.tar.gz") as archive:
         names = archive.getnames()
         archive.extractall(tmp_path / "b", filter="data")

@@ -74,8 +74,12 @@ def test_categories_are_disjoint(tmp_path):
 def test_mistakes_in_a_word(capsys):
     """by hand: an unknown arm, size or key is reported with the known ones, and no trace."""
     for words, answer in (
-        ("small/rl", "expected SIZE/ARM,key=value,… with sizes smollm2, arms rl, "),
+        (
+            "small/rl",
+            "expected the variant gpu, or SIZE/ARM,key=value,… with sizes smollm2, arms rl, ",
+        ),
         (f"{SIZE}/rl,pace=1", "keys seed, root, "),
+        (f"{SIZE}/rl,root", "keys seed, root, "),
         (f"{SIZE}/rl,steps=x", "steps must be of type int, not 'x'"),
     ):
         assert main.main(["train", f"--config={FILE}:{words}"]) == 2

@@ -94,8 +94,8 @@ def test_claims(tmp_path):
     reached = [verdict for verdict in listed if "root mean square" in verdict.claim]
     assert [verdict.number.split(" ")[0] for verdict in reached] == ["0.6", "0.6"]
     assert all(verdict.verdict == "holds" for verdict in reached)
-    more = [verdict for verdict in listed if "R reaches other prompts" in verdict.claim]
+    more = [verdict for verdict in listed if "R's change of" in verdict.claim]
     assert all(verdict.number.startswith("difference +0.6 [") for verdict in more) and more
-    shares = [verdict for verdict in listed if "R's share of the change of the" in verdict.claim]
+    shares = [verdict for verdict in listed if "R's share of a gradient's change" in verdict.claim]
     assert "own prompt: 0.1 [0.1, 0.1]; other prompts: 0.235 [" in shares[0].number
     assert "after RL" not in shares[0].number

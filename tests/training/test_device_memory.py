@@ -90,7 +90,7 @@ def test_rollouts_that_do_not_fit_the_host_are_refused(settings, monkeypatch):  
     prompts = Prompts(None, [[1, 2, 3]], [], (1,))
     setup = RunSetup(run.settings, run.model, prompts, None, None, None)
     memory = host_memory.rollout_memory(run, 8)
-    assert memory.fixed > 0 and memory.sampled > run.budget * 29
+    assert memory.fixed > 0 and memory.sampled > run.budget * 33
     monkeypatch.setattr(host_memory, "host_memory", lambda: memory.needed(500))
     with pytest.raises(ValueError, match=r"rollout.completions_per_prompt=6 is the most that fits"):
         host_memory.check_host(setup, run, lambda setup, count: None)
@@ -102,13 +102,16 @@ def test_rollouts_that_do_not_fit_the_host_are_refused(settings, monkeypatch):  
 
 
 def test_evaluations_that_do_not_fit_the_host_are_refused(settings):  # noqa: F811
-    """by hand: two prompts × 3 samples of a row's bytes each, with memory for 5 of the 6."""
+    """by hand: two prompts × 3 samples × 2 repeats of a row's bytes, with memory for 11 of 12."""
     words = ["--config.eval.samples_per_prompt=3", "--config.data.max_prompt_tokens=8"]
+    words += ["--config.eval.repeats=2"]
     run = run_of(settings("rl", *words), 1)
     texts = data.PromptSet(("a b c", "d"), {}, "made")
     held_out = Prompts(texts, [[1, 2, 3], [1]], [], (2,))
     setup = RunSetup(run.settings, run.model, held_out, held_out, None, None)
-    row = host_memory.token_bytes(8, run.budget)
-    host_memory.check_evaluation(setup, 6.0 * row)
+    row = host_memory.token_bytes(host_memory.SAMPLE_BYTES, 8, run.budget)
+    host_memory.check_evaluation(setup, 12.0 * row)
     with pytest.raises(ValueError, match=r"2 held-out prompts × 3 .*eval.samples_per_prompt=2 is"):
-        host_memory.check_evaluation(setup, 5.0 * row)
+        host_memory.check_evaluation(setup, 11.0 * row)
+    with pytest.raises(ValueError, match=r"lower eval.prompts, eval.repeats or rollout.max_compl"):
+        host_memory.check_evaluation(setup, 3.0 * row)
