@@ -7,6 +7,7 @@ the content and its name are on the disk, so that what is written next may vouch
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import secrets
 import shutil
@@ -49,6 +50,15 @@ def save_arrays(path: Path, arrays: Mapping[str, "np.ndarray"]) -> None:
 
     with replacing(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def array_bytes(arrays: Mapping[str, "np.ndarray"]) -> bytes:
+    """Return the content of an npz file; equal arrays give equal bytes."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
 
 
 @contextlib.contextmanager

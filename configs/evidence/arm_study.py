@@ -120,8 +120,9 @@ class ArmStudy:
         ]
         metrics = page.metrics(settings.samples)
         write_run_metrics(self.root / "runs.jsonl", runs, page.MEASURES, metrics)
-        archive = self.root / "runs.tar.gz"
-        large = save_archive(self.root, archive, left_out=("*/tuning/*/probes/*",))
+        archive = self.root / "runs.tar.xz"
+        tuning = ("probes/*", "timings.jsonl", "starts.jsonl")
+        large = save_archive(self.root, archive, [f"*/tuning/*/{name}" for name in tuning])
         if large:
             print(f"too large for {archive}: {', '.join(large)}")
         return page.write_page(self.results, settings, listed, command)

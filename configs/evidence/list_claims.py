@@ -6,6 +6,7 @@ Measured on samples of the test categories, of the starting model and after trai
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from pathlib import Path
@@ -32,19 +33,22 @@ def samples_file(place: Path, directory: str) -> Path:
 def list_claims(arm: Arm) -> list[Verdict]:
     """Return the claims on the diversity of an arm's lists; none where nothing was sampled."""
     seeds = arm.plan.seeds_of(arm.name)
-    places = [(arm.results.place(arm.size, n, s) for n in ("base", arm.name)) for s in seeds]
-    files = [(samples_file(b, "test"), samples_file(p, END)) for b, p in places]
+    place = functools.partial(arm.results.place, arm.size)
+    files = [
+        (samples_file(place("base", seed), "test"), samples_file(place(arm.name, seed), END))
+        for seed in seeds
+    ]
     pairs = [[read_lists(f) for f in pair] for pair in files if all(f.exists() for f in pair)]
     if not pairs:
         return []
     listed = []
     for name, claim in MEASURES.items():
         values = np.array([[diversity(side)[name] for side in pair] for pair in pairs])
-        verdict = difference(3, arm.task, claim, *values.T, -1)
+        verdict = difference(3, arm.task, f"{claim} ({arm.name})", *values.T, -1)
         words = f"{mean_text(values[:, 0])} to {mean_text(values[:, 1])}"
         listed.append(verdict._replace(number=f"{words}; {verdict.number}"))
     counts = np.array([support(*pair) for pair in pairs], float)
-    claim = "of the right members among the samples, more are lost than gained"
+    claim = f"of the right members among the samples, more are lost than gained ({arm.name})"
     verdict = difference(6, arm.task, claim, counts[:, 1], counts[:, 0])
     words = f"lost {mean_text(counts[:, 0])}, gained {mean_text(counts[:, 1])}"
     return [*listed, verdict._replace(number=f"{words}; {verdict.number}")]

@@ -1,19 +1,25 @@
 """An archive of the small files of a study's runs, from which its page can be written again."""
 
 import fnmatch
-import gzip
 import io
+import json
+import lzma
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ntkrl import durable_files
+from ntkrl.json_files import read_object
 from ntkrl.study.jobs import COMMANDS_FILE
 
 LEFT_OUT = ("checkpoints", "export", "model", "rollouts", "logs", "report")
 """Directories of which nothing is archived."""
 MOST_BYTES = 2**18
 """Size of the largest file that is archived."""
+MOST_ENTRIES = 1024
+"""Of an array."""
 
 
 def save_archive(root: Path, path: Path, left_out: Sequence[str] = ()) -> list[str]:
@@ -21,7 +27,7 @@ def save_archive(root: Path, path: Path, left_out: Sequence[str] = ()) -> list[s
 
     Args:
       root: directory of the study.
-      path: of the archive, a gzipped tar file whose names are relative to `root`.
+      path: of the archive, a tar file compressed by xz, whose names are relative to `root`.
       left_out: patterns of further names, such as "*/probes/*".
 
     Returns:
@@ -36,12 +42,28 @@ def save_archive(root: Path, path: Path, left_out: Sequence[str] = ()) -> list[s
             if member.stat().st_size > MOST_BYTES:
                 large.append(name)
                 continue
-            entry, content = tarfile.TarInfo(name), member.read_bytes()
+            entry, content = tarfile.TarInfo(name), _content(member)
             entry.size, entry.mode = len(content), 0o644
             archive.addfile(entry, io.BytesIO(content))
     with durable_files.replacing(path) as file:
-        file.write(gzip.compress(buffer.getvalue(), mtime=0))
+        file.write(lzma.compress(buffer.getvalue(), preset=9))
     return large
+
+
+def _content(file: Path) -> bytes:
+    """Return what is archived of a file.
+
+    Of a run's config the name and the seed: other values, which the run's command states, may be
+    paths of the machine. Of arrays those of at most MOST_ENTRIES, such as numbers per probe token.
+    """
+    if file.name == "config.json":
+        config = read_object(file)
+        return json.dumps({key: config.get(key) for key in ("name", "seed")}).encode()
+    if file.suffix != ".npz":
+        return file.read_bytes()
+    with np.load(file, allow_pickle=False) as arrays:
+        kept = {n: arrays[n] for n in arrays.files if arrays[n].size <= MOST_ENTRIES}
+    return durable_files.array_bytes(kept)
 
 
 def _files(root: Path) -> Iterator[Path]:

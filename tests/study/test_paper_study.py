@@ -281,23 +281,29 @@ def test_the_page_of_an_archive(tmp_path, capsys):
             for name in ("export", "checkpoints", "probes"):
                 (place / name).mkdir()
                 (place / name / "small.json").write_text("{}")
+            np.savez(place / "probes" / "step_000001.npz", tokens=np.ones(9), large=np.ones(2000))
     (place / "large.jsonl").write_text("x" * 2**19)
     tuning = paper.tuning_place("rl", {"body": 1e-4}, 101)
     (tuning / "probes").mkdir(parents=True)
     for name in ("finished", "probes/step.npz"):
         (tuning / name).write_text("{}")
     (tmp_path / "a" / "commands.txt").write_text(f"ntkrl train --config={FILE}:small/rl,seed=2\n")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"reward": "/home/me/rewards.py"}))
     paper.write_page("ntkrl study")
-    assert "runs.tar.gz: small/cfrl-2/large.jsonl" in capsys.readouterr().out
-    with tarfile.open(tmp_path / "a" / "runs.tar.gz") as archive:
+    assert "runs.tar.xz: small/cfrl-2/large.jsonl" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "a" / "runs.tar.xz") as archive:
         names = archive.getnames()
         archive.extractall(tmp_path / "b", filter="data")
+    with np.load(tmp_path / "b" / "small/rl-1/probes/step_000001.npz") as arrays:
+        assert arrays.files == ["tokens"]
+    assert "/home/me" not in "".join(f.read_text() for f in tmp_path.glob("b/**/config.json"))
     assert "small/rl-1/probes/small.json" in names and "commands.txt" in names
     assert not [name for name in names if "export" in name or "check" in name or "large" in name]
     chosen = [name.partition("101/")[2] for name in names if "tuning" in name]
     assert chosen == ["finished"]
     paper_study(tmp_path / "b", seeds=(1, 2)).write_page("ntkrl study")
-    for name in ("verdicts.md", "verdicts.json", "runs.jsonl", "runs.tar.gz", "index.html"):
+    for name in ("verdicts.md", "verdicts.json", "runs.jsonl", "runs.tar.xz", "index.html"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 

@@ -125,14 +125,18 @@ def test_diversity_of_lists(tmp_path):
             path.parent.mkdir(parents=True)
             (row,) = lists.rows(["birds"])
             turns = [[{"role": "assistant", "content": text}] for text in texts]
+            turns += turns[:1] * seed  # more of the first answer, which changes the entropy alone
             rows = [{**row, "completion": turn} for turn in turns]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     members, entropy, support = list_claims.list_claims(
         Arm(made.results, made.settings, SIZE, "rl")
     )
     assert members.number.startswith("4 to 2;") and members.verdict == "holds"
-    # of robin, robin, a: H = −2/3 log 2/3 − 1/3 log 1/3; afterwards robin alone
-    assert entropy.number.startswith("0.637 to 0;") and entropy.verdict == "holds"
+    # of the first items robin (2 + seed times) and a
+    shares = np.array([1 / (3 + seed) for seed in made.settings.seeds])
+    before = np.mean(-shares * np.log(shares) - (1 - shares) * np.log(1 - shares))
+    assert entropy.number.startswith(f"{before:.3g} to 0;") and entropy.verdict == "holds"
+    assert "[-" in entropy.number and len(set(entropy.number.split("[")[1][:-1].split(", "))) > 1
     # eagle, owl, wren; hawk
     assert support.number.startswith("lost 3, gained 1;") and support.verdict == "holds"
 
