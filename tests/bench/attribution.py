@@ -44,9 +44,9 @@ from tests.bench import measure
 
 CONFIG = "quickstart/rl"
 PRESETS = {
-    "rloo": {"objective.preset": "rloo"},
+    "rloo": {"preset": "rloo"},
     # without the KL in its loss, so that a sample's gradient is linear in its advantage
-    "grpo": {"objective.preset": "grpo", "objective.kl_place": "off"},
+    "grpo": {"preset": "grpo", "kl_place": "off", "kl_coefficient": 0.0},
 }
 WARMUP = 10
 """Rollout steps before the one that is attributed."""
@@ -76,8 +76,7 @@ def record(model: str, preset: str, later: int, run_dir: Path) -> Recording:
     """Run the warm-up, and record the steps after it."""
     config = runtime.read_config([f"--config={CONFIG}"])
     config.run_dir, config.model.path = str(run_dir), model
-    for name, value in PRESETS[preset].items():
-        setattr(config.objective, name.partition(".")[2], value)
+    config.objective.update(PRESETS[preset])
     config.probe.every_steps = config.probe.ledger_every_steps = None
     config.probe.kernel_every_steps = None
     steps = ntkrl.Steps(config=config)
@@ -290,11 +289,12 @@ def score(recording: Recording, preset: str, options: argparse.Namespace) -> lis
             for name, derivatives in listed.items():
                 row = {"objective": preset, "steps": steps, "advantages": advantages}
                 row |= {"prediction": name, "truth_seconds": seconds}
-                for quantity, derivative, number in zip(
-                    QUANTITIES, derivatives, range(3), strict=True
+                changes = zip(*measured, strict=True)
+                for quantity, derivative, change in zip(
+                    QUANTITIES, derivatives, changes, strict=True
                 ):
                     predicted = np.stack([derivative @ (w - 1) for w in weights_SB])
-                    interval = lds(predicted, np.stack([change[number] for change in measured]))
+                    interval = lds(predicted, np.stack(change))
                     row[quantity] = [interval.value, interval.low, interval.high]
                 rows.append(row)
                 print(_line(row), flush=True)
